@@ -1,0 +1,27 @@
+"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from pretrain.errors import UserError
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run ``main(arguments)``.
+
+    A :class:`UserError` is printed as one line on stderr and ends the process with code 2.
+    ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``, shows where it came from.
+    """
+    arguments = sys.argv[1:]
+    show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
+    try:
+        main([a for a in arguments if a != "--traceback"])
+    except UserError as error:
+        if show_traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
