@@ -1,0 +1,157 @@
+"""The COCO fine-tuning protocol: every number of it, once. Both engines read this file and no other.
+
+Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: the paper's appendix B.2 for
+schedule, batch and learning rate; Detectron2's ViTDet configs for all the rest; "ours" where neither says.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class DetectionProtocol:
+    """One detection fine-tuning recipe. Lengths in pixels (``_px``), durations in iterations (``_it``)."""
+
+    name: str = "coco-12ep"
+    version: int = 1
+
+    # Schedule: B.2. 22,128 = 12 * ceil(118,000 / 64).
+    iterations_it: int = 22_128
+    milestones_it: tuple[int, ...] = (19_667, 21_306)
+    lr_gamma: float = 0.1
+    warmup_it: int = 250  # Detectron2
+    warmup_factor: float = 0.001  # Detectron2
+    batch_size: int = 64  # B.2
+    eval_period_it: int = 5_000  # Detectron2
+
+    # Optimiser: lr from B.2 (3e-4 ViT-B, 1e-4 ViT-S); the rest is ViTDet's AdamW.
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.1  # 0 for norms and positions
+    layer_decay: float = 0.7  # ours: B.2 does not say whether its lr goes with ViTDet's 0.7
+    drop_path: float = 0.1
+    clip_grad: float = 0.0  # 0: no clipping
+    amp: bool = True
+
+    # Input: large-scale jitter in training; test with the long edge at the same size; pad to a square, bottom right.
+    image_size_px: int = 1024
+    jitter_scale: tuple[float, float] = (0.1, 2.0)
+    flip: float = 0.5
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    # Backbone: [CLS] and registers stay in the sequence, as pre-trained (ours; Detectron2's ViT has none).
+    keep_special_tokens: bool = True
+    final_norm: bool = True  # ours: as pre-trained (Detectron2's ViT has none)
+
+    # Simple feature pyramid
+    pyramid_scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)  # plus one max-pooled level
+    channels: int = 256
+    norm: str = "LN"
+
+    # Region proposals
+    anchor_sizes_px: tuple[int, ...] = (32, 64, 128, 256, 512)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_convs: int = 2
+    rpn_thresholds: tuple[float, float] = (0.3, 0.7)
+    rpn_batch_per_image: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_pre_nms: tuple[int, int] = (2000, 1000)  # training, test
+    rpn_post_nms: tuple[int, int] = (1000, 1000)
+    rpn_nms: float = 0.7
+
+    # Heads
+    num_classes: int = 80
+    roi_threshold: float = 0.5
+    roi_batch_per_image: int = 512
+    roi_positive_fraction: float = 0.25
+    box_pool: int = 7
+    box_convs: int = 4
+    box_fc: int = 1024
+    mask_pool: int = 14
+    mask_convs: int = 4
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    score_threshold: float = 0.05
+    nms: float = 0.5
+    detections_per_image: int = 100
+
+
+# lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
+LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
+
+SCHEDULES = {
+    "coco-12ep": dict(iterations_it=22_128, milestones_it=(19_667, 21_306)),  # B.2
+    "coco-50ep": dict(iterations_it=92_187, milestones_it=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
+    "coco-100ep": dict(iterations_it=184_375, milestones_it=(163_889, 177_546)),  # Detectron2
+}
+
+
+def protocol(name: str, backbone: str) -> DetectionProtocol:
+    """The named protocol with the learning rate of the backbone's size.
+
+    Args:
+        name: ``coco-12ep`` | ``coco-50ep`` | ``coco-100ep``.
+        backbone: a registry name, ``vit_{tiny,small,base,large}_...``.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"protocol: {name!r} is none of {', '.join(SCHEDULES)}")
+    size = backbone.split("_")[1] if "_" in backbone else backbone
+    if size not in LR:
+        raise UserError(f"protocol: no learning rate is known for the backbone {backbone!r}")
+    return replace(DetectionProtocol(name=name, lr=LR[size]), **SCHEDULES[name])  # type: ignore[arg-type]
+
+
+def with_overrides(base: DetectionProtocol, overrides: dict[str, Any]) -> DetectionProtocol:
+    """``base`` with some fields changed; values may be strings from a command line.
+
+    Raises:
+        UserError: an unknown field, or a value of the wrong type, by name.
+    """
+    known = {f.name: getattr(base, f.name) for f in fields(base)}
+    changed = {}
+    for key, value in overrides.items():
+        if key not in known or key in ("name", "version"):
+            raise UserError(f"protocol: no field {key!r}; there are {', '.join(sorted(set(known) - {'name', 'version'}))}")
+        changed[key] = _cast(key, value, known[key])
+    return replace(base, **changed)
+
+
+def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
+    full, ours = asdict(protocol(run.name, backbone)), asdict(run)
+    return {key: [full[key], ours[key]] for key in full if full[key] != ours[key]}
+
+
+def _cast(key: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of the field's default."""
+    import yaml
+
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value) if not isinstance(default, str) else value
+        except yaml.YAMLError as error:
+            raise UserError(f"protocol: {key}={value!r} cannot be read") from error
+        if isinstance(value, str) and isinstance(default, (int, float, tuple)):  # YAML 1.1 reads 1e-4 as text
+            try:
+                value = float(value)
+            except ValueError as error:
+                raise UserError(f"protocol: {key}={value!r} is no number") from error
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, tuple):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = (value,)
+        fits = isinstance(value, (list, tuple)) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
+        )
+        value = tuple(type(default[0])(v) for v in value) if fits and default else value
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    else:
+        fits = isinstance(value, type(default)) and not isinstance(value, bool)
+    if not fits:
+        raise UserError(f"protocol: {key}={value!r} should be like {default!r}")
+    return value

@@ -1,0 +1,125 @@
+"""Position embeddings of a view: a vector field cropped together with the image (paper 3.2.1, METHOD.md 2).
+
+The field P [D, h_p, w_p] is aligned with the image's corners: its sample (r, c) stands at the image point
+(c / (w_p - 1), r / (h_p - 1)), in image units [0, 1]. The embedding of a patch is P interpolated at the patch's centre.
+The patches of one view form a regular grid, so the interpolation is separable, R_y P R_x^T with one small weight matrix an axis:
+two matrix products, the same on CPU and GPU, and deterministic in the backward pass (an index-gather is not).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FIELD_INTERPOLATIONS = ("bicubic", "bilinear")
+GRID_INTERPOLATIONS = ("dinov2", "bicubic", "bicubic_antialias")
+
+KEYS_A = -0.5  # the only cubic kernel of Keys that reproduces quadratics, hence linear fields, exactly
+
+
+def _kernel(t: Tensor, interpolation: str) -> Tensor:
+    """Interpolation kernel at the distances ``t`` (in samples), any shape."""
+    t = t.abs()
+    if interpolation == "bilinear":
+        return (1 - t).clamp(min=0)
+    a = KEYS_A
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return torch.where(t <= 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+
+
+def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic") -> Tensor:
+    """Weights that interpolate ``n_samples`` corner-aligned samples at ``points``; borders are replicated.
+
+    Args:
+        points: [..., L] places along one axis in image units; values outside [0, 1] read the replicated border.
+        n_samples: number of samples of the field along this axis (>= 2).
+        interpolation: ``bicubic`` (Keys, a = -0.5) or ``bilinear``.
+
+    Returns:
+        [..., L, n_samples], rows summing to 1.
+    """
+    if interpolation not in FIELD_INTERPOLATIONS:
+        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field")
+    at = (points.clamp(0, 1) * (n_samples - 1)).unsqueeze(-1)  # [..., L, 1] in samples
+    # Two virtual samples beyond each end take the kernel's tails; then they fold into the border that they repeat.
+    samples = torch.arange(-2, n_samples + 2, device=points.device, dtype=points.dtype)
+    weights = _kernel(at - samples, interpolation)  # [..., L, n_samples + 4]
+    inner = weights[..., 2:-2]
+    first = weights[..., :2].sum(-1, keepdim=True)
+    last = weights[..., -2:].sum(-1, keepdim=True)
+    padded_first = F.pad(first, (0, n_samples - 1))
+    padded_last = F.pad(last, (n_samples - 1, 0))
+    return inner + padded_first + padded_last
+
+
+def patch_centres(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
+    """Centres of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image units.
+
+    Where ``mirrored`` [V] is true, the order is reversed: patch j of a flipped view sits where patch n - 1 - j was.
+    """
+    steps = (torch.arange(n_patches, device=low.device, dtype=low.dtype) + 0.5) / n_patches  # [n]
+    if mirrored is None:
+        fractions = steps.expand(len(low), -1)
+    else:
+        fractions = torch.where(mirrored.unsqueeze(-1), steps.flip(0), steps)  # [V, n]
+    return low.unsqueeze(-1) + fractions * (high - low).unsqueeze(-1)
+
+
+def sample_field(
+    field: Tensor, boxes: Tensor, grid: tuple[int, int], flips: Tensor | None = None, interpolation: str = "bicubic"
+) -> Tensor:
+    """Position embeddings of views: the field at every patch centre (METHOD.md 2).
+
+    Args:
+        field: [1, D, h_p, w_p], corners aligned with the image's corners.
+        boxes: [V, 4] (x0, y0, x1, y1) in image units.
+        grid: (h, w), patches a view.
+        flips: [V] bool, horizontal flips; none means no view is flipped.
+        interpolation: ``bicubic`` or ``bilinear``.
+
+    Returns:
+        [V, h * w, D], row-major, in the field's dtype.
+    """
+    height, width = grid
+    boxes = boxes.to(field.device, torch.promote_types(field.dtype, torch.float32))
+    flips = None if flips is None else flips.to(field.device)
+    x = patch_centres(boxes[:, 0], boxes[:, 2], width, flips)
+    y = patch_centres(boxes[:, 1], boxes[:, 3], height)
+    with torch.autocast(device_type=field.device.type, enabled=False):  # half a patch is 1% of an axis: keep float32
+        r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
+        r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]
+        rows = torch.einsum("vih,dhw->viwd", r_y, field[0])  # [V, h, w_p, D]
+        sampled = torch.einsum("vjw,viwd->vijd", r_x, rows)  # [V, h, w, D]
+    return sampled.flatten(1, 2)
+
+
+def full_image_box(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """The box of the whole image, [1, 4]: the inference rule is the field sampled over it."""
+    return torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=dtype)
+
+
+def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str = "dinov2") -> Tensor:
+    """A ViT's learned grid of position embeddings at another size.
+
+    Args:
+        grid_embed: [1, G_h, G_w, D].
+        grid: (h, w) wanted.
+        interpolation: which public variant: ``dinov2`` (bicubic by scale factor (n + 0.1) / G; DINO and DINOv2),
+            ``bicubic`` (by size; Hugging Face), ``bicubic_antialias`` (by size; timm, DINOv2 with registers).
+
+    Returns:
+        [1, h * w, D].
+    """
+    if interpolation not in GRID_INTERPOLATIONS:
+        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {GRID_INTERPOLATIONS} for a grid")
+    if tuple(grid_embed.shape[1:3]) == tuple(grid):
+        return grid_embed.flatten(1, 2)
+    maps = grid_embed.permute(0, 3, 1, 2).float()  # [1, D, G_h, G_w]
+    with torch.autocast(device_type=maps.device.type, enabled=False):
+        if interpolation == "dinov2":
+            scale = tuple((n + 0.1) / g for n, g in zip(grid, maps.shape[2:]))
+            maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+            assert tuple(maps.shape[2:]) == tuple(grid), (maps.shape, grid)
+        else:
+            maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=interpolation == "bicubic_antialias")
+    return maps.to(grid_embed.dtype).permute(0, 2, 3, 1).flatten(1, 2)

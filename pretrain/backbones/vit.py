@@ -1,0 +1,327 @@
+"""The plain Vision Transformer that pre-training, detection and segmentation share.
+
+Keys are timm's (cls_token, pos_embed, patch_embed.proj, blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2 /
+ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50, 50] and ``cls_pos`` [1, 1, D] stand in place of
+``pos_embed``.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.backbones.attention import Attention, choose_attention
+from pretrain.backbones.position import (
+    FIELD_INTERPOLATIONS,
+    GRID_INTERPOLATIONS,
+    full_image_box,
+    resample_grid,
+    sample_field,
+)
+from pretrain.registry import BACKBONES
+
+POS_ENCODINGS = ("field", "standard")
+GELUS = {"erf": "none", "tanh": "tanh"}
+
+
+class Tokens(NamedTuple):
+    """What a ViT gives for a batch of images, after the final norm."""
+
+    cls: Tensor  # [B, D]
+    registers: Tensor  # [B, R, D]
+    patches: Tensor  # [B, N, D], row-major
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch embeddings: a convolution whose stride is its kernel (key ``proj``)."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D, ceil(H / p), ceil(W / p)]; bottom and right are padded with zeros to whole patches."""
+        pad_h, pad_w = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return self.proj(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them (keys ``fc1``, ``fc2``)."""
+
+    def __init__(self, dim: int, hidden: int, gelu: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate=GELUS[gelu])
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel (key ``gamma`` [D])."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a sample's residual branch is dropped with probability ``rate`` in training, else scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * kept / keep
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        layerscale: float | None,
+        drop_path: float,
+        ln_eps: float,
+        gelu: str,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
+        self.attn = Attention(dim, num_heads, attention)
+        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Plain ViT: no windows, no relative positions, any input size.
+
+    Args:
+        embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
+        patch_size: side of a patch in pixels.
+        n_registers: learned register tokens between [CLS] and the patches; they carry no position (DINOv2-reg).
+        layerscale: initial value of LayerScale, none for no LayerScale.
+        drop_path: stochastic depth of the last block; linear from 0 over the blocks.
+        pos_encoding: ``field`` (paper 3.2.1) or ``standard`` (one learned grid, resampled to other sizes).
+        pos_grid: side of the field (paper: 50) or of the learned grid (14 for 224 px).
+        pos_interpolation: none for the encoding's default (``bicubic`` | ``dinov2``); see :mod:`pretrain.backbones.position`.
+        mask_tokens: hold ``mask_token`` and ``pos_mask_token`` [1, D], which only pre-training and position probes use.
+        attention: ``auto`` | ``sdpa`` | ``xformers``.
+        ln_eps, gelu: LayerNorm's epsilon; ``erf`` | ``tanh``.
+
+    Raises:
+        ValueError: an option that does not exist, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 16,
+        n_registers: int = 0,
+        layerscale: float | None = None,
+        drop_path: float = 0.0,
+        pos_encoding: str = "standard",
+        pos_grid: int | None = None,
+        pos_interpolation: str | None = None,
+        mask_tokens: bool = False,
+        attention: str = "auto",
+        ln_eps: float = 1e-6,
+        gelu: str = "erf",
+    ) -> None:
+        super().__init__()
+        if pos_encoding not in POS_ENCODINGS:
+            raise ValueError(f"pos_encoding: {pos_encoding!r} is none of {POS_ENCODINGS}")
+        if gelu not in GELUS:
+            raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
+        is_field = pos_encoding == "field"
+        pos_grid = pos_grid or (50 if is_field else 14)
+        pos_interpolation = pos_interpolation or ("bicubic" if is_field else "dinov2")
+        allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
+        if pos_interpolation not in allowed:
+            raise ValueError(f"pos_interpolation: {pos_interpolation!r} is none of {allowed} for pos_encoding {pos_encoding!r}")
+        self.embed_dim, self.patch_size, self.n_registers = embed_dim, patch_size, n_registers
+        self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
+        # Everything that a file must say so that the same network can be built again (DESIGN.md, "one file flows").
+        self.flags: dict[str, Any] = dict(
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=float(mlp_ratio),
+            patch_size=patch_size,
+            n_registers=n_registers,
+            layerscale=layerscale,
+            pos_encoding=pos_encoding,
+            pos_grid=pos_grid,
+            pos_interpolation=pos_interpolation,
+            mask_tokens=mask_tokens,
+            ln_eps=ln_eps,
+            gelu=gelu,
+        )
+
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if n_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, n_registers, embed_dim))
+        if is_field:
+            self.pos_field = nn.Parameter(torch.zeros(1, embed_dim, pos_grid, pos_grid))
+            self.cls_pos = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pos_grid**2, embed_dim))
+        if mask_tokens:
+            self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+            self.pos_mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        backend = choose_attention(attention)
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend) for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=ln_eps)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """DINOv2's initialisation; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.n_registers:
+            nn.init.normal_(self.reg_token, std=1e-6)
+        if self.pos_encoding == "field":
+            nn.init.trunc_normal_(self.pos_field, std=0.02)
+            nn.init.trunc_normal_(self.cls_pos, std=0.02)
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.flags["mask_tokens"]:
+            nn.init.trunc_normal_(self.pos_mask_token, std=0.02)  # mask_token starts at zero, as DINOv2's
+
+    @property
+    def cls_position(self) -> Tensor:
+        """What is added to the [CLS] token, [1, 1, D]: its own learned vector, whatever the crop."""
+        return self.cls_pos if self.pos_encoding == "field" else self.pos_embed[:, :1]
+
+    def positions(self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
+        """Position embeddings of the patches of a grid (h, w).
+
+        Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4] (image units) and
+        ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding knows no crops and ignores them (DINOv2's way).
+        """
+        if self.pos_encoding == "standard":
+            side = self.pos_grid
+            learned = self.pos_embed[:, 1:].unflatten(1, (side, side))  # [1, G, G, D]
+            return resample_grid(learned, grid, self.pos_interpolation)
+        if boxes is None:
+            boxes = full_image_box(self.pos_field.device)
+        return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
+
+    def embed(
+        self,
+        x: Tensor,
+        boxes: Tensor | None = None,
+        flips: Tensor | None = None,
+        content_mask: Tensor | None = None,
+        position_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The sequence that enters the first block (paper 3.3), and its grid.
+
+        Args:
+            x: [B, 3, H, W] normalised pixels.
+            boxes, flips: [B, 4], [B]: the crops' places (with position augmentation), none for whole images.
+            content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
+
+        Returns:
+            [B, 1 + R + N, D] and (h, w).
+        """
+        maps = self.patch_embed(x)  # [B, D, h, w]
+        grid = (maps.shape[2], maps.shape[3])
+        content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
+        position = self.positions(grid, boxes, flips).to(content.dtype)  # [B or 1, N, D]
+        if content_mask is not None:
+            content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
+        if position_mask is not None:
+            position = torch.where(position_mask.unsqueeze(-1), self.pos_mask_token.to(content.dtype), position)
+        cls = (self.cls_token + self.cls_position).expand(len(x), -1, -1).to(content.dtype)
+        prefix = [cls]
+        if self.n_registers:
+            prefix.append(self.reg_token.expand(len(x), -1, -1).to(content.dtype))
+        return torch.cat([*prefix, content + position], dim=1), grid
+
+    def forward(
+        self,
+        x: Tensor,
+        boxes: Tensor | None = None,
+        flips: Tensor | None = None,
+        content_mask: Tensor | None = None,
+        position_mask: Tensor | None = None,
+    ) -> Tokens:
+        """Tokens after the final norm; the arguments are those of :meth:`embed`."""
+        tokens, _ = self.embed(x, boxes, flips, content_mask, position_mask)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.split(self.norm(tokens))
+
+    def split(self, tokens: Tensor) -> Tokens:
+        """[B, 1 + R + N, D] -> [CLS], registers, patches."""
+        first_patch = 1 + self.n_registers
+        return Tokens(tokens[:, 0], tokens[:, 1:first_patch], tokens[:, first_patch:])
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> normed patch tokens as a map, [B, D, ceil(H / p), ceil(W / p)]."""
+        height, width = (math.ceil(side / self.patch_size) for side in x.shape[2:])
+        return self(x).patches.transpose(1, 2).unflatten(2, (height, width))
+
+
+SIZES: Mapping[str, dict[str, int]] = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+def _register(size: str, n_registers: int) -> None:
+    def make(**flags: Any) -> ViT:
+        return ViT(**{**SIZES[size], "patch_size": 16, "n_registers": n_registers, **flags})
+
+    make.__name__ = f"vit_{size}_patch16" + (f"_reg{n_registers}" if n_registers else "")
+    BACKBONES.register(make)
+
+
+for _size in SIZES:
+    for _n_registers in (0, 4):
+        _register(_size, _n_registers)

@@ -1,0 +1,61 @@
+"""``build_backbone``: the one way from a name and a checkpoint to a backbone, for all three packages."""
+
+from pathlib import Path
+from typing import Any
+
+import pretrain.backbones  # noqa: F401  (registers the names)
+from pretrain.backbones.vit import SIZES, ViT
+from pretrain.errors import UserError
+from pretrain.registry import BACKBONES
+from pretrain.weights import Checkpoint, load_into, read_checkpoint
+
+# Settings of a run, not of a network: an override never contradicts the file.
+RUN_FLAGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
+
+
+def backbone_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(name for name, _ in BACKBONES)
+
+
+def build_backbone(name: str, weights: str | Path | None = None, **overrides: Any) -> ViT:
+    """Build a backbone, with a checkpoint's weights if one is given.
+
+    Args:
+        name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
+        weights: any supported checkpoint (:mod:`pretrain.weights`). Its flags (registers, LayerScale, position encoding, grid, depth,
+            ...) build the network; nothing needs to be repeated.
+        overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...).
+
+    Returns:
+        the ViT, in training mode, on the CPU.
+
+    Raises:
+        UserError: unknown name or option; a checkpoint of another architecture; a tensor that is missing or left over, by name.
+    """
+    if name not in BACKBONES:
+        raise UserError(f"backbone: {name!r} is not registered; there are {', '.join(backbone_names())}")
+    flags = dict(overrides)
+    checkpoint = None
+    if weights is not None:
+        checkpoint = read_checkpoint(weights)
+        flags = _merge(name, checkpoint, overrides)
+    try:
+        model: ViT = BACKBONES.get(name)(**flags)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"backbone {name}: {error}") from error
+    if checkpoint is not None:
+        load_into(model, checkpoint)
+    return model
+
+
+def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The file's flags, with the run's own on top; an override that contradicts the file is an error."""
+    flags = {**checkpoint.flags, "mask_tokens": False}
+    width = SIZES.get(name.split("_")[1], flags)["embed_dim"]
+    if flags["embed_dim"] != width:
+        raise UserError(f"weights: {checkpoint.path} is {flags['embed_dim']} wide, but {name} is {width} wide")
+    for key, value in overrides.items():
+        if key in flags and key not in RUN_FLAGS and flags[key] != value:
+            raise UserError(f"weights: {checkpoint.path} was made with {key}={flags[key]!r}, but {key}={value!r} is asked for")
+    return {**flags, **overrides}

@@ -1,0 +1,45 @@
+"""Our own file: ``backbone.safetensors``, the tensors under timm's names and every build flag in the metadata."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "posfield-backbone"
+FORMAT_VERSION = 1
+
+
+def save_backbone(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    name: str,
+    flags: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a backbone so that ``build_backbone(name, weights=path)`` and every plug-in can build it again.
+
+    Args:
+        path: the file, ``*.safetensors``; replaced in one step.
+        state: a ViT's ``state_dict()``.
+        name: its registry name, e.g. ``vit_small_patch16``.
+        flags: ``ViT.flags``.
+        provenance: what else later stages report: method, effective epochs, seed, config hash ... (JSON values).
+    """
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "backbone": name,
+        "flags": json.dumps(dict(flags), sort_keys=True),
+        "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,198 @@
+"""The backbone is timm's ViT, with the field in place of pos_embed where asked."""
+
+import pytest
+import timm
+import torch
+
+from pretrain.backbones.attention import choose_attention
+from pretrain.backbones.vit import ViT
+from pretrain.build import backbone_names, build_backbone
+from pretrain.errors import UserError
+from pretrain.weights import save_backbone
+
+SMALL = dict(embed_dim=48, depth=3, num_heads=3)
+
+
+def randomise(model, seed=0):
+    """Weights of ordinary size everywhere, so that no term hides behind a zero initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def as_timm(ours: ViT, image_size):
+    """timm's own model with our weights: the test's oracle."""
+    registers = ours.n_registers
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=ours.pos_grid * ours.patch_size,
+        patch_size=ours.patch_size,
+        num_classes=0,
+        global_pool="",
+        init_values=ours.flags["layerscale"],
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+        **SMALL,
+    )
+    state = dict(ours.state_dict())
+    if registers:  # timm holds the position of [CLS] inside cls_token
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("n_registers", [0, 4])
+@pytest.mark.parametrize("layerscale", [None, 1e-5])
+@pytest.mark.parametrize("size", [(224, 224), (160, 272), (100, 75)])
+def test_equals_timm(n_registers, layerscale, size):
+    ours = randomise(
+        ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias")
+    )
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        tokens, expected = ours(x), as_timm(ours, size).forward_features(x)
+    got = torch.cat([tokens.cls.unsqueeze(1), tokens.registers, tokens.patches], dim=1)
+    assert got.abs().max() > 0.1
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_feature_map_is_the_patch_grid():
+    model = randomise(ViT(**SMALL, pos_encoding="field", n_registers=2))
+    x = torch.randn(1, 3, 40, 70)  # 3 x 5 patches after padding
+    with torch.no_grad():
+        maps, tokens = model.feature_map(x), model(x)
+    assert maps.shape == (1, 48, 3, 5)
+    assert torch.equal(maps[0, :, 1, 2], tokens.patches[0, 1 * 5 + 2])
+    padded = torch.nn.functional.pad(x, (0, 10, 0, 8))
+    with torch.no_grad():
+        assert torch.equal(model.feature_map(padded), maps)
+
+
+def test_registered_names_and_sizes():
+    assert backbone_names() == sorted(
+        f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4")
+    )
+    model = build_backbone("vit_small_patch16_reg4", patch_size=14, depth=1)
+    assert (model.embed_dim, model.n_registers, model.patch_size) == (384, 4, 14)
+    n_parameters = sum(p.numel() for p in build_backbone("vit_small_patch16").parameters())
+    assert n_parameters == sum(p.numel() for p in timm.create_model("vit_small_patch16_224", num_classes=0).parameters())
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_eval():
+    model = build_backbone("vit_tiny_patch16", depth=2, drop_path=0.5)
+    assert [b.drop_path.rate for b in model.blocks] == [0.0, 0.5]
+    branch = model.blocks[1].drop_path.train()
+    torch.manual_seed(0)
+    out = branch(torch.ones(4000, 1, 1))
+    assert set(out.unique().tolist()) == {0.0, 2.0} and abs(out.mean().item() - 1) < 0.06
+    assert torch.equal(branch.eval()(torch.ones(5, 1, 1)), torch.ones(5, 1, 1))
+
+
+def test_attention_map_is_what_sdpa_uses():
+    model = randomise(ViT(**SMALL))
+    attention, x = model.blocks[0].attn, torch.randn(2, 7, 48)
+    with torch.no_grad():
+        _, _, v = attention.heads(x)
+        expected = attention.proj((attention.attention_map(x) @ v).transpose(1, 2).reshape(2, 7, 48))
+        torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_masks_replace_content_or_position_alone():
+    model = randomise(ViT(**SMALL, pos_encoding="field", mask_tokens=True))
+    x = torch.randn(1, 3, 64, 64)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    with torch.no_grad():
+        plain, _ = model.embed(x)
+        content, _ = model.embed(x, content_mask=mask)
+        position, _ = model.embed(x, position_mask=mask)
+        p = model.positions((4, 4))[0, 5]
+        torch.testing.assert_close(content[0, 1 + 5], model.mask_token[0] + p)
+        torch.testing.assert_close(position[0, 1 + 5], plain[0, 1 + 5] - p + model.pos_mask_token[0])
+    others = [i for i in range(17) if i != 6]
+    assert torch.equal(content[0, others], plain[0, others]) and torch.equal(position[0, others], plain[0, others])
+
+
+@pytest.mark.parametrize("pos_encoding", ["field", "standard"])
+def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
+    flags = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
+    model = randomise(build_backbone("vit_tiny_patch16", **flags))
+    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", flags=model.flags)
+    again = build_backbone("vit_tiny_patch16", weights=path).eval()
+    assert "mask_token" not in again.state_dict()
+    assert "mask_token" in build_backbone("vit_tiny_patch16", weights=path, mask_tokens=True).state_dict()
+    x = torch.randn(1, 3, 50, 80)
+    with torch.no_grad():
+        assert torch.equal(again.feature_map(x), model.feature_map(x))
+
+
+def test_timm_state_dict_is_recognised(tmp_path):
+    theirs = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    ours = build_backbone("vit_tiny_patch16", weights=tmp_path / "timm.pth").eval()
+    x = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).patches, theirs.forward_features(x)[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def save_tiny(tmp_path, edit):
+    model = build_backbone("vit_tiny_patch16", depth=1)
+    state = dict(model.state_dict())
+    edit(state)
+    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", flags=model.flags)
+
+
+@pytest.mark.parametrize(
+    "edit, names",
+    [
+        (lambda s: s.pop("blocks.0.attn.qkv.bias"), "missing blocks.0.attn.qkv.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "left over extra"),
+        (lambda s: s.update(cls_token=torch.zeros(1, 1, 7)), "cls_token is (1, 1, 7)"),
+    ],
+)
+def test_every_tensor_must_match(tmp_path, edit, names):
+    with pytest.raises(UserError) as error:
+        build_backbone("vit_tiny_patch16", weights=save_tiny(tmp_path, edit))
+    assert names in str(error.value) and "b.safetensors" in str(error.value)
+
+
+def test_bad_requests_name_the_value(tmp_path):
+    path = save_tiny(tmp_path, lambda state: None)
+    (tmp_path / "junk.safetensors").write_bytes(b"no")
+    (tmp_path / "junk.pth").write_bytes(b"no")
+    for arguments, named in [
+        ((("vit_huge",), {}), "vit_huge"),
+        ((("vit_base_patch16", path), {}), "192 wide"),
+        ((("vit_tiny_patch16", path), {"n_registers": 4}), "n_registers=4"),
+        ((("vit_tiny_patch16",), {"colour": 1}), "colour"),
+        ((("vit_tiny_patch16",), {"pos_encoding": "rope"}), "rope"),
+        ((("vit_tiny_patch16", tmp_path / "none.pth"), {}), "none.pth"),
+        ((("vit_tiny_patch16", tmp_path / "junk.safetensors"), {}), "junk.safetensors"),
+        ((("vit_tiny_patch16", tmp_path / "junk.pth"), {}), "junk.pth"),
+    ]:
+        with pytest.raises(UserError, match=named):
+            build_backbone(*arguments[0], **arguments[1])
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match=r"trap\.pth"):
+        build_backbone("vit_tiny_patch16", weights=tmp_path / "trap.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_xformers_is_refused_by_name_where_it_cannot_run():
+    assert choose_attention("auto") == "sdpa"
+    with pytest.raises(ValueError, match="flash9"):
+        choose_attention("flash9")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="xformers"):
+            build_backbone("vit_tiny_patch16", attention="xformers")
