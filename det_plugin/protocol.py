@@ -143,9 +143,7 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     elif isinstance(default, tuple):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = (value,)
-        fits = isinstance(value, (list, tuple)) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
-        )
+        fits = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
         value = tuple(type(default[0])(v) for v in value) if fits and default else value
     elif isinstance(default, float):
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -23,8 +23,8 @@ def build_backbone(name: str, weights: str | Path | None = None, **overrides: An
 
     Args:
         name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any supported checkpoint (:mod:`pretrain.weights`). Its flags (registers, LayerScale, position encoding, grid, depth,
-            ...) build the network; nothing needs to be repeated.
+        weights: any supported checkpoint (:mod:`pretrain.weights`). Its flags (registers, LayerScale, position encoding, grid,
+            depth, ...) build the network; nothing needs to be repeated.
         overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...).
 
     Returns:

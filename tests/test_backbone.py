@@ -49,9 +49,7 @@ def as_timm(ours: ViT, image_size):
 @pytest.mark.parametrize("layerscale", [None, 1e-5])
 @pytest.mark.parametrize("size", [(224, 224), (160, 272), (100, 75)])
 def test_equals_timm(n_registers, layerscale, size):
-    ours = randomise(
-        ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias")
-    )
+    ours = randomise(ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias"))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens, expected = ours(x), as_timm(ours, size).forward_features(x)
@@ -73,9 +71,7 @@ def test_feature_map_is_the_patch_grid():
 
 
 def test_registered_names_and_sizes():
-    assert backbone_names() == sorted(
-        f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4")
-    )
+    assert backbone_names() == sorted(f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4"))
     model = build_backbone("vit_small_patch16_reg4", patch_size=14, depth=1)
     assert (model.embed_dim, model.n_registers, model.patch_size) == (384, 4, 14)
     n_parameters = sum(p.numel() for p in build_backbone("vit_small_patch16").parameters())

@@ -1,7 +1,7 @@
 """Read a checkpoint: our own safetensors, or a timm-style state dict (safetensors or a tensors-only ``.pth``).
 
-Nothing in a file is executed: pickles are read with torch's tensors-only loader. A tensor that is missing, left over or of another
-shape is an error that names it; nothing is dropped silently.
+Nothing in a file is executed: pickles are read with torch's tensors-only loader. A tensor that is missing, left over or of
+another shape is an error that names it; nothing is dropped silently.
 """
 
 import json
@@ -77,9 +77,7 @@ def _own(path: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -> C
     version = int(metadata["format_version"])
     if version > FORMAT_VERSION:
         raise UserError(f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}")
-    return Checkpoint(
-        path, state, json.loads(metadata["flags"]), metadata["backbone"], json.loads(metadata["provenance"])
-    )
+    return Checkpoint(path, state, json.loads(metadata["flags"]), metadata["backbone"], json.loads(metadata["provenance"]))
 
 
 def _timm(path: Path, state: dict[str, Tensor]) -> Checkpoint:

@@ -1,0 +1,80 @@
+"""What one detection fine-tuning is, for either engine: its inputs, and the ``result.json`` that it leaves."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from det_plugin.protocol import DetectionProtocol, deviations
+from pretrain.results.provenance import config_hash, file_hash, git_commit, hardware, packages_in_use, peak_memory_mib
+from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.weights import read_checkpoint
+
+
+@dataclass(frozen=True)
+class DetectionRun:
+    """Everything that the outcome of a run depends on, and where it goes.
+
+    Attributes:
+        backbone: registry name.
+        weights: checkpoint of the backbone, none for random initialisation.
+        data: COCO root: ``train2017/``, ``val2017/``, ``annotations/instances_{train,val}2017.json``.
+        output: run folder.
+        protocol: the recipe (full or scaled down).
+        backbone_flags: further arguments of ``build_backbone``.
+        accumulate: micro-batches a step; the schedule does not change.
+    """
+
+    backbone: str
+    weights: Path | None
+    data: Path
+    output: Path
+    protocol: DetectionProtocol
+    seed: int = 0
+    device: str = "auto"
+    workers: int = 2
+    accumulate: int = 1
+    backbone_flags: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What defines the outcome, as plain values: no folder of this machine."""
+        return {
+            "backbone": self.backbone,
+            "backbone_flags": dict(self.backbone_flags),
+            "protocol": dataclasses.asdict(self.protocol),
+            "seed": self.seed,
+            "accumulate": self.accumulate,
+        }
+
+
+def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, started: float) -> Path:
+    """Write ``result.json`` into the run's folder.
+
+    Args:
+        metrics: ``box_ap``, ``mask_ap``, ... in percent.
+        engine: ``torchvision`` | ``detectron2``.
+        started: ``time.time()`` at the start.
+    """
+    provenance = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
+    changed = deviations(run.protocol, run.backbone)
+    if run.backbone_flags:
+        changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
+    result = Result(
+        kind="detection",
+        method=str(provenance.get("method", "from scratch" if run.weights is None else run.weights.stem)),
+        backbone=run.backbone,
+        effective_epochs=provenance.get("effective_epochs"),
+        protocol=Protocol(name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed),
+        metrics=dict(metrics),
+        seed=run.seed,
+        config_hash=config_hash({**run.settings(), "engine": engine}),
+        weights_hash=file_hash(run.weights) if run.weights else None,
+        git_commit=git_commit(Path(__file__).parent),
+        packages=packages_in_use(),
+        hardware=hardware(),
+        wall_time_s=time.time() - started,
+        peak_memory_mib=peak_memory_mib(),
+    )
+    return write_result(result, run.output)
