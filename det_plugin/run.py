@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, deviations
-from pretrain.results.provenance import config_hash, file_hash, git_commit, hardware, packages_in_use, peak_memory_mib
+from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.weights import read_checkpoint
 
@@ -57,24 +57,19 @@ def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, 
         engine: ``torchvision`` | ``detectron2``.
         started: ``time.time()`` at the start.
     """
-    provenance = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
+    origin = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
     changed = deviations(run.protocol, run.backbone)
     if run.backbone_flags:
         changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
     result = Result(
         kind="detection",
-        method=str(provenance.get("method", "from scratch" if run.weights is None else run.weights.stem)),
+        method=str(origin.get("method", "from scratch" if run.weights is None else run.weights.stem)),
         backbone=run.backbone,
-        effective_epochs=provenance.get("effective_epochs"),
+        effective_epochs=origin.get("effective_epochs"),
         protocol=Protocol(name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed),
         metrics=dict(metrics),
         seed=run.seed,
-        config_hash=config_hash({**run.settings(), "engine": engine}),
-        weights_hash=file_hash(run.weights) if run.weights else None,
-        git_commit=git_commit(Path(__file__).parent),
-        packages=packages_in_use(),
-        hardware=hardware(),
         wall_time_s=time.time() - started,
-        peak_memory_mib=peak_memory_mib(),
+        **provenance({**run.settings(), "engine": engine}, run.weights),
     )
     return write_result(result, run.output)

@@ -1,0 +1,17 @@
+"""Views: where the crops are, which patches are masked, and what the pixels look like."""
+
+from pretrain.views.boxes import CropRule, PositionRule, Views, draw_views
+from pretrain.views.colour import ColourRule, draw_colour
+from pretrain.views.masks import MaskRule, Masks, draw_masks
+
+__all__ = [
+    "ColourRule",
+    "CropRule",
+    "MaskRule",
+    "Masks",
+    "PositionRule",
+    "Views",
+    "draw_colour",
+    "draw_masks",
+    "draw_views",
+]

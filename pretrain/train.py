@@ -1,0 +1,317 @@
+"""The pre-training run: build, loop, leave ``backbone.safetensors`` and ``result.json``. Nothing clever."""
+
+import math
+import os
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain import distributed
+from pretrain.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.config import as_dict
+from pretrain.data.loader import ViewsDataset, build_dataset, build_loader
+from pretrain.errors import UserError
+from pretrain.methods.intertwined import Intertwined
+from pretrain.metrics_log import MetricsLog, ProgressLine
+from pretrain.optim import clip_gradients, ema_update, parameter_groups, set_schedules
+from pretrain.results.provenance import config_hash, provenance
+from pretrain.results.schema import Protocol, Result, read_result, write_result
+from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
+from pretrain.weights import save_backbone
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in iterations."""
+
+    epoch_it: int
+    total_it: int
+    warmup_it: int
+    freeze_it: int
+
+    @staticmethod
+    def of(config: DictConfig, n_images: int) -> "Length":
+        """From epochs to iterations; an epoch is images / batch unless the config says how long it is."""
+        optim = config.optim
+        epoch_it = optim.epoch_length_it or n_images // optim.batch_size
+        if not epoch_it:
+            raise UserError(f"config: optim.batch_size={optim.batch_size} is more than the {n_images} images of {config.data.root}")
+        return Length(
+            epoch_it,
+            optim.epochs * epoch_it,
+            optim.warmup_epochs * epoch_it,
+            optim.freeze_last_layer_epochs * epoch_it,
+        )
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the schedules say at one iteration."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    teacher_momentum: float
+
+    @staticmethod
+    def at(it: int, config: DictConfig, length: Length) -> "Values":
+        """METHOD 6: warm-up and cosine of the lr, cosines of weight decay and momentum, last layer frozen at first."""
+        optim = config.optim
+        peak = scaled_lr(optim.base_lr, optim.batch_size, optim.lr_rule)
+        lr = warmup_cosine(it, length.total_it, length.warmup_it, peak, optim.min_lr)
+        return Values(
+            lr,
+            0.0 if it < length.freeze_it else lr,
+            cosine(it, length.total_it, optim.weight_decay, optim.weight_decay_end),
+            cosine(it, length.total_it, optim.teacher_momentum, optim.teacher_momentum_end),
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: CUDA (this rank's), else MPS, else CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("config: run.device='cuda', but torch sees no CUDA device")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, AbstractContextManager[Any]]:
+    """Dtype of the parameters and the autocast context of a step; ``auto`` is bf16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "float32"
+    if name == "bf16":
+        return torch.float32, torch.autocast(device.type, torch.bfloat16)
+    return (torch.float64 if name == "float64" else torch.float32), nullcontext()
+
+
+class Trainer:
+    """The state of a run, and one step of it."""
+
+    def __init__(self, config: DictConfig, dataset: ViewsDataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.length = Length.of(config, len(dataset))
+        self.device = choose_device(config.run.device)
+        self.dtype, self.autocast = choose_precision(config.run.precision, self.device)
+        torch.manual_seed(config.run.seed)
+        self.method = Intertwined(config).to(self.device, self.dtype)
+        self.ranks: nn.Module = self.method
+        if distributed.world_size() > 1:
+            # Which parameters get a gradient does not change from step to step; centres are kept equal by their own reduction.
+            self.ranks = DistributedDataParallel(self.method, broadcast_buffers=False)
+        betas = tuple(config.optim.betas)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.method.student), betas=betas)
+        self.iteration = 0
+
+    def step(self, batch: Any) -> tuple[dict[str, Tensor], Values]:
+        """One iteration: teacher, student, losses, backward, step, EMA. Returns the loss terms, still on the device."""
+        values = Values.at(self.iteration, self.config, self.length)
+        # Drop path is the only thing drawn on the device: seeded by the iteration, a resumed run draws the same.
+        torch.manual_seed(self.config.run.seed * 1_000_003 + self.iteration * 1009 + distributed.rank())
+        set_schedules(self.optimizer, values.lr, values.last_layer_lr, values.weight_decay)
+        with self.autocast:
+            terms = self.ranks(batch.to(self.device, self.dtype))
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        clip_gradients(self.method.student.values(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        ema_update(self.method.teacher, self.method.student, values.teacher_momentum)
+        self.iteration += 1
+        return {name: term.detach() for name, term in terms.items()}, values
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {
+            "iteration": self.iteration,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": as_dict(self.config),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state.
+
+        Raises:
+            UserError: the checkpoint belongs to another network or to other settings, by key.
+        """
+        changed = changed_keys(state["config"], as_dict(self.config))
+        if changed:
+            raise UserError(
+                f"resume: the checkpoint in {self.config.run.output} was made with other settings: {', '.join(changed)}"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+
+
+# Keys that may change between a run and its continuation: they do not touch what is computed.
+FREE_KEYS = ("run.output", "run.device", "data.root", "data.workers", "log.checkpoint_period_it", "log.tensorboard")
+
+
+def changed_keys(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that differ, those of no effect on the outcome left out."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(set(before) | set(after))
+        return [key for name in names for key in changed_keys(before.get(name), after.get(name), f"{prefix}{name}.")]
+    name = prefix.rstrip(".")
+    return [] if before == after or name in FREE_KEYS else [name]
+
+
+def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = None) -> Path:
+    """Run (or go on with) a pre-training.
+
+    Args:
+        config: all settings (:func:`pretrain.config.load_config`).
+        resume: go on from the folder's checkpoint if there is one; a finished run is left as it is.
+        stop_after_it: save and leave at this iteration, as an interruption would.
+
+    Returns:
+        the folder, with ``backbone.safetensors`` (the teacher), ``result.json``, logs and the last checkpoint.
+
+    Raises:
+        UserError: bad settings, no images, a folder that holds another run.
+        FloatingPointError: a loss is no number; names the iteration and the terms.
+    """
+    folder = Path(config.run.output)
+    # deterministic CUDA matrix products need this before the first of them
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    distributed.start(config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    dataset = build_dataset(config)
+    trainer = Trainer(config, dataset)
+    state = load_checkpoint(folder) if resume else None
+    if state is not None:
+        trainer.restore(state)
+    elif not resume and (folder / "checkpoint.pt").exists():
+        raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
+    if trainer.iteration >= trainer.length.total_it and (folder / "result.json").is_file():
+        say(f"{folder} is finished ({read_result(folder).created})")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main():
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    seconds_before = float(state["wall_time_s"]) if state else 0.0
+    end_it = min(trainer.length.total_it, stop_after_it or trainer.length.total_it)
+    started = time.time()
+    losses, img_per_s = loop(trainer, folder, end_it, seconds_before, started)
+    if end_it == trainer.length.total_it and distributed.is_main():
+        finish(trainer, folder, losses, img_per_s, seconds_before + time.time() - started)
+    return folder
+
+
+def loop(trainer: Trainer, folder: Path, end_it: int, seconds_before: float, started: float) -> tuple[dict[str, float], float]:
+    """Iterations up to ``end_it``, with logs and checkpoints. Returns the last losses and the mean img/s."""
+    config, first_it = trainer.config, trainer.iteration
+    loader = build_loader(config, trainer.dataset, first_it, end_it)
+    log = MetricsLog(folder, first_it, config.log.tensorboard) if distributed.is_main() else None
+    progress = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, first_it) if log else None
+    broken: set[str] = set()
+    losses: dict[str, float] = {}
+    waited, img_per_s, waiting_since = 0.0, 0.0, time.time()
+    try:
+        for batch, unreadable in loader:
+            waited += time.time() - waiting_since
+            it = trainer.iteration
+            report_broken(broken, unreadable)
+            terms, values = trainer.step(batch)
+            if it % config.log.period_it == 0 or it + 1 == trainer.length.total_it:
+                losses = finite_losses(terms, it)
+                img_per_s = (trainer.iteration - first_it) * config.optim.batch_size / (time.time() - started)
+                if log and progress:
+                    schedules = {
+                        "lr": values.lr,
+                        "weight_decay": values.weight_decay,
+                        "teacher_momentum": values.teacher_momentum,
+                    }
+                    log.write("metrics", it, {**losses, **schedules})
+                    share = waited / (time.time() - started)
+                    log.write("speed", it, {"img_per_s": img_per_s, "data_wait": share, "broken_images": len(broken)})
+                    eta_s = (trainer.length.total_it - it - 1) * config.optim.batch_size / img_per_s
+                    progress.update(it + 1, f"loss {losses['loss']:.3f}  {img_per_s:.1f} img/s  data wait {share:.0%}", eta_s)
+            if trainer.iteration % config.log.checkpoint_period_it == 0 or trainer.iteration == end_it:
+                finite_losses(terms, it)
+                if log:
+                    log.flush()
+                    seconds = seconds_before + time.time() - started
+                    save_checkpoint(folder, {**trainer.state(), "wall_time_s": seconds})
+            waiting_since = time.time()
+    except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+    finally:
+        if log and progress:
+            log.close()
+            progress.close()
+    return losses, img_per_s
+
+
+def finite_losses(terms: dict[str, Tensor], it: int) -> dict[str, float]:
+    """Loss terms averaged over the ranks, as numbers.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite; the run must not go on.
+    """
+    stacked = distributed.mean_over_ranks(torch.stack(list(terms.values())))
+    losses = dict(zip(terms, stacked.tolist()))
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise FloatingPointError(f"iteration {it}: a loss is no number: {losses}")
+    return losses
+
+
+def report_broken(known: set[str], unreadable: tuple[str, ...]) -> None:
+    """Name each file that cannot be read once."""
+    for name in unreadable:
+        if name not in known:
+            known.add(name)
+            say(f"skipped, cannot be read: {name}")
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the main process."""
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+def finish(trainer: Trainer, folder: Path, losses: dict[str, float], img_per_s: float, wall_time_s: float) -> None:
+    """Leave the teacher's backbone and the result."""
+    config, crops = trainer.config, trainer.config.crops
+    seen = trainer.length.total_it * config.optim.batch_size / len(trainer.dataset)
+    epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
+    origin = {
+        "method": config.run.method,
+        "effective_epochs": round(epochs, 2),
+        "seed": config.run.seed,
+        "config_hash": config_hash(as_dict(config)),
+    }
+    backbone = trainer.method.backbone_of("teacher")
+    path = save_backbone(
+        folder / "backbone.safetensors",
+        {name: tensor.float() for name, tensor in backbone.state_dict().items()},
+        name=config.backbone.name,
+        flags=backbone.flags,
+        provenance=origin,
+    )
+    result = Result(
+        kind="pretrain",
+        method=config.run.method,
+        backbone=config.backbone.name,
+        effective_epochs=origin["effective_epochs"],
+        protocol=Protocol(name="pretraining", version=1, full=True, deviations={}),
+        metrics={**losses, "img_per_s": img_per_s},
+        seed=config.run.seed,
+        wall_time_s=wall_time_s,
+        **provenance(as_dict(config), path),
+    )
+    write_result(result, folder)

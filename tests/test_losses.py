@@ -1,0 +1,145 @@
+"""Every loss against a plain float64 restatement with loops."""
+
+import math
+
+import pytest
+import torch
+
+from pretrain.heads import ProjectionHead
+from pretrain.losses import (
+    image_loss,
+    koleo_loss,
+    mask_weights,
+    patch_loss,
+    sinkhorn_knopp,
+    softmax_center,
+    updated_center,
+)
+from pretrain.optim import decays, ema_update, parameter_groups, set_schedules
+from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def log_softmax(row):
+    peak = max(row)
+    total = math.log(sum(math.exp(v - peak) for v in row)) + peak
+    return [v - total for v in row]
+
+
+def plain_cross_entropy(student, teacher, temperature):
+    return -sum(t * s for t, s in zip(teacher, log_softmax([v / temperature for v in student])))
+
+
+def test_image_loss_is_dinos(rng):
+    """Every global teacher view against every other student view; means over the images and over the 2 + 2 * 3 pairs."""
+    n_global, n_local, n_images, k = 2, 3, 4, 6
+    globals_ = torch.randn(n_global, n_images, k, generator=rng, dtype=torch.float64)
+    locals_ = torch.randn(n_local, n_images, k, generator=rng, dtype=torch.float64)
+    teacher = torch.randn(n_global, n_images, k, generator=rng, dtype=torch.float64).softmax(-1)
+    pairs = [(t, globals_[s]) for t in range(2) for s in range(2) if s != t] + [(t, v) for t in range(2) for v in locals_]
+    total = 0.0
+    for t, student in pairs:
+        rows = [plain_cross_entropy(student[b].tolist(), teacher[t, b].tolist(), 0.1) for b in range(n_images)]
+        total += sum(rows) / n_images
+    assert image_loss(globals_, locals_, teacher, 0.1).item() == pytest.approx(total / len(pairs), rel=1e-12)
+    without = image_loss(globals_, locals_[:0], teacher, 0.1).item()
+    rows = [plain_cross_entropy(globals_[1 - t, b].tolist(), teacher[t, b].tolist(), 0.1) for t in range(2) for b in range(4)]
+    assert without == pytest.approx(sum(rows) / 8, rel=1e-12)
+
+
+def test_patch_loss_weighs_each_crop_alike(rng):
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    mask[0, :2], mask[2, 3:8] = True, True  # crops 1 and 3 have no mask of this kind and still count
+    n_masked = int(mask.sum())
+    student = torch.randn(n_masked, 5, generator=rng, dtype=torch.float64)
+    teacher = torch.randn(n_masked, 5, generator=rng, dtype=torch.float64).softmax(-1)
+    rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student, teacher)]
+    expected = (sum(rows[:2]) / 2 + sum(rows[2:]) / 5) / 4
+    got = patch_loss(student, teacher, mask_weights(mask).double(), len(mask), 0.1).item()
+    assert got == pytest.approx(expected, rel=1e-7)
+    empty = patch_loss(student[:0], teacher[:0], mask_weights(mask[:0]).double(), 4, 0.1)
+    assert empty.item() == 0.0
+
+
+def test_centering(rng):
+    logits = torch.randn(3, 4, generator=rng, dtype=torch.float64)
+    center = torch.randn(1, 4, generator=rng, dtype=torch.float64)
+    got = softmax_center(logits, center, 0.04)
+    for row, probabilities in zip(logits, got):
+        scores = [(v - c) / 0.04 for v, c in zip(row.tolist(), center[0].tolist())]
+        assert probabilities.tolist() == pytest.approx([math.exp(v) for v in log_softmax(scores)], rel=1e-9)
+    moved = updated_center(center, logits, 0.9)
+    for k in range(4):
+        assert moved[0, k].item() == pytest.approx(0.9 * center[0, k].item() + 0.1 * logits[:, k].mean().item(), rel=1e-12)
+    assert torch.equal(updated_center(center, logits[:0], 0.9), center)
+
+
+def test_sinkhorn_is_the_plain_alternation(rng):
+    logits = torch.randn(6, 4, generator=rng, dtype=torch.float64) * 0.2
+    n, k = logits.shape
+    q = [[math.exp(v / 0.04) for v in row] for row in logits.tolist()]
+    total = sum(map(sum, q))
+    q = [[v / total for v in row] for row in q]
+    for _ in range(3):
+        columns = [sum(row[j] for row in q) for j in range(k)]
+        q = [[v / columns[j] / k for j, v in enumerate(row)] for row in q]
+        q = [[v / sum(row) / n for v in row] for row in q]
+    got = sinkhorn_knopp(logits, 0.04, 3)
+    torch.testing.assert_close(got, torch.tensor(q, dtype=torch.float64) * n, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.sum(1), torch.ones(n, dtype=torch.float64))
+
+
+def test_koleo_is_the_mean_log_distance_to_the_nearest(rng):
+    x = torch.randn(5, 3, generator=rng, dtype=torch.float64, requires_grad=True)
+    unit = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in x.tolist()]
+    total = 0.0
+    for i, a in enumerate(unit):
+        nearest = max((j for j in range(5) if j != i), key=lambda j: sum(p * q for p, q in zip(a, unit[j])))
+        total -= math.log(math.sqrt(sum((p - q + 1e-8) ** 2 for p, q in zip(a, unit[nearest]))) + 1e-8)
+    loss = koleo_loss(x)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-9)
+    assert torch.autograd.gradcheck(koleo_loss, (x,), atol=1e-5)
+    assert koleo_loss(x[:1]).item() == 0.0
+
+
+def test_head_gives_cosines_with_unit_prototypes(rng):
+    head = ProjectionHead(8, 20, hidden_dim=16, bottleneck_dim=4, n_layers=3).double()
+    assert [type(m).__name__ for m in head.mlp] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    x = torch.randn(7, 8, generator=rng, dtype=torch.float64)
+    z = head.mlp(x)
+    expected = (z / z.norm(dim=1, keepdim=True)) @ (head.last_layer.weight / head.last_layer.weight.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(head(x), expected)
+    doubled = ProjectionHead(8, 20, 16, 4, 3).double()
+    doubled.load_state_dict({k: v * 2 if "last" in k else v for k, v in head.state_dict().items()})
+    torch.testing.assert_close(doubled(x), head(x))  # the prototypes' norm is fixed
+
+
+def test_schedules_are_dinov2s():
+    lr = [warmup_cosine(it, 10, 4, 1.0, 0.1) for it in range(11)]
+    assert lr[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1.0])
+    assert lr[4:10] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    assert lr[10] == 0.1
+    assert [cosine(it, 100, 0.04, 0.4) for it in (0, 50, 100, 500)] == pytest.approx([0.04, 0.22, 0.4, 0.4])
+    assert scaled_lr(2e-3, 512, "sqrt_1024") == pytest.approx(2e-3 * math.sqrt(0.5)) and scaled_lr(1.0, 64, "none") == 1.0
+    assert effective_epochs(100, 2, 8, 224, 96) == pytest.approx(346.94, abs=0.01)  # the paper's "350"
+
+
+def test_optimizer_groups_and_ema():
+    model = torch.nn.ModuleDict({"head": ProjectionHead(4, 6, 5, 3, 2), "norm": torch.nn.LayerNorm(4)})
+    groups = parameter_groups(model)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    optimizer = torch.optim.AdamW(groups)
+    set_schedules(optimizer, lr=0.5, last_layer_lr=0.0, weight_decay=0.3)
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    named = {name: of[id(p)] for name, p in model.named_parameters()}
+    assert named["head.last_layer.weight"] == (0.0, 0.3) and named["head.mlp.0.weight"] == (0.5, 0.3)
+    assert named["head.mlp.0.bias"] == named["norm.weight"] == named["norm.bias"] == (0.5, 0.0)
+    assert not decays("backbone.blocks.0.ls1.gamma") and decays("backbone.cls_token") and decays("backbone.pos_field")
+    teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = teacher.weight.detach().clone()
+    ema_update(teacher, student, 0.75)
+    torch.testing.assert_close(teacher.weight, 0.75 * before + 0.25 * student.weight)

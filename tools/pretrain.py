@@ -1,0 +1,30 @@
+"""Pre-train a backbone: ``python tools/pretrain.py --config configs/pretrain/toy.yaml data.root=photos run.output=runs/toy``."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+
+from pretrain import distributed
+from pretrain.cli import run
+from pretrain.config import load_config
+from pretrain.train import train
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, train."""
+    parser = argparse.ArgumentParser(description="Self-supervised pre-training; every key is in pretrain/default.yaml.")
+    parser.add_argument("--config", help="a child config, e.g. configs/pretrain/toy.yaml; without it, the defaults")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.output, if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")
+    options = parser.parse_args(arguments)
+    try:
+        train(load_config(options.config, options.overrides), resume=options.resume)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    run(main)
