@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,6 +34,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"resume: {path} is no whole checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # on damaged bytes the unpickler fails in any way: KeyError, IndexError, struct.error, ...
+        raise UserError(f"resume: {path} is no whole checkpoint ({type(error).__name__})") from error
     return state

@@ -18,7 +18,7 @@ from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATION
 from pretrain.backbones.vit import POS_ENCODINGS
 from pretrain.errors import UserError
 from pretrain.views.boxes import REFERENCES, SCALES, SURROUNDED
-from pretrain.views.masks import SHAPES, SHARED_OVER
+from pretrain.views.masks import SHAPES, KINDS_OVER
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda", "mps"),
@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "positions.surround": SURROUNDED,
     "masks.content_shape": SHAPES,
     "masks.position_shape": SHAPES,
-    "masks.kinds_over": SHARED_OVER,
+    "masks.kinds_over": KINDS_OVER,
     "backbone.attention": ATTENTIONS,
     "losses.koleo_scope": ("global", "local"),
     "losses.centering": ("softmax_center", "sinkhorn_knopp"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SHAPES = ("box", "cross")
-SHARED_OVER = ("batch", "image")
+KINDS_OVER = ("batch", "image")
 
 Mask = NDArray[np.bool_]
 

@@ -1,0 +1,133 @@
+"""From single runs to the rows of a table: which results belong together, and the mean over their seeds."""
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pretrain.results.schema import Protocol, Result, to_json
+
+# {(protocol, config hash): the runs that differ in their seed}
+SeedGroups = dict[tuple[str, str], list[Result]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean of a metric over n runs, and its sample standard deviation (n - 1; None for one run)."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, runs: Iterable[Result], metric: str) -> "Score | None":
+        """The score over the runs that have the metric; None when none has."""
+        values = [float(run.metrics[metric]) for run in runs if metric in run.metrics]
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f} (n={self.n})")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured row: runs of one method and backbone, and one protocol and configuration a column group.
+
+    pretraining  the protocol of the pre-training, where it is known to have been scaled down; else None.
+    """
+
+    detection: list[Result]
+    segmentation: list[Result]
+    pretraining: Protocol | None
+
+    @property
+    def run(self) -> Result:
+        """Any of the runs: for what all of them share."""
+        return (self.detection or self.segmentation)[0]
+
+    @property
+    def protocols(self) -> list[Protocol | None]:
+        """Of pre-training (if scaled down), detection and segmentation."""
+        return [self.pretraining] + [runs[0].protocol if runs else None for runs in (self.detection, self.segmentation)]
+
+    @property
+    def scaled(self) -> list[Protocol]:
+        """The protocols from which these runs depart; empty for a row that may stand beside the published ones."""
+        return [protocol for protocol in self.protocols if protocol is not None and protocol.deviations]
+
+    @property
+    def identity(self) -> tuple:
+        """What a reader sees of the row beside its numbers and seeds."""
+        protocols = [None if protocol is None else protocol.identity for protocol in self.protocols]
+        return self.run.method, self.run.backbone, self.run.effective_epochs, *protocols
+
+    @property
+    def configs(self) -> str:
+        """The config hashes of detection and segmentation."""
+        return " / ".join(runs[0].config_hash for runs in (self.detection, self.segmentation) if runs)
+
+    @property
+    def seeds(self) -> str:
+        """ "0, 1, 2", or both lists where detection and segmentation differ."""
+        texts = [", ".join(str(run.seed) for run in runs) for runs in (self.detection, self.segmentation)]
+        if all(texts) and texts[0] != texts[1]:
+            return f"detection {texts[0]}; segmentation {texts[1]}"
+        return texts[0] or texts[1]
+
+
+def merge(results: Sequence[Result]) -> list[Measured]:
+    """Detection and segmentation results as rows, sorted by backbone, method and epochs; other kinds only inform.
+
+    * Runs of equal protocol and config hash differ in their seed and are averaged. A copy of a run counts once.
+    * A detection group and a segmentation group of one method, backbone and number of epochs share a row when both are
+      full or both are scaled down, so that a row is one or the other. Of several groups the best comes first.
+    * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result.
+    """
+    results = list({to_json(result): result for result in results}.values())
+    pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
+    pretraining.pop(None, None)
+    rows: dict[tuple, dict[str, SeedGroups]] = {}
+    for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
+        if r.kind in ("detection", "segmentation"):
+            before = pretraining.get(r.weights_hash)
+            epochs = -1.0 if r.effective_epochs is None else r.effective_epochs
+            scaled = before is not None or bool(r.protocol.deviations)
+            key = (backbone_label(r.backbone), r.method, epochs, scaled, before.identity if before else "")
+            groups = rows.setdefault(key, {"detection": {}, "segmentation": {}})[r.kind]
+            groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
+    merged = []
+    for key in sorted(rows):
+        detections = _ranked(rows[key]["detection"], "box_ap")
+        segmentations = _ranked(rows[key]["segmentation"], "miou")
+        for i in range(max(len(detections), len(segmentations))):
+            detection = detections[i] if i < len(detections) else []
+            segmentation = segmentations[i] if i < len(segmentations) else []
+            before = pretraining.get((detection or segmentation)[0].weights_hash)
+            merged.append(Measured(detection, segmentation, before))
+    return merged
+
+
+def _ranked(groups: SeedGroups, metric: str) -> list[list[Result]]:
+    """By the protocol's label; within a protocol the best mean first."""
+
+    def rank(key: tuple[str, str]) -> tuple:
+        score = Score.of(groups[key], metric)
+        return groups[key][0].protocol.label, key[0], -score.mean if score else 0.0, key[1]
+
+    return [groups[key] for key in sorted(groups, key=rank)]
+
+
+def backbone_label(name: str) -> str:
+    """ "vit_small_patch16_reg4" -> "ViT-S/16, 4 registers", as the paper writes it; any other name as it is."""
+    match = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)(?:_reg(\d+))?", name)
+    if match is None:
+        return name
+    size, patch, registers = match.groups()
+    return f"ViT-{size[0].upper()}/{patch}" + (f", {registers} registers" if registers else "")
+
+
+def backbone_family(name: str) -> str:
+    """The label without the registers: the rows of one family stand together."""
+    return backbone_label(name).split(",")[0]

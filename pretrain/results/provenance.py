@@ -1,0 +1,162 @@
+"""Where a number comes from: versions, hardware, commit and hashes. Nothing here names a host, a user or a path."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+
+# (module, distribution that may provide it) of what can change a number
+_PACKAGES = (
+    ("cv2", "opencv-python"),
+    ("cv2", "opencv-python-headless"),
+    ("detectron2", "detectron2"),
+    ("faster_coco_eval", "faster-coco-eval"),
+    ("fvcore", "fvcore"),
+    ("mmcv", "mmcv"),
+    ("mmcv", "mmcv-lite"),
+    ("mmengine", "mmengine"),
+    ("mmseg", "mmsegmentation"),
+    ("numpy", "numpy"),
+    ("omegaconf", "omegaconf"),
+    ("PIL", "pillow"),
+    ("pretrain", "posfield"),
+    ("pycocotools", "pycocotools"),
+    ("safetensors", "safetensors"),
+    ("timm", "timm"),
+    ("torch", "torch"),
+    ("torchvision", "torchvision"),
+    ("xformers", "xformers"),
+)
+# What says where a run reads and writes, or repeats it; `weights_hash` and `seed` say it better.
+NOT_HASHED = ("seed", "weights", "output", "output_dir", "work_dir")
+
+
+def provenance(config: Mapping[str, Any], weights: str | Path | None = None) -> dict[str, Any]:
+    """The fields of a `Result` that no run should fill by hand: `Result(kind=..., ..., **provenance(config, weights))`.
+
+    Gives config_hash, weights_hash (None without `weights`), git_commit (of this code), packages, hardware
+    and peak_memory_mib.
+    """
+    return {
+        "config_hash": config_hash(config),
+        "weights_hash": None if weights is None else file_hash(weights),
+        "git_commit": git_commit(Path(__file__).resolve().parents[1]),
+        "packages": packages_in_use(),
+        "hardware": hardware(),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def packages_in_use() -> dict[str, str]:
+    """{distribution: version} of Python and of the imported packages that can change a number."""
+    versions = {"python": platform.python_version()}
+    for module, name in _PACKAGES:
+        if module in sys.modules:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """cpu (model), cores (that this process may use), memory_gib, gpus (names), processes (of the distributed run)."""
+    torch = sys.modules.get("torch")  # a run has imported it; a table need not
+    gpus = []
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    spread = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus,
+        "processes": torch.distributed.get_world_size() if torch is not None and spread else 1,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit(folder: str | Path) -> str | None:
+    """The commit of the repository that tracks `folder`, with "+dirty" when tracked files differ from it.
+
+    None outside a repository, without git, before the first commit, and for a folder that merely lies in someone
+    else's repository untracked (an installed package).
+    """
+    if not _git(folder, "ls-files", "--", "."):
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+dirty" if changed else "")
+
+
+def _git(folder: str | Path, *arguments: str) -> str | None:
+    """What git prints, or None when it fails or is absent."""
+    # GIT_DIR and the like are set inside a hook and would point at another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED) -> str:
+    """12 hex digits of the SHA-256 of the canonical JSON of `config`, keys of any depth named in `without` left out.
+
+    The order of keys does not matter, nor whether a sequence is a list or a tuple. Raises UserError for a config
+    that JSON cannot hold.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): kept(item) for key, item in value.items() if key not in without}
+        return [kept(item) for item in value] if isinstance(value, list | tuple) else value
+
+    try:
+        text = json.dumps(kept(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config cannot be hashed: {error}") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def file_hash(path: str | Path) -> str:
+    """12 hex digits of the SHA-256 of a file's bytes. Raises UserError when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for block in iter(functools.partial(file.read, 1 << 20), b""):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()[:12]
+
+
+def peak_memory_mib() -> float:
+    """MiB: the most that PyTorch held on one GPU, where this process used one; else the peak resident set."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        if peak > 0:
+            return round(peak / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

@@ -1,0 +1,58 @@
+"""The numbers that the paper prints, as data: `published_results.csv`, one row a row of its tables."""
+
+import csv
+from dataclasses import dataclass
+from importlib import resources
+
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None where the paper prints none.
+
+    All rows are 12-epoch COCO fine-tuning except those of Table 2 (50 epochs); mIoU is ADE20K with a linear decoder.
+    """
+
+    table: str
+    method: str
+    backbone: str
+    effective_epochs: float | None
+    box_ap: float | None
+    mask_ap: float | None
+    ade20k_miou: float | None
+    note: str
+
+
+def published_rows() -> list[PublishedRow]:
+    """Every row of the csv that ships with the package, in its order."""
+    text = resources.files("pretrain.results").joinpath("published_results.csv").read_text(encoding="utf-8")
+    return [
+        PublishedRow(
+            table=row["table"],
+            method=row["method"],
+            backbone=row["backbone"],
+            effective_epochs=_number(row["effective_epochs"]),
+            box_ap=_number(row["box_ap"]),
+            mask_ap=_number(row["mask_ap"]),
+            ade20k_miou=_number(row["ade20k_miou"]),
+            note=row["note"],
+        )
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:
+    """The rows of a comma list of tables ("1,2,7"; "4" means 4a and 4b) or "all". UserError names an unknown one."""
+    if tables == "all":
+        return list(rows)
+    wanted = [name.strip() for name in tables.split(",")]
+    known = sorted({row.table for row in rows})
+    for name in wanted:
+        if name not in {t for table in known for t in (table, table.rstrip("abc"))}:
+            raise UserError(f"no published table {name!r}: there are {', '.join(known)}, or all")
+    return [row for row in rows if row.table in wanted or row.table.rstrip("abc") in wanted]
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None

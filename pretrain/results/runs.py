@@ -1,0 +1,146 @@
+"""A run folder as the report reads it: result.json, metrics.jsonl and figures/ with its captions.json."""
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.results.merge import backbone_label
+from pretrain.results.schema import FILE_NAME, Result, read_result
+
+# {iteration: {term: value}}, sorted by iteration
+Log = dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of a run: its title and caption as plain text, its PNG file as bytes."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run left: its result, its log (empty without metrics.jsonl) and its figures (possibly none)."""
+
+    result: Result
+    log: Log
+    figures: list[Figure]
+
+
+def find_results(paths: Iterable[str | Path]) -> list[Path]:
+    """The result files under the paths: a `result.json`, its folder, or any folder above; each file once.
+
+    Raises UserError naming the path under which there is none.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def read_run(result_file: Path) -> Run:
+    """The run whose `result.json` is given. Raises UserError for malformed files (see the readers below)."""
+    folder = result_file.parent
+    log = folder / "metrics.jsonl"
+    return Run(read_result(result_file), read_log(log) if log.exists() else {}, read_figures(folder / "figures"))
+
+
+def read_log(path: Path) -> Log:
+    """A metrics.jsonl: one object a line, with "iteration" and numbers.
+
+    Of lines of the same iteration (a resumed run repeats some) the last one counts; what is not a finite number is no
+    term and is left out. A last line that was cut off, by a kill, is skipped with a warning; any other malformed line
+    is a UserError that names the file and the line.
+    """
+    log: Log = {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")  # not splitlines(): the last item is "" exactly when the last line is complete
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                warnings.warn(f"{path}:{number}: the last line is cut off and is skipped", stacklevel=2)
+                continue
+            raise UserError(f"{path}:{number}: not a JSON object: {line.strip()[:60]!r}") from error
+        iteration = entry.get("iteration") if isinstance(entry, dict) else None
+        if not isinstance(iteration, int) or isinstance(iteration, bool):
+            raise UserError(f"{path}:{number}: no whole number 'iteration' in {line.strip()[:60]!r}")
+        log[iteration] = {name: float(v) for name, v in entry.items() if name != "iteration" and _finite(v)}
+    return dict(sorted(log.items()))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_figures(folder: Path) -> list[Figure]:
+    """The PNG files of a folder: first those of captions.json in its order, then the others by name.
+
+    Raises UserError for a captions.json that is malformed or names an absent file, and for a file that is no PNG.
+    """
+    captions = _read_captions(folder / "captions.json")
+    others = sorted(path.name for path in folder.glob("*.png") if path.name not in captions)
+    figures = []
+    for name in [*captions, *others]:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / 'captions.json'}: names {name!r}, which is not in {folder}")
+        png = (folder / name).read_bytes()
+        if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise UserError(f"{folder / name}: not a PNG file")
+        words = captions.get(name, {"title": Path(name).stem.replace("_", " "), "caption": ""})
+        figures.append(Figure(words["title"], words["caption"], png))
+    return figures
+
+
+def _read_captions(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(captions, dict):
+        raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
+    for name, words in captions.items():
+        for key in ("title", "caption"):
+            if not isinstance(words, dict) or not isinstance(words.get(key), str):
+                raise UserError(f"{path}: {name!r} has no text {key!r}")
+        if Path(name).name != name:
+            raise UserError(f"{path}: {name!r} is not the name of a file beside it")
+    return captions
+
+
+def run_names(results: Sequence[Result]) -> list[str]:
+    """A short name for each run, unique within its kind: the method, and what sets it apart from its like.
+
+    "intertwined" alone; "intertwined, seed 0" and "intertwined, seed 1" for two runs that differ in the seed.
+    """
+    names = [result.method for result in results]
+    apart = (
+        [backbone_label(result.backbone) for result in results],
+        [result.protocol.label for result in results],
+        [f"seed {result.seed}" for result in results],
+        [f"config {result.config_hash}" for result in results],
+        [f"run {i}" for i in range(1, len(results) + 1)],
+    )
+    for parts in apart:
+        full = [(result.kind, name) for result, name in zip(results, names)]
+        like = [{part for part, other in zip(parts, full) if other == this} for this in full]
+        names = [f"{name}, {part}" if len(same) > 1 else name for name, part, same in zip(names, parts, like)]
+    return names

@@ -1,0 +1,247 @@
+"""Results and published numbers side by side, as text cells that `render.py` draws.
+
+Two rules hold in every table. A measured row is never mixed with the published ones without a mark (†, and the column
+`source`). A run that was scaled down, or whose pre-training was, never stands under the bare name of its protocol: the
+label says so, its numbers carry a ‡, and a foot note lists every departure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
+from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
+from pretrain.results.schema import Protocol, Result
+
+NONE, MEASURED, SCALED = "–", "†", "‡"
+COLUMNS = (
+    *("source", "method", "backbone", "eff. epochs", "box AP", "mask AP", "ADE20K mIoU"),
+    *("detection protocol", "segmentation protocol", "seeds", "note"),
+)
+PROTOCOL_FIELDS = ("pretraining_protocol", "detection_protocol", "segmentation_protocol")
+LOSS_TERMS = ("loss", "image", "content", "position", "koleo")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: its source ("published" or "measured"), whether anything in it was scaled down, its cells as text."""
+
+    source: str
+    scaled: bool
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads, groups of rows, foot notes, and the same rows as records for csv.
+
+    numeric  indices of the columns to align on the right.
+    records  one dict a row, keys in column order, numbers not rounded to a decimal.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    groups: tuple[tuple[Line, ...], ...]
+    notes: tuple[str, ...]
+    numeric: frozenset[int]
+    records: tuple[dict[str, str], ...]
+
+
+@dataclass
+class FootNotes:
+    """Numbers the scaled-down protocols in the order in which a table meets them."""
+
+    scaled: dict[str, Protocol] = field(default_factory=dict)
+
+    def mark(self, *protocols: Protocol | None) -> str:
+        """ " ‡1" or " ‡1,2" for those of the protocols that are scaled down; "" when none is."""
+        marked = {p.identity: p for p in protocols if p is not None and p.deviations}
+        for identity, protocol in marked.items():
+            self.scaled.setdefault(identity, protocol)
+        numbers = [str(i) for i, identity in enumerate(self.scaled, 1) if identity in marked]
+        return f" {SCALED}{','.join(numbers)}" if numbers else ""
+
+    def label(self, protocol: Protocol | None) -> str:
+        """The only way in which a protocol's name enters a table."""
+        return NONE if protocol is None else protocol.label + self.mark(protocol)
+
+    def texts(self, consequence: str) -> list[str]:
+        """One note a scaled-down protocol: its departures, and what follows from them."""
+        return [f"{SCALED}{i} {p.label}: {p.changes}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
+
+
+def comparison_table(
+    results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
+) -> Table:
+    """The published rows beside the measured detection and segmentation results, grouped by backbone.
+
+    published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
+    Raises UserError for an unknown table.
+    """
+    printed = rows_of_tables(published_rows() if published is None else list(published), table)
+    measured = merge(results)
+    twins = [row.identity for row in measured]
+    families = dict.fromkeys([row.backbone for row in printed])
+    families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
+    notes, groups, records = FootNotes(), [], []
+    for family in families:
+        lines = [_published_line(row) for row in printed if row.backbone == family]
+        records += [_published_record(row) for row in printed if row.backbone == family]
+        for row in measured:
+            if backbone_family(row.run.backbone) == family:
+                lines.append(_measured_line(row, notes, alone=twins.count(row.identity) == 1))
+                records.append(_measured_record(row))
+        groups.append(tuple(lines))
+    return Table(
+        title="COCO and ADE20K",
+        columns=COLUMNS,
+        groups=tuple(groups),
+        notes=tuple(_notes(printed, measured) + notes.texts("Not comparable with the published numbers.")),
+        numeric=frozenset({3, 4, 5, 6}),
+        records=tuple(records),
+    )
+
+
+def _notes(printed: list[PublishedRow], measured: list[Measured]) -> list[str]:
+    texts = ["AP and mIoU in percent."]
+    if printed:
+        texts.append("Published: as printed in the paper, in the table that the note names.")
+    if measured:
+        texts.append(f"{MEASURED} Measured with this code, by the runs given; every other row is published.")
+    if any(len(runs) > 1 for row in measured for runs in (row.detection, row.segmentation)):
+        texts.append("a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed.")
+    if len({row.identity for row in measured}) < len(measured):
+        texts.append("Rows with a config in their note differ in their configuration and are not averaged.")
+    return texts
+
+
+# --- cells: what md, latex and html show ------------------------------------------------------------------------------
+
+
+def _published_line(row: PublishedRow) -> Line:
+    scores = [NONE if value is None else f"{value:.1f}" for value in (row.box_ap, row.mask_ap, row.ade20k_miou)]
+    protocols = [text or NONE for text in _published_protocols(row)]
+    note = f"Table {row.table}" + (f": {row.note}" if row.note else "")
+    cells = (row.method, row.backbone, epochs_text(row.effective_epochs), *scores, *protocols, NONE, note)
+    return Line("published", False, ("published", *cells))
+
+
+def _published_protocols(row: PublishedRow) -> tuple[str, str]:
+    """By the paper's own schedules (appendix B), not by our protocols' names: ours are a reading of them."""
+    detection = f"{50 if row.table == '2' else 12} epochs" if row.box_ap is not None else ""
+    return detection, "160k iterations" if row.ade20k_miou is not None else ""
+
+
+def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
+    pretraining, detection, segmentation = row.protocols
+    epochs = epochs_text(row.run.effective_epochs) + notes.mark(pretraining)
+    scores = []
+    for score, protocol in zip(_scores(row).values(), (detection, detection, segmentation)):
+        scores.append(NONE if score is None else f"{score}{notes.mark(pretraining, protocol)}")
+    method = (row.run.method, backbone_label(row.run.backbone), epochs)
+    protocols = (notes.label(detection), notes.label(segmentation))
+    note = "" if alone else f"config {row.configs}"
+    return Line("measured", bool(row.scaled), (f"measured {MEASURED}", *method, *scores, *protocols, row.seeds, note))
+
+
+def _scores(row: Measured) -> dict[str, Score | None]:
+    return {
+        "box_ap": Score.of(row.detection, "box_ap"),
+        "mask_ap": Score.of(row.detection, "mask_ap"),
+        "ade20k_miou": Score.of(row.segmentation, "miou"),
+    }
+
+
+def epochs_text(epochs: float | None) -> str:
+    """ "1600", "347", "0.35"; a dash for None."""
+    return NONE if epochs is None else f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
+
+
+# --- records: what csv holds ------------------------------------------------------------------------------------------
+
+
+def _published_record(row: PublishedRow) -> dict[str, str]:
+    scores = {
+        name: None if value is None else Score(value, None, 1)
+        for name, value in (("box_ap", row.box_ap), ("mask_ap", row.mask_ap), ("ade20k_miou", row.ade20k_miou))
+    }
+    return (
+        {"source": "published", "mark": "", "protocol_is_full": "true"}
+        | _who(row.method, row.backbone, row.effective_epochs)
+        | _numbers(scores, counted=False)
+        | dict(zip(PROTOCOL_FIELDS, ("", *_published_protocols(row))))
+        | {"deviations": "", "seeds": "", "config": "", "table": row.table, "note": row.note}
+    )
+
+
+def _measured_record(row: Measured) -> dict[str, str]:
+    labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
+    scaled = {protocol.identity: f"{protocol.label}: {protocol.changes}" for protocol in row.scaled}
+    mark = MEASURED + (SCALED if scaled else "")
+    return (
+        {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
+        | _who(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
+        | _numbers(_scores(row), counted=True)
+        | dict(zip(PROTOCOL_FIELDS, labels))
+        | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs}
+        | {"table": "", "note": ""}
+    )
+
+
+def _who(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
+    return {"method": method, "backbone": backbone, "effective_epochs": "" if epochs is None else f"{epochs:g}"}
+
+
+def _numbers(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
+    """Mean, standard deviation and count of each score; the count only where we know it."""
+    row = {}
+    for name, score in scores.items():
+        row[name] = "" if score is None else repr(round(score.mean, 6))
+        row[f"{name}_std"] = "" if score is None or score.std is None else repr(round(score.std, 6))
+        row[f"{name}_n"] = str(score.n) if score is not None and counted else ""
+    return row
+
+
+# --- the pre-training runs --------------------------------------------------------------------------------------------
+
+
+def pretraining_table(results: Sequence[Result]) -> Table | None:
+    """Every pretrain result with its final loss terms and other plain metrics; None when there is none."""
+    runs = [result for result in results if result.kind == "pretrain"]
+    runs.sort(key=lambda r: (backbone_label(r.backbone), r.method, r.seed, r.created))
+    if not runs:
+        return None
+    names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
+    metrics = [name for name in LOSS_TERMS if name in names] + sorted(names - set(LOSS_TERMS))
+    notes, lines, records = FootNotes(), [], []
+    for run in runs:
+        values: list[Any] = [run.metrics.get(name) for name in metrics]
+        who = (run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs), notes.label(run.protocol))
+        cost = (duration_text(run.wall_time_s), NONE if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f}")
+        numbers = tuple(NONE if value is None else f"{value:.4g}" for value in values)
+        lines.append(Line("measured", bool(run.protocol.deviations), (*who, str(run.seed), *numbers, *cost)))
+        records.append(
+            _who(run.method, run.backbone, run.effective_epochs)
+            | {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
+            | {"seed": str(run.seed)}
+            | {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
+        )
+    columns = ("method", "backbone", "eff. epochs", "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
+    return Table(
+        title="Pre-training runs",
+        columns=columns,
+        groups=(tuple(lines),),
+        notes=tuple(notes.texts("Not the full pre-training.")),
+        numeric=frozenset({2, *range(4, len(columns))}),
+        records=tuple(records),
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """ "42 s", "3 min 20 s", "5 h 03 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

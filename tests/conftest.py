@@ -1,0 +1,9 @@
+"""Threads fixed, so that sums are added in one order."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
