@@ -1,0 +1,151 @@
+"""Pictures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
+
+Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
+report finds it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from pretrain.analysis.attention import last_layer_attention
+from pretrain.backbones.vit import ViT
+from pretrain.views.boxes import PositionRule, Views, draw_s
+from pretrain.views.masks import Masks
+from pretrain.views.pixels import MEAN, STD
+
+GLOBAL_COLOUR, LOCAL_COLOUR = "#d1495b", "#00798c"
+
+
+def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Path:
+    """Write ``folder/name`` (PNG) and its entry in ``folder/captions.json``; closes the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    captions = folder / "captions.json"
+    entries: dict[str, Any] = json.loads(captions.read_text()) if captions.is_file() else {}
+    entries[name] = {"title": title, "caption": caption}
+    captions.write_text(json.dumps(entries, indent=2) + "\n")
+    return folder / name
+
+
+def displayable(pixels: Tensor) -> np.ndarray:
+    """Normalised [3, H, W] back to [H, W, 3] in [0, 1]."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _bare(axis: Any, title: str = "") -> Any:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=8)
+    return axis
+
+
+def _rectangles(axis: Any, boxes: Tensor, n_global: int, width: float, height: float) -> None:
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        colour = GLOBAL_COLOUR if i < n_global else LOCAL_COLOUR
+        place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
+        axis.add_patch(Rectangle(place, *size, fill=False, edgecolor=colour, linewidth=1.6))
+
+
+def views_figure(images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Tensor]) -> Figure:
+    """One row an image: its boxes, its position boxes in the field, its crops.
+
+    Args:
+        images: uint8 [3, H, W] each; views: of one image each; crops: [V, 3, s, s] each, or lists of [3, s, s].
+    """
+    n_crops = len(crops[0])
+    figure, axes = plt.subplots(
+        len(images), 2 + n_crops, figsize=(1.5 * (2 + n_crops), 1.6 * len(images)), squeeze=False, layout="constrained"
+    )
+    for row, image, view, pixels in zip(axes, images, views, crops):
+        _bare(row[0], "boxes in the image").imshow(image.permute(1, 2, 0).numpy())
+        _rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
+        _bare(row[1], "position boxes in P")
+        row[1].set(xlim=(0, 1), ylim=(1, 0), aspect=image.shape[1] / image.shape[2], facecolor="#f2f2f2")
+        _rectangles(row[1], view.position_boxes[0], view.n_global, 1, 1)
+        for i, (axis, crop) in enumerate(zip(row[2:], pixels)):
+            flipped = ", flipped" if view.flips[0, i] else ""
+            _bare(axis, f"{'global' if i < view.n_global else 'local'}{flipped}").imshow(displayable(crop))
+    return figure
+
+
+def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
+    """Global crops with their masks: content-masked ones in the first row, position-masked ones in the second.
+
+    Args:
+        crops: [C, 3, S, S]; masks: of the same crops.
+    """
+    rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOUR)]
+    rows = [row for row in rows if row[1].any()]
+    figure, axes = plt.subplots(
+        max(len(rows), 1), n_each, figsize=(1.9 * n_each, 2.1 * max(len(rows), 1)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, (kind, mask, colour) in zip(axes, rows):
+        chosen = mask.any(1).nonzero().flatten().tolist()[:n_each]
+        for axis, crop in zip(row, chosen):
+            axis.set_axis_on()
+            n_masked = int(mask[crop].sum())
+            _bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
+            side = crops.shape[-1]
+            axis.imshow(displayable(crops[crop]), extent=(0, side, side, 0))
+            cover = np.zeros((*grid, 4))
+            cover[..., :3] = matplotlib.colors.to_rgb(colour)
+            cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * (0.9 if kind == "content" else 0.55)
+            axis.imshow(cover, extent=(0, side, side, 0), interpolation="nearest")
+    return figure
+
+
+def scales_figure(rule: PositionRule, n: int = 20_000) -> Figure:
+    """The three distributions of s (paper Fig. 3, Table 4a), drawn from the code that the training uses."""
+    figure, axis = plt.subplots(figsize=(5, 2.4), layout="constrained")
+    for scale in ("beta", "uniform"):
+        rng = np.random.default_rng(0)
+        fields = {**rule.__dict__, "scale": scale}
+        values = [draw_s(PositionRule(**fields), rng) for _ in range(n)]
+        axis.hist(values, bins=60, range=(0, 1), density=True, histtype="step", linewidth=1.5, label=scale)
+    axis.axvline(rule.s_max, color="grey", linestyle="--", label="constant")
+    axis.set(xlabel="s (area of the augmented region, |P| = 1)", ylabel="density")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Figure:
+    """Last-layer attention of query patches over each image, the query marked with a red dot (paper Fig. 6).
+
+    Args:
+        images: [B, 3, H, W] normalised, H and W multiples of the patch size.
+        queries: places (x, y) in image units.
+    """
+    backbone.eval()
+    attention = last_layer_attention(backbone, images).cpu()  # [B, N, N]
+    height, width = images.shape[2:]
+    grid = (height // backbone.patch_size, width // backbone.patch_size)
+    figure, axes = plt.subplots(
+        len(images),
+        1 + len(queries),
+        figsize=(1.8 * (1 + len(queries)), 1.9 * len(images)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, image, weights in zip(axes, images, attention):
+        _bare(row[0]).imshow(displayable(image))
+        for axis, (x, y) in zip(row[1:], queries):
+            i, j = min(int(y * grid[0]), grid[0] - 1), min(int(x * grid[1]), grid[1] - 1)
+            _bare(axis).imshow(weights[i * grid[1] + j].unflatten(0, grid), extent=(0, width, height, 0), cmap="viridis")
+            axis.plot((j + 0.5) * backbone.patch_size, (i + 0.5) * backbone.patch_size, "o", color="red", markersize=5)
+    return figure

@@ -1,0 +1,83 @@
+"""Draw what a pre-training run sees: views and position boxes, both mask kinds, the scale s, attention of its backbone.
+
+python tools/visualize_pretrain.py runs/toy            (writes runs/toy/figures/)
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+
+import torch
+
+from pretrain.analysis.figures import attention_figure, masks_figure, save, scales_figure, views_figure
+from pretrain.build import build_backbone
+from pretrain.cli import run
+from pretrain.config import load_config
+from pretrain.data.decode import decode
+from pretrain.data.loader import build_dataset, build_loader
+from pretrain.errors import UserError
+from pretrain.views.pixels import crop_resize, normalise
+
+QUERIES = [(0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)]
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, draw, say where the figures are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a pre-training run")
+    parser.add_argument("--images", type=int, default=4, help="pictures a figure (%(default)s)")
+    options = parser.parse_args(arguments)
+    if not (options.run / "config.yaml").is_file():
+        raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
+    config = load_config(options.run / "config.yaml", ["data.workers=0"])
+    draw(options.run, config, options.images)
+    print(f"figures in {options.run / 'figures'}")
+
+
+def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untyped-def]
+    """All figures of a run."""
+    dataset, figures = build_dataset(config), folder / "figures"
+    samples = [dataset[i] for i in range(n_images)]
+    images = [decode(dataset.root / dataset.names[dataset.order.image(i)]) for i in range(n_images)]
+    crops = [[*s.global_crops, *s.local_crops] for s in samples]
+    save(
+        views_figure(images, [s.views for s in samples], crops),
+        figures,
+        "views.png",
+        "Views and their positions",
+        "Global (red) and local (blue) boxes in the image, the position boxes after shift and scale in the field P, and the crops.",
+    )
+    batch, _ = next(iter(build_loader(config, dataset, 0, 1)))
+    save(
+        masks_figure(batch.global_crops, batch.masks, dataset.rules.grid),
+        figures,
+        "masks.png",
+        "Masks",
+        "Patches of the student's global crops whose content (white) or position (red) is replaced by a mask token.",
+    )
+    if dataset.rules.positions.enabled:
+        save(
+            scales_figure(dataset.rules.positions),
+            figures,
+            "scales.png",
+            "Scale s",
+            "Distributions of s as drawn (paper Fig. 3); the run uses " + config.positions.scale + ".",
+        )
+    if (folder / "backbone.safetensors").is_file():
+        side = 2 * config.crops.global_px
+        whole = [crop_resize(i, (0, 0, i.shape[2], i.shape[1]), False, side) for i in images]
+        backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
+        save(
+            attention_figure(backbone, normalise(torch.stack(whole)), QUERIES),
+            figures,
+            "attention.png",
+            "Last-layer attention",
+            "Attention of the query patch (red dot) over the image, mean of the heads.",
+        )
+
+
+if __name__ == "__main__":
+    run(main)
