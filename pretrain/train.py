@@ -23,8 +23,9 @@ from pretrain.errors import UserError
 from pretrain.methods.intertwined import Intertwined
 from pretrain.metrics_log import MetricsLog, ProgressLine
 from pretrain.optim import clip_gradients, ema_update, parameter_groups, set_schedules
+from pretrain.recipe import pretraining_protocol
 from pretrain.results.provenance import config_hash, provenance
-from pretrain.results.schema import Protocol, Result, read_result, write_result
+from pretrain.results.schema import Result, read_result, write_result
 from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
 from pretrain.weights import save_backbone
 
@@ -308,7 +309,7 @@ def finish(trainer: Trainer, folder: Path, losses: dict[str, float], img_per_s: 
         method=config.run.method,
         backbone=config.backbone.name,
         effective_epochs=origin["effective_epochs"],
-        protocol=Protocol(name="pretraining", version=1, full=True, deviations={}),
+        protocol=pretraining_protocol(config, len(trainer.dataset)),
         metrics={**losses, "img_per_s": img_per_s},
         seed=config.run.seed,
         wall_time_s=wall_time_s,

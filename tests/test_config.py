@@ -1,5 +1,7 @@
 """One default config: every key is read, unknown keys and wrong values are refused by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -8,7 +10,10 @@ from photos import TINY, write_photos
 from pretrain import config as config_module
 from pretrain.config import as_dict, from_dict, load_config
 from pretrain.errors import UserError
+from pretrain.recipe import pretraining_protocol
 from pretrain.train import train
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 
 
 def test_every_key_is_read(tmp_path, monkeypatch):
@@ -134,3 +139,20 @@ def test_choices_name_existing_keys():
     for key in (*config_module.CHOICES, *config_module.AT_LEAST):
         assert OmegaConf.select(config, key) is not None, key
     assert torch is not None
+
+
+@pytest.mark.parametrize("size", ["s", "b"])
+@pytest.mark.parametrize("method", ["intertwined", "dinov2"])
+def test_the_shipped_recipes_are_the_papers(method, size):
+    config = load_config(CONFIGS / f"{method}_vit{size}16.yaml")
+    protocol = pretraining_protocol(config, 1_281_167)
+    assert protocol.full and protocol.name == f"{method}-100ep" and config.run.method == method
+    assert pretraining_protocol(config, 1000).deviations == {"data.n_images": [1_281_167, 1000]}
+
+
+@pytest.mark.parametrize("name, label", [("toy", "intertwined-100ep"), ("toy_dinov2", "dinov2-100ep")])
+def test_toy_recipes_say_that_they_are_scaled_down(name, label):
+    protocol = pretraining_protocol(load_config(CONFIGS / f"{name}.yaml"), 300)
+    assert not protocol.full and protocol.label.startswith(f"{label}, scaled down")
+    assert protocol.deviations["crops.global_px"] == [224, 112]
+    assert "positions.encoding" not in protocol.deviations

@@ -112,6 +112,7 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
     """What git prints, or None when it fails or is absent."""
     # GIT_DIR and the like are set inside a hook and would point at another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not get in the way of someone's commit
     command = ["git", "-C", str(folder), *arguments]
     try:
         run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30)

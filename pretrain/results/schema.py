@@ -51,9 +51,8 @@ class Protocol:
     def label(self) -> str:
         """The name under which the protocol may be shown: the bare one only for the full protocol."""
         name = self.name if self.version == 1 else f"{self.name} v{self.version}"
-        # Not `self.full`: a dict can be changed after construction, and this must hold even then.
-        count = len(self.deviations)
-        return f"{name}, scaled down ({count} change{'s' * (count != 1)})" if count else name
+        count = len(self.deviations)  # beside `full`, for a dict can be changed after construction
+        return name if self.full and not count else f"{name}, scaled down ({count} change{'s' * (count != 1)})"
 
     @property
     def changes(self) -> str:

@@ -1,0 +1,53 @@
+# make setup   .venv with everything from PyPI, and Detectron2 from $WHEELHOUSE where a wheel lies there
+# make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
+# make test    lint, types, import contracts, tests
+# make proofs  the slow proofs
+PYTHON ?= python3
+VENV ?= .venv
+WHEELHOUSE ?= $(HOME)/wheels
+CONSTRAINTS ?= constraints.txt
+DEMO ?= demo
+JOBS ?= 2
+BIN := $(VENV)/bin
+DETECTRON2_WHEEL := $(lastword $(sort $(wildcard $(WHEELHOUSE)/detectron2-*.whl)))
+
+.PHONY: setup demo test lint proofs clean
+
+setup: $(VENV)/.installed detectron2
+
+$(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "pip>=23" "setuptools<81" wheel
+	$(BIN)/pip install --quiet --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[det,seg,dev]"
+	touch $@
+
+# Never by name from an index: detectron2 is not on PyPI, and its name there is free for anyone.
+.PHONY: detectron2
+detectron2: $(VENV)/.installed
+ifneq ($(DETECTRON2_WHEEL),)
+	@$(BIN)/python -c "import detectron2" 2>/dev/null || \
+		$(BIN)/pip install --quiet --no-index --no-deps --find-links "$(WHEELHOUSE)" detectron2
+else
+	@$(BIN)/python -c "import detectron2" 2>/dev/null || \
+		echo "Detectron2: no wheel in WHEELHOUSE ($(WHEELHOUSE)): the torchvision engine is used, and" \
+		"$$(grep -c '^def test_' tests/test_detectron2.py) test functions of Detectron2 are skipped." \
+		"To have it, follow Detectron2's own INSTALL guide, or put a wheel there."
+endif
+
+demo: setup
+	$(BIN)/python tools/demo.py --output $(DEMO)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+proofs: setup
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,358 @@
+"""The report: run folders in, one self-contained page out."""
+
+import base64
+import json
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.results.curves import MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
+from pretrain.results.report import build_report
+from pretrain.results.runs import find_results, read_figures, read_log, read_run, run_names
+from pretrain.results.schema import Protocol, Result, write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+NASTY = "<script>alert('x')</script> & <b>"
+
+
+def png():
+    """One white pixel."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\xff")) + chunk(b"IEND", b"")
+    )
+
+
+def result(kind="detection", deviations=None, **changes):
+    deviations = deviations or {}
+    names = {"pretrain": "imagenet1k-100ep", "detection": "coco-12ep", "segmentation": "ade20k-160k"}
+    name = names.get(kind, "attention")
+    fields = {
+        "kind": kind,
+        "method": "intertwined",
+        "backbone": "vit_small_patch16",
+        "effective_epochs": 346.9,
+        "protocol": Protocol(name=name, version=1, full=not deviations, deviations=deviations),
+        "metrics": {},
+        "seed": 0,
+        "config_hash": "0123456789ab",
+        "weights_hash": None,
+        "git_commit": "f" * 40 + "+dirty",
+        "packages": {"torch": "2.15.0"},
+        "hardware": {"cpu": "a", "cores": 2, "gpus": []},
+        "wall_time_s": 100.0,
+        "peak_memory_mib": None,
+        "created": "2026-01-31T12:00:00+00:00",
+    }
+    return Result(**(fields | changes))
+
+
+def write_run(folder, run, log=(), figures=None):
+    write_result(run, folder)
+    if log:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    if figures:
+        (folder / "figures").mkdir()
+        for name in figures:
+            (folder / "figures" / name).write_bytes(png())
+        (folder / "figures" / "captions.json").write_text(json.dumps(figures))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    losses = [{"iteration": i, "loss": 9.0 - i / 10, "image": 2.0, "lr": 1e-3, "seconds": 0.1} for i in range(0, 50, 5)]
+    scaled = {"iterations": [22128, 60]}
+    figures = {"a.png": {"title": "Position field", "caption": "Of the teacher."}}
+    write_run(tmp_path / "pre", result("pretrain", {"epochs": [100, 1]}, metrics={"loss": 4.5}), losses, figures)
+    write_run(tmp_path / "pre2", result("pretrain", {"epochs": [100, 1]}, method="dinov2_dagger"), losses)
+    for seed in (0, 1):
+        run = result("detection", scaled, metrics={"box_ap": 12.0 + seed, "per_class": {"cat": 7.25}}, seed=seed)
+        write_run(tmp_path / f"det{seed}", run, [{"iteration": 1, "loss": 2.0}])
+    write_run(tmp_path / "seg", result("segmentation", metrics={"miou": 22.0}, hardware={"cpu": "b"}))
+    return tmp_path
+
+
+def page_of(folder, **options):
+    return build_report([read_run(path) for path in find_results([folder])], **options)
+
+
+class Page(HTMLParser):
+    """Checks that tags balance; collects text, attributes and ids."""
+
+    VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.loads, self.text = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.take(attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.take(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def take(self, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_well_formed_and_loads_nothing(folder):
+    text = page_of(folder)
+    page = Page(text)
+    assert page.tags.count("svg") == 5  # loss, image, lr, seconds; loss
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert len(page.ids) == len(set(page.ids))
+    for load in page.loads:
+        assert load.startswith("data:image/png;base64,") or (load.startswith("#") and load[1:] in page.ids)
+    assert not re.search(r"https?:|//[a-z]|@import|@font-face", text)
+    used = re.findall(r"url\(#([^)]+)\)", text)
+    assert used and set(used) <= set(page.ids)
+
+
+def test_every_section_is_there_in_order(folder):
+    heads = re.findall(r"<h2>(.*?)</h2>", page_of(folder))
+    assert heads == ["Summary", "Curves", "Results", "Figures", "Reproducibility"]
+    assert f"data:image/png;base64,{base64.b64encode(png()).decode()}" in page_of(folder)
+    assert "<b>Position field</b> Of the teacher." in page_of(folder)
+
+
+def test_sections_without_content_are_left_out(tmp_path):
+    write_run(tmp_path / "run", result())
+    assert re.findall(r"<h2>(.*?)</h2>", page_of(tmp_path)) == ["Summary", "Results", "Reproducibility"]
+
+
+def test_the_summary_adds_the_times_and_separates_the_machines(folder):
+    text = page_of(folder)
+    assert "<td>pretrain</td><td class=number>2</td><td class=number>3 min 20 s</td>" in text
+    assert "<td>all</td><td class=number>5</td><td class=number>8 min 20 s</td>" in text
+    assert '<p class="soft">segmentation: intertwined</p><dl><dt>cpu</dt><dd>b</dd></dl>' in text
+    assert text.count("<dt>torch</dt>") == 1  # the same versions in all runs, shown once
+    assert "4 of 5 runs were scaled down" in text
+
+
+def test_the_reproducibility_block(folder):
+    text = page_of(folder)
+    block = text[text.index('<section id="reproducibility">') :]
+    assert "<td>0123456789ab</td>" in block and "<td>ffffffffffff+dirty</td>" in block and "<td>–</td>" in block
+    assert "<dt>per_class / cat</dt><dd>7.25</dd>" in block
+    assert "imagenet1k-100ep, scaled down (1 change): epochs 100 → 1" in block
+
+
+def test_a_scaled_run_never_stands_under_the_bare_name(folder):
+    text = "".join(Page(page_of(folder)).text)
+    for name in ("coco-12ep", "imagenet1k-100ep"):
+        assert f"{name}, scaled down (1 change)" in text
+        assert not re.search(re.escape(name) + r"(?!, scaled down \(1 change\))", text)
+    assert re.search(r"ade20k-160k(?!, scaled down)", text)  # a full run keeps its name
+
+
+def test_the_page_is_the_same_every_time(folder):
+    runs = [read_run(path) for path in find_results([folder])]
+    assert build_report(runs) == build_report(runs[::-1])
+    code = (
+        "import sys; from pretrain.results.report import build_report; from pretrain.results.runs import *\n"
+        "sys.stdout.write(build_report([read_run(p) for p in find_results([sys.argv[1]])]))"
+    )
+    other = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout == build_report(runs)
+
+
+def test_everything_is_escaped(tmp_path):
+    run = result(
+        "detection",
+        {NASTY: [NASTY, 1]},
+        **dict.fromkeys(("method", "backbone", "config_hash", "weights_hash", "git_commit"), NASTY),
+        metrics={NASTY: 1.0},
+        packages={NASTY: NASTY},
+        hardware={NASTY: [NASTY]},
+    )
+    write_run(tmp_path / "run", run, [{"iteration": 1, NASTY: 1.0, "loss $x": 2.0}])
+    (tmp_path / "run" / "figures").mkdir()
+    (tmp_path / "run" / "figures" / "a.png").write_bytes(png())
+    words = {"title": f'"{NASTY}', "caption": NASTY}
+    (tmp_path / "run" / "figures" / "captions.json").write_text(json.dumps({"a.png": words}))
+    text = page_of(tmp_path, title=NASTY)
+    page = Page(text)
+    assert "script" not in page.tags and "<script" not in text
+    assert "".join(page.text).count(NASTY) > 15
+
+
+def test_published_tables_can_be_chosen(folder):
+    assert "50-epoch fine-tuning" in page_of(folder, table="1,2") and "50-epoch fine-tuning" not in page_of(folder)
+    with pytest.raises(UserError, match="'6'"):
+        page_of(folder, table="6")
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def test_terms_are_ordered_and_the_rest_set_aside():
+    log = {1: dict.fromkeys(("seconds", "lr", "loss_mask", "koleo", "loss", "mask_ap", "knn_top1", "grad_norm"), 1.0)}
+    shown, others = terms_of([Curve("a", log, "red", "solid")])
+    assert shown == ["loss", "koleo", "mask_ap", "lr", "knn_top1", "loss_mask"] and others == ["grad_norm", "seconds"]
+
+
+def test_long_curves_become_means_with_their_band():
+    points = [(i, float(i % 2)) for i in range(2 * MOST_POINTS)]
+    x, mean, low, high = _thinned(points)
+    assert x == [2 * i + 0.5 for i in range(MOST_POINTS)]
+    assert set(mean) == {0.5} and set(low) == {0.0} and set(high) == {1.0}
+    x, mean, low, high = _thinned(points[:7])
+    assert x == list(range(7)) and mean == low == high == [float(i % 2) for i in range(7)]
+    assert len(_thinned(points[:-1] + [(9999, 1.0)] * 5)[0]) <= MOST_POINTS
+
+
+def test_a_panel_overlays_the_runs_in_their_colours():
+    log = {i: {"loss": float(i)} for i in range(20)}
+    curves = [Curve(name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
+    assert curves[1].colour == curves[2].colour != curves[0].colour
+    assert [curve.dash for curve in curves] == ["solid", "solid", "dashed"]
+    svg = panel("loss", curves, "p1")
+    Page(svg)
+    assert all(svg.count(f"stroke: {curve.colour}") >= 1 for curve in curves) and "stroke-dasharray" in svg
+    assert "currentColor" in svg and "#010203" not in svg and "xmlns" not in svg
+    assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(
+        i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg)
+    )
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_read_by_iteration(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"iteration": 2, "loss": 1}\n{"iteration": 0, "loss": 3.0, "phase": "train", "ok": true, "x": null}\n\n'
+        '{"iteration": 2, "loss": 0.5, "koleo": NaN}\n'
+    )
+    assert read_log(path) == {0: {"loss": 3.0}, 2: {"loss": 0.5}}  # the last of a repeated iteration counts
+    assert list(read_log(path)) == [0, 2]
+
+
+@pytest.mark.parametrize("cut", range(1, 28))
+def test_a_last_line_that_was_cut_off_is_skipped_with_a_warning(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    line = '{"iteration": 1, "loss": 3.5}'
+    path.write_text('{"iteration": 0, "loss": 4.0}\n' + line[:cut])
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl:2: the last line is cut off"):
+        assert read_log(path) == {0: {"loss": 4.0}}
+
+
+def test_a_complete_last_line_without_newline_counts(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0, "loss": 4.0}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_log(tmp_path / "metrics.jsonl") == {0: {"loss": 4.0}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"iteration": 1, "lo', "loss 3", "[1, 2]", "3", '{"loss": 1.0}', '{"iteration": 1.5}', '{"iteration": true}'],
+)
+@pytest.mark.parametrize("after", ["\n", '\n{"iteration": 2}\n'])
+def test_a_malformed_line_is_refused_with_file_and_line(tmp_path, line, after):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n' + line + after)
+    with pytest.raises(UserError) as error:
+        read_log(path)
+    assert f"{path}:2:" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_figures_come_in_the_order_of_the_captions_then_by_name(tmp_path):
+    for name in ("a.png", "b_c.png", "z.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "captions.json").write_text(json.dumps({"z.png": {"title": "Z", "caption": "last letter"}}))
+    assert [(f.title, f.caption) for f in read_figures(tmp_path)] == [("Z", "last letter"), ("a", ""), ("b c", "")]
+    assert read_figures(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize(
+    "captions, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "must hold an object"),
+        ('{"a.png": "x"}', "'a.png' has no text 'title'"),
+        ('{"a.png": {"title": "x"}}', "'a.png' has no text 'caption'"),
+        ('{"b.png": {"title": "x", "caption": ""}}', "names 'b.png'"),
+        ('{"../a.png": {"title": "x", "caption": ""}}', "'../a.png' is not the name of a file"),
+    ],
+)
+def test_malformed_captions_are_refused(tmp_path, captions, words):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "captions.json").write_text(captions)
+    with pytest.raises(UserError) as error:
+        read_figures(tmp_path)
+    assert "captions.json" in str(error.value) and words in str(error.value)
+
+
+def test_a_figure_that_is_no_png_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match=r"a\.png: not a PNG"):
+        read_figures(tmp_path)
+
+
+def test_run_names_say_only_what_sets_runs_apart():
+    runs = [
+        result(),
+        result(seed=1),
+        result(backbone="vit_base_patch16"),
+        result(method="mae"),
+        result("segmentation"),
+        result(method="twin"),
+        result(method="twin"),
+    ]
+    assert run_names(runs) == [
+        "intertwined, ViT-S/16, seed 0",
+        "intertwined, ViT-S/16, seed 1",
+        "intertwined, ViT-B/16",
+        "mae",
+        "intertwined",
+        "twin, run 6",
+        "twin, run 7",
+    ]
+
+
+# --- the tool ---------------------------------------------------------------------------------------------------------
+
+
+def test_make_report(folder, tmp_path):
+    def make_report(*arguments):
+        command = [sys.executable, str(ROOT / "tools" / "make_report.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    output = tmp_path / "out" / "report.html"
+    run = make_report(folder / "pre", folder / "det0", "--output", output, "--title", "A & B")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == f"{output}: 2 runs" and "<h1>A &amp; B</h1>" in output.read_text(encoding="utf-8")
+    (folder / "pre" / "metrics.jsonl").write_text("x\n")
+    failed = make_report(folder, "--output", output)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "metrics.jsonl:1" in failed.stderr

@@ -1,0 +1,281 @@
+"""The results room: result.json, provenance, published numbers, merging and tables."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.results.provenance import (
+    config_hash,
+    file_hash,
+    git_commit,
+    hardware,
+    packages_in_use,
+    peak_memory_mib,
+    provenance,
+)
+from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTOCOLS = {"pretrain": "imagenet1k-100ep", "detection": "coco-12ep", "segmentation": "ade20k-160k"}
+DEVIATIONS = {"iterations": [22128, 60], "batch_size": [64, 2]}
+
+
+def protocol(name="coco-12ep", deviations=None, version=1):
+    deviations = deviations or {}
+    return Protocol(name=name, version=version, full=not deviations, deviations=deviations)
+
+
+def result(kind="detection", metrics=None, deviations=None, **changes):
+    fields = {
+        "kind": kind,
+        "method": "intertwined",
+        "backbone": "vit_small_patch16",
+        "effective_epochs": 346.9,
+        "protocol": protocol(PROTOCOLS.get(kind, "attention"), deviations),
+        "metrics": metrics or {},
+        "seed": 0,
+        "config_hash": "0123456789ab",
+        "weights_hash": "ba9876543210",
+        "git_commit": None,
+        "packages": {"torch": "2.15.0"},
+        "hardware": {"cpu": "a", "cores": 2, "gpus": []},
+        "wall_time_s": 12.5,
+        "peak_memory_mib": 100.0,
+        "created": "2026-01-31T12:00:00+00:00",
+    }
+    return Result(**(fields | changes))
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_result_reads_back_equal(tmp_path):
+    written = result(metrics={"box_ap": 44.8, "per_class": {"cat": 1.5}}, deviations=DEVIATIONS)
+    path = write_result(written, tmp_path / "new" / "run")
+    assert path == tmp_path / "new" / "run" / "result.json"
+    assert read_result(path) == written == read_result(path.parent)
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]  # no partial file stays
+
+
+def test_the_file_is_sorted_readable_json_and_the_same_every_time(tmp_path):
+    metrics = {"mask_ap": 39.8, "box_ap": 44.8}
+    path = write_result(result(metrics=metrics), tmp_path)
+    first = path.read_bytes()
+    assert write_result(result(metrics=dict(reversed(metrics.items()))), tmp_path).read_bytes() == first
+    content = json.loads(first)
+    assert list(content) == sorted(content) and list(content["metrics"]) == ["box_ap", "mask_ap"]
+    assert first.count(b"\n") > len(content) and first.endswith(b"}\n")
+
+
+def test_numpy_numbers_and_tuples_become_plain_json(tmp_path):
+    written = result(metrics={"box_ap": np.float32(44.5), "n": np.int64(3)}, deviations={"lr_steps": [(1, 2), (3, 4)]})
+    assert type(written.metrics["box_ap"]) is float and type(written.metrics["n"]) is int
+    assert read_result(write_result(written, tmp_path)) == written
+    assert written.protocol.deviations == {"lr_steps": [[1, 2], [3, 4]]}
+
+
+def test_created_is_now_in_utc_when_left_out():
+    fields = {name: getattr(result(), name) for name in Result.__dataclass_fields__ if name != "created"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", Result(**fields).created)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kind": "training"}, "kind 'training'"),
+        ({"metrics": {"box_ap": math.nan}}, "metrics.box_ap is nan"),
+        ({"metrics": {"per_class": {"cat": math.inf}}}, "metrics.per_class.cat is inf"),
+        ({"metrics": {"box_ap": "44.8"}}, "metrics.box_ap must be a number"),
+        ({"metrics": {"box_ap": True}}, "metrics.box_ap must be a number"),
+        ({"metrics": {"box_ap": 448.0}}, "metrics.box_ap is 448.0"),
+        ({"metrics": {"miou": -1.0}}, "metrics.miou is -1.0"),
+        ({"metrics": {"box_ap": {"all": 1.0}}}, "metrics.box_ap must be a number"),
+        ({"metrics": {1: 2.0}}, "key 1"),
+        ({"hardware": {"gpus": {"a"}}}, "hardware.gpus is set"),
+        ({"wall_time_s": math.nan}, "wall_time_s is nan"),
+        ({"wall_time_s": -1.0}, "wall_time_s is -1.0"),
+        ({"seed": 0.5}, "seed must be int, not float 0.5"),
+        ({"seed": True}, "seed must be int, not bool"),
+        ({"method": None}, "method must be str, not null"),
+        ({"effective_epochs": "350"}, "effective_epochs must be a number or null"),
+        ({"protocol": {"name": "coco-12ep"}}, "protocol must be Protocol"),
+        ({"created": "yesterday"}, "'yesterday'"),
+        ({"created": "2026-01-31T12:00:00"}, "'2026-01-31T12:00:00'"),
+        ({"created": "2026-01-31T12:00:00+01:00"}, "+01:00"),
+        ({"schema_version": 2}, "schema_version 2"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(changes, words):
+    with pytest.raises(UserError) as error:
+        result(**changes)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda c: c.pop("seed"), "missing key 'seed'"),
+        (lambda c: c.update(sed=1), "unknown key 'sed'"),
+        (lambda c: c["protocol"].pop("full"), "missing key 'protocol.full'"),
+        (lambda c: c["protocol"].update(complete=True), "unknown key 'protocol.complete'"),
+        (lambda c: c.update(protocol="coco-12ep"), "protocol must hold a JSON object, not str"),
+        (lambda c: c.update(seed="0"), "seed must be int, not str '0'"),
+        (lambda c: c["protocol"].update(version="1"), "protocol.version must be int"),
+        (lambda c: c["protocol"].update(deviations=DEVIATIONS), "protocol.full is True"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_its_name_and_key(tmp_path, spoil, words):
+    path = write_result(result(), tmp_path)
+    content = json.loads(path.read_text())
+    spoil(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        read_result(path)
+    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": NaN'])
+def test_a_file_that_is_no_json_object_is_refused_with_its_name(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "result.json"))):
+        read_result(tmp_path)
+
+
+def test_an_absent_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(UserError, match=r"result\.json"):
+        read_result(tmp_path)
+
+
+def test_nothing_is_written_when_a_number_became_nan(tmp_path):
+    run = result(metrics={"box_ap": 44.8})
+    run.metrics["box_ap"] = math.nan
+    with pytest.raises(ValueError):
+        write_result(run, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_are_frozen_and_hold_copies():
+    deviations = {"iterations": [1, 2]}
+    scaled = protocol(deviations=deviations)
+    deviations.clear()
+    assert scaled.label == "coco-12ep, scaled down (1 change)"
+    with pytest.raises(FrozenInstanceError):
+        scaled.full = True
+
+
+# --- a scaled-down run never has the bare name ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full, deviations", [(True, DEVIATIONS), (False, {})])
+def test_full_means_no_deviations(full, deviations):
+    with pytest.raises(UserError, match="protocol.full"):
+        Protocol(name="coco-12ep", version=1, full=full, deviations=deviations)
+
+
+@pytest.mark.parametrize("pair", [[1, 1], [1], [1, 2, 3], "ab", 3, [(1, 2), [1, 2]]])
+def test_a_deviation_is_two_different_values(pair):
+    with pytest.raises(UserError, match="protocol.deviations.iterations"):
+        protocol(deviations={"iterations": pair})
+
+
+def test_labels():
+    assert protocol().label == str(protocol()) == "coco-12ep"
+    assert protocol(version=2).label == "coco-12ep v2"
+    nine = {f"field{i}": [0, i + 1] for i in range(9)}
+    changed = protocol()
+    changed.deviations["iterations"] = [2, 1]
+    assert changed.label == "coco-12ep, scaled down (1 change)"
+    assert str(protocol(deviations=nine)) == "coco-12ep, scaled down (9 changes)"
+    assert protocol(deviations=DEVIATIONS).changes == "batch_size 64 → 2; iterations 22128 → 60"
+
+
+def test_to_json_is_the_identity_of_a_run():
+    assert to_json(result(seed=1)) == to_json(result(seed=1)) != to_json(result(seed=2))
+
+
+# --- provenance -------------------------------------------------------------------------------------------------------
+
+
+def test_config_hash():
+    config = {"optim": {"lr": 1e-3, "steps": (1, 2)}, "seed": 0, "weights": "a", "run": {"output": "x", "seed": 1}}
+    same = {"run": {"seed": 7}, "seed": 5, "optim": {"steps": [1, 2], "lr": 0.001}}
+    assert config_hash(config) == config_hash(same)
+    assert re.fullmatch("[0-9a-f]{12}", config_hash(config))
+    assert config_hash(config) != config_hash({"optim": {"lr": 2e-3, "steps": [1, 2]}, "run": {}})
+    assert config_hash({"seed": 0}, without=()) != config_hash({"seed": 1}, without=())
+    # printf '{"a":1,"b":[true,null]}' | sha256sum
+    assert config_hash({"b": [True, None], "a": 1}) == "1cc69c7fa236"
+    for wrong in ({"a": math.nan}, {"a": {1}}, {"a": object()}):
+        with pytest.raises(UserError, match="cannot be hashed"):
+            config_hash(wrong)
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert file_hash(tmp_path / "f") == "ba7816bf8f01"  # the standard's own example
+    with pytest.raises(UserError, match="absent"):
+        file_hash(tmp_path / "absent")
+
+
+def git(folder, *arguments):
+    names = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *names, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_git_commit(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert git_commit(tmp_path) is None and git_commit(tmp_path / "absent") is None
+    git(tmp_path, "init", "-q")
+    assert git_commit(tmp_path) is None
+    (tmp_path / "f").write_text("1")
+    git(tmp_path, "add", "f")
+    assert git_commit(tmp_path) is None  # no commit yet
+    git(tmp_path, "commit", "-q", "--no-verify", "-m", "x")
+    commit = git(tmp_path, "rev-parse", "HEAD").strip()
+    (tmp_path / "untracked").mkdir()
+    (tmp_path / "untracked" / "g").write_text("1")
+    assert git_commit(tmp_path) == commit
+    assert git_commit(tmp_path / "untracked") is None  # as an installed package in someone's repository
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "untracked"))  # as inside a hook
+    (tmp_path / "f").write_text("2")
+    assert git_commit(tmp_path) == f"{commit}+dirty"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert git_commit(tmp_path) is None  # no git
+
+
+def test_packages_and_hardware_are_named_but_not_the_host():
+    packages, machine = packages_in_use(), hardware()
+    assert packages["python"].count(".") == 2 and packages["numpy"] == np.__version__
+    assert set(machine) == {"cpu", "cores", "memory_gib", "gpus", "processes"}
+    assert machine["cores"] >= 1 and machine["memory_gib"] > 0 and machine["cpu"]
+    assert peak_memory_mib() > 1
+    assert not any("/" in text for text in [*packages.values(), *machine["gpus"]])
+
+
+def test_provenance_completes_a_result(tmp_path):
+    (tmp_path / "w").write_bytes(b"abc")
+    found = provenance({"lr": 1.0}, tmp_path / "w")
+    given = {"method", "backbone", "effective_epochs", "protocol", "metrics", "seed", "kind", "wall_time_s"}
+    run = Result(**{name: getattr(result(), name) for name in given}, **found)
+    assert run.weights_hash == "ba7816bf8f01" and run.config_hash == config_hash({"lr": 1.0})
+    assert read_result(write_result(run, tmp_path)) == run
+    assert provenance({})["weights_hash"] is None
+
+
+def test_the_room_is_a_leaf_and_light():
+    code = (
+        "import sys, pretrain.results, pretrain.results.report, pretrain.results.runs\n"
+        "names = {m for m in sys.modules if m.startswith(('pretrain', 'torch', 'matplotlib'))}\n"
+        "print(sorted(m for m in names if not m.startswith('pretrain.results')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['pretrain', 'pretrain.errors']"
