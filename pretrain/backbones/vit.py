@@ -122,6 +122,22 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
+def resolve_positions(encoding: str, grid: int | None, interpolation: str | None) -> tuple[int, str]:
+    """Grid and interpolation of a position encoding, its defaults where none is given.
+
+    Raises:
+        ValueError: an encoding, or an interpolation of it, that does not exist.
+    """
+    if encoding not in POS_ENCODINGS:
+        raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
+    is_field = encoding == "field"
+    interpolation = interpolation or ("bicubic" if is_field else "dinov2")
+    allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
+    if interpolation not in allowed:
+        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {allowed} for pos_encoding {encoding!r}")
+    return grid or (50 if is_field else 14), interpolation
+
+
 class ViT(nn.Module):
     """Plain ViT: no windows, no relative positions, any input size.
 
@@ -162,21 +178,14 @@ class ViT(nn.Module):
         gelu: str = "erf",
     ) -> None:
         super().__init__()
-        if pos_encoding not in POS_ENCODINGS:
-            raise ValueError(f"pos_encoding: {pos_encoding!r} is none of {POS_ENCODINGS}")
         if gelu not in GELUS:
             raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-        is_field = pos_encoding == "field"
-        pos_grid = pos_grid or (50 if is_field else 14)
-        pos_interpolation = pos_interpolation or ("bicubic" if is_field else "dinov2")
-        allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
-        if pos_interpolation not in allowed:
-            raise ValueError(f"pos_interpolation: {pos_interpolation!r} is none of {allowed} for pos_encoding {pos_encoding!r}")
+        pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
         self.embed_dim, self.patch_size, self.n_registers = embed_dim, patch_size, n_registers
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
-        # Everything that a file must say so that the same network can be built again (DESIGN.md, "one file flows").
+        # Everything that a file must say so that the same network can be built again.
         self.flags: dict[str, Any] = dict(
             embed_dim=embed_dim,
             depth=depth,
@@ -192,19 +201,8 @@ class ViT(nn.Module):
             ln_eps=ln_eps,
             gelu=gelu,
         )
-
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if n_registers:
-            self.reg_token = nn.Parameter(torch.zeros(1, n_registers, embed_dim))
-        if is_field:
-            self.pos_field = nn.Parameter(torch.zeros(1, embed_dim, pos_grid, pos_grid))
-            self.cls_pos = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + pos_grid**2, embed_dim))
-        if mask_tokens:
-            self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-            self.pos_mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self._make_tokens(mask_tokens)
         backend = choose_attention(attention)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
@@ -212,6 +210,21 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=ln_eps)
         self._init_weights()
+
+    def _make_tokens(self, mask_tokens: bool) -> None:
+        """[CLS], registers, positions and mask tokens; :meth:`_init_weights` fills them."""
+        dim, side = self.embed_dim, self.pos_grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if self.n_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, self.n_registers, dim))
+        if self.pos_encoding == "field":
+            self.pos_field = nn.Parameter(torch.zeros(1, dim, side, side))
+            self.cls_pos = nn.Parameter(torch.zeros(1, 1, dim))
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
+        if mask_tokens:
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))
+            self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
     def _init_weights(self) -> None:
         """DINOv2's initialisation; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""

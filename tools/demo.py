@@ -1,0 +1,104 @@
+"""The whole path on composed photographs: data, pre-training, detection, segmentation, table and report.
+
+python tools/demo.py --output demo            (``make demo``; run it again to go on where it stopped)
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+import subprocess
+import time
+from dataclasses import dataclass
+
+from pretrain.cli import run
+from pretrain.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"intertwined": "configs/pretrain/toy.yaml", "dinov2": "configs/pretrain/toy_dinov2.yaml"}
+# Scaled-down protocols: minutes on two CPU cores. The table marks them as such, field by field.
+DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=2 mask_convs=2 num_classes=5 jitter_scale=0.6,1.4
+    anchor_sizes_px=16,24,40,64,96
+    rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100 batch_size=8 iterations_it=330
+    milestones_it=260,310 warmup_it=20 lr=8e-4 eval_period_it=330 amp=false detections_per_image=30""".split()
+SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 batch_size=8 iterations_it=150
+    lr=5e-4 val_interval_it=150""".split()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo, what it leaves, and how long it may take on two cores."""
+
+    title: str
+    budget_s: int
+    command: list[str]
+    output: Path
+
+
+def stages(folder: Path) -> list[Stage]:
+    """The demo, in order; the budgets add up to less than 15 minutes."""
+    data = folder / "data"
+    steps = [
+        Stage("compose photographs", 20, _tool("make_toy_data", "--output", data, "--train", 320, "--size", 128), data / "toy.json")
+    ]
+    for method, config in METHODS.items():
+        out = folder / f"pretrain_{method}"
+        overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
+        steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides), out))
+    for method in METHODS:
+        steps.append(_finetune("det", method, folder, data / "coco", 230, DETECTION, "--engine", "torchvision"))
+    for method in METHODS:
+        steps.append(_finetune("seg", method, folder, data / "ade", 50, SEGMENTATION))
+    for method in METHODS:
+        run_folder = folder / f"pretrain_{method}"
+        steps.append(Stage(f"draw {method}", 10, _tool("visualize_pretrain", run_folder), run_folder / "figures" / "attention.png"))
+    return steps
+
+
+def _tool(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+
+
+def _finetune(task: str, method: str, folder: Path, data: Path, budget_s: int, protocol: list[str], *extra: str) -> Stage:
+    out = folder / f"{task}_{method}"
+    weights = folder / f"pretrain_{method}" / "backbone.safetensors"
+    command = _tool(f"train_{task}", *extra, "--weights", weights, "--data", data, "--output", out, "--resume", *protocol)
+    return Stage(f"{'detection' if task == 'det' else 'segmentation'} {method}", budget_s, command, out)
+
+
+def finished(stage: Stage) -> bool:
+    """Whether a stage left what it had to: a run its ``result.json``, another stage its file."""
+    return (stage.output / "result.json" if stage.output.suffix == "" else stage.output).is_file()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the stages that are not finished, then the table and the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
+    folder = parser.parse_args(arguments).output
+    plan, started = stages(folder), time.time()
+    print(f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores", flush=True)
+    for number, stage in enumerate(plan, 1):
+        if finished(stage):
+            print(f"[{number}/{len(plan)}] {stage.title}: finished before, skipped", flush=True)
+            continue
+        print(f"[{number}/{len(plan)}] {stage.title} (budget {stage.budget_s} s)", flush=True)
+        begun = time.time()
+        if subprocess.run(stage.command).returncode:
+            raise UserError(f"stage {stage.title!r} failed; its command was: {' '.join(stage.command)}")
+        print(f"[{number}/{len(plan)}] {stage.title}: {time.time() - begun:.0f} s", flush=True)
+    runs = [folder / f"{task}_{method}" for task in ("pretrain", "det", "seg") for method in METHODS]
+    for command in (
+        _tool("make_table", *runs, "--format", "md", "--output", folder / "table.md"),
+        _tool("make_report", *runs, "--output", folder / "report.html", "--title", "posfield demo"),
+    ):
+        if subprocess.run(command).returncode:
+            raise UserError(f"failed: {' '.join(command)}")
+    print((folder / "table.md").read_text())
+    print(f"demo: {time.time() - started:.0f} s; the report is {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main)
