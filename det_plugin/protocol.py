@@ -4,9 +4,10 @@ Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative
 schedule, batch and learning rate; Detectron2's ViTDet configs for all the rest; "ours" where neither says.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pretrain import overrides as settings
 from pretrain.errors import UserError
 
 
@@ -109,47 +110,39 @@ def with_overrides(base: DetectionProtocol, overrides: dict[str, Any]) -> Detect
     Raises:
         UserError: an unknown field, or a value of the wrong type, by name.
     """
-    known = {f.name: getattr(base, f.name) for f in fields(base)}
-    changed = {}
-    for key, value in overrides.items():
-        if key not in known or key in ("name", "version"):
-            raise UserError(f"protocol: no field {key!r}; there are {', '.join(sorted(set(known) - {'name', 'version'}))}")
-        changed[key] = _cast(key, value, known[key])
-    return replace(base, **changed)
+    return settings.with_overrides(base, overrides)
 
 
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
     """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
-    full, ours = asdict(protocol(run.name, backbone)), asdict(run)
-    return {key: [full[key], ours[key]] for key in full if full[key] != ours[key]}
+    return settings.differences(protocol(run.name, backbone), run)
 
 
-def _cast(key: str, value: Any, default: Any) -> Any:
-    """``value`` in the type of the field's default."""
-    import yaml
+# Fields that must be at least 1; shares that lie in 0 ... 1.
+POSITIVE = (
+    *("iterations_it", "batch_size", "eval_period_it", "image_size_px", "channels", "rpn_convs", "rpn_batch_per_image"),
+    *("num_classes", "roi_batch_per_image", "box_pool", "box_fc", "mask_pool", "detections_per_image"),
+)
+NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad", "box_convs", "mask_convs")
+SHARES = ("flip", "drop_path", "layer_decay", "rpn_positive_fraction", "roi_positive_fraction", "rpn_nms", "nms", "roi_threshold")
 
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value) if not isinstance(default, str) else value
-        except yaml.YAMLError as error:
-            raise UserError(f"protocol: {key}={value!r} cannot be read") from error
-        if isinstance(value, str) and isinstance(default, (int, float, tuple)):  # YAML 1.1 reads 1e-4 as text
-            try:
-                value = float(value)
-            except ValueError as error:
-                raise UserError(f"protocol: {key}={value!r} is no number") from error
-    if isinstance(default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(default, tuple):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = (value,)
-        fits = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-        value = tuple(type(default[0])(v) for v in value) if fits and default else value
-    elif isinstance(default, float):
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    else:
-        fits = isinstance(value, type(default)) and not isinstance(value, bool)
-    if not fits:
-        raise UserError(f"protocol: {key}={value!r} should be like {default!r}")
-    return value
+
+def check(run: DetectionProtocol) -> None:
+    """Refuse numbers that no run can follow.
+
+    Raises:
+        UserError: names the field, its value and what it should be.
+    """
+    demands = {key: (getattr(run, key) >= 1, "at least 1") for key in POSITIVE}
+    demands |= {key: (0 <= getattr(run, key) <= 1, "within 0 and 1") for key in SHARES}
+    demands |= {key: (getattr(run, key) >= 0, "at least 0") for key in NOT_NEGATIVE}
+    steps, (low, high) = run.milestones_it, run.jitter_scale
+    rising = list(steps) == sorted(set(steps)) and all(0 < step <= run.iterations_it for step in steps)
+    demands["milestones_it"] = rising, f"rising and within iterations_it={run.iterations_it}"
+    demands["warmup_it"] = 0 <= run.warmup_it <= run.iterations_it, f"within iterations_it={run.iterations_it}"
+    demands["jitter_scale"] = 0 < low <= high, "two rising numbers above 0"
+    low, high = run.rpn_thresholds
+    demands["rpn_thresholds"] = 0 < low <= high <= 1, "two rising numbers within 0 and 1"
+    for key, (fits, what) in demands.items():
+        if not fits:
+            raise UserError(f"protocol: {key}={getattr(run, key)!r} must be {what}")

@@ -1,0 +1,13 @@
+"""Mask R-CNN on ViT-B/16, 50 epochs of COCO (protocol coco-50ep), for Detectron2's stock launcher.
+
+python $DETECTRON2_SRC/tools/lazyconfig_train_net.py --num-gpus 8 --config-file configs/det/mask_rcnn_vitb16_coco_50ep.py \
+    model.backbone.net.weights=RUN/backbone.safetensors dataloader.root=COCO train.output_dir=OUTPUT
+"""
+
+from det_plugin.lazy import config
+from det_plugin.protocol import protocol
+
+_backbone = "vit_base_patch16"
+_config = config(protocol("coco-50ep", _backbone), _backbone)
+model, train, dataloader = _config.model, _config.train, _config.dataloader
+optimizer, lr_multiplier = _config.optimizer, _config.lr_multiplier

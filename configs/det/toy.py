@@ -1,0 +1,35 @@
+"""The smallest detector that still has every part: ViT-Ti with two blocks, 128 px, 20 iterations, on the CPU.
+
+It is for the toy data of tools/make_toy_data.py (five classes), or any COCO-format root with five categories.
+"""
+
+from det_plugin.lazy import config
+from det_plugin.protocol import protocol, with_overrides
+
+_backbone = "vit_tiny_patch16"
+_scaled_down = with_overrides(
+    protocol("coco-12ep", _backbone),
+    dict(
+        iterations_it=20,
+        milestones_it=(16, 18),
+        warmup_it=4,
+        batch_size=2,
+        eval_period_it=10,
+        amp=False,
+        image_size_px=128,
+        jitter_scale=(0.5, 1.5),
+        channels=32,
+        box_convs=1,
+        box_fc=64,
+        mask_convs=1,
+        anchor_sizes_px=(8, 16, 32, 64, 128),
+        rpn_pre_nms=(200, 100),
+        rpn_post_nms=(100, 50),
+        roi_batch_per_image=32,
+        num_classes=5,
+        detections_per_image=20,
+    ),
+)
+_config = config(_scaled_down, _backbone, backbone_flags=dict(depth=2), device="cpu", workers=0)
+model, train, dataloader = _config.model, _config.train, _config.dataloader
+optimizer, lr_multiplier = _config.optimizer, _config.lr_multiplier

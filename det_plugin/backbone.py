@@ -1,0 +1,132 @@
+"""The registry's ViT as a Detectron2 backbone, and the pyramid around it.
+
+Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from det_plugin.features import detection_features
+from det_plugin.requires import detectron2_installed
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash
+from pretrain.weights import read_checkpoint
+
+with detectron2_installed():
+    from detectron2.modeling import Backbone, SimpleFeaturePyramid
+
+FEATURE = "last_feat"
+PATCH_PX = 16  # what the pyramid's levels p2 ... p6 are made of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a backbone's weights come from, and all that builds the same network without the file."""
+
+    flags: Mapping[str, Any]  # arguments of ViT
+    method: str
+    effective_epochs: float | None
+    weights_hash: str | None
+
+
+# The stock launchers hand an evaluator no model, and at the end of a long run the file may be gone: what each file said
+# when a backbone was built from it, in this process.
+_ORIGINS: dict[str, Origin] = {}
+
+
+def origin_of(weights: str | Path) -> Origin:
+    """What a file said when a :class:`RegistryBackbone` of this process read it."""
+    return _ORIGINS[str(weights)]
+
+
+class RegistryBackbone(Backbone):
+    """A ViT by its registry name; one feature map, ``last_feat`` [B, D, H / 16, W / 16].
+
+    The weights are read here, in the constructor, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded
+    later must hold every tensor of the backbone (Detectron2 alone would only warn).
+
+    Args:
+        name, weights, flags: those of :func:`pretrain.build.build_backbone`.
+        final_norm, keep_special_tokens: those of :func:`det_plugin.features.detection_features`.
+        checkpointing: recompute the blocks in the backward pass; less memory, the same numbers.
+
+    Raises:
+        UserError: as ``build_backbone``; patches of another size than 16 px; a detector's checkpoint that does not fit, by tensor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | Path | None = None,
+        *,
+        final_norm: bool,
+        keep_special_tokens: bool,
+        checkpointing: bool = False,
+        **flags: Any,
+    ) -> None:
+        super().__init__()
+        self.vit = build_backbone(name, weights, **flags)
+        if self.vit.patch_size != PATCH_PX:
+            raise UserError(
+                f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PATCH_PX} px patches"
+            )
+        if weights is not None:
+            _ORIGINS[str(weights)] = _origin(weights, self.vit.flags)
+        self.final_norm, self.keep_special_tokens = final_norm, keep_special_tokens
+        self._freeze_unused()
+        if checkpointing:
+            for block in self.vit.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self._out_features = [FEATURE]
+        self._out_feature_channels = {FEATURE: self.vit.embed_dim}
+        self._out_feature_strides = {FEATURE: self.vit.patch_size}
+        self.register_load_state_dict_pre_hook(_require_every_tensor)
+
+    def _freeze_unused(self) -> None:
+        """Parameters without a gradient stop DistributedDataParallel, so they say that they have none."""
+        unused = [] if self.final_norm else ["norm"]
+        if not self.keep_special_tokens:
+            unused += ["cls_token", "reg_token", "cls_pos"]
+        for name, parameter in self.vit.named_parameters():
+            if name.split(".")[0] in unused:
+                parameter.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] normalised pixels -> ``{"last_feat": [B, D, H / 16, W / 16]}``."""
+        return {FEATURE: detection_features(self.vit, x, final_norm=self.final_norm, keep_special_tokens=self.keep_special_tokens)}
+
+
+class PaddedPyramid(SimpleFeaturePyramid):
+    """Detectron2's pyramid with its padding enforced.
+
+    There, ``padding_constraints`` carries a misspelt key (``size_divisiblity``, Detectron2 issue 4676), so nothing makes an
+    input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded bottom right.
+    """
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """What ``GeneralizedRCNN.preprocess_image`` pads to."""
+        return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
+
+
+def _origin(weights: str | Path, flags: Mapping[str, Any]) -> Origin:
+    provenance = read_checkpoint(weights).provenance
+    method = str(provenance.get("method", Path(weights).stem))
+    return Origin(dict(flags), method, provenance.get("effective_epochs"), file_hash(weights))
+
+
+def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """fvcore's checkpointer drops what does not fit and loads with ``strict=False``; this runs in between."""
+    wanted = {prefix + key for key in module.state_dict()}
+    given = {key for key in state if key.startswith(prefix)}
+    problems = [f"missing {key}" for key in sorted(wanted - given)] + [f"left over {key}" for key in sorted(given - wanted)]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise UserError(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}: {shown}")

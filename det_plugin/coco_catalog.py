@@ -1,0 +1,67 @@
+"""COCO-format data for Detectron2: found when a loader is built, from any root folder or from Detectron2's own catalogue."""
+
+from pathlib import Path
+from typing import Any
+
+from det_plugin.requires import detectron2_installed
+from pretrain.errors import UserError
+
+with detectron2_installed():
+    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+    from detectron2.data.datasets import register_coco_instances
+
+
+def dataset_name(root: str | Path | None, split: str) -> str:
+    """The catalogue's name of a split, registered if need be.
+
+    Args:
+        root: a folder with ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``; none for
+            Detectron2's own ``coco_2017_*``, which lie in ``$DETECTRON2_DATASETS/coco``.
+        split: ``train`` | ``val``.
+
+    Raises:
+        UserError: no annotation file, by path.
+    """
+    if root is None:
+        name = f"coco_2017_{split}"
+        annotations = Path(MetadataCatalog.get(name).json_file)
+    else:
+        folder = Path(root).resolve()
+        name, annotations = f"coco_2017_{split}:{folder}", folder / "annotations" / f"instances_{split}2017.json"
+    if not annotations.is_file():
+        where = "dataloader.root or $DETECTRON2_DATASETS (read when Detectron2 is imported)" if root is None else f"the root {root}"
+        raise UserError(f"data: no file {annotations}; see {where}")
+    if name not in DatasetCatalog:
+        register_coco_instances(name, {}, str(annotations), str(annotations.parents[1] / f"{split}2017"))
+    return name
+
+
+def coco_dicts(root: str | Path | None, split: str, num_classes: int, filter_empty: bool) -> list[dict[str, Any]]:
+    """Detectron2's standard dicts of a split.
+
+    Args:
+        num_classes: of the model; the data must have as many categories.
+        filter_empty: leave out images without an object that is no crowd.
+
+    Raises:
+        UserError: no annotation file; another number of categories.
+    """
+    name = dataset_name(root, split)
+    dicts: list[dict[str, Any]] = get_detection_dataset_dicts(name, filter_empty=filter_empty)
+    classes = MetadataCatalog.get(name).thing_classes
+    if len(classes) != num_classes:
+        raise UserError(f"data: {MetadataCatalog.get(name).json_file} has {len(classes)} categories, but num_classes={num_classes}")
+    return dicts
+
+
+class CocoMapper(DatasetMapper):
+    """Detectron2's mapper, with masks as polygons (its default) or, for images that hold an RLE, as bitmaps.
+
+    Polygons are exact at any scale but cannot be made of an RLE; COCO has RLEs for crowds alone, which training leaves out.
+    """
+
+    def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]) -> None:
+        objects = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
+        has_rle = any(isinstance(a.get("segmentation"), dict) for a in objects)
+        self.instance_mask_format = "bitmask" if has_rle else "polygon"
+        super()._transform_annotations(dataset_dict, transforms, image_shape)

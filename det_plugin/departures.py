@@ -1,0 +1,37 @@
+"""In what a config departs from the protocol that it is named after, whoever changed it: a protocol's override, a config file,
+or a ``key=value`` on a stock launcher's command line."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from det_plugin.lazy import config
+from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
+from det_plugin.saved_config import NET_KEYS, SURROUNDINGS, backbone_flags, leaves
+
+NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
+
+
+def protocol_in(cfg: DictConfig) -> DetectionProtocol:
+    """The protocol, full or scaled down, that a config was made from."""
+    evaluator = cfg.dataloader.evaluator
+    base = protocol(evaluator.protocol, cfg.model.backbone.net.name)
+    return with_overrides(base, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
+
+
+def departures(cfg: DictConfig) -> dict[str, list[Any]]:
+    """``{field, "backbone_flags" or key of the config: [the protocol's value, the run's]}``; an absent key's value is None.
+
+    Args:
+        cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
+    """
+    made_from, net = protocol_in(cfg), cfg.model.backbone.net
+    flags = {key: value for key, value in net.items() if key not in NET_KEYS}
+    expected, found = leaves(config(made_from, net.name, backbone_flags=flags)), leaves(cfg)
+    changed = deviations(made_from, net.name)
+    if given := backbone_flags(cfg):
+        changed["backbone_flags"] = [{}, given]
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key) and not key.startswith(NO_RECIPE):
+            changed[key] = [expected.get(key), found.get(key)]
+    return changed

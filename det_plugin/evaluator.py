@@ -1,0 +1,136 @@
+"""COCO's evaluation that leaves ``result.json``: it stands in the config, so stock launchers leave it too."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from det_plugin.coco_catalog import dataset_name
+from det_plugin.departures import departures, protocol_in
+from det_plugin.protocol import protocol
+from det_plugin.requires import detectron2_installed
+from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
+from det_plugin.torchvision_engine.evaluate import coco_metrics
+from pretrain.results.provenance import provenance
+from pretrain.results.schema import Protocol, Result, write_result
+
+with detectron2_installed():
+    from detectron2.config import LazyConfig
+    from detectron2.evaluation import COCOEvaluator
+    from detectron2.utils import comm
+    from detectron2.utils.events import get_event_storage, has_event_storage
+
+TASKS = {"bbox": "box", "segm": "mask"}
+METRICS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
+
+
+class ResultEvaluator(COCOEvaluator):
+    """Box and mask AP of the validation split, by pycocotools.
+
+    In training, the evaluation after the last iteration writes ``result.json``; those before it do not. ``--eval-only`` writes it
+    for the checkpoint that it was given. Its wall time is that of the process.
+
+    Args:
+        root: COCO root, none for ``$DETECTRON2_DATASETS/coco``.
+        output_dir: run folder, with the ``config.yaml`` that the launcher wrote there.
+        protocol, overrides: what the config was made from (:func:`det_plugin.departures.protocol_in`).
+        accumulate: micro-batches a step; only recorded.
+        origin: in a resolved config, what the backbone's file said.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        output_dir: str,
+        *,
+        protocol: str,
+        overrides: Mapping[str, Any],
+        accumulate: int = 1,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(dataset_name(root, "val"), tasks=tuple(TASKS), use_fast_impl=False)
+        self.folder = Path(output_dir)
+
+    def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
+        """Detectron2's results, ``{"bbox": {"AP": ...}, "segm": ...}``."""
+        results = super().evaluate(img_ids)
+        if not comm.is_main_process():
+            return results
+        cfg = load_config(self.folder, ASKED)
+        if has_event_storage():
+            LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
+        if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
+            # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
+            metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
+            started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
+            write_result(result_of(cfg, metrics, started), self.folder)
+        return results
+
+
+def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes`` and the same of masks.
+
+    What has no ground truth (NaN) is left out.
+    """
+    metrics: dict[str, Any] = {}
+    for task, name in TASKS.items():
+        known = {key: value for key, value in results.get(task, {}).items() if math.isfinite(value)}
+        metrics |= {f"{name}_{METRICS[key]}": value for key, value in known.items() if key in METRICS}
+        classes = {key.removeprefix("AP-"): value for key, value in known.items() if key.startswith("AP-")}
+        if classes:
+            metrics[f"{name}_ap_classes"] = classes
+    return metrics
+
+
+def result_of(cfg: DictConfig, metrics: Mapping[str, Any], started: float) -> Result:
+    """The ``result.json`` of the run that trained what ``cfg`` evaluates.
+
+    Args:
+        cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
+    """
+    changed, trained = departures(cfg), cfg
+    if has_event_storage():
+        if cfg.train.init_checkpoint:
+            changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
+    else:
+        trained, unlike = _training_of(cfg)
+        changed = {**departures(trained), **changed, **unlike}
+    recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
+    settings = {
+        "backbone": name,
+        "backbone_flags": backbone_flags(trained),
+        "protocol": dataclasses.asdict(recipe),
+        "departures": changed,
+        "accumulate": trained.dataloader.evaluator.accumulate,
+        "engine": "detectron2",
+    }
+    return Result(
+        kind="detection",
+        method=origin.method if origin else "from scratch",
+        backbone=name,
+        effective_epochs=origin.effective_epochs if origin else None,
+        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
+        metrics=dict(metrics),
+        seed=trained.train.seed,
+        wall_time_s=time.time() - started,
+        **{**provenance(settings), "weights_hash": origin.weights_hash if origin else None},
+    )
+
+
+def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
+    """The config that ``train.init_checkpoint`` was trained with, and what is wrong with taking the two for one run."""
+    planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).iterations_it
+    if not cfg.train.init_checkpoint:
+        return cfg, {"iterations_it": [planned, 0]}
+    checkpoint = Path(cfg.train.init_checkpoint)
+    if not (checkpoint.parent / RESOLVED).is_file():
+        return cfg, {"training": ["as the protocol says", f"unknown: no {RESOLVED} beside {checkpoint.name}"]}
+    trained = load_config(checkpoint.parent, RESOLVED)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    done = state.get("iteration", -1) + 1
+    return trained, {} if done == trained.train.max_iter else {"iterations_it": [planned, done]}

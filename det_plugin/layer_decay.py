@@ -1,0 +1,37 @@
+"""Learning rate and weight decay of the ViT's parameters in fine-tuning; pure, and shared by both engines.
+
+Names are relative to the ViT, for example ``blocks.3.attn.qkv.weight``. The rule is that of ViTDet (Detectron2's
+``get_vit_lr_decay_rate`` and its overrides), completed for what Detectron2's ViT does not have: position fields, registers,
+LayerScale. Two departures (ours): Detectron2 gives ``cls_token`` the full rate, but it enters at layer 0 like the patches; and
+LayerScale's gamma does not decay, as a norm's weight does not.
+"""
+
+LAYER_ZERO = ("patch_embed", "pos_embed", "pos_field", "cls_pos", "cls_token", "reg_token")
+POSITIONS = ("pos_embed", "pos_field", "cls_pos")
+NORMS = ("norm", "norm1", "norm2")
+
+
+def lr_rate(name: str, depth: int, decay: float) -> float:
+    """The factor on the learning rate: ``decay ** (depth + 1 - layer)``.
+
+    Layer 0 is what enters the first block, layer i + 1 is block i of ``depth``, and layer depth + 1 the final norm.
+
+    Raises:
+        ValueError: a name that is not the ViT's.
+    """
+    first, _, rest = name.partition(".")
+    if first in LAYER_ZERO:
+        layer = 0
+    elif first == "blocks":
+        layer = int(rest.partition(".")[0]) + 1
+    elif first == "norm":
+        layer = depth + 1
+    else:
+        raise ValueError(f"layer decay: {name!r} is no parameter of the ViT")
+    return decay ** (depth + 1 - layer)
+
+
+def no_decay(name: str) -> bool:
+    """Whether weight decay is 0: norms, LayerScale and positions. Biases of linear layers decay, as in Detectron2."""
+    parts = name.split(".")
+    return parts[0] in POSITIONS or parts[-1] == "gamma" or (len(parts) > 1 and parts[-2] in NORMS)

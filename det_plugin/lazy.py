@@ -1,0 +1,349 @@
+"""The detection protocol as a Detectron2 LazyConfig, for the stock launchers and for ours.
+
+Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/test_detectron2.py`` holds the result against
+Detectron2's own ViTDet configuration, key by key.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from det_plugin.backbone import FEATURE, PATCH_PX, PaddedPyramid, RegistryBackbone
+from det_plugin.coco_catalog import CocoMapper, coco_dicts
+from det_plugin.optim import NO_DECAY, adamw, parameter_groups
+from det_plugin.protocol import DetectionProtocol, deviations
+from det_plugin.requires import detectron2_installed
+from det_plugin.run import DetectionRun
+from det_plugin.saved_config import ASKED, LAST, RESOLVED, is_over, load_config, resolved
+from det_plugin.trainer import evaluate, fit
+from pretrain.errors import UserError
+from pretrain.results.schema import FILE_NAME
+
+with detectron2_installed():
+    import detectron2.data.transforms as T
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyCall as L
+    from detectron2.config import LazyConfig, instantiate
+    from detectron2.data import build_detection_test_loader, build_detection_train_loader
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling import GeneralizedRCNN
+    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+    from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+    from detectron2.modeling.box_regression import Box2BoxTransform
+    from detectron2.modeling.matcher import Matcher
+    from detectron2.modeling.poolers import ROIPooler
+    from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+    from detectron2.modeling.roi_heads import (
+        FastRCNNConvFCHead,
+        FastRCNNOutputLayers,
+        MaskRCNNConvUpsampleHead,
+        StandardROIHeads,
+    )
+    from detectron2.solver import WarmupParamScheduler
+    from detectron2.utils.env import seed_all_rng
+    from detectron2.utils.logger import setup_logger
+    from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name, because it reads configs and so imports this file
+LOG_PERIOD_IT = 20  # Detectron2
+SCALES = (4.0, 2.0, 1.0, 0.5)  # that Detectron2's pyramid can make
+
+
+def config(
+    protocol: DetectionProtocol,
+    backbone: str,
+    weights: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    output: str | Path = "output",
+    backbone_flags: Mapping[str, Any] | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+    device: str = "cuda",
+    workers: int = 4,
+) -> DictConfig:
+    """``model``, ``train``, ``dataloader``, ``optimizer`` and ``lr_multiplier`` of one fine-tuning.
+
+    Args:
+        backbone: registry name.
+        weights: checkpoint of the backbone (``model.backbone.net.weights``).
+        data: COCO root (``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
+        output: run folder (``train.output_dir``).
+        backbone_flags: further arguments of ``build_backbone``.
+        checkpointing: recompute the backbone's blocks in the backward pass.
+        device: ``cuda`` | ``cpu``; Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
+
+    Raises:
+        UserError: a schedule that does not fit into the protocol's iterations, or anchors that do not fit the pyramid.
+    """
+    flags = {"drop_path": protocol.drop_path, **(backbone_flags or {})}
+    net = L(RegistryBackbone)(
+        name=backbone,
+        weights=None if weights is None else str(weights),
+        final_norm=protocol.final_norm,
+        keep_special_tokens=protocol.keep_special_tokens,
+        checkpointing=checkpointing,
+        **flags,
+    )
+    return DictConfig(
+        {
+            "model": _model(protocol, net),
+            "train": _train(protocol, str(output), seed, device),
+            "dataloader": _dataloader(protocol, backbone, data, workers),
+            "optimizer": _optimizer(protocol),
+            "lr_multiplier": _lr_multiplier(protocol),
+        },
+        flags={"allow_objects": True},
+    )
+
+
+def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
+    """Fine-tune and evaluate in this process, with gradient accumulation; the stock launcher is the way to several GPUs.
+
+    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`), ``metrics.jsonl``, Detectron2's
+    checkpoints and log, and ``result.json``. A run that is over is left as it is.
+
+    Args:
+        resume: go on from the folder's last checkpoint, if there is one.
+        eval_only: evaluate the folder's last checkpoint on ``run.data``; the rest of ``run`` is what it was trained with.
+
+    Returns:
+        the path of ``result.json``.
+
+    Raises:
+        UserError: bad settings or data; a folder that holds another run, or none to evaluate.
+        FloatingPointError: a loss is no number; names the iteration and the losses.
+    """
+    device, recipe = _device(run.device), run.protocol
+    seed_all_rng(run.seed)
+    if eval_only:
+        return _evaluate_last(run, device)
+    if recipe.amp and device == "cpu":
+        print("warning: amp needs CUDA; the run is in float32", file=sys.stderr)
+        recipe = replace(recipe, amp=False)
+    cfg = config(
+        recipe,
+        run.backbone,
+        run.weights,
+        data=run.data,
+        output=run.output,
+        backbone_flags=run.backbone_flags,
+        seed=run.seed,
+        device=device,
+        workers=run.workers,
+    )
+    cfg.dataloader.evaluator.accumulate = run.accumulate
+    model = instantiate(cfg.model).to(device)
+    if is_over(cfg, run.output, resume):
+        print(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do", file=sys.stderr)
+        return run.output / FILE_NAME
+    _start_logs(run.output)
+    LazyConfig.save(cfg, str(run.output / ASKED))
+    LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
+    fit(cfg, model, accumulate=run.accumulate, resume=resume)
+    return run.output / FILE_NAME
+
+
+def _start_logs(folder: Path) -> None:
+    for name in ("detectron2", "fvcore"):
+        setup_logger(str(folder), name=name)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device: {name}, but PyTorch sees no GPU")
+    return name
+
+
+def _evaluate_last(run: DetectionRun, device: str) -> Path:
+    """``result.json`` of the last checkpoint of a run's folder."""
+    cfg = load_config(run.output, RESOLVED)
+    last = run.output / LAST
+    if not last.is_file():
+        raise UserError(f"{run.output}: no checkpoint to evaluate")
+    _start_logs(run.output)
+    cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(run.data), str(run.output), device
+    cfg.dataloader.test.num_workers = run.workers
+    cfg.train.init_checkpoint = str(run.output / last.read_text().strip())
+    LazyConfig.save(cfg, str(run.output / ASKED))
+    model = instantiate(cfg.model).to(device)
+    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+    evaluate(cfg, model)
+    return run.output / FILE_NAME
+
+
+def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
+    """Mask R-CNN around the backbone."""
+    if not set(p.pyramid_scales) <= set(SCALES) or len(p.anchor_sizes_px) != len(p.pyramid_scales) + 1:
+        raise UserError(
+            f"protocol: pyramid_scales={p.pyramid_scales} must be of {SCALES}, and anchor_sizes_px={p.anchor_sizes_px} one more"
+        )
+    strides = [int(PATCH_PX / scale) for scale in p.pyramid_scales]
+    levels = [f"p{int(log2(stride))}" for stride in strides]
+    top = int(log2(strides[-1])) + 1  # the max-pooled level
+    return L(GeneralizedRCNN)(
+        backbone=L(PaddedPyramid)(
+            net=net,
+            in_feature=FEATURE,
+            out_channels=p.channels,
+            scale_factors=p.pyramid_scales,
+            top_block=L(LastLevelMaxPool)(),
+            norm=p.norm,
+            square_pad=p.image_size_px,
+        ),
+        proposal_generator=_proposals(p, [*levels, f"p{top}"], [*strides, 2**top]),
+        roi_heads=_heads(p, levels, strides),
+        pixel_mean=p.pixel_mean,
+        pixel_std=p.pixel_std,
+        input_format="RGB",
+    )
+
+
+def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
+    """Region proposals: one anchor size a level."""
+    return L(RPN)(
+        in_features=levels,
+        head=L(StandardRPNHead)(in_channels=p.channels, num_anchors=len(p.anchor_ratios), conv_dims=[-1] * p.rpn_convs),
+        anchor_generator=L(DefaultAnchorGenerator)(
+            sizes=[[size] for size in p.anchor_sizes_px], aspect_ratios=p.anchor_ratios, strides=strides, offset=0.0
+        ),
+        anchor_matcher=L(Matcher)(thresholds=p.rpn_thresholds, labels=[0, -1, 1], allow_low_quality_matches=True),
+        box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
+        batch_size_per_image=p.rpn_batch_per_image,
+        positive_fraction=p.rpn_positive_fraction,
+        pre_nms_topk=p.rpn_pre_nms,
+        post_nms_topk=p.rpn_post_nms,
+        nms_thresh=p.rpn_nms,
+    )
+
+
+def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictConfig:
+    """Boxes, classes and masks of the regions."""
+    pooler = dict(scales=[1 / stride for stride in strides], sampling_ratio=0, pooler_type="ROIAlignV2")
+    return L(StandardROIHeads)(
+        num_classes=p.num_classes,
+        batch_size_per_image=p.roi_batch_per_image,
+        positive_fraction=p.roi_positive_fraction,
+        proposal_matcher=L(Matcher)(thresholds=[p.roi_threshold], labels=[0, 1], allow_low_quality_matches=False),
+        box_in_features=levels,
+        box_pooler=L(ROIPooler)(output_size=p.box_pool, **pooler),
+        box_head=L(FastRCNNConvFCHead)(
+            input_shape=L(ShapeSpec)(channels=p.channels, height=p.box_pool, width=p.box_pool),
+            conv_dims=[p.channels] * p.box_convs,
+            fc_dims=[p.box_fc],
+            conv_norm=p.norm,
+        ),
+        box_predictor=L(FastRCNNOutputLayers)(
+            input_shape=L(ShapeSpec)(channels=p.box_fc),
+            box2box_transform=L(Box2BoxTransform)(weights=p.box_weights),
+            num_classes="${..num_classes}",
+            test_score_thresh=p.score_threshold,
+            test_nms_thresh=p.nms,
+            test_topk_per_image=p.detections_per_image,
+        ),
+        mask_in_features=levels,
+        mask_pooler=L(ROIPooler)(output_size=p.mask_pool, **pooler),
+        mask_head=L(MaskRCNNConvUpsampleHead)(
+            input_shape=L(ShapeSpec)(channels=p.channels, height=p.mask_pool, width=p.mask_pool),
+            num_classes="${..num_classes}",
+            conv_dims=[p.channels] * (p.mask_convs + 1),  # the last is the deconvolution's
+            conv_norm=p.norm,
+        ),
+    )
+
+
+def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
+    """What Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
+    return DictConfig(
+        dict(
+            output_dir=output,
+            init_checkpoint="",  # the backbone has read its weights already
+            max_iter=p.iterations_it,
+            amp=dict(enabled=p.amp),
+            ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=p.amp),
+            checkpointer=dict(period=p.eval_period_it, max_to_keep=3),
+            eval_period=p.eval_period_it,
+            log_period=min(LOG_PERIOD_IT, max(1, p.iterations_it // 10)),
+            device=device,
+            seed=seed,
+        )
+    )
+
+
+def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
+    """Large-scale jitter in training, one size in testing; ``dataloader.root`` is read when the loaders are built."""
+    size = p.image_size_px
+
+    def dataset(split: str, filter_empty: bool) -> DictConfig:
+        classes = "${model.roi_heads.num_classes}"
+        return L(coco_dicts)(root="${...root}", split=split, num_classes=classes, filter_empty=filter_empty)
+
+    jitter = [
+        L(T.RandomFlip)(prob=p.flip, horizontal=True),
+        L(T.ResizeScale)(min_scale=p.jitter_scale[0], max_scale=p.jitter_scale[1], target_height=size, target_width=size),
+        L(T.FixedSizeCrop)(crop_size=[size, size], pad=False),
+    ]
+    mapper = L(CocoMapper)(is_train=True, augmentations=jitter, image_format="RGB", use_instance_mask=True, recompute_boxes=True)
+    resize = [L(T.ResizeShortestEdge)(short_edge_length=size, max_size=size)]
+    return DictConfig(
+        dict(
+            root=None if root is None else str(root),
+            train=L(build_detection_train_loader)(
+                dataset=dataset("train", True), mapper=mapper, total_batch_size=p.batch_size, num_workers=workers
+            ),
+            test=L(build_detection_test_loader)(
+                dataset=dataset("val", False),
+                mapper=L(CocoMapper)(is_train=False, augmentations=resize, image_format="RGB"),
+                num_workers=workers,
+            ),
+            evaluator=L(EVALUATOR)(
+                root="${..root}",
+                output_dir="${train.output_dir}",
+                protocol=p.name,
+                overrides={key: run for key, (_, run) in deviations(p, backbone).items()},
+                accumulate=1,
+            ),
+        ),
+        flags={"allow_objects": True},
+    )
+
+
+def _optimizer(p: DetectionProtocol) -> DictConfig:
+    """AdamW with layer decay."""
+    return L(adamw)(
+        params=L(parameter_groups)(
+            base_lr="${..lr}",
+            layer_decay=p.layer_decay,
+            weight_decay_norm=0.0,
+            overrides={name: {"weight_decay": 0.0} for name in NO_DECAY},
+        ),
+        lr=p.lr,
+        betas=p.betas,
+        weight_decay=p.weight_decay,
+        clip_grad=p.clip_grad,
+    )
+
+
+def _lr_multiplier(p: DetectionProtocol) -> DictConfig:
+    """Linear warm-up, then a step at each milestone."""
+    if list(p.milestones_it) != sorted(p.milestones_it) or max(p.milestones_it, default=0) > p.iterations_it:
+        raise UserError(f"protocol: milestones_it={p.milestones_it} do not rise to at most iterations_it={p.iterations_it}")
+    if not 0 <= p.warmup_it <= p.iterations_it:
+        raise UserError(f"protocol: warmup_it={p.warmup_it} is not within iterations_it={p.iterations_it}")
+    return L(WarmupParamScheduler)(
+        scheduler=L(MultiStepParamScheduler)(
+            values=[p.lr_gamma**k for k in range(len(p.milestones_it) + 1)],
+            milestones=p.milestones_it,
+            num_updates=p.iterations_it,
+        ),
+        warmup_length=p.warmup_it / p.iterations_it,
+        warmup_factor=p.warmup_factor,
+    )

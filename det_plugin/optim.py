@@ -1,0 +1,77 @@
+"""Parameter groups of a Detectron2 detector: ViTDet's layer decay and weight decay, for every tensor that our ViT has.
+
+Detectron2's ``get_vit_lr_decay_rate`` knows only the name ``pos_embed``: it gives position fields, registers and [CLS] the full
+learning rate, 100 times that of the patch embedding beside them. Its ``overrides`` match the last part of a name.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from det_plugin.layer_decay import lr_rate
+
+VIT = "backbone.net.vit."
+# Without weight decay, besides norms: by the last part of the name, as Detectron2's overrides are.
+NO_DECAY = ("pos_embed", "pos_field", "cls_pos", "gamma")
+
+
+def lr_factor(name: str, *, depth: int, decay: float) -> float:
+    """The factor on a parameter's learning rate, by its name in the detector; 1 outside the ViT."""
+    return lr_rate(name.removeprefix(VIT), depth, decay) if name.startswith(VIT) else 1.0
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    layer_decay: float,
+    weight_decay_norm: float | None = None,
+    overrides: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`; the depth is the network's own.
+
+    Args:
+        model: a detector around a :class:`det_plugin.backbone.RegistryBackbone`; launchers put it here.
+        weight_decay_norm: weight decay of norms.
+        overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
+    """
+    from detectron2.solver import get_default_optimizer_params
+
+    blocks = model.get_submodule(VIT + "blocks")
+    factor = partial(lr_factor, depth=len(list(blocks.children())), decay=layer_decay)
+    return get_default_optimizer_params(
+        model,
+        base_lr=base_lr,
+        weight_decay_norm=weight_decay_norm,
+        lr_factor_func=factor,
+        overrides={key: dict(value) for key, value in (overrides or {}).items()},
+    )
+
+
+def adamw(params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0) -> torch.optim.AdamW:
+    """AdamW of plain numbers (a config's lists would end up in checkpoints, where torch's tensors-only loader refuses them).
+
+    Args:
+        clip_grad: greatest norm of all gradients together; 0: no clipping.
+    """
+    arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return ClippedAdamW(params, max_norm=clip_grad, **arguments) if clip_grad > 0 else torch.optim.AdamW(params, **arguments)
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that first clips the norm of all gradients together; stock launchers know no clipping.
+
+    Under AMP the gradients arrive here unscaled: ``GradScaler.step`` sees to that before it calls this.
+    """
+
+    def __init__(self, params: Any, *, max_norm: float, **arguments: Any) -> None:
+        super().__init__(params, **arguments)
+        self.max_norm = max_norm
+
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        nn.utils.clip_grad_norm_((p for group in self.param_groups for p in group["params"]), self.max_norm)
+        return super().step(closure)

@@ -1,0 +1,349 @@
+"""The protocol on Detectron2: our backbone and our numbers inside its own classes. Skipped where it is not installed."""
+
+import copy
+import math
+import os
+import warnings
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+
+from coco_fixture import write_coco
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.utils.events import EventStorage
+from detectron2_fixture import FIELD, TINY, TOY, randomise, save_pretrained
+
+from det_plugin.backbone import RegistryBackbone
+from det_plugin.coco_catalog import coco_dicts, dataset_name
+from det_plugin.layer_decay import lr_rate, no_decay
+from det_plugin.lazy import config
+from det_plugin.optim import ClippedAdamW
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.saved_config import leaves
+from det_plugin.torchvision_engine.optim import lr_at
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.weights import save_backbone
+
+pytestmark = pytest.mark.detectron2
+
+ON = dict(final_norm=True, keep_special_tokens=True)
+
+# Every field of the protocol away from its default, so that nothing that is written twice can pass.
+ODD = with_overrides(
+    protocol("coco-12ep", TINY),
+    dict(
+        iterations_it=40, milestones_it=(10, 20, 30), lr_gamma=0.5, warmup_it=5, warmup_factor=0.1, batch_size=3,
+        eval_period_it=7, lr=2e-3, betas=(0.8, 0.95), weight_decay=0.2, layer_decay=0.6, drop_path=0.3, clip_grad=0.7,
+        amp=False, image_size_px=100, jitter_scale=(0.3, 1.7), flip=0.25, pixel_mean=(1.0, 2.0, 3.0),
+        pixel_std=(4.0, 5.0, 6.0), keep_special_tokens=False, final_norm=False, pyramid_scales=(2.0, 1.0, 0.5), channels=32,
+        norm="GN", anchor_sizes_px=(10, 20, 40, 80), anchor_ratios=(0.4, 1.0, 2.2, 3.0), rpn_convs=1,
+        rpn_thresholds=(0.2, 0.6), rpn_batch_per_image=11, rpn_positive_fraction=0.3, rpn_pre_nms=(50, 40),
+        rpn_post_nms=(30, 20), rpn_nms=0.65, num_classes=3, roi_threshold=0.45, roi_batch_per_image=13,
+        roi_positive_fraction=0.35, box_pool=5, box_convs=2, box_fc=48, mask_pool=6, mask_convs=2,
+        box_weights=(9.0, 8.0, 7.0, 6.0), score_threshold=0.15, nms=0.4, detections_per_image=9,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_pretrained(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture
+def toy():
+    return LazyConfig.load(str(TOY))
+
+
+# --- backbone
+
+
+@pytest.mark.parametrize("flags", [FIELD, dict(depth=2)], ids=["field", "standard"])
+def test_feature_map_is_the_backbones(tmp_path, flags):
+    path = tmp_path / "b.safetensors"
+    model = randomise(build_backbone(TINY, **flags))
+    save_backbone(path, model.state_dict(), name=TINY, flags=model.flags)
+    net = RegistryBackbone(TINY, path, drop_path=0.5, **ON).eval()
+    x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, expected = net(x), build_backbone(TINY, weights=path).eval().feature_map(x)
+    assert expected.abs().max() > 0.1 and list(got) == ["last_feat"]
+    torch.testing.assert_close(got["last_feat"], expected, atol=1e-5, rtol=1e-5)
+    shape = net.output_shape()["last_feat"]
+    assert (shape.channels, shape.stride) == (192, 16) and got["last_feat"].shape == (2, 192, 6, 4)
+
+
+def test_unused_parameters_are_frozen_and_only_these(weights):
+    net = RegistryBackbone(TINY, weights, final_norm=False, keep_special_tokens=False)
+    net(torch.randn(1, 3, 32, 32))["last_feat"].square().sum().backward()
+    frozen = {name for name, p in net.vit.named_parameters() if not p.requires_grad}
+    assert frozen == {"cls_token", "reg_token", "cls_pos", "norm.weight", "norm.bias"}
+    assert {name for name, p in net.vit.named_parameters() if p.grad is None} == frozen
+    net = RegistryBackbone(TINY, weights, **ON)
+    net(torch.randn(1, 3, 32, 32))["last_feat"].square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_checkpointing_changes_no_gradient(weights):
+    gradients = []
+    for checkpointing in (False, True):
+        net = copy.deepcopy(RegistryBackbone(TINY, weights, checkpointing=checkpointing, drop_path=0.5, **ON))
+        torch.manual_seed(0)
+        net(torch.ones(2, 3, 32, 32))["last_feat"].square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize(
+    "edit, named",
+    [
+        (lambda state: state.pop("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
+        (lambda state: state.update(extra=torch.zeros(1)), "left over extra"),
+        (lambda state: state.update(pos_field=torch.zeros(1, 192, 3, 3)), "pos_field is"),
+    ],
+)
+def test_a_file_must_fit_in_every_tensor(tmp_path, edit, named):
+    model = build_backbone(TINY, **FIELD)
+    state = dict(model.state_dict())
+    edit(state)
+    path = save_backbone(tmp_path / "b.safetensors", state, name=TINY, flags=model.flags)
+    with pytest.raises(UserError, match=named):
+        instantiate(config(ODD, TINY, path).model.backbone.net)
+    with pytest.raises(UserError, match="patch_size=8"):
+        RegistryBackbone(TINY, patch_size=8, depth=1, **ON)
+
+
+def test_detectron2s_checkpointer_leaves_the_weights_and_may_not_half_load_them(tmp_path, toy, weights):
+    toy.model.backbone.net.weights = str(weights)
+    model, expected = instantiate(toy.model), build_backbone(TINY, weights=weights).state_dict()
+    DetectionCheckpointer(model, str(tmp_path)).resume_or_load(toy.train.init_checkpoint, resume=False)
+    inside = {k.removeprefix("backbone.net.vit."): v for k, v in model.state_dict().items() if ".net.vit." in k}
+    assert inside.keys() == expected.keys() and all(torch.equal(inside[k], expected[k]) for k in expected)
+
+    state = model.state_dict()
+    for name, value in (("pos_field", torch.zeros(1, 192, 3, 3)), ("norm.weight", None)):
+        broken = {k: v for k, v in state.items() if k != f"backbone.net.vit.{name}"}
+        broken |= {} if value is None else {f"backbone.net.vit.{name}": value}
+        torch.save({"model": broken}, tmp_path / "broken.pth")
+        with pytest.raises(UserError, match=f"missing backbone.net.vit.{name}"):
+            DetectionCheckpointer(model).load(str(tmp_path / "broken.pth"))
+
+
+# --- the protocol's numbers
+
+
+def numbers_of(cfg, model, optimizer):
+    """Every field of the protocol, read back from what Detectron2 made of the config."""
+    rpn, heads, pyramid = model.proposal_generator, model.roi_heads, model.backbone
+    flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
+    resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
+    schedule, last_it = instantiate(cfg.lr_multiplier), cfg.train.max_iter
+    factors = [schedule(it / last_it) for it in range(last_it)]
+    warmup_it = factors.index(1.0)
+    steps = [it for it in range(warmup_it + 1, last_it) if factors[it] != factors[it - 1]]
+    sizes = {crop.crop_size[0], crop.crop_size[1], scale.target_height, scale.target_width, resize.max_size,
+             *resize.short_edge_length, cfg.model.backbone.square_pad}  # fmt: skip
+    assert len(sizes) == 1 and not crop.pad and resize.is_range
+    groups = optimizer.param_groups
+    return dict(
+        iterations_it=cfg.train.max_iter,
+        milestones_it=steps,
+        lr_gamma=factors[steps[0]],
+        warmup_it=warmup_it,
+        warmup_factor=factors[0],
+        batch_size=instantiate(cfg.dataloader.train).batch_size,
+        eval_period_it=cfg.train.eval_period,
+        lr=max(g["lr"] for g in groups),
+        betas=groups[0]["betas"],
+        weight_decay=max(g["weight_decay"] for g in groups),
+        layer_decay=max(r for g in groups if (r := g["lr"] / max(h["lr"] for h in groups)) < 0.999),
+        drop_path=pyramid.net.vit.blocks[-1].drop_path.rate,
+        clip_grad=optimizer.max_norm if isinstance(optimizer, ClippedAdamW) else 0.0,
+        amp=cfg.train.amp.enabled,
+        image_size_px=sizes.pop(),
+        jitter_scale=(scale.min_scale, scale.max_scale),
+        flip=flip.prob,
+        pixel_mean=model.pixel_mean.flatten().tolist(),
+        pixel_std=model.pixel_std.flatten().tolist(),
+        keep_special_tokens=pyramid.net.keep_special_tokens,
+        final_norm=pyramid.net.final_norm,
+        pyramid_scales=pyramid.scale_factors,
+        channels=pyramid.output_shape()["p4"].channels,
+        norm={"LayerNorm": "LN", "GroupNorm": "GN"}[type(pyramid.stages[-1][-1].norm).__name__],
+        anchor_sizes_px=[math.sqrt((a[0, 2:] - a[0, :2]).prod()) for a in rpn.anchor_generator.cell_anchors],
+        anchor_ratios=[float(corner[1] / corner[0]) for corner in next(iter(rpn.anchor_generator.cell_anchors))[:, 2:]],
+        rpn_convs=1 if isinstance(rpn.rpn_head.conv, torch.nn.Conv2d) else len(rpn.rpn_head.conv),
+        rpn_thresholds=rpn.anchor_matcher.thresholds[1:-1],
+        rpn_batch_per_image=rpn.batch_size_per_image,
+        rpn_positive_fraction=rpn.positive_fraction,
+        rpn_pre_nms=(rpn.pre_nms_topk[True], rpn.pre_nms_topk[False]),
+        rpn_post_nms=(rpn.post_nms_topk[True], rpn.post_nms_topk[False]),
+        rpn_nms=rpn.nms_thresh,
+        num_classes=heads.mask_head.predictor.out_channels,
+        roi_threshold=heads.proposal_matcher.thresholds[1],
+        roi_batch_per_image=heads.batch_size_per_image,
+        roi_positive_fraction=heads.positive_fraction,
+        box_pool=heads.box_pooler.output_size[0],
+        box_convs=len(heads.box_head.conv_norm_relus),
+        box_fc=heads.box_head.fcs[0].out_features,
+        mask_pool=heads.mask_pooler.output_size[0],
+        mask_convs=len(heads.mask_head.conv_norm_relus),
+        box_weights=heads.box_predictor.box2box_transform.weights,
+        score_threshold=heads.box_predictor.test_score_thresh,
+        nms=heads.box_predictor.test_nms_thresh,
+        detections_per_image=heads.box_predictor.test_topk_per_image,
+    )
+
+
+def built(cfg):
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    return model, instantiate(cfg.optimizer)
+
+
+@pytest.mark.parametrize("recipe", [protocol("coco-50ep", TINY), ODD], ids=["full", "odd"])
+def test_every_number_is_the_protocols(recipe):
+    cfg = config(recipe, TINY, backbone_flags=dict(depth=2), workers=0)
+    cfg.dataloader.train.dataset = [{}] * 8
+    cfg.dataloader.train.aspect_ratio_grouping = False  # it hides the loader's batch size
+    got = numbers_of(cfg, *built(cfg))
+    assert got.keys() == {f.name for f in fields(DetectionProtocol)} - {"name", "version"}
+    for name, value in got.items():
+        expected = getattr(recipe, name)
+        expected = list(expected) if isinstance(expected, tuple) else expected
+        assert (list(value) if isinstance(expected, list) else value) == pytest.approx(expected), name
+    assert instantiate(cfg.dataloader.train.mapper).image_format == cfg.model.input_format == "RGB"
+
+
+def test_the_odd_protocol_is_odd_everywhere():
+    full = protocol("coco-12ep", TINY)
+    assert all(getattr(ODD, f.name) != getattr(full, f.name) for f in fields(full) if f.name not in ("name", "version"))
+
+
+def test_the_full_model_is_detectron2s_vitdet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pkg_resources
+        from detectron2 import model_zoo
+
+        theirs = model_zoo.get_config("common/models/mask_rcnn_vitdet.py")
+    ours, theirs = leaves(config(protocol("coco-12ep", TINY), TINY)["model"]), leaves(theirs["model"])
+    shape = "roi_heads.{}.input_shape.{}"
+    for head in ("box_head", "box_predictor", "mask_head"):
+        for side in ("_target_", "height", "width", "stride"):
+            ours.pop(shape.format(head, side), None), theirs.pop(shape.format(head, side), None)
+    own = {"backbone._target_", "backbone.in_feature"}
+    # Written out here, Detectron2's defaults there:
+    own |= {f"roi_heads.box_predictor.{key}" for key in ("test_nms_thresh", "test_topk_per_image")}
+    unlike = {k for k in ours.keys() | theirs.keys() if not k.startswith("backbone.net.") and ours.get(k) != theirs.get(k)}
+    assert unlike == own
+    assert len(ours) > 60
+
+
+def test_learning_rates_and_weight_decay_of_named_parameters(weights):
+    recipe = protocol("coco-12ep", "vit_base_patch16")
+    cfg = config(recipe, TINY, weights)
+    model, optimizer = built(cfg)
+    group_of = {p: g for g in optimizer.param_groups for p in g["params"]}
+    undecayed = set()
+    for name, parameter in model.named_parameters():
+        group, in_vit = group_of[parameter], name.startswith("backbone.net.vit.")
+        own = name.removeprefix("backbone.net.vit.")
+        assert group["lr"] == pytest.approx(3e-4 * (lr_rate(own, 2, 0.7) if in_vit else 1)), name
+        assert group["weight_decay"] == (0.0 if in_vit and no_decay(own) else 0.1), name
+        if in_vit and own.startswith(("blocks.", "patch_embed.", "pos_embed")):  # what Detectron2 knows
+            assert group["lr"] == pytest.approx(3e-4 * get_vit_lr_decay_rate(name, lr_decay_rate=0.7, num_layers=2))
+        if group["weight_decay"] == 0:
+            undecayed.add(own.split(".")[-1] if own.startswith("blocks") else own)
+    assert undecayed == {"pos_field", "cls_pos", "gamma", "weight", "bias", "norm.weight", "norm.bias"}
+    for name in ("cls_token", "reg_token", "pos_field", "cls_pos", "patch_embed.proj.weight"):
+        assert group_of[model.backbone.net.vit.get_parameter(name)]["lr"] == pytest.approx(3e-4 * 0.7**3), name
+    assert group_of[model.backbone.net.vit.norm.weight]["lr"] == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize("recipe", [ODD, protocol("coco-12ep", TINY)], ids=["odd", "full"])
+def test_the_schedule_is_the_torchvision_engines(recipe):
+    schedule = instantiate(config(recipe, TINY).lr_multiplier)
+    for it in {*range(12), *range(0, recipe.iterations_it, 1 + recipe.iterations_it // 50), *recipe.milestones_it}:
+        assert recipe.lr * schedule(it / recipe.iterations_it) == pytest.approx(lr_at(it, recipe)), it
+    with pytest.raises(UserError, match="milestones_it"):
+        config(with_overrides(recipe, dict(iterations_it=25)), TINY)
+    for field, value in (("pyramid_scales", (8.0, 4.0)), ("anchor_sizes_px", (32,))):
+        with pytest.raises(UserError, match=f"{field}="):
+            config(with_overrides(recipe, {field: value}), TINY)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.full((2,), 3.0)  # norm 6 together
+    ClippedAdamW([{"params": [p]} for p in parameters], max_norm=1.5, lr=0.1).step()
+    assert torch.stack([p.grad for p in parameters]).norm() == pytest.approx(1.5)
+
+
+# --- input
+
+
+@pytest.mark.parametrize("size, square", [(128, 128), (100, 128)])
+def test_a_smaller_image_is_padded_to_the_square(toy, size, square):
+    toy.model.backbone.square_pad = size
+    model = instantiate(toy.model).eval()
+    image = torch.full((3, 60, 90), 200, dtype=torch.uint8)
+    for batch in ([image], [image, image[:, :50]]):
+        images = model.preprocess_image([{"image": i} for i in batch])
+        assert images.tensor.shape == (len(batch), 3, square, square)  # also divisible by 32, the coarsest stride
+        assert images.image_sizes == [tuple(i.shape[1:]) for i in batch]
+        assert images.tensor[0, :, 60:].abs().max() == 0 and images.tensor[0, :, :, 90:].abs().max() == 0
+        assert images.tensor[0, :, :60, :90].abs().min() > 0
+    with torch.no_grad():
+        maps = model.backbone(images.tensor)
+    assert [maps[f"p{k}"].shape[-1] for k in range(2, 7)] == [square // 2**k for k in range(2, 7)]
+
+
+def test_polygons_and_rles_are_read_and_cropped(toy, coco):
+    dicts = coco_dicts(coco, "train", 3, filter_empty=True)
+    assert len(dicts) == 5 and len(coco_dicts(coco, "val", 3, filter_empty=False)) == 4
+    assert {a["category_id"] for d in dicts for a in d["annotations"]} == {0, 1, 2}
+    assert [a["iscrowd"] for a in dicts[0]["annotations"]] == [0, 0, 1]
+    mapper, kinds = instantiate(toy.dataloader.train.mapper), set()
+    np.random.seed(0)
+    for d in dicts * 4:
+        sample = mapper(d)
+        instances, (height, width) = sample["instances"], sample["image"].shape[1:]
+        has_rle = any(isinstance(a["segmentation"], dict) for a in d["annotations"] if not a["iscrowd"])
+        kinds.add(type(instances.gt_masks))
+        assert type(instances.gt_masks) is (BitMasks if has_rle else PolygonMasks)
+        assert max(height, width) <= 128 and len(instances) <= 2  # the crowd is left out
+        boxes = instances.gt_boxes.tensor
+        assert torch.equal(boxes, instances.gt_masks.get_bounding_boxes().tensor)
+        assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+    assert kinds == {BitMasks, PolygonMasks}
+    with EventStorage():
+        losses = instantiate(toy.model)([mapper(d) for d in dicts])  # both kinds in one batch
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_data_that_is_not_there_or_does_not_fit_is_named(tmp_path, coco, monkeypatch):
+    with pytest.raises(UserError, match="instances_train2017.json"):
+        dataset_name(tmp_path, "train")
+    with pytest.raises(UserError, match="3 categories, but num_classes=80"):
+        coco_dicts(coco, "val", 80, filter_empty=False)
+    if "DETECTRON2_DATASETS" not in os.environ:  # else it was read when Detectron2 was imported
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=r"DETECTRON2_DATASETS"):
+            dataset_name(None, "val")
+        write_coco(tmp_path / "datasets" / "coco")
+        assert dataset_name(None, "val") == "coco_2017_val"

@@ -1,0 +1,231 @@
+"""Whole runs on Detectron2: the stock launcher, our loop, and the result.json that both leave. Skipped where it is not installed.
+
+``$DETECTRON2_SRC``: Detectron2's source tree, whose stock launcher is run.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+
+from coco_fixture import write_coco
+from detectron2.config import LazyConfig
+from detectron2_fixture import FIELD, ROOT, TINY, TOY, save_pretrained
+
+from det_plugin.departures import departures, protocol_in
+from det_plugin.evaluator import percentages
+from det_plugin.lazy import train
+from det_plugin.protocol import with_overrides
+from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.optim import lr_at
+from det_plugin.trainer import AccumulatingTrainer
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.results import read_result
+
+pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_pretrained(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.mark.parametrize("name", ["vits16_coco_12ep", "vitb16_coco_12ep", "vits16_coco_50ep", "vitb16_coco_50ep"])
+def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
+    path = str(ROOT / "configs" / "det" / f"mask_rcnn_{name}.py")
+    cfg = LazyConfig.load(path)
+    assert cfg.dataloader.evaluator.protocol == f"coco-{name[-4:]}" and cfg.train.init_checkpoint == ""
+    asked = ["dataloader.root=/data", "train.output_dir=/out", "model.backbone.net.weights=/b.pth", "train.seed=4"]
+    cfg = LazyConfig.apply_overrides(cfg, [*asked, "train.device=cpu", "dataloader.train.num_workers=0"])
+    assert departures(cfg) == {}
+    edits = ["optimizer.lr=0.5", "train.max_iter=100", "dataloader.train.mapper.augmentations.0.prob=0", "train.more=1"]
+    lr = cfg.optimizer.lr
+    cfg = LazyConfig.apply_overrides(cfg, [*edits, "model.backbone.net.depth=2"])
+    assert departures(cfg) == {
+        "optimizer.lr": [lr, 0.5],
+        "train.max_iter": [{"1": 22_128, "5": 92_187}[name[-4]], 100],
+        "dataloader.train.mapper.augmentations.0.prob": [0.5, 0],
+        "train.more": [None, 1],
+        "backbone_flags": [{}, {"depth": 2}],
+    }
+
+
+def test_percentages_leave_out_what_has_no_objects():
+    nan = math.nan
+    box = {"AP": 50.0, "AP50": 60.0, "AP75": 40.0, "APs": nan, "APm": 1.0, "APl": 2.0, "AP-cat": 3.0, "AP-dog": nan}
+    got = percentages({"bbox": box, "segm": {"AP": nan}})
+    assert got.pop("box_ap_classes") == {"cat": 3}
+    assert got == {"box_ap": 50, "box_ap50": 60, "box_ap75": 40, "box_ap_medium": 1, "box_ap_large": 2}
+
+
+def launch(folder, *arguments):
+    """Detectron2's stock launcher, from the repository's root."""
+    script = Path(os.environ["DETECTRON2_SRC"]) / "tools" / "lazyconfig_train_net.py"
+    command = [sys.executable, "-W", "ignore", str(script), *arguments, f"train.output_dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif("DETECTRON2_SRC" not in os.environ, reason="$DETECTRON2_SRC does not name Detectron2's source tree")
+def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights):
+    run, file = tmp_path / "run", tmp_path / "backbone.safetensors"
+    file.write_bytes(weights.read_bytes())
+    asked = [f"dataloader.root={coco}", f"model.backbone.net.weights={file}", "model.roi_heads.num_classes=3"]
+    launch(run, "--config-file", str(TOY), *asked)
+    first = read_result(run)
+    assert (first.method, first.effective_epochs, first.seed, first.backbone) == ("ours", 3, 0, TINY)
+    assert first.metrics.keys() >= {"box_ap", "mask_ap", "box_ap50", "mask_ap75"} and not first.protocol.full
+    changed = first.protocol.deviations
+    assert changed["iterations_it"] == [22_128, 20] and changed["backbone_flags"] == [{}, {"depth": 2}]
+    assert {key: pair for key, pair in changed.items() if "." in key} == {"model.roi_heads.num_classes": [5, 3]}
+    state = torch.load(run / "model_final.pth", weights_only=True)["model"]
+    trained = {k.removeprefix("backbone.net.vit."): v for k, v in state.items() if ".net.vit." in k}
+    start = build_backbone(TINY, weights=weights).state_dict()
+    assert trained.keys() == start.keys() and not torch.equal(trained["blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"])
+
+    file.unlink()  # the run's folder is enough from here on
+    resolved = str(run / "config_resolved.yaml")
+    launch(tmp_path / "half", "--eval-only", "--config-file", resolved, f"train.init_checkpoint={run / 'model_0000009.pth'}")
+    half = read_result(tmp_path / "half")
+    assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
+    assert half.protocol.deviations == {**first.protocol.deviations, "iterations_it": [22_128, 10]}
+    launch(run, "--resume", "--config-file", resolved, "train.max_iter=25")
+    resumed, log = read_result(run), (run / "log.txt").read_text()
+    assert "Starting training from iteration 20" in log and (run / "model_0000019.pth").exists()
+    assert torch.load(run / "model_final.pth", weights_only=True)["iteration"] == 24
+    assert resumed.protocol.deviations == {**first.protocol.deviations, "train.max_iter": [20, 25]}
+    assert resumed.weights_hash == first.weights_hash
+
+
+def toy_run(folder, coco, weights, **changes):
+    small = dict(iterations_it=4, milestones_it=(3,), eval_period_it=2, num_classes=3)
+    recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
+    return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)
+
+
+def metrics_lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
+    folder = tmp_path / "run"
+    run = toy_run(folder, coco, weights, amp=True)
+    with pytest.raises(UserError, match="3 categories, but num_classes=4"):
+        train(toy_run(folder, coco, weights, num_classes=4))  # and leaves the folder free
+    path = train(run)
+    assert "amp needs CUDA" in capsys.readouterr().err
+    result = read_result(path)
+    assert (result.method, result.effective_epochs, result.seed) == ("ours", 3, 5)
+    assert result.protocol.deviations["amp"] == [True, False] and not any("." in key for key in result.protocol.deviations)
+    lines = metrics_lines(folder)
+    terms, ap = (
+        {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"},
+        {"box_ap", "mask_ap", "box_ap50", "mask_ap50"},
+    )
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[0].keys() == {"iteration", "loss", "lr", *terms} and lines[1].keys() == lines[0].keys() | ap
+    assert lines[4].keys() == {"iteration", *ap} and lines[4]["box_ap"] == result.metrics["box_ap"]
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][term] for term in terms))
+    assert [line["lr"] for line in lines[:4]] == pytest.approx([lr_at(it, run.protocol) for it in range(4)])
+    net = LazyConfig.load(str(folder / "config_resolved.yaml")).model.backbone.net
+    assert net.weights is None and {key: net[key] for key in FIELD} == FIELD
+    before = path.read_bytes()
+    assert train(run) == path and path.read_bytes() == before  # it is over: nothing to do
+    with pytest.raises(UserError, match=r"other settings \(.*optimizer.lr"):
+        train(toy_run(folder, coco, weights, lr=0.5))
+    with pytest.raises(UserError, match=r"other settings \(.*train.seed 5 -> 6"):
+        train(replace(run, seed=6))
+
+
+def test_our_loop_resumes_and_evaluates_without_the_file(tmp_path, coco, weights):
+    folder, file = tmp_path / "run", tmp_path / "backbone.safetensors"
+    file.write_bytes(weights.read_bytes())
+    run = toy_run(folder, coco, file)
+    result = read_result(train(run))
+    whole = torch.load(folder / "model_final.pth", weights_only=True)
+    (folder / "result.json").unlink()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")  # as if it had been interrupted there
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        train(run)
+    train(run, resume=True)
+    again = torch.load(folder / "model_final.pth", weights_only=True)
+    assert "Starting training from iteration 2" in (folder / "log.txt").read_text()
+    assert [line["iteration"] for line in metrics_lines(folder)] == [0, 1, 2, 3, 4]
+    assert again["iteration"] == whole["iteration"] == 3
+    assert [g["lr"] for g in again["trainer"]["optimizer"]["param_groups"]] == [
+        g["lr"] for g in whole["trainer"]["optimizer"]["param_groups"]
+    ]
+    resumed = read_result(folder)
+    assert (resumed.protocol, resumed.config_hash) == (result.protocol, result.config_hash)
+
+    file.unlink()
+    (folder / "result.json").unlink()
+    evaluated = read_result(train(run, eval_only=True))
+    assert (evaluated.metrics, evaluated.protocol) == (resumed.metrics, resumed.protocol)
+    assert (evaluated.method, evaluated.weights_hash) == (result.method, result.weights_hash)
+    with pytest.raises(UserError, match="no config_resolved.yaml"):
+        train(toy_run(tmp_path / "empty", coco, weights), eval_only=True)
+
+
+class Line(torch.nn.Module):
+    """The mean square of w . x: a loss that is a mean over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, batch):
+        return {"loss_a": (torch.stack(batch) @ self.w).square().mean(), "loss_b": self.w.square().sum()}
+
+
+def test_accumulated_parts_equal_one_batch_and_nan_stops_the_run():
+    generator = torch.Generator().manual_seed(0)
+    batches = [list(torch.randn(4, 3, dtype=torch.float64, generator=generator)) for _ in range(3)]
+    ends = []
+    for accumulate in (1, 2, 4):
+        model = Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        AccumulatingTrainer(model, batches, optimizer, accumulate=accumulate, amp=False).train(0, 3)
+        ends.append(model.w.detach())
+    assert not torch.equal(ends[0], Line().w)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-12, atol=0)
+    model = Line()
+    broken = [batches[0], [x * math.nan for x in batches[1]]]
+    with pytest.raises(FloatingPointError, match=r"iteration=1[\s\S]*loss_a"):
+        AccumulatingTrainer(model, broken, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2, amp=False).train(0, 2)
+    assert torch.isfinite(model.w).all()
+
+
+def test_bad_settings_are_named(tmp_path, coco, weights):
+    run = toy_run(tmp_path, coco, weights)
+    for changes, named in [(dict(accumulate=3), "accumulate: 3"), (dict(device="cuda:9"), "cuda:9")]:
+        with pytest.raises(UserError, match=named):
+            train(replace(run, **changes))
+
+
+def test_everything_else_works_without_detectron2():
+    code = (
+        "import sys; sys.modules['detectron2'] = None\n"
+        "import det_plugin.run, det_plugin.protocol, det_plugin.features, det_plugin.torchvision_engine, pretrain.build\n"
+        "from pretrain.errors import UserError\n"
+        "for name in ('lazy', 'backbone', 'evaluator', 'trainer', 'coco_catalog'):\n"
+        "    try: __import__('det_plugin.' + name)\n"
+        "    except UserError as error: assert 'not installed' in str(error) and '--engine torchvision' in str(error)\n"
+        "    else: raise SystemExit(name)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
