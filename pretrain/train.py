@@ -65,7 +65,7 @@ class Values:
 
     @staticmethod
     def at(it: int, config: DictConfig, length: Length) -> "Values":
-        """METHOD 6: warm-up and cosine of the lr, cosines of weight decay and momentum, last layer frozen at first."""
+        """METHOD.md 6: warm-up and cosine of the lr, cosines of weight decay and momentum, last layer frozen at first."""
         optim = config.optim
         peak = scaled_lr(optim.base_lr, optim.batch_size, optim.lr_rule)
         lr = warmup_cosine(it, length.total_it, length.warmup_it, peak, optim.min_lr)

@@ -1,4 +1,4 @@
-"""`result.json`: what every run leaves behind, and the only thing that the tables read (PROTOCOLS.md, Results).
+"""`result.json`: what every run leaves behind, and the only thing that the tables read.
 
 The rule that this file guards: a run that departs from a protocol in any field says so wherever it is shown. Its
 protocol carries the list of departures, and :attr:`Protocol.label` is the only name that a table or report prints.
