@@ -1,0 +1,113 @@
+"""Large-scale jitter and the resizing of the test: one affine map for pixels, polygons and bitmaps alike.
+
+The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSizeCrop(pad=False)`` and ``ResizeShortestEdge``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.torchvision_engine.coco import Segmentation
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Flip left-right, resize, then crop.
+
+    Attributes:
+        source: width, height of the picture in pixels.
+        flip: whether left and right change places.
+        resized: width, height after resizing.
+        crop: x, y, width, height in the resized picture.
+    """
+
+    source: tuple[int, int]
+    flip: bool
+    resized: tuple[int, int]
+    crop: tuple[int, int, int, int]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Of x and y; they differ by the rounding of the sizes."""
+        return self.resized[0] / self.source[0], self.resized[1] / self.source[1]
+
+    def points(self, xy: np.ndarray) -> np.ndarray:
+        """Continuous coordinates [N, 2] in pixels (a picture spans 0 to its width) -> those after the map."""
+        if self.flip:
+            xy = np.stack([self.source[0] - xy[:, 0], xy[:, 1]], axis=1)
+        return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
+
+    def pixels(self, image: np.ndarray, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+        """[H, W, 3] or [H, W] uint8 -> that of the crop; bilinear resizing is antialiased (PIL's, as Detectron2's)."""
+        if self.flip:
+            image = image[:, ::-1]
+        (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
+        window = x / scale_x, y / scale_y, (x + width) / scale_x, (y + height) / scale_y
+        window = window[0], window[1], min(window[2], self.source[0]), min(window[3], self.source[1])  # rounding
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(picture.resize((width, height), resample, box=window))
+
+    def mask(self, segmentation: Segmentation, api: Any) -> np.ndarray:
+        """The object's pixels in the crop, [h, w] uint8; polygons are mapped before they are filled.
+
+        Args:
+            api: pycocotools' ``mask`` module.
+        """
+        width, height = self.crop[2:]
+        if isinstance(segmentation, dict):
+            return self.pixels(decode_rle(segmentation, api), Image.Resampling.NEAREST)
+        polygons = [self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel().tolist() for p in segmentation if len(p) >= 6]
+        if not polygons:
+            return np.zeros((height, width), np.uint8)
+        return api.decode(api.merge(api.frPyObjects(polygons, height, width)))
+
+
+def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
+    """[H, W] uint8 of a COCO RLE, compressed or a list of counts."""
+    if isinstance(rle["counts"], list):
+        rle = api.frPyObjects(rle, *rle["size"])
+    return api.decode(rle)
+
+
+def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
+    """Draw a training geometry: flip, a uniform scale of the target square into which the picture is fitted, a random crop."""
+    flip = bool(rng.random() < protocol.flip)
+    target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
+    scale = min(target / source[0], target / source[1])
+    width, height = (max(round(side * scale), 1) for side in source)
+    size, offset = protocol.image_size_px, rng.random()  # Detectron2 draws one number for both directions
+    x, y = (round(max(side - size, 0) * offset) for side in (width, height))
+    return Geometry(source, flip, (width, height), (x, y, min(width, size), min(height, size)))
+
+
+def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry:
+    """Resize so that the long edge has ``image_size_px``; nothing is random."""
+    scale = image_size_px / max(source)
+    width, height = (max(int(side * scale + 0.5), 1) for side in source)
+    return Geometry(source, False, (width, height), (0, 0, width, height))
+
+
+def boxes_of(masks: np.ndarray) -> np.ndarray:
+    """The tight boxes of masks, [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros where a mask is empty."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks):
+        x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        if len(x):
+            box[:] = x[0], y[0], x[-1] + 1, y[-1] + 1
+    return boxes
+
+
+def objects_of(
+    geometry: Geometry, classes: Sequence[int], segmentations: Sequence[Segmentation], api: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is left of the objects: boxes [M, 4], classes [M] from 0, masks [M, h, w]; objects outside the crop are dropped."""
+    width, height = geometry.crop[2:]
+    masks = np.zeros((len(classes), height, width), np.uint8)
+    for mask, segmentation in zip(masks, segmentations):
+        mask[:] = geometry.mask(segmentation, api)
+    kept = masks.any(axis=(1, 2))
+    return boxes_of(masks[kept]), np.asarray(classes, np.int64)[kept], masks[kept]

@@ -1,0 +1,100 @@
+"""A run folder: ``config.json`` says what runs in it, ``checkpoint.pt`` how far it is, ``result.json`` that it is over."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.run import DetectionRun
+from pretrain.backbones.vit import ViT
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.overrides import with_overrides
+from pretrain.results.provenance import file_hash
+
+ENGINE = "torchvision"
+CONFIG, CHECKPOINT, RESULT, PREDICTIONS = "config.json", "checkpoint.pt", "result.json", "predictions.json"
+
+
+def resolved_config(run: DetectionRun, vit: ViT, train_images: int, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that the outcome depends on, as JSON values. The backbone's flags are complete: the run's own file is not needed
+    to build the network again."""
+    config = {
+        "engine": ENGINE,
+        **run.settings(),
+        "backbone_flags": vit.flags,
+        "weights_hash": file_hash(run.weights) if run.weights else None,
+        "data": {"train_images": train_images, "class_names": class_names},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
+    """Check that a folder is empty or belongs to this run; whether the run is over.
+
+    Raises:
+        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
+    """
+    if (folder / CONFIG).is_file():
+        changed = differences(read_config(folder), config)
+        if changed:
+            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(changed[:3])}); choose another folder")
+    elif (folder / RESULT).is_file():
+        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
+    if (folder / RESULT).is_file():
+        return True
+    if (folder / CHECKPOINT).is_file() and not resume:
+        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
+    return False
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """``key was -> is`` for each setting that differs, keys dotted."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)]
+    return [] if before == now else [f"{name} {before!r} -> {now!r}"]
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
+    """``config.json``, in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG
+    temporary = path.with_name(f".{CONFIG}.partial")
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder.
+
+    Raises:
+        UserError: no run of this engine, or an unreadable file.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine ({CONFIG}: {error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"output: {path} is no JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("engine") != ENGINE:
+        raise UserError(f"output: {path} is not of the {ENGINE} engine")
+    return config
+
+
+def protocol_of(config: Mapping[str, Any]) -> DetectionProtocol:
+    """The protocol in a ``config.json``."""
+    fields = dict(config["protocol"])
+    name, version = fields.pop("name"), fields.pop("version")
+    return dataclasses.replace(with_overrides(DetectionProtocol(), fields), name=name, version=version)
+
+
+def backbone_of(config: Mapping[str, Any]) -> ViT:
+    """The backbone of a ``config.json``, its weights not yet filled in."""
+    return build_backbone(config["backbone"], None, **config["backbone_flags"])

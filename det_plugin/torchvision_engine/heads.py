@@ -1,0 +1,173 @@
+"""Box and mask heads: torchvision's matching, sampling and test-time filtering around Detectron2's layers and losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import roi_align
+
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.torchvision_engine.boxes import BoxCoder
+from det_plugin.torchvision_engine.layers import ConvNorm
+from det_plugin.torchvision_engine.pooling import RoIPooler
+
+
+class BoxHead(nn.Module):
+    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``, ``FastRCNNOutputLayers``)."""
+
+    def __init__(self, protocol: DetectionProtocol) -> None:
+        super().__init__()
+        width, side = protocol.channels, protocol.box_pool
+        self.convs = nn.Sequential(*(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.box_convs)))
+        self.fc = nn.Linear(width * side**2, protocol.box_fc)
+        self.cls_score = nn.Linear(protocol.box_fc, 1 + protocol.num_classes)
+        self.bbox_pred = nn.Linear(protocol.box_fc, 4 * protocol.num_classes)
+        _msra_fill(self.convs)
+        nn.init.kaiming_uniform_(self.fc.weight, a=1)  # Detectron2's c2_xavier_fill
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        for linear in (self.fc, self.cls_score, self.bbox_pred):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the background's 0."""
+        x = F.relu(self.fc(self.convs(x).flatten(1)))
+        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
+
+
+class MaskHead(nn.Module):
+    """Convolutions, one upsampling by 2, a map of logits for each class (``MaskRCNNConvUpsampleHead``)."""
+
+    def __init__(self, protocol: DetectionProtocol) -> None:
+        super().__init__()
+        width = protocol.channels
+        self.convs = nn.Sequential(*(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.mask_convs)))
+        self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.predictor = nn.Conv2d(width, protocol.num_classes, 1)
+        _msra_fill(self.convs)
+        _msra_fill(self.deconv)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        nn.init.constant_(self.predictor.get_parameter("bias"), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, C, s, s] -> logits [R, K, 2s, 2s]."""
+        return self.predictor(F.relu(self.deconv(self.convs(x)))).float()
+
+
+def _msra_fill(module: nn.Module) -> None:
+    """Detectron2's c2_msra_fill of every convolution in it."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, and L1 of the objects' offsets over the number of **all** sampled boxes (Detectron2).
+
+    Args:
+        logits: [R, 1 + K], class 0 is background.
+        offsets: [R, 4 + 4K].
+        labels: [R] in 0 ... K.
+        targets: [R, 4] encoded offsets.
+    """
+    objects = torch.where(labels > 0)[0]
+    predicted = offsets.unflatten(1, (-1, 4))[objects, labels[objects]]  # [P, 4]
+    loss_box = F.l1_loss(predicted, targets[objects], reduction="sum") / max(len(labels), 1)
+    return F.cross_entropy(logits, labels), loss_box
+
+
+def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the true class's maps; 0 where there are none.
+
+    Args:
+        logits: [P, K, s, s].
+        labels: [P] in 1 ... K.
+        targets: [P, s, s] in {0, 1}.
+    """
+    if len(labels) == 0:
+        return logits.sum() * 0
+    own = logits[torch.arange(len(labels), device=labels.device), labels - 1]
+    return F.binary_cross_entropy_with_logits(own, targets)
+
+
+def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """What a mask head should predict: masks [M, H, W] under boxes [P, 4] of masks ``index`` [P] -> [P, side, side] in {0, 1}."""
+    rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
+    return (roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+
+
+class DetectionHeads(RoIHeads):
+    """Second stage: boxes and masks of the proposals."""
+
+    def __init__(self, protocol: DetectionProtocol, strides: list[int]) -> None:
+        super().__init__(
+            box_roi_pool=RoIPooler(protocol.box_pool, strides),
+            box_head=BoxHead(protocol),
+            box_predictor=None,
+            fg_iou_thresh=protocol.roi_threshold,
+            bg_iou_thresh=protocol.roi_threshold,
+            batch_size_per_image=protocol.roi_batch_per_image,
+            positive_fraction=protocol.roi_positive_fraction,
+            bbox_reg_weights=protocol.box_weights,
+            score_thresh=protocol.score_threshold,
+            nms_thresh=protocol.nms,
+            detections_per_img=protocol.detections_per_image,
+            mask_roi_pool=RoIPooler(protocol.mask_pool, strides),
+            mask_head=MaskHead(protocol),
+        )
+        self.box_coder = BoxCoder(protocol.box_weights)
+
+    def has_mask(self) -> bool:
+        """Always: torchvision asks for a separate mask predictor, ours is part of the head."""
+        return True
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Losses in training, detections at test time; the other is empty.
+
+        Args:
+            features: the pyramid's maps; the last, max-pooled level serves proposals alone.
+            proposals: [R_i, 4] pixels.
+            image_shapes: (height, width) without padding.
+            targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks`` [M, h, w] uint8.
+
+        Returns:
+            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities under the box; and
+            ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
+        """
+        maps = list(features.values())[:-1]
+        if self.training:
+            return [], self._losses(maps, proposals, targets)
+        logits, offsets = self.box_head(self.box_roi_pool(maps, proposals))
+        found = self.postprocess_detections(logits, offsets, proposals, image_shapes)
+        mask_logits = self.mask_head(self.mask_roi_pool(maps, found[0]))
+        classes = torch.cat(found[2]) - 1
+        own = mask_logits[torch.arange(len(classes), device=classes.device), classes].sigmoid()
+        masks = own[:, None].split([len(boxes) for boxes in found[0]])
+        detections = zip(*found, masks)
+        return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
+
+    def _losses(
+        self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> dict[str, Tensor]:
+        assert targets is not None
+        proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_head(self.box_roi_pool(maps, proposals))
+        loss_cls, loss_box = box_losses(logits, deltas, torch.cat(labels), torch.cat(offsets))
+
+        objects = [torch.where(label > 0)[0] for label in labels]
+        boxes = [proposal[o] for proposal, o in zip(proposals, objects)]
+        mask_logits = self.mask_head(self.mask_roi_pool(maps, boxes))
+        wanted = [
+            crop_masks(target["masks"], index[o], box, mask_logits.shape[-1])
+            for target, index, box, o in zip(targets, matched, boxes, objects)
+        ]
+        classes = torch.cat([label[o] for label, o in zip(labels, objects)])
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box, "loss_mask": mask_loss(mask_logits, classes, torch.cat(wanted))}

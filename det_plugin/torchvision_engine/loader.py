@@ -1,0 +1,108 @@
+"""Batches as a pure function of (seed, position in the stream): workers, ranks and resuming cannot change them."""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter, objects_of
+from det_plugin.torchvision_engine.coco import CocoSplit
+from det_plugin.torchvision_engine.coco_api import coco_api
+from pretrain.errors import UserError
+
+Sample = dict[str, Any]
+ORDER, AUGMENT = 0, 1  # streams of random numbers of one seed
+
+
+def stream_index(position: int, length: int, seed: int) -> int:
+    """Which picture stands at a position of the endless stream: one permutation of all pictures after the other."""
+    epoch, place = divmod(position, length)
+    return int(_order(length, seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(length)
+
+
+def positions(iteration: int, batch_size: int, rank: int, world_size: int) -> range:
+    """A rank's share of an iteration's batch, as positions of the stream: consecutive, rank 0 first."""
+    share = batch_size // world_size
+    start = iteration * batch_size + rank * share
+    return range(start, start + share)
+
+
+class TrainSamples(Dataset[Sample]):
+    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, ``masks`` [M, h, w]."""
+
+    def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
+        self.split, self.protocol, self.seed = split, protocol, seed
+
+    def __getitem__(self, position: int) -> Sample:
+        picture = self.split.pictures[stream_index(position, len(self.split.pictures), self.seed)]
+        rng = np.random.default_rng([self.seed, AUGMENT, position])
+        geometry = jitter((picture.width, picture.height), self.protocol, rng)
+        boxes, classes, masks = objects_of(geometry, picture.classes, picture.segmentations, coco_api().mask)
+        return {
+            "image": to_tensor(geometry.pixels(self.split.load(picture))),
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(classes + 1),  # 0 is background
+            "masks": torch.from_numpy(masks),
+        }
+
+
+class EvalSamples(Dataset[Sample]):
+    """Index of a picture -> ``image`` [3, h, w] uint8, resized, and its ``index``."""
+
+    def __init__(self, split: CocoSplit, image_size_px: int) -> None:
+        self.split, self.image_size_px = split, image_size_px
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self.split.pictures[index]
+        geometry = evaluation_geometry((picture.width, picture.height), self.image_size_px)
+        return {"image": to_tensor(geometry.pixels(self.split.load(picture))), "index": index}
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """[H, W, 3] -> [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device) -> Iterator[list[Sample]]:
+    """Lists of samples in the order of ``indices``.
+
+    Raises:
+        UserError: of a sample, also where a worker process met it.
+    """
+    loader = DataLoader(
+        samples,
+        batch_sampler=indices,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+    try:
+        yield from loader
+    except UserError as error:  # a worker's traceback stands before its message
+        raise UserError(str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """The images, and the targets without them."""
+
+    def move(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    images = [move(sample["image"]) for sample in samples]
+    return images, [{key: move(sample[key]) for key in ("boxes", "labels", "masks")} for sample in samples]

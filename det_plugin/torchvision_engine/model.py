@@ -1,0 +1,77 @@
+"""Mask R-CNN on a plain ViT: torchvision's frame, Detectron2's definitions.
+
+Where torchvision differs from Detectron2 and this engine follows Detectron2:
+
+* RoIAlign is half-pixel aligned with adaptive sampling (``aligned=True, sampling_ratio=0``), and the strides are given, not
+  inferred from image sizes (:mod:`pooling`);
+* anchors are not rounded (:mod:`proposals`); box offsets are decoded in float32 (:mod:`boxes`);
+* all box losses are L1; both RPN losses are divided by ``rpn_batch_per_image * images`` (:mod:`proposals`, :mod:`heads`);
+* heads: four convolutions without bias, each with LayerNorm; no box offsets or mask for the background; Detectron2's
+  initialisation (:mod:`heads`);
+* mask targets are cropped with the aligned RoIAlign and made binary (:mod:`heads`);
+* pixels are padded with zeros after normalisation, to a square (:class:`SquarePad`).
+
+What still differs from Detectron2's ViTDet configuration:
+
+* class 0 is background (Detectron2: the last class), a permutation of the classifier's rows;
+* ground-truth masks are bitmaps, rasterised after augmentation, and boxes are theirs; Detectron2's default keeps polygons;
+* boxes thinner than 0.01 px are dropped before the NMS of the test, not after it;
+* predicted masks are pasted into whole-pixel boxes (torchvision), not sampled at sub-pixel positions;
+* mixed precision is bfloat16 and needs no loss scaling (Detectron2: float16).
+"""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.torchvision_engine.heads import DetectionHeads
+from det_plugin.torchvision_engine.proposals import ProposalNetwork
+from det_plugin.torchvision_engine.pyramid import PyramidBackbone, SimpleFeaturePyramid
+from pretrain.backbones.vit import ViT
+
+
+class SquarePad(nn.Module):
+    """Images of any size up to the square -> one normalised batch; sizes are the data's business (:mod:`augment`)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, protocol: DetectionProtocol) -> None:
+        super().__init__()
+        self.size = protocol.image_size_px
+        self.register_buffer("mean", torch.tensor(protocol.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(protocol.pixel_std).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """uint8 RGB [3, h_i, w_i], no side above the square's -> float [B, 3, S, S] and the sizes (h_i, w_i)."""
+        batch = self.mean.new_zeros(len(images), 3, self.size, self.size)
+        for row, image in zip(batch, images):
+            row[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+        return ImageList(batch, [(image.shape[1], image.shape[2]) for image in images]), targets
+
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections as they are: pasting needs the picture's own size, which only the evaluation knows."""
+        return result
+
+
+def build_model(vit: ViT, protocol: DetectionProtocol) -> GeneralizedRCNN:
+    """The detector around a backbone.
+
+    In training ``model(images, targets)`` gives the losses ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg``,
+    ``loss_mask``; at test time ``model(images)`` gives :meth:`DetectionHeads.forward`'s detections, in pixels of the resized image.
+
+    Raises:
+        UserError: strides, anchors, scales or norm that do not fit together, by name.
+    """
+    pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm)
+    backbone = PyramidBackbone(
+        vit, pyramid, final_norm=protocol.final_norm, keep_special_tokens=protocol.keep_special_tokens
+    )
+    rpn = ProposalNetwork(protocol, pyramid.strides)
+    return GeneralizedRCNN(backbone, rpn, DetectionHeads(protocol, pyramid.strides[:-1]), SquarePad(protocol))

@@ -1,0 +1,161 @@
+"""The state of a fine-tuning, one step of it, and its evaluation."""
+
+import math
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from det_plugin.protocol import DetectionProtocol, check
+from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.coco import CocoSplit, read_split
+from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict, save_predictions
+from det_plugin.torchvision_engine.folder import PREDICTIONS
+from det_plugin.torchvision_engine.loader import Sample, to_device
+from det_plugin.torchvision_engine.model import build_model
+from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
+from pretrain import distributed
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+
+EVAL_BATCH = 8  # images at a time in evaluation; the outcome does not depend on it
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` | ``cpu`` | ``cuda``: the GPU of this rank where there is one and it is wanted.
+
+    Raises:
+        UserError: another name, or CUDA where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device: {name!r} is none of auto, cpu, cuda")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, but torch sees no CUDA device")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the main process."""
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits, with the same classes."""
+
+    train: CocoSplit
+    val: CocoSplit
+
+    @staticmethod
+    def read(root: Path, num_classes: int) -> "Data":
+        """Both annotation files.
+
+        Raises:
+            UserError: names the file; also where the splits disagree about the classes.
+        """
+        train = read_split(root, "train", num_classes=num_classes, training=True)
+        val = read_split(root, "val", num_classes=num_classes, training=False)
+        if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
+            raise UserError(f"data: {train.file} and {val.file} have different categories")
+        return Data(train, val)
+
+
+class Trainer:
+    """Model, optimiser and iteration.
+
+    Raises:
+        UserError: numbers that do not fit together, by name.
+    """
+
+    def __init__(self, run: DetectionRun, device: torch.device) -> None:
+        protocol = run.protocol
+        check(protocol)
+        shares = distributed.world_size() * run.accumulate
+        if run.accumulate < 1 or protocol.batch_size % shares:
+            ranks = f"{distributed.world_size()} processes x accumulate={run.accumulate}"
+            raise UserError(f"protocol: batch_size={protocol.batch_size} cannot be shared by {ranks}")
+        self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
+        torch.manual_seed(run.seed)
+        self.vit = build_backbone(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
+        self.model = build_model(self.vit, protocol).to(device)
+        self.optimizer = build_optimizer(self.model, protocol)
+        self.ranks: nn.Module = self.model
+        if distributed.world_size() > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.ranks = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def step(self, samples: list[Sample]) -> dict[str, float]:
+        """One iteration on this rank's share of the batch. Returns the loss terms, averaged over micro-batches and ranks, and lr.
+
+        Raises:
+            FloatingPointError: a loss is no number; the weights are those before the step.
+        """
+        lr = lr_at(self.iteration, self.protocol)
+        set_lr(self.optimizer, lr)
+        # Drop path and the sampling of boxes draw from here: seeded by the iteration, a resumed run draws the same.
+        torch.manual_seed(self.run.seed * 1_000_003 + self.iteration * 1009 + distributed.rank())
+        self.ranks.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        micro = len(samples) // self.run.accumulate
+        terms: list[dict[str, Tensor]] = []
+        for i in range(0, len(samples), micro):
+            is_last = i + micro == len(samples)
+            with nullcontext() if is_last else self._without_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.amp and self.device.type == "cuda"):
+                    losses = self.ranks(*to_device(samples[i : i + micro], self.device))
+                (torch.stack(list(losses.values())).sum() / self.run.accumulate).backward()
+            terms.append(losses)
+        values = self._finite(terms)
+        if self.protocol.clip_grad > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip_grad)
+        self.optimizer.step()
+        self.iteration += 1
+        return {**values, "lr": lr}
+
+    def _without_sync(self) -> Any:
+        """Ranks add up their gradients after the last micro-batch alone."""
+        return self.ranks.no_sync() if isinstance(self.ranks, DistributedDataParallel) else nullcontext()
+
+    def _finite(self, terms: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Means over micro-batches and ranks, with their sum as ``loss``."""
+        stacked = torch.stack([torch.stack([term[name].detach() for term in terms]).mean() for name in terms[0]])
+        values = dict(zip(terms[0], distributed.mean_over_ranks(stacked).tolist()))
+        if not all(math.isfinite(value) for value in values.values()):
+            named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(f"iteration {self.iteration}: a loss is no number ({named})")
+        return {"loss": sum(values.values()), **values}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on: tensors and plain values."""
+        return {"iteration": self.iteration, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+
+
+def evaluate(
+    model: nn.Module, split: CocoSplit, protocol: DetectionProtocol, *, workers: int, device: torch.device, output: Path
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """COCO metrics of a split (empty except on the main process) and the predictions, which go to ``output/predictions.json``."""
+    size = protocol.image_size_px
+    predictions = predict(model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device)
+    if not distributed.is_main():
+        return {}, predictions
+    save_predictions(predictions, output / PREDICTIONS)
+    return coco_metrics(split.file, predictions), predictions

@@ -1,0 +1,137 @@
+"""The numbers of the detection protocol against their sources, and what a run may change of them."""
+
+import importlib.util
+import math
+from dataclasses import asdict, fields
+
+import pytest
+
+from det_plugin.layer_decay import lr_rate, no_decay
+from det_plugin.protocol import LR, SCHEDULES, DetectionProtocol, check, deviations, protocol, with_overrides
+from pretrain.errors import UserError
+
+
+def test_schedules_are_the_papers():
+    """Appendix B.2 counts 118,000 images; 12 epochs at batch 64."""
+    full = protocol("coco-12ep", "vit_base_patch16")
+    assert full.iterations_it == 12 * math.ceil(118_000 / 64) == 22_128
+    assert full.milestones_it == (19_667, 21_306)
+    assert [m / full.iterations_it for m in full.milestones_it] == pytest.approx([8 / 9, 26 / 27], abs=1e-3)
+    assert protocol("coco-50ep", "vit_base_patch16").iterations_it == 184_375 // 2
+    assert protocol("coco-100ep", "vit_base_patch16").milestones_it == (163_889, 177_546)
+
+
+def test_learning_rate_follows_the_backbone():
+    assert protocol("coco-12ep", "vit_base_patch16").lr == 3e-4
+    assert protocol("coco-12ep", "vit_small_patch16_reg4").lr == 1e-4
+    assert set(LR) == {"tiny", "small", "base", "large"}
+
+
+def test_numbers_of_vitdet():
+    p = DetectionProtocol()
+    assert (p.batch_size, p.betas, p.weight_decay, p.layer_decay, p.drop_path) == (64, (0.9, 0.999), 0.1, 0.7, 0.1)
+    assert (p.warmup_it, p.warmup_factor, p.eval_period_it, p.clip_grad, p.amp) == (250, 0.001, 5000, 0.0, True)
+    assert (p.image_size_px, p.jitter_scale, p.flip) == (1024, (0.1, 2.0), 0.5)
+    assert (p.channels, p.norm, p.rpn_convs, p.box_convs, p.box_fc, p.mask_convs) == (256, "LN", 2, 4, 1024, 4)
+    assert p.keep_special_tokens and p.final_norm
+    check(p)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="Detectron2, the source, is not installed")
+def test_numbers_equal_detectron2s_own_configuration():
+    from detectron2 import model_zoo
+
+    try:
+        theirs = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+    except ImportError as error:  # model_zoo needs pkg_resources
+        pytest.skip(f"Detectron2's model_zoo cannot be imported ({error})")
+    p, rpn, roi = DetectionProtocol(), theirs.proposal_generator, theirs.roi_heads
+    assert list(p.pyramid_scales) == list(theirs.backbone.scale_factors) and p.norm == theirs.backbone.norm
+    assert (p.channels, p.image_size_px) == (theirs.backbone.out_channels, theirs.backbone.square_pad)
+    assert list(p.pixel_mean) == list(theirs.pixel_mean) and list(p.pixel_std) == list(theirs.pixel_std)
+    assert theirs.input_format == "RGB" and p.drop_path == theirs.backbone.net.drop_path_rate
+    assert [[size] for size in p.anchor_sizes_px] == list(rpn.anchor_generator.sizes)
+    assert list(p.anchor_ratios) == list(rpn.anchor_generator.aspect_ratios) and rpn.anchor_generator.offset == 0
+    assert list(p.rpn_thresholds) == list(rpn.anchor_matcher.thresholds) and p.rpn_convs == len(rpn.head.conv_dims)
+    assert (p.rpn_batch_per_image, p.rpn_positive_fraction) == (rpn.batch_size_per_image, rpn.positive_fraction)
+    assert (p.rpn_pre_nms, p.rpn_post_nms) == (tuple(rpn.pre_nms_topk), tuple(rpn.post_nms_topk)) and p.rpn_nms == rpn.nms_thresh
+    assert (p.num_classes, [p.roi_threshold]) == (roi.num_classes, list(roi.proposal_matcher.thresholds))
+    assert (p.roi_batch_per_image, p.roi_positive_fraction) == (roi.batch_size_per_image, roi.positive_fraction)
+    assert (p.box_pool, p.mask_pool) == (roi.box_pooler.output_size, roi.mask_pooler.output_size)
+    assert [p.channels] * p.box_convs == list(roi.box_head.conv_dims) and [p.box_fc] == list(roi.box_head.fc_dims)
+    assert [p.channels] * (p.mask_convs + 1) == list(roi.mask_head.conv_dims)
+    assert list(p.box_weights) == list(roi.box_predictor.box2box_transform.weights)
+    assert p.score_threshold == roi.box_predictor.test_score_thresh
+
+
+@pytest.mark.parametrize("name, backbone, message", [
+    ("coco-3ep", "vit_base_patch16", "'coco-3ep' is none of coco-12ep, coco-50ep, coco-100ep"),
+    ("coco-12ep", "vit_giant_patch14", "vit_giant_patch14"),
+    ("coco-12ep", "resnet", "resnet"),
+])  # fmt: skip
+def test_unknown_names(name, backbone, message):
+    with pytest.raises(UserError, match=message):
+        protocol(name, backbone)
+
+
+def test_overrides_from_a_command_line():
+    changed = with_overrides(DetectionProtocol(), {"lr": "1e-4", "milestones_it": "3, 5", "amp": "false", "batch_size": "8"})
+    assert (changed.lr, changed.milestones_it, changed.amp, changed.batch_size) == (1e-4, (3, 5), False, 8)
+    assert with_overrides(DetectionProtocol(), {"milestones_it": ""}).milestones_it == ()
+    assert with_overrides(DetectionProtocol(), {}) == DetectionProtocol()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("learning_rate", "1"), ("name", "mine"), ("version", "2"), ("lr", "fast"), ("batch_size", "1.5"), ("amp", "1"),
+    ("jitter_scale", "0.5"), ("betas", "0.9,0.95,0.99"), ("lr", "nan"),
+])  # fmt: skip
+def test_bad_overrides_name_the_key(key, value):
+    with pytest.raises(UserError, match=key):
+        with_overrides(DetectionProtocol(), {key: value})
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_protocol_itself_does_not_deviate(name):
+    for backbone in ("vit_tiny_patch16", "vit_base_patch16_reg4"):
+        run = protocol(name, backbone)
+        assert deviations(run, backbone) == {}
+        check(run)
+
+
+def test_every_field_is_a_deviation_when_changed():
+    full = protocol("coco-12ep", "vit_base_patch16")
+    for field in fields(full):
+        if field.name in ("name", "version"):
+            continue
+        value = getattr(full, field.name)
+        other = not value if isinstance(value, bool) else value + value if isinstance(value, tuple) else f"{value}x"
+        other = value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else other
+        changed = type(full)(**{**asdict(full), field.name: other})
+        assert deviations(changed, "vit_base_patch16") == {field.name: [value, other]}
+    assert list(deviations(full, "vit_small_patch16")) == ["lr"]  # another backbone's learning rate
+
+
+@pytest.mark.parametrize("key, value", [
+    ("iterations_it", 0), ("batch_size", 0), ("eval_period_it", 0), ("image_size_px", 0), ("num_classes", 0), ("channels", 0),
+    ("detections_per_image", 0), ("flip", 1.5), ("drop_path", -0.1), ("layer_decay", 2.0), ("nms", 1.1), ("lr", -1.0),
+    ("weight_decay", -0.1), ("milestones_it", (5, 3)), ("milestones_it", (22_129,)), ("milestones_it", (0,)),
+    ("warmup_it", 22_129), ("warmup_it", -1), ("jitter_scale", (2.0, 0.1)), ("jitter_scale", (0.0, 1.0)),
+    ("rpn_thresholds", (0.7, 0.3)),
+])  # fmt: skip
+def test_impossible_numbers_are_named(key, value):
+    with pytest.raises(UserError, match=rf"protocol: {key}=.* must be "):
+        check(with_overrides(DetectionProtocol(), {key: value}))
+
+
+def test_layer_decay_table():
+    rates = {name: lr_rate(name, 12, 0.7) for name in ("cls_token", "reg_token", "pos_embed", "pos_field", "cls_pos")}
+    assert set(rates.values()) == {0.7**13}
+    assert lr_rate("patch_embed.proj.weight", 12, 0.7) == 0.7**13
+    assert lr_rate("blocks.0.attn.qkv.weight", 12, 0.7) == 0.7**12
+    assert lr_rate("blocks.11.mlp.fc2.bias", 12, 0.7) == pytest.approx(0.7)
+    assert lr_rate("norm.weight", 12, 0.7) == 1
+    with pytest.raises(ValueError, match="head.weight"):
+        lr_rate("head.weight", 12, 0.7)
+    free = ("norm.bias", "blocks.3.norm1.weight", "blocks.3.norm2.bias", "blocks.3.ls1.gamma", "pos_embed", "pos_field", "cls_pos")
+    assert all(no_decay(name) for name in free)
+    assert not any(no_decay(name) for name in ("cls_token", "reg_token", "blocks.3.attn.qkv.bias", "patch_embed.proj.bias"))

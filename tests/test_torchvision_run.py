@@ -1,0 +1,332 @@
+"""Runs of the torchvision engine: what they leave, exact resume, bad input, several processes, the command line."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from coco_fixture import annotation_file, write_coco
+
+from det_plugin.protocol import protocol, with_overrides
+from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.coco import read_split
+from det_plugin.torchvision_engine.folder import backbone_of, protocol_of, read_config
+from det_plugin.torchvision_engine.loader import TrainSamples
+from det_plugin.torchvision_engine.train import evaluate_folder, train
+from det_plugin.torchvision_engine.trainer import Trainer, choose_device
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.results import read_result
+from pretrain.weights import save_backbone
+
+ROOT = Path(__file__).parents[1]
+TINY = "vit_tiny_patch16"
+FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
+RECIPE = with_overrides(
+    protocol("coco-12ep", TINY),
+    dict(iterations_it=4, milestones_it=(3,), warmup_it=2, batch_size=2, eval_period_it=2, image_size_px=64, channels=16,
+         box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50),
+         rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture
+def make(data, tmp_path):
+    """Make a run: ``make("folder", weights=..., iterations_it=...)``."""
+
+    def made(folder, **changes):
+        own = {field.name: changes.pop(field.name) for field in fields(DetectionRun) if field.name in changes}
+        recipe = with_overrides(RECIPE, changes)
+        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, backbone_flags=FLAGS)
+        return replace(run, **own)
+
+    return made
+
+
+def backbone_file(path, seed):
+    """A file of ours, as pre-training leaves it."""
+    torch.manual_seed(seed)
+    vit = build_backbone(TINY, **FLAGS)
+    origin = {"method": "intertwined", "effective_epochs": 3.5}
+    return save_backbone(path, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
+
+
+def lines(folder):
+    """A run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    """A run's last checkpoint: tensors and plain values, nothing that could be executed."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of 20 iterations from a file of ours, and its settings."""
+    folder = tmp_path_factory.mktemp("finished")
+    file = backbone_file(folder / "backbone.safetensors", seed=1)
+    recipe = with_overrides(RECIPE, dict(iterations_it=20, milestones_it=(15,), eval_period_it=10, lr=1e-3))
+    run = DetectionRun(TINY, file, data, folder / "run", recipe, seed=3, device="cpu", workers=0)
+    assert train(run) == folder / "run" / "result.json"
+    return run
+
+
+def test_result(finished):
+    result = read_result(finished.output)
+    assert (result.kind, result.method, result.effective_epochs, result.seed) == ("detection", "intertwined", 3.5, 3)
+    assert result.protocol.label.startswith("coco-12ep, scaled down") and result.weights_hash
+    assert result.protocol.deviations["iterations_it"] == [22_128, 20]
+    for kind in ("box", "mask"):
+        assert 0 <= result.metrics[f"{kind}_ap"] <= result.metrics[f"{kind}_ap50"] <= 100
+        assert set(result.metrics[f"{kind}_ap_classes"]) <= {"rectangle", "disc", "bar"}
+    assert result.wall_time_s > 0
+
+
+def test_metrics_log(finished):
+    log = lines(finished.output)
+    assert [line["iteration"] for line in log] == list(range(20))
+    terms = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
+    for line in log:
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["loss"] == pytest.approx(sum(line[term] for term in terms))
+    assert [line["iteration"] for line in log if "box_ap" in line] == [9, 19]
+    assert log[-1]["box_ap"] == read_result(finished.output).metrics["box_ap"]
+    assert [log[it]["lr"] for it in (0, 2, 15)] == pytest.approx([1e-6, 1e-3, 1e-4])
+
+
+def test_config_builds_the_network_again(finished):
+    config = read_config(finished.output)
+    assert protocol_of(config) == finished.protocol
+    vit = backbone_of(config)
+    assert vit.flags == {**build_backbone(TINY, **FLAGS).flags, "mask_tokens": False}
+    assert config["data"] == {"train_images": 5, "class_names": ["rectangle", "disc", "bar"]}
+
+
+def test_figures(finished):
+    figures = finished.output / "figures"
+    captions = json.loads((figures / "captions.json").read_text())
+    assert set(captions) == {"detections.png"} and set(captions["detections.png"]) == {"title", "caption"}
+    assert cv2.imread(str(figures / "detections.png")).std() > 10
+
+
+def test_finished_run_is_left_as_it_is(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.output.rglob("*") if p.is_file()}
+    assert train(finished) == train(finished, resume=True) == finished.output / "result.json"
+    assert capsys.readouterr().err.count("nothing to do") == 2
+    with pytest.raises(UserError, match=r"holds a run with other settings \(protocol.lr 0.001 -> 0.5\)"):
+        train(replace(finished, protocol=with_overrides(finished.protocol, dict(lr=0.5))))
+    with pytest.raises(UserError, match="weights_hash"):
+        train(replace(finished, weights=backbone_file(finished.output.parent / "other.safetensors", seed=2)))
+    assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*") if p.is_file()}
+
+
+def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
+    monkeypatch.setattr("pretrain.build.read_checkpoint", lambda path: pytest.fail(f"{path} is read"))
+    predictions = (finished.output / "predictions.json").read_text()
+    metrics = evaluate_folder(finished.output, data, device="cpu", workers=0)
+    assert metrics == read_result(finished.output).metrics
+    assert (finished.output / "predictions.json").read_text() == predictions
+    with pytest.raises(UserError, match="holds no run of the torchvision engine"):
+        evaluate_folder(data, data)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_equals_uninterrupted(make, stop):
+    """Bit for bit: weights, optimiser state, log and predictions. Two iterations are an evaluation's, one is not."""
+    whole, parts = make("whole"), make("parts")
+    train(whole)
+    train(parts, stop_after_it=stop)
+    assert not (parts.output / "result.json").exists() and weights(parts.output)["iteration"] == stop
+    with open(parts.output / "metrics.jsonl", "a") as log:  # what a killed run wrote after its last checkpoint
+        log.write('{"iteration": 3, "loss": 1.0}\n{"iterat')
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        train(parts)
+    train(parts, resume=True)
+    expected, found = weights(whole.output), weights(parts.output)
+    assert expected["iteration"] == found["iteration"] == 4 and expected["terms"] == found["terms"]
+    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
+    for index, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(found["optimizer"]["state"][index][name], value) for name, value in state.items())
+    for name in ("metrics.jsonl", "predictions.json", "config.json"):
+        assert (parts.output / name).read_text() == (whole.output / name).read_text(), name
+    before, after = read_result(whole.output), read_result(parts.output)
+    assert before.metrics == after.metrics and before.config_hash == after.config_hash
+
+
+def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
+    """Killed after the checkpoint, before the evaluation's line."""
+    whole, parts = make("whole"), make("parts")
+    train(whole)
+    for moment in (2, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr("det_plugin.torchvision_engine.train.evaluate", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(parts, resume=True)
+        assert weights(parts.output)["iteration"] == moment
+        if moment == 2:
+            train(parts, resume=True, stop_after_it=3)
+    train(parts, resume=True)
+    assert (parts.output / "metrics.jsonl").read_text() == (whole.output / "metrics.jsonl").read_text()
+    assert read_result(parts.output).metrics == read_result(whole.output).metrics
+
+
+def test_deterministic_mode_is_given_back(make):
+    assert not torch.are_deterministic_algorithms_enabled()
+    train(make("run"), stop_after_it=1)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_the_mean_of_micro_batches(make, data):
+    """Two equal micro-batches give the gradient of one; so does the loss."""
+    samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
+    changes = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is sampled at random
+    one, two = (Trainer(make("x", accumulate=n, batch_size=n, **changes), torch.device("cpu")) for n in (1, 2))
+    terms = one.step([samples[0]]), two.step([samples[0], samples[0]])
+    assert terms[0] == pytest.approx(terms[1], rel=1e-5)
+    gradients = {name: p.grad for name, p in one.model.named_parameters()}
+    for name, parameter in two.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_nan_stops_the_run(make, data):
+    trainer = Trainer(make("x"), torch.device("cpu"))
+    samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
+    trainer.step([samples[0], samples[1]])
+    with torch.no_grad():
+        trainer.model.roi_heads.mask_head.predictor.bias.fill_(math.nan)
+    before = trainer.model.backbone.vit.norm.weight.clone()
+    with pytest.raises(FloatingPointError, match=r"iteration 1: a loss is no number \(.*loss_mask nan"):
+        trainer.step([samples[0], samples[1]])
+    assert torch.equal(trainer.model.backbone.vit.norm.weight, before) and trainer.iteration == 1
+
+
+def test_gradients_are_clipped(make, data):
+    samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
+    trainer = Trainer(make("x", clip_grad=0.01), torch.device("cpu"))
+    trainer.step([samples[0], samples[1]])
+    norms = [p.grad.norm() for p in trainer.model.parameters()]
+    assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
+    (dict(accumulate=0), "accumulate=0"),
+    (dict(iterations_it=2), r"milestones_it=\(3,\) must be rising and within iterations_it=2"),
+    (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\) for 5 levels"),
+    (dict(norm="GN"), "norm='GN'"),
+    (dict(num_classes=80), "instances_train2017.json has 3 categories, but num_classes=80"),
+    (dict(device="tpu"), "device: 'tpu'"),
+    (dict(data=Path("nowhere")), "no file nowhere"),
+    (dict(weights=Path("none.safetensors")), "weights: no file none.safetensors"),
+    (dict(backbone="vit_huge_patch14"), "vit_huge_patch14"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD)
+def test_bad_settings_are_named(make, changes, message):
+    run = make("out", **changes)
+    with pytest.raises(UserError, match=message):
+        train(run)
+    assert not run.output.exists()
+
+
+def test_splits_must_agree(make, tmp_path):
+    root = write_coco(tmp_path / "coco")
+    file = annotation_file(root, "val")
+    file.write_text(file.read_text().replace('"disc"', '"disk"'))
+    with pytest.raises(UserError, match="have different categories"):
+        train(make("out", data=root))
+
+
+def test_cuda_must_be_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="no CUDA device"):
+        choose_device("cuda")
+
+
+def test_folder_of_another_engine(make):
+    run = make("out")
+    run.output.mkdir()
+    (run.output / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="another kind of run"):
+        train(run)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def command(*words, launcher=(sys.executable,), fails=False):
+    """Run the tool in a process of its own; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout + done.stderr
+
+
+def words_of(run, *more):
+    """A run's settings as a command line."""
+    fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
+    named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
+    flags = [f"backbone.{key}={value}" for key, value in run.backbone_flags.items()]
+    base = ["--engine", "torchvision", "--device", "cpu", "--workers", 0, "--data", run.data, "--output", run.output]
+    return [*base, *more, *named, *flags]
+
+
+def test_two_processes_train_and_evaluate_together(make):
+    run = make("out", iterations_it=2, milestones_it=())
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said = command(*words_of(run, "--backbone", TINY), launcher=launcher)
+    assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
+    assert [line["iteration"] for line in lines(run.output)] == [0, 1]
+    alone = evaluate_folder(run.output, run.data, device="cpu", workers=0)  # one process finds what two found
+    assert alone == read_result(run.output).metrics
+
+
+def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "tools"))
+    tool = importlib.import_module("train_det")
+    file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
+    run = replace(make("out", iterations_it=1, milestones_it=(), warmup_it=1), backbone_flags={})
+    assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(run, weights=file)
+    tool.main([*map(str, words_of(run, "--weights", file))])
+    assert "engine: torchvision (as asked for)" in capsys.readouterr().out
+    tool.main(["--engine", "auto", "--eval-only", "--device", "cpu", "--data", str(run.data), "--output", str(run.output)])
+    assert f"engine: torchvision (it trained {run.output})" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tool.choose_engine("auto", run.output, False)[0] == "torchvision"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="lazyconfig_train_net"):
+        tool.choose_engine("detectron2", run.output, False)
+    with pytest.raises(UserError, match="--backbone: a name is needed"):
+        tool.name_of_backbone(None, None)
+
+
+def test_tool_ends_bad_input_in_one_line(make, tmp_path):
+    said = command("--backbone", TINY, "--data", tmp_path, "--output", tmp_path / "out", "lr=fast", fails=True)
+    assert said.strip().splitlines()[-1].startswith("error: protocol: lr='fast'") and "Traceback" not in said
