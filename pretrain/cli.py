@@ -11,7 +11,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(arguments)``.
 
     A :class:`UserError` is printed as one line on stderr and ends the process with code 2.
-    ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``, shows where it came from.
+    So is a loss that is no number, with code 1. ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``,
+    shows where it came from.
     """
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
@@ -22,6 +23,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # a loss is no number; the run has said where
+        if show_traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

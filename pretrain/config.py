@@ -16,12 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.backbones.attention import ATTENTIONS
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS
 from pretrain.backbones.vit import POS_ENCODINGS
+from pretrain.device import DEVICES
 from pretrain.errors import UserError
 from pretrain.views.boxes import REFERENCES, SCALES, SURROUNDED
-from pretrain.views.masks import SHAPES, KINDS_OVER
+from pretrain.views.masks import KINDS_OVER, SHAPES
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "run.device": ("auto", "cpu", "cuda", "mps"),
+    "run.device": DEVICES,
     "run.precision": ("auto", "float32", "bf16", "float64"),
     "positions.encoding": POS_ENCODINGS,
     "positions.interpolation": (*FIELD_INTERPOLATIONS, *GRID_INTERPOLATIONS[:1], GRID_INTERPOLATIONS[2]),

@@ -1,6 +1,7 @@
 """Ranks. Every reduction here is the identity at world size 1, so the code around it reads the same on one machine and on many."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process writes the files."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """One line on stderr, from the main process."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

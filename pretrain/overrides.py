@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+import yaml
+
 from pretrain.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -27,6 +29,20 @@ def assignments(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{key} is given twice: {given[key]!r} and {value!r}")
         given[key] = value
     return given
+
+
+def fields_and_flags(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Words of a fine-tuning's command line: ``key=value`` fields of the protocol, and ``backbone.key=value`` flags of the ViT.
+
+    Returns:
+        fields as text (:func:`with_overrides` types them), and flags as YAML reads them.
+
+    Raises:
+        UserError: as :func:`assignments`.
+    """
+    given = assignments(arguments)
+    flags = {key.removeprefix("backbone."): yaml.safe_load(text) for key, text in given.items() if key.startswith("backbone.")}
+    return {key: text for key, text in given.items() if not key.startswith("backbone.")}, flags
 
 
 def with_overrides(base: Settings, overrides: Mapping[str, Any], what: str = "protocol") -> Settings:

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pretrain.config import as_dict, load_config
 from pretrain.results.schema import Protocol
@@ -38,12 +38,10 @@ def pretraining_protocol(config: DictConfig, n_images: int) -> Protocol:
         recipe[group][name] = value
     deviations: dict[str, list[Any]] = {}
     for group in GROUPS:
-        run = OmegaConf.to_container(config[group])
-        assert isinstance(run, dict)
-        for name, value in run.items():
-            key = f"{group}.{name}"
-            if key not in NO_PART and value != recipe[group][name]:
-                deviations[key] = [recipe[group][name], value]
+        for option, value in as_dict(config)[group].items():
+            key = f"{group}.{option}"
+            if key not in NO_PART and value != recipe[group][option]:
+                deviations[key] = [recipe[group][option], value]
     if n_images != IMAGENET_1K:
         deviations["data.n_images"] = [IMAGENET_1K, n_images]
     name = "dinov2-100ep" if is_baseline else "intertwined-100ep"

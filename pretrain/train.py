@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pretrain import distributed
 from pretrain.checkpoint import load_checkpoint, save_checkpoint
 from pretrain.config import as_dict
 from pretrain.data.loader import ViewsDataset, build_dataset, build_loader
+from pretrain.device import choose_device
+from pretrain.distributed import say
 from pretrain.errors import UserError
 from pretrain.methods.intertwined import Intertwined
 from pretrain.metrics_log import MetricsLog, ProgressLine
@@ -75,19 +76,6 @@ class Values:
             cosine(it, length.total_it, optim.weight_decay, optim.weight_decay_end),
             cosine(it, length.total_it, optim.teacher_momentum, optim.teacher_momentum_end),
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA (this rank's), else MPS, else CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("config: run.device='cuda', but torch sees no CUDA device")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, AbstractContextManager[Any]]:
@@ -189,7 +177,7 @@ def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = 
     folder = Path(config.run.output)
     # deterministic CUDA matrix products need this before the first of them
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    distributed.start(config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    distributed.start(choose_device(config.run.device).type)
     torch.use_deterministic_algorithms(config.run.deterministic)
     dataset = build_dataset(config)
     trainer = Trainer(config, dataset)
@@ -277,12 +265,6 @@ def report_broken(known: set[str], unreadable: tuple[str, ...]) -> None:
         if name not in known:
             known.add(name)
             say(f"skipped, cannot be read: {name}")
-
-
-def say(text: str) -> None:
-    """One line on stderr, from the main process."""
-    if distributed.is_main():
-        print(text, file=sys.stderr, flush=True)
 
 
 def finish(trainer: Trainer, folder: Path, losses: dict[str, float], img_per_s: float, wall_time_s: float) -> None:

@@ -1,0 +1,12 @@
+"""Segmentation fine-tuning on MMSegmentation: ``custom_imports = dict(imports=["seg_plugin"])`` in a config registers all of it."""
+
+from importlib.util import find_spec
+
+if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
+    raise ModuleNotFoundError(f"seg_plugin needs {', '.join(absent)}: pip install 'posfield[seg]'", name=absent[0])
+
+from seg_plugin.compat import prepare
+
+prepare()  # before anything imports mmseg.models
+
+from seg_plugin import backbone, data, hooks, loop, metric, optim  # noqa: E402, F401  (they register themselves)

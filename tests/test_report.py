@@ -30,9 +30,7 @@ def png():
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\xff")) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\xff")) + chunk(b"IEND", b"")
 
 
 def result(kind="detection", deviations=None, **changes):
@@ -240,9 +238,7 @@ def test_a_panel_overlays_the_runs_in_their_colours():
     Page(svg)
     assert all(svg.count(f"stroke: {curve.colour}") >= 1 for curve in curves) and "stroke-dasharray" in svg
     assert "currentColor" in svg and "#010203" not in svg and "xmlns" not in svg
-    assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(
-        i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg)
-    )
+    assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg))
 
 
 # --- run folders ------------------------------------------------------------------------------------------------------

@@ -103,9 +103,7 @@ def test_every_published_number_is_reproduced_in_csv_and_md():
     shown = csv_rows(table)
     lines = [line for line in render(table, "md").splitlines() if line.startswith("| published")]
     assert len(shown) == len(lines) == 40
-    groups = [
-        row for backbone in ("ViT-B/16", "ViT-S/16") for row in numbers_of_the_csv() if row["backbone"] == backbone
-    ]
+    groups = [row for backbone in ("ViT-B/16", "ViT-S/16") for row in numbers_of_the_csv() if row["backbone"] == backbone]
     for text, row, line in zip(groups, shown, lines):
         for key in ("table", "method", "backbone", "effective_epochs", "box_ap", "mask_ap", "ade20k_miou", "note"):
             assert row[key] == text[key]
@@ -332,12 +330,7 @@ def make_table(*arguments):
 
 def test_results_are_found_in_files_folders_and_above(tmp_path):
     a, b = (write_result(result(seed=i), tmp_path / "runs" / name) for i, name in enumerate("ab"))
-    assert (
-        find_results([tmp_path])
-        == find_results([a, tmp_path / "runs" / "b"])
-        == find_results([a, b, tmp_path])
-        == [a, b]
-    )
+    assert find_results([tmp_path]) == find_results([a, tmp_path / "runs" / "b"]) == find_results([a, b, tmp_path]) == [a, b]
     (tmp_path / "none").mkdir()
     for wrong in ("none", "absent"):
         with pytest.raises(UserError, match=wrong):

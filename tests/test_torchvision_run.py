@@ -20,11 +20,12 @@ from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
-from det_plugin.torchvision_engine.trainer import Trainer, choose_device
+from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain.build import build_backbone
+from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import read_result
-from pretrain.weights import save_backbone
+from pretrain.weights import backbone_name, save_backbone
 
 ROOT = Path(__file__).parents[1]
 TINY = "vit_tiny_patch16"
@@ -265,7 +266,7 @@ def test_splits_must_agree(make, tmp_path):
 def test_cuda_must_be_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="'cuda' is asked for"):
         choose_device("cuda")
 
 
@@ -323,8 +324,8 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="lazyconfig_train_net"):
         tool.choose_engine("detectron2", run.output, False)
-    with pytest.raises(UserError, match="--backbone: a name is needed"):
-        tool.name_of_backbone(None, None)
+    with pytest.raises(UserError, match="backbone: a name is needed"):
+        backbone_name(None, None)
 
 
 def test_tool_ends_bad_input_in_one_line(make, tmp_path):

@@ -16,15 +16,14 @@ import importlib.util
 import os
 
 import torch
-import yaml
 
 from det_plugin.protocol import SCHEDULES, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
 from pretrain.cli import run
 from pretrain.errors import UserError
-from pretrain.overrides import assignments
-from pretrain.weights import read_checkpoint
+from pretrain.overrides import fields_and_flags
+from pretrain.weights import backbone_name
 
 
 def choose_engine(name: str, output: Path, eval_only: bool) -> tuple[str, str]:
@@ -43,18 +42,6 @@ def choose_engine(name: str, output: Path, eval_only: bool) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "torchvision", "Detectron2 is installed, but there is no CUDA device"
     return "detectron2", "it is installed, and there is a CUDA device"
-
-
-def name_of_backbone(name: str | None, weights: Path | None) -> str:
-    """The registry name: given, or in the metadata of one of our own files."""
-    if name is not None:
-        return name
-    if weights is None:
-        raise UserError("--backbone: a name is needed, or --weights with a file of ours that says it")
-    found = read_checkpoint(weights).backbone
-    if found is None:
-        raise UserError(f"--backbone: {weights} does not say which backbone it is; give the name")
-    return found
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -78,10 +65,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> DetectionRun:
     """What the command line asks for."""
-    given = assignments(options.overrides)
-    flags = {key.removeprefix("backbone."): yaml.safe_load(text) for key, text in given.items() if key.startswith("backbone.")}
-    fields = {key: text for key, text in given.items() if not key.startswith("backbone.")}
-    backbone = name_of_backbone(options.backbone, options.weights)
+    fields, flags = fields_and_flags(options.overrides)
+    backbone = backbone_name(options.backbone, options.weights)
     return DetectionRun(
         backbone=backbone,
         weights=options.weights,

@@ -154,9 +154,7 @@ class DetectionHeads(RoIHeads):
         detections = zip(*found, masks)
         return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
 
-    def _losses(
-        self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
-    ) -> dict[str, Tensor]:
+    def _losses(self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         assert targets is not None
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_head(self.box_roi_pool(maps, proposals))

@@ -70,8 +70,6 @@ def build_model(vit: ViT, protocol: DetectionProtocol) -> GeneralizedRCNN:
         UserError: strides, anchors, scales or norm that do not fit together, by name.
     """
     pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm)
-    backbone = PyramidBackbone(
-        vit, pyramid, final_norm=protocol.final_norm, keep_special_tokens=protocol.keep_special_tokens
-    )
+    backbone = PyramidBackbone(vit, pyramid, final_norm=protocol.final_norm, keep_special_tokens=protocol.keep_special_tokens)
     rpn = ProposalNetwork(protocol, pyramid.strides)
     return GeneralizedRCNN(backbone, rpn, DetectionHeads(protocol, pyramid.strides[:-1]), SquarePad(protocol))

@@ -25,9 +25,11 @@ from det_plugin.torchvision_engine.folder import (
 )
 from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions
 from det_plugin.torchvision_engine.model import build_model
-from det_plugin.torchvision_engine.trainer import Data, Trainer, choose_device, evaluate, say
+from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
 from pretrain.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.device import choose_device
+from pretrain.distributed import say
 from pretrain.errors import UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine
 
@@ -194,9 +196,7 @@ class Log:
     def save_checkpoint(self, terms: Mapping[str, float]) -> None:
         """``checkpoint.pt``, after the lines of the iterations before."""
         self.metrics.flush()
-        save_checkpoint(
-            self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started}
-        )
+        save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})
 
     def close(self) -> None:
         """Close files and terminal."""

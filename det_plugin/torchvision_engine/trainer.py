@@ -1,8 +1,6 @@
 """The state of a fine-tuning, one step of it, and its evaluation."""
 
 import math
-import os
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,31 +23,6 @@ from pretrain.build import build_backbone
 from pretrain.errors import UserError
 
 EVAL_BATCH = 8  # images at a time in evaluation; the outcome does not depend on it
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` | ``cpu`` | ``cuda``: the GPU of this rank where there is one and it is wanted.
-
-    Raises:
-        UserError: another name, or CUDA where there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is none of auto, cpu, cuda")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device: cuda is asked for, but torch sees no CUDA device")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
-
-
-def say(text: str) -> None:
-    """One line on stderr, from the main process."""
-    if distributed.is_main():
-        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,7 @@ def _picture(figure: Figure) -> str:
     data = base64.b64encode(figure.png).decode("ascii")
     title, caption = html.escape(figure.title), html.escape(figure.caption)
     return (
-        f'<figure><img alt="{title}" src="data:image/png;base64,{data}">'
-        f"<figcaption><b>{title}</b> {caption}</figcaption></figure>"
+        f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption><b>{title}</b> {caption}</figcaption></figure>'
     )
 
 
@@ -227,9 +226,7 @@ def _words(value: Any) -> str:
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
     def cells(tag: str, texts: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts)
-        )
+        return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"

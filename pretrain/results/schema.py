@@ -101,9 +101,7 @@ class Result:
     def __post_init__(self) -> None:
         _check_types(self, _RESULT_TYPES)
         if self.schema_version != SCHEMA_VERSION:
-            raise UserError(
-                f"schema_version {self.schema_version} is not {SCHEMA_VERSION}, the one that this code reads"
-            )
+            raise UserError(f"schema_version {self.schema_version} is not {SCHEMA_VERSION}, the one that this code reads")
         if self.kind not in KINDS:
             raise UserError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
         for name in ("metrics", "packages", "hardware", "effective_epochs", "wall_time_s", "peak_memory_mib"):
@@ -191,9 +189,7 @@ def _check_types(record: Any, types: dict[str, Any]) -> None:
     prefix = "protocol." if isinstance(record, Protocol) else ""
     for name, wanted in types.items():
         value = getattr(record, name)
-        if not isinstance(value, wanted) or (
-            isinstance(value, bool) and wanted is not bool
-        ):  # True is an int to Python
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):  # True is an int to Python
             names = " or ".join(w.__name__ for w in (wanted if isinstance(wanted, tuple) else (wanted,)))
             names = names.replace("Real", "a number").replace("NoneType", "null")
             raise UserError(f"{prefix}{name} must be {names}, not {_type_name(value)} {value!r}")

@@ -70,9 +70,7 @@ class FootNotes:
         return [f"{SCALED}{i} {p.label}: {p.changes}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
 
 
-def comparison_table(
-    results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
-) -> Table:
+def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1") -> Table:
     """The published rows beside the measured detection and segmentation results, grouped by backbone.
 
     published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".

@@ -1,6 +1,6 @@
 """Checkpoints: what a file holds, and the one entry that reads any of the supported sources."""
 
-from pretrain.weights.read import Checkpoint, load_into, read_checkpoint
+from pretrain.weights.read import Checkpoint, backbone_name, load_into, read_checkpoint
 from pretrain.weights.write import save_backbone
 
-__all__ = ["Checkpoint", "load_into", "read_checkpoint", "save_backbone"]
+__all__ = ["Checkpoint", "backbone_name", "load_into", "read_checkpoint", "save_backbone"]

@@ -50,6 +50,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return _timm(path, state)
 
 
+def backbone_name(name: str | None, weights: str | Path | None) -> str:
+    """The registry name that a user means: the one given, else the one that a file of ours says.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if name is not None:
+        return name
+    if weights is None:
+        raise UserError("backbone: a name is needed, or weights with a file of ours that says it")
+    found = read_checkpoint(weights).backbone
+    if found is None:
+        raise UserError(f"backbone: {weights} does not say which backbone it is; give the name")
+    return found
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:

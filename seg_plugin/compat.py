@@ -1,0 +1,105 @@
+"""What MMSegmentation 1.2.2 needs so that it runs on mmcv-lite and on today's torch. Applied by ``import seg_plugin``.
+
+* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext`` behind it, so that importing ``mmcv.ops``, and
+  with it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >= 2.12.)
+* torch >= 2.6 reads checkpoints with ``weights_only=True``; mmengine's hold a few objects besides tensors.
+
+Nothing here changes a full mmcv, or the maintained forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation (same import names).
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from pretrain.errors import UserError
+
+EXTENSION = "mmcv._ext"
+
+
+def prepare() -> None:
+    """All of it; idempotent."""
+    import_ops_without_extension()
+    allow_checkpoint_classes()
+
+
+class _NoExtension(types.ModuleType):
+    """Stands for ``mmcv._ext`` while ``mmcv.ops`` is imported: has every function, and each says what is missing."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError(f"mmcv.ops: {name} is compiled code, which mmcv-lite does not have; install the full mmcv")
+
+        return missing
+
+
+def import_ops_without_extension() -> None:
+    """Import ``mmcv.ops`` where ``mmcv._ext`` is absent; afterwards ``mmcv._ext`` is as absent as before.
+
+    The pure Python operators (``point_sample``, ...) work; a compiled one raises RuntimeError by name when it is called.
+    mmengine and mmcv probe for ``mmcv._ext`` to tell the full mmcv, so the stand-in must not outlive the import.
+    """
+    if "mmcv.ops" in sys.modules or importlib.util.find_spec("mmcv") is None or importlib.util.find_spec(EXTENSION) is not None:
+        return
+    package, name = importlib.import_module("mmcv"), EXTENSION.rpartition(".")[2]
+    sys.modules[EXTENSION] = _NoExtension(EXTENSION)
+    try:
+        importlib.import_module("mmcv.ops")
+    finally:
+        sys.modules.pop(EXTENSION, None)
+        if isinstance(vars(package).get(name), _NoExtension):
+            delattr(package, name)
+
+
+def allow_checkpoint_classes() -> None:
+    """Allow-list what mmengine's own checkpoints hold besides tensors: the logged scalars, as NumPy arrays in HistoryBuffers.
+
+    A HistoryBuffer is stored with references to its methods, which pickle spells ``getattr(HistoryBuffer, "min")``. An open
+    getattr would let a file reach anything, so that name stands for :func:`_history_method` alone. ``weights_only`` stays on.
+    """
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    rebuild: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]  # array, scalar; NumPy 2 moved them
+    dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)}
+    methods = (_history_method, "builtins.getattr")
+    torch.serialization.add_safe_globals([HistoryBuffer, *rebuild, np.ndarray, np.dtype, *dtypes, methods])
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """The only attributes that a checkpoint may name: HistoryBuffer's statistics."""
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise UnpicklingError(f"a checkpoint names {owner!r}.{name}")
+    return getattr(owner, name)
+
+
+@contextlib.contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Make mmengine's Runner build on ``auto`` (its own choice) | ``cpu`` | ``cuda``, which its config cannot say.
+
+    Raises:
+        UserError: another name, or ``cuda`` where there is none.
+    """
+    import mmengine.device.utils as device
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: {name!r} is none of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is asked for, but torch sees no CUDA device")
+    before = device.DEVICE
+    device.DEVICE = before if name == "auto" else name
+    try:
+        yield
+    finally:
+        device.DEVICE = before

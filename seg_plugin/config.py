@@ -1,0 +1,224 @@
+"""From the protocol to an mmengine config: every section, in the words of MMSegmentation.
+
+The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes a section.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pretrain.backbones.vit import SIZES
+from pretrain.errors import UserError
+from seg_plugin.data import ADE20K_CLASSES, class_names
+from seg_plugin.protocol import SegmentationProtocol, protocol
+
+CHECKPOINT_INTERVAL_IT = 2_000
+LOG_INTERVAL_IT = 50
+
+
+def segmenter_config(
+    recipe: SegmentationProtocol | str,
+    backbone: str,
+    *,
+    weights: str | Path | None = None,
+    backbone_flags: Mapping[str, Any] | None = None,
+    data_root: str | Path = "data/ade/ADEChallengeData2016",
+    classes: Sequence[str] = (),
+    img_suffix: str = ".jpg",
+    seed: int = 0,
+    workers: int = 4,
+) -> dict[str, Any]:
+    """A whole config: linear decoder on a registry ViT.
+
+    Args:
+        recipe: the protocol, or its name.
+        backbone: registry name.
+        weights: the backbone's checkpoint; can also be given later, ``--cfg-options model.backbone.weights=FILE``.
+        backbone_flags: further arguments of ``build_backbone``.
+        data_root: folder in ADE20K's layout (:mod:`seg_plugin.data`).
+        classes: names; empty for ADE20K's, or ``class 0``, ... where there are not 150.
+        workers: data-loading processes, for each process of the run.
+    """
+    recipe = protocol(recipe) if isinstance(recipe, str) else recipe
+    flags = dict(backbone_flags or {})
+    names = tuple(classes) or class_names(None, recipe.num_classes)
+    return {
+        "custom_imports": {"imports": ["seg_plugin"]},
+        "default_scope": "mmseg",
+        "model": _model(recipe, backbone, weights, flags),
+        **_optimisation(recipe),
+        **_data(recipe, str(data_root), names, img_suffix, workers),
+        **_runtime(recipe, seed),
+    }
+
+
+def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **flags}.get("embed_dim")
+    if width is None:
+        raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")
+    return {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": list(p.pixel_mean),
+            "std": list(p.pixel_std),
+            "bgr_to_rgb": True,
+            "size": (p.crop_px, p.crop_px),  # smaller training crops are padded
+            "pad_val": 0,  # after normalisation: the mean colour
+            "seg_pad_val": p.ignore_index,
+        },
+        "backbone": {
+            "type": "PosfieldViT",
+            "name": backbone,
+            "weights": None if weights is None else str(weights),
+            "drop_path": p.drop_path,
+            **flags,
+        },
+        "decode_head": {  # without convolutions and concatenation: one 1x1 convolution to the classes
+            "type": "FCNHead",
+            "in_channels": width,
+            "channels": width,
+            "num_convs": 0,
+            "concat_input": False,
+            "dropout_ratio": 0.0,
+            "num_classes": p.num_classes,
+            "align_corners": False,
+            "ignore_index": p.ignore_index,
+            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "avg_non_ignore": p.avg_non_ignore},
+        },
+        "train_cfg": {},
+        "test_cfg": {
+            "mode": "slide",
+            "crop_size": (p.slide_crop_px, p.slide_crop_px),
+            "stride": (p.slide_stride_px, p.slide_stride_px),
+        },
+    }
+
+
+def _optimisation(p: SegmentationProtocol) -> dict[str, Any]:
+    decay = {
+        "type": "PosfieldPolyLR",
+        "power": p.poly_power,
+        "eta_min_ratio": p.min_lr_factor,
+        "begin": p.warmup_it,
+        "end": p.iterations_it,
+        "by_epoch": False,
+    }
+    warmup = {"type": "LinearLR", "start_factor": 1 / max(1, p.warmup_it), "begin": 0, "end": p.warmup_it, "by_epoch": False}
+    return {
+        "optim_wrapper": {
+            "type": "AmpOptimWrapper" if p.amp else "OptimWrapper",
+            "optimizer": {"type": "AdamW", "lr": p.lr, "betas": p.betas, "weight_decay": p.weight_decay},
+            "constructor": "PosfieldOptimConstructor",
+            "paramwise_cfg": {"layer_decay": p.layer_decay, "decay_all": p.decay_all},
+            "clip_grad": {"max_norm": p.clip_grad} if p.clip_grad else None,
+        },
+        "param_scheduler": [warmup, decay] if p.warmup_it else [decay],
+        "train_cfg": {"type": "PosfieldTrainLoop", "max_iters": p.iterations_it, "val_interval": p.val_interval_it},
+        "val_cfg": {"type": "ValLoop"},
+        "test_cfg": {"type": "TestLoop"},
+    }
+
+
+def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], img_suffix: str, workers: int) -> dict[str, Any]:
+    labels: list[dict[str, Any]] = [
+        {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label},
+        {"type": "CheckLabels", "num_classes": p.num_classes, "ignore_index": p.ignore_index},
+    ]
+    training: list[dict[str, Any]] = [
+        {"type": "LoadImageFromFile"},
+        *labels,
+        {"type": "RandomResize", "scale": p.resize_px, "ratio_range": p.ratio_range, "keep_ratio": True},
+        {
+            "type": "RandomCrop",
+            "crop_size": (p.crop_px, p.crop_px),
+            "cat_max_ratio": p.cat_max_ratio,
+            "ignore_index": p.ignore_index,
+        },
+        {"type": "RandomFlip", "prob": p.flip},
+        {
+            "type": "PhotoMetricDistortion",
+            "brightness_delta": p.brightness,
+            "contrast_range": p.contrast,
+            "saturation_range": p.saturation,
+            "hue_delta": p.hue,
+        },
+        {"type": "PackSegInputs"},
+    ]
+    test: list[dict[str, Any]] = [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": p.resize_px, "keep_ratio": True},
+        *labels,  # after Resize: the metric compares at the mask's own size
+        {"type": "PackSegInputs"},
+    ]
+
+    def loader(split: str, pipeline: list[dict[str, Any]], batch_size: int, sampler: str) -> dict[str, Any]:
+        dataset: dict[str, Any] = {
+            "type": "ADE20KDataset" if classes == ADE20K_CLASSES else "BaseSegDataset",
+            "data_root": root,
+            "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
+            "img_suffix": img_suffix,
+            "reduce_zero_label": p.reduce_zero_label,
+            "ignore_index": p.ignore_index,
+            "pipeline": pipeline,
+        }
+        if classes != ADE20K_CLASSES:  # those are the data set's own, with its colours
+            dataset["metainfo"] = {"classes": classes}
+        return {
+            "batch_size": batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "sampler": {"type": sampler, "shuffle": split == "training"},
+            "dataset": dataset,
+        }
+
+    evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
+    return {
+        "train_dataloader": loader("training", training, _batch_per_process(p.batch_size), "InfiniteSampler"),
+        "val_dataloader": loader("validation", test, 1, "DefaultSampler"),
+        "test_dataloader": loader("validation", test, 1, "DefaultSampler"),
+        "val_evaluator": evaluator,
+        "test_evaluator": dict(evaluator),
+    }
+
+
+def _batch_per_process(batch_size: int) -> int:
+    if batch_size % processes():
+        raise UserError(f"batch_size={batch_size} does not divide among {processes()} processes")
+    return batch_size // processes()
+
+
+def processes() -> int:
+    """How many processes share the batch, as torchrun or Slurm say: mmengine's batch size counts for one of them."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
+    checkpoint_interval = min(p.val_interval_it, CHECKPOINT_INTERVAL_IT)
+    log_interval = min(LOG_INTERVAL_IT, max(1, p.iterations_it // 20))
+    return {
+        "default_hooks": {
+            "timer": {"type": "IterTimerHook"},
+            "logger": {"type": "LoggerHook", "interval": log_interval, "log_metric_by_epoch": False},
+            "param_scheduler": {"type": "ParamSchedulerHook"},
+            # Two: mmengine deletes the oldest before it has written the next.
+            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": checkpoint_interval, "max_keep_ckpts": 2},
+            "sampler_seed": {"type": "DistSamplerSeedHook"},
+            "visualization": {"type": "SegVisualizationHook"},
+        },
+        # What a run leaves: result.json, metrics.jsonl, figures, and its own saved config (seg_plugin/hooks.py).
+        "custom_hooks": [{"type": "PosfieldRunHook", "protocol": asdict(p), "interval": log_interval}],
+        "env_cfg": {
+            "cudnn_benchmark": False,
+            "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
+            "dist_cfg": {"backend": "nccl"},
+        },
+        "randomness": {"seed": seed, "deterministic": False},  # torch has no deterministic 2-D cross-entropy on CUDA
+        "visualizer": {"type": "SegLocalVisualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
+        "log_processor": {"by_epoch": False},
+        "log_level": "INFO",
+        "load_from": None,
+        "resume": False,
+    }

@@ -1,0 +1,167 @@
+"""What a run leaves in its folder, by a hook named in the config, so that MMSegmentation's own launchers leave it too.
+
+``metrics.jsonl`` (iteration, loss, lr; and mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (what makes
+it this run), and the saved config with the backbone's resolved flags, which tests and resumes without the pre-training file.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmseg.registry import HOOKS
+
+from pretrain.errors import UserError
+from pretrain.metrics_log import truncate_lines
+from pretrain.results.provenance import file_hash, provenance
+from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.weights import read_checkpoint
+from seg_plugin.identity import deviations, given_flags, identity
+
+METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+SETTINGS_FILE = "settings.json"
+
+
+@HOOKS.register_module()
+class PosfieldRunHook(Hook):
+    """See the module.
+
+    Args:
+        protocol: fields of the :class:`SegmentationProtocol` that the config was made from.
+        origin: only in a saved config: where its backbone came from (method, effective_epochs, weights_hash, backbone_flags).
+        interval: iterations between two lines of metrics.jsonl.
+    """
+
+    priority = "NORMAL"  # before ParamSchedulerHook: the lr is that of the iteration
+
+    def __init__(self, protocol: Mapping[str, Any], origin: Mapping[str, Any] | None = None, interval: int = 50) -> None:
+        self.protocol = dict(protocol)
+        self.origin = dict(origin) if origin else None
+        self.interval = interval
+        self.earlier_s = 0.0  # of this run, before it was resumed
+        self.loaded = False
+        self.metrics: dict[str, Any] = {}
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Every tensor must match: mmengine itself only warns, and would test a model that is partly random."""
+        self.loaded = True
+        self.earlier_s = float(checkpoint.get("posfield", {}).get("wall_time_s", 0.0))
+        source = checkpoint.get("state_dict", checkpoint)
+        given = {key.removeprefix("module."): tuple(value.shape) for key, value in source.items()}
+        wanted = {key: tuple(value.shape) for key, value in _model(runner).state_dict().items()}
+        problems = [f"missing {key}" for key in wanted if key not in given]
+        problems += [f"left over {key}" for key in given if key not in wanted]
+        problems += [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise UserError(f"checkpoint: does not fit the config's model: {'; '.join(problems[:8])}{more}")
+
+    def before_train(self, runner: Any) -> None:
+        """Know what this run is, and save it."""
+        self.started = time.time()
+        backbone = _model(runner).backbone
+        if self.origin and backbone.weights is None and not self.loaded:
+            raise UserError(
+                "backbone: this config was saved by a run, for testing and resuming it; to train anew, give "
+                "model.backbone.weights (or take the config that the run was made from)"
+            )
+        self.origin = _origin(backbone.weights, self.origin, given_flags(runner.cfg))
+        self.identity = identity(runner.cfg, backbone.vit.flags, self.origin["weights_hash"], get_world_size())
+        self.deviations = deviations(runner.cfg, self.protocol, self.origin["backbone_flags"], get_world_size())
+        if is_main_process():
+            self.folder = Path(runner.work_dir)
+            (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
+            truncate_lines(self.folder / "metrics.jsonl", before_it=runner.iter + 1)  # of iterations that will run again
+            self._save_config(runner, backbone)
+
+    def _save_config(self, runner: Any, backbone: Any) -> None:
+        """The config again, with the flags that were in the checkpoint, and without the checkpoint."""
+        old = runner.cfg.model.backbone
+        kept = {key: old[key] for key in ("type", "name", "drop_path") if key in old}
+        runner.cfg.model.backbone = {**given_flags(runner.cfg), **backbone.vit.flags, **kept, "weights": None}
+        for hook in runner.cfg.custom_hooks:
+            if hook.type == type(self).__name__:
+                hook.origin = self.origin
+        runner.cfg.resume = False  # else tools/test.py would resume too, and want the training data
+        runner.dump_config()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
+    ) -> None:
+        """One line every ``interval`` iterations; stop at the first loss that is not finite."""
+        iteration = batch_idx + 1
+        losses = {key: value.item() for key, value in (outputs or {}).items() if "loss" in key}
+        if not all(math.isfinite(value) for value in losses.values()):
+            raise FloatingPointError(f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in losses.items()))
+        if is_main_process() and (iteration % self.interval == 0 or iteration == runner.max_iters):
+            lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
+            self._log({"iteration": iteration, "loss": losses["loss"], "lr": lr})
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Keep the metrics; the last ones are the run's."""
+        metrics = metrics or {}
+        self.metrics = {ours: metrics[name] for ours, name in METRICS.items() if not math.isnan(metrics.get(name, math.nan))}
+        if is_main_process() and hasattr(self, "folder"):  # training
+            self._log({"iteration": runner.iter, **self.metrics})
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """The time so far, so that a resumed run reports all of it."""
+        checkpoint["posfield"] = {"wall_time_s": self._elapsed_s()}
+
+    def after_train(self, runner: Any) -> None:
+        """result.json and the figure; none where no validation took place (a finished run, resumed)."""
+        if not is_main_process() or not self.metrics:
+            return
+        from seg_plugin.figures import leave_figure
+
+        leave_figure(_model(runner), runner.val_dataloader, self.folder / "figures")
+        evaluators = runner.val_loop.evaluator.metrics
+        per_class: dict[str, float] = next((metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {})
+        assert self.origin is not None
+        result = Result(
+            kind="segmentation",
+            method=self.origin["method"],
+            backbone=runner.cfg.model.backbone.name,
+            effective_epochs=self.origin["effective_epochs"],
+            protocol=Protocol(
+                name=self.protocol["name"],
+                version=self.protocol["version"],
+                full=not self.deviations,
+                deviations=self.deviations,
+            ),
+            metrics={**self.metrics, "iou": per_class},
+            seed=runner.seed,
+            wall_time_s=self._elapsed_s(),
+            **{**provenance(self.identity["settings"]), "weights_hash": self.origin["weights_hash"]},
+        )
+        write_result(result, self.folder)
+
+    def _elapsed_s(self) -> float:
+        return self.earlier_s + time.time() - self.started
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _model(runner: Any) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _origin(weights: str | None, saved: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the backbone comes from: its file, else what the saved config says, else nowhere."""
+    flags = saved["backbone_flags"] if saved else flags
+    if weights is None:
+        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None, **(saved or {}), "backbone_flags": flags}
+    told = read_checkpoint(weights).provenance
+    return {
+        "method": str(told.get("method", Path(weights).stem)),
+        "effective_epochs": told.get("effective_epochs"),
+        "weights_hash": file_hash(weights),
+        "backbone_flags": flags,
+    }

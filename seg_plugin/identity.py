@@ -1,0 +1,121 @@
+"""What a config stands for: the recipe that it really holds, how that departs from the protocol, and when two runs are the same.
+
+A config can be changed after it was made (``--cfg-options``, ``--amp``), so all is read off the config that runs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from pretrain.overrides import with_overrides
+from pretrain.results.provenance import config_hash
+from seg_plugin import protocol as protocols
+from seg_plugin.config import segmenter_config
+from seg_plugin.data import SPLITS
+from seg_plugin.protocol import ADE20K_IMAGES, SegmentationProtocol
+
+# The parts of a config that decide a run's outcome, without what says where things lie and how fast they are read.
+SECTIONS = (
+    "model", "optim_wrapper", "param_scheduler", "train_cfg", "train_dataloader", "val_dataloader", "val_evaluator",
+    "auto_scale_lr",
+)  # fmt: skip
+NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
+NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path")
+
+
+def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
+    """The protocol that a config says it follows (the fields, as its hook holds them)."""
+    fields = {key: value for key, value in values.items() if key not in ("name", "version")}
+    return with_overrides(protocols.protocol(values["name"]), fields)
+
+
+def given_flags(cfg: Config) -> dict[str, Any]:
+    """The flags of the backbone that a config spells out."""
+    return {key: value for key, value in cfg.model.backbone.items() if key not in NOT_FLAGS}
+
+
+def recipe(cfg: Config, processes: int) -> dict[str, Any]:
+    """The sections as plain values; the backbone's flags are not in it, and the batch is that of all processes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items() if key not in NOT_RECIPE}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    sections: dict[str, Any] = {name: plain(cfg.get(name)) for name in SECTIONS}
+    sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path")}
+    sections["train_dataloader"]["batch_size"] *= processes
+    sections["load_from"] = None if cfg.get("resume") else cfg.get("load_from")
+    return sections
+
+
+def deviations(cfg: Config, values: Mapping[str, Any], flags: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+    """Everything in which a config differs from the full protocol that it is named after: ``{field: [protocol's, run's]}``.
+
+    Args:
+        values: the fields of the protocol that it says it follows.
+        flags: the backbone's flags that were asked for beside the checkpoint's.
+        processes: that share a batch.
+    """
+    declared = declared_protocol(values)
+    changed = protocols.deviations(declared)
+    classes = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes", ())
+    suffix = cfg.train_dataloader.dataset.img_suffix
+    made = segmenter_config(declared, cfg.model.backbone.name, backbone_flags=flags, classes=classes, img_suffix=suffix)
+    made["train_dataloader"]["batch_size"] = declared.batch_size
+    expected, found = _flat(recipe(Config(made), 1)), _flat(recipe(cfg, processes))
+    for key in sorted(set(expected) | set(found)):
+        if expected.get(key) != found.get(key):
+            changed[key] = [expected.get(key), found.get(key)]
+    for split, count in ADE20K_IMAGES.items():
+        if (here := len(images(cfg, split))) != count:
+            changed[f"{split}_images"] = [count, here]
+    if flags:
+        changed["backbone_flags"] = [{}, dict(flags)]
+    return changed
+
+
+def images(cfg: Config, split: str) -> list[str]:
+    """Names of the images of ``training`` or ``validation``, sorted."""
+    dataset = cfg.train_dataloader.dataset if split == "training" else cfg.val_dataloader.dataset
+    folder = Path(dataset.get("data_root") or "") / dataset.data_prefix.img_path
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{dataset.img_suffix}"))
+
+
+def identity(cfg: Config, flags: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
+    """What makes two runs the same: plain values, to be compared and saved.
+
+    Args:
+        flags: the resolved flags of the backbone (``ViT.flags``).
+    """
+    settings = {**recipe(cfg, processes), "backbone_flags": dict(flags)}
+    names = json.dumps([images(cfg, split) for split in SPLITS])
+    return {
+        "config_hash": config_hash(settings),
+        "seed": cfg.randomness.get("seed"),
+        "weights_hash": weights_hash,
+        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
+        "settings": settings,
+    }
+
+
+def first_difference(one: Any, other: Any) -> str | None:
+    """``key: a and b`` of the first leaf in which two identities differ, hashes last; none where they are equal."""
+    left, right = _flat(one), _flat(other)
+    keys = sorted(set(left) | set(right), key=lambda key: (key.endswith("_hash"), key))
+    for key in keys:
+        if left.get(key) != right.get(key):
+            return f"{key}: {left.get(key)!r} and {right.get(key)!r}"
+    return None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b.0": leaf}; an empty dict or list is a leaf."""
+    if isinstance(value, Mapping | list | tuple) and value:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}

@@ -1,0 +1,98 @@
+"""The ADE20K fine-tuning protocol: every number of it, once.
+
+A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: the paper's appendix B.3; "Segmenter":
+its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation": that library's ADE20K config; "ours" where none says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain import overrides as settings
+from pretrain.errors import UserError
+
+ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
+
+
+@dataclass(frozen=True)
+class SegmentationProtocol:
+    """One segmentation fine-tuning recipe. Lengths in pixels (``_px``), durations in iterations (``_it``)."""
+
+    name: str = "ade20k-160k"
+    version: int = 1
+
+    # Schedule: B.3, about 127 epochs of 20,210 images.
+    iterations_it: int = 160_000
+    batch_size: int = 16  # over all processes
+    min_lr_factor: float = 0.1  # B.3: the last lr is this factor of the first, whichever that is
+    poly_power: float = 0.9  # Segmenter
+    warmup_it: int = 0  # Segmenter: none
+    val_interval_it: int = 16_000  # MMSegmentation
+
+    # Optimiser: AdamW. The best of the grid by mIoU, each setting averaged over the seeds (B.3).
+    lr_grid: tuple[float, ...] = (8e-5, 3e-5, 1e-5, 8e-6)
+    weight_decay_grid: tuple[float, ...] = (1e-2, 1e-4)
+    seeds: int = 2
+    lr: float = 8e-5  # one of the grid
+    weight_decay: float = 1e-2  # one of the grid
+    betas: tuple[float, float] = (0.9, 0.999)  # ours: AdamW's own
+    decay_all: bool = False  # Segmenter: 0 for norms, biases, positions and special tokens
+    layer_decay: float = 1.0  # B.3 names none
+    drop_path: float = 0.1  # Segmenter
+    clip_grad: float = 0.0  # 0: no clipping
+    amp: bool = False  # ours
+
+    # Input
+    resize_px: tuple[int, int] = (2048, 512)  # MMSegmentation: bounds of the long and of the short edge
+    ratio_range: tuple[float, float] = (0.5, 2.0)  # MMSegmentation
+    crop_px: int = 512  # Segmenter
+    cat_max_ratio: float = 0.75  # MMSegmentation: a crop holds at most this share of one class
+    flip: float = 0.5
+    brightness: int = 32  # MMSegmentation's photometric distortion, this line to `hue`
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: int = 18
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, ImageNet's
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    # Labels and loss
+    num_classes: int = 150
+    reduce_zero_label: bool = True  # 0 in a mask is "other", which is ignored; class k is stored as k + 1
+    ignore_index: int = 255
+    avg_non_ignore: bool = False  # MMSegmentation: ignored pixels count in the mean, with loss 0
+
+    # Test: one scale, sliding windows
+    slide_crop_px: int = 512
+    slide_stride_px: int = 480
+
+
+NAMES = ("ade20k-160k",)
+
+
+def protocol(name: str = "ade20k-160k") -> SegmentationProtocol:
+    """The named protocol."""
+    if name not in NAMES:
+        raise UserError(f"protocol: {name!r} is none of {', '.join(NAMES)}")
+    return SegmentationProtocol(name=name)
+
+
+def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> SegmentationProtocol:
+    """``base`` with some fields changed; values may be strings from a command line.
+
+    Raises:
+        UserError: an unknown field, or a value of the wrong type, by name; no such number of classes.
+    """
+    changed = settings.with_overrides(base, overrides)
+    if not 2 <= changed.num_classes <= 254:  # masks are 8 bit, and 255 is ignored
+        raise UserError(f"protocol: num_classes={changed.num_classes} is not from 2 to 254")
+    return changed
+
+
+def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
+
+    Any point of the protocol's grid is within the protocol.
+    """
+    full = protocol(run.name)
+    within = {"lr": run.lr in full.lr_grid, "weight_decay": run.weight_decay in full.weight_decay_grid}
+    return {key: pair for key, pair in settings.differences(full, run).items() if not within.get(key, False)}
