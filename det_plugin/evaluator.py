@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from det_plugin.coco_catalog import dataset_name
 from det_plugin.departures import departures, protocol_in
-from det_plugin.protocol import protocol
+from det_plugin.protocol import VAL_IMAGES, protocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
 from det_plugin.torchvision_engine.evaluate import coco_metrics
@@ -68,7 +68,7 @@ class ResultEvaluator(COCOEvaluator):
             # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
             started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
-            write_result(result_of(cfg, metrics, started), self.folder)
+            write_result(result_of(cfg, metrics, len(self._coco_api.getImgIds()), started), self.folder)
         return results
 
 
@@ -87,11 +87,12 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return metrics
 
 
-def result_of(cfg: DictConfig, metrics: Mapping[str, Any], started: float) -> Result:
+def result_of(cfg: DictConfig, metrics: Mapping[str, Any], val_images: int, started: float) -> Result:
     """The ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
         cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
+        val_images: that were evaluated.
     """
     changed, trained = departures(cfg), cfg
     if has_event_storage():
@@ -100,6 +101,8 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], started: float) -> Re
     else:
         trained, unlike = _training_of(cfg)
         changed = {**departures(trained), **changed, **unlike}
+    if val_images != VAL_IMAGES:
+        changed["val_images"] = [VAL_IMAGES, val_images]
     recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
     settings = {
         "backbone": name,

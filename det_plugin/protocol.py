@@ -79,6 +79,8 @@ class DetectionProtocol:
     detections_per_image: int = 100
 
 
+VAL_IMAGES = 5_000  # of COCO val2017: a run that is evaluated on another set does not follow the protocol
+
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from det_plugin.protocol import DetectionProtocol, deviations
+from det_plugin.protocol import VAL_IMAGES, DetectionProtocol, deviations
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.weights import read_checkpoint
@@ -49,16 +49,19 @@ class DetectionRun:
         }
 
 
-def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, started: float) -> Path:
+def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, val_images: int, started: float) -> Path:
     """Write ``result.json`` into the run's folder.
 
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         engine: ``torchvision`` | ``detectron2``.
+        val_images: that it was evaluated on.
         started: ``time.time()`` at the start.
     """
     origin = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
     changed = deviations(run.protocol, run.backbone)
+    if val_images != VAL_IMAGES:
+        changed["val_images"] = [VAL_IMAGES, val_images]
     if run.backbone_flags:
         changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
     result = Result(

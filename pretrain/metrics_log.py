@@ -6,12 +6,15 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+QUIET_S = 20  # between progress lines where there is no terminal
 
 
 def truncate_lines(path: Path, before_it: int) -> None:
@@ -74,7 +77,7 @@ class ProgressLine:
     """Progress with ETA, img/s and the loss: a bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, title: str, total_it: int, start_it: int) -> None:
-        self.total_it, self.title = total_it, title
+        self.total_it, self.title, self.told = total_it, title, 0.0
         self.bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -89,7 +92,11 @@ class ProgressLine:
             self.task = self.bar.add_task(title, total=total_it, completed=start_it, note="")
 
     def update(self, done_it: int, note: str, eta_s: float) -> None:
-        """``done_it`` iterations are done."""
+        """``done_it`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
+        pause_s = 1 if self.bar is not None else QUIET_S
+        if done_it < self.total_it and time.time() - self.told < pause_s:
+            return
+        self.told = time.time()
         if self.bar is not None:
             self.bar.update(self.task, completed=done_it, note=note)
         else:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pretrain.data import toy
+from pretrain.data import toy, toy_sets
 from pretrain.errors import UserError
 
 pytest.importorskip("skimage")
@@ -22,7 +22,7 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_toy_data.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy")
-    assert toy.write_toy_data(path, **COUNTS, seed=0)["written"]
+    assert toy_sets.write_toy_data(path, **COUNTS, seed=0)["written"]
     return path
 
 
@@ -119,7 +119,7 @@ def _hard_masks():
 
 @pytest.mark.parametrize("mask", _hard_masks())
 def test_polygons_of_hard_masks_decode_exactly(mask):
-    polygons = toy.mask_to_polygons(mask)
+    polygons = toy_sets.mask_to_polygons(mask)
     assert np.array_equal(decode(polygons, *mask.shape), mask)
     geometry = pytest.importorskip("shapely.geometry")
     shapes = [geometry.Polygon(np.reshape(polygon, (-1, 2))) for polygon in polygons]
@@ -130,7 +130,7 @@ def test_polygons_of_hard_masks_decode_exactly(mask):
 def test_polygon_of_a_rectangle_is_its_corners():
     mask = np.zeros((6, 8), bool)
     mask[2:5, 1:7] = True
-    (polygon,) = toy.mask_to_polygons(mask)
+    (polygon,) = toy_sets.mask_to_polygons(mask)
     assert len(polygon) == 8
     assert {tuple(corner) for corner in np.reshape(polygon, (-1, 2))} == {(1, 2), (7, 2), (7, 5), (1, 5)}
 
@@ -146,7 +146,7 @@ def test_coco_annotations_equal_the_composed_masks(folder, split):
         pixels = read_rgb(folder / "coco" / f"{split}2017" / image["file_name"]).astype(int)
         assert np.abs(pixels - picture.image).mean() < 12  # JPEG
         annotations = sorted(coco.imgToAnns[image_id], key=lambda a: a["id"])
-        assert [a["category_id"] for a in annotations] == [toy.CATEGORY_IDS[k] for k in picture.classes]
+        assert [a["category_id"] for a in annotations] == [toy_sets.CATEGORY_IDS[k] for k in picture.classes]
         for annotation, mask in zip(annotations, picture.masks):
             assert annotation["iscrowd"] == 0
             assert np.array_equal(coco.annToMask(annotation).astype(bool), mask)
@@ -193,17 +193,17 @@ def test_ade_labels_agree_with_the_masks(folder, split, ade_split):
 
 
 def test_same_arguments_same_bytes_other_seed_other_pictures(folder, tmp_path):
-    toy.write_toy_data(tmp_path / "same", **COUNTS, seed=0)
+    toy_sets.write_toy_data(tmp_path / "same", **COUNTS, seed=0)
     assert contents(tmp_path / "same") == contents(folder)
-    toy.write_toy_data(tmp_path / "other", **COUNTS, seed=1)
+    toy_sets.write_toy_data(tmp_path / "other", **COUNTS, seed=1)
     ours, others = contents(folder), contents(tmp_path / "other")
     assert set(ours) == set(others)
-    assert all(ours[name] != others[name] for name in ours if not name.endswith("png"))
+    assert all(ours[name] != others[name] for name in ours if not name.endswith(("png", "classes.txt")))
     assert len([name for name in ours if name.startswith("images")]) == COUNTS["n_images"]
 
 
 def test_a_picture_does_not_depend_on_how_many_there_are(folder, tmp_path):
-    toy.write_toy_data(tmp_path, n_images=1, n_train=2, n_val=0, size_px=96, seed=0)
+    toy_sets.write_toy_data(tmp_path, n_images=1, n_train=2, n_val=0, size_px=96, seed=0)
     few, many = contents(tmp_path), contents(folder)
     assert all(few[name] == many[name] for name in few if Path(name).suffix in (".jpg", ".png"))
     val = json.loads(few["coco/annotations/instances_val2017.json"])
@@ -212,32 +212,32 @@ def test_a_picture_does_not_depend_on_how_many_there_are(folder, tmp_path):
 
 def test_rerun_does_nothing_and_other_arguments_are_refused(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    record = toy.write_toy_data(folder, **COUNTS, seed=0)
+    record = toy_sets.write_toy_data(folder, **COUNTS, seed=0)
     assert not record.pop("written") and record == json.loads((folder / "toy.json").read_text())
     with pytest.raises(UserError, match=str(folder)):
-        toy.write_toy_data(folder, **COUNTS, seed=1)
+        toy_sets.write_toy_data(folder, **COUNTS, seed=1)
     with pytest.raises(UserError, match="n_train 6"):
-        toy.write_toy_data(folder, **{**COUNTS, "n_train": 7}, seed=0)
+        toy_sets.write_toy_data(folder, **{**COUNTS, "n_train": 7}, seed=0)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_overwrite_leaves_nothing_of_the_old_data(folder, tmp_path):
-    toy.write_toy_data(tmp_path / "a", n_images=5, n_train=1, n_val=9, size_px=64, seed=3)
+    toy_sets.write_toy_data(tmp_path / "a", n_images=5, n_train=1, n_val=9, size_px=64, seed=3)
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    toy.write_toy_data(tmp_path / "a", **COUNTS, seed=0, overwrite=True)
+    toy_sets.write_toy_data(tmp_path / "a", **COUNTS, seed=0, overwrite=True)
     assert contents(tmp_path / "a") == contents(folder) | {"notes.txt": b"mine"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interrupted_run_is_begun_anew(folder, tmp_path, monkeypatch, overwrite):
     if overwrite:
-        toy.write_toy_data(tmp_path, n_images=1, n_train=1, n_val=1, size_px=64, seed=3)
+        toy_sets.write_toy_data(tmp_path, n_images=1, n_train=1, n_val=1, size_px=64, seed=3)
     with monkeypatch.context() as patch:
-        patch.setattr(toy, "ade_labels", lambda picture: 1 / 0)
+        patch.setattr(toy_sets, "ade_labels", lambda picture: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            toy.write_toy_data(tmp_path, n_images=4, n_train=1, n_val=1, size_px=64, seed=3, overwrite=overwrite)
-    assert (tmp_path / "images" / "00000003.jpg").is_file() and toy.read_record(tmp_path) is None
-    toy.write_toy_data(tmp_path, **COUNTS, seed=0)
+            toy_sets.write_toy_data(tmp_path, n_images=4, n_train=1, n_val=1, size_px=64, seed=3, overwrite=overwrite)
+    assert (tmp_path / "images" / "00000003.jpg").is_file() and toy_sets.read_record(tmp_path) is None
+    toy_sets.write_toy_data(tmp_path, **COUNTS, seed=0)
     assert contents(tmp_path) == contents(folder)
 
 
@@ -246,27 +246,27 @@ def test_folders_of_others_are_left_alone(tmp_path, overwrite):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "holiday.jpg").write_bytes(b"mine")
     with pytest.raises(UserError, match="images exists"):
-        toy.write_toy_data(tmp_path, **COUNTS, overwrite=overwrite)
+        toy_sets.write_toy_data(tmp_path, **COUNTS, overwrite=overwrite)
     (tmp_path / "toy.json").write_text("[1, 2")
     with pytest.raises(UserError, match="toy.json is damaged"):
-        toy.write_toy_data(tmp_path, **COUNTS, overwrite=overwrite)
+        toy_sets.write_toy_data(tmp_path, **COUNTS, overwrite=overwrite)
     assert contents(tmp_path) == {"images/holiday.jpg": b"mine", "toy.json": b"[1, 2"}
     with pytest.raises(UserError, match="holiday.jpg"):
-        toy.write_toy_data(tmp_path / "images" / "holiday.jpg", **COUNTS, overwrite=overwrite)
+        toy_sets.write_toy_data(tmp_path / "images" / "holiday.jpg", **COUNTS, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("key, value", [("n_train", -1), ("seed", -1), ("size_px", 63)])
 def test_numbers_out_of_range_are_named(tmp_path, key, value):
     with pytest.raises(UserError, match=f"{key} = {value}"):
-        toy.write_toy_data(tmp_path / "x", **{**COUNTS, key: value})
+        toy_sets.write_toy_data(tmp_path / "x", **{**COUNTS, key: value})
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("module, package", [("skimage", "scikit-image"), ("sklearn", "scikit-learn")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, module, package):
     monkeypatch.setitem(sys.modules, module, None)  # as if not installed
-    with pytest.raises(UserError, match=rf"{package}.*pip install posfield\[dev\]"):
-        toy.write_toy_data(tmp_path / "x", **COUNTS)
+    with pytest.raises(UserError, match=rf"in {package}.*pip install scikit-image scikit-learn"):
+        toy_sets.write_toy_data(tmp_path / "x", **COUNTS)
     assert not (tmp_path / "x").exists()
 
 

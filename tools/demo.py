@@ -19,12 +19,12 @@ from pretrain.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"intertwined": "configs/pretrain/toy.yaml", "dinov2": "configs/pretrain/toy_dinov2.yaml"}
 # Scaled-down protocols: minutes on two CPU cores. The table marks them as such, field by field.
-DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=2 mask_convs=2 num_classes=5 jitter_scale=0.6,1.4
-    anchor_sizes_px=16,24,40,64,96
-    rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100 batch_size=8 iterations_it=330
-    milestones_it=260,310 warmup_it=20 lr=8e-4 eval_period_it=330 amp=false detections_per_image=30""".split()
-SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 batch_size=8 iterations_it=150
-    lr=5e-4 val_interval_it=150""".split()
+DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
+    anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
+    batch_size=8 iterations_it=450 milestones_it=360,420 warmup_it=20 lr=4e-4 layer_decay=0.9 eval_period_it=450 amp=false
+    detections_per_image=30""".split()
+SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 ratio_range=0.75,1.5
+    batch_size=8 iterations_it=350 lr=5e-4 val_interval_it=350""".split()
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,16 @@ class Stage:
 def stages(folder: Path) -> list[Stage]:
     """The demo, in order; the budgets add up to less than 15 minutes."""
     data = folder / "data"
-    steps = [
-        Stage("compose photographs", 20, _tool("make_toy_data", "--output", data, "--train", 320, "--size", 128), data / "toy.json")
-    ]
+    composed = _tool("make_toy_data", "--output", data, "--train", 480, "--val", 80, "--size", 128)
+    steps = [Stage("compose photographs", 20, composed, data / "toy.json")]
     for method, config in METHODS.items():
         out = folder / f"pretrain_{method}"
         overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
         steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides), out))
     for method in METHODS:
-        steps.append(_finetune("det", method, folder, data / "coco", 230, DETECTION, "--engine", "torchvision"))
+        steps.append(_finetune("det", method, folder, data / "coco", 190, DETECTION, "--engine", "torchvision"))
     for method in METHODS:
-        steps.append(_finetune("seg", method, folder, data / "ade", 50, SEGMENTATION))
+        steps.append(_finetune("seg", method, folder, data / "ade", 60, SEGMENTATION))
     for method in METHODS:
         run_folder = folder / f"pretrain_{method}"
         steps.append(Stage(f"draw {method}", 10, _tool("visualize_pretrain", run_folder), run_folder / "figures" / "attention.png"))

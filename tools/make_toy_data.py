@@ -12,7 +12,7 @@ import argparse
 import time
 
 from pretrain.cli import run
-from pretrain.data.toy import write_toy_data
+from pretrain.data.toy_sets import write_toy_data
 
 
 def main(arguments: list[str]) -> None:

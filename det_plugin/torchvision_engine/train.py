@@ -72,7 +72,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     with reproducible(device):
         metrics = _loop(trainer, data, state, started, min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it))
     if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
-        leave_result(run, metrics, engine=ENGINE, started=started)
+        leave_result(run, metrics, engine=ENGINE, val_images=len(data.val.pictures), started=started)
         say(f"{run.output / RESULT}: {mean_ap(metrics)}")
     return run.output / RESULT
 
@@ -169,7 +169,7 @@ class Log:
 
     def __init__(self, folder: Path, trainer: Trainer, started: float) -> None:
         self.folder, self.trainer, self.started = folder, trainer, started
-        self.first_it, self.since, self.told = trainer.iteration, time.time(), 0.0
+        self.first_it, self.since = trainer.iteration, time.time()
         self.metrics = MetricsLog(folder, trainer.iteration, tensorboard=True)
         self.line = ProgressLine("detection", trainer.protocol.iterations_it, trainer.iteration)
 
@@ -180,11 +180,8 @@ class Log:
         return seen / max(time.time() - self.since, 1e-9)
 
     def show(self, terms: Mapping[str, float]) -> None:
-        """Progress: every second on a terminal, every 20 seconds and at the end elsewhere."""
+        """Progress."""
         left = self.trainer.protocol.iterations_it - self.trainer.iteration
-        if left and time.time() - self.told < (1 if self.line.bar else 20):
-            return
-        self.told = time.time()
         eta_s = left * self.trainer.protocol.batch_size / self.img_per_s
         self.line.update(self.trainer.iteration, f"loss {terms['loss']:.3f}  {self.img_per_s:.1f} img/s", eta_s)
 
