@@ -17,6 +17,7 @@ from pretrain.cli import run
 from pretrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+SHOW_EVERY_S = 15
 METHODS = {"intertwined": "configs/pretrain/toy.yaml", "dinov2": "configs/pretrain/toy_dinov2.yaml"}
 # Scaled-down protocols: minutes on two CPU cores. The table marks them as such, field by field.
 DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
@@ -72,6 +73,30 @@ def finished(stage: Stage) -> bool:
     return (stage.output / "result.json" if stage.output.suffix == "" else stage.output).is_file()
 
 
+def run_stage(stage: Stage, log: Path) -> None:
+    """Run a stage's command. All that it says goes into ``log``; now and then a progress line is shown.
+
+    Raises:
+        UserError: it failed; the message holds its command, the end of the log is shown before.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    shown, said = 0.0, ""
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(stage.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            said = (said + line)[-2000:]
+            if " eta" in line and time.time() - shown > SHOW_EVERY_S:
+                shown = time.time()
+                print(f"    {line.strip()[-120:]}", flush=True)
+    if process.returncode:
+        print(said, file=sys.stderr)
+        raise UserError(f"stage {stage.title!r} failed (all of it in {log}); its command was: {' '.join(stage.command)}")
+
+
 def main(arguments: list[str]) -> None:
     """Run the stages that are not finished, then the table and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,8 +110,7 @@ def main(arguments: list[str]) -> None:
             continue
         print(f"[{number}/{len(plan)}] {stage.title} (budget {stage.budget_s} s)", flush=True)
         begun = time.time()
-        if subprocess.run(stage.command).returncode:
-            raise UserError(f"stage {stage.title!r} failed; its command was: {' '.join(stage.command)}")
+        run_stage(stage, folder / "logs" / f"{number} {stage.title}.log".replace(" ", "_"))
         print(f"[{number}/{len(plan)}] {stage.title}: {time.time() - begun:.0f} s", flush=True)
     runs = [folder / f"{task}_{method}" for task in ("pretrain", "det", "seg") for method in METHODS]
     for command in (

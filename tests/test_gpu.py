@@ -1,0 +1,61 @@
+"""What only a CUDA device can show; skipped, with the reason, where there is none."""
+
+import json
+
+import pytest
+import torch
+from photos import TINY, write_photos
+
+from det_plugin.protocol import protocol, with_overrides
+from det_plugin.torchvision_engine.model import build_model
+from pretrain.backbones.position import sample_field
+from pretrain.build import build_backbone
+from pretrain.config import load_config
+from pretrain.train import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_positions_are_those_of_the_cpu_and_their_gradient_is_deterministic():
+    field = torch.randn(1, 32, 50, 50, requires_grad=True)
+    boxes, flips = torch.rand(16, 4).cumsum(1) / 4, torch.rand(16) < 0.5
+    expected = sample_field(field, boxes, (14, 14), flips)
+    gradients = []
+    for _ in range(2):
+        on_gpu = field.detach().cuda().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            got = sample_field(on_gpu, boxes.cuda(), (14, 14), flips.cuda())
+        torch.testing.assert_close(got.float().cpu(), expected, atol=1e-5, rtol=1e-4)
+        got.square().sum().backward()
+        gradients.append(on_gpu.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_pretraining_resumes_on_the_gpu(tmp_path, precision):
+    write_photos(tmp_path / "photos")
+    logs = []
+    for output, stops in (("straight", [None]), ("parts", [3, None])):
+        overrides = [*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", "run.device=cuda"]
+        config = load_config(None, [*overrides, f"run.precision={precision}"])
+        for stop in stops:
+            train(config, resume=stop is None, stop_after_it=stop)
+        logs.append([json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()])
+    assert len(logs[0]) == 6
+    for one, two in zip(*logs):
+        assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_the_detector_steps_in_mixed_precision():
+    recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), dict(image_size_px=256, channels=64))
+    model = build_model(build_backbone("vit_tiny_patch16", depth=2, pos_encoding="field"), recipe).cuda().train()
+    masks = torch.zeros(1, 256, 256, dtype=torch.uint8, device="cuda")
+    masks[0, 40:120, 30:200] = 1
+    boxes = torch.tensor([[30.0, 40, 200, 120]], device="cuda")
+    target = {"boxes": boxes, "labels": torch.tensor([7], device="cuda"), "masks": masks}
+    image = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = model([image], [target])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
