@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from statistics import fmean
 
@@ -28,15 +29,21 @@ def all_cores():
 
 
 @pytest.mark.parametrize("recipe", ["toy", "toy_dinov2"])
-def test_every_loss_term_falls(tmp_path, recipe):
-    """The demo's pre-training: each term of the last 30 iterations is below that of the first 10, by a clear margin."""
+def test_the_demos_pretraining_learns(tmp_path, recipe):
+    """Patch terms and KoLeo of the last 30 iterations are clearly below those of the first 10; [CLS] does not collapse.
+
+    The image term starts low, since all images look alike to a random network, rises, and would end at ln K if the teacher's
+    distributions became uniform.
+    """
     write_toy_data(tmp_path / "toy", n_images=400, n_train=0, n_val=0, size_px=128)
     overrides = [f"data.root={tmp_path / 'toy' / 'images'}", f"run.output={tmp_path / 'run'}", "log.period_it=1"]
     folder = train(load_config(f"configs/pretrain/{recipe}.yaml", overrides))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     terms = [t for t in ("image", "content", "position", "koleo") if t in lines[0]]
     assert terms == (["image", "content", "position", "koleo"] if recipe == "toy" else ["image", "content", "koleo"])
-    for term in terms:
+    image = fmean(x["image"] for x in lines[-30:])
+    assert image < math.log(256) - 0.3, f"image: {image:.3f}, uniform would be {math.log(256):.3f}"
+    for term in terms[1:]:
         first, last = fmean(x[term] for x in lines[:10]), fmean(x[term] for x in lines[-30:])
         assert last < first - 0.1, f"{term}: {first:.3f} -> {last:.3f}"
 

@@ -43,12 +43,14 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     samples = [dataset[i] for i in range(n_images)]
     images = [decode(dataset.root / dataset.names[dataset.order.image(i)]) for i in range(n_images)]
     crops = [[*s.global_crops, *s.local_crops] for s in samples]
+    has_field = config.positions.encoding == "field"
+    in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
     save(
-        views_figure(images, [s.views for s in samples], crops),
+        views_figure(images, [s.views for s in samples], crops, has_field),
         figures,
         "views.png",
         "Views and their positions",
-        "Global (red) and local (blue) boxes in the image, the position boxes after shift and scale in the field P, and the crops.",
+        f"Global (red) and local (blue) boxes in the image{in_field}, and the crops.",
     )
     batch, _ = next(iter(build_loader(config, dataset, 0, 1)))
     save(

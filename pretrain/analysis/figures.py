@@ -60,23 +60,26 @@ def _rectangles(axis: Any, boxes: Tensor, n_global: int, width: float, height: f
         axis.add_patch(Rectangle(place, *size, fill=False, edgecolor=colour, linewidth=1.6))
 
 
-def views_figure(images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Tensor]) -> Figure:
-    """One row an image: its boxes, its position boxes in the field, its crops.
+def views_figure(
+    images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Sequence[Tensor]], has_field: bool = True
+) -> Figure:
+    """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
     Args:
-        images: uint8 [3, H, W] each; views: of one image each; crops: [V, 3, s, s] each, or lists of [3, s, s].
+        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, a list an image.
     """
-    n_crops = len(crops[0])
+    n_crops, n_boxes = len(crops[0]), 1 + has_field
     figure, axes = plt.subplots(
-        len(images), 2 + n_crops, figsize=(1.5 * (2 + n_crops), 1.6 * len(images)), squeeze=False, layout="constrained"
+        len(images), n_boxes + n_crops, figsize=(1.5 * (n_boxes + n_crops), 1.6 * len(images)), squeeze=False, layout="constrained"
     )
     for row, image, view, pixels in zip(axes, images, views, crops):
         _bare(row[0], "boxes in the image").imshow(image.permute(1, 2, 0).numpy())
         _rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
-        _bare(row[1], "position boxes in P")
-        row[1].set(xlim=(0, 1), ylim=(1, 0), aspect=image.shape[1] / image.shape[2], facecolor="#f2f2f2")
-        _rectangles(row[1], view.position_boxes[0], view.n_global, 1, 1)
-        for i, (axis, crop) in enumerate(zip(row[2:], pixels)):
+        if has_field:
+            _bare(row[1], "position boxes in P")
+            row[1].set(xlim=(0, 1), ylim=(1, 0), aspect=image.shape[1] / image.shape[2], facecolor="#f2f2f2")
+            _rectangles(row[1], view.position_boxes[0], view.n_global, 1, 1)
+        for i, (axis, crop) in enumerate(zip(row[n_boxes:], pixels)):
             flipped = ", flipped" if view.flips[0, i] else ""
             _bare(axis, f"{'global' if i < view.n_global else 'local'}{flipped}").imshow(displayable(crop))
     return figure
