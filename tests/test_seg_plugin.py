@@ -376,7 +376,7 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     tool(words)
     result = read_result(tmp_path)
     assert result.backbone == "vit_tiny_patch16_reg4"  # the file says it
-    with pytest.raises(UserError, match="--backbone: a name is needed"):
+    with pytest.raises(UserError, match="backbone: a name is needed"):
         tool(["--data", str(ade), "--output", str(tmp_path)])
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("segmentation", "posfield", 400.0, 3)
     assert not result.protocol.full and result.protocol.deviations["iterations_it"] == [160_000, 4]
