@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.requires import detectron2_installed
+from det_plugin.torchvision_engine.coco import read_split
 from pretrain.errors import UserError
 
 with detectron2_installed():
@@ -44,13 +45,12 @@ def coco_dicts(root: str | Path | None, split: str, num_classes: int, filter_emp
         filter_empty: leave out images without an object that is no crowd.
 
     Raises:
-        UserError: no annotation file; another number of categories.
+        UserError: as :func:`det_plugin.torchvision_engine.coco.read_split`.
     """
     name = dataset_name(root, split)
+    folder = Path(MetadataCatalog.get(name).json_file).parents[1]
+    read_split(folder, split, num_classes=num_classes, training=filter_empty)  # Detectron2 would end in an assertion
     dicts: list[dict[str, Any]] = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-    classes = MetadataCatalog.get(name).thing_classes
-    if len(classes) != num_classes:
-        raise UserError(f"data: {MetadataCatalog.get(name).json_file} has {len(classes)} categories, but num_classes={num_classes}")
     return dicts
 
 

@@ -3,6 +3,7 @@
 An unknown key, a value of another type and a value outside its choices are errors that name the key.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from importlib import resources
@@ -37,22 +38,69 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "losses.centering": ("softmax_center", "sinkhorn_knopp"),
     "optim.lr_rule": ("sqrt_1024", "none"),
 }
-# Smallest value of numbers that must be positive or not negative.
-AT_LEAST: dict[str, float] = {
-    "crops.n_global": 2,
-    "crops.n_local": 0,
-    "crops.global_px": 1,
-    "crops.local_px": 1,
-    "positions.grid": 2,
-    "masks.content_share": 0,
-    "masks.position_share": 0,
-    "heads.n_prototypes": 1,
-    "optim.epochs": 1,
-    "optim.batch_size": 1,
-    "data.workers": 0,
-    "log.period_it": 1,
-    "log.checkpoint_period_it": 1,
+# Ranges of numbers, both ends allowed; each item of a list must lie within.
+RANGES: dict[str, tuple[float, float]] = {
+    "run.seed": (0, 2**31),
+    "data.workers": (0, 1024),
+    "crops.n_global": (2, 64),
+    "crops.n_local": (0, 1024),
+    "crops.global_px": (1, 65536),
+    "crops.local_px": (1, 65536),
+    "crops.global_scale": (1e-6, 1),
+    "crops.local_scale": (1e-6, 1),
+    "crops.ratio": (1e-3, 1e3),
+    "crops.flip_p": (0, 1),
+    "positions.grid": (2, 4096),
+    "positions.beta": (1e-6, math.inf),
+    "positions.s_min": (1e-6, 1),
+    "positions.s_max": (1e-6, 1),
+    "colour.jitter": (0, math.inf),
+    "colour.jitter_p": (0, 1),
+    "colour.grey_p": (0, 1),
+    "colour.blur_p": (0, 1),
+    "colour.blur_kernel_px": (1, 1023),
+    "colour.blur_sigma": (1e-6, math.inf),
+    "colour.solarize_p": (0, 1),
+    "colour.solarize_threshold": (0, 256),
+    "masks.content_share": (0, 1),
+    "masks.position_share": (0, 1),
+    "masks.ratio": (0, 1 - 1e-9),
+    "masks.min_box_patches": (1, 65536),
+    "masks.min_aspect": (1e-6, 1),
+    "backbone.patch_size": (1, 1024),
+    "backbone.depth": (0, 1024),
+    "backbone.n_registers": (0, 1024),
+    "backbone.layerscale": (0, math.inf),
+    "backbone.drop_path": (0, 1 - 1e-9),
+    "heads.n_prototypes": (1, math.inf),
+    "heads.hidden_dim": (1, math.inf),
+    "heads.bottleneck_dim": (1, math.inf),
+    "heads.n_layers": (1, 64),
+    "losses.image": (0, math.inf),
+    "losses.content": (0, math.inf),
+    "losses.position": (0, math.inf),
+    "losses.koleo": (0, math.inf),
+    "losses.center_momentum": (0, 1),
+    "losses.sinkhorn_iterations": (1, 1000),
+    "losses.teacher_temperature": (1e-6, math.inf),
+    "losses.student_temperature": (1e-6, math.inf),
+    "optim.epochs": (1, math.inf),
+    "optim.batch_size": (1, math.inf),
+    "optim.epoch_length_it": (0, math.inf),
+    "optim.base_lr": (0, math.inf),
+    "optim.min_lr": (0, math.inf),
+    "optim.warmup_epochs": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.weight_decay_end": (0, math.inf),
+    "optim.betas": (0, 1 - 1e-9),
+    "optim.clip_grad": (0, math.inf),
+    "optim.freeze_last_layer_epochs": (0, math.inf),
+    "optim.teacher_momentum": (0, 1),
+    "optim.teacher_momentum_end": (0, 1),
+    "log.period_it": (1, math.inf),
+    "log.checkpoint_period_it": (1, math.inf),
 }
+RISING = ("crops.global_scale", "crops.local_scale", "crops.ratio", "colour.blur_sigma", "masks.ratio")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> DictConfig:
@@ -151,7 +199,7 @@ def _typed(name: str, value: Any, default: Any, source: str) -> Any:
 
 
 def check(config: DictConfig) -> None:
-    """Values that are of the right type and still wrong.
+    """Values that are of the right type and still wrong; a warning for those that have no effect.
 
     Raises:
         UserError: names the key.
@@ -160,22 +208,38 @@ def check(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value not in choices:
             raise UserError(f"config: {name}={value!r} is none of {', '.join(choices)}")
-    for name, smallest in AT_LEAST.items():
+    for name, (low, high) in RANGES.items():
         value = OmegaConf.select(config, name)
-        if value < smallest:
-            raise UserError(f"config: {name}={value!r} should be at least {smallest}")
-    if config.masks.content_share + config.masks.position_share > 1:
+        items = list(value) if isinstance(value, ListConfig) else [value]
+        if not all(low <= item <= high for item in items):  # NaN is in no range
+            raise UserError(f"config: {name}={items if len(items) > 1 else value!r} should lie in [{low:g}, {high:g}]")
+    for name in RISING:
+        low, high = OmegaConf.select(config, name)
+        if low > high:
+            raise UserError(f"config: {name}={[low, high]} should rise")
+    _check_together(config)
+
+
+def _check_together(config: DictConfig) -> None:
+    """What two keys say of one another."""
+    masks, crops, positions, patch_size = config.masks, config.crops, config.positions, config.backbone.patch_size
+    if masks.content_share + masks.position_share > 1:
         raise UserError("config: masks.content_share + masks.position_share is more than 1")
-    low, high = config.masks.ratio
-    if not 0 <= low <= high < 1:
-        raise UserError(f"config: masks.ratio={[low, high]} should rise inside [0, 1)")
-    if config.crops.global_px % config.backbone.patch_size or config.crops.local_px % config.backbone.patch_size:
-        raise UserError(
-            f"config: crops.global_px={config.crops.global_px} and crops.local_px={config.crops.local_px} should be multiples "
-            f"of backbone.patch_size={config.backbone.patch_size}"
-        )
-    s_min, s_max = config.positions.s_min, config.positions.s_max
-    if not 0 < s_min <= s_max <= 1:
-        raise UserError(f"config: positions.s_min={s_min} and positions.s_max={s_max} should rise inside (0, 1]")
-    if config.positions.encoding == "standard" and config.positions.augment:
-        warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
+    for name in ("global_px", "local_px"):
+        if crops[name] % patch_size:
+            raise UserError(f"config: crops.{name}={crops[name]} is no multiple of backbone.patch_size={patch_size}")
+    if positions.s_min > positions.s_max:
+        raise UserError(f"config: positions.s_min={positions.s_min} is more than positions.s_max={positions.s_max}")
+    if config.colour.jitter[3] > 0.5:
+        raise UserError(f"config: colour.jitter={list(config.colour.jitter)}: hue, the last one, is at most 0.5")
+    if config.colour.blur_kernel_px % 2 == 0:
+        raise UserError(f"config: colour.blur_kernel_px={config.colour.blur_kernel_px} should be odd")
+    if positions.encoding == "standard":
+        if positions.augment:
+            warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
+        if positions.grid != crops.global_px // patch_size:
+            side = crops.global_px // patch_size
+            warnings.warn(f"config: positions.grid={positions.grid}, but a global crop has {side} x {side} patches", stacklevel=2)
+    for kind in ("content", "position"):
+        if (masks[f"{kind}_share"] > 0) != (config.losses[kind] > 0):
+            warnings.warn(f"config: masks.{kind}_share and losses.{kind} act only together, and one is 0", stacklevel=2)

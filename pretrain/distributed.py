@@ -56,6 +56,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / world_size()
 
 
+def union_over_ranks(names: set[str]) -> set[str]:
+    """The names of all ranks; every rank must call this at the same time."""
+    if world_size() == 1:
+        return set(names)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, sorted(names))
+    return {name for part in parts for name in part}
+
+
 class _GatherRows(torch.autograd.Function):
     """Rows of all ranks, [B, D] -> [W * B, D]; the backward pass sums what every rank asks of our rows."""
 

@@ -52,7 +52,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) ->
     count = sum_over_ranks(scores.new_tensor([float(len(scores))]))
     # exp(score - row maximum) differs from exp(score) by a factor a row, which the first normalisation of the columns would have to
     # undo; a global shift instead is exact and keeps the exponent in range.
-    peak = scores.amax() if len(scores) else scores.new_zeros(())
+    peak = scores.amax() if len(scores) else scores.new_full((), -torch.inf)
     q = torch.exp(scores - _max_over_ranks(peak))  # [M, K]
     q = q / sum_over_ranks(q.sum())
     for _ in range(n_iterations):
@@ -103,9 +103,9 @@ def patch_loss(student_logits: Tensor, teacher: Tensor, weights: Tensor, n_crops
     return (cross_entropy(student_logits, teacher, temperature) * weights).sum() / n_crops
 
 
-def mask_weights(mask: Tensor) -> Tensor:
+def mask_weights(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """[C, N] bool -> [M]: for each masked patch, row-major, 1 / masked patches of its crop."""
-    counts = mask.sum(1, keepdim=True).clamp(min=1)
+    counts = mask.sum(1, keepdim=True).clamp(min=1).to(dtype)
     return (1.0 / counts).expand(mask.shape)[mask]
 
 

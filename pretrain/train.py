@@ -4,7 +4,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from pretrain.checkpoint import load_checkpoint, save_checkpoint
 from pretrain.config import as_dict
 from pretrain.data.loader import ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device
-from pretrain.distributed import say
 from pretrain.errors import UserError
 from pretrain.methods.intertwined import Intertwined
 from pretrain.metrics_log import MetricsLog, ProgressLine
@@ -63,6 +62,10 @@ class Values:
     last_layer_lr: float
     weight_decay: float
     teacher_momentum: float
+
+    def logged(self) -> dict[str, float]:
+        """What goes into the logs."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "teacher_momentum": self.teacher_momentum}
 
     @staticmethod
     def at(it: int, config: DictConfig, length: Length) -> "Values":
@@ -128,6 +131,7 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "config": as_dict(self.config),
+            "n_images": len(self.dataset),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -141,6 +145,9 @@ class Trainer:
             raise UserError(
                 f"resume: the checkpoint in {self.config.run.output} was made with other settings: {', '.join(changed)}"
             )
+        if state["n_images"] != len(self.dataset):
+            now = f"{self.config.data.root} has {len(self.dataset)}"
+            raise UserError(f"resume: the run was over {state['n_images']} images, but {now}: order and schedule would change")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration = state["iteration"]
@@ -182,68 +189,73 @@ def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = 
     dataset = build_dataset(config)
     trainer = Trainer(config, dataset)
     state = load_checkpoint(folder) if resume else None
+    before = Progress()
     if state is not None:
         trainer.restore(state)
+        before = Progress(**state["progress"])
+        del state  # gigabytes, for the whole run
     elif not resume and (folder / "checkpoint.pt").exists():
         raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
     if trainer.iteration >= trainer.length.total_it and (folder / "result.json").is_file():
-        say(f"{folder} is finished ({read_result(folder).created})")
+        distributed.say(f"{folder} is finished ({read_result(folder).created})")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.is_main():
         (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    seconds_before = float(state["wall_time_s"]) if state else 0.0
     end_it = min(trainer.length.total_it, stop_after_it or trainer.length.total_it)
-    started = time.time()
-    losses, img_per_s = loop(trainer, folder, end_it, seconds_before, started)
+    progress = loop(trainer, folder, end_it, before)
     if end_it == trainer.length.total_it and distributed.is_main():
-        finish(trainer, folder, losses, img_per_s, seconds_before + time.time() - started)
+        finish(trainer, folder, progress)
     return folder
 
 
-def loop(trainer: Trainer, folder: Path, end_it: int, seconds_before: float, started: float) -> tuple[dict[str, float], float]:
-    """Iterations up to ``end_it``, with logs and checkpoints. Returns the last losses and the mean img/s."""
-    config, first_it = trainer.config, trainer.iteration
-    loader = build_loader(config, trainer.dataset, first_it, end_it)
+@dataclass(frozen=True)
+class Progress:
+    """What a run has come to, besides its state: for its logs and its result."""
+
+    wall_time_s: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    img_per_s: float = 0.0
+    broken: tuple[str, ...] = ()  # files that could not be read
+
+
+def loop(trainer: Trainer, folder: Path, end_it: int, before: Progress) -> Progress:
+    """Iterations up to ``end_it``, with logs and checkpoints."""
+    config, first_it, started = trainer.config, trainer.iteration, time.time()
+    loader = build_loader(config, trainer.dataset, first_it, end_it, pin_memory=trainer.device.type == "cuda")
     log = MetricsLog(folder, first_it, config.log.tensorboard) if distributed.is_main() else None
-    progress = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, first_it) if log else None
-    broken: set[str] = set()
-    losses: dict[str, float] = {}
-    waited, img_per_s, waiting_since = 0.0, 0.0, time.time()
+    line = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, first_it) if log else None
+    broken, new, waited, now = set(before.broken), set[str](), 0.0, before
+    waiting_since = time.time()
     try:
         for batch, unreadable in loader:
             waited += time.time() - waiting_since
-            it = trainer.iteration
-            report_broken(broken, unreadable)
+            new |= set(unreadable)
             terms, values = trainer.step(batch)
-            if it % config.log.period_it == 0 or it + 1 == trainer.length.total_it:
-                losses = finite_losses(terms, it)
-                img_per_s = (trainer.iteration - first_it) * config.optim.batch_size / (time.time() - started)
-                if log and progress:
-                    schedules = {
-                        "lr": values.lr,
-                        "weight_decay": values.weight_decay,
-                        "teacher_momentum": values.teacher_momentum,
-                    }
-                    log.write("metrics", it, {**losses, **schedules})
-                    share = waited / (time.time() - started)
-                    log.write("speed", it, {"img_per_s": img_per_s, "data_wait": share, "broken_images": len(broken)})
-                    eta_s = (trainer.length.total_it - it - 1) * config.optim.batch_size / img_per_s
-                    progress.update(it + 1, f"loss {losses['loss']:.3f}  {img_per_s:.1f} img/s  data wait {share:.0%}", eta_s)
-            if trainer.iteration % config.log.checkpoint_period_it == 0 or trainer.iteration == end_it:
-                finite_losses(terms, it)
-                if log:
-                    log.flush()
-                    seconds = seconds_before + time.time() - started
-                    save_checkpoint(folder, {**trainer.state(), "wall_time_s": seconds})
+            done = trainer.iteration
+            is_due = done % config.log.checkpoint_period_it == 0 or done == end_it
+            if (done - 1) % config.log.period_it == 0 or is_due:
+                report_broken(broken, new)
+                seconds = time.time() - started
+                img_per_s = (done - first_it) * config.optim.batch_size / seconds
+                now = Progress(before.wall_time_s + seconds, finite_losses(terms, done - 1), img_per_s, tuple(sorted(broken)))
+                if log and line and ((done - 1) % config.log.period_it == 0 or done == trainer.length.total_it):
+                    log.write("metrics", done - 1, {**now.losses, **values.logged()})
+                    share = waited / seconds
+                    log.write("speed", done - 1, {"img_per_s": img_per_s, "data_wait": share, "broken_images": len(broken)})
+                    eta_s = (trainer.length.total_it - done) * config.optim.batch_size / img_per_s
+                    line.update(done, f"loss {now.losses['loss']:.3f}  {img_per_s:.1f} img/s  data wait {share:.0%}", eta_s)
+            if is_due and log:
+                log.flush()
+                save_checkpoint(folder, {**trainer.state(), "progress": asdict(now)})
             waiting_since = time.time()
     except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
     finally:
-        if log and progress:
+        if log and line:
             log.close()
-            progress.close()
-    return losses, img_per_s
+            line.close()
+    return now
 
 
 def finite_losses(terms: dict[str, Tensor], it: int) -> dict[str, float]:
@@ -255,19 +267,19 @@ def finite_losses(terms: dict[str, Tensor], it: int) -> dict[str, float]:
     stacked = distributed.mean_over_ranks(torch.stack(list(terms.values())))
     losses = dict(zip(terms, stacked.tolist()))
     if not all(math.isfinite(value) for value in losses.values()):
-        raise FloatingPointError(f"iteration {it}: a loss is no number: {losses}")
+        raise FloatingPointError(f"noticed at iteration {it}: a loss is no number: {losses}")
     return losses
 
 
-def report_broken(known: set[str], unreadable: tuple[str, ...]) -> None:
-    """Name each file that cannot be read once."""
-    for name in unreadable:
-        if name not in known:
-            known.add(name)
-            say(f"skipped, cannot be read: {name}")
+def report_broken(known: set[str], new: set[str]) -> None:
+    """Name each file that some rank could not read, once; ``new`` moves into ``known``."""
+    for name in sorted(distributed.union_over_ranks(new) - known):
+        known.add(name)
+        distributed.say(f"skipped, cannot be read: {name}")
+    new.clear()
 
 
-def finish(trainer: Trainer, folder: Path, losses: dict[str, float], img_per_s: float, wall_time_s: float) -> None:
+def finish(trainer: Trainer, folder: Path, progress: Progress) -> None:
     """Leave the teacher's backbone and the result."""
     config, crops = trainer.config, trainer.config.crops
     seen = trainer.length.total_it * config.optim.batch_size / len(trainer.dataset)
@@ -292,9 +304,9 @@ def finish(trainer: Trainer, folder: Path, losses: dict[str, float], img_per_s: 
         backbone=config.backbone.name,
         effective_epochs=origin["effective_epochs"],
         protocol=pretraining_protocol(config, len(trainer.dataset)),
-        metrics={**losses, "img_per_s": img_per_s},
+        metrics={**progress.losses, "img_per_s": progress.img_per_s},
         seed=config.run.seed,
-        wall_time_s=wall_time_s,
+        wall_time_s=progress.wall_time_s,
         **provenance(as_dict(config), path),
     )
     write_result(result, folder)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import DictConfig, OmegaConf
 from photos import TINY, write_photos
 
@@ -81,6 +80,15 @@ def plain_with(read):
         ("crops.local_px=100", "crops.local_px"),
         ("positions.s_min=0.0", "positions.s_min"),
         ("optim.batch_size=0", "optim.batch_size"),
+        ("backbone.patch_size=0", "backbone.patch_size"),
+        ("run.seed=-1", "run.seed"),
+        ("crops.ratio=[2.0,1.0]", "crops.ratio"),
+        ("colour.blur_kernel_px=8", "colour.blur_kernel_px"),
+        ("colour.jitter=[0.4,0.4,0.2,0.6]", "colour.jitter"),
+        ("backbone.drop_path=1.0", "backbone.drop_path"),
+        ("losses.teacher_temperature=0.0", "losses.teacher_temperature"),
+        ("optim.base_lr=.nan", "optim.base_lr"),
+        ("losses.content=-1.0", "losses.content"),
         ("epochs", "epochs"),
     ],
 )
@@ -134,11 +142,15 @@ def test_a_setting_without_effect_is_a_warning():
         load_config(None, ["positions.encoding=standard", "positions.interpolation=dinov2"])
 
 
+def test_masks_without_their_loss_are_a_warning():
+    with pytest.warns(UserWarning, match="masks.position_share and losses.position"):
+        load_config(None, ["losses.position=0.0"])
+
+
 def test_choices_name_existing_keys():
     config = load_config()
-    for key in (*config_module.CHOICES, *config_module.AT_LEAST):
+    for key in (*config_module.CHOICES, *config_module.RANGES, *config_module.RISING):
         assert OmegaConf.select(config, key) is not None, key
-    assert torch is not None
 
 
 @pytest.mark.parametrize("size", ["s", "b"])

@@ -347,3 +347,14 @@ def test_data_that_is_not_there_or_does_not_fit_is_named(tmp_path, coco, monkeyp
             dataset_name(None, "val")
         write_coco(tmp_path / "datasets" / "coco")
         assert dataset_name(None, "val") == "coco_2017_val"
+
+
+@pytest.mark.parametrize(
+    "text, named", [("junk", "is no JSON"), ("[1, 2]", "no COCO instances file"), ('{"images": []}', "annotations")]
+)
+def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, named):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(text)
+    with pytest.raises(UserError, match=rf"instances_train2017\.json .*{named}"):
+        coco_dicts(tmp_path, "train", 5, True)

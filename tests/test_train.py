@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from photos import TINY, write_photos
 
@@ -126,7 +127,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, photos):
     state["method"]["student.image.mlp.0.bias"][0] = float("nan")
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
     poisoned = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    with pytest.raises(FloatingPointError, match="iteration 2.*image"):
+    with pytest.raises(FloatingPointError, match="noticed at iteration 2.*image"):
         train(config, resume=True)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == poisoned != good
 
@@ -137,6 +138,45 @@ def test_continued_pretraining_starts_from_the_file(tmp_path, photos):
     second = train(config, stop_after_it=1)
     state = torch.load(second / "checkpoint.pt", weights_only=True)["method"]
     assert all(torch.equal(v, state[f"student.backbone.{k}"]) for k, v in read_checkpoint(first).state.items())
+
+
+def test_pretraining_goes_on_from_a_timm_file(tmp_path, photos):
+    """README's command: mask tokens start fresh, all else is the file's."""
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    like_timm = ["positions.encoding=standard", "positions.grid=14", "positions.augment=false"]
+    like_timm += ["positions.interpolation=bicubic_antialias", "backbone.layerscale=0.0", "optim.base_lr=0.0", "optim.min_lr=0.0"]
+    folder = train(settings(tmp_path, "run", f"backbone.weights={tmp_path / 'timm.pth'}", *like_timm), stop_after_it=1)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["method"]
+    assert all(torch.equal(value, state[f"student.backbone.{key}"]) for key, value in theirs.state_dict().items())
+    assert state["student.backbone.pos_mask_token"].abs().sum() > 0
+
+
+def test_resume_refuses_another_data_set(tmp_path, photos):
+    train(settings(tmp_path), stop_after_it=3)
+    write_photos(photos, n=12)
+    with pytest.raises(UserError, match="6 images, but .* has 12"):
+        train(settings(tmp_path), resume=True)
+
+
+def test_a_result_lost_at_the_very_end_is_written_by_resume(tmp_path, photos):
+    folder = train(settings(tmp_path))
+    first = read_result(folder)
+    (folder / "result.json").unlink()
+    train(settings(tmp_path), resume=True)
+    assert read_result(folder).metrics == first.metrics and "content" in first.metrics
+
+
+def test_the_name_says_the_registers(tmp_path, photos):
+    name = "backbone.name=vit_tiny_patch16_reg4"
+    folder = train(settings(tmp_path, "run", name), stop_after_it=1)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["method"]["student.backbone.reg_token"].shape == (1, 4, 192)
+
+
+@pytest.mark.parametrize("extra", [["crops.n_local=0"], ["optim.batch_size=1", "masks.kinds_over=image"]])
+def test_small_runs(tmp_path, photos, extra):
+    folder = train(settings(tmp_path, "run", *extra), stop_after_it=3)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_the_tool_ends_bad_input_in_one_line(tmp_path, photos, capsys):

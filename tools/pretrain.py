@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", help="a child config, e.g. configs/pretrain/toy.yaml; without it, the defaults")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.output, if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         train(load_config(options.config, options.overrides), resume=options.resume)
     finally:

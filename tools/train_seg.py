@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the grid of lr, weight decay and seeds, and the "
                         "best of it; with N, only its run N (an array job)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     fields, flags = fields_and_flags(options.overrides)
     one = SegmentationRun(

@@ -112,14 +112,24 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
     """
     if interpolation not in GRID_INTERPOLATIONS:
         raise ValueError(f"pos_interpolation: {interpolation!r} is none of {GRID_INTERPOLATIONS} for a grid")
-    if tuple(grid_embed.shape[1:3]) == tuple(grid):
+    g_h, g_w = grid_embed.shape[1:3]
+    if (g_h, g_w) == tuple(grid):
         return grid_embed.flatten(1, 2)
-    maps = grid_embed.permute(0, 3, 1, 2).float()  # [1, D, G_h, G_w]
-    with torch.autocast(device_type=maps.device.type, enabled=False):
+    # Resampling is linear: resample the G_h * G_w unit grids once, without gradient, and the rest is a matrix product, whose
+    # backward pass is deterministic everywhere (that of bicubic interpolation is not, on CUDA).
+    with torch.no_grad(), torch.autocast(device_type=grid_embed.device.type, enabled=False):
+        units = torch.eye(g_h * g_w, device=grid_embed.device, dtype=_full(grid_embed).dtype).view(1, -1, g_h, g_w)
         if interpolation == "dinov2":
-            scale = tuple((n + 0.1) / g for n, g in zip(grid, maps.shape[2:]))
-            maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+            scale = tuple((n + 0.1) / g for n, g in zip(grid, (g_h, g_w)))
+            maps = F.interpolate(units, scale_factor=scale, mode="bicubic")
             assert tuple(maps.shape[2:]) == tuple(grid), (maps.shape, grid)
         else:
-            maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=interpolation == "bicubic_antialias")
-    return maps.to(grid_embed.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+            maps = F.interpolate(units, size=grid, mode="bicubic", antialias=interpolation == "bicubic_antialias")
+        weights = maps.flatten(2)[0]  # [G_h * G_w, h * w]
+    with torch.autocast(device_type=grid_embed.device.type, enabled=False):
+        return (weights.T @ _full(grid_embed).flatten(1, 2)).to(grid_embed.dtype)
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -283,15 +283,16 @@ class ViT(nn.Module):
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
-        position = self.positions(grid, boxes, flips).to(content.dtype)  # [B or 1, N, D]
+        # Under autocast content is bfloat16; positions, ten times smaller at first, stay float32, and so does the sum.
+        position = self.positions(grid, boxes, flips)  # [B or 1, N, D]
         if content_mask is not None:
             content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
         if position_mask is not None:
-            position = torch.where(position_mask.unsqueeze(-1), self.pos_mask_token.to(content.dtype), position)
-        cls = (self.cls_token + self.cls_position).expand(len(x), -1, -1).to(content.dtype)
+            position = torch.where(position_mask.unsqueeze(-1), self.pos_mask_token.to(position.dtype), position)
+        cls = (self.cls_token + self.cls_position).expand(len(x), -1, -1)
         prefix = [cls]
         if self.n_registers:
-            prefix.append(self.reg_token.expand(len(x), -1, -1).to(content.dtype))
+            prefix.append(self.reg_token.expand(len(x), -1, -1))
         return torch.cat([*prefix, content + position], dim=1), grid
 
     def forward(

@@ -142,7 +142,7 @@ def build_dataset(config: DictConfig) -> ViewsDataset:
     return ViewsDataset(config.data.root, Rules.of(config), config.optim.batch_size, config.run.seed)
 
 
-def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_it: int) -> DataLoader:
+def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_it: int, pin_memory: bool = False) -> DataLoader:
     """Batches (with the files that could not be read) of this rank, from an iteration to the end of the run."""
     batch_size = config.optim.batch_size
     if batch_size % distributed.world_size():
@@ -153,7 +153,7 @@ def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_i
         batch_sampler=sampler,
         collate_fn=Collate(dataset.rules, batch_size, config.run.seed),
         num_workers=config.data.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_one_thread,
     )
 

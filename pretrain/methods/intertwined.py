@@ -113,7 +113,8 @@ class Intertwined(nn.Module):
         for kind in self.patch_kinds:
             mask = getattr(batch.masks, kind)  # [G * B, N]
             logits = student[kind](tokens.patches[mask])  # [M, K]
-            value = patch_loss(logits, targets.patches[kind], mask_weights(mask), len(mask), losses.student_temperature)
+            weights = mask_weights(mask, targets.image.dtype)
+            value = patch_loss(logits, targets.patches[kind], weights, len(mask), losses.student_temperature)
             terms[kind] = losses[kind] * value
         if losses.koleo > 0:
             # Apart for each global view: two crops of one image are no neighbours to push away.
@@ -136,7 +137,6 @@ def build_student_backbone(config: DictConfig, drop_path: float) -> ViT:
     backbone, positions = config.backbone, config.positions
     flags = dict(
         patch_size=backbone.patch_size,
-        n_registers=backbone.n_registers,
         layerscale=backbone.layerscale or None,
         drop_path=drop_path,
         attention=backbone.attention,
@@ -145,6 +145,7 @@ def build_student_backbone(config: DictConfig, drop_path: float) -> ViT:
         pos_interpolation=positions.interpolation,
         mask_tokens=True,
     )
-    if backbone.depth:
-        flags["depth"] = backbone.depth
+    for key in ("depth", "n_registers"):
+        if backbone[key]:  # 0: the name's own
+            flags[key] = backbone[key]
     return build_backbone(backbone.name, weights=backbone.weights or None, **flags)

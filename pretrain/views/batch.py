@@ -30,6 +30,10 @@ class Batch:
         """B."""
         return len(self.views.boxes)
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; the data loader calls this."""
+        return Batch(self.global_crops.pin_memory(), self.local_crops.pin_memory(), self.views, self.masks)
+
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """The same batch on another device; pixels in ``dtype``."""
         global_crops = self.global_crops.to(device, dtype, non_blocking=True)

@@ -119,7 +119,10 @@ def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: 
 def draw_kinds(n_images: int, n_global: int, rule: MaskRule, rng: np.random.Generator) -> list[str]:
     """The kind of each global crop, view-major: ``content``, ``position`` or ``none``."""
     n = n_images if rule.kinds_over == "image" else n_images * n_global
-    n_content, n_position = int(n * rule.content_share), int(n * rule.position_share)
+    # Rounded up or down at random, so that a share holds on average in small batches too; whole shares stay exact.
+    content, both, u = rule.content_share, rule.content_share + rule.position_share, rng.uniform()
+    n_content = min(int(n * content + u + 1e-9), n) if content else 0
+    n_position = min(int(n * both + u + 1e-9), n) - n_content if rule.position_share else 0
     kinds = ["content"] * n_content + ["position"] * n_position + ["none"] * (n - n_content - n_position)
     rng.shuffle(kinds)
     return kinds * n_global if rule.kinds_over == "image" else kinds
@@ -154,7 +157,7 @@ def draw_masks(
             continue
         target = targets[kind].pop()
         if image in chosen:
-            crop_rng = np.random.default_rng([*key, crop])
+            crop_rng = np.random.default_rng([*key, 1 + crop])  # NumPy pads seeds with zeros: (key, 0) would be the batch's own
             drawn[kind][view, image - chosen.start] = mask_of_shape(shapes[kind], grid, target, rule, crop_rng)
     content, position = (torch.from_numpy(drawn[kind]).flatten(0, 1).flatten(1) for kind in ("content", "position"))
     return Masks(content, position)

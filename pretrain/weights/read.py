@@ -128,13 +128,15 @@ def _timm(path: Path, state: dict[str, Tensor]) -> Checkpoint:
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the tensors; training-only tokens are dropped where the model holds none.
+    """Copy the tensors; training-only tokens are dropped where the model holds none, and stay fresh where the file never had any.
 
     Raises:
         UserError: names each tensor that is missing, left over or of another shape.
     """
     wanted = model.state_dict()
     given = {k: v for k, v in checkpoint.state.items() if k in wanted or k not in TRAINING_ONLY}
+    if not checkpoint.flags.get("mask_tokens"):
+        given |= {key: wanted[key] for key in TRAINING_ONLY if key in wanted}
     problems = [f"missing {key}" for key in wanted if key not in given]
     problems += [f"left over {key}" for key in given if key not in wanted]
     problems += [
