@@ -16,8 +16,7 @@ from pretrain.analysis.figures import attention_figure, masks_figure, save, scal
 from pretrain.build import build_backbone
 from pretrain.cli import run
 from pretrain.config import load_config
-from pretrain.data.decode import decode
-from pretrain.data.loader import build_dataset, build_loader
+from pretrain.data.loader import Collate, build_dataset
 from pretrain.errors import UserError
 from pretrain.views.pixels import crop_resize, normalise
 
@@ -41,7 +40,7 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     """All figures of a run."""
     dataset, figures = build_dataset(config), folder / "figures"
     samples = [dataset[i] for i in range(n_images)]
-    images = [decode(dataset.root / dataset.names[dataset.order.image(i)]) for i in range(n_images)]
+    images = [dataset.read(i)[0] for i in range(n_images)]
     crops = [[*s.global_crops, *s.local_crops] for s in samples]
     has_field = config.positions.encoding == "field"
     in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
@@ -52,7 +51,7 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
         "Views and their positions",
         f"Global (red) and local (blue) boxes in the image{in_field}, and the crops.",
     )
-    batch, _ = next(iter(build_loader(config, dataset, 0, 1)))
+    batch, _ = Collate(dataset.rules, n_images, config.run.seed)(samples)
     save(
         masks_figure(batch.global_crops, batch.masks, dataset.rules.grid),
         figures,

@@ -85,7 +85,7 @@ class ViewsDataset(Dataset[Sample]):
         return len(self.names)
 
     def __getitem__(self, position: int) -> Sample:
-        image, broken = self._read(self.order.image(position))
+        image, broken = self.read(position)
         rules, rng = self.rules, np.random.default_rng([self.seed, VIEWS, position])
         views = draw_views(image.shape[1], image.shape[2], rules.crops, rules.positions, rng)
         n_views, n_global = views.boxes.shape[1], views.n_global
@@ -101,8 +101,13 @@ class ViewsDataset(Dataset[Sample]):
         )
         return Sample(position, *crops, views, broken)
 
-    def _read(self, index: int) -> tuple[Tensor, tuple[str, ...]]:
-        broken: list[str] = []
+    def read(self, position: int) -> tuple[Tensor, tuple[str, ...]]:
+        """The image at a position, uint8 [3, H, W], and the files that could not be read on the way to it.
+
+        Raises:
+            UserError: too many unreadable files in a row.
+        """
+        index, broken = self.order.image(position), list[str]()
         for step in range(min(MAX_TRIES, len(self.names))):
             name = self.names[(index + step) % len(self.names)]
             try:
