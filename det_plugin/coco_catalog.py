@@ -1,5 +1,6 @@
 """COCO-format data for Detectron2: found when a loader is built, from any root folder or from Detectron2's own catalogue."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def coco_dicts(root: str | Path | None, split: str, num_classes: int, filter_emp
     read_split(folder, split, num_classes=num_classes, training=filter_empty)  # Detectron2 would end in an assertion
     dicts: list[dict[str, Any]] = get_detection_dataset_dicts(name, filter_empty=filter_empty)
     return dicts
+
+
+@cache
+def train_images(root: str | Path | None, num_classes: int) -> int | None:
+    """Number of images that training uses; none where there is no training split (on a machine that only evaluates)."""
+    try:
+        folder = Path(MetadataCatalog.get(dataset_name(root, "train")).json_file).parents[1]
+        return len(read_split(folder, "train", num_classes=num_classes, training=True).pictures)
+    except UserError:
+        return None
 
 
 class CocoMapper(DatasetMapper):

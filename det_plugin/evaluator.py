@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from det_plugin.coco_catalog import dataset_name
+from det_plugin.coco_catalog import dataset_name, train_images
 from det_plugin.departures import departures, protocol_in
-from det_plugin.protocol import VAL_IMAGES, protocol
+from det_plugin.protocol import other_images, protocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
 from det_plugin.torchvision_engine.evaluate import coco_metrics
@@ -68,7 +68,8 @@ class ResultEvaluator(COCOEvaluator):
             # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
             started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
-            write_result(result_of(cfg, metrics, len(self._coco_api.getImgIds()), started), self.folder)
+            images = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes), len(self._coco_api.getImgIds())
+            write_result(result_of(cfg, metrics, images, started), self.folder)
         return results
 
 
@@ -87,12 +88,12 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return metrics
 
 
-def result_of(cfg: DictConfig, metrics: Mapping[str, Any], val_images: int, started: float) -> Result:
+def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], started: float) -> Result:
     """The ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
         cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
-        val_images: that were evaluated.
+        images: number of images for training (none: not known) and evaluation.
     """
     changed, trained = departures(cfg), cfg
     if has_event_storage():
@@ -101,8 +102,7 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], val_images: int, star
     else:
         trained, unlike = _training_of(cfg)
         changed = {**departures(trained), **changed, **unlike}
-    if val_images != VAL_IMAGES:
-        changed["val_images"] = [VAL_IMAGES, val_images]
+    changed |= other_images(*images)
     recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
     settings = {
         "backbone": name,

@@ -11,17 +11,18 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from det_plugin.backbone import FEATURE, PATCH_PX, PaddedPyramid, RegistryBackbone
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
-from det_plugin.protocol import DetectionProtocol, deviations
+from det_plugin.protocol import DetectionProtocol, check, deviations
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
 from det_plugin.saved_config import ASKED, LAST, RESOLVED, is_over, load_config, resolved
+from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.trainer import evaluate, fit
+from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
 
@@ -82,6 +83,7 @@ def config(
     Raises:
         UserError: a schedule that does not fit into the protocol's iterations, or anchors that do not fit the pyramid.
     """
+    check(protocol)
     flags = {"drop_path": protocol.drop_path, **(backbone_flags or {})}
     net = L(RegistryBackbone)(
         name=backbone,
@@ -120,7 +122,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
         UserError: bad settings or data; a folder that holds another run, or none to evaluate.
         FloatingPointError: a loss is no number; names the iteration and the losses.
     """
-    device, recipe = _device(run.device), run.protocol
+    device, recipe = choose_device(run.device).type, run.protocol
     seed_all_rng(run.seed)
     if eval_only:
         return _evaluate_last(run, device)
@@ -139,6 +141,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
         workers=run.workers,
     )
     cfg.dataloader.evaluator.accumulate = run.accumulate
+    read_split(Path(run.data), "val", num_classes=recipe.num_classes, training=False)  # else met at the first evaluation
     model = instantiate(cfg.model).to(device)
     if is_over(cfg, run.output, resume):
         print(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do", file=sys.stderr)
@@ -153,14 +156,6 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
 def _start_logs(folder: Path) -> None:
     for name in ("detectron2", "fvcore"):
         setup_logger(str(folder), name=name)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: {name}, but PyTorch sees no GPU")
-    return name
 
 
 def _evaluate_last(run: DetectionRun, device: str) -> Path:
@@ -334,10 +329,6 @@ def _optimizer(p: DetectionProtocol) -> DictConfig:
 
 def _lr_multiplier(p: DetectionProtocol) -> DictConfig:
     """Linear warm-up, then a step at each milestone."""
-    if list(p.milestones_it) != sorted(p.milestones_it) or max(p.milestones_it, default=0) > p.iterations_it:
-        raise UserError(f"protocol: milestones_it={p.milestones_it} do not rise to at most iterations_it={p.iterations_it}")
-    if not 0 <= p.warmup_it <= p.iterations_it:
-        raise UserError(f"protocol: warmup_it={p.warmup_it} is not within iterations_it={p.iterations_it}")
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=[p.lr_gamma**k for k in range(len(p.milestones_it) + 1)],

@@ -79,7 +79,8 @@ class DetectionProtocol:
     detections_per_image: int = 100
 
 
-VAL_IMAGES = 5_000  # of COCO val2017: a run that is evaluated on another set does not follow the protocol
+# Images of COCO train2017 with an object that is no crowd, and of val2017: a run on others does not follow the protocol.
+TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
@@ -118,6 +119,12 @@ def with_overrides(base: DetectionProtocol, overrides: dict[str, Any]) -> Detect
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
     """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
     return settings.differences(protocol(run.name, backbone), run)
+
+
+def other_images(train_images: int | None, val_images: int) -> dict[str, list[Any]]:
+    """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``; none: not known."""
+    found: dict[str, list[Any]] = {"train_images": [TRAIN_IMAGES, train_images], "val_images": [VAL_IMAGES, val_images]}
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
 # Fields that must be at least 1; shares that lie in 0 ... 1.

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from det_plugin.protocol import VAL_IMAGES, DetectionProtocol, deviations
+import torch
+
+from det_plugin.protocol import DetectionProtocol, deviations, other_images
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.weights import read_checkpoint
@@ -49,19 +51,20 @@ class DetectionRun:
         }
 
 
-def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, val_images: int, started: float) -> Path:
+def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, images: tuple[int, int], started: float) -> Path:
     """Write ``result.json`` into the run's folder.
 
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         engine: ``torchvision`` | ``detectron2``.
-        val_images: that it was evaluated on.
+        images: number of images that it was trained and evaluated on.
         started: ``time.time()`` at the start.
     """
     origin = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
     changed = deviations(run.protocol, run.backbone)
-    if val_images != VAL_IMAGES:
-        changed["val_images"] = [VAL_IMAGES, val_images]
+    changed |= other_images(*images)
+    if run.protocol.amp and not torch.cuda.is_available():
+        changed["amp"] = [True, False]
     if run.backbone_flags:
         changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
     result = Result(

@@ -85,6 +85,8 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
     Raises:
         UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
     """
+    if (folder / FILE_NAME).is_file() and not (folder / RESOLVED).is_file():
+        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
     has_begun = (folder / LAST).is_file() or (folder / FILE_NAME).is_file()
     if has_begun and (folder / RESOLVED).is_file():
         before, now = leaves(load_config(folder, RESOLVED)), leaves(resolved(cfg))

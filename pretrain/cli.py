@@ -10,7 +10,7 @@ from pretrain.errors import UserError
 def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(arguments)``.
 
-    A :class:`UserError` is printed as one line on stderr and ends the process with code 2.
+    A :class:`UserError`, or an error of the file system, is printed as one line on stderr and ends the process with code 2.
     So is a loss that is no number, with code 1. ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``,
     shows where it came from.
     """
@@ -18,7 +18,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         main([a for a in arguments if a != "--traceback"])
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError names the file: a folder that cannot be written, a full disk
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -41,7 +41,17 @@ def fields_and_flags(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str
         UserError: as :func:`assignments`.
     """
     given = assignments(arguments)
-    flags = {key.removeprefix("backbone."): yaml.safe_load(text) for key, text in given.items() if key.startswith("backbone.")}
+    flags = {}
+    for key, text in given.items():
+        name = key.removeprefix("backbone.")
+        if name == key:
+            continue
+        if name in ("name", "weights"):
+            raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
+        try:
+            flags[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}={text!r} cannot be read") from error
     return {key: text for key, text in given.items() if not key.startswith("backbone.")}, flags
 
 

@@ -140,6 +140,8 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to another network or to other settings, by key.
         """
+        if "config" not in state or "method" not in state:
+            raise UserError(f"resume: the checkpoint in {self.config.run.output} is no pre-training's")
         changed = changed_keys(state["config"], as_dict(self.config))
         if changed:
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.backbones.vit import SIZES
 from pretrain.errors import UserError
 from seg_plugin.data import ADE20K_CLASSES, class_names
-from seg_plugin.protocol import SegmentationProtocol, protocol
+from seg_plugin.protocol import SegmentationProtocol, check, protocol
 
 CHECKPOINT_INTERVAL_IT = 2_000
 LOG_INTERVAL_IT = 50
@@ -42,6 +42,7 @@ def segmenter_config(
         workers: data-loading processes, for each process of the run.
     """
     recipe = protocol(recipe) if isinstance(recipe, str) else recipe
+    check(recipe)
     flags = dict(backbone_flags or {})
     names = tuple(classes) or class_names(None, recipe.num_classes)
     return {

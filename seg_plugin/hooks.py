@@ -19,7 +19,7 @@ from mmseg.registry import HOOKS
 from pretrain.errors import UserError
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import file_hash, provenance
-from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.results.schema import FILE_NAME, Protocol, Result, write_result
 from pretrain.weights import read_checkpoint
 from seg_plugin.identity import deviations, given_flags, identity
 
@@ -114,7 +114,9 @@ class PosfieldRunHook(Hook):
         checkpoint["posfield"] = {"wall_time_s": self._elapsed_s()}
 
     def after_train(self, runner: Any) -> None:
-        """result.json and the figure; none where no validation took place (a finished run, resumed)."""
+        """result.json and the figure; where a run was killed between its last checkpoint and its validation, that comes first."""
+        if not self.metrics and runner.val_loop is not None and not (Path(runner.work_dir) / FILE_NAME).is_file():
+            runner.val_loop.run()
         if not is_main_process() or not self.metrics:
             return
         from seg_plugin.figures import leave_figure

@@ -88,6 +88,26 @@ def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> 
     return changed
 
 
+def check(run: SegmentationProtocol) -> None:
+    """Refuse numbers that no run can follow.
+
+    Raises:
+        UserError: names the field, its value and what it should be.
+    """
+    positive = ("iterations_it", "batch_size", "val_interval_it", "crop_px", "slide_crop_px", "slide_stride_px", "seeds")
+    demands = {key: (getattr(run, key) >= 1, "at least 1") for key in positive}
+    demands |= {
+        key: (getattr(run, key) >= 0, "at least 0") for key in ("lr", "weight_decay", "clip_grad", "warmup_it", "poly_power")
+    }
+    shares = ("flip", "drop_path", "layer_decay", "min_lr_factor", "cat_max_ratio")
+    demands |= {key: (0 <= getattr(run, key) <= 1, "within 0 and 1") for key in shares}
+    demands["ratio_range"] = 0 < run.ratio_range[0] <= run.ratio_range[1], "two rising numbers above 0"
+    demands["resize_px"] = min(run.resize_px) >= 1, "at least 1"
+    for key, (fits, what) in demands.items():
+        if not fits:
+            raise UserError(f"protocol: {key}={getattr(run, key)!r} must be {what}")
+
+
 def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
     """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 

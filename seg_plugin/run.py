@@ -88,6 +88,9 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
             checkpoint of an unfinished one.
     """
     cfg, output = config(run), Path(run.output)
+    if cfg.launcher == "none" and processes() > 1:
+        told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
+        raise UserError(f"{told}, but torchrun did not start this one: unset them, or use torchrun")
     if _is_finished(run, cfg):
         print(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
@@ -115,6 +118,8 @@ def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
     """Whether the folder holds this very run, with its result; UserError where it holds another."""
     saved = Path(run.output) / SETTINGS_FILE
     if not saved.is_file():
+        if (Path(run.output) / FILE_NAME).is_file():
+            raise UserError(f"output: {run.output} holds the result of another kind of run; choose another folder")
         return False
     vit = build_backbone(run.backbone, run.weights, **run.backbone_flags)
     weights_hash = file_hash(run.weights) if run.weights else None

@@ -389,6 +389,10 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     assert Image.open(tmp_path / "figures" / "segmentations.png").width > 500
     assert json.loads((tmp_path / "figures" / "captions.json").read_text())["segmentations.png"].keys() == {"title", "caption"}
 
+    (tmp_path / "result.json").unlink()  # as if killed between the last checkpoint and the end of its validation
+    tool([*words, "--resume"])
+    assert read_result(tmp_path).metrics == result.metrics
+
     before = (tmp_path / "result.json").stat().st_mtime_ns
     tool(words)
     assert "nothing to do" in capsys.readouterr().out and (tmp_path / "result.json").stat().st_mtime_ns == before
@@ -576,3 +580,21 @@ def test_toy_config_fits_the_toy_data(tmp_path, monkeypatch):
     assert cfg.train_dataloader.dataset.metainfo.classes == ("background", *CLASSES)
     assert cfg.train_dataloader.dataset.data_root == str(tmp_path) and "CLASSES" not in cfg
     assert MODELS.build(cfg.model).backbone.vit.flags["depth"] == 4
+
+
+def test_another_kind_of_runs_folder_is_refused(ade, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="another kind of run"):
+        train(SegmentationRun("vit_tiny_patch16", None, ade, tmp_path, with_overrides(protocol(), TINY), workers=0, device="cpu"))
+
+
+def test_a_batch_is_not_shared_with_processes_that_are_not_there(ade, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(UserError, match="SLURM_NTASKS says 2 processes"):
+        train(SegmentationRun("vit_tiny_patch16", None, ade, tmp_path, with_overrides(protocol(), TINY), workers=0, device="cpu"))
+
+
+@pytest.mark.parametrize("field", ["batch_size", "iterations_it", "crop_px", "slide_stride_px"])
+def test_impossible_numbers_are_named(field):
+    with pytest.raises(UserError, match=f"{field}=0 must be at least 1"):
+        segmenter_config(with_overrides(protocol(), {**TINY, field: 0}), "vit_tiny_patch16")

@@ -30,30 +30,29 @@ SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=11
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo, what it leaves, and how long it may take on two cores."""
+    """One command of the demo, and how long it may take on two cores."""
 
     title: str
     budget_s: int
     command: list[str]
-    output: Path
 
 
 def stages(folder: Path) -> list[Stage]:
     """The demo, in order; the budgets add up to less than 15 minutes."""
     data = folder / "data"
     composed = _tool("make_toy_data", "--output", data, "--train", 480, "--val", 80, "--size", 128)
-    steps = [Stage("compose photographs", 20, composed, data / "toy.json")]
+    steps = [Stage("compose photographs", 20, composed)]
     for method, config in METHODS.items():
         out = folder / f"pretrain_{method}"
         overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
-        steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides), out))
+        steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides)))
     for method in METHODS:
         steps.append(_finetune("det", method, folder, data / "coco", 190, DETECTION, "--engine", "torchvision"))
     for method in METHODS:
         steps.append(_finetune("seg", method, folder, data / "ade", 60, SEGMENTATION))
     for method in METHODS:
         run_folder = folder / f"pretrain_{method}"
-        steps.append(Stage(f"draw {method}", 10, _tool("visualize_pretrain", run_folder), run_folder / "figures" / "attention.png"))
+        steps.append(Stage(f"draw {method}", 10, _tool("visualize_pretrain", run_folder)))
     return steps
 
 
@@ -65,12 +64,7 @@ def _finetune(task: str, method: str, folder: Path, data: Path, budget_s: int, p
     out = folder / f"{task}_{method}"
     weights = folder / f"pretrain_{method}" / "backbone.safetensors"
     command = _tool(f"train_{task}", *extra, "--weights", weights, "--data", data, "--output", out, "--resume", *protocol)
-    return Stage(f"{'detection' if task == 'det' else 'segmentation'} {method}", budget_s, command, out)
-
-
-def finished(stage: Stage) -> bool:
-    """Whether a stage left what it had to: a run its ``result.json``, another stage its file."""
-    return (stage.output / "result.json" if stage.output.suffix == "" else stage.output).is_file()
+    return Stage(f"{'detection' if task == 'det' else 'segmentation'} {method}", budget_s, command)
 
 
 def run_stage(stage: Stage, log: Path) -> None:
@@ -98,16 +92,13 @@ def run_stage(stage: Stage, log: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the stages that are not finished, then the table and the report."""
+    """Run the stages (each leaves what is finished as it is, after a look at its settings), then the table and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
     folder = parser.parse_args(arguments).output
     plan, started = stages(folder), time.time()
     print(f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores", flush=True)
     for number, stage in enumerate(plan, 1):
-        if finished(stage):
-            print(f"[{number}/{len(plan)}] {stage.title}: finished before, skipped", flush=True)
-            continue
         print(f"[{number}/{len(plan)}] {stage.title} (budget {stage.budget_s} s)", flush=True)
         begun = time.time()
         run_stage(stage, folder / "logs" / f"{number} {stage.title}.log".replace(" ", "_"))

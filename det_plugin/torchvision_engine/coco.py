@@ -108,8 +108,10 @@ def read_split(root: Path, split: str, *, num_classes: int, training: bool) -> C
         if len(class_of) != num_classes:
             raise UserError(f"data: {file} has {len(class_of)} categories, but num_classes={num_classes}")
         pictures = _pictures(file, content, class_of, training)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"data: {file} is no COCO instances file: an entry lacks {error}") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"data: {file} is no COCO instances file: an entry is damaged or lacks {error}") from error
     if not pictures:
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     _check_files(folder, file, pictures)
@@ -145,7 +147,10 @@ def _pictures(file: Path, content: dict[str, Any], class_of: dict[int, int], tra
         width, height = annotation["bbox"][2:]
         if annotation.get("iscrowd", 0) or (training and min(width, height) <= 0):
             continue
-        objects[image_id].append((class_of[category], annotation["segmentation"]))
+        segmentation = annotation["segmentation"]
+        if not _is_segmentation(segmentation):
+            raise UserError(f"data: {file}: annotation {annotation.get('id')} has a segmentation that is no polygons and no RLE")
+        objects[image_id].append((class_of[category], segmentation))
     pictures = []
     for image in content["images"]:
         own = objects[int(image["id"])]
@@ -154,6 +159,13 @@ def _pictures(file: Path, content: dict[str, Any], class_of: dict[int, int], tra
             size = int(image["width"]), int(image["height"])
             pictures.append(Picture(int(image["id"]), str(image["file_name"]), *size, classes, segmentations))
     return pictures
+
+
+def _is_segmentation(value: Any) -> bool:
+    """Polygons, lists of x and y in turn, or an RLE."""
+    if isinstance(value, dict):
+        return {"counts", "size"} <= set(value)
+    return isinstance(value, list) and all(isinstance(polygon, list) and len(polygon) % 2 == 0 for polygon in value)
 
 
 def _check_files(folder: Path, file: Path, pictures: list[Picture]) -> None:

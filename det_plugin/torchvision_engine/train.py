@@ -72,7 +72,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     with reproducible(device):
         metrics = _loop(trainer, data, state, started, min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it))
     if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
-        leave_result(run, metrics, engine=ENGINE, val_images=len(data.val.pictures), started=started)
+        images = len(data.train.pictures), len(data.val.pictures)
+        leave_result(run, metrics, engine=ENGINE, images=images, started=started)
         say(f"{run.output / RESULT}: {mean_ap(metrics)}")
     return run.output / RESULT
 

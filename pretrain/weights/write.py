@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = "posfield-backbone"
@@ -40,6 +40,7 @@ def save_backbone(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata=metadata)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    temporary.write_bytes(save(tensors, metadata=metadata))  # save_file would leave a file that nobody else can read
     os.replace(temporary, path)
     return path

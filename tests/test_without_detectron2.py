@@ -1,0 +1,22 @@
+"""Detectron2 is optional: without it all else imports, and what needs it says so in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_everything_else_works_without_detectron2():
+    code = (
+        "import sys; sys.modules['detectron2'] = None\n"
+        "import det_plugin.run, det_plugin.protocol, det_plugin.features, det_plugin.torchvision_engine.train\n"
+        "import seg_plugin, pretrain.train\n"
+        "from pretrain.errors import UserError\n"
+        "for name in ('lazy', 'backbone', 'evaluator', 'trainer', 'coco_catalog'):\n"
+        "    try: __import__('det_plugin.' + name)\n"
+        "    except UserError as error: assert 'not installed' in str(error) and '--engine torchvision' in str(error)\n"
+        "    else: raise SystemExit(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
