@@ -66,3 +66,13 @@ def test_nothing_reads_what_only_we_have():
         text = path.read_text(errors="ignore")
         for word in ("../shared", "/root/", "/work/", "TODO", "FIXME", "NotImplementedError"):
             assert word not in text, f"{name}: {word}"
+
+
+def test_no_package_imports_tools_configs_or_tests():
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] in ("tools", "configs"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"tools", "configs", "tests"}, f"{path}: {names}"
