@@ -1,6 +1,9 @@
 """Which device a process computes on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -27,3 +30,18 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """torch's deterministic algorithms on or off for the time being, so that a resumed run can equal an uninterrupted one."""
+    switch: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it before the first of them
+    torch.use_deterministic_algorithms(enabled)
+    switch.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        switch.fill_uninitialized_memory = before[1]

@@ -1,7 +1,6 @@
 """The pre-training run: build, loop, leave ``backbone.safetensors`` and ``result.json``. Nothing clever."""
 
 import math
-import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from pretrain import distributed
 from pretrain.checkpoint import load_checkpoint, save_checkpoint
 from pretrain.config import as_dict
 from pretrain.data.loader import ViewsDataset, build_dataset, build_loader
-from pretrain.device import choose_device
+from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
 from pretrain.methods.intertwined import Intertwined
 from pretrain.metrics_log import MetricsLog, ProgressLine
@@ -183,11 +182,13 @@ def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = 
         UserError: bad settings, no images, a folder that holds another run.
         FloatingPointError: a loss is no number; names the iteration and the terms.
     """
+    with deterministic(config.run.deterministic):
+        return _train(config, resume, stop_after_it)
+
+
+def _train(config: DictConfig, resume: bool, stop_after_it: int | None) -> Path:
     folder = Path(config.run.output)
-    # deterministic CUDA matrix products need this before the first of them
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     distributed.start(choose_device(config.run.device).type)
-    torch.use_deterministic_algorithms(config.run.deterministic)
     dataset = build_dataset(config)
     trainer = Trainer(config, dataset)
     state = load_checkpoint(folder) if resume else None

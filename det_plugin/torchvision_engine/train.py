@@ -1,12 +1,9 @@
 """One detection fine-tuning from start to ``result.json``, and the evaluation of one that is over."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from det_plugin.run import DetectionRun, leave_result
 from det_plugin.torchvision_engine.coco import read_split
@@ -28,7 +25,7 @@ from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
 from pretrain.checkpoint import load_checkpoint, save_checkpoint
-from pretrain.device import choose_device
+from pretrain.device import choose_device, deterministic
 from pretrain.distributed import say
 from pretrain.errors import UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine
@@ -69,7 +66,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if state is not None:
         trainer.restore(state)
         started -= state["wall_time_s"]
-    with reproducible(device):
+    with deterministic(device.type == "cpu"):
         metrics = _loop(trainer, data, state, started, min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it))
     if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
@@ -148,21 +145,6 @@ def _lacks_evaluation(trainer: Trainer) -> bool:
     path, start = trainer.run.output / "metrics.jsonl", f'{{"iteration": {trainer.iteration - 1},'
     is_written = path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
     return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.iterations_it)
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """On the CPU: deterministic algorithms for the time being, so that a resumed run equals an uninterrupted one."""
-    switch: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        switch.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        switch.fill_uninitialized_memory = before[1]
 
 
 class Log:
