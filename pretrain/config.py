@@ -22,9 +22,13 @@ from pretrain.errors import UserError
 from pretrain.views.boxes import REFERENCES, SCALES, SURROUNDED
 from pretrain.views.masks import KINDS_OVER, SHAPES
 
+SOURCES = ("folder", "list", "coco", "tar", "parquet", "huggingface")
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": DEVICES,
     "run.precision": ("auto", "float32", "bf16", "float64"),
+    "run.deterministic": ("cpu", "always", "never"),
+    "data.source": ("auto", *SOURCES),
+    "data.path": ("auto", "cpu", "device"),
     "positions.encoding": POS_ENCODINGS,
     "positions.interpolation": (*FIELD_INTERPOLATIONS, *GRID_INTERPOLATIONS[:1], GRID_INTERPOLATIONS[2]),
     "positions.scale": SCALES,
@@ -37,11 +41,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "losses.koleo_scope": ("global", "local"),
     "losses.centering": ("softmax_center", "sinkhorn_knopp"),
     "optim.lr_rule": ("sqrt_1024", "none"),
+    "step.checkpointing": ("none", "full", "selective"),
+    "step.parallel": ("ddp", "fsdp2"),
+    "step.on_nan": ("stop", "skip"),
 }
 # Ranges of numbers, both ends allowed; each item of a list must lie within.
 RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**31),
     "data.workers": (0, 1024),
+    "data.max_side_px": (0, 65536),
+    "data.max_mpx": (1e-6, math.inf),
+    "data.broken_share": (0, 1),
     "crops.n_global": (2, 64),
     "crops.n_local": (0, 1024),
     "crops.global_px": (1, 65536),
@@ -97,8 +107,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.freeze_last_layer_epochs": (0, math.inf),
     "optim.teacher_momentum": (0, 1),
     "optim.teacher_momentum_end": (0, 1),
+    "step.accumulate": (1, math.inf),
+    "step.loss_rows": (0, math.inf),
+    "probes.period_it": (0, math.inf),
+    "probes.knn_k": (1, math.inf),
+    "probes.seg_classes": (0, 65535),
+    "probes.image_px": (1, 65536),
+    "probes.max_images": (1, math.inf),
     "log.period_it": (1, math.inf),
     "log.checkpoint_period_it": (1, math.inf),
+    "log.keep_checkpoints": (1, math.inf),
+    "log.pictures_period_it": (0, math.inf),
 }
 RISING = ("crops.global_scale", "crops.local_scale", "crops.ratio", "colour.blur_sigma", "masks.ratio")
 

@@ -182,7 +182,8 @@ def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = 
         UserError: bad settings, no images, a folder that holds another run.
         FloatingPointError: a loss is no number; names the iteration and the terms.
     """
-    with deterministic(config.run.deterministic):
+    rule, device = config.run.deterministic, choose_device(config.run.device)
+    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"):
         return _train(config, resume, stop_after_it)
 
 

@@ -74,6 +74,7 @@ def plain_with(read):
         ("optim.base_lr=fast", "optim.base_lr"),
         ("crops.ratio=[1.0]", "crops.ratio"),
         ("run.deterministic=1", "run.deterministic"),
+        ("log.tensorboard=1", "log.tensorboard"),
         ("losses.centering=none", "losses.centering"),
         ("masks.content_share=0.7", "masks.content_share"),
         ("masks.ratio=[0.5,0.1]", "masks.ratio"),
