@@ -1,5 +1,6 @@
 """Which device a process computes on."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,22 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
+
+
+def keep_freed_memory() -> bool:
+    """On Linux's C library: freed memory stays with the process instead of going back to the system and being cleared again.
+
+    A step on the CPU allocates the same gigabytes again and again; clearing their pages took up to a tenth of it.
+
+    Returns:
+        whether it could be set.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # macOS, Windows, musl
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 @contextmanager

@@ -9,16 +9,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_host: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on without waiting for their devices
+
+
 def start(device: str) -> None:
     """Join the process group that ``torchrun`` describes in the environment; without it, do nothing."""
+    global _host
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if dist.is_initialized():
+        _host = dist.new_group(backend="gloo")
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _host
     if dist.is_initialized():
         dist.destroy_process_group()
+        _host = None
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, none without a process group: its collectives never wait for a device."""
+    return _host
 
 
 def rank() -> int:
@@ -51,18 +64,42 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Largest of ``x`` (any shape) over the ranks, place by place; not differentiated."""
+    if world_size() == 1:
+        return x
+    largest = x.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Mean of ``x`` over the ranks; not differentiated."""
     return sum_over_ranks(x) / world_size()
 
 
-def union_over_ranks(names: set[str]) -> set[str]:
-    """The names of all ranks; every rank must call this at the same time."""
+def gather_objects(value: Any) -> list[Any]:
+    """A plain value of each rank, in rank order, on all of them; every rank must call this at the same time."""
     if world_size() == 1:
-        return set(names)
+        return [value]
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, sorted(names))
-    return {name for part in parts for name in part}
+    dist.all_gather_object(parts, value, group=_host)
+    return parts
+
+
+def any_over_ranks(flag: bool) -> bool:
+    """Whether the flag is set on some rank; every rank must call this at the same time. Does not wait for a device."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_host)
+    return bool(flags)
+
+
+def barrier() -> None:
+    """All ranks wait for each other (hosts only)."""
+    if world_size() > 1:
+        dist.barrier(group=_host)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""Exceptions that mean: the input is wrong, or the run was asked to stop; never that the program is wrong."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command-line tools print it without a traceback and exit with code 2 (:mod:`pretrain.cli`).
     """
+
+
+class Interrupted(Exception):
+    """A run was asked to stop (a signal), has saved its state and ends; the tools then exit with ``cli.REQUEUE_CODE``."""

@@ -1,106 +1,118 @@
 """The four losses (paper eq. 1-6) and the two ways to make a teacher's distribution. Pure functions.
 
-Logits are [..., K] over K prototypes. Everything is computed in float32 (float64 stays float64).
+Tokens come as :class:`pretrain.prototypes.Projection`: bottleneck rows and K prototypes. Everything is computed in float32 (float64
+stays float64).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.distributed import gather_rows, rank, sum_over_ranks
+from pretrain.distributed import gather_rows, max_over_ranks, rank, sum_over_ranks
+from pretrain.prototypes import Projection, at_least_float32, cross_entropy_sum, distribution
 
 
-def _full(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def updated_center(center: Tensor, teacher: Projection, momentum: float = 0.9) -> Tensor:
+    """The next centre [1, K]: a running mean of the teacher's logits, as global sum / global count over the ranks (DINO).
 
-
-def softmax_center(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """Teacher distribution by centering and sharpening (DINO): softmax((logits - center) / temperature).
+    The mean of the logits is the mean of the rows times the prototypes: the logits are not needed. No rows on any rank leave the
+    centre as it is.
 
     Args:
-        logits: [M, K].
         center: [1, K].
+        teacher: rows [M, d]; ranks may hold different M, and the same prototypes.
     """
-    return F.softmax((_full(logits) - center) / temperature, dim=-1)
-
-
-def updated_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Tensor:
-    """The next centre [1, K]: a running mean of the teacher's logits [M, K], as global sum / global count over the ranks.
-
-    No rows on any rank leave the centre as it is.
-    """
-    rows = _full(logits)
-    total = torch.cat([rows.sum(0), rows.new_tensor([float(len(rows))])])  # one reduction for sum and count
-    total = sum_over_ranks(total)
+    rows = at_least_float32(teacher.rows)
+    total = sum_over_ranks(torch.cat([rows.sum(0), rows.new_tensor([float(len(rows))])]))  # one reduction for sum and count
     count = total[-1]
-    mean = total[:-1].unsqueeze(0) / count.clamp(min=1)
+    with torch.autocast(rows.device.type, enabled=False):
+        mean = (total[:-1] / count.clamp(min=1)).unsqueeze(0) @ at_least_float32(teacher.prototypes).T
     return torch.where(count > 0, center * momentum + mean * (1 - momentum), center)
 
 
-def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
-    """Teacher distribution by Sinkhorn-Knopp (SwAV, DINOv2): every prototype receives the same mass over all ranks' samples.
+def sinkhorn_center(teacher: Projection, temperature: float, n_iterations: int = 3, n_rows: int = 512) -> Tensor:
+    """Sinkhorn-Knopp (SwAV, DINOv2) as a centre: softmax((logits - center) / temperature) is its distribution.
+
+    Every prototype receives the same mass over all ranks' samples. The alternation scales rows and columns of exp(logits /
+    temperature) by turns and ends with the rows, which is what softmax does: only the column factors v remain, and
+    center = -temperature log v. They are found without holding the table, by going over it in chunks.
 
     Args:
-        logits: [M, K]; ranks may hold different M.
+        teacher: rows [M, d]; ranks may hold different M.
+        n_rows: rows whose logits exist at a time; 0: all.
 
     Returns:
-        [M, K], rows summing to 1.
+        [1, K].
     """
-    scores = _full(logits) / temperature
-    n_prototypes = scores.shape[1]
-    count = sum_over_ranks(scores.new_tensor([float(len(scores))]))
-    # exp(score - row maximum) differs from exp(score) by a factor a row, which the first normalisation of the columns would have to
-    # undo; a global shift instead is exact and keeps the exponent in range.
-    peak = scores.amax() if len(scores) else scores.new_full((), -torch.inf)
-    q = torch.exp(scores - _max_over_ranks(peak))  # [M, K]
-    q = q / sum_over_ranks(q.sum())
-    for _ in range(n_iterations):
-        q = q / (sum_over_ranks(q.sum(0, keepdim=True)) * n_prototypes)
-        q = q / (q.sum(1, keepdim=True) * count)
-    return q * count
+    rows, table = at_least_float32(teacher.rows), at_least_float32(teacher.prototypes)
+    chunks = rows.split(n_rows or max(len(rows), 1))
+    with torch.autocast(rows.device.type, enabled=False):
+        # A global shift keeps the exponent in range and changes nothing.
+        peaks = [(chunk @ table.T).amax() for chunk in chunks if len(chunk)]
+        peak = max_over_ranks(torch.stack(peaks).amax() if peaks else rows.new_full((), -torch.inf))
+        columns = None  # v [K]
+        for _ in range(n_iterations):
+            mass = rows.new_zeros(len(table))
+            for chunk in chunks:
+                scores = ((chunk @ table.T - peak) / temperature).exp_()  # [m, K]
+                mass += scores.sum(0) if columns is None else (1 / (scores @ columns)) @ scores
+            columns = 1 / sum_over_ranks(mass)
+        assert columns is not None
+        log_columns = columns.log()
+        return -temperature * (log_columns - log_columns.mean()).unsqueeze(0)
 
 
-def _max_over_ranks(x: Tensor) -> Tensor:
-    gathered = gather_rows(x.reshape(1, 1))
-    return gathered.amax()
-
-
-def cross_entropy(student_logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """-sum_k teacher_k log softmax(student / temperature)_k for each row: [..., K] -> [...]."""
-    return -(teacher * F.log_softmax(_full(student_logits) / temperature, dim=-1)).sum(-1)
-
-
-def image_loss(student_global: Tensor, student_local: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def image_loss(student: Projection, teacher: Projection, center: Tensor, temperatures: tuple[float, float], n_rows: int) -> Tensor:
     """L_image (eq. 1): the teacher's [CLS] distribution of a global view against the student's of every other view.
 
     Mean over all pairs of different views, as DINOv2 scales it: G (G - 1) + G L terms, each a mean over the images.
 
     Args:
-        student_global: logits [G, B, K]; student_local: logits [L, B, K]; teacher: distributions [G, B, K].
+        student: rows [G + L, B, d], global views first; teacher: rows [G, B, d].
+        temperatures: of the student and of the teacher.
+        n_rows: see :func:`pretrain.prototypes.cross_entropy_sum`.
     """
-    n_global, n_local = len(student_global), len(student_local)
-    n_terms = n_global * (n_global - 1) + n_global * n_local
-    total = student_global.new_zeros((), dtype=teacher.dtype)
-    # The cross-entropy is linear in the teacher: one pass a student view against the sum of the views that it is paired with.
-    everyone = teacher.sum(0)  # [B, K]
-    for view, logits in enumerate(student_global):
-        total = total + cross_entropy(logits, everyone - teacher[view], temperature).mean()
-    for logits in student_local:
-        total = total + cross_entropy(logits, everyone, temperature).mean()
-    return total / max(n_terms, 1)
+    n_views, n_images = student.rows.shape[:2]
+    different = 1 - torch.eye(n_views, len(teacher.rows), device=center.device, dtype=center.dtype)  # [R, T]
+    pairs = different / max(n_views * len(teacher.rows) - len(teacher.rows), 1)
+    weights = center.new_full((n_images,), 1 / n_images)
+    return cross_entropy_sum(student, teacher, center, pairs, weights, temperatures, n_rows)
 
 
-def patch_loss(student_logits: Tensor, teacher: Tensor, weights: Tensor, n_crops: int, temperature: float) -> Tensor:
+def patch_loss(
+    student: Projection,
+    teacher: Projection,
+    center: Tensor,
+    weights: Tensor,
+    n_crops: int,
+    temperatures: tuple[float, float],
+    n_rows: int,
+) -> Tensor:
     """L_content and L_pos (eq. 2, 4, 5) at the masked patches.
 
     Args:
-        student_logits: [M, K] of all masked patches of one kind.
-        teacher: distributions [M, K] of the same patches.
+        student, teacher: rows [M, d] of all masked patches of one kind.
         weights: [M], 1 / number of masked patches of the patch's crop (:func:`mask_weights`).
         n_crops: number of global crops of this rank, masked or not (DINOv2's divisor).
+        temperatures: of the student and of the teacher.
     """
-    return (cross_entropy(student_logits, teacher, temperature) * weights).sum() / n_crops
+    students = Projection(student.rows.unsqueeze(0), student.prototypes)
+    teachers = Projection(teacher.rows.unsqueeze(0), teacher.prototypes)
+    return cross_entropy_sum(students, teachers, center, center.new_ones(1, 1), weights, temperatures, n_rows) / n_crops
+
+
+def teacher_entropies(teacher: Projection, center: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """How far the teacher is from collapse: mean entropy of its distributions, and entropy of their mean, in nats (at most ln K).
+
+    The first near ln K: everything looks alike; the second near 0: one prototype takes all.
+
+    Args:
+        teacher: rows [M, d], few enough for their logits.
+    """
+    p = distribution(teacher, center, temperature)
+    mean = sum_over_ranks(p.mean(0))
+    mean = mean / mean.sum()
+    return torch.special.entr(p).sum(1).mean(), torch.special.entr(mean).sum()
 
 
 def mask_weights(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +129,7 @@ def koleo_loss(cls_tokens: Tensor, scope: str = "global", eps: float = 1e-8) -> 
         scope: ``global``: neighbours over all ranks | ``local``: within this rank (DINOv2).
     """
     with torch.autocast(device_type=cls_tokens.device.type, enabled=False):
-        rows = F.normalize(_full(cls_tokens), dim=-1, eps=eps)
+        rows = F.normalize(at_least_float32(cls_tokens), dim=-1, eps=eps)
         others = gather_rows(rows) if scope == "global" else rows
         if len(others) < 2:
             return rows.sum() * 0.0  # a single image has no neighbour

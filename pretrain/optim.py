@@ -1,10 +1,11 @@
-"""AdamW over the student: parameter groups and the schedules that drive them."""
+"""AdamW over the student: parameter groups and the schedules that drive them; clipping; the teacher's moving average."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def decays(name: str) -> bool:
@@ -21,6 +22,18 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": p, "decays": decay, "is_last_layer": last} for (decay, last), p in groups.items()]
 
 
+def empty_state(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state before its first step, as tensors that a checkpoint can be read into."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            device = p.device if group["fused"] else "cpu"
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+
+
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
     """This iteration's values into the groups."""
     for group in optimizer.param_groups:
@@ -28,17 +41,26 @@ def set_schedules(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: fl
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
-def clip_gradients(modules: Iterable[nn.Module], max_norm: float) -> None:
-    """Clip each module's gradient norm by itself (backbone and each head apart, as DINOv2); 0 clips nothing."""
-    if max_norm > 0:
-        for module in modules:
-            nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
+    """Clip each network's gradient norm by itself (backbone and each head apart, as DINOv2); 0 clips nothing.
+
+    Returns:
+        the norm of all gradients before clipping, a scalar on the device.
+    """
+    norms = [
+        nn.utils.clip_grad_norm_(module.parameters(), max_norm if max_norm > 0 else torch.inf) for module in networks.values()
+    ]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(whole).square().sum().sqrt()
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter."""
-    ours: list[Tensor] = list(teacher.parameters())
-    theirs: list[Tensor] = list(student.parameters())
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (of a sharded one, this rank's shard)."""
+    ours, theirs = _local(teacher.parameters()), _local(student.parameters())
     torch._foreach_mul_(ours, momentum)
     torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+
+
+def _local(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from pretrain.heads import ProjectionHead
-from pretrain.losses import (
-    image_loss,
-    koleo_loss,
-    mask_weights,
-    patch_loss,
-    sinkhorn_knopp,
-    softmax_center,
-    updated_center,
-)
+from pretrain.losses import image_loss, koleo_loss, mask_weights, patch_loss, sinkhorn_center, teacher_entropies, updated_center
 from pretrain.optim import decays, ema_update, parameter_groups, set_schedules
+from pretrain.prototypes import Projection, distribution
 from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
 
 
@@ -34,63 +27,75 @@ def plain_cross_entropy(student, teacher, temperature):
     return -sum(t * s for t, s in zip(teacher, log_softmax([v / temperature for v in student])))
 
 
-def test_image_loss_is_dinos(rng):
+def random_projection(rng, *shape, k=6, d=5):
+    return Projection(*(torch.randn(*s, d, generator=rng, dtype=torch.float64) for s in (shape, (k,))))
+
+
+@pytest.mark.parametrize("n_rows", [0, 4])
+def test_image_loss_is_dinos(rng, n_rows):
     """Every global teacher view against every other student view; means over the images and over the 2 + 2 * 3 pairs."""
-    n_global, n_local, n_images, k = 2, 3, 4, 6
-    globals_ = torch.randn(n_global, n_images, k, generator=rng, dtype=torch.float64)
-    locals_ = torch.randn(n_local, n_images, k, generator=rng, dtype=torch.float64)
-    teacher = torch.randn(n_global, n_images, k, generator=rng, dtype=torch.float64).softmax(-1)
-    pairs = [(t, globals_[s]) for t in range(2) for s in range(2) if s != t] + [(t, v) for t in range(2) for v in locals_]
-    total = 0.0
-    for t, student in pairs:
-        rows = [plain_cross_entropy(student[b].tolist(), teacher[t, b].tolist(), 0.1) for b in range(n_images)]
-        total += sum(rows) / n_images
-    assert image_loss(globals_, locals_, teacher, 0.1).item() == pytest.approx(total / len(pairs), rel=1e-12)
-    without = image_loss(globals_, locals_[:0], teacher, 0.1).item()
-    rows = [plain_cross_entropy(globals_[1 - t, b].tolist(), teacher[t, b].tolist(), 0.1) for t in range(2) for b in range(4)]
-    assert without == pytest.approx(sum(rows) / 8, rel=1e-12)
+    student, teacher = random_projection(rng, 5, 4), random_projection(rng, 2, 4)
+    center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
+    p = distribution(Projection(teacher.rows.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(0, (2, 4))
+    total, pairs = 0.0, [(t, s) for t in range(2) for s in range(5) if s != t]
+    for t, s in pairs:
+        rows = [plain_cross_entropy(student.logits[s, b].tolist(), p[t, b].tolist(), 0.1) for b in range(4)]
+        total += sum(rows) / 4
+    assert image_loss(student, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(total / len(pairs), rel=1e-12)
+    globals_ = Projection(student.rows[:2], student.prototypes)
+    rows = [plain_cross_entropy(student.logits[1 - t, b].tolist(), p[t, b].tolist(), 0.1) for t in range(2) for b in range(4)]
+    assert image_loss(globals_, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(sum(rows) / 8, rel=1e-12)
 
 
-def test_patch_loss_weighs_each_crop_alike(rng):
+@pytest.mark.parametrize("n_rows", [0, 2])
+def test_patch_loss_weighs_each_crop_alike(rng, n_rows):
     mask = torch.zeros(4, 9, dtype=torch.bool)
     mask[0, :2], mask[2, 3:8] = True, True  # crops 1 and 3 have no mask of this kind and still count
-    n_masked = int(mask.sum())
-    student = torch.randn(n_masked, 5, generator=rng, dtype=torch.float64)
-    teacher = torch.randn(n_masked, 5, generator=rng, dtype=torch.float64).softmax(-1)
-    rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student, teacher)]
+    student, teacher = random_projection(rng, 7), random_projection(rng, 7)
+    center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
+    p = distribution(teacher, center, 0.3)
+    rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student.logits, p)]
     expected = (sum(rows[:2]) / 2 + sum(rows[2:]) / 5) / 4
-    got = patch_loss(student, teacher, mask_weights(mask).double(), len(mask), 0.1).item()
-    assert got == pytest.approx(expected, rel=1e-7)
-    empty = patch_loss(student[:0], teacher[:0], mask_weights(mask[:0]).double(), 4, 0.1)
-    assert empty.item() == 0.0
+    weights = mask_weights(mask, torch.float64)
+    assert patch_loss(student, teacher, center, weights, 4, (0.1, 0.3), n_rows).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_centering(rng):
-    logits = torch.randn(3, 4, generator=rng, dtype=torch.float64)
+    teacher = random_projection(rng, 3, k=4)
     center = torch.randn(1, 4, generator=rng, dtype=torch.float64)
-    got = softmax_center(logits, center, 0.04)
-    for row, probabilities in zip(logits, got):
+    got = distribution(teacher, center, 0.04)
+    for row, probabilities in zip(teacher.logits, got):
         scores = [(v - c) / 0.04 for v, c in zip(row.tolist(), center[0].tolist())]
         assert probabilities.tolist() == pytest.approx([math.exp(v) for v in log_softmax(scores)], rel=1e-9)
-    moved = updated_center(center, logits, 0.9)
+    moved = updated_center(center, teacher, 0.9)
     for k in range(4):
-        assert moved[0, k].item() == pytest.approx(0.9 * center[0, k].item() + 0.1 * logits[:, k].mean().item(), rel=1e-12)
-    assert torch.equal(updated_center(center, logits[:0], 0.9), center)
+        assert moved[0, k].item() == pytest.approx(0.9 * center[0, k].item() + 0.1 * teacher.logits[:, k].mean().item(), rel=1e-12)
+    assert torch.equal(updated_center(center, Projection(teacher.rows[:0], teacher.prototypes), 0.9), center)
 
 
 def test_sinkhorn_is_the_plain_alternation(rng):
-    logits = torch.randn(6, 4, generator=rng, dtype=torch.float64) * 0.2
-    n, k = logits.shape
-    q = [[math.exp(v / 0.04) for v in row] for row in logits.tolist()]
-    total = sum(map(sum, q))
-    q = [[v / total for v in row] for row in q]
+    teacher = random_projection(rng, 6, k=4)
+    teacher = Projection(teacher.rows * 0.1, teacher.prototypes)
+    n, k = teacher.logits.shape
+    q = [[math.exp(v / 0.04) for v in row] for row in teacher.logits.tolist()]
     for _ in range(3):
         columns = [sum(row[j] for row in q) for j in range(k)]
         q = [[v / columns[j] / k for j, v in enumerate(row)] for row in q]
         q = [[v / sum(row) / n for v in row] for row in q]
-    got = sinkhorn_knopp(logits, 0.04, 3)
+    got = distribution(teacher, sinkhorn_center(teacher, 0.04, 3), 0.04)
     torch.testing.assert_close(got, torch.tensor(q, dtype=torch.float64) * n, rtol=1e-10, atol=0)
-    torch.testing.assert_close(got.sum(1), torch.ones(n, dtype=torch.float64))
+
+
+def test_entropies_tell_the_two_collapses():
+    """Uniform distributions: both ln K. One prototype for all: both 0. Each its own: 0, and ln of how many."""
+    prototypes, zero = torch.eye(4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    for rows, expected in [
+        (torch.zeros(4, 4), (math.log(4), math.log(4))),
+        (torch.eye(4)[[0, 0, 0, 0]], (0.0, 0.0)),
+        (torch.eye(4), (0.0, math.log(4))),
+    ]:
+        got = teacher_entropies(Projection(rows.double(), prototypes), zero, 0.01)
+        assert [value.item() for value in got] == pytest.approx(expected, abs=1e-9)
 
 
 def test_koleo_is_the_mean_log_distance_to_the_nearest(rng):
@@ -112,10 +117,10 @@ def test_head_gives_cosines_with_unit_prototypes(rng):
     x = torch.randn(7, 8, generator=rng, dtype=torch.float64)
     z = head.mlp(x)
     expected = (z / z.norm(dim=1, keepdim=True)) @ (head.last_layer.weight / head.last_layer.weight.norm(dim=1, keepdim=True)).T
-    torch.testing.assert_close(head(x), expected)
+    torch.testing.assert_close(head(x).logits, expected)
     doubled = ProjectionHead(8, 20, 16, 4, 3).double()
     doubled.load_state_dict({k: v * 2 if "last" in k else v for k, v in head.state_dict().items()})
-    torch.testing.assert_close(doubled(x), head(x))  # the prototypes' norm is fixed
+    torch.testing.assert_close(doubled(x).logits, head(x).logits)  # the prototypes' norm is fixed
 
 
 def test_schedules_are_dinov2s():

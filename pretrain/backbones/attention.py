@@ -1,12 +1,14 @@
 """Multi-head self-attention with a selectable kernel: torch's SDPA, or xformers' memory-efficient attention."""
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
+Shapes = Sequence[tuple[int, int]]  # of packed sequences: (how many, how long) for each length
 
 
 def choose_attention(name: str) -> str:
@@ -29,7 +31,11 @@ def choose_attention(name: str) -> str:
 
 
 class Attention(nn.Module):
-    """Self-attention with one fused qkv projection (keys ``qkv``, ``proj``, as timm's)."""
+    """Self-attention with one fused qkv projection (keys ``qkv``, ``proj``, as timm's).
+
+    Sequences of several lengths may be packed: the rows of all, one after the other, as [T, D], with ``shapes`` ((B, N), ...) saying
+    which belong together. The projections then run once over all rows, the kernel once a shape.
+    """
 
     def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
         super().__init__()
@@ -40,23 +46,32 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query, key, value, each [B, heads, N, D / heads]."""
-        b, n, d = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self._split(self.qkv(x))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads]."""
+        b, n, d = qkv.shape
+        q, k, v = qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        b, n, d = x.shape
-        q, k, v = self.heads(x)
+    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; packed, with ``shapes``: [T, D] -> [T, D]."""
+        qkv = self.qkv(x)
+        if shapes is None:
+            return self.proj(self.attend(qkv))
+        parts = qkv.split([b * n for b, n in shapes])
+        return self.proj(torch.cat([self.attend(p.unflatten(0, shape)).flatten(0, 1) for p, shape in zip(parts, shapes)]))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[B, N, 3 D] -> the values that each query attends to, heads side by side, [B, N, D]."""
+        b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = self._split(qkv)
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, N, heads, D / heads]
-            out = memory_efficient_attention(q, k, v).reshape(b, n, d)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
-        return self.proj(out)
+            return memory_efficient_attention(q, k, v).reshape(b, n, d)  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """The softmax weights themselves, [B, heads, N (query), N (key)]: for pictures, not for training."""

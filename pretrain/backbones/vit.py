@@ -6,14 +6,16 @@ ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.backbones.attention import Attention, choose_attention
+from pretrain.backbones.attention import Shapes, choose_attention
+from pretrain.backbones.block import GELUS, Block
+from pretrain.backbones.checkpointing import run_block
 from pretrain.backbones.position import (
     FIELD_INTERPOLATIONS,
     GRID_INTERPOLATIONS,
@@ -24,7 +26,6 @@ from pretrain.backbones.position import (
 from pretrain.registry import BACKBONES
 
 POS_ENCODINGS = ("field", "standard")
-GELUS = {"erf": "none", "tanh": "tanh"}
 
 
 class Tokens(NamedTuple):
@@ -33,6 +34,16 @@ class Tokens(NamedTuple):
     cls: Tensor  # [B, D]
     registers: Tensor  # [B, R, D]
     patches: Tensor  # [B, N, D], row-major
+
+
+class ViewGroup(NamedTuple):
+    """Crops of one size, and where they are: the arguments of :meth:`ViT.embed`."""
+
+    x: Tensor  # [B, 3, H, W]
+    boxes: Tensor | None = None  # [B, 4]
+    flips: Tensor | None = None  # [B]
+    content_mask: Tensor | None = None  # [B, N]
+    position_mask: Tensor | None = None  # [B, N]
 
 
 class PatchEmbed(nn.Module):
@@ -49,77 +60,6 @@ class PatchEmbed(nn.Module):
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them (keys ``fc1``, ``fc2``)."""
-
-    def __init__(self, dim: int, hidden: int, gelu: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU(approximate=GELUS[gelu])
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class LayerScale(nn.Module):
-    """A learned factor a channel (key ``gamma`` [D])."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return x * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: a sample's residual branch is dropped with probability ``rate`` in training, else scaled up."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
-        return x * kept / keep
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        layerscale: float | None,
-        drop_path: float,
-        ln_eps: float,
-        gelu: str,
-        attention: str,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
-        self.attn = Attention(dim, num_heads, attention)
-        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
-        self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
-        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 def resolve_positions(encoding: str, grid: int | None, interpolation: str | None) -> tuple[int, str]:
@@ -201,6 +141,7 @@ class ViT(nn.Module):
             ln_eps=ln_eps,
             gelu=gelu,
         )
+        self.checkpointing = "none"  # of packed passes, see :mod:`pretrain.backbones.checkpointing`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
         backend = choose_attention(attention)
@@ -308,6 +249,29 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.split(self.norm(tokens))
+
+    def forward_views(self, groups: Sequence[ViewGroup]) -> list[Tokens]:
+        """Views of several sizes in one pass: the rows of all are packed, only attention knows which belong together.
+
+        Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one group after the other.
+        """
+        embedded = [self.embed(*group)[0] for group in groups]  # each [B, n, D]
+        shapes: Shapes = [(x.shape[0], x.shape[1]) for x in embedded]
+        x = torch.cat([e.flatten(0, 1) for e in embedded])  # [T, D]
+        paths = self.draw_paths(shapes, x.device)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, shapes, None if paths is None else paths[i], self.checkpointing)
+        packed = self.norm(x).split([b * n for b, n in shapes])
+        return [self.split(rows.unflatten(0, shape)) for rows, shape in zip(packed, shapes)]
+
+    def draw_paths(self, shapes: Shapes, device: torch.device) -> Tensor | None:
+        """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where nothing is dropped."""
+        rates = [block.drop_path.rate for block in self.blocks]  # type: ignore[union-attr]
+        if not self.training or max(rates) == 0:
+            return None
+        keep = 1 - torch.tensor(rates, device=device).view(-1, 1, 1)
+        factors = [(torch.rand(len(rates), 2, b, device=device) < keep) / keep for b, _ in shapes]
+        return torch.cat([f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2).unsqueeze(-1)
 
     def split(self, tokens: Tensor) -> Tokens:
         """[B, 1 + R + N, D] -> [CLS], registers, patches."""

@@ -2,37 +2,46 @@
 
 L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the student, sees every patch
 with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
+
+A rank's batch may come in parts (gradient accumulation). What couples the samples of a batch then still holds for the whole: the
+teacher goes first over all parts, so centres and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS] tokens of
+all parts (:meth:`Intertwined.student_cls`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pretrain.backbones.vit import ViT
+from pretrain.backbones.vit import Tokens, ViewGroup, ViT
 from pretrain.build import build_backbone
 from pretrain.heads import ProjectionHead
-from pretrain.losses import (
-    image_loss,
-    koleo_loss,
-    mask_weights,
-    patch_loss,
-    sinkhorn_knopp,
-    softmax_center,
-    updated_center,
-)
+from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.prototypes import Projection
 from pretrain.views.batch import Batch
 
 PATCH_KINDS = ("content", "position")
+Targets = dict[str, Projection]  # head -> the teacher's rows: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+Centers = dict[str, Tensor]  # head -> [1, K]
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The teacher's distributions: [CLS] of each global view [G, B, K], and the masked patches of each kind [M, K]."""
+class Neighbours:
+    """[CLS] tokens of a rank's whole batch, among which KoLeo looks while one part of it is computed.
 
-    image: Tensor
-    patches: dict[str, Tensor]
+    Attributes:
+        parts: the student's global [CLS] of each part, [G, b, D], without gradient.
+        own: which part is being computed.
+    """
+
+    parts: Sequence[Tensor]
+    own: int
+
+    def around(self, cls: Tensor) -> Tensor:
+        """All parts' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the gradient goes."""
+        return torch.cat([cls if i == self.own else part for i, part in enumerate(self.parts)], dim=1)
 
 
 class Intertwined(nn.Module):
@@ -47,13 +56,16 @@ class Intertwined(nn.Module):
         self.config = config
         self.patch_kinds = [k for k in PATCH_KINDS if config.losses[k] > 0 and config.masks[f"{k}_share"] > 0]
         self.head_names = ["image", *self.patch_kinds]
+        self.temperatures = (config.losses.student_temperature, config.losses.teacher_temperature)
         self.student = self._network(drop_path=config.backbone.drop_path)
         self.teacher = self._network(drop_path=0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         backbone = self.backbone_of("student")
+        backbone.checkpointing = config.step.checkpointing
         backbone.mask_token.requires_grad_("content" in self.patch_kinds)
         backbone.pos_mask_token.requires_grad_("position" in self.patch_kinds)
+        self.n_rows = config.step.loss_rows
         for name in self.head_names:
             self.register_buffer(f"center_{name}", torch.zeros(1, config.heads.n_prototypes))
 
@@ -75,61 +87,97 @@ class Intertwined(nn.Module):
         assert isinstance(backbone, ViT)
         return backbone
 
-    def distribution(self, head: str, logits: Tensor) -> Tensor:
-        """The teacher's distribution of a head: [M, K] logits -> [M, K]."""
-        losses = self.config.losses
-        if losses.centering == "sinkhorn_knopp":
-            return sinkhorn_knopp(logits, losses.teacher_temperature, losses.sinkhorn_iterations)
-        center: Tensor = getattr(self, f"center_{head}")
-        probabilities = softmax_center(logits, center, losses.teacher_temperature)
-        if self.training:
-            # The batch's own logits count from the next step on (DINOv2).
-            setattr(self, f"center_{head}", updated_center(center, logits, losses.center_momentum))
-        return probabilities
-
     @torch.no_grad()
     def teacher_targets(self, batch: Batch) -> Targets:
         """What the student has to predict: no mask, every crop with its own positions."""
         boxes, flips = batch.views.globals
-        tokens = self.teacher["backbone"](batch.global_crops, boxes, flips)
-        cls = self.distribution("image", self.teacher["image"](tokens.cls))  # [G * B, K]
-        patches = {}
-        for kind in self.patch_kinds:
-            masked = tokens.patches[getattr(batch.masks, kind)]  # [M, D]
-            patches[kind] = self.distribution(kind, self.teacher[kind](masked))
-        return Targets(cls.unflatten(0, (batch.views.n_global, -1)), patches)
+        (tokens,) = self.backbone_of("teacher").forward_views([ViewGroup(batch.global_crops, boxes, flips)])
+        heads = self.teacher
+        targets = {kind: heads[kind](masked_patches(tokens, batch, kind)) for kind in self.patch_kinds}
+        return {"image": heads["image"](tokens.cls.unflatten(0, (batch.views.n_global, -1))), **targets}
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss terms of a batch, and their sum under ``loss``."""
-        targets = self.teacher_targets(batch)
-        losses, student = self.config.losses, self.student
+    @torch.no_grad()
+    def centers(self, parts: Sequence[Targets]) -> Centers:
+        """The centres for a batch, given the targets of all its parts; the running ones move on for the next step (DINOv2)."""
+        losses, centers = self.config.losses, {}
+        for name in self.head_names:
+            rows = torch.cat([part[name].rows.flatten(0, -2) for part in parts])
+            teacher = Projection(rows, parts[0][name].prototypes)
+            if losses.centering == "sinkhorn_knopp":
+                centers[name] = sinkhorn_center(teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows)
+                continue
+            centers[name] = getattr(self, f"center_{name}")
+            if self.training:
+                # The batch's own logits count from the next step on.
+                setattr(self, f"center_{name}", updated_center(centers[name], teacher, losses.center_momentum))
+        return centers
+
+    def student_tokens(self, batch: Batch) -> list[Tokens]:
+        """One packed pass over the masked global crops and, where there are any, the local ones."""
         boxes, flips = batch.views.globals
         masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.patch_kinds}
-        tokens = student["backbone"](batch.global_crops, boxes, flips, **masks)
-        n_global = batch.views.n_global
-        global_cls = tokens.cls.unflatten(0, (n_global, -1))  # [G, B, D]
+        groups = [ViewGroup(batch.global_crops, boxes, flips, **masks)]
+        if len(batch.local_crops):
+            groups.append(ViewGroup(batch.local_crops, *batch.views.locals))
+        return self.backbone_of("student").forward_views(groups)
 
-        terms = {"image": losses.image * self._image_term(batch, tokens.cls, targets)}
+    @torch.no_grad()
+    def student_cls(self, batch: Batch) -> Tensor:
+        """[CLS] of the masked global crops alone, [G, B, D]: what :meth:`forward` will give for the same random state."""
+        boxes, flips = batch.views.globals
+        masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.patch_kinds}
+        (tokens,) = self.backbone_of("student").forward_views([ViewGroup(batch.global_crops, boxes, flips, **masks)])
+        return tokens.cls.unflatten(0, (batch.views.n_global, -1))
+
+    def forward(
+        self, batch: Batch, targets: Targets, centers: Centers, neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted loss terms of a batch, or of a part of it, and their sum under ``loss``.
+
+        Args:
+            batch: what the student sees.
+            targets: :meth:`teacher_targets` of the same images.
+            centers: :meth:`centers` of the whole batch.
+            neighbours: for a part of a batch: KoLeo is then that of the whole batch (its value the same for every part), times the
+                number of parts, so that the mean of the parts' losses is the loss of the batch.
+        """
+        losses, student, n_rows = self.config.losses, self.student, self.n_rows
+        tokens = self.student_tokens(batch)
+        global_cls = tokens[0].cls.unflatten(0, (batch.views.n_global, -1))  # [G, B, D]
+        cls = torch.cat([group.cls for group in tokens]).unflatten(0, (-1, batch.n_images))  # [G + L, B, D]
+        image = image_loss(student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows)
+        terms = {"image": losses.image * image}
         for kind in self.patch_kinds:
-            mask = getattr(batch.masks, kind)  # [G * B, N]
-            logits = student[kind](tokens.patches[mask])  # [M, K]
-            weights = mask_weights(mask, targets.image.dtype)
-            value = patch_loss(logits, targets.patches[kind], weights, len(mask), losses.student_temperature)
+            weights, n_crops = getattr(batch.masks, f"{kind}_weight"), len(tokens[0].cls)
+            projection = student[kind](masked_patches(tokens[0], batch, kind))
+            value = patch_loss(projection, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows)
             terms[kind] = losses[kind] * value
         if losses.koleo > 0:
+            n_parts = len(neighbours.parts) if neighbours else 1
+            everyone = neighbours.around(global_cls) if neighbours else global_cls
             # Apart for each global view: two crops of one image are no neighbours to push away.
-            terms["koleo"] = losses.koleo * sum(koleo_loss(cls, losses.koleo_scope) for cls in global_cls)
+            terms["koleo"] = losses.koleo * sum(koleo_loss(view, losses.koleo_scope) for view in everyone)
+            loss = torch.stack([v for k, v in terms.items() if k != "koleo"]).sum() + n_parts * terms["koleo"]
+            return {"loss": loss, **terms}
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
-    def _image_term(self, batch: Batch, global_cls: Tensor, targets: Targets) -> Tensor:
-        """L_image of a batch; ``global_cls`` is [G * B, D]."""
-        n_images, n_global = batch.n_images, batch.views.n_global
-        cls = [global_cls]
-        if len(batch.local_crops):
-            boxes, flips = batch.views.locals
-            cls.append(self.student["backbone"](batch.local_crops, boxes, flips).cls)
-        logits = self.student["image"](torch.cat(cls)).unflatten(0, (-1, n_images))  # [G + L, B, K]
-        return image_loss(logits[:n_global], logits[n_global:], targets.image, self.config.losses.student_temperature)
+    @torch.no_grad()
+    def health(self, targets: Targets, centers: Centers) -> dict[str, Tensor]:
+        """Signs of collapse, for the logs: entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
+
+        ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all images
+        are one point (1 / sqrt(d) is that of directions at random).
+        """
+        rows = targets["image"].rows.flatten(0, -2)[:256]
+        teacher = Projection(rows, targets["image"].prototypes)
+        entropy, mean_entropy = teacher_entropies(teacher, centers["image"], self.temperatures[1])
+        return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "feature_std": rows.std(0).mean()}
+
+
+def masked_patches(tokens: Tokens, batch: Batch, kind: str) -> Tensor:
+    """The tokens of the masked patches of a kind, [M, D]. Picked by index: a boolean mask would make the host wait for the device."""
+    index: Tensor = getattr(batch.masks, f"{kind}_index")
+    return tokens.patches.flatten(0, 1).index_select(0, index)
 
 
 def build_student_backbone(config: DictConfig, drop_path: float) -> ViT:

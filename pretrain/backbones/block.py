@@ -1,0 +1,85 @@
+"""One block of the Vision Transformer, on ordinary sequences or on packed ones."""
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.backbones.attention import Attention, Shapes
+
+GELUS = {"erf": "none", "tanh": "tanh"}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them (keys ``fc1``, ``fc2``)."""
+
+    def __init__(self, dim: int, hidden: int, gelu: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate=GELUS[gelu])
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel (key ``gamma`` [D])."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a sample's residual branch is dropped with probability ``rate`` in training, else scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * kept / keep
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        layerscale: float | None,
+        drop_path: float,
+        ln_eps: float,
+        gelu: str,
+        attention: str,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
+        self.attn = Attention(dim, num_heads, attention)
+        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D], or packed rows [T, D] -> [T, D].
+
+        Args:
+            shapes: of packed rows, see :class:`pretrain.backbones.attention.Attention`.
+            paths: [2, T, 1], factors of the two branches (0: dropped), drawn outside; else :class:`DropPath` draws them.
+        """
+        drop1, drop2 = (self.drop_path, self.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
+        x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes)))
+        return x + drop2(self.ls2(self.mlp(self.norm2(x))))

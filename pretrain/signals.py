@@ -1,0 +1,33 @@
+"""Being asked to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (the time limit is near)."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from pretrain import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """While the context lasts, a signal is remembered instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_any_rank(self) -> bool:
+        """Whether some rank was asked to stop; every rank must call this at the same iteration, and all get the same answer."""
+        return distributed.any_over_ranks(self.received is not None)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
