@@ -205,6 +205,8 @@ def _typed(name: str, value: Any, default: Any, source: str) -> Any:
         if items is None or len(items) != len(default):
             raise UserError(f"config: {name}={value!r} should be a list of {len(default)} values ({source})")
         return [_typed(f"{name}[{i}]", item, default[i], source) for i, item in enumerate(items)]
+    if isinstance(default, str) and value is None:
+        value = ""  # `key=` on a command line
     if isinstance(default, float) and isinstance(value, str):
         try:
             value = float(value)  # YAML 1.1 reads 1e-3 as text

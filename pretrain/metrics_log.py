@@ -1,20 +1,35 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (what the run computed), ``speed.jsonl`` (how fast), TensorBoard, and the terminal.
+"""Where a run's numbers and pictures go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
 
-``metrics.jsonl`` holds nothing that depends on the machine's speed, so a resumed run leaves the same bytes as an uninterrupted one.
+* ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves the same bytes as
+  an uninterrupted one.
+* ``probes.jsonl``: the probes of the teacher, under the same rule.
+* ``speed.jsonl``: how fast it was.
 """
 
 import json
 import os
+import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
+from pretrain.errors import UserError
+
+NAMES = ("metrics", "speed", "probes")
 QUIET_S = 20  # between progress lines where there is no terminal
+WINDOW_IT = 50  # iterations that the speed is a mean over
+TERMS = ("image", "content", "position", "koleo")  # of the loss, as the terminal shows them; all else is in the files
+WARM_IT = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
 
 
 def truncate_lines(path: Path, before_it: int) -> None:
@@ -26,7 +41,7 @@ def truncate_lines(path: Path, before_it: int) -> None:
         try:
             if json.loads(line)["iteration"] < before_it:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
@@ -34,12 +49,29 @@ def truncate_lines(path: Path, before_it: int) -> None:
 
 
 class MetricsLog:
-    """Writes the logs of one run from iteration ``start_it`` on; only the main process should hold one."""
+    """Writes the logs of one run from iteration ``start_it`` on; only the main process should hold one.
 
-    def __init__(self, folder: Path, start_it: int, tensorboard: bool) -> None:
+    A line of iteration i must be on the disk (:meth:`flush`) before a checkpoint says that i + 1 iterations are done: a resumed run
+    does not write it again.
+
+    Args:
+        folder: of the run.
+        start_it: the first iteration that will be computed; later lines of the files are dropped.
+        tensorboard: also write ``folder/tensorboard``.
+        wandb: project in Weights & Biases, none without; a resumed run goes on in the same W&B run.
+        config: what W&B shows as the run's settings.
+
+    Raises:
+        UserError: ``log.wandb`` is set, but W&B is not installed or cannot start.
+    """
+
+    def __init__(
+        self, folder: Path, start_it: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.wandb = WandbRun(folder, wandb, config or {}) if wandb else None  # first: it may fail
         self.files: dict[str, TextIO] = {}
-        for name in ("metrics", "speed"):
+        for name in NAMES:
             path = folder / f"{name}.jsonl"
             truncate_lines(path, start_it)
             self.files[name] = open(path, "a")
@@ -50,11 +82,27 @@ class MetricsLog:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_it)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of ``metrics`` or ``speed``, and the same as TensorBoard scalars."""
+        """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``, ``probe/knn_top1``, ..."""
         self.files[name].write(json.dumps({"iteration": iteration, **values}) + "\n")
+        scalars = {key if "/" in key else f"{name}/{key}": value for key, value in values.items()}
         if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(f"{name}/{key}", value, iteration)
+            for key, value in scalars.items():
+                self.writer.add_scalar(key, value, iteration)
+        if self.wandb is not None:
+            self.wandb.scalars(scalars, iteration)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is anything that pictures would go to."""
+        return self.writer is not None or self.wandb is not None
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
+        if self.writer is not None:
+            for name, picture in pictures.items():
+                self.writer.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.pictures({f"pictures/{name}": picture for name, picture in pictures.items()}, iteration)
 
     def flush(self) -> None:
         """Everything so far reaches the disk."""
@@ -71,25 +119,152 @@ class MetricsLog:
             file.close()
         if self.writer is not None:
             self.writer.close()
+        if self.wandb is not None:
+            self.wandb.run.finish()
+
+
+class WandbRun:
+    """One run in Weights & Biases. Its id lies in ``folder/wandb_id``, so that a resumed training goes on in it.
+
+    Values go by iteration. W&B drops iterations that it already has: a resumed training computes those again, to the same values.
+    ``WANDB_MODE=offline`` keeps everything on the disk, in ``folder/wandb``.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"log.wandb={project!r}, but wandb cannot be imported ({error}): pip install wandb") from error
+        known = folder / "wandb_id"
+        run_id = known.read_text().strip() if known.is_file() else None
+        try:
+            self.run = wandb.init(
+                project=project, id=run_id, resume="allow", name=folder.name, dir=str(folder), config=dict(config)
+            )
+        except wandb.Error as error:  # no account, no network
+            reason = str(error).splitlines()[0]
+            raise UserError(f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)") from error
+        known.write_text(f"{self.run.id}\n")
+        self.image = wandb.Image
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """Numbers of an iteration."""
+        self.run.log(dict(values), step=iteration)
+
+    def pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Pictures of an iteration, uint8 [H, W, 3] each."""
+        self.run.log({name: self.image(picture) for name, picture in pictures.items()}, step=iteration)
+
+
+class Speed:
+    """Images a second, share of the time that was spent waiting for data, and time left, over a sliding window of iterations.
+
+    Args:
+        batch_size: images of an iteration, over all ranks.
+        clock: seconds.
+    """
+
+    def __init__(self, batch_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.batch_size, self.clock = batch_size, clock
+        self.done, self.paused_s, self.waited_s = 0, 0.0, 0.0
+        self.window: deque[tuple[float, float]] = deque([(clock(), 0.0)], WINDOW_IT + 1)  # time at work, time of it waited
+
+    def tick(self, waited_s: float) -> None:
+        """An iteration is done, ``waited_s`` of it went by before its batch was there."""
+        self.done += 1
+        self.waited_s += waited_s
+        if self.done == WARM_IT + 1:
+            while len(self.window) > 1:
+                self.window.popleft()
+        self.window.append((self.clock() - self.paused_s, self.waited_s))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside (probes, pictures, checkpoints) is not the speed of training; the time left knows it."""
+        started = self.clock()
+        try:
+            yield
+        finally:
+            self.paused_s += self.clock() - started
+
+    def _rates(self) -> tuple[float, float]:
+        """Seconds an iteration, seconds of it waited."""
+        (first, waited_before), (last, waited) = self.window[0], self.window[-1]
+        n = max(len(self.window) - 1, 1)
+        return (last - first) / n, (waited - waited_before) / n
+
+    @property
+    def img_per_s(self) -> float:
+        """Over all ranks; 0 before there is anything to tell."""
+        seconds, _ = self._rates()
+        return self.batch_size / seconds if seconds > 0 else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for data."""
+        seconds, waited = self._rates()
+        return waited / seconds if seconds > 0 else 0.0
+
+    def eta_s(self, left_it: int) -> float:
+        """Seconds that ``left_it`` iterations will take, with pauses as they have been so far."""
+        seconds, _ = self._rates()
+        return left_it * (seconds + self.paused_s / max(self.done, 1))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory so far, 10^9 bytes: allocated on the GPU, or held by this process where there is no CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: ``2 d 03 h``, ``1 h 02 min``, ``3 min 20 s``, ``12 s``."""
+    minutes, s = divmod(max(round(seconds), 0), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h:02d} h"
+    if hours:
+        return f"{hours} h {m:02d} min"
+    return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
+
+
+def describe(losses: Mapping[str, float], speed: Speed, device: torch.device) -> str:
+    """One line: ``loss`` and its terms, img/s, share of data wait, memory."""
+    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in TERMS if name in losses)
+    memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
+    return f"loss {losses['loss']:.3f} ({terms})  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
+
+
+class _Display(Progress):
+    """A bar, and a line of text below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What rich draws."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.note)
 
 
 class ProgressLine:
-    """Progress with ETA, img/s and the loss: a bar on a terminal, a plain line now and then elsewhere."""
+    """How far a run is: a bar and a line of numbers on a terminal, a plain line now and then elsewhere.
 
-    def __init__(self, title: str, total_it: int, start_it: int) -> None:
+    Args:
+        console: where to; stderr without.
+    """
+
+    def __init__(self, title: str, total_it: int, start_it: int, console: Console | None = None) -> None:
         self.total_it, self.title, self.told = total_it, title, 0.0
-        self.bar: Progress | None = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn(title),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True))
+        self.console = console or Console(stderr=True)
+        self.bar: _Display | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
+            self.bar = _Display(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(title, total=total_it, completed=start_it, note="")
+            self.task = self.bar.add_task(title, total=total_it, completed=start_it, eta="")
 
     def update(self, done_it: int, note: str, eta_s: float) -> None:
         """``done_it`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
@@ -97,10 +272,12 @@ class ProgressLine:
         if done_it < self.total_it and time.time() - self.told < pause_s:
             return
         self.told = time.time()
+        left = f"{in_words(eta_s)} left" if done_it < self.total_it else "done"
         if self.bar is not None:
-            self.bar.update(self.task, completed=done_it, note=note)
+            self.bar.note = note
+            self.bar.update(self.task, completed=done_it, eta=left)
         else:
-            print(f"{self.title} {done_it}/{self.total_it} {note} eta {eta_s:.0f} s", file=sys.stderr, flush=True)
+            print(f"{self.title} {done_it}/{self.total_it}  {note}  {left}", file=self.console.file, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -49,6 +49,14 @@ class Ranks:
             return self.call.no_sync()
         return self._sharded_averaging(now) if self.is_sharded else nullcontext()
 
+    def reshard(self) -> None:
+        """Give back what a forward pass gathered and no backward pass has: the teacher's, before it is moved and saved."""
+        if self.is_sharded:
+            for network in (self.method.student, self.method.teacher):
+                for module in network.values():  # type: ignore[operator, union-attr]
+                    assert isinstance(module, FSDPModule)
+                    module.reshard()
+
     @contextmanager
     def _sharded_averaging(self, now: bool) -> Iterator[None]:
         for module in self.method.student.values():  # type: ignore[operator, union-attr]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,207 +10,59 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from pretrain import distributed
-from pretrain.checkpoint import load_checkpoint, save_checkpoint
+from pretrain import checkpoints, distributed
+from pretrain.analysis.pictures import training_pictures
 from pretrain.config import as_dict
-from pretrain.data.loader import ViewsDataset, build_dataset, build_loader
+from pretrain.data.broken import BrokenFiles
+from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
-from pretrain.errors import UserError
-from pretrain.methods.intertwined import Intertwined
-from pretrain.metrics_log import MetricsLog, ProgressLine
-from pretrain.optim import clip_gradients, ema_update, parameter_groups, set_schedules
+from pretrain.errors import Interrupted, UserError
+from pretrain.evaluation.probes import Probes
+from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, peak_memory_gb
+from pretrain.prototypes import at_least_float32
 from pretrain.recipe import pretraining_protocol
 from pretrain.results.provenance import config_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
-from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
+from pretrain.schedules import effective_epochs
+from pretrain.signals import StopSignals
+from pretrain.trainer import Length, Trainer, Values
 from pretrain.weights import save_backbone
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long a run is, in iterations."""
-
-    epoch_it: int
-    total_it: int
-    warmup_it: int
-    freeze_it: int
-
-    @staticmethod
-    def of(config: DictConfig, n_images: int) -> "Length":
-        """From epochs to iterations; an epoch is images / batch unless the config says how long it is."""
-        optim = config.optim
-        epoch_it = optim.epoch_length_it or n_images // optim.batch_size
-        if not epoch_it:
-            raise UserError(f"config: optim.batch_size={optim.batch_size} is more than the {n_images} images of {config.data.root}")
-        return Length(
-            epoch_it,
-            optim.epochs * epoch_it,
-            optim.warmup_epochs * epoch_it,
-            optim.freeze_last_layer_epochs * epoch_it,
-        )
-
-
-@dataclass(frozen=True)
-class Values:
-    """What the schedules say at one iteration."""
-
-    lr: float
-    last_layer_lr: float
-    weight_decay: float
-    teacher_momentum: float
-
-    def logged(self) -> dict[str, float]:
-        """What goes into the logs."""
-        return {"lr": self.lr, "weight_decay": self.weight_decay, "teacher_momentum": self.teacher_momentum}
-
-    @staticmethod
-    def at(it: int, config: DictConfig, length: Length) -> "Values":
-        """METHOD.md 6: warm-up and cosine of the lr, cosines of weight decay and momentum, last layer frozen at first."""
-        optim = config.optim
-        peak = scaled_lr(optim.base_lr, optim.batch_size, optim.lr_rule)
-        lr = warmup_cosine(it, length.total_it, length.warmup_it, peak, optim.min_lr)
-        return Values(
-            lr,
-            0.0 if it < length.freeze_it else lr,
-            cosine(it, length.total_it, optim.weight_decay, optim.weight_decay_end),
-            cosine(it, length.total_it, optim.teacher_momentum, optim.teacher_momentum_end),
-        )
-
-
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, AbstractContextManager[Any]]:
-    """Dtype of the parameters and the autocast context of a step; ``auto`` is bf16 on CUDA, float32 elsewhere."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "float32"
-    if name == "bf16":
-        return torch.float32, torch.autocast(device.type, torch.bfloat16)
-    return (torch.float64 if name == "float64" else torch.float32), nullcontext()
-
-
-class Trainer:
-    """The state of a run, and one step of it."""
-
-    def __init__(self, config: DictConfig, dataset: ViewsDataset) -> None:
-        self.config, self.dataset = config, dataset
-        self.length = Length.of(config, len(dataset))
-        self.device = choose_device(config.run.device)
-        self.dtype, self.autocast = choose_precision(config.run.precision, self.device)
-        torch.manual_seed(config.run.seed)
-        self.method = Intertwined(config).to(self.device, self.dtype)
-        self.ranks: nn.Module = self.method
-        if distributed.world_size() > 1:
-            # Which parameters get a gradient does not change from step to step; centres are kept equal by their own reduction.
-            self.ranks = DistributedDataParallel(self.method, broadcast_buffers=False)
-        betas = tuple(config.optim.betas)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.method.student), betas=betas)
-        self.iteration = 0
-
-    def step(self, batch: Any) -> tuple[dict[str, Tensor], Values]:
-        """One iteration: teacher, student, losses, backward, step, EMA. Returns the loss terms, still on the device."""
-        values = Values.at(self.iteration, self.config, self.length)
-        # Drop path is the only thing drawn on the device: seeded by the iteration, a resumed run draws the same.
-        torch.manual_seed(self.config.run.seed * 1_000_003 + self.iteration * 1009 + distributed.rank())
-        set_schedules(self.optimizer, values.lr, values.last_layer_lr, values.weight_decay)
-        with self.autocast:
-            terms = self.ranks(batch.to(self.device, self.dtype))
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        clip_gradients(self.method.student.values(), self.config.optim.clip_grad)
-        self.optimizer.step()
-        ema_update(self.method.teacher, self.method.student, values.teacher_momentum)
-        self.iteration += 1
-        return {name: term.detach() for name, term in terms.items()}, values
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on."""
-        return {
-            "iteration": self.iteration,
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "config": as_dict(self.config),
-            "n_images": len(self.dataset),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state.
-
-        Raises:
-            UserError: the checkpoint belongs to another network or to other settings, by key.
-        """
-        if "config" not in state or "method" not in state:
-            raise UserError(f"resume: the checkpoint in {self.config.run.output} is no pre-training's")
-        changed = changed_keys(state["config"], as_dict(self.config))
-        if changed:
-            raise UserError(
-                f"resume: the checkpoint in {self.config.run.output} was made with other settings: {', '.join(changed)}"
-            )
-        if state["n_images"] != len(self.dataset):
-            now = f"{self.config.data.root} has {len(self.dataset)}"
-            raise UserError(f"resume: the run was over {state['n_images']} images, but {now}: order and schedule would change")
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = state["iteration"]
-
-
-# Keys that may change between a run and its continuation: they do not touch what is computed.
-FREE_KEYS = ("run.output", "run.device", "data.root", "data.workers", "log.checkpoint_period_it", "log.tensorboard")
-
-
-def changed_keys(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings that differ, those of no effect on the outcome left out."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = sorted(set(before) | set(after))
-        return [key for name in names for key in changed_keys(before.get(name), after.get(name), f"{prefix}{name}.")]
-    name = prefix.rstrip(".")
-    return [] if before == after or name in FREE_KEYS else [name]
-
-
-def train(config: DictConfig, resume: bool = False, stop_after_it: int | None = None) -> Path:
+def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None) -> Path:
     """Run (or go on with) a pre-training.
 
     Args:
         config: all settings (:func:`pretrain.config.load_config`).
-        resume: go on from the folder's checkpoint if there is one; a finished run is left as it is.
+        resume: ``auto``: go on from the folder's newest whole checkpoint if there is one, a finished run is left as it is; or an
+            iteration of it, or a checkpoint's directory; nothing: start.
         stop_after_it: save and leave at this iteration, as an interruption would.
 
     Returns:
-        the folder, with ``backbone.safetensors`` (the teacher), ``result.json``, logs and the last checkpoint.
+        the folder, with ``backbone.safetensors`` (the teacher), ``result.json``, logs and the last checkpoints.
 
     Raises:
-        UserError: bad settings, no images, a folder that holds another run.
+        UserError: bad settings, no images, too many broken ones, a folder that holds another run.
         FloatingPointError: a loss is no number; names the iteration and the terms.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
-    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"):
-        return _train(config, resume, stop_after_it)
-
-
-def _train(config: DictConfig, resume: bool, stop_after_it: int | None) -> Path:
-    folder = Path(config.run.output)
-    distributed.start(choose_device(config.run.device).type)
-    dataset = build_dataset(config)
-    trainer = Trainer(config, dataset)
-    state = load_checkpoint(folder) if resume else None
-    before = Progress()
-    if state is not None:
-        trainer.restore(state)
-        before = Progress(**state["progress"])
-        del state  # gigabytes, for the whole run
-    elif not resume and (folder / "checkpoint.pt").exists():
-        raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
-    if trainer.iteration >= trainer.length.total_it and (folder / "result.json").is_file():
-        distributed.say(f"{folder} is finished ({read_result(folder).created})")
+    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"), StopSignals() as signals:
+        distributed.start(device.type)
+        dataset = build_dataset(config)
+        trainer = Trainer(config, Length.of(config, len(dataset)))
+        before = prepare(trainer, len(dataset), resume)
+        folder, total_it = Path(config.run.output), trainer.length.total_it
+        if trainer.iteration >= total_it and (folder / "result.json").is_file():
+            distributed.say(f"{folder} is finished ({read_result(folder).created})")
+            return folder
+        run = Run(trainer, dataset, before, signals)
+        run.loop(min(total_it, stop_after_it or total_it))
+        if trainer.iteration == total_it:
+            run.finish()
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if distributed.is_main():
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    end_it = min(trainer.length.total_it, stop_after_it or trainer.length.total_it)
-    progress = loop(trainer, folder, end_it, before)
-    if end_it == trainer.length.total_it and distributed.is_main():
-        finish(trainer, folder, progress)
-    return folder
 
 
 @dataclass(frozen=True)
@@ -220,97 +72,255 @@ class Progress:
     wall_time_s: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     img_per_s: float = 0.0
-    broken: tuple[str, ...] = ()  # files that could not be read
+    n_skipped: int = 0  # steps that changed nothing, since a loss was no number
+    broken: dict[str, Any] = field(default_factory=dict)  # BrokenFiles.state()
+    probes: dict[str, float] = field(default_factory=dict)
 
 
-def loop(trainer: Trainer, folder: Path, end_it: int, before: Progress) -> Progress:
-    """Iterations up to ``end_it``, with logs and checkpoints."""
-    config, first_it, started = trainer.config, trainer.iteration, time.time()
-    loader = build_loader(config, trainer.dataset, first_it, end_it, pin_memory=trainer.device.type == "cuda")
-    log = MetricsLog(folder, first_it, config.log.tensorboard) if distributed.is_main() else None
-    line = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, first_it) if log else None
-    broken, new, waited, now = set(before.broken), set[str](), 0.0, before
-    waiting_since = time.time()
-    try:
-        for batch, unreadable in loader:
-            waited += time.time() - waiting_since
-            new |= set(unreadable)
-            terms, values = trainer.step(batch)
-            done = trainer.iteration
-            is_due = done % config.log.checkpoint_period_it == 0 or done == end_it
-            if (done - 1) % config.log.period_it == 0 or is_due:
-                report_broken(broken, new)
-                seconds = time.time() - started
-                img_per_s = (done - first_it) * config.optim.batch_size / seconds
-                now = Progress(before.wall_time_s + seconds, finite_losses(terms, done - 1), img_per_s, tuple(sorted(broken)))
-                if log and line and ((done - 1) % config.log.period_it == 0 or done == trainer.length.total_it):
-                    log.write("metrics", done - 1, {**now.losses, **values.logged()})
-                    share = waited / seconds
-                    log.write("speed", done - 1, {"img_per_s": img_per_s, "data_wait": share, "broken_images": len(broken)})
-                    eta_s = (trainer.length.total_it - done) * config.optim.batch_size / img_per_s
-                    line.update(done, f"loss {now.losses['loss']:.3f}  {img_per_s:.1f} img/s  data wait {share:.0%}", eta_s)
-            if is_due and log:
-                log.flush()
-                save_checkpoint(folder, {**trainer.state(), "progress": asdict(now)})
-            waiting_since = time.time()
-    except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
-    finally:
-        if log and line:
-            log.close()
-            line.close()
-    return now
-
-
-def finite_losses(terms: dict[str, Tensor], it: int) -> dict[str, float]:
-    """Loss terms averaged over the ranks, as numbers.
+def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
+    """Bring the trainer to where the run stands: its start, another run's networks, or a checkpoint.
 
     Raises:
-        FloatingPointError: one is NaN or infinite; the run must not go on.
+        UserError: the folder holds a run and nothing says to go on with it; or the checkpoint does not belong to these settings.
     """
-    stacked = distributed.mean_over_ranks(torch.stack(list(terms.values())))
-    losses = dict(zip(terms, stacked.tolist()))
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise FloatingPointError(f"noticed at iteration {it}: a loss is no number: {losses}")
+    config, folder = trainer.config, Path(trainer.config.run.output)
+    if not resume and checkpoints.newest(folder) != (None, []):
+        raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
+    found, messages = checkpoints.find(folder, resume) if resume else (None, [])
+    for message in messages:
+        distributed.say(message)
+    if found is None and messages:
+        raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
+    if found is not None:
+        check_same_run(found, config, n_images)
+        checkpoints.load(found, trainer.tensors())
+        trainer.iteration = found.iteration
+        progress = Progress(**found.meta["progress"])
+        trainer.n_skipped = progress.n_skipped
+        distributed.say(f"going on from {found.path}")
+        return progress
+    if config.run.start_from:
+        earlier, messages = checkpoints.find(Path(config.run.start_from), config.run.start_from)
+        assert earlier is not None
+        networks = trainer.networks()
+        left = sorted(name for name in earlier.contents() if name.startswith("method.") and name not in networks)
+        if left:
+            raise UserError(f"run.start_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}")
+        checkpoints.load(earlier, networks)
+    return Progress()
+
+
+# Keys that may change between a run and its continuation: they do not touch what is computed.
+FREE_KEYS = ("run.output", "run.device", "data.root", "data.workers", "data.broken_share")
+FREE_GROUPS = ("step", "probes", "log")
+
+
+def check_same_run(found: checkpoints.Found, config: DictConfig, n_images: int) -> None:
+    """A checkpoint goes on under the settings and over the images that it was made with.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if not {"config", "n_images", "progress"} <= found.meta.keys():
+        raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
+    changed = changed_keys(found.meta["config"], as_dict(config))
+    if changed:
+        raise UserError(f"resume: {found.path} was made with other settings: {', '.join(changed)}")
+    if found.meta["n_images"] != n_images:
+        now = f"{config.data.root} has {n_images}"
+        raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
+
+
+def changed_keys(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that differ, those of no effect on the outcome left out."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(set(before) | set(after))
+        return [key for name in names for key in changed_keys(before.get(name), after.get(name), f"{prefix}{name}.")]
+    name = prefix.rstrip(".")
+    return [] if before == after or name in FREE_KEYS or name.split(".")[0] in FREE_GROUPS else [name]
+
+
+class Run:
+    """A run under way: its loader, logs, checkpoints and probes around the trainer."""
+
+    def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Progress, signals: StopSignals) -> None:
+        config = trainer.config
+        self.config, self.trainer, self.dataset, self.before, self.signals = config, trainer, dataset, before, signals
+        self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
+        self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []  # loss terms not looked at yet, still on the device
+        self.probes = Probes(config)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = config.log
+        self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints)
+        self.speed = Speed(config.optim.batch_size)
+        self.log: MetricsLog | None = None
+        self.line: ProgressLine | None = None
+        if distributed.is_main():
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+            self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
+            self.line = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, trainer.iteration)
+
+    def loop(self, end_it: int) -> None:
+        """Iterations up to ``end_it``, with logs, probes and checkpoints."""
+        config, trainer, log = self.config, self.trainer, self.config.log
+        pinned = trainer.device.type == "cuda"
+        loader = build_loader(config, self.dataset, trainer.iteration, end_it, pin_memory=pinned)
+        try:
+            for parts, unreadable, waited_s in in_parts(loader, config.step.accumulate):
+                it, done = trainer.iteration, trainer.iteration + 1
+                is_last = done == trainer.length.total_it
+                is_logged, is_due = it % log.period_it == 0 or is_last, done % log.checkpoint_period_it == 0 or done == end_it
+                terms, values = trainer.step(parts, examine=is_logged)
+                self.pending.append((it, terms))
+                self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
+                self.speed.tick(waited_s)
+                stopping = self.signals.on_any_rank()
+                if is_logged or is_due or stopping:
+                    self.look(it, values if is_logged else None)
+                with self.speed.paused():
+                    self.show(it, parts[0])
+                    self.probe(done)
+                    if is_due or stopping:
+                        self.save(done)
+                if stopping and not is_last:
+                    self.writer.wait()
+                    raise Interrupted(f"{self.signals.received or 'another rank was signalled'}; saved at iteration {done}")
+            self.writer.wait()
+        except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+        finally:
+            if self.log and self.line:
+                self.log.close()
+                self.line.close()
+
+    def look(self, it: int, values: Values | None) -> None:
+        """Bring the losses since the last look to the host, refuse what is no number, and log the last ones."""
+        self.account()
+        losses, self.pending = checked(self.pending, self.config.step.on_nan), []
+        seconds = self.before.wall_time_s + time.time() - self.started
+        self.now = Progress(
+            seconds, losses, self.speed.img_per_s, self.trainer.n_skipped, self.broken.state(), self.now.probes
+        )
+        if self.log and self.line and values is not None:
+            self.log.write("metrics", it, {**losses, **values.logged()})
+            speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait, "broken_images": len(self.broken.files)}
+            speed["peak_memory_gb"] = peak_memory_gb(self.trainer.device)
+            self.log.write("speed", it, speed)
+            left_it = self.trainer.length.total_it - it - 1
+            self.line.update(it + 1, describe(losses, self.speed, self.trainer.device), self.speed.eta_s(left_it))
+
+    def account(self) -> None:
+        """Add up what the ranks could not read, and name each new image once.
+
+        Raises:
+            UserError: they are more than the share that is allowed.
+        """
+        for name in self.broken.add(distributed.gather_objects(self.read.state())):
+            distributed.say(f"skipped, cannot be read: {name}")
+        self.read = BrokenFiles()
+        allowed = self.config.data.broken_share
+        if self.broken.over(allowed):
+            self.broken.write(self.folder)
+            counts = self.broken.told(0)[0]
+            raise UserError(f"data.root: {counts}, more than data.broken_share={allowed:g} allows; {self.folder} lists them")
+
+    def show(self, it: int, batch: AnyBatch) -> None:
+        """Pictures of what the run sees, now and then."""
+        period_it = self.config.log.pictures_period_it
+        if not period_it or it % period_it:
+            return
+        teacher = self.trainer.teacher_backbone()
+        if self.log and self.log.shows_pictures and teacher is not None:
+            seen = batch.to(self.trainer.device, self.trainer.dtype)
+            crops = seen.global_crops, seen.local_crops
+            self.log.pictures(it, training_pictures(teacher, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
+
+    def probe(self, done: int) -> None:
+        """Ask the probes about the teacher, where it is time."""
+        if not self.probes.is_due(done, self.trainer.length.total_it):
+            return
+        backbone = self.trainer.teacher_backbone()
+        if self.log and backbone is not None:
+            found = self.probes.run(backbone, self.trainer.device, self.trainer.autocast)
+            self.now = Progress(**{**asdict(self.now), "probes": found})
+            self.log.write("probes", done - 1, found)
+        distributed.barrier()
+
+    def save(self, done: int) -> None:
+        """Leave a checkpoint; the logs reach the disk before it."""
+        if self.log:
+            self.log.flush()
+        meta = {"config": as_dict(self.config), "n_images": len(self.dataset), "progress": asdict(self.now)}
+        self.writer.save(done, self.trainer.tensors(), meta)
+
+    def finish(self) -> None:
+        """Leave the teacher's backbone, the result, the list of broken images, and the last checkpoint in one file."""
+        backbone = self.trainer.teacher_backbone()
+        if not distributed.is_main() or backbone is None:
+            return
+        config, crops, now = self.config, self.config.crops, self.now
+        self.broken.write(self.folder)
+        for line in self.broken.told():
+            distributed.say(line)
+        if self.trainer.ranks.is_sharded:
+            last, _ = checkpoints.newest(self.folder)
+            assert last is not None
+            checkpoints.consolidate(last, self.folder)
+        seen = self.trainer.length.total_it * config.optim.batch_size / len(self.dataset)
+        epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
+        origin = {
+            "method": config.run.method,
+            "effective_epochs": round(epochs, 2),
+            "seed": config.run.seed,
+            "config_hash": config_hash(as_dict(config)),
+        }
+        state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
+        path = self.folder / "backbone.safetensors"
+        save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
+        result = Result(
+            kind="pretrain",
+            method=config.run.method,
+            backbone=config.backbone.name,
+            effective_epochs=origin["effective_epochs"],
+            protocol=pretraining_protocol(config, len(self.dataset)),
+            metrics={**now.losses, **now.probes, "img_per_s": now.img_per_s, "n_skipped": now.n_skipped, "broken_images": len(self.broken.files)},
+            seed=config.run.seed,
+            wall_time_s=now.wall_time_s,
+            **provenance(as_dict(config), path),
+        )
+        write_result(result, self.folder)
+
+
+def in_parts(
+    loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int
+) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
+    """An iteration's batch in its parts, the images that could not be read, and how long the data was waited for (s)."""
+    parts, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
+    for batch, names in loader:
+        waited_s += time.perf_counter() - since
+        parts.append(batch)
+        unreadable += names
+        if len(parts) == n_parts:
+            yield parts, unreadable, waited_s
+            parts, unreadable, waited_s = [], [], 0.0
+        since = time.perf_counter()
+
+
+def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[str, float]:
+    """The last of some iterations' terms, averaged over the ranks, as numbers.
+
+    Raises:
+        FloatingPointError: one of them, in any of the iterations, is NaN or infinite, and such a step is not to be skipped.
+    """
+    losses: dict[str, float] = {}
+    stacked = [distributed.mean_over_ranks(torch.stack([at_least_float32(term) for term in terms.values()])) for _, terms in pending]
+    for (it, terms), values in zip(pending, stacked):
+        losses = dict(zip(terms, values.tolist()))
+        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+        if wrong and on_nan == "stop":
+            raise FloatingPointError(f"iteration {it}: {', '.join(wrong)} is no number: {losses}")
+        if wrong:
+            distributed.say(f"iteration {it} was skipped: {', '.join(wrong)} is no number")
+            losses = {name: value for name, value in losses.items() if name not in wrong}
     return losses
-
-
-def report_broken(known: set[str], new: set[str]) -> None:
-    """Name each file that some rank could not read, once; ``new`` moves into ``known``."""
-    for name in sorted(distributed.union_over_ranks(new) - known):
-        known.add(name)
-        distributed.say(f"skipped, cannot be read: {name}")
-    new.clear()
-
-
-def finish(trainer: Trainer, folder: Path, progress: Progress) -> None:
-    """Leave the teacher's backbone and the result."""
-    config, crops = trainer.config, trainer.config.crops
-    seen = trainer.length.total_it * config.optim.batch_size / len(trainer.dataset)
-    epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
-    origin = {
-        "method": config.run.method,
-        "effective_epochs": round(epochs, 2),
-        "seed": config.run.seed,
-        "config_hash": config_hash(as_dict(config)),
-    }
-    backbone = trainer.method.backbone_of("teacher")
-    path = save_backbone(
-        folder / "backbone.safetensors",
-        {name: tensor.float() for name, tensor in backbone.state_dict().items()},
-        name=config.backbone.name,
-        flags=backbone.flags,
-        provenance=origin,
-    )
-    result = Result(
-        kind="pretrain",
-        method=config.run.method,
-        backbone=config.backbone.name,
-        effective_epochs=origin["effective_epochs"],
-        protocol=pretraining_protocol(config, len(trainer.dataset)),
-        metrics={**progress.losses, "img_per_s": progress.img_per_s},
-        seed=config.run.seed,
-        wall_time_s=progress.wall_time_s,
-        **provenance(as_dict(config), path),
-    )
-    write_result(result, folder)

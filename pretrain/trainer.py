@@ -124,6 +124,7 @@ class Trainer:
             health = self.method.health(targets[0], centers) if examine else {}
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.backward(parts, targets, centers)
+        self.ranks.reshard()
         terms["grad_norm"] = clip_gradients(self.method.student, self.config.optim.clip_grad)
         if self.config.step.on_nan == "skip" and not self.is_finite(terms):
             self.n_skipped += 1

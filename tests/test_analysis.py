@@ -1,20 +1,26 @@
-"""Attention maps, figures and k-NN."""
+"""Attention maps, PCA, figures, pictures of a running training, and k-NN."""
 
 import json
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from photos import TINY, write_photos
 from PIL import Image
+from sklearn.decomposition import PCA
 
-from pretrain.analysis.attention import last_layer_attention
+from pretrain.analysis.attention import last_layer, last_layer_attention
+from pretrain.analysis.pca import pca_rgb, principal_components
+from pretrain.analysis.pictures import training_pictures
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_accuracy, knn_predict
 from pretrain.train import train
+from pretrain.views.boxes import Views
+from pretrain.views.masks import MaskRule, draw_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +37,52 @@ def test_last_layer_attention_by_hand():
     got = last_layer_attention(model, x)
     assert got.shape == (2, 6, 6)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
+    seen = last_layer(model, x)
+    torch.testing.assert_close(seen.features, model(x).patches, atol=1e-6, rtol=1e-5)
+    of_cls = (q[0, :, :1] @ k[0].transpose(-2, -1) / 2)[:, 0, 3:].softmax(-1).mean(0)
+    torch.testing.assert_close(seen.cls[0], of_cls, atol=1e-6, rtol=1e-5)
+
+
+def test_components_equal_scikit_learns_up_to_the_fixed_sign():
+    rows = np.random.default_rng(0).normal(size=(60, 5)) * [3, 1, 2, 0.1, 0.5] + 4
+    oracle = PCA(3).fit(rows)
+    largest = np.take_along_axis(oracle.components_, np.abs(oracle.components_).argmax(1)[:, None], axis=1)
+    expected = oracle.transform(rows) * np.sign(largest[:, 0])
+    got = principal_components(torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+    np.testing.assert_allclose(principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9)
+
+
+def test_pca_colours_are_joint_and_scaled_by_percentiles():
+    features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
+    features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one picture is of another kind than the two others
+    rgb = pca_rgb(features)
+    assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
+    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its colour is another, for the components are those of all pictures
+    clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
+    assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
+
+
+@pytest.mark.parametrize(("encoding", "n_local"), [("field", 5), ("standard", 0)])
+def test_pictures_of_a_running_training(encoding, n_local):
+    n_images, rng = 5, np.random.default_rng(0)
+    corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, 2 + n_local, 2))).float()
+    boxes = torch.cat([corners, corners + 0.4], dim=-1)
+    views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global=2)
+    masks = draw_masks(n_images, 2, (2, 2), MaskRule(), (0,))
+    crops, small = torch.randn(2 * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
+    torch.manual_seed(0)
+    teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
+    state = torch.get_rng_state()
+    pictures = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    assert set(pictures) == {"views", "masks", "attention", "pca"}
+    for picture in pictures.values():
+        assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+        assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 50
+    assert teacher.training and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in teacher.parameters())
+    again = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
 
 
 def test_knn_equals_a_plain_loop():

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from pretrain.backbones.attention import choose_attention
-from pretrain.backbones.vit import ViT
+from pretrain.backbones.vit import ViewGroup, ViT
 from pretrain.build import backbone_names, build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import save_backbone
@@ -192,3 +192,68 @@ def test_xformers_is_refused_by_name_where_it_cannot_run():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="xformers"):
             build_backbone("vit_tiny_patch16", attention="xformers")
+
+
+def packed_inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    large = ViewGroup(
+        torch.randn(4, 3, 64, 64, generator=g, dtype=dtype),
+        torch.rand(4, 4, generator=g).sort(1).values,
+        torch.rand(4, generator=g) < 0.5,
+        torch.rand(4, 16, generator=g) < 0.3,
+    )
+    small = ViewGroup(torch.randn(6, 3, 32, 32, generator=g, dtype=dtype), torch.rand(6, 4, generator=g).sort(1).values, None)
+    return [large, small]
+
+
+def packed_model(dtype=torch.float64, **flags):
+    torch.manual_seed(0)
+    flags = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | flags
+    return build_backbone("vit_tiny_patch16", **flags).to(dtype)
+
+
+def packed_gradients(model, forward, autocast=False):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        large, small = forward(packed_inputs(next(model.parameters()).dtype))
+        loss = large.patches.square().sum() + small.cls.sum() + large.registers.sum()
+    loss.backward()
+    return [large.cls, large.patches, small.cls, small.patches, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast, tolerance", [(torch.float64, False, 1e-9), (torch.float32, False, 1e-5), (torch.float32, True, 0.03)]
+)
+def test_packed_views_equal_a_pass_for_each_size(dtype, autocast, tolerance):
+    """Tokens and every parameter's gradient; under bf16 autocast to 3 % of the largest value."""
+    model = packed_model(dtype)
+    apart = packed_gradients(model, lambda groups: [model(*group) for group in groups], autocast)
+    packed = packed_gradients(model, model.forward_views, autocast)
+    assert len(apart) == len(packed) > 40
+    for one, two in zip(packed, apart):
+        assert (one - two).abs().max() <= tolerance * two.abs().max()
+
+
+@pytest.mark.parametrize("rule", ["full", "selective"])
+def test_checkpointed_blocks_give_the_same_gradients(rule):
+    """With paths dropped too: they are drawn outside the blocks, so nothing is drawn again."""
+    model = packed_model(drop_path=0.5).train()
+    torch.manual_seed(5)
+    plain = packed_gradients(model, model.forward_views)
+    model.checkpointing = rule
+    torch.manual_seed(5)
+    again = packed_gradients(model, model.forward_views)
+    assert all(torch.equal(one, two) for one, two in zip(plain, again))
+
+
+def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
+    model = packed_model(drop_path=0.5).train()
+    torch.manual_seed(3)
+    paths = model.draw_paths([(4, 5), (3, 2)], "cpu")
+    torch.manual_seed(3)
+    assert torch.equal(model.draw_paths([(4, 5)], "cpu"), paths[:, :, :20])  # the first group alone draws the same
+    assert paths.shape == (3, 2, 26, 1)
+    of_crops = paths[:, :, :20, 0].unflatten(2, (4, 5))
+    assert (of_crops == of_crops[..., :1]).all()
+    assert set(paths[0].unique().tolist()) == {1.0} and set(paths[2].unique().tolist()) == {0.0, 2.0}
+    assert model.eval().draw_paths([(4, 5)], "cpu") is None

@@ -41,15 +41,73 @@ def test_a_thick_cross_from_twice_a_thin_ones_cells():
             assert all(False in seen for seen in starts.values())
 
 
-def test_a_short_cross_keeps_the_cells_near_its_centre():
-    for seed in range(20):
-        mask = cross_mask((15, 15), 9, np.random.default_rng(seed))
-        rng = np.random.default_rng(seed)  # the centre, as cross_mask draws it
-        row, column = int(rng.integers(0, 15)), int(rng.integers(0, 15))
-        rows, columns = np.indices(mask.shape)
-        on_cross, distance = (rows == row) | (columns == column), np.maximum(abs(rows - row), abs(columns - column))
-        assert mask.sum() == 9 and not (mask & ~on_cross).any()
-        assert distance[mask].max() <= distance[on_cross & ~mask].min()
+class Scripted:
+    """Numbers that a test chooses."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (7, 7), (14, 3), (2, 14)])
+def test_a_short_cross_keeps_the_cells_near_its_centre(row, column):
+    rows, columns = np.indices((15, 15))
+    on_cross, distance = (rows == row) | (columns == column), np.maximum(abs(rows - row), abs(columns - column))
+    for target in range(1, 29):
+        mask = cross_mask((15, 15), target, Scripted((row + 0.5) / 15, (column + 0.5) / 15))
+        assert mask.sum() == target and not (mask & ~on_cross).any()
+        if target < 29:
+            last = distance[mask].max()
+            assert last <= distance[on_cross & ~mask].min()
+            tied = on_cross & (distance == last)  # of equally far cells, the first in reading order
+            assert (np.flatnonzero(mask & tied) == np.flatnonzero(tied)[: (mask & tied).sum()]).all()
+
+
+def test_the_last_of_two_thick_crosses_is_cut_at_its_own_far_cells():
+    """By hand: the first cross at rows 2-3 and columns 4-5 stands whole (52 cells); of the second, those nearest to (9.5, 10.5)."""
+    mask = cross_mask((14, 14), 60, Scripted(2.5 / 13, 4.5 / 13, 9.5 / 13, 10.5 / 13))
+    rows, columns = np.indices((14, 14))
+    first = np.isin(rows, (2, 3)) | np.isin(columns, (4, 5))
+    assert (mask & first).sum() == first.sum() == 52 and mask.sum() == 60
+    second = mask & ~first
+    expected = np.zeros((14, 14), dtype=bool)
+    expected[9:11, 10:12] = True  # at distance 1/2; then the ring at 3/2, in reading order
+    for row, column in ((8, 10), (8, 11), (9, 9), (9, 12)):
+        expected[row, column] = True
+    assert (second == expected).all()
+
+
+def test_boxes_by_hand():
+    """Of 25 patches: 4 + 21 * 13/21 = 17 at aspect 1 is a box of 4 x 4; then 4 + 5 = 9 of the 9 left over, 3 x 3."""
+    size, square = 13 / 21, 0.5
+    first = [size, square, 3.5 / 11, 6.5 / 11]  # at row 3 and column 6, of the 11 places each that a side of 4 has in 14
+    second = [1.0, square, 10.5 / 12, 0.5 / 12]
+    mask = box_mask(GRID, 25, MaskRule(), Scripted(*first, *second))
+    expected = np.zeros(GRID, dtype=bool)
+    expected[3:7, 6:10] = expected[10:13, 0:3] = True
+    assert (mask == expected).all()
+    nothing_new = [1.0, square, 3.5 / 12, 6.5 / 12]  # inside the first box: tried again
+    assert (box_mask(GRID, 25, MaskRule(), Scripted(*first, *nothing_new, *second)) == expected).all()
+
+
+def test_the_rest_beyond_the_boxes_is_single_free_patches():
+    """No box fits a grid of one row: all patches come from the top-up, each as likely as any other."""
+    seen = np.stack([box_mask((1, 12), 5, MaskRule(), np.random.default_rng(seed))[0] for seed in range(2000)])
+    assert (seen.sum(1) == 5).all() and abs(seen.mean(0) - 5 / 12).max() < 0.05
+
+
+def test_lists_of_masked_patches():
+    masks = draw_masks(4, 2, GRID, MaskRule(content_share=0.5, position_share=0.25), (3, 1))
+    for kind in ("content", "position"):
+        mask = getattr(masks, kind)
+        index, weight = getattr(masks, f"{kind}_index"), getattr(masks, f"{kind}_weight")
+        assert index.dtype == torch.int64 and torch.equal(index, mask.flatten().nonzero()[:, 0])
+        counts = mask.sum(1, keepdim=True).expand_as(mask)[mask]
+        assert weight.dtype == torch.float32 and torch.equal(weight, 1 / counts.float())
+    none = draw_masks(2, 2, GRID, MaskRule(position_share=0.0), (3, 1))
+    assert none.position_index.shape == none.position_weight.shape == (0,)
 
 
 def test_box_masks_are_boxy():

@@ -7,8 +7,10 @@ from photos import TINY, write_photos
 
 from pretrain.config import load_config
 from pretrain.data.loader import build_dataset, build_loader
-from pretrain.losses import cross_entropy, koleo_loss
+from pretrain.losses import koleo_loss
 from pretrain.methods.intertwined import Intertwined
+from pretrain.prototypes import Projection, distribution
+from pretrain.trainer import Length, Trainer
 
 BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
 BASELINE += ["masks.position_share=0.0", "losses.position=0.0"]
@@ -19,8 +21,17 @@ def folder(tmp_path):
     return write_photos(tmp_path / "photos")
 
 
-def first_batch(config):
-    return next(iter(build_loader(config, build_dataset(config), 0, 1)))[0]
+def first_batch(config, dtype=torch.float32):
+    return next(iter(build_loader(config, build_dataset(config), 0, 1)))[0].to(torch.device("cpu"), dtype)
+
+
+def cross_entropy(logits, probabilities, temperature):
+    return -(probabilities * torch.log_softmax(logits / temperature, -1)).sum(-1)
+
+
+def terms_of(method, batch):
+    targets = method.teacher_targets(batch)
+    return method(batch, targets, method.centers([targets]))
 
 
 def double_method(config):
@@ -34,7 +45,7 @@ def double_method(config):
 
 def test_the_students_unmasked_input_is_the_teachers(folder):
     config = load_config(None, [*TINY, f"data.root={folder}", "backbone.n_registers=2"])
-    batch = first_batch(config).to(torch.device("cpu"), torch.float64)
+    batch = first_batch(config, torch.float64)
     method = double_method(config)
     method.teacher.load_state_dict(method.student.state_dict())
     boxes, flips = batch.views.globals
@@ -52,9 +63,9 @@ def test_the_students_unmasked_input_is_the_teachers(folder):
 def test_a_steps_loss_is_equation_6(folder, extra):
     """The terms restated with loops over views and patches from the networks' own outputs."""
     config = load_config(None, [*TINY, f"data.root={folder}", "run.precision=float64", "backbone.drop_path=0.0", *extra])
-    batch = first_batch(config).to(torch.device("cpu"), torch.float64)
+    batch = first_batch(config, torch.float64)
     method = double_method(config).eval()  # eval: the centres stay
-    terms = method(batch)
+    terms = terms_of(method, batch)
     n_images, views = batch.n_images, batch.views
     student, teacher = method.student, method.teacher
     crops = list(batch.global_crops.split(n_images)) + list(batch.local_crops.split(n_images))
@@ -68,17 +79,20 @@ def test_a_steps_loss_is_equation_6(folder, extra):
         if is_global:
             tokens_t.append(teacher["backbone"](pixels, boxes, flips))
 
-    all_cls = method.distribution("image", teacher["image"](torch.cat([t.cls for t in tokens_t]))).split(n_images)
+    centers = method.centers([method.teacher_targets(batch)])
+    all_cls = teacher["image"](torch.cat([t.cls for t in tokens_t]))
+    all_cls = distribution(all_cls, centers["image"], 0.04).split(n_images)
     pairs = [(t, s) for t in range(2) for s in range(len(crops)) if s != t]
-    image = sum(cross_entropy(student["image"](tokens_s[s].cls), all_cls[t], 0.1).mean() for t, s in pairs) / len(pairs)
+    image = sum(cross_entropy(student["image"](tokens_s[s].cls).logits, all_cls[t], 0.1).mean() for t, s in pairs) / len(pairs)
     torch.testing.assert_close(terms["image"], image)
     koleo = sum(koleo_loss(tokens_s[v].cls) for v in range(2))
     torch.testing.assert_close(terms["koleo"], koleo)
     total = image + koleo
     for kind in method.patch_kinds:
         mask = getattr(batch.masks, kind)
-        probabilities = method.distribution(kind, teacher[kind](torch.cat([t.patches for t in tokens_t])[mask]))
-        logits = student[kind](torch.cat([t.patches for t in tokens_s[:2]]))
+        masked = teacher[kind](torch.cat([t.patches for t in tokens_t])[mask])
+        probabilities = distribution(Projection(*masked), centers[kind], 0.04)
+        logits = student[kind](torch.cat([t.patches for t in tokens_s[:2]])).logits
         loss, row = 0.0, 0
         for crop in range(2 * n_images):
             for patch in mask[crop].nonzero().flatten().tolist():
@@ -95,7 +109,7 @@ def test_every_trainable_parameter_has_a_gradient(folder, extra):
     config = load_config(None, [*TINY, f"data.root={folder}", *extra])
     method = Intertwined(config)
     batch = first_batch(config)
-    method(batch)["loss"].backward()
+    terms_of(method, batch)["loss"].backward()
     without = [name for name, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []
     assert all(p.grad is None for p in method.teacher.parameters())
@@ -107,11 +121,81 @@ def test_centres_follow_the_teacher_one_step_behind(folder):
     method, batch = Intertwined(config), first_batch(config)
     boxes, flips = batch.views.globals
     with torch.no_grad():
-        logits = method.teacher["image"](method.teacher["backbone"](batch.global_crops, boxes, flips).cls)
-    first = method(batch)["image"]
+        logits = method.teacher["image"](method.teacher["backbone"](batch.global_crops, boxes, flips).cls).logits
+    first = terms_of(method, batch)["image"]
     torch.testing.assert_close(method.center_image, 0.1 * logits.mean(0, keepdim=True))
-    second = method(batch)["image"]
+    second = terms_of(method, batch)["image"]
     assert not torch.equal(first, second)
+
+
+def trainer_of(config):
+    """A trainer whose networks are no start of a run: everything has a size that can be seen."""
+    trainer = Trainer(config, Length(10, 100, 0, 0))
+    trainer.method.load_state_dict(double_method(config).state_dict())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], BASELINE, ["losses.centering=sinkhorn_knopp"], ["step.checkpointing=full"], ["crops.n_local=0"]],
+    ids=["method", "baseline", "sinkhorn", "checkpointed", "globals"],
+)
+def test_parts_of_a_batch_equal_the_whole(folder, extra):
+    """Gradient accumulation: losses, centres and every parameter after two steps."""
+    common = [*TINY, f"data.root={folder}", "run.precision=float64", "optim.batch_size=6", *extra]
+    whole, parts = (load_config(None, [*common, "backbone.drop_path=0.0", *a]) for a in ([], ["step.accumulate=3"]))
+    one, two = trainer_of(whole), trainer_of(parts)
+    data = build_dataset(whole)
+    for it in range(2):
+        batches = [batch for batch, _ in build_loader(parts, data, it, it + 1)]
+        assert len(batches) == 3
+        (all_at_once,) = [batch for batch, _ in build_loader(whole, data, it, it + 1)]
+        a, b = one.step([all_at_once])[0], two.step(batches)[0]
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-9)
+    for (name, x), y in zip(one.tensors().items(), two.tensors().values()):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_koleo_sees_the_same_dropped_paths_in_both_of_its_passes(folder):
+    """The pass without gradient, over the global crops alone, gives the [CLS] of the packed pass over all crops."""
+    config = load_config(None, [*TINY, f"data.root={folder}", "run.precision=float64", "backbone.drop_path=0.5"])
+    trainer, batch = trainer_of(config), first_batch(config, torch.float64)
+    trainer.seed(1)
+    alone = trainer.method.student_cls(batch)
+    trainer.seed(1)
+    packed = trainer.method.student_tokens(batch)[0].cls.unflatten(0, (2, -1))
+    torch.testing.assert_close(alone, packed, rtol=1e-12, atol=0)
+    trainer.seed(2)
+    assert not torch.equal(trainer.method.student_cls(batch), alone)
+
+
+@pytest.mark.parametrize("extra", [[], BASELINE], ids=["method", "baseline"])
+def test_chunked_losses_train_as_the_plain_ones(folder, extra):
+    common = [*TINY, f"data.root={folder}", "run.precision=float64", *extra]
+    plain, chunked = (trainer_of(load_config(None, [*common, f"step.loss_rows={n}"])) for n in (0, 5))
+    for it in range(2):
+        batch = next(iter(build_loader(plain.config, build_dataset(plain.config), it, it + 1)))[0]
+        a, b = plain.step([batch])[0], chunked.step([batch])[0]
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-9)
+    for (name, x), y in zip(plain.tensors().items(), chunked.tensors().values()):
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_step_that_is_no_number_can_be_skipped(folder):
+    config = load_config(None, [*TINY, f"data.root={folder}", "step.on_nan=skip"])
+    trainer, batch = Trainer(config, Length(10, 100, 0, 0)), first_batch(config)
+    trainer.step([batch])
+    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    broken = first_batch(config)
+    broken.global_crops[0, 0, 0, 0] = torch.nan
+    terms, _ = trainer.step([broken])
+    assert trainer.n_skipped == 1 and trainer.iteration == 2 and terms["loss"].isnan()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
+    trainer.step([batch])
+    assert trainer.n_skipped == 1 and not torch.equal(trainer.tensors()["method.center_image"], before["method.center_image"])
 
 
 def test_the_same_sample_is_drawn_at_a_position_whatever_the_order(folder):

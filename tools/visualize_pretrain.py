@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
-    config = load_config(options.run / "config.yaml", ["data.workers=0"])
+    config = load_config(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"])  # both paths make the same crops
     draw(options.run, config, options.images)
     print(f"figures in {options.run / 'figures'}")
 
@@ -39,19 +39,19 @@ def main(arguments: list[str]) -> None:
 def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untyped-def]
     """All figures of a run."""
     dataset, figures = build_dataset(config), folder / "figures"
-    samples = [dataset[i] for i in range(n_images)]
     images = [dataset.read(i)[0] for i in range(n_images)]
-    crops = [[*s.global_crops, *s.local_crops] for s in samples]
+    samples = [dataset.sample(i, image) for i, image in enumerate(images)]
+    crops = [[*normalise(s.global_crops), *normalise(s.local_crops)] for s in samples]
     has_field = config.positions.encoding == "field"
     in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
     save(
-        views_figure(images, [s.views for s in samples], crops, has_field),
+        views_figure([torch.from_numpy(i).permute(2, 0, 1) for i in images], [s.views for s in samples], crops, has_field),
         figures,
         "views.png",
         "Views and their positions",
         f"Global (red) and local (blue) boxes in the image{in_field}, and the crops.",
     )
-    batch, _ = Collate(dataset.rules, n_images, config.run.seed)(samples)
+    batch = Collate(dataset.rules, n_images, config.run.seed).crops(samples).to(torch.device("cpu"))
     save(
         masks_figure(batch.global_crops, batch.masks, dataset.rules.grid),
         figures,
@@ -69,10 +69,10 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
         )
     if (folder / "backbone.safetensors").is_file():
         side = 2 * config.crops.global_px
-        whole = [crop_resize(i, (0, 0, i.shape[2], i.shape[1]), False, side) for i in images]
+        whole = [torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images]
         backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
         save(
-            attention_figure(backbone, normalise(torch.stack(whole)), QUERIES),
+            attention_figure(backbone, normalise(torch.stack(whole).permute(0, 3, 1, 2)), QUERIES),
             figures,
             "attention.png",
             "Last-layer attention",

@@ -1,27 +1,43 @@
 """Attention of a pre-trained backbone, as the paper looks at it (appendix A, Fig. 6)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from pretrain.backbones.vit import Block, ViT
+from pretrain.backbones.block import Block
+from pretrain.backbones.vit import ViT
+
+
+class LastLayer(NamedTuple):
+    """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1; mean of the heads."""
+
+    cls: Tensor  # [B, N (key)]
+    patches: Tensor  # [B, N (query), N (key)]
+    features: Tensor  # [B, N, D] patch tokens after the final norm
 
 
 @torch.no_grad()
-def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:
-    """Patch-to-patch attention of the last layer: special tokens cut off, rows renormalised, mean over the heads.
+def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None) -> LastLayer:
+    """Attention of the last layer, special tokens cut off and rows renormalised, and the patch features, in one pass.
 
     Args:
         x: [B, 3, H, W] normalised pixels.
-
-    Returns:
-        [B, N (query), N (key)], rows summing to 1.
+        boxes, flips: [B, 4], [B]: position boxes of crops, none for whole images.
     """
-    tokens, _ = backbone.embed(x)
+    tokens, _ = backbone.embed(x, boxes, flips)
     *blocks, last = backbone.blocks
     for block in blocks:
         tokens = block(tokens)
     assert isinstance(last, Block)
     weights = last.attn.attention_map(last.norm1(tokens))  # [B, heads, T, T]
     first_patch = 1 + backbone.n_registers
-    patches = weights[:, :, first_patch:, first_patch:]
-    return (patches / patches.sum(-1, keepdim=True)).mean(1)
+    to_patches = weights[..., first_patch:]
+    rows = (to_patches / to_patches.sum(-1, keepdim=True)).mean(1)  # [B, T, N]
+    features = backbone.split(backbone.norm(last(tokens))).patches
+    return LastLayer(rows[:, 0], rows[:, first_patch:], features)
+
+
+def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:
+    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalised pixels."""
+    return last_layer(backbone, x).patches

@@ -1,7 +1,7 @@
-"""Pictures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
+"""Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
-report finds it.
+report finds it; :func:`as_array` gives its pixels. The pictures of a running training are in :mod:`pretrain.analysis.pictures`.
 """
 
 import json
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -40,20 +41,33 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
     return folder / name
 
 
+def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
+    """The figure as uint8 [H, W, 3]; closes it."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    plt.close(figure)
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def displayable(pixels: Tensor) -> np.ndarray:
-    """Normalised [3, H, W] back to [H, W, 3] in [0, 1]."""
+    """Levels (uint8) or normalised floats [3, H, W] to [H, W, 3] in [0, 1]."""
+    if pixels.dtype == torch.uint8:
+        return pixels.cpu().permute(1, 2, 0).numpy() / 255
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return (pixels.detach().float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def _bare(axis: Any, title: str = "") -> Any:
+def bare(axis: Any, title: str = "") -> Any:
+    """The axis without ticks, with a small title."""
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(title, fontsize=8)
     return axis
 
 
-def _rectangles(axis: Any, boxes: Tensor, n_global: int, width: float, height: float) -> None:
+def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height: float = 1) -> None:
+    """Outlines of boxes [V, 4] in image units on an axis of this width and height: global ones red, local ones blue."""
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         colour = GLOBAL_COLOUR if i < n_global else LOCAL_COLOUR
         place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
@@ -66,30 +80,30 @@ def views_figure(
     """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
     Args:
-        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, a list an image.
+        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalised, a list an image.
     """
     n_crops, n_boxes = len(crops[0]), 1 + has_field
     figure, axes = plt.subplots(
         len(images), n_boxes + n_crops, figsize=(1.5 * (n_boxes + n_crops), 1.6 * len(images)), squeeze=False, layout="constrained"
     )
     for row, image, view, pixels in zip(axes, images, views, crops):
-        _bare(row[0], "boxes in the image").imshow(image.permute(1, 2, 0).numpy())
-        _rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
+        bare(row[0], "boxes in the image").imshow(displayable(image))
+        rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
         if has_field:
-            _bare(row[1], "position boxes in P")
+            bare(row[1], "position boxes in P")
             row[1].set(xlim=(0, 1), ylim=(1, 0), aspect=image.shape[1] / image.shape[2], facecolor="#f2f2f2")
-            _rectangles(row[1], view.position_boxes[0], view.n_global, 1, 1)
+            rectangles(row[1], view.position_boxes[0], view.n_global)
         for i, (axis, crop) in enumerate(zip(row[n_boxes:], pixels)):
             flipped = ", flipped" if view.flips[0, i] else ""
-            _bare(axis, f"{'global' if i < view.n_global else 'local'}{flipped}").imshow(displayable(crop))
+            bare(axis, f"{'global' if i < view.n_global else 'local'}{flipped}").imshow(displayable(crop))
     return figure
 
 
 def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
-    """Global crops with their masks: content-masked ones in the first row, position-masked ones in the second.
+    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in grey, in the second.
 
     Args:
-        crops: [C, 3, S, S]; masks: of the same crops.
+        crops: [C, 3, S, S], levels or normalised; masks: of the same crops.
     """
     rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOUR)]
     rows = [row for row in rows if row[1].any()]
@@ -103,9 +117,12 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
         for axis, crop in zip(row, chosen):
             axis.set_axis_on()
             n_masked = int(mask[crop].sum())
-            _bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
+            bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
             side = crops.shape[-1]
-            axis.imshow(displayable(crops[crop]), extent=(0, side, side, 0))
+            pixels = displayable(crops[crop])
+            if kind == "position":  # red shows on grey, whatever the picture
+                pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
+            axis.imshow(pixels, extent=(0, side, side, 0))
             cover = np.zeros((*grid, 4))
             cover[..., :3] = matplotlib.colors.to_rgb(colour)
             cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * (0.9 if kind == "content" else 0.55)
@@ -136,8 +153,6 @@ def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[floa
     """
     backbone.eval()
     attention = last_layer_attention(backbone, images).cpu()  # [B, N, N]
-    height, width = images.shape[2:]
-    grid = (height // backbone.patch_size, width // backbone.patch_size)
     figure, axes = plt.subplots(
         len(images),
         1 + len(queries),
@@ -146,9 +161,16 @@ def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[floa
         layout="constrained",
     )
     for row, image, weights in zip(axes, images, attention):
-        _bare(row[0]).imshow(displayable(image))
-        for axis, (x, y) in zip(row[1:], queries):
-            i, j = min(int(y * grid[0]), grid[0] - 1), min(int(x * grid[1]), grid[1] - 1)
-            _bare(axis).imshow(weights[i * grid[1] + j].unflatten(0, grid), extent=(0, width, height, 0), cmap="viridis")
-            axis.plot((j + 0.5) * backbone.patch_size, (i + 0.5) * backbone.patch_size, "o", color="red", markersize=5)
+        bare(row[0]).imshow(displayable(image))
+        for axis, query in zip(row[1:], queries):
+            attention_of_query(bare(axis), weights, query, image.shape[1:], backbone.patch_size)
     return figure
+
+
+def attention_of_query(axis: Any, weights: Tensor, query: tuple[float, float], size_px: Sequence[int], patch_size: int) -> None:
+    """The row of ``weights`` [N, N] of the patch at ``query`` (x, y in image units) as a map, and a red dot on that patch."""
+    height, width = size_px
+    rows, columns = height // patch_size, width // patch_size
+    i, j = min(int(query[1] * rows), rows - 1), min(int(query[0] * columns), columns - 1)
+    axis.imshow(weights[i * columns + j].unflatten(0, (rows, columns)), extent=(0, width, height, 0), cmap="viridis")
+    axis.plot((j + 0.5) * patch_size, (i + 0.5) * patch_size, "o", color="red", markersize=5)

@@ -1,28 +1,39 @@
-"""From image files to batches. All randomness is drawn from (seed, stream, position): no worker, rank or resume can change it."""
+"""From image files to batches. All randomness is drawn from (seed, stream, position): no worker, rank or resume can change it.
+
+Two data paths, chosen by ``data.path``: ``cpu`` makes the crops in the workers, ``device`` lets them decode and draw only and
+makes the crops beside the step, when the batch is moved there (:mod:`pretrain.views.device_pixels`). Both read the same draws.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain import distributed
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.folder import list_images
-from pretrain.data.sampler import MASKS, VIEWS, Order, PositionSampler
+from pretrain.data.sampler import COLOURS, MASKS, VIEWS, Order, PositionSampler, generator
+from pretrain.data.sources import Source, open_source
+from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.views.batch import Batch
 from pretrain.views.boxes import CropRule, PositionRule, Views, draw_views
-from pretrain.views.colour import ColourRule, draw_colour
-from pretrain.views.masks import MaskRule, draw_masks
-from pretrain.views.pixels import render
+from pretrain.views.colour import ColourRule, Colours, draw_colours
+from pretrain.views.device_pixels import CanvasBatch
+from pretrain.views.masks import MaskRule, Masks, draw_masks
+from pretrain.views.pixels import Pixels, render
 
 MAX_TRIES = 16  # unreadable images in a row before a run gives up
+DEVICE_SIDE_PX = 512  # longest side on the device path, where `data.max_side_px` is 0: a canvas is as large as its largest image
+CANVAS_STEP_PX = 32  # canvases come in few sizes, so that the device's memory is found again
+
+AnyBatch = Batch | CanvasBatch  # of either, `to(device, dtype)` gives the Batch that a step sees
 
 
 @dataclass(frozen=True)
@@ -63,58 +74,83 @@ def _plain(group: DictConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image's views."""
+class Decoded:
+    """One image; on the device path all that is known before its batch is put together."""
 
     position: int
-    global_crops: Tensor  # [G, 3, S, S]
-    local_crops: Tensor  # [L, 3, s, s]
-    views: Views
-    broken: tuple[str, ...]  # files that could not be read on the way to this image, with the reason
+    image: Pixels  # [H, W, 3] uint8
+    broken: tuple[str, ...]  # images that could not be read on the way to this one, with the reason
 
 
-class ViewsDataset(Dataset[Sample]):
-    """Samples by position; an unreadable image is replaced by the next one in the list."""
+@dataclass(frozen=True)
+class Sample:
+    """One image's views, made by a worker."""
 
-    def __init__(self, root: str, rules: Rules, batch_size: int, seed: int) -> None:
-        self.root, self.rules, self.seed = Path(root), rules, seed
-        self.names = list_images(root)
-        self.order = Order(len(self.names), batch_size, seed)
+    position: int
+    global_crops: Tensor  # uint8 [G, 3, S, S]
+    local_crops: Tensor  # uint8 [L, 3, s, s]
+    views: Views  # B = 1
+    broken: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How files become pixels."""
+
+    max_side_px: int = 0
+    max_mpx: float = 200.0
+
+
+def draw(rules: Rules, seed: int, positions: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colours]:
+    """Views and colours of the images at some positions, [B, V]; ``sizes_px`` is [B, 2], height and width."""
+    views = draw_views(sizes_px, rules.crops, rules.positions, [generator(seed, VIEWS, p) for p in positions])
+    rngs = [generator(seed, COLOURS, p) for p in positions]
+    return views, draw_colours(views.flips.shape[1], views.n_global, rules.colour, rngs)
+
+
+class ViewsDataset(Dataset[Sample | Decoded]):
+    """What a worker makes of the image at a position; an unreadable image is replaced by the next one in the list.
+
+    Args:
+        source: encoded images by index.
+        batch_size: over all ranks; with the seed it gives the order.
+        on_device: leave the crops to the training device: items are :class:`Decoded`, else :class:`Sample`.
+    """
+
+    def __init__(
+        self, source: Source, rules: Rules, batch_size: int, seed: int, decoding: Decoding = Decoding(), on_device: bool = False
+    ) -> None:
+        self.source, self.rules, self.seed, self.decoding, self.on_device = source, rules, seed, decoding, on_device
+        self.order = Order(len(source), batch_size, seed)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.source)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> Sample | Decoded:
         image, broken = self.read(position)
-        rules, rng = self.rules, np.random.default_rng([self.seed, VIEWS, position])
-        views = draw_views(image.shape[1], image.shape[2], rules.crops, rules.positions, rng)
-        n_views, n_global = views.boxes.shape[1], views.n_global
-        colours = [draw_colour(view, n_global, rules.colour, rng) for view in range(n_views)]
-        crops = render(
-            image,
-            views,
-            colours,
-            global_px=rules.global_px,
-            local_px=rules.local_px,
-            blur_kernel_px=rules.colour.blur_kernel_px,
-            solarize_threshold=rules.colour.solarize_threshold,
-        )
+        return Decoded(position, image, broken) if self.on_device else self.sample(position, image, broken)
+
+    def sample(self, position: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
+        """The views of the image at a position, made here."""
+        rules = self.rules
+        views, colours = draw(rules, self.seed, [position], np.array([image.shape[:2]], np.float64))
+        crops = render(image, views, colours, rules.colour, global_px=rules.global_px, local_px=rules.local_px)
         return Sample(position, *crops, views, broken)
 
-    def read(self, position: int) -> tuple[Tensor, tuple[str, ...]]:
-        """The image at a position, uint8 [3, H, W], and the files that could not be read on the way to it.
+    def read(self, position: int) -> tuple[Pixels, tuple[str, ...]]:
+        """The image at a position, uint8 [H, W, 3], and the images that could not be read on the way to it.
 
         Raises:
-            UserError: too many unreadable files in a row.
+            UserError: too many unreadable images in a row.
         """
         index, broken = self.order.image(position), list[str]()
-        for step in range(min(MAX_TRIES, len(self.names))):
-            name = self.names[(index + step) % len(self.names)]
+        for step in range(min(MAX_TRIES, len(self.source))):
+            chosen = (index + step) % len(self.source)
             try:
-                return decode(self.root / name), tuple(broken)
+                return decode(self.source.read(chosen), self.decoding.max_side_px, self.decoding.max_mpx), tuple(broken)
             except BrokenImage as error:
-                broken.append(f"{name} ({error})")
-        raise UserError(f"data.root: {len(broken)} images in a row in {self.root} cannot be read, the first {broken[0]}")
+                broken.append(f"{self.source.name(chosen)} ({error})")
+        raise UserError(f"data.root: {len(broken)} images in a row cannot be read, the first {broken[0]}")
 
 
 @dataclass(frozen=True)
@@ -125,44 +161,121 @@ class Collate:
     batch_size: int  # over all ranks
     seed: int
 
-    def __call__(self, samples: Sequence[Sample]) -> tuple[Batch, tuple[str, ...]]:
-        """The batch, and the files that could not be read."""
-        iteration, first = divmod(samples[0].position, self.batch_size)
-        views = Views.stack([s.views for s in samples])
-        masks = draw_masks(
-            self.batch_size,
-            views.n_global,
-            self.rules.grid,
-            self.rules.masks,
-            (self.seed, MASKS, iteration),
-            slice(first, first + len(samples)),
+    def __call__(self, items: Sequence[Sample | Decoded]) -> tuple[AnyBatch, tuple[str, ...]]:
+        """The batch, and the images that could not be read."""
+        broken = tuple(name for item in items for name in item.broken)
+        samples = [item for item in items if isinstance(item, Sample)]
+        batch = self.crops(samples) if samples else self.canvas([item for item in items if isinstance(item, Decoded)])
+        return batch, broken
+
+    def crops(self, samples: Sequence[Sample]) -> Batch:
+        """Of crops that the worker made."""
+        first = samples[0].views
+        boxes, flips, positions = (
+            torch.cat([getattr(s.views, name) for s in samples]) for name in ("boxes", "flips", "position_boxes")
         )
-        global_crops = torch.stack([s.global_crops for s in samples], dim=1).flatten(0, 1)  # view-major
-        local_crops = torch.stack([s.local_crops for s in samples], dim=1).flatten(0, 1)
-        return Batch(global_crops, local_crops, views, masks), tuple(b for s in samples for b in s.broken)
+        return Batch(
+            view_major([s.global_crops for s in samples]),
+            view_major([s.local_crops for s in samples]),
+            Views(boxes, flips, positions, first.n_global),
+            self.masks(samples),
+        )
+
+    def canvas(self, images: Sequence[Decoded]) -> CanvasBatch:
+        """Of images whose crops the training device will make."""
+        rules = self.rules
+        canvas, sizes_px = lay_out([item.image for item in images])
+        views, colours = draw(rules, self.seed, [item.position for item in images], sizes_px)
+        sizes = torch.from_numpy(sizes_px.astype(np.float32))
+        return CanvasBatch(canvas, sizes, views, colours, self.masks(images), rules.colour, rules.global_px, rules.local_px)
+
+    def masks(self, items: Sequence[Sample | Decoded]) -> Masks:
+        """The items' rows of their iteration's masks."""
+        iteration, first = divmod(items[0].position, self.batch_size)
+        rows, n_global = slice(first, first + len(items)), self.rules.crops.n_global
+        return draw_masks(self.batch_size, n_global, self.rules.grid, self.rules.masks, (self.seed, MASKS, iteration), rows)
+
+
+def view_major(crops: Sequence[Tensor]) -> Tensor:
+    """The crops [V, 3, S, S] of each image as [V * B, 3, S, S], all first views, then all second ones; channels last in memory."""
+    (n_views, _, size, _), n_images = crops[0].shape, len(crops)
+    pixels = large_empty(n_views, n_images, size, size, 3)
+    for image, views in enumerate(crops):
+        pixels[:, image] = views.permute(0, 2, 3, 1).numpy()
+    return torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
+    """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], and their sizes [B, 2]. The rest of the canvas is undefined."""
+    sizes_px = np.array([image.shape[:2] for image in images], np.float64)
+    height, width = (int(-(-side // CANVAS_STEP_PX) * CANVAS_STEP_PX) for side in sizes_px.max(0))
+    canvas = large_empty(len(images), height, width, 3)
+    for place, image in zip(canvas, images):
+        place[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(canvas), sizes_px
+
+
+def large_empty(*shape: int) -> Pixels:
+    """Memory for a batch. NumPy asks the system for large pages, torch does not: faulting in small ones is dearer than the copy."""
+    return np.empty(shape, np.uint8)
+
+
+def is_on_device(config: DictConfig) -> bool:
+    """Whether crops are made on the training device: as ``data.path`` says; ``auto``: on CUDA."""
+    if config.data.path == "auto":
+        return choose_device(config.run.device).type == "cuda"
+    return bool(config.data.path == "device")
 
 
 def build_dataset(config: DictConfig) -> ViewsDataset:
     """The images and views of a config."""
-    return ViewsDataset(config.data.root, Rules.of(config), config.optim.batch_size, config.run.seed)
+    on_device = is_on_device(config)
+    max_side_px = config.data.max_side_px or (DEVICE_SIDE_PX if on_device else 0)
+    return ViewsDataset(
+        open_source(config.data),
+        Rules.of(config),
+        config.optim.batch_size,
+        config.run.seed,
+        Decoding(max_side_px, config.data.max_mpx),
+        on_device,
+    )
 
 
 def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_it: int, pin_memory: bool = False) -> DataLoader:
-    """Batches (with the files that could not be read) of this rank, from an iteration to the end of the run."""
-    batch_size = config.optim.batch_size
-    if batch_size % distributed.world_size():
-        raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {distributed.world_size()} ranks")
-    sampler = PositionSampler(start_it, end_it, batch_size, distributed.rank(), distributed.world_size())
+    """Batches (each with the images that could not be read) of this rank, from an iteration to the end of the run.
+
+    With ``step.accumulate`` = A, an iteration comes as A batches, one after the other: equal parts of the rank's share, with their
+    rows of the iteration's masks.
+    """
+    batch_size, n_ranks, parts = config.optim.batch_size, distributed.world_size(), config.step.accumulate
+    if batch_size % n_ranks:
+        raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {n_ranks} ranks")
+    if batch_size // n_ranks % parts:
+        share = f"a rank's {batch_size // n_ranks} images"
+        raise UserError(f"config: step.accumulate={parts} does not divide {share} (optim.batch_size={batch_size})")
+    sampler = PositionSampler(start_it, end_it, batch_size, distributed.rank(), n_ranks, parts)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=Collate(dataset.rules, batch_size, config.run.seed),
         num_workers=config.data.workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_worker,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _worker(number: int) -> None:
     """Workers share the cores by being many, not by having threads each."""
     torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory of up to 64 MB for the next images.
+
+    glibc gives it back to the system after each image, and faulting it in again costs a fifth of decoding. Its limit becomes twice
+    the largest block that was ever freed, up to blocks of 32 MB; other systems' libraries are indifferent to this.
+    """
+    del_me = np.empty(31 << 20, np.uint8)
+    del del_me

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-ORDER, VIEWS, MASKS = 1, 2, 3  # streams of random numbers, kept apart by the second word of their seed
+ORDER, VIEWS, MASKS, COLOURS = 1, 2, 3, 4  # streams of random numbers, kept apart by the second word of their seed
+
+
+def generator(seed: int, stream: int, position: int) -> np.random.Generator:
+    """The random numbers of one stream at one position; a counter-based generator, for it costs little to make."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, 0]))
 
 
 class Order:
@@ -43,17 +48,20 @@ class PositionSampler(Sampler[list[int]]):
         start_it, end_it: iterations, the end excluded.
         batch_size: over all ranks.
         rank, world_size: rank r takes the r-th slice of each batch.
+        parts: equal parts in which the share of an iteration comes, one after the other.
     """
 
-    def __init__(self, start_it: int, end_it: int, batch_size: int, rank: int, world_size: int) -> None:
-        assert batch_size % world_size == 0, (batch_size, world_size)
+    def __init__(self, start_it: int, end_it: int, batch_size: int, rank: int, world_size: int, parts: int = 1) -> None:
+        assert batch_size % (world_size * parts) == 0, (batch_size, world_size, parts)
         self.iterations = range(start_it, end_it)
-        self.batch_size, self.share, self.rank = batch_size, batch_size // world_size, rank
+        self.batch_size, self.share, self.rank, self.parts = batch_size, batch_size // world_size, rank, parts
 
     def __iter__(self) -> Iterator[list[int]]:
+        size = self.share // self.parts
         for it in self.iterations:
             first = it * self.batch_size + self.rank * self.share
-            yield list(range(first, first + self.share))
+            for part in range(self.parts):
+                yield list(range(first + part * size, first + (part + 1) * size))
 
     def __len__(self) -> int:
-        return len(self.iterations)
+        return len(self.iterations) * self.parts

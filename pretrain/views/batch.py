@@ -1,21 +1,25 @@
 """What one training step sees: the crops of a batch, where they are, and what is masked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pretrain.views.boxes import Views
 from pretrain.views.masks import Masks
+from pretrain.views.pixels import normalise
+from pretrain.views.records import Record
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's share of a step.
+class Batch(Record):
+    """One rank's share of a step (or of one of its accumulated parts).
+
+    From the loader, crops are bytes, a quarter of the traffic between processes and to the device, where :meth:`to` normalises.
 
     Attributes:
-        global_crops: [G * B, 3, S, S] normalised, view-major: all first global views, then all second ones.
-        local_crops: [L * B, 3, s, s], view-major.
+        global_crops: [G * B, 3, S, S] uint8 levels, or normalised floats; view-major: all first global views, then all second ones.
+        local_crops: [L * B, 3, s, s], the same, view-major.
         views: boxes, flips and position boxes, [B, G + L].
         masks: of the global crops, [G * B, N].
     """
@@ -30,12 +34,8 @@ class Batch:
         """B."""
         return len(self.views.boxes)
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; the data loader calls this."""
-        return Batch(self.global_crops.pin_memory(), self.local_crops.pin_memory(), self.views, self.masks)
-
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
-        """The same batch on another device; pixels in ``dtype``."""
-        global_crops = self.global_crops.to(device, dtype, non_blocking=True)
-        local_crops = self.local_crops.to(device, dtype, non_blocking=True)
-        return Batch(global_crops, local_crops, self.views.to(device), self.masks.to(device))
+        """The same batch on another device; pixels normalised (where they are bytes) and in ``dtype``."""
+        here = self.moved(device)
+        crops = [normalise(c) if c.dtype == torch.uint8 else c for c in (here.global_crops, here.local_crops)]
+        return replace(here, global_crops=crops[0].to(dtype), local_crops=crops[1].to(dtype))

@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.views.records import Record
+
+TRIES = 10  # torchvision's, before it falls back to a central crop
 SCALES = ("beta", "uniform", "constant")
 REFERENCES = ("crops", "image")
 SURROUNDED = ("all", "globals")
@@ -46,7 +49,7 @@ class PositionRule:
 
 
 @dataclass(frozen=True)
-class Views:
+class Views(Record):
     """The views of a batch.
 
     Attributes:
@@ -75,45 +78,47 @@ class Views:
         """:meth:`of` the local views."""
         return self.of(slice(self.n_global, None))
 
-    @staticmethod
-    def stack(views: Sequence["Views"]) -> "Views":
-        """Views of single images to those of their batch."""
-        return Views(
-            torch.cat([v.boxes for v in views]),
-            torch.cat([v.flips for v in views]),
-            torch.cat([v.position_boxes for v in views]),
-            views[0].n_global,
-        )
-
     def to(self, device: torch.device) -> "Views":
         """The same views on another device."""
-        boxes, flips, position_boxes = (t.to(device, non_blocking=True) for t in (self.boxes, self.flips, self.position_boxes))
-        return Views(boxes, flips, position_boxes, self.n_global)
+        return self.moved(device)
 
 
-def draw_crop(
-    height_px: int, width_px: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """One crop (left, top, right, bottom) in whole pixels, distributed as torchvision's RandomResizedCrop.
+def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Array) -> Array:
+    """Crops (left, top, right, bottom) in whole pixels, [B, V, 4], distributed as torchvision's RandomResizedCrop.
 
-    Ten tries of an area and a log-uniform aspect ratio, then the largest central crop of an allowed ratio.
+    Ten tries of an area and a log-uniform aspect ratio; the first that fits the image stands, at a uniform place. Where none does:
+    the largest central crop of an allowed ratio.
+
+    Args:
+        sizes_px: [B, 2], height and width of each image.
+        scales: [V, 2], from and to which share of an image's area.
+        u: [B, V, 22] uniform numbers in [0, 1).
     """
-    area = height_px * width_px
-    for _ in range(10):
-        target = area * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < w <= width_px and 0 < h <= height_px:
-            top, left = int(rng.integers(0, height_px - h + 1)), int(rng.integers(0, width_px - w + 1))
-            return left, top, left + w, top + h
+    height, width = sizes_px[:, 0, None], sizes_px[:, 1, None]  # [B, 1]
+    share = scales[:, :1] + (scales[:, 1:] - scales[:, :1]) * u[..., :TRIES]  # [B, V, 10]
+    area = (height * width)[..., None] * share
+    aspect = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[..., TRIES : 2 * TRIES])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width[..., None]) & (h > 0) & (h <= height[..., None])
+    images, views = np.ogrid[: len(sizes_px), : len(scales)]
+    of_first = images, views, fits.argmax(-1)
+    w, h, drawn = w[of_first], h[of_first], fits[of_first]  # [B, V]
+    left, top = np.floor(u[..., -2] * (width - w + 1)), np.floor(u[..., -1] * (height - h + 1))
+    crops = np.stack([left, top, left + w, top + h], -1)
+    if not drawn.all():
+        for image, view in np.argwhere(~drawn):
+            crops[image, view] = central_crop(int(sizes_px[image, 0]), int(sizes_px[image, 1]), ratio)
+    return crops
+
+
+def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """torchvision's fallback: the largest central crop of an allowed ratio, (left, top, right, bottom)."""
     in_ratio = width_px / height_px
+    w, h = width_px, height_px
     if in_ratio < ratio[0]:
-        w, h = width_px, round(width_px / ratio[0])
+        h = max(1, min(round(width_px / ratio[0]), height_px))
     elif in_ratio > ratio[1]:
-        w, h = round(height_px * ratio[1]), height_px
-    else:
-        w, h = width_px, height_px
-    w, h = max(1, min(w, width_px)), max(1, min(h, height_px))
+        w = max(1, min(round(height_px * ratio[1]), width_px))
     left, top = (width_px - w) // 2, (height_px - h) // 2
     return left, top, left + w, top + h
 
@@ -126,50 +131,69 @@ def draw_s(rule: PositionRule, rng: np.random.Generator) -> float:
     return rule.s_min + (rule.s_max - rule.s_min) * share
 
 
-def augment_positions(boxes: Array, rule: PositionRule, n_global: int, rng: np.random.Generator) -> Array:
-    """t_s: shift and scale the boxes of one image together inside the field (paper 3.2.2).
+def draw_move(rule: PositionRule, rng: np.random.Generator) -> tuple[float, float, float]:
+    """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region among those possible, in [0, 1)."""
+    s = draw_s(rule, rng)
+    x, y = rng.random(2).tolist()
+    return s, x, y
+
+
+def augment_positions(boxes: Array, rule: PositionRule, n_global: int, moves: Array) -> Array:
+    """t_s: shift and scale the boxes of each image together inside the field (paper 3.2.2).
 
     ``reference: crops``: the smallest rectangle A around the views is scaled by sqrt(s / |A|), at most to the field's size, then
     placed uniformly in [0, 1]^2. ``reference: image``: the whole image takes area s at a uniform place (Fig. 2's caption).
 
     Args:
-        boxes: [V, 4] in image units, global views first.
+        boxes: [B, V, 4] in image units, global views first.
+        moves: [B, 3] of :func:`draw_move`.
 
     Returns:
-        [V, 4] in units of the field. With ``surround: globals`` a local view may reach outside [0, 1]; the field's border is
+        [B, V, 4] in units of the field. With ``surround: globals`` a local view may reach outside [0, 1]; the field's border is
         replicated there.
     """
-    if not rule.enabled:
-        return boxes
-    s = draw_s(rule, rng)
+    corners = boxes.reshape(*boxes.shape[:2], 2, 2)
     if rule.reference == "image":
-        corner, size = np.zeros(2), np.ones(2)
+        corner, size = np.zeros((len(boxes), 2)), np.ones((len(boxes), 2))
     else:
-        around = boxes if rule.surround == "all" else boxes[:n_global]
-        corner = around[:, :2].min(0)
-        size = around[:, 2:].max(0) - corner
-    factor = min(math.sqrt(s / size.prod()), 1 / size[0], 1 / size[1])
-    place = rng.uniform(size=2) * np.maximum(1 - factor * size, 0)
-    moved: Array = (boxes.reshape(-1, 2, 2) - corner) * factor + place
-    return moved.reshape(-1, 4)
+        around = corners if rule.surround == "all" else corners[:, :n_global]
+        corner = around[:, :, 0].min(1)
+        size = around[:, :, 1].max(1) - corner  # [B, 2]
+    factor = np.minimum(np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True))  # [B, 1]
+    place = moves[:, 1:] * np.maximum(1 - factor * size, 0)
+    moved: Array = (corners - corner[:, None, None]) * factor[:, None, None] + place[:, None, None]
+    return moved.reshape(boxes.shape)
 
 
-def draw_views(height_px: int, width_px: int, crops: CropRule, positions: PositionRule, rng: np.random.Generator) -> Views:
-    """All views of one image, B = 1; every box is a whole number of pixels of the image."""
-    scales = [crops.global_scale] * crops.n_global + [crops.local_scale] * crops.n_local
-    pixels = np.array([draw_crop(height_px, width_px, scale, crops.ratio, rng) for scale in scales], dtype=np.float64)
-    boxes = pixels / np.array([width_px, height_px, width_px, height_px])
-    flips = rng.uniform(size=len(scales)) < crops.flip_p
-    position_boxes = augment_positions(boxes, positions, crops.n_global, rng)
+def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: Sequence[np.random.Generator]) -> Views:
+    """All views of some images, each image from a generator of its own; every box is a whole number of pixels of its image.
+
+    The augmentation of positions is drawn last: boxes and flips are the same with and without it.
+
+    Args:
+        sizes_px: [B, 2], height and width of each image.
+        rngs: one an image.
+    """
+    scales = np.array([crops.global_scale] * crops.n_global + [crops.local_scale] * crops.n_local)
+    u = np.stack([rng.random((len(scales), 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
+    flips = u[..., 0] < crops.flip_p
+    boxes = draw_crops(sizes_px, scales, crops.ratio, u[..., 1:]) / sizes_px[:, None, [1, 0, 1, 0]]
+    position_boxes = boxes
+    if positions.enabled:
+        moves = np.array([draw_move(positions, rng) for rng in rngs])
+        position_boxes = augment_positions(boxes, positions, crops.n_global, moves)
     return Views(
-        torch.from_numpy(boxes).float()[None],
-        torch.from_numpy(flips)[None],
-        torch.from_numpy(position_boxes).float()[None],
+        torch.from_numpy(boxes.astype(np.float32)),
+        torch.from_numpy(flips),
+        torch.from_numpy(position_boxes.astype(np.float32)),
         crops.n_global,
     )
 
 
-def pixel_box(box: Tensor, height_px: int, width_px: int) -> tuple[int, int, int, int]:
-    """A box [4] in image units as the whole pixels (left, top, right, bottom) that it was drawn from."""
-    x0, y0, x1, y1 = box.double().tolist()
-    return round(x0 * width_px), round(y0 * height_px), round(x1 * width_px), round(y1 * height_px)
+def pixel_boxes(boxes: Tensor, height_px: int | Tensor, width_px: int | Tensor) -> Tensor:
+    """Boxes [..., 4] in image units as the whole pixels (left, top, right, bottom) that they were drawn from, as floats.
+
+    Sizes are numbers, or tensors that broadcast against ``boxes[..., 0]``. float32 holds every box of an image below 2^22 px.
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([x0 * width_px, y0 * height_px, x1 * width_px, y1 * height_px], -1).round()

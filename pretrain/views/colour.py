@@ -1,8 +1,17 @@
-"""The photometric part of a view: drawn once as numbers, so that every data path applies the same distribution (METHOD.md 1)."""
+"""The photometric part of a view: drawn once as numbers, so that every data path applies the same draw (METHOD.md 1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.views.records import Record
+
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+HUE = OPERATIONS.index("hue")
 
 
 @dataclass(frozen=True)
@@ -19,36 +28,61 @@ class ColourRule:
     solarize_threshold: int = 128
 
 
-@dataclass(frozen=True)
-class Colour:
-    """One view's draw. ``order`` is the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
+class Colour(NamedTuple):
+    """One view's colour; the attributes are those of :class:`Colours`."""
 
-    order: tuple[int, ...] | None  # none: no jitter
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
+    jitter: bool
+    order: list[int]
+    factors: list[float]
     grey: bool
-    blur_sigma: float | None  # none: no blur
+    sigma: float
     solarize: bool
 
 
-def draw_colour(view: int, n_global: int, rule: ColourRule, rng: np.random.Generator) -> Colour:
-    """The colour of one view; views 0, 1 and the locals differ in blur and solarize."""
-    kind = 2 if view >= n_global else min(view, 1)
-    brightness, contrast, saturation, hue = rule.jitter
-    order = tuple(int(i) for i in rng.permutation(4)) if rng.uniform() < rule.jitter_p else None
+@dataclass(frozen=True)
+class Colours(Record):
+    """The colours of a batch's views, applied in the order of the attributes.
 
-    def factor(spread: float) -> float:
-        return rng.uniform(max(0.0, 1 - spread), 1 + spread)
+    Attributes:
+        jitter: [B, V] bool, whether the four operations below are applied at all.
+        order: [B, V, 4] int64, the operation (index into ``OPERATIONS``) at each of the four places.
+        factors: [B, V, 4] float32 by operation: factors of brightness, contrast, saturation, and the shift of the hue in turns.
+        grey: [B, V] bool.
+        sigma: [B, V] float32, of the blur in pixels of the crop; 0: no blur.
+        solarize: [B, V] bool.
+    """
 
-    return Colour(
-        order,
-        brightness=factor(brightness),
-        contrast=factor(contrast),
-        saturation=factor(saturation),
-        hue=rng.uniform(-hue, hue),
-        grey=bool(rng.uniform() < rule.grey_p),
-        blur_sigma=rng.uniform(*rule.blur_sigma) if rng.uniform() < rule.blur_p[kind] else None,
-        solarize=bool(rng.uniform() < rule.solarize_p[kind]),
+    jitter: Tensor
+    order: Tensor
+    factors: Tensor
+    grey: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+    def rows(self, image: int) -> list["Colour"]:
+        """One image's views as plain numbers."""
+        return [Colour(*row) for row in zip(*(getattr(self, name)[image].tolist() for name in Colour._fields))]
+
+    def of(self, views: slice) -> "Colours":
+        """The colours of some views."""
+        return self.map(lambda tensor: tensor[:, views])
+
+
+def draw_colours(n_views: int, n_global: int, rule: ColourRule, rngs: Sequence[np.random.Generator]) -> Colours:
+    """The colours of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
+    and solarize."""
+    kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
+    u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
+    spread = np.array(rule.jitter)
+    low = np.array([*np.maximum(1 - spread[:HUE], 0), -spread[HUE]])
+    high = np.array([1, 1, 1, 0]) + spread
+    sigma = rule.blur_sigma[0] + (rule.blur_sigma[1] - rule.blur_sigma[0]) * u[..., 8]
+    drawn = (
+        u[..., 9] < rule.jitter_p,
+        u[..., :4].argsort(-1),  # of four uniform numbers: every order is equally likely
+        (low + (high - low) * u[..., 4:8]).astype(np.float32),
+        u[..., 10] < rule.grey_p,
+        np.where(u[..., 11] < np.array(rule.blur_p)[kinds], sigma, 0).astype(np.float32),
+        u[..., 12] < np.array(rule.solarize_p)[kinds],
     )
+    return Colours(*(torch.from_numpy(values) for values in drawn))

@@ -2,21 +2,37 @@
 
 Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes, as DINOv2's;
 position masks are crosses: full row and column bands around drawn centres.
+
+While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is that patch: to shift, unite and count these
+takes a fraction of a microsecond, arrays of 14 x 14 take several. So do single numbers of NumPy's generators, hence Python's.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from random import Random
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.views.records import Record
+
 SHAPES = ("box", "cross")
 KINDS_OVER = ("batch", "image")
 
 Mask = NDArray[np.bool_]
+
+
+class Numbers(Protocol):
+    """Python's random.Random, or NumPy's Generator."""
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +50,72 @@ class MaskRule:
 
 
 @dataclass(frozen=True)
-class Masks:
-    """Masks of a batch's global crops, view-major like the crops: both [n_global * B, N] bool, never both set in one crop."""
+class Masks(Record):
+    """Masks of a batch's global crops, view-major like the crops, and the same as lists: a step then knows every size beforehand.
+
+    Attributes:
+        content, position: [n_global * B, N] bool, never both set in one crop.
+        content_index, position_index: [M] int64, the masked patches' places in the flattened [n_global * B * N], rising.
+        content_weight, position_weight: [M] float32, 1 / masked patches of the patch's crop.
+    """
 
     content: Tensor
     position: Tensor
+    content_index: Tensor
+    content_weight: Tensor
+    position_index: Tensor
+    position_weight: Tensor
+
+    @staticmethod
+    def of(content: Mask, position: Mask) -> "Masks":
+        """From two arrays [n_global * B, N]."""
+        lists = [torch.from_numpy(values) for mask in (content, position) for values in index_and_weight(mask)]
+        return Masks(torch.from_numpy(content), torch.from_numpy(position), *lists)
 
     def to(self, device: torch.device) -> "Masks":
         """The same masks on another device."""
-        return Masks(self.content.to(device, non_blocking=True), self.position.to(device, non_blocking=True))
+        return self.moved(device)
 
 
-def box_mask(grid: tuple[int, int], target: int, rule: MaskRule, rng: np.random.Generator) -> Mask:
+def index_and_weight(mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of a mask [C, N]: where it is set, row-major, and 1 / set cells of the row for each of these places."""
+    index = np.flatnonzero(mask)
+    counts = mask.sum(1)
+    return index, np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+
+
+def box_mask(grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -> Mask:
     """Box-wise mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then single patches at random (ours) for the rest."""
-    height, width = grid
-    mask = np.zeros(grid, dtype=bool)
-    low, high = math.log(rule.min_aspect), -math.log(rule.min_aspect)
-    while (left_over := target - int(mask.sum())) > 0:
-        if not _add_box(mask, left_over, rule, (low, high), rng):
+    mask = 0
+    while (left_over := target - mask.bit_count()) > 0:
+        box = _box(grid, mask, left_over, rule, rng)
+        if not box:
             break
+        mask |= box
     if left_over > 0:
-        free = np.flatnonzero(~mask)
-        mask.flat[rng.choice(free, size=left_over, replace=False)] = True
-    return mask
+        free = [place for place in range(grid[0] * grid[1]) if not mask >> place & 1]
+        mask |= sum(1 << place for place in sorted(free, key=lambda _: rng.random())[:left_over])
+    return _array(mask, grid)
 
 
-def _add_box(mask: Mask, room: int, rule: MaskRule, log_aspect: tuple[float, float], rng: np.random.Generator) -> bool:
-    """Try ten boxes; mask the first that adds between 1 and ``room`` patches."""
-    height, width = mask.shape
+def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskRule, rng: Numbers) -> int:
+    """The first of ten boxes that adds between 1 and ``room`` patches to the mask; 0 when none does."""
+    height, width = grid
+    smallest, log_aspect = min(rule.min_box_patches, room), math.log(rule.min_aspect)
     for _ in range(10):
-        area = rng.uniform(min(rule.min_box_patches, room), room)
-        aspect = math.exp(rng.uniform(*log_aspect))
+        area = smallest + (room - smallest) * rng.random()
+        aspect = math.exp(log_aspect * (1 - 2 * rng.random()))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < h < height and 0 < w < width):
             continue
-        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-        box = mask[top : top + h, left : left + w]
-        if 0 < box.size - int(box.sum()) <= room:
-            box[:] = True
-            return True
-    return False
+        top, left = int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1))
+        box = _rectangle(h, w, width) << (top * width + left)
+        if 0 < (box & ~mask).bit_count() <= room:
+            return box
+    return 0
 
 
-def cross_mask(grid: tuple[int, int], target: int, rng: np.random.Generator) -> Mask:
+def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
     """Cross-wise mask of exactly ``target`` patches, [h, w] (paper Fig. 4; the exact reading is ours, METHOD.md 4).
 
     A centre is drawn; its full row band and column band are masked, one patch thick, or two when the target is at least twice the
@@ -84,24 +123,55 @@ def cross_mask(grid: tuple[int, int], target: int, rng: np.random.Generator) -> 
     centre are dropped, to hit the target exactly.
     """
     height, width = grid
-    mask = np.zeros(grid, dtype=bool)
-    cross = height + width - 1  # cells of a cross one patch thick
-    thickness = 2 if min(grid) > 1 and target >= 2 * cross else 1
-    rows, columns = np.indices(grid)
-    while (room := target - int(mask.sum())) > 0:
-        top, left = int(rng.integers(0, height - thickness + 1)), int(rng.integers(0, width - thickness + 1))
-        in_rows = (rows >= top) & (rows < top + thickness)
-        in_columns = (columns >= left) & (columns < left + thickness)
-        new = np.flatnonzero((in_rows | in_columns) & ~mask)
-        if len(new) > room:
-            middle = (top + (thickness - 1) / 2, left + (thickness - 1) / 2)
-            distance = np.maximum(abs(rows - middle[0]), abs(columns - middle[1])).flat[new]
-            new = new[np.argsort(distance, kind="stable")[:room]]
-        mask.flat[new] = True
-    return mask
+    mask = 0
+    cells = height + width - 1  # of a cross one patch thick
+    thickness = 2 if min(grid) > 1 and target >= 2 * cells else 1
+    while (room := target - mask.bit_count()) > 0:
+        top, left = int(rng.random() * (height - thickness + 1)), int(rng.random() * (width - thickness + 1))
+        rows = _rectangle(thickness, width, width) << (top * width)
+        columns = _rectangle(height, thickness, width) << left
+        new = (rows | columns) & ~mask
+        mask |= new if new.bit_count() <= room else _nearest(new, room, (top, left), thickness, grid)
+    return _array(mask, grid)
 
 
-def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskRule, rng: np.random.Generator) -> Mask:
+def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: tuple[int, int]) -> int:
+    """The ``n`` of the cells nearest to a cross's centre, by the larger distance of rows and columns; ties in reading order."""
+    inner = 0
+    for radius in count():
+        outer = cells & _square(centre, radius, thickness, grid)
+        if outer.bit_count() >= n:
+            break
+        inner = outer
+    ring = outer & ~inner
+    for _ in range(n - inner.bit_count()):
+        inner |= ring & -ring  # the lowest bit
+        ring &= ring - 1
+    return inner
+
+
+@cache
+def _square(centre: tuple[int, int], radius: int, thickness: int, grid: tuple[int, int]) -> int:
+    """The bits within ``radius`` of a centre of thickness x thickness cells."""
+    top, left = (max(place - radius, 0) for place in centre)
+    bottom, right = (min(place + thickness + radius, side) for place, side in zip(centre, grid))
+    return _rectangle(bottom - top, right - left, grid[1]) << (top * grid[1] + left)
+
+
+@cache
+def _rectangle(height: int, width: int, grid_width: int) -> int:
+    """The bits of a rectangle at the top left of a grid."""
+    return sum(((1 << width) - 1) << (row * grid_width) for row in range(height))
+
+
+def _array(bits: int, grid: tuple[int, int]) -> Mask:
+    """A mask's bits as [h, w] bool."""
+    n = grid[0] * grid[1]
+    packed = np.frombuffer(bits.to_bytes(-(-n // 8), "little"), np.uint8)
+    return np.unpackbits(packed, count=n, bitorder="little").view(np.bool_).reshape(grid)
+
+
+def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -> Mask:
     """``box`` or ``cross`` mask of exactly ``target`` patches, [h, w]."""
     if shape == "box":
         return box_mask(grid, target, rule, rng)
@@ -111,20 +181,20 @@ def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskRule
 def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator) -> list[int]:
     """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate."""
     edges = np.linspace(*ratio, n_crops + 1)
-    targets = [int(n_patches * rng.uniform(a, b)) for a, b in zip(edges[:-1], edges[1:])]
-    rng.shuffle(targets)  # crops come in the order of their views: the strata must not follow it
-    return targets
+    targets = (n_patches * (edges[:-1] + np.diff(edges) * rng.random(n_crops))).astype(np.int64)
+    # Crops come in the order of their views: the strata must not follow it.
+    return rng.permutation(targets).tolist()
 
 
 def draw_kinds(n_images: int, n_global: int, rule: MaskRule, rng: np.random.Generator) -> list[str]:
     """The kind of each global crop, view-major: ``content``, ``position`` or ``none``."""
     n = n_images if rule.kinds_over == "image" else n_images * n_global
     # Rounded up or down at random, so that a share holds on average in small batches too; whole shares stay exact.
-    content, both, u = rule.content_share, rule.content_share + rule.position_share, rng.uniform()
+    content, both, u = rule.content_share, rule.content_share + rule.position_share, rng.random()
     n_content = min(int(n * content + u + 1e-9), n) if content else 0
     n_position = min(int(n * both + u + 1e-9), n) - n_content if rule.position_share else 0
-    kinds = ["content"] * n_content + ["position"] * n_position + ["none"] * (n - n_content - n_position)
-    rng.shuffle(kinds)
+    counts = [n_content, n_position, n - n_content - n_position]
+    kinds: list[str] = rng.permutation(np.repeat(["content", "position", "none"], counts)).tolist()
     return kinds * n_global if rule.kinds_over == "image" else kinds
 
 
@@ -146,18 +216,18 @@ def draw_masks(
         masks of [n_global * len(images), h * w], view-major.
     """
     rng = np.random.default_rng([*key])
-    kinds = draw_kinds(n_images, n_global, rule, rng)
-    targets = {kind: draw_targets(kinds.count(kind), grid[0] * grid[1], rule.ratio, rng) for kind in ("content", "position")}
+    kinds, n_patches = np.array(draw_kinds(n_images, n_global, rule, rng)), grid[0] * grid[1]
+    targets = np.zeros(len(kinds), np.int64)
+    for kind in ("content", "position"):
+        of_kind = kinds == kind
+        targets[of_kind] = draw_targets(int(of_kind.sum()), n_patches, rule.ratio, rng)
+    seeds = rng.integers(2**63, size=len(kinds)).tolist()  # a stream for each crop
     chosen = range(n_images)[images or slice(None)]
-    drawn = {kind: np.zeros((n_global, len(chosen), *grid), dtype=bool) for kind in targets}
+    crops = [view * n_images + image for view in range(n_global) for image in chosen]
+    drawn = {kind: np.zeros((len(crops), n_patches), dtype=bool) for kind in ("content", "position")}
     shapes = {"content": rule.content_shape, "position": rule.position_shape}
-    for crop, kind in enumerate(kinds):
-        view, image = divmod(crop, n_images)
-        if kind == "none":
-            continue
-        target = targets[kind].pop()
-        if image in chosen:
-            crop_rng = np.random.default_rng([*key, 1 + crop])  # NumPy pads seeds with zeros: (key, 0) would be the batch's own
-            drawn[kind][view, image - chosen.start] = mask_of_shape(shapes[kind], grid, target, rule, crop_rng)
-    content, position = (torch.from_numpy(drawn[kind]).flatten(0, 1).flatten(1) for kind in ("content", "position"))
-    return Masks(content, position)
+    for row, crop in enumerate(crops):
+        kind = str(kinds[crop])
+        if kind != "none":
+            drawn[kind][row] = mask_of_shape(shapes[kind], grid, int(targets[crop]), rule, Random(seeds[crop])).ravel()
+    return Masks.of(drawn["content"], drawn["position"])

@@ -1,78 +1,138 @@
-"""The pixels of a view: crop, resize, flip, colour, normalise. CPU path, on uint8 tensors, with torchvision's own operations."""
+"""The pixels of views on the CPU: crop, resize, flip, colour, one view after the other, in a loader's worker.
 
-from collections.abc import Sequence
+Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation is torchvision's on the same parameters within one level of 255 (hue:
+two), as tests/test_pixels.py holds; OpenCV and torch's uint8 kernels do the work, several times faster than PIL.
+:mod:`pretrain.views.device_pixels` makes the same crops batched on the training device.
+"""
 
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 
-from pretrain.views.boxes import Views, pixel_box
-from pretrain.views.colour import Colour
+from pretrain.views.boxes import Views, pixel_boxes
+from pretrain.views.colour import HUE, Colour, ColourRule, Colours
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DINOv2
 STD = (0.229, 0.224, 0.225)
 
+Pixels = NDArray[np.uint8]
 
-def crop_resize(image: Tensor, box: tuple[int, int, int, int], flip: bool, size_px: int) -> Tensor:
-    """A crop (left, top, right, bottom) of [3, H, W] at [3, size, size], bicubic with antialiasing, flipped where asked."""
+
+def crop_resize(image: Pixels, box: tuple[int, int, int, int], flip: bool, size_px: int) -> Pixels:
+    """A crop (left, top, right, bottom) at [size, size, 3], bicubic with antialiasing, flipped where asked."""
     left, top, right, bottom = box
-    crop = TF.resize(image[:, top:bottom, left:right], [size_px, size_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return crop.flip(-1) if flip else crop
+    crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)[None]
+    crop = crop.contiguous(memory_format=torch.channels_last)  # the layout that torch's fast uint8 kernel wants, and keeps
+    resized = F.interpolate(crop, (size_px, size_px), mode="bicubic", antialias=True)
+    pixels: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return cv2.flip(pixels, 1) if flip else pixels  # type: ignore[return-value]
 
 
-def apply_colour(image: Tensor, colour: Colour, blur_kernel_px: int, solarize_threshold: int) -> Tensor:
-    """The drawn colour on a uint8 image [3, H, W], in DINOv2's order: jitter, greyscale, blur, solarize."""
-    operations = (
-        lambda x: TF.adjust_brightness(x, colour.brightness),
-        lambda x: TF.adjust_contrast(x, colour.contrast),
-        lambda x: TF.adjust_saturation(x, colour.saturation),
-        lambda x: TF.adjust_hue(x, colour.hue),
-    )
-    for i in colour.order or ():
-        image = operations[i](image)
+def adjust_brightness(image: Pixels, factor: float) -> Pixels:
+    """Blend with black: ``factor * image``."""
+    return cv2.convertScaleAbs(image, alpha=factor)  # type: ignore[return-value]
+
+
+def adjust_contrast(image: Pixels, factor: float) -> Pixels:
+    """Blend with the mean of the grey image."""
+    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
+    return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean)  # type: ignore[return-value]
+
+
+def adjust_saturation(image: Pixels, factor: float) -> Pixels:
+    """Blend with the grey image."""
+    return cv2.addWeighted(image, factor, to_grey(image), 1 - factor, 0)  # type: ignore[return-value]
+
+
+def adjust_hue(image: Pixels, shift: float) -> Pixels:
+    """Turn the hue by ``shift`` of a full circle, in HSV. In float32: eight bits a channel would cost several levels."""
+    hsv: NDArray[Any] = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # value in levels, as it is linear
+    hsv[..., 0] += 360 * (shift % 1)  # degrees; the way back takes angles above 360, none below 0
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))  # type: ignore[return-value]
+
+
+def to_grey(image: Pixels) -> Pixels:
+    """The luma, three times."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+
+
+def blur(image: Pixels, sigma: float, kernel_px: int) -> Pixels:
+    """Gaussian blur; the border is mirrored without its outermost pixel, as torchvision's ``reflect``."""
+    kernel = cv2.getGaussianKernel(kernel_px, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)  # type: ignore[return-value]
+
+
+def solarize(image: Pixels, threshold: int) -> Pixels:
+    """Invert the values from ``threshold`` on."""
+    return cv2.LUT(image, _solarized(threshold))  # type: ignore[return-value]
+
+
+@cache
+def _solarized(threshold: int) -> Pixels:
+    values = np.arange(256, dtype=np.uint8)
+    return np.where(values < threshold, values, 255 - values)
+
+
+ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # in the order of colour.OPERATIONS
+assert ADJUST[HUE] is adjust_hue
+
+
+def apply_colour(image: Pixels, colour: Colour, rule: ColourRule) -> Pixels:
+    """The drawn colour of a view on its crop, in DINOv2's order: jitter, greyscale, blur, solarize."""
+    if colour.jitter:
+        for operation in colour.order:
+            image = ADJUST[operation](image, colour.factors[operation])
     if colour.grey:
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
-    if colour.blur_sigma is not None:
-        image = TF.gaussian_blur(image, [blur_kernel_px, blur_kernel_px], [colour.blur_sigma, colour.blur_sigma])
+        image = to_grey(image)
+    if colour.sigma > 0:
+        image = blur(image, colour.sigma, rule.blur_kernel_px)
     if colour.solarize:
-        image = TF.solarize(image, solarize_threshold)
+        image = solarize(image, rule.solarize_threshold)
     return image
 
 
-def normalise(image: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32, ImageNet mean 0 and standard deviation 1."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    return (image.float() - mean) / std
-
-
 def render(
-    image: Tensor,
-    views: Views,
-    colours: Sequence[Colour],
-    *,
-    global_px: int,
-    local_px: int,
-    blur_kernel_px: int,
-    solarize_threshold: int,
+    image: Pixels, views: Views, colours: Colours, rule: ColourRule, *, global_px: int, local_px: int
 ) -> tuple[Tensor, Tensor]:
     """All views of one image.
 
     Args:
-        image: uint8 [3, H, W].
-        views: its views, B = 1.
-        colours: one a view.
+        image: uint8 [H, W, 3].
+        views, colours: its views, B = 1.
 
     Returns:
-        global views [n_global, 3, global_px, global_px] and local views [n_local, 3, local_px, local_px], normalised float32.
+        global views [n_global, 3, global_px, global_px] and local views [n_local, 3, local_px, local_px], uint8. In memory the
+        channels are last, as OpenCV leaves them: :func:`normalise` undoes that on the training device.
     """
-    height, width = image.shape[1:]
-    pixels: list[Tensor] = []
-    for view, colour in enumerate(colours):
-        size = global_px if view < views.n_global else local_px
-        box = pixel_box(views.boxes[0, view], height, width)
-        crop = crop_resize(image, box, bool(views.flips[0, view]), size)
-        pixels.append(apply_colour(crop, colour, blur_kernel_px, solarize_threshold))
-    globals_, locals_ = pixels[: views.n_global], pixels[views.n_global :]
-    empty = image.new_zeros(0, 3, local_px, local_px)
-    return normalise(torch.stack(globals_)), normalise(torch.stack(locals_) if locals_ else empty)
+    n_views, n_global = views.flips.shape[1], views.n_global
+    boxes, flips = pixel_boxes(views.boxes[0], *image.shape[:2]).int().tolist(), views.flips[0].tolist()
+    crops = (
+        np.empty((n_global, global_px, global_px, 3), np.uint8),
+        np.empty((n_views - n_global, local_px, local_px, 3), np.uint8),
+    )
+    for view, (box, flip, colour) in enumerate(zip(boxes, flips, colours.rows(0))):
+        size, group, place = (local_px, 1, view - n_global) if view >= n_global else (global_px, 0, view)
+        crop = crop_resize(image, box, flip, size)
+        crops[group][place] = apply_colour(crop, colour, rule)
+    global_crops, local_crops = (torch.from_numpy(crop).permute(0, 3, 1, 2) for crop in crops)
+    return global_crops, local_crops
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and standard deviation 1."""
+    mean, std = _mean_and_std(image.device)
+    levels = torch.empty(image.shape, dtype=torch.float32, device=image.device).copy_(image)
+    return levels.sub_(mean).div_(std)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """[3, 1, 1] each, in levels; kept, for a copy to the device would wait for it at every step."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    return mean.to(device), std.to(device)

@@ -1,0 +1,164 @@
+"""How fast one core makes training samples, against decoding alone and against the usual torchvision and PIL composition.
+
+All contenders read the same JPEG files of about 500 x 375 px, ImageNet's usual size, cut from real photographs, and take turns in
+one process on one thread. Times are of the processor, and ratios are taken within a round: other load hardly changes them.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cv2
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from pretrain.config import load_config
+from pretrain.data.loader import Collate, build_dataset, keep_memory
+from pretrain.data.toy import photographs
+from pretrain.views.pixels import MEAN, STD
+
+SIZE_PX = (500, 375)
+QUALITY = 90
+
+
+def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8) -> dict[str, Any]:
+    """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their ratios.
+
+    Args:
+        rounds: turns of each contender; figures are medians over them.
+        images_a_turn: images that a turn makes.
+        device: where the device path's crops are made, for its own rate.
+        render_batch: images of a batch there; 64 is usual on a GPU.
+
+    Returns:
+        ``*_img_per_s`` for ``decode``, ``torchvision``, ``cpu`` (samples of the CPU path), ``device_worker`` (a worker's part of
+        the device path: decoding, draws, collation) and ``device_render`` (its crops, batched on ``device``; by the clock);
+        ``cpu_ratio``: CPU path over torchvision; ``device_worker_ratio``: time of a worker over that of decoding.
+    """
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        write_photographs(Path(folder))
+        contenders = build_contenders(folder, images_a_turn)
+        seconds = take_turns(contenders, rounds, images_a_turn)
+        rendered = render_rate(folder, torch.device(device), render_batch, rounds)
+    rates = {name: 1 / median(times) for name, times in seconds.items()}
+    ratio = {
+        (a, b): median(x / y for x, y in zip(seconds[a], seconds[b]))
+        for a, b in (("torchvision", "cpu"), ("device_worker", "decode"))
+    }
+    return {
+        **{f"{name}_img_per_s": round(rate, 1) for name, rate in rates.items()},
+        "device_render_img_per_s": round(rendered, 1),
+        "device_render_on": str(device),
+        "cpu_ratio": round(ratio["torchvision", "cpu"], 3),
+        "device_worker_ratio": round(ratio["device_worker", "decode"], 3),
+        "images": f"{SIZE_PX[0]} x {SIZE_PX[1]} JPEG, quality {QUALITY}",
+        "rounds": rounds,
+        "images_a_turn": images_a_turn,
+    }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch and OpenCV on one thread, with memory kept as in a worker."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    keep_memory()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+
+
+def write_photographs(folder: Path) -> None:
+    """The installed packages' photographs, cut and scaled to ``SIZE_PX``, as JPEG files."""
+    width, height = SIZE_PX
+    for name, path in photographs().items():
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        assert image is not None, path
+        scale = max(width / image.shape[1], height / image.shape[0])
+        size = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
+        scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f"{name}.jpg"), scaled[:height, :width], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+
+
+def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
+    """What each contender does in a turn: the same ``n`` images, new draws each time where the code draws by itself."""
+    configs = {
+        path: load_config(None, [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={n}"]) for path in ("cpu", "device")
+    }
+    cpu, device = (build_dataset(configs[path]) for path in ("cpu", "device"))
+    collate = Collate(device.rules, n, 0)
+    composition = torchvision_views(configs["cpu"])
+    files = sorted(Path(folder).iterdir())
+    chosen = [files[cpu.order.image(i)] for i in range(n)]
+
+    def usual(path: Path) -> list[Tensor]:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+        return [view(pixels) for view in composition]
+
+    return {
+        "decode": lambda: [cpu.read(i) for i in range(n)] and None,
+        "torchvision": lambda: [usual(path) for path in chosen] and None,
+        "cpu": lambda: [cpu[i] for i in range(n)] and None,
+        "device_worker": lambda: collate([device[i] for i in range(n)]) and None,
+    }
+
+
+def torchvision_views(config: DictConfig) -> list[Callable[[Image.Image], Tensor]]:
+    """The usual composition of DINOv2 on PIL images, one a view, with this config's numbers."""
+    crops, colour = config.crops, config.colour
+
+    def view(size: int, scale: tuple[float, float], kind: int) -> Callable[[Image.Image], Tensor]:
+        cubic = transforms.InterpolationMode.BICUBIC
+        blur = transforms.GaussianBlur(colour.blur_kernel_px, tuple(colour.blur_sigma))
+        steps = [
+            transforms.RandomResizedCrop(size, tuple(scale), tuple(crops.ratio), interpolation=cubic),
+            transforms.RandomHorizontalFlip(crops.flip_p),
+            transforms.RandomApply([transforms.ColorJitter(*colour.jitter)], colour.jitter_p),
+            transforms.RandomGrayscale(colour.grey_p),
+            transforms.RandomApply([blur], colour.blur_p[kind]),
+            transforms.RandomSolarize(colour.solarize_threshold, colour.solarize_p[kind]),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+        return transforms.Compose(steps)
+
+    of_globals = [view(crops.global_px, crops.global_scale, min(i, 1)) for i in range(crops.n_global)]
+    return of_globals + [view(crops.local_px, crops.local_scale, 2)] * crops.n_local
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, n: int) -> dict[str, list[float]]:
+    """Seconds of the processor an image, of each contender in each round; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, turn in contenders.items():
+            started = time.process_time()
+            turn()
+            if number:
+                seconds[name].append((time.process_time() - started) / n)
+    return seconds
+
+
+def render_rate(folder: str, device: torch.device, batch_size: int, rounds: int) -> float:
+    """Images a second of the device path's crops on ``device``, the copy to it included; by the clock, median over the rounds."""
+    config = load_config(None, [f"data.root={folder}", "data.path=device", f"optim.batch_size={batch_size}"])
+    dataset = build_dataset(config)
+    batch, _ = Collate(dataset.rules, batch_size, 0)([dataset[i] for i in range(batch_size)])
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    times = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        float(batch.to(device).local_crops[-1, 0, 0, 0])  # reading a value waits for the device
+        times.append(time.perf_counter() - started)
+    return batch_size / median(times[1:])

@@ -1,0 +1,31 @@
+"""Checkpoints of a run: whole or not there at all, verified by checksums, and never able to execute anything.
+
+``<run>/checkpoints/it_00001000/`` holds
+
+* ``state.safetensors`` (layout ``single``), or ``shard_*.safetensors`` and ``index.json`` (layout ``sharded``: written and read
+  by ``torch.distributed.checkpoint`` through our own storage classes, since its own ones unpickle);
+* ``meta.json``: plain values (iteration, layout, and what the caller adds);
+* ``manifest.json``: size and SHA-256 of every other file.
+
+A checkpoint is written as ``it_00001000.tmp`` and renamed when every byte is on the disk.
+"""
+
+from pretrain.checkpoints.found import Found, find, newest, open_checkpoint
+from pretrain.checkpoints.sharded import load, save_sharded
+from pretrain.checkpoints.single import consolidate, save
+from pretrain.checkpoints.store import clean, whole_directories
+from pretrain.checkpoints.writer import Writer
+
+__all__ = [
+    "Found",
+    "Writer",
+    "clean",
+    "consolidate",
+    "find",
+    "load",
+    "newest",
+    "open_checkpoint",
+    "save",
+    "save_sharded",
+    "whole_directories",
+]

@@ -1,0 +1,109 @@
+"""Finding a checkpoint to go on from: the newest whole one, or the one that was asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.checkpoints.store import MANIFEST, META, Record, directory, read_json, verify, whole_directories
+from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_tensors
+from pretrain.errors import UserError
+
+T = TypeVar("T")
+LAYOUTS = {"single": STATE, "sharded": INDEX}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: every file is as its manifest says."""
+
+    path: Path
+    iteration: int  # steps done
+    layout: str  # single | sharded
+    meta: dict[str, Any]
+    records: dict[str, Record]
+
+    def contents(self) -> dict[str, Entry]:
+        """Dtype, shape and place of every tensor, by name; no value is read."""
+        return contents(self.path, self.layout, self.records)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, whole and on the CPU, in this process alone; of either layout.
+
+        Raises:
+            UserError: names the file that cannot be read as tensors.
+        """
+        return read_tensors(self.path, self.contents())
+
+
+def open_checkpoint(path: Path) -> Found:
+    """The checkpoint in the directory ``path`` (``.../checkpoints/it_00001000``), verified.
+
+    Raises:
+        UserError: names the file that is missing, damaged or no part of a checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read")
+    records = verify(path)
+    meta = read_json(path / META)
+    iteration, layout = meta.get("iteration"), meta.get("layout")
+    if not isinstance(iteration, int) or not isinstance(layout, str) or LAYOUTS.get(layout) not in records:
+        raise UserError(f"checkpoint: {path / META} names no iteration, or no layout whose files are there")
+    return Found(path, iteration, layout, meta, records)
+
+
+def newest(folder: Path) -> tuple[Found | None, list[str]]:
+    """The newest whole checkpoint of the run in ``folder``, none without one, and a line about each broken one passed over."""
+    messages: list[str] = []
+    for path in whole_directories(folder):
+        try:
+            found = open_checkpoint(path)
+            found.contents()
+            return found, messages
+        except UserError as error:
+            messages.append(f"passed over: {error}")
+    return None, messages
+
+
+def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
+    """The checkpoint to go on from, the same on every rank: each must call this; the main process reads.
+
+    Args:
+        folder: the run's.
+        which: ``auto``: :func:`newest`; an iteration of this run; a checkpoint's directory; or another run's folder (its newest).
+
+    Raises:
+        UserError: what was asked for by name is missing or broken.
+    """
+
+    def look() -> tuple[Found | None, list[str]]:
+        if which == "auto":
+            return newest(folder)
+        path = directory(folder, int(which)) if which.isdecimal() else Path(which)
+        if not (path / "checkpoints").is_dir():
+            return open_checkpoint(path), []
+        found, messages = newest(path)
+        if found is None:
+            raise UserError("; ".join([f"checkpoint: {path} holds no whole one", *messages]))
+        return found, messages
+
+    return _from_main(look)
+
+
+def _from_main(function: Callable[[], T]) -> T:
+    """What ``function`` gives on the main process, or the UserError it raises there, on every rank."""
+    answer: list[Any] = [None]
+    if distributed.is_main():
+        try:
+            answer = [function()]
+        except UserError as error:
+            answer = [error]
+    if distributed.world_size() > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]

@@ -1,0 +1,248 @@
+"""The layout ``sharded``: every rank writes its shards, by ``torch.distributed.checkpoint`` (DCP).
+
+DCP plans who writes and who reads what, over any number of ranks; storage is ours. DCP's own file storage keeps its metadata as a
+pickle, which can execute anything when it is read; ours is safetensors and JSON. Only DCP's documented extension points are used
+(``StorageWriter``, ``StorageReader``, ``DefaultSavePlanner.lookup_object``).
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from pretrain import distributed
+from pretrain.checkpoints import store
+from pretrain.checkpoints.found import Found
+from pretrain.checkpoints.tensors import (
+    INDEX,
+    NAMES,
+    Entry,
+    Piece,
+    copy_to_cpu,
+    opened,
+    read_piece,
+    read_pieces,
+    write_tensors,
+)
+from pretrain.errors import UserError
+
+
+def save_sharded(
+    folder: Path,
+    iteration: int,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    keep: int | None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint of the run in ``folder``, which all ranks see; every rank calls this with the same names.
+
+    Args:
+        iteration: steps done.
+        tensors: DTensors, and plain tensors that are equal on all ranks (one of them writes).
+        meta: plain JSON values, of the main process; ``iteration`` and ``layout`` are added.
+        keep: the newest ones that stay; None: all.
+
+    Raises:
+        OSError: names the folder that some rank cannot write; the checkpoints before stay whole.
+    """
+    return write_sharded(folder, iteration, tensors, copy_to_cpu(tensors), meta, keep, group)
+
+
+def write_sharded(
+    folder: Path,
+    iteration: int,
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    keep: int | None,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """:func:`save_sharded` of the values in ``copies``; ``tensors`` only say how they are laid out over the ranks."""
+    writer = _Writer(folder, iteration, meta, keep)
+    with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
+        dcp.save(dict(tensors), storage_writer=writer, planner=_CopiesPlanner(copies), process_group=group)
+    return store.directory(folder, iteration)
+
+
+def load(found: Found, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's values into ``tensors`` in place; every rank calls this with the same names.
+
+    Either layout, into plain tensors (whole on every rank) and DTensors (each rank reads its own part), of any number of ranks.
+    What the checkpoint holds besides is left alone (:meth:`Found.contents` tells).
+
+    Raises:
+        UserError: names the tensor that is missing or of another shape or dtype, or the file that cannot be read.
+    """
+    entries = found.contents()
+    for name, tensor in tensors.items():
+        if name not in entries:
+            raise UserError(f"checkpoint: {found.path} holds no tensor {name}")
+        theirs, ours = (entries[name].dtype, entries[name].shape), (tensor.dtype, tuple(tensor.shape))
+        if theirs != ours:
+            raise UserError(f"checkpoint: {found.path}: {name} is {theirs[0]} {list(theirs[1])}, not {ours[0]} {list(ours[1])}")
+    entries = {name: entries[name] for name in tensors}
+    with torch.no_grad():
+        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            with _plainly():
+                dcp.load(dict(tensors), storage_reader=_Reader(found.path, entries), planner=planner)
+            return
+        for name, piece, values in read_pieces(found.path, entries):
+            tensors[name].detach()[piece.slices].copy_(values)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """DCP gathers what ranks raise into one exception, the same on all of them; give back what it was."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, (UserError, OSError)):
+            raise cause from None
+        raise RuntimeError(f"checkpoint: rank {rank}: {type(cause).__name__}: {cause}") from error
+
+
+class _CopiesPlanner(dcp.DefaultSavePlanner):
+    """Plans by the tensors, takes the values from the copies: training may change the tensors meanwhile."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.copies[index.fqn]
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class _Writer(dcp.StorageWriter):
+    """One safetensors file a rank; the coordinator begins and publishes the directory."""
+
+    def __init__(self, folder: Path, iteration: int, meta: Mapping[str, Any], keep: int | None) -> None:
+        self.folder, self.iteration, self.meta, self.keep = folder, iteration, meta, keep
+        final = store.directory(folder, iteration)
+        self.part = final.with_name(f"{final.name}.tmp")
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """One writer, one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        store.begin(self.folder, self.iteration)  # on the coordinator, before any rank gets its plan
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        file = f"shard_{distributed.rank():05}.safetensors"
+        pieces, values = {}, {}
+        for item in plan.items:
+            assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
+            chunk = item.tensor_data.chunk
+            if not chunk.sizes.numel():  # fewer rows than ranks
+                continue
+            key = f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
+            pieces[item.index] = Piece(file, key, tuple(chunk.offsets), tuple(chunk.sizes))
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor) and tensor.shape == chunk.sizes, item.index
+            values[key] = tensor
+        if not values:
+            return _done([])
+        record = write_tensors(self.part / file, values)
+        return _done([WriteResult(index, record["size"], (piece, record)) for index, piece in pieces.items()])
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        index: dict[str, dict[str, Any]] = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
+            index[name] = {"dtype": NAMES[entry.properties.dtype], "shape": list(entry.size), "pieces": []}
+        records: dict[str, store.Record] = {}
+        for result in (result for rank in results for result in rank):
+            piece, records[piece.file] = result.storage_data
+            index[result.index.fqn]["pieces"].append(vars(piece))
+        for name in records:
+            if not (self.part / name).is_file():  # another machine wrote it to a disk of its own
+                raise OSError(None, f"{self.part / name} cannot be seen by the main process: no shared file system")
+        records[INDEX] = store.write_json(self.part / INDEX, index)
+        store.publish(self.folder, self.iteration, {**self.meta, "layout": "sharded"}, records, self.keep)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class _Reader(dcp.StorageReader):
+    """Pieces of a checkpoint of either layout, as many as the plan asks for."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.path, self.entries = path, entries
+        self.pieces = {MetadataIndex(name, torch.Size(p.offsets)): p for name, entry in entries.items() for p in entry.pieces}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """One reader, one checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=entry.dtype),
+                    torch.Size(entry.shape),
+                    [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape)) for piece in entry.pieces],
+                )
+                for name, entry in self.entries.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.pieces[item.storage_index].file, []).append(item)
+        for name, items in by_file.items():
+            with opened(self.path / name) as file:
+                for item in items:
+                    block = tuple(slice(start, start + n) for start, n in zip(item.storage_offsets, item.lengths))
+                    dtype = self.entries[item.storage_index.fqn].dtype
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(read_piece(file, self.pieces[item.storage_index], dtype, block or None))
+                    planner.commit_tensor(item, target)
+        return _done(None)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True

@@ -1,0 +1,182 @@
+"""The directories of a run's checkpoints: written aside, renamed when whole, verified, pruned. Knows nothing of tensors.
+
+``it_N.tmp`` is being written (or was, when the run was killed), ``it_N`` is whole, ``it_N.old`` is the whole one that an ``it_N``
+written a second time is about to replace. The rename is the only moment at which a checkpoint comes to be.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+
+FORMAT = 1
+META, MANIFEST = "meta.json", "manifest.json"
+WHOLE = re.compile(r"it_(\d{8,})(\.old)?")
+Record = dict[str, Any]  # {"size": bytes, "sha256": hex}
+
+
+def directory(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of ``iteration`` (steps done) of the run in ``folder`` lies."""
+    return folder / "checkpoints" / f"it_{iteration:08}"
+
+
+def whole_directories(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run, the newest first; their contents are not looked at."""
+    found = []
+    for path in (folder / "checkpoints").glob("it_*"):
+        if (match := WHOLE.fullmatch(path.name)) and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed processes left half-written or half-removed. For the main process, before a run writes."""
+    for path in (folder / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """A fresh ``it_N.tmp`` to write into."""
+    parent = folder / "checkpoints"
+    if not parent.is_dir():
+        parent.mkdir(parents=True)
+        _sync_folder(folder)
+    part = parent / f"{directory(folder, iteration).name}.tmp"
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir()
+    return part
+
+
+def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None) -> Path:
+    """Make ``it_N.tmp``, whose files ``records`` lists and which are on the disk, the run's newest checkpoint.
+
+    Older ones than the ``keep`` newest go, and so do those of later iterations: a run that has gone back has left them behind.
+    ``keep=None`` removes nothing.
+    """
+    final = directory(folder, iteration)
+    part, old = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}.old")
+    files = {**records, META: write_json(part / META, {**meta, "iteration": iteration})}
+    write_json(part / MANIFEST, {"format": FORMAT, "files": files})
+    _sync_folder(part)
+    if final.exists():
+        _remove(old)
+        os.rename(final, old)
+    os.rename(part, final)
+    _sync_folder(final.parent)
+    _remove(old)
+    if keep is not None:
+        whole = whole_directories(folder)
+        at = whole.index(final)
+        for path in whole[:at] + whole[at + keep :]:
+            _remove(path)
+    return final
+
+
+@contextmanager
+def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
+    """Around the writing of a checkpoint: a full disk is an :class:`OSError` that names it, and gives its half back."""
+    try:
+        yield
+    except OSError as error:
+        final = directory(folder, iteration)
+        shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"checkpoint {final} cannot be written, earlier ones stay: {reason}") from error
+
+
+def write_json(path: Path, values: Any) -> Record:
+    """Write plain values, down to the disk; returns the file's record."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    return record_of(path)
+
+
+def record_of(path: Path) -> Record:
+    """Size and checksum of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def sync_file(path: Path) -> None:
+    """Bring a written file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Plain values of a file.
+
+    Raises:
+        UserError: names the file that is missing or holds no JSON mapping.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint: {path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint: {path} cannot be read ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"checkpoint: {path} holds no mapping")
+    return values
+
+
+def verify(path: Path) -> dict[str, Record]:
+    """Compare every file of a checkpoint with its manifest; returns the records.
+
+    Raises:
+        UserError: names the file that is missing, damaged or unknown.
+    """
+    if path.suffix == ".tmp":
+        raise UserError(f"checkpoint: {path} was never finished")
+    manifest = read_json(path / MANIFEST)
+    records = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(records, dict) or META not in records:
+        raise UserError(f"checkpoint: {path / MANIFEST} is no manifest of format {FORMAT}")
+    for name, record in records.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"checkpoint: {file} is missing")
+        if not isinstance(record, dict) or file.stat().st_size != record.get("size"):
+            raise UserError(f"checkpoint: {file} has {file.stat().st_size} bytes, not what {MANIFEST} says")
+        try:
+            same = record_of(file) == record
+        except OSError as error:
+            raise UserError(f"checkpoint: {file} cannot be read ({error.strerror})") from error
+        if not same:
+            raise UserError(f"checkpoint: {file} is damaged (SHA-256)")
+    return records
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; it loses its name first, since a directory under that name is whole."""
+    if path.exists():
+        gone = path.with_name(f"{path.name}.gone.tmp")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where its file system can."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(number)

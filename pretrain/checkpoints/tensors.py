@@ -1,0 +1,194 @@
+"""Tensors in safetensors files: whole ones (layout ``single``) or pieces of them (layout ``sharded``)."""
+
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pretrain.checkpoints.store import Record, read_json, record_of, sync_file
+from pretrain.errors import UserError
+
+STATE, INDEX = "state.safetensors", "index.json"
+# Names of the safetensors format.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor: ``shape`` values from ``offsets`` on, stored whole under ``key`` in ``file``."""
+
+    file: str
+    key: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where it lies in the tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.shape))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a checkpoint holds under one name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's values: the shard of a DTensor, a plain tensor itself."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """This rank's values of all tensors at this moment, contiguous and apart from each other.
+
+    ``buffers``: pinned memory of CUDA tensors, kept from call to call (to pin takes longer than to copy); filled here.
+    """
+    buffers = {} if buffers is None else buffers
+    copies: dict[str, Tensor] = {}
+    on_cuda = False
+    for name, tensor in tensors.items():
+        values = local(tensor)
+        copy = buffers.get(name)
+        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        if values.is_cuda:
+            on_cuda, buffers[name] = True, copy
+        copies[name] = copy.copy_(values, non_blocking=values.is_cuda)
+    if on_cuda:
+        torch.cuda.synchronize()
+    return copies
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
+    """Write CPU tensors that share no memory, down to the disk; returns the file's record.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    for name, tensor in tensors.items():
+        assert tensor.dtype in NAMES, f"{name}: {tensor.dtype} has no place in a checkpoint"
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would leave a file that only its owner can read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # so it reports a full disk
+        raise OSError(None, str(error)) from error
+    path.chmod(mode)
+    sync_file(path)
+    return record_of(path)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; nothing but its header is read.
+
+    Raises:
+        UserError: names the file that is none, on opening and on reading.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"checkpoint: {path} cannot be read as safetensors ({error})") from error
+
+
+def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str, Entry]:
+    """Names, dtypes and shapes in the checkpoint ``path``, and where the values lie.
+
+    Raises:
+        UserError: names the file that is no safetensors file or no index.
+    """
+    if layout == "sharded":
+        return _index(path, records)
+    entries = {}
+    with opened(path / STATE) as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise UserError(f"checkpoint: {path / STATE}: {name} has the unknown dtype {part.get_dtype()}")
+            shape = tuple(part.get_shape())
+            entries[name] = Entry(DTYPES[part.get_dtype()], shape, (Piece(STATE, name, (0,) * len(shape), shape),))
+    return entries
+
+
+def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
+    """``index.json`` of a sharded checkpoint, which may say anything: what does not fit together is refused."""
+    n_bytes, entries = sum(record["size"] for record in records.values()), {}
+    for name, values in read_json(path / INDEX).items():
+        try:
+            pieces = tuple(Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"])) for p in values["pieces"])
+            entry = Entry(DTYPES[values["dtype"]], _ints(values["shape"]), pieces)
+            inside = all(
+                p.file in records
+                and len(p.shape) == len(p.offsets) == len(entry.shape)
+                and all(
+                    0 <= start and 0 < size and start + size <= end for start, size, end in zip(p.offsets, p.shape, entry.shape)
+                )
+                for p in pieces
+            )
+            numel = math.prod(entry.shape)
+            fits = numel == sum(math.prod(p.shape) for p in pieces) and numel * entry.dtype.itemsize <= n_bytes
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint: {path / INDEX}: {name} is described wrongly ({type(error).__name__})") from error
+        if not inside or not fits:
+            raise UserError(f"checkpoint: {path / INDEX}: the pieces of {name} do not make it up")
+        entries[name] = entry
+    return entries
+
+
+def _ints(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
+
+
+def read_piece(file: Any, piece: Piece, dtype: torch.dtype, block: tuple[slice, ...] | None = None) -> Tensor:
+    """Values of a piece in an opened file, all or those of a block of it."""
+    part = file.get_slice(piece.key)
+    if (part.get_dtype(), tuple(part.get_shape())) != (NAMES[dtype], piece.shape):
+        raise SafetensorError(f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {NAMES[dtype]} {list(piece.shape)}")
+    return file.get_tensor(piece.key) if block is None else part[block]
+
+
+def read_pieces(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Piece, Tensor]]:
+    """Every stored piece of ``entries`` with its values on the CPU, file by file."""
+    by_file: dict[str, list[tuple[str, Piece]]] = {}
+    for name, entry in entries.items():
+        for piece in entry.pieces:
+            by_file.setdefault(piece.file, []).append((name, piece))
+    for name_of_file, items in by_file.items():
+        with opened(path / name_of_file) as file:
+            for name, piece in items:
+                yield name, piece, read_piece(file, piece, entries[name].dtype)
+
+
+def read_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU."""
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+    for name, piece, values in read_pieces(path, entries):
+        tensors[name][piece.slices].copy_(values)
+    return tensors

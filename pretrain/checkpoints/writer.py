@@ -1,0 +1,86 @@
+"""Checkpoints while the training goes on: copied at once, written behind its back."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.checkpoints import sharded, single, store
+from pretrain.checkpoints.tensors import copy_to_cpu
+
+
+class Writer:
+    """Writes the checkpoints of one run, at most one at a time.
+
+    A thread of ours rather than ``dcp.async_save``: one form for both layouts and every torch. DCP runs inside it on a gloo group
+    of its own, so that its collectives never meet those of the training.
+    """
+
+    def __init__(self, folder: Path, keep: int, is_sharded: bool = False, in_background: bool = True) -> None:
+        """Every rank makes one. The main process removes what a killed run left half-written in ``folder``.
+
+        Args:
+            folder: the run's.
+            keep: the newest checkpoints that stay.
+            is_sharded: every rank writes its shards; else the main process writes all.
+            in_background: False: :meth:`save` returns when the checkpoint is whole.
+        """
+        self.folder, self.keep, self.is_sharded, self.in_background = folder, keep, is_sharded, in_background
+        self.group: Any = dist.new_group(backend="gloo") if is_sharded else None
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.buffers: dict[str, Tensor] = {}
+        if distributed.is_main():
+            store.clean(folder)
+
+    def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Copy ``tensors`` as they are now and have them written; waits for the checkpoint before. Every rank calls this.
+
+        Args:
+            iteration: steps done.
+            tensors, meta: as of :func:`save` and :func:`save_sharded`.
+
+        Raises:
+            OSError: this one (in the foreground) or the one before (in the background) could not be written.
+        """
+        self.wait()
+        if not self.is_sharded and not distributed.is_main():
+            return
+        copies = copy_to_cpu(tensors, self.buffers)
+        if not self.in_background:
+            self._write(iteration, tensors, copies, meta)
+            return
+        # A thread of shards may wait for ranks that have died: it must not keep this process from ending.
+        self.thread = threading.Thread(
+            target=self._try, args=(iteration, dict(tensors), copies, dict(meta)), daemon=self.is_sharded
+        )
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def _try(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:  # raised again where the training waits
+            self.error = error
+
+    def _write(self, iteration: int, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        if self.is_sharded:
+            sharded.write_sharded(self.folder, iteration, tensors, copies, meta, self.keep, self.group)
+        else:
+            single.write(self.folder, iteration, copies, meta, self.keep)

@@ -1,0 +1,125 @@
+"""Where images come from: one interface over folders, lists, COCO, tar shards, parquet files and Hugging Face folders.
+
+A source has random access by index, gives the same order on every machine and goes to workers by pickle or fork: it opens
+what it needs in each process for itself.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+from omegaconf import DictConfig
+
+from pretrain.data.sources.files import is_image, is_pattern
+from pretrain.data.sources.folder import FileSource, folder_source, list_source
+from pretrain.errors import UserError
+
+__all__ = ["FileSource", "Source", "folder_source", "kind_of", "list_source", "open_source"]
+
+COCO_SPLIT = re.compile(r"(train|val|test|unlabeled)20\d\d")
+
+
+class Source(Protocol):
+    """Encoded images by index."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The image, as shown to a user."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image, as in its file; raises :class:`pretrain.data.decode.BrokenImage`."""
+
+
+def open_source(data: DictConfig) -> Source:
+    """The source that the config group ``data`` names: by ``root``, ``source``, ``split`` and ``image_column``.
+
+    Raises:
+        UserError: nothing to read there; names the key or the file.
+    """
+    root, split, column = os.path.expanduser(str(data.root)), str(data.split), str(data.image_column)
+    if not root:
+        raise UserError("data.root: no images are given")
+    kind = kind_of(root, split) if data.source == "auto" else str(data.source)
+    if column and kind not in ("parquet", "huggingface"):
+        raise UserError(f"data.image_column={column}: there are no columns in {root} (data.source={kind})")
+    if kind == "list":
+        if split:
+            raise UserError(f"data.split={split}: a list has no splits ({root})")
+        return list_source(root)
+    if kind == "coco":
+        return _coco_source(root, split)
+    if kind == "folder":
+        return folder_source(root, (split,))
+    if kind == "tar":
+        from pretrain.data.sources.tar import TarSource
+
+        return TarSource(root, split)
+    if kind == "parquet":
+        from pretrain.data.sources.parquet import ParquetSource
+
+        return ParquetSource(root, split, column)
+    from pretrain.data.sources.huggingface import HuggingFaceSource
+
+    return HuggingFaceSource(root, split, column)
+
+
+def kind_of(root: str, split: str = "") -> str:
+    """The kind of source that a path is, as ``data.source=auto`` tells it.
+
+    By suffix for a file or a pattern: .txt and .lst a list, .parquet, all others tar shards. A folder is Hugging Face's by its
+    state.json or dataset_dict.json, and COCO's by annotations/ beside folders like train2017. It holds tar shards or parquet
+    files where there are such files and neither images nor folders in it (or in its sub-folder ``split``), and else images.
+
+    Raises:
+        UserError: a file of no known kind.
+    """
+    path = Path(root)
+    if path.is_file() or not path.is_dir() and is_pattern(root):
+        return _kind_of_file(path)
+    if not path.is_dir():
+        raise UserError(f"data.root: no file or folder {root}")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return "huggingface"
+    if coco_splits(path) and (path / "annotations").is_dir():
+        return "coco"
+    return _kind_of_files_in(path / split if (path / split).is_dir() else path)
+
+
+def _kind_of_files_in(folder: Path) -> str:
+    """``tar`` or ``parquet`` for a folder with such files and with neither images nor other folders, else ``folder``."""
+    kind = "folder"
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_image(os.fsencode(entry.name)) or entry.is_dir() and not entry.name.startswith("."):
+                return "folder"  # the first tells, out of millions
+            if entry.name.endswith((".tar", ".parquet")):
+                kind = entry.name.rpartition(".")[2]
+    return kind
+
+
+def _kind_of_file(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".txt", ".lst"):
+        return "list"
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix == ".tar" or re.search(r"\.(tar\.\w+|tgz)$", path.name.lower()):  # TarSource says that it must be unpacked
+        return "tar"
+    raise UserError(f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source")
+
+
+def coco_splits(root: Path) -> list[str]:
+    """The image folders of COCO in ``root``: train2017 and so on."""
+    return sorted(name for name in os.listdir(root) if COCO_SPLIT.fullmatch(name) and (root / name).is_dir())
+
+
+def _coco_source(root: str, split: str) -> FileSource:
+    """COCO's images of one split, or of several joined with ``+``; the annotations are not read."""
+    if not Path(root).is_dir():
+        raise UserError(f"data.root: no folder {root}")
+    if not split:  # never all: the validation images would be trained on without a word
+        there = ", ".join(coco_splits(Path(root))) or "none like train2017"
+        raise UserError(f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +")
+    return folder_source(root, split.split("+"))

@@ -1,0 +1,69 @@
+"""The image column of a table: Hugging Face's ``struct<bytes: binary, path: string>`` or plain bytes. Needs pyarrow."""
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pretrain.data.decode import BrokenImage
+from pretrain.data.sources.files import read_file
+from pretrain.errors import UserError
+
+
+def pyarrow(submodule: str) -> tuple[ModuleType, ModuleType]:
+    """``pyarrow`` and one of its modules.
+
+    Raises:
+        UserError: it is not installed, and how to.
+    """
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module(f"pyarrow.{submodule}")
+    except ImportError as error:
+        raise UserError("data.root: parquet and Hugging Face data need pyarrow: pip install pyarrow") from error
+
+
+def image_column(schema: Any, wanted: str, path: Path) -> str:
+    """The name of the image column in a ``pyarrow.Schema``: ``wanted``, or the only one with the type of images.
+
+    Raises:
+        UserError: no such column, none, or several; names data.image_column and the file.
+    """
+    pa, types = pyarrow("types")
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or getattr(types, "is_binary_view", lambda _: False)(kind)
+
+    def is_image(kind: Any) -> bool:
+        if not types.is_struct(kind):
+            return is_bytes(kind)
+        at = kind.get_field_index("bytes")
+        return at >= 0 and is_bytes(kind.field(at).type)
+
+    images = [field.name for field in schema if is_image(field.type)]
+    if wanted and wanted not in schema.names:
+        raise UserError(f"data.image_column: {path} has no column {wanted}, only {', '.join(schema.names)}")
+    if wanted and wanted not in images:
+        kind = schema.field(wanted).type
+        raise UserError(f"data.image_column: {wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'")
+    if wanted:
+        return wanted
+    if len(images) != 1:
+        raise UserError(f"data.image_column: which of {path}'s columns? Of images: {', '.join(images) or 'none'}")
+    return images[0]
+
+
+def image_bytes(row: Any, folder: Path) -> bytes:
+    """The encoded image of a row (a ``pyarrow.Scalar``); where it holds but a path, the file, relative to ``folder``.
+
+    Raises:
+        BrokenImage: a row without an image, or a file that cannot be read.
+    """
+    value = row.as_py()
+    if isinstance(value, dict):
+        if value["bytes"] is None and value.get("path"):
+            return read_file(os.fsencode(folder / value["path"]))
+        value = value["bytes"]
+    if value is None:
+        raise BrokenImage("a row without an image")
+    return bytes(value)

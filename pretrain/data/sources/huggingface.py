@@ -1,0 +1,128 @@
+"""A data set that ``datasets`` of Hugging Face left with ``save_to_disk``, read with pyarrow alone.
+
+The arrow files are mapped into memory, so that a row is read without its neighbours: random order costs nothing more.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.data.decode import BrokenImage
+from pretrain.data.sources.columns import image_bytes, image_column, pyarrow
+from pretrain.data.sources.handles import Handles
+from pretrain.errors import UserError
+
+MAX_OPEN = 256  # files a process; an open one costs a mapping and no memory
+
+
+class HuggingFaceSource:
+    """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved ``DatasetDict``, in their order.
+
+    Args:
+        root: the folder, with state.json or dataset_dict.json.
+        split: needed where a DatasetDict has several.
+        column: the column of the images; "": the only one of such a type.
+
+    Raises:
+        UserError: no such folder or split, a missing or damaged file, no or several image columns, no row, or no pyarrow.
+    """
+
+    def __init__(self, root: str, split: str = "", column: str = "") -> None:
+        pyarrow("ipc")
+        self.root = Path(root)
+        self.files = [path for folder in _folders(self.root, split) for path in _data_files(folder)]
+        rows = []
+        for path in self.files:
+            schema, n = _schema_and_rows(path)
+            self.column = column = image_column(schema, column, path)
+            rows.append(n)
+        self.ends = np.cumsum(rows, dtype=np.int64)  # rows up to and with each file
+        if not len(self):
+            raise UserError(f"data.root: no row in {root}")
+        self._open: Handles[Any] = Handles(MAX_OPEN)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """File, row in it."""
+        file = int(np.searchsorted(self.ends, index, side="right"))
+        return file, index - int(self.ends[file - 1] if file else 0)
+
+    def name(self, index: int) -> str:
+        """As ``train/data-00000-of-00002.arrow: row 17``, from 0."""
+        file, row = self._place(index)
+        return f"{self.files[file].relative_to(self.root)}: row {row}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a row; raises BrokenImage."""
+        pa, _ = pyarrow("ipc")
+        file, row = self._place(index)
+        try:
+            column = self._open.get(file, partial(_read_column, self.files[file], self.column))
+            return image_bytes(column[row], self.files[file].parent)
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenImage(str(error).splitlines()[0]) from error
+
+
+def _folders(root: Path, split: str) -> list[Path]:
+    """The folders of the data sets: ``root``, or those of its splits."""
+    if not (root / "dataset_dict.json").is_file():
+        if not (root / "state.json").is_file():
+            raise UserError(f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it")
+        own = _read_json(root / "state.json").get("_split")
+        if split and split != own:
+            raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
+        return [root]
+    there = [str(name) for name in _read_json(root / "dataset_dict.json").get("splits", [])]
+    wanted = split.split("+") if split else there
+    if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
+        raise UserError(f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +")
+    return [root / name for name in wanted]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The arrow files of a data set, in their order."""
+    listed = _read_json(folder / "state.json").get("_data_files")
+    try:
+        files = [folder / entry["filename"] for entry in listed]  # type: ignore[union-attr]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"data.root: {folder / 'state.json'} does not say _data_files") from error
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"data.root: no file {path}, which {folder / 'state.json'} names")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.root: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"data.root: {path} is no mapping")
+    return content
+
+
+def _reader(path: Path) -> Any:
+    """The record batches of an arrow file, over mapped memory; ``datasets`` writes the streaming format."""
+    pa, ipc = pyarrow("ipc")
+    return ipc.open_stream(pa.memory_map(str(path)))
+
+
+def _schema_and_rows(path: Path) -> tuple[Any, int]:
+    """Its schema and number of rows, from the headers of its record batches."""
+    pa, _ = pyarrow("ipc")
+    try:
+        reader = _reader(path)
+        return reader.schema, sum(batch.num_rows for batch in reader)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.root: cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_column(path: Path, column: str) -> Any:
+    """A column as ``pyarrow.ChunkedArray`` over mapped memory."""
+    return _reader(path).read_all()[column]

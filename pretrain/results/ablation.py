@@ -1,0 +1,122 @@
+"""The table of an ablation: pre-trainings that differ in a few settings, each with its fine-tuning, over several seeds."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.errors import UserError
+from pretrain.results.merge import Score, backbone_label
+from pretrain.results.schema import Protocol, Result
+from pretrain.results.tables import MEASURED, NONE, FootNotes, Line, Table
+
+METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pre-training and the fine-tuning that started from it."""
+
+    pretraining: Result
+    finetuning: Result
+
+
+def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablation") -> Table:
+    """A row a method, in the order in which the trials first name it: mean and sample standard deviation over its seeds.
+
+    What a row changes is read off the protocols of the pre-trainings, not off the method's name.
+
+    Args:
+        trials: of one seed or more a method; a seed counts once.
+        reference: the method that the others are compared with, seed by seed.
+
+    Raises:
+        UserError: trials of one method that differ in more than their seed, or a fine-tuning that differs between methods.
+    """
+    rows: dict[str, dict[int, Trial]] = {}
+    for trial in trials:
+        rows.setdefault(trial.pretraining.method, {})[trial.pretraining.seed] = trial
+    _check_alike(rows)
+    notes, lines, records = FootNotes(), [], []
+    base = rows.get(reference, {})
+    for method, by_seed in rows.items():
+        some = next(iter(by_seed.values()))
+        scores = {name: Score.of([trial.finetuning for trial in by_seed.values()], name) for name in METRICS}
+        gain = None if method == reference else _gain(by_seed, base, "box_ap")
+        changed = changes(next(iter(base.values())).pretraining.protocol, some.pretraining.protocol) if base else NONE
+        mark = notes.mark(some.finetuning.protocol)
+        cells = [f"{score}{mark}" if score else NONE for score in scores.values()]
+        seeds = ", ".join(str(seed) for seed in sorted(by_seed))
+        lines.append(Line("measured", bool(mark), (f"measured {MEASURED}", method, changed or NONE, *cells, _signed(gain), seeds)))
+        records.append(_record(method, changed, scores, gain, seeds))
+    return Table(
+        title=title,
+        columns=("source", "method", f"changed from {reference!r}", *METRICS.values(), "box AP against it", "seeds"),
+        groups=(tuple(lines),),
+        notes=tuple(_notes(rows, reference, notes)),
+        numeric=frozenset({3, 4, 5, 6}),
+        records=tuple(records),
+    )
+
+
+def changes(base: Protocol, other: Protocol) -> str:
+    """What one pre-training sets otherwise than another, "positions.reference crops → image"; "" for nothing.
+
+    Both follow one recipe: a setting in which neither departs from it is the same in both.
+    """
+    found: dict[str, list[Any]] = {}
+    for key in sorted({*base.deviations, *other.deviations}):
+        recipe = (base.deviations.get(key) or other.deviations[key])[0]
+        before, after = (protocol.deviations.get(key, [recipe, recipe])[1] for protocol in (base, other))
+        if before != after:
+            found[key] = [before, after]
+    return Protocol(name="changes", version=1, full=not found, deviations=found).changes
+
+
+def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
+    """One configuration a method, one fine-tuning protocol for all."""
+    for method, by_seed in rows.items():
+        for what in ("pretraining", "finetuning"):
+            runs = [getattr(trial, what) for trial in by_seed.values()]
+            if len({(run.protocol.identity, run.config_hash) for run in runs}) > 1:
+                raise UserError(f"ablation: the {what} runs of {method!r} differ in more than their seed")
+    protocols = {trial.finetuning.protocol.identity for by_seed in rows.values() for trial in by_seed.values()}
+    if len(protocols) > 1:
+        raise UserError(f"ablation: {len(protocols)} fine-tuning protocols in one table")
+
+
+def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Score | None:
+    """Mean difference to the reference over the seeds that both have: the noise that a seed brings to both is gone."""
+    gains = [
+        by_seed[seed].finetuning.metrics[metric] - base[seed].finetuning.metrics[metric]
+        for seed in sorted(set(by_seed) & set(base))
+        if metric in by_seed[seed].finetuning.metrics and metric in base[seed].finetuning.metrics
+    ]
+    if not gains:
+        return None
+    return Score(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, len(gains))
+
+
+def _signed(score: Score | None) -> str:
+    return NONE if score is None else ("+" if score.mean >= 0 else "") + str(score)
+
+
+def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) -> list[str]:
+    texts = ["AP in percent; a ± b (n=c): mean and sample standard deviation over c seeds, of pre-training and fine-tuning alike."]
+    texts.append(f"{MEASURED} Measured with this code.")
+    if reference in rows:
+        run = next(iter(rows[reference].values())).pretraining
+        epochs = "" if run.effective_epochs is None else f", {run.effective_epochs:g} effective epochs"
+        texts.append(f"Pre-training of {reference!r}: {backbone_label(run.backbone)}{epochs}, {run.protocol.label}.")
+        if run.protocol.deviations:
+            texts[-1] += f" It departs in: {run.protocol.changes}."
+    return texts + notes.texts("Not comparable with the published numbers.")
+
+
+def _record(method: str, changed: str, scores: dict[str, Score | None], gain: Score | None, seeds: str) -> dict[str, str]:
+    """Of the csv: numbers that are not rounded to a decimal."""
+    row = {"method": method, "changed": changed}
+    for name, score in {**scores, "box_ap_gain": gain}.items():
+        row[name] = "" if score is None else repr(round(score.mean, 6))
+        row[f"{name}_std"] = "" if score is None or score.std is None else repr(round(score.std, 6))
+    return {**row, "seeds": seeds}

@@ -1,0 +1,174 @@
+"""The pixels of views on the training device: all crops of a batch at once, from a canvas of decoded images.
+
+The loader's workers only decode, draw numbers, and lay the images on a canvas; :class:`CanvasBatch` makes the crops where the
+training runs, globals in one group and locals in another. The operations are those of :mod:`pretrain.views.pixels` with a number
+a sample each, in float without rounding between them: both paths agree within a few levels of 255 (tests/test_device_pixels.py).
+The kernels launched do not depend on the number of images, and nothing waits for the device.
+
+Values are float16 on CUDA, where tensor cores do the products and memory's speed is the limit of all else; they are exact to a
+sixteenth of a level there. Elsewhere they are float32. Memory, for a group of V views of side s: about eight times its crops, or
+before them B * V * s * 3 * W values of the half-resized canvas (of width W) and a few float32 copies of the weights, B * V * s * W
+each: about 1 GB for 64 images on canvases of 512 px.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.views.batch import Batch
+from pretrain.views.boxes import Views, pixel_boxes
+from pretrain.views.colour import HUE, OPERATIONS, ColourRule, Colours
+from pretrain.views.masks import Masks
+from pretrain.views.pixels import normalise
+from pretrain.views.records import Record
+from pretrain.views.resample import blur_weights, resize_weights, sandwich
+
+LUMA = (0.299, 0.587, 0.114)
+CONTRAST, SATURATION = OPERATIONS.index("contrast"), OPERATIONS.index("saturation")
+
+
+@dataclass(frozen=True)
+class CanvasBatch(Record):
+    """One rank's share of a step before its crops are made.
+
+    Attributes:
+        canvas: [B, H, W, 3] uint8, each image in the top left corner.
+        sizes: [B, 2] float32, height and width of each image in pixels.
+        views, colours: [B, G + L].
+        masks: of the global crops, [G * B, N].
+        rule: the colours' kernel and threshold.
+        global_px, local_px: sides of the crops.
+    """
+
+    canvas: Tensor
+    sizes: Tensor
+    views: Views
+    colours: Colours
+    masks: Masks
+    rule: ColourRule
+    global_px: int
+    local_px: int
+
+    @property
+    def n_images(self) -> int:
+        """B."""
+        return len(self.canvas)
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        """The batch that a step sees, its crops made on ``device``; pixels in ``dtype``."""
+        here = self.moved(device)
+        n_global = self.views.n_global
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            image = here.canvas.permute(0, 1, 3, 2)  # [B, H, 3, W]
+            image = image.to(working_dtype(device), memory_format=torch.contiguous_format)
+            global_crops = here._render(image, slice(0, n_global), self.global_px)
+            local_crops = here._render(image, slice(n_global, None), self.local_px)
+        return Batch(global_crops.to(dtype), local_crops.to(dtype), here.views, here.masks)
+
+    def _render(self, image: Tensor, views: slice, size_px: int) -> Tensor:
+        """Some views' crops, view-major: [n * B, 3, size, size], normalised float32."""
+        boxes, flips, colours = self.views.boxes[:, views], self.views.flips[:, views], self.colours.of(views)
+        if not boxes.shape[1]:
+            return torch.zeros(0, 3, size_px, size_px, device=image.device)
+        boxes_px = pixel_boxes(boxes, *self.sizes[:, :, None].unbind(1))
+        pixels = apply_colours(crop_resize(image, boxes_px, flips, size_px), colours, self.rule)  # [B, n, y, 3, x]
+        return normalise(pixels.permute(1, 0, 3, 2, 4).flatten(0, 1))
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Of the pixels on their way."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def crop_resize(image: Tensor, boxes_px: Tensor, flips: Tensor, size_px: int) -> Tensor:
+    """All crops of a batch, bicubic with antialiasing, as levels in [0, 255].
+
+    Args:
+        image: [B, H, 3, W] floating point.
+        boxes_px: [B, V, 4] whole pixels, as floats.
+        flips: [B, V] bool.
+
+    Returns:
+        [B, V, size, 3, size], rounded as the CPU path's bytes are.
+    """
+    left, top, right, bottom = boxes_px.unbind(-1)
+    rows = resize_weights(top, bottom - top, image.shape[1], size_px)
+    columns = resize_weights(left, right - left, image.shape[3], size_px, flips)
+    return sandwich(rows, image, columns).round_().clamp_(0, 255)
+
+
+def apply_colours(pixels: Tensor, colours: Colours, rule: ColourRule) -> Tensor:
+    """The drawn colours on crops, in DINOv2's order: jitter, greyscale, blur, solarize.
+
+    Args:
+        pixels: [B, V, y, 3, x] levels.
+        colours: [B, V].
+    """
+    pixels = jitter(pixels, colours)
+    pixels = torch.where(_per_sample(colours.grey), luma(pixels), pixels)
+    blurs = blur_weights(colours.sigma, rule.blur_kernel_px, pixels.shape[-1])
+    pixels = sandwich(blurs, pixels, blurs)
+    inverted = _per_sample(colours.solarize) & (pixels.round() >= rule.solarize_threshold)
+    return torch.where(inverted, 255 - pixels, pixels)
+
+
+def jitter(pixels: Tensor, colours: Colours) -> Tensor:
+    """Brightness, contrast, saturation and hue, each sample in its own order.
+
+    The first three are blends: ``factor * pixels + (1 - factor) * other``, and the identity at factor 1. So three blends stand
+    before the hue and three after it, and each of a sample's blends acts on its side: seven operations, not 4 x 4.
+    """
+    place_of_hue = (colours.order == HUE).int().argmax(-1)
+    blends = colours.order.gather(-1, torch.argsort((colours.order == HUE).int(), dim=-1, stable=True))[..., :3]  # in drawn order
+    factors = torch.where(colours.jitter[..., None], colours.factors.gather(-1, blends), 1.0)
+    for place in range(3):
+        here = torch.where(place < place_of_hue, factors[..., place], 1.0)
+        pixels = blend(pixels, blends[..., place], here)
+    pixels = turn_hue(pixels, torch.where(colours.jitter, colours.factors[..., HUE], 0.0))
+    for place in range(3):
+        here = torch.where(place >= place_of_hue, factors[..., place], 1.0)
+        pixels = blend(pixels, blends[..., place], here)
+    return pixels
+
+
+def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Brightness, contrast or saturation, as each sample's ``operation`` says: with black, the mean grey, or the grey image.
+
+    Args:
+        pixels: [B, V, y, 3, x] levels; operation, factor: [B, V].
+    """
+    grey = luma(pixels)  # [B, V, y, 1, x]
+    mean = grey.mean((-3, -2, -1), keepdim=True)
+    flat = torch.where(_per_sample(operation == CONTRAST), mean, 0.0)
+    other = torch.where(_per_sample(operation == SATURATION), grey, flat)
+    return torch.lerp(other, pixels, _per_sample(factor).to(pixels.dtype)).clamp_(0, 255)
+
+
+def luma(pixels: Tensor) -> Tensor:
+    """Grey of [..., y, 3, x], [..., y, 1, x]: ITU-R 601, as PIL, OpenCV and torchvision."""
+    red, green, blue = pixels.split(1, dim=-2)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Hue turned by ``shift`` [B, V] of a full circle, in HSV: value and saturation stay.
+
+    With h in sixths of the circle, channel c of a colour is ``max - (max - min) * clamp(min(k, 4 - k), 0, 1)``, where
+    k = (n_c + h) mod 6 and n = 5, 3, 1.
+    """
+    red, green, blue = pixels.unbind(-2)  # [B, V, y, x]
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    nonzero = chroma.clamp(min=1e-3)  # grey has no hue; float16 holds nothing much smaller
+    hue = torch.where(high == green, 2 + (blue - red) / nonzero, 4 + (red - green) / nonzero)
+    hue = torch.where(high == red, (green - blue) / nonzero, hue)
+    hue = hue + (6 * shift[..., None, None]).to(hue.dtype)
+    channels = torch.stack([high.new_full((), n) for n in (5.0, 3.0, 1.0)]).view(3, 1)
+    k = (hue.unsqueeze(-2) + channels) % 6  # [B, V, y, 3, x]
+    return high.unsqueeze(-2) - chroma.unsqueeze(-2) * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """[B, V] -> [B, V, 1, 1, 1]."""
+    return values[..., None, None, None]

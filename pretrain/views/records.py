@@ -1,0 +1,46 @@
+"""What the parts of a batch have in common: frozen dataclasses of tensors that move as one."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+R = TypeVar("R", bound="Record")
+
+SMALL_BYTES = 1 << 20  # tensors up to this size travel between processes by value
+
+
+class Record:
+    """Base of the dataclasses whose fields are tensors, other records, and plain values."""
+
+    def map(self: R, change: Callable[[Tensor], Tensor]) -> R:
+        """The same record with ``change`` applied to each tensor, those of inner records too."""
+        changed: dict[str, Tensor | Record] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, Record):
+                changed[field.name] = value.map(change)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def pin_memory(self: R) -> R:
+        """The same record in page-locked memory; the data loader's own thread calls this."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def moved(self: R, device: torch.device) -> R:
+        """The same record on another device, without waiting for the copies."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors as arrays: of a tensor, a worker sends a shared file, and a process may have about a thousand open."""
+        return {
+            name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL_BYTES else value
+            for name, value in self.__dict__.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})

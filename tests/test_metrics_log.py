@@ -1,0 +1,196 @@
+"""Logs: lines that a resume cuts and continues, TensorBoard read back, W&B by a stand-in, speed and progress by a clock of ours."""
+
+import io
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain import metrics_log
+from pretrain.errors import UserError
+from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, in_words, peak_memory_gb
+
+CPU = torch.device("cpu")
+PICTURE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+
+
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
+    def write(log, iterations):
+        for it in iterations:
+            log.write("metrics", it, {"loss": 1 / (1 + it)})
+            log.write("probes", it, {"probe/knn_top1": 10.0 * it})
+        log.close()
+
+    write(MetricsLog(tmp_path / "straight", 0, tensorboard=False), range(6))
+    write(MetricsLog(tmp_path / "parts", 0, tensorboard=False), range(5))
+    with open(tmp_path / "parts" / "probes.jsonl", "a") as file:
+        file.write('{"iteration": 5, "pro')  # cut off
+    write(MetricsLog(tmp_path / "parts", 3, tensorboard=False), range(3, 6))
+    for name in ("metrics", "probes", "speed"):
+        straight, parts = ((tmp_path / run / f"{name}.jsonl").read_bytes() for run in ("straight", "parts"))
+        assert straight == parts
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "probes.jsonl").read_text().splitlines()]
+    assert lines == [{"iteration": it, "probe/knn_top1": 10.0 * it} for it in range(6)]
+
+
+def test_lines_are_on_the_disk_after_a_flush(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.write("speed", 4, {"img_per_s": 2.5})
+    assert not log.shows_pictures
+    log.pictures(4, {"views": PICTURE})  # nowhere to go
+    log.flush()
+    assert (tmp_path / "speed.jsonl").read_text() == '{"iteration": 4, "img_per_s": 2.5}\n'
+    log.close()
+
+
+def test_tensorboard_holds_scalars_and_pictures(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write("metrics", 7, {"loss": 1.5})
+    log.write("probes", 7, {"probe/knn_top1": 50.0})
+    log.pictures(7, {"views": PICTURE})
+    assert log.shows_pictures
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"metrics/loss", "probe/knn_top1"}
+    assert [(e.step, e.value) for e in events.Scalars("metrics/loss")] == [(7, 1.5)]
+    (picture,) = events.Images("pictures/views")
+    from PIL import Image
+
+    assert picture.step == 7 and np.array_equal(np.array(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
+
+
+class FakeWandb(types.ModuleType):
+    """What of wandb is used; keeps what it was told."""
+
+    class Error(Exception):
+        pass
+
+    Image = staticmethod(lambda picture: ("image", picture.shape))
+
+    def __init__(self, refuses=""):
+        super().__init__("wandb")
+        self.refuses, self.inits, self.logged, self.finished = refuses, [], [], 0
+
+    def init(self, **arguments):
+        if self.refuses:
+            raise self.Error(self.refuses)
+        self.inits.append(arguments)
+        return types.SimpleNamespace(id=arguments["id"] or "run7", log=self.log, finish=self.finish)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_everything_and_a_resume_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start_it in (0, 3):
+        log = MetricsLog(tmp_path / "run", start_it, False, wandb="birds", config={"run": {"seed": 1}})
+        log.write("metrics", start_it, {"loss": 2.0})
+        log.write("probes", start_it, {"probe/knn_top1": 50.0})
+        log.pictures(start_it, {"views": PICTURE})
+        log.close()
+    one = dict(project="birds", resume="allow", name="run", dir=str(tmp_path / "run"), config={"run": {"seed": 1}})
+    assert fake.inits == [{**one, "id": None}, {**one, "id": "run7"}] and fake.finished == 2
+    assert fake.logged[:3] == [
+        (0, {"metrics/loss": 2.0}),
+        (0, {"probe/knn_top1": 50.0}),
+        (0, {"pictures/views": ("image", PICTURE.shape)}),
+    ]
+    assert [step for step, _ in fake.logged] == [0, 0, 0, 3, 3, 3]
+
+
+def test_without_wandb_the_key_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"log\.wandb='birds'.*pip install wandb"):
+        MetricsLog(tmp_path, 0, False, wandb="birds")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses="api_key not configured\nlog in"))
+    with pytest.raises(UserError, match=r"log\.wandb='birds': api_key not configured \(WANDB_MODE=offline") as error:
+        MetricsLog(tmp_path, 0, False, wandb="birds")
+    assert "\n" not in str(error.value)
+    MetricsLog(tmp_path, 0, False).close()  # not asked for, not needed
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def ticks(speed, clock, *seconds, waited=0.0):
+    for s in seconds:
+        clock.now += s
+        speed.tick(waited)
+
+
+def test_speed_is_of_the_last_iterations_and_forgets_the_first():
+    clock = Clock()
+    speed = Speed(batch_size=8, clock=clock)
+    assert speed.img_per_s == 0 and speed.data_wait == 0 and speed.eta_s(10) == 0
+    ticks(speed, clock, 30.0)  # compiling
+    assert speed.img_per_s == pytest.approx(8 / 30)
+    ticks(speed, clock, *[10.0] * (metrics_log.WARM_IT - 1))
+    assert speed.img_per_s > 0
+    ticks(speed, clock, 2.0, waited=0.5)
+    assert speed.img_per_s == pytest.approx(4.0) and speed.data_wait == pytest.approx(0.25) and speed.eta_s(10) == pytest.approx(20)
+    ticks(speed, clock, *[1.0] * metrics_log.WINDOW_IT)
+    assert speed.img_per_s == pytest.approx(8.0) and speed.data_wait == 0 and len(speed.window) == metrics_log.WINDOW_IT + 1
+
+
+def test_pauses_are_not_the_trainings_speed_but_take_their_time():
+    clock = Clock()
+    speed = Speed(batch_size=8, clock=clock)
+    ticks(speed, clock, *[2.0] * 20)
+    with speed.paused():
+        clock.now += 60
+    ticks(speed, clock, *[2.0] * 20)
+    assert speed.img_per_s == pytest.approx(4.0)
+    assert speed.eta_s(100) == pytest.approx(100 * 2 + 100 * 60 / 40)
+
+
+def test_words():
+    seconds = (0, 59.6, 200, 3720, 183600)
+    assert [in_words(s) for s in seconds] == ["0 s", "1 min 00 s", "3 min 20 s", "1 h 02 min", "2 d 03 h"]
+    clock = Clock()
+    speed = Speed(8, clock)
+    ticks(speed, clock, *[2.0] * 9, waited=0.1)
+    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, speed, CPU)
+    assert text == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
+    assert 0.05 < peak_memory_gb(CPU) < 200
+
+
+def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(metrics_log.time, "time", clock)
+    line = ProgressLine("pretrain mine", 1000, 400, Console(file=file))
+    for done in range(401, 406):
+        clock.now += 0.4 * metrics_log.QUIET_S
+        line.update(done, f"loss {done}", eta_s=75.0)
+    line.update(1000, "loss 0", eta_s=0.0)
+    line.close()
+    assert file.getvalue().splitlines() == [
+        "pretrain mine 401/1000  loss 401  1 min 15 s left",
+        "pretrain mine 404/1000  loss 404  1 min 15 s left",
+        "pretrain mine 1000/1000  loss 0  done",
+    ]
+
+
+def test_a_terminal_shows_a_bar_with_the_numbers_below(monkeypatch):
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(metrics_log.time, "time", clock)
+    line = ProgressLine("pretrain mine", 1000, 400, Console(file=file, force_terminal=True, width=100))
+    line.update(600, "loss 1.234 (image 1.000, content 0.234)", eta_s=3720.0)
+    line.update(601, "never shown: less than a second later", eta_s=3720.0)
+    line.close()
+    shown = file.getvalue()
+    assert "600/1000" in shown and "1 h 02 min left" in shown and "loss 1.234 (image 1.000, content 0.234)" in shown
+    assert "never shown" not in shown

@@ -1,0 +1,354 @@
+"""Online probes: against plain restatements; deterministic; no trace in the backbone or the random state; bad folders by key."""
+
+import json
+import math
+import runpy
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ade_fixture import write_ade
+from photos import TINY, write_photos
+from PIL import Image
+from sklearn.linear_model import Ridge
+
+from pretrain.backbones.vit import ViT
+from pretrain.build import build_backbone
+from pretrain.config import load_config
+from pretrain.errors import UserError
+from pretrain.evaluation.features import Features, frozen, square
+from pretrain.evaluation.knn import knn_predict, knn_votes
+from pretrain.evaluation.labelled import Labelled, nearest, read_classes, read_segmentation, spread
+from pretrain.evaluation.linear import Moments, discriminant, ridge
+from pretrain.evaluation.position_probe import PositionProbe, centres
+from pretrain.evaluation.probes import Probes
+from pretrain.evaluation.segmentation import SegmentationProbe, confusion, mean_iou, patch_labels
+from pretrain.views.pixels import MEAN, STD
+from pretrain.weights import save_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def tiny_vit(**flags):
+    torch.manual_seed(0)
+    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **flags})
+
+
+def random_images(n, side=64, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, side, side), dtype=np.uint8))
+
+
+def features_of(backbone, autocast=None):
+    return Features(backbone.eval(), CPU, autocast or nullcontext())
+
+
+def write_classes(root, classes=("bird", "cat"), n=4):
+    for part in ("train", "val"):
+        for i, name in enumerate(classes):
+            write_photos(root / part / name, n=n, seed=2 * i + (part == "val"))
+    return root
+
+
+@pytest.fixture
+def sets(tmp_path):
+    write_classes(tmp_path / "knn")
+    write_ade(tmp_path / "ade")
+    write_photos(tmp_path / "photos")
+    return tmp_path
+
+
+def config_of(folder, *extra):
+    paths = [f"data.root={folder / 'photos'}", f"probes.knn_root={folder / 'knn'}", f"probes.seg_root={folder / 'ade'}"]
+    rest = ["probes.seg_classes=4", "probes.position=true", "probes.image_px=64", "probes.knn_k=3", "probes.period_it=5"]
+    return load_config(None, [*TINY, *paths, *rest, *extra])
+
+
+def test_squares():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert torch.equal(square(pixels, 40, crop=True), image[:, :, 12:52])  # the central square, at its own size
+    whole = square(pixels, 32, crop=False)
+    expected = F.interpolate(image[None].double(), size=(32, 32), mode="bicubic", antialias=True)[0].clamp(0, 255)
+    assert whole.dtype == torch.uint8 and (whole.double() - expected).abs().max() <= 2  # each of the two passes rounds
+    labels = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert nearest(labels, 2).tolist() == [[1, 3], [9, 11]]
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread("abc", 9) == ["a", "b", "c"]
+
+
+def test_features_are_the_plain_forward_pass_in_batches():
+    backbone, images = tiny_vit().eval(), random_images(33, side=32)
+    mask = torch.from_numpy(np.random.default_rng(1).random((33, 4)) < 0.5)
+    parts = list(features_of(backbone)(images, mask))
+    assert [len(part.cls) for part in parts] == [32, 1]
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    plain = backbone((images / 255 - mean) / std, position_mask=mask)
+    torch.testing.assert_close(torch.cat([part.patches for part in parts]), plain.patches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([part.cls for part in parts]), plain.cls, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_gives_every_part_its_mode_back():
+    backbone = tiny_vit().train()
+    backbone.blocks[0].eval()
+    before = [part.training for part in backbone.modules()]
+    with pytest.raises(RuntimeError), frozen(backbone):
+        assert not any(part.training for part in backbone.modules()) and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert [part.training for part in backbone.modules()] == before and torch.is_grad_enabled()
+
+
+def test_ridge_equals_scikit_learns():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 6)) * [1, 5, 0.1, 2, 1, 1] + [3, 0, 0, -7, 0, 0]
+    x[:, 5] = 2.0  # a constant feature
+    y = rng.normal(size=(50, 2)) + x[:, :2]
+    moments = Moments(6, 2, CPU)
+    for part in (slice(0, 20), slice(20, 50)):
+        moments.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+    std = np.where(x.std(0) > 0, x.std(0), 1)
+    oracle = Ridge(alpha=6).fit((x - x.mean(0)) / std, y)
+    np.testing.assert_allclose(ridge(moments)(torch.from_numpy(x)).numpy(), oracle.predict((x - x.mean(0)) / std), atol=1e-10)
+
+
+def test_the_discriminant_is_the_bayes_rule_of_one_covariance():
+    rng = np.random.default_rng(0)
+    classes = rng.choice([0, 1, 3], size=90, p=[0.6, 0.3, 0.1])  # class 2 never occurs
+    x = rng.normal(size=(90, 5)) + classes[:, None] * [1, 0, 2, 0, 0]
+    moments = Moments(5, 4, CPU)
+    moments.add(torch.from_numpy(x), F.one_hot(torch.from_numpy(classes), 4))
+    scores = discriminant(moments)(torch.from_numpy(x)).numpy()
+    z = (x - x.mean(0)) / x.std(0)
+    means = {c: z[classes == c].mean(0) for c in (0, 1, 3)}
+    within = sum(np.outer(row - means[c], row - means[c]) for row, c in zip(z, classes)) / 90 + 5 / 90 * np.eye(5)
+    for c, m in means.items():
+        w = np.linalg.solve(within, m)
+        np.testing.assert_allclose(scores[:, c], z @ w - 0.5 * m @ w + math.log((classes == c).mean()), atol=1e-9)
+    assert np.isneginf(scores[:, 2]).all()
+
+
+def test_votes_and_their_chunks():
+    g = torch.Generator().manual_seed(0)
+    bank, queries, labels = torch.randn(40, 6, generator=g), torch.randn(15, 6, generator=g), torch.arange(40) % 4
+    votes = knn_votes(bank, labels, queries, 7, 4, chunk=4)
+    near = F.cosine_similarity(queries[3], bank, dim=1).topk(7)
+    expected = torch.zeros(4).index_add(0, labels[near.indices], (near.values / 0.07).exp())
+    torch.testing.assert_close(votes[3], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(votes, knn_votes(bank, labels, queries, 7, 4))
+    assert torch.equal(knn_predict(bank, labels, queries, 7, 4), votes.argmax(1))
+
+
+def test_patch_labels_by_hand():
+    labels = torch.tensor(np.random.default_rng(0).integers(0, 4, (3, 8, 8)))
+    labels[0, :4, :4] = 0  # nothing labelled
+    labels[1, :4, :4] = torch.tensor([3, 3, 2, 2]).view(4, 1)  # even: the smaller class
+    labels[2, :4, :4] = torch.tensor([0, 0, 0, 3]).view(4, 1)  # the majority of what is labelled
+    got = patch_labels(labels.to(torch.uint8), 4, 3)
+    assert got.shape == (3, 4) and got[:, 0].tolist() == [0, 2, 3]
+    for image, patches in zip(labels, got):
+        for index, value in enumerate(patches.tolist()):
+            i, j = divmod(index, 2)
+            counts = [(image[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] == c).sum().item() for c in (1, 2, 3)]
+            assert value == (1 + counts.index(max(counts)) if any(counts) else 0)
+
+
+def test_mean_iou_equals_a_plain_restatement():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 5, (4, 9, 9)), rng.integers(0, 3, (4, 9, 9))
+    labels[labels == 4] = 1  # class 4 is neither labelled nor predicted; class 3 (2 from 0) is both
+    matrix = confusion(torch.from_numpy(labels), torch.from_numpy(predicted), 5)
+    assert matrix.sum() == (labels > 0).sum()
+    ious = []
+    for c in range(1, 6):
+        truth, guess = labels == c, (predicted + 1 == c) & (labels > 0)
+        if (truth | guess).any():
+            ious.append((truth & guess).sum() / (truth | guess).sum())
+    assert len(ious) == 3 and mean_iou(matrix) == pytest.approx(100 * np.mean(ious), rel=1e-12)
+
+
+def test_segmentation_equals_a_plain_restatement():
+    """All pictures at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
+    backbone, rng = tiny_vit(patch_size=8).eval(), np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 4, (45, 4, 4)))
+    labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[:, :, :3] = 0
+    images = (random_images(45, 32) // 2 + 40 * labels[:, None].to(torch.uint8)).contiguous()
+    train, val = (Labelled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45)))
+    probe = SegmentationProbe(train, val, patch_labels(train.labels, 8, 3), 3, k=5)
+    with torch.no_grad():
+        got = probe(features_of(backbone))
+        x, queries = (next(Features(backbone, CPU, nullcontext())(part)).patches for part in (images[:32], images[35:]))
+        x = torch.cat([x, next(features_of(backbone)(images[32:35])).patches])
+    y = patch_labels(train.labels, 8, 3)
+    moments = Moments(24, 3, CPU)
+    moments.add(x[y > 0], F.one_hot(y[y > 0] - 1, 3))
+    linear = discriminant(moments)(queries).softmax(-1).float()
+    votes = knn_votes(x[y > 0], y[y > 0] - 1, queries.flatten(0, 1), 5, 3).view(10, 16, 3)
+    for name, scores in (("linear", linear), ("knn", votes / votes.sum(-1, keepdim=True))):
+        maps = scores.view(10, 4, 4, 3).permute(0, 3, 1, 2)
+        predicted = F.interpolate(maps, size=(32, 32), mode="bilinear").argmax(1) + 1
+        ious = []
+        for c in (1, 2, 3):
+            truth, guess = val.labels == c, (predicted == c) & (val.labels > 0)
+            ious.append(((truth & guess).sum() / (truth | guess).sum()).item())
+        assert got[f"probe/seg_{name}_miou"] == pytest.approx(100 * np.mean(ious), rel=1e-5)
+
+
+def test_segmentation_of_pictures_of_one_colour_is_perfect():
+    colours = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)
+    labels = (torch.arange(30) % 3).view(-1, 1, 1).expand(-1, 32, 32)
+    images = colours[labels].permute(0, 3, 1, 2).contiguous()
+    train, val = (Labelled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30)))
+    probe = SegmentationProbe(train, val, patch_labels(train.labels, 16, 3), 3, k=8)
+    with torch.no_grad():
+        got = probe(features_of(tiny_vit()))
+    assert got == {"probe/seg_linear_miou": 100.0, "probe/seg_knn_miou": 100.0}
+
+
+def test_the_position_probe_equals_a_plain_restatement():
+    backbone, images = tiny_vit().eval(), random_images(10)
+    probe = PositionProbe.of(images, patch_size=16)
+    assert probe.masks.shape == (10, 16) and probe.masks.sum(1).tolist() == [8] * 10
+    assert centres(4)[6].tolist() == [2.5 / 4, 1.5 / 4]
+    with torch.no_grad():
+        got = probe(features_of(backbone))
+        patches = torch.cat([t.patches for t in features_of(backbone)(images, probe.masks)]).double().numpy()
+    place = np.array([[(j + 0.5) / 4, (i + 0.5) / 4] for i in range(4) for j in range(4)])
+    rows = {
+        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if probe.masks[n, p]] for part in (0, 1)
+    }
+    (x, y), (x_test, y_test) = ((np.array([r[0] for r in rows[p]]), np.array([r[1] for r in rows[p]])) for p in (0, 1))
+    oracle = Ridge(alpha=24).fit((x - x.mean(0)) / x.std(0), y)
+    error = oracle.predict((x_test - x.mean(0)) / x.std(0)) - y_test
+    assert got["probe/position_error"] == pytest.approx(np.linalg.norm(error, axis=1).mean(), rel=1e-6)
+    assert got["probe/position_chance"] == pytest.approx(np.linalg.norm(y_test - y.mean(0), axis=1).mean(), rel=1e-9)
+    total = ((y_test - y.mean(0)) ** 2).sum()
+    assert got["probe/position_r2"] == pytest.approx(1 - (error**2).sum() / total, rel=1e-6)
+
+
+def test_the_position_probe_sees_places_only_where_features_hold_them():
+    """Pictures whose colour is the place can be read; the same field without position in the pictures cannot, for it is masked."""
+    ramp = torch.linspace(0, 255, 64)
+    place = torch.stack([ramp.expand(64, 64), ramp.view(64, 1).expand(64, 64), torch.full((64, 64), 128.0)]).to(torch.uint8)
+    backbone = tiny_vit(embed_dim=48).eval()
+    with torch.no_grad():
+        told = PositionProbe.of(place.expand(200, -1, -1, -1).contiguous(), 16)(features_of(backbone))
+        untold = PositionProbe.of(random_images(200), 16)(features_of(backbone))
+    assert told["probe/position_r2"] > 0.95 and told["probe/position_error"] < 0.2 * told["probe/position_chance"]
+    assert untold["probe/position_r2"] < 0.2
+
+
+def test_all_probes_leave_no_trace_and_repeat_themselves(sets):
+    probes, backbone = Probes(config_of(sets)), build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, drop_path=0.5)
+    assert len(probes) == 3
+    torch.manual_seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    first = probes.run(backbone.train(), CPU)
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    assert all(part.training for part in backbone.modules()) and all(p.grad is None for p in backbone.parameters())
+    seg, position = ["seg_linear_miou", "seg_knn_miou"], ["position_error", "position_chance", "position_r2"]
+    assert list(first) == [f"probe/{name}" for name in ("knn_top1", *seg, *position)]
+    assert all(isinstance(value, float) and math.isfinite(value) for value in first.values())
+    assert json.dumps(probes.run(backbone, CPU)) == json.dumps(Probes(config_of(sets)).run(backbone, CPU)) == json.dumps(first)
+    half = probes.run(backbone, CPU, torch.autocast("cpu", torch.bfloat16))
+    assert half["probe/position_chance"] == first["probe/position_chance"]
+    double = probes.run(backbone.double(), CPU)
+    assert double["probe/position_error"] == pytest.approx(first["probe/position_error"], rel=1e-3)
+
+
+def test_when_probes_are_due(sets):
+    probes = Probes(config_of(sets, "probes.seg_root=''", "probes.position=false"))
+    assert [it for it in range(1, 13) if probes.is_due(it, 12)] == [5, 10, 12]
+    none = Probes(load_config(None, TINY))
+    assert len(none) == 0 and not none.is_due(10, 10) and none.run(tiny_vit(), CPU) == {}
+    with pytest.warns(UserWarning, match=r"probes\.period_it is 0"):
+        assert len(Probes(config_of(sets, "probes.period_it=0"))) == 0
+    with pytest.warns(UserWarning, match=r"neither probes\.knn_root"):
+        Probes(load_config(None, [*TINY, "probes.period_it=5"]))
+
+
+def test_a_share_of_each_part(sets):
+    train, val = read_classes(str(sets / "knn"), 32, 3, "probes.knn_root")
+    assert train.images.shape == (3, 3, 32, 32) and train.labels.tolist() == [0, 0, 1] and len(val.labels) == 3
+    train, val = read_segmentation(str(sets / "ade"), 4, 32, 2, "probes.seg_root")
+    assert train.images.shape == (2, 3, 32, 32) and train.labels.shape == (2, 32, 32) and train.labels.dtype == torch.uint8
+    assert train.labels.max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "extra", "said"),
+    [
+        (None, ["probes.knn_root=/nowhere"], r"probes\.knn_root: no folder /nowhere/train"),
+        (lambda f: (f / "knn" / "val" / "cat").rename(f / "knn" / "val" / "dog"), [], r"probes\.knn_root: class 'dog'"),
+        (lambda f: (f / "knn" / "val" / "cat" / "000.jpg").write_bytes(b"no"), [], r"probes\.knn_root: .*val/cat/000\.jpg"),
+        (None, ["probes.knn_k=9"], r"probes\.knn_k=9 is more than the 8"),
+        (None, ["probes.seg_root=/nowhere"], r"probes\.seg_root: no folder /nowhere/images/training"),
+        (None, ["probes.seg_classes=0"], r"probes\.seg_classes=0"),
+        (None, ["probes.seg_classes=2"], r"probes\.seg_root: .*\.png has the label \d, but probes\.seg_classes=2"),
+        (lambda f: (f / "ade/annotations/training/0001.png").unlink(), [], r"probes\.seg_root: no label map .*0001\.png"),
+        (lambda f: (f / "ade/annotations/training/0001.png").write_bytes(b"x"), [], r"seg_root: .*0001\.png cannot be read"),
+        (lambda f: Image.new("RGB", (40, 56)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is no label map"),
+        (lambda f: Image.new("L", (8, 8)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is \(8, 8\)"),
+        (lambda f: [Image.new("L", (56, 40)).save(f / f"ade/annotations/validation/{i:04}.png") for i in (0, 2)]
+         + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labelled pixel in validation"),
+        (None, ["probes.image_px=72"], r"probes\.image_px=72 is no multiple of backbone\.patch_size=16"),
+        (None, ["masks.position_share=0.0"], r"probes\.position=true, but masks\.position_share=0"),
+        (None, ["losses.position=0.0"], r"probes\.position=true, but losses\.position=0"),
+        (None, ["data.root=/nowhere"], r"data\.root"),
+        (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"probes\.position: .* 1 can be read"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:config. masks.position_share")
+def test_bad_folders_are_told_at_the_start(sets, spoil, extra, said):
+    if spoil:
+        spoil(sets)
+    with pytest.raises(UserError, match=said) as error:
+        Probes(config_of(sets, *extra))
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_training_image_is_left_out_of_the_position_probe(sets):
+    (sets / "photos" / "002.jpg").write_bytes(b"no")
+    config = config_of(sets, "probes.knn_root=''", "probes.seg_root=''")
+    assert len(Probes(config).probes[0].images) == 5
+    with pytest.raises(UserError, match=r"probes\.position: .*no position mask token"):
+        Probes(config).run(tiny_vit(mask_tokens=False), CPU)
+
+
+def test_the_tool_gives_the_same_numbers(sets, capsys):
+    backbone = build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, pos_encoding="field", pos_grid=7)
+    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    roots = ["--knn-root", sets / "knn", "--seg-root", sets / "ade", "--position-root", sets / "photos"]
+    numbers = ["--knn-k", 3, "--seg-classes", 4, "--image-px", 64, "--device", "cpu", "--json", sets / "out" / "probes.json"]
+    tool("--weights", weights, *roots, *numbers)
+    found = json.loads((sets / "out" / "probes.json").read_text())
+    assert found["metrics"] == Probes(config_of(sets)).run(backbone, CPU) and found["backbone"] == "vit_tiny_patch16"
+    assert "probe/knn_top1" in capsys.readouterr().out
+
+    save_backbone(sets / "plain.safetensors", *plain_state(), name="vit_tiny_patch16", flags=plain_flags())
+    for arguments, said in (
+        (["--weights", weights], "nothing to probe"),
+        (["--weights", sets / "plain.safetensors", *roots], "no pos_mask_token"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            tool(*arguments)
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def plain_state():
+    return (build_backbone("vit_tiny_patch16", depth=1).state_dict(),)
+
+
+def plain_flags():
+    return build_backbone("vit_tiny_patch16", depth=1).flags
+
+
+def tool(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tools" / "probe.py"), run_name="__main__")

@@ -1,0 +1,344 @@
+"""The recipes: every value of the paper and of DINOv2's code, every ablation row by its keys, every number in a comment."""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+from photos import TINY
+
+from pretrain.config import as_dict, load_config
+from pretrain.methods.intertwined import Intertwined
+from pretrain.recipe import IMAGENET_1K, pretraining_protocol
+from pretrain.results.published import published_rows
+from pretrain.schedules import effective_epochs, scaled_lr
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+FULL = "intertwined_vits16"
+DEFAULT_YAML = resources.files("pretrain").joinpath("default.yaml").read_text()
+# What the paper's Table 6 and appendix B.1 print.
+TABLE_6 = {
+    "optim.epochs": 100,
+    "optim.base_lr": 2e-3,
+    "optim.warmup_epochs": 10,
+    "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.4,
+    "backbone.drop_path": 0.1,
+    "losses.teacher_temperature": 0.04,
+    "optim.teacher_momentum": 0.992,
+    "masks.ratio": [0.1, 0.5],
+    "masks.content_shape": "box",
+    "masks.position_shape": "cross",
+    "masks.content_share": 0.5,
+    "masks.position_share": 0.5,
+    "heads.n_prototypes": 65536,
+    "positions.scale": "beta",
+    "positions.beta": [2.0, 5.0],
+    "positions.s_min": 0.2,
+    "positions.s_max": 1.0,
+    "positions.grid": 50,
+    "optim.batch_size": 512,
+}
+REST_OF_THE_PAPER = {  # sections 3.2.1, 3.4, 4.1, footnote 4, eq. 6, B.1
+    "positions.encoding": "field",
+    "positions.augment": True,
+    "positions.reference": "crops",
+    "crops.n_global": 2,
+    "crops.n_local": 8,
+    "crops.global_px": 224,
+    "crops.local_px": 96,
+    "losses.image": 1.0,
+    "losses.content": 1.0,
+    "losses.position": 1.0,
+    "losses.koleo": 1.0,
+    "backbone.patch_size": 16,
+    "backbone.name": "vit_small_patch16",
+}
+DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, train/train.py, loss/
+    "crops.global_scale": [0.32, 1.0],
+    "crops.local_scale": [0.05, 0.32],
+    "crops.ratio": [3 / 4, 4 / 3],
+    "crops.flip_p": 0.5,
+    "colour.jitter": [0.4, 0.4, 0.2, 0.1],
+    "colour.jitter_p": 0.8,
+    "colour.grey_p": 0.2,
+    "colour.blur_kernel_px": 9,
+    "colour.blur_sigma": [0.1, 2.0],
+    "colour.solarize_p": [0.0, 0.2, 0.0],
+    "colour.solarize_threshold": 128,
+    "masks.min_box_patches": 4,
+    "masks.min_aspect": 0.3,
+    "backbone.layerscale": 1e-5,
+    "heads.hidden_dim": 2048,
+    "heads.bottleneck_dim": 256,
+    "heads.n_layers": 3,
+    "losses.centering": "softmax_center",
+    "losses.center_momentum": 0.9,
+    "losses.sinkhorn_iterations": 3,
+    "losses.student_temperature": 0.1,
+    "optim.lr_rule": "sqrt_1024",
+    "optim.min_lr": 1e-6,
+    "optim.betas": [0.9, 0.999],
+    "optim.clip_grad": 3.0,
+    "optim.freeze_last_layer_epochs": 1,
+    "optim.teacher_momentum_end": 1.0,
+}
+OURS = {  # METHOD.md
+    "positions.interpolation": "bicubic",
+    "positions.surround": "all",
+    "colour.blur_p": [1.0, 0.1, 0.5],
+    "masks.kinds_over": "batch",
+    "losses.koleo_scope": "global",
+}
+UNSET = {"backbone.weights": "", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
+UNSET["optim.epoch_length_it"] = 0
+SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO\b|eq\. |ours")
+# Each row of the paper's ablations that is not the full method: {key: its value there}.
+NO_SAMPLING = {"positions.encoding": "standard", "positions.augment": False}
+NO_L_POS = {"masks.position_share": 0.0, "losses.position": 0.0}
+ROWS = {
+    "table3_none": NO_SAMPLING | NO_L_POS,
+    "table3_sampling": NO_L_POS,
+    "table3_lpos": NO_SAMPLING,
+    "table4a_constant": {"positions.scale": "constant"},
+    "table4a_uniform": {"positions.scale": "uniform"},
+    "table4b_19": {"positions.grid": 19},
+    "table5a_box": {"masks.position_shape": "box"},
+    "table5b_content": {"masks.content_share": 1.0} | NO_L_POS,
+    "table5b_position": {"masks.content_share": 0.0, "masks.position_share": 1.0, "losses.content": 0.0},
+    "reference_image": {"positions.reference": "image"},
+}
+
+
+def flat(config):
+    return {f"{group}.{key}": value for group, keys in as_dict(config).items() for key, value in keys.items()}
+
+
+def recipe(name, *overrides):
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+def comments(name):
+    return re.sub(r"\s*\n#\s*", " ", (CONFIGS / f"{name}.yaml").read_text())
+
+
+def iterations(config, n_images):
+    return config.optim.epoch_length_it or n_images // config.optim.batch_size
+
+
+def effective(config, epochs):
+    crops = config.crops
+    return effective_epochs(epochs, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
+
+
+# --- default.yaml -----------------------------------------------------------------------------------------------------
+
+
+def test_every_value_of_the_recipe_is_the_papers_dinov2s_or_ours():
+    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | UNSET
+    config = flat(load_config())
+    recipe_keys = {key for key in config if key.split(".")[0] not in ("run", "data", "step", "probes", "log")}
+    assert recipe_keys == set(known)
+    assert {key: config[key] for key in known} == known
+
+
+def said_of_settings():
+    """{key: the comments of its line and of its group's} in default.yaml."""
+    said, group, words = {}, "", ""
+    for line in DEFAULT_YAML.splitlines():
+        if head := re.match(r"(\w+):\s*(#.*)?$", line):
+            group, words = head[1], head[2] or ""
+        elif setting := re.match(r"  (\w+): [^#]*(#.*)?$", line):
+            said[f"{group}.{setting[1]}"] = f"{words} {setting[2] or ''}".strip()
+    assert set(said) == set(flat(load_config()))
+    return said
+
+
+def test_every_setting_says_where_its_value_comes_from():
+    """A value of a recipe has a source, beside it or beside its group's name; any other key says what it does."""
+    bare = []
+    for key, said in said_of_settings().items():
+        plumbing = key.split(".")[0] in ("run", "data", "step", "probes", "log") or key in UNSET
+        if not (said if plumbing else SOURCE.search(said)):
+            bare.append(key)
+    assert bare == []
+
+
+def test_the_named_source_is_the_right_one():
+    """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of ours says ours."""
+    said = said_of_settings()
+    for keys, source in ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (OURS, "ours")):
+        assert [key for key in keys if source not in said[key]] == []
+
+
+def test_the_heads_are_separate_and_nothing_decays_by_layer():
+    """Table 6: separate heads, no layer-wise decay, no lr factor of the patch embedding: no key could say otherwise."""
+    keys = set(flat(load_config()))
+    assert not [key for key in keys if "decay" in key and not key.startswith("optim.weight_decay")]
+    assert not [key for key in keys if "separate" in key or "patch_embed" in key]
+
+
+# --- the recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_of_the_recipe():
+    config = recipe(FULL)
+    epoch_it = iterations(config, IMAGENET_1K)
+    assert epoch_it == 2502 and config.optim.epochs * epoch_it == 250_200
+    assert round(effective(config, 1), 3) == 3.469 and round(effective(config, 100)) == 347  # the paper rounds to 3.5 and 350
+
+
+@pytest.mark.parametrize("name, changes", ROWS.items())
+def test_an_ablation_row_changes_its_keys_and_says_so(name, changes):
+    full, row = flat(recipe(FULL)), flat(recipe(f"ablation/{name}"))
+    assert {key: row[key] for key in row if row[key] != full[key] and not key.startswith("run.")} == changes
+    assert {key for key in row if row[key] != full[key] and key.startswith("run.")} == {"run.method", "run.output"}
+    protocol = pretraining_protocol(recipe(f"ablation/{name}"), IMAGENET_1K)
+    assert protocol.name == "intertwined-100ep" and not protocol.full
+    assert protocol.deviations == {key: [full[key], value] for key, value in changes.items()}
+    body = (CONFIGS / f"ablation/{name}.yaml").read_text()
+    assert len([line for line in body.splitlines() if not line.startswith("#")]) <= 11
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_ablation_row_learns_with_the_heads_that_it_says(name):
+    """Built at a tiny size: a loss that a row turns off has no head, and its mask token is not trained."""
+    method = Intertwined(recipe(f"ablation/{name}", *TINY, "positions.grid=9"))
+    off = {key.split(".")[1] for key, value in ROWS[name].items() if key.startswith("losses.") and value == 0}
+    assert set(method.student) == {"backbone", "image", "content", "position"} - off
+    backbone = method.student["backbone"]
+    assert backbone.mask_token.requires_grad == ("content" not in off)
+    assert backbone.pos_mask_token.requires_grad == ("position" not in off)
+    assert backbone.flags["pos_encoding"] == ROWS[name].get("positions.encoding", "field")
+
+
+def test_the_rows_are_those_of_the_paper():
+    """Fourteen rows are printed; five of them are the full method. Another row's comment holds its numbers."""
+    printed = [row for row in published_rows() if row.table in ("3", "4a", "4b", "5a", "5b")]
+    others = [row for row in printed if (row.box_ap, row.mask_ap) != (44.8, 39.8)]
+    assert (len(printed), len(others)) == (14, 9)
+    for row in others:
+        holders = [
+            name
+            for name in ROWS
+            if name.startswith(f"table{row.table}_") and f"{row.box_ap} / {row.mask_ap} AP" in comments(f"ablation/{name}")
+        ]
+        assert len(holders) == 1, row
+    assert {path.stem for path in (CONFIGS / "ablation").glob("*.yaml")} == set(ROWS)
+
+
+def test_methods_are_named_apart():
+    """Rows of a table are told apart by their method's name."""
+    names = [recipe(f"ablation/{name}").run.method for name in ROWS] + [recipe(FULL).run.method, recipe("dinov2_vits16").run.method]
+    names += [recipe(name).run.method for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")]
+    assert len(set(names)) == len(names)
+
+
+def test_both_parts_off_is_not_the_baseline():
+    none, baseline = recipe("ablation/table3_none"), recipe("dinov2_vits16")
+    assert pretraining_protocol(baseline, IMAGENET_1K).full
+    differ = {key for key, value in flat(none).items() if value != flat(baseline)[key] and not key.startswith("run.")}
+    assert differ == {"positions.grid", "positions.interpolation"}
+
+
+def test_one_gpu_follows_the_recipe_to_the_letter():
+    config = recipe("intertwined_vits16_1gpu")
+    assert pretraining_protocol(config, IMAGENET_1K).full
+    assert config.optim.batch_size % config.step.accumulate == 0 and config.optim.batch_size == 512
+    same = flat(recipe(FULL))
+    differ = {key for key, value in flat(config).items() if value != same[key]}
+    assert differ == {"run.output", "data.workers", "step.accumulate"}
+
+
+def test_how_a_run_computes_is_no_departure():
+    how = ["step.accumulate=4", "step.compile=true", "step.parallel=fsdp2", "step.loss_rows=0", "step.checkpointing=full"]
+    where = ["data.path=cpu", "data.source=tar", "data.max_side_px=512", "run.precision=bf16", "backbone.attention=sdpa"]
+    where += ["probes.period_it=5", "log.period_it=1", "run.seed=3"]
+    assert pretraining_protocol(recipe(FULL, *how, *where), IMAGENET_1K).full
+
+
+@pytest.mark.parametrize(
+    "override, deviation",
+    [
+        ("backbone.name=vit_tiny_patch16", ["vit_small_patch16 or vit_base_patch16", "vit_tiny_patch16"]),
+        ("backbone.name=vit_small_patch16_reg4", ["vit_small_patch16 or vit_base_patch16", "vit_small_patch16_reg4"]),
+        ("backbone.n_registers=4", [0, 4]),
+        ("backbone.weights=some/where/dino.pth", ["from scratch", "dino.pth"]),
+        ("run.start_from=runs/earlier", ["from scratch", "earlier"]),
+        ("data.max_side_px=256", [0, 256]),
+        ("losses.centering=sinkhorn_knopp", ["softmax_center", "sinkhorn_knopp"]),
+        ("optim.batch_size=256", [512, 256]),
+    ],
+)
+def test_what_makes_another_recipe_is_said(override, deviation):
+    for name in (FULL, "dinov2_vits16"):
+        assert pretraining_protocol(recipe(name, override), IMAGENET_1K).deviations == {override.partition("=")[0]: deviation}
+
+
+def test_the_small_batch_keeps_its_averages_by_image():
+    config, full = recipe("intertwined_vits16_small"), recipe(FULL)
+    share = config.optim.batch_size / full.optim.batch_size
+    assert share == 1 / 8
+    assert config.optim.teacher_momentum == round(0.992**share, 6) == 0.998996
+    assert config.losses.center_momentum == round(0.9**share, 6) == 0.986916
+    assert iterations(config, IMAGENET_1K) == 20_018 and config.optim.epochs * 20_018 == 2_001_800
+    deviations = pretraining_protocol(config, IMAGENET_1K).deviations
+    assert set(deviations) == {"optim.batch_size", "optim.teacher_momentum", "losses.center_momentum"}
+    for number in ("20,018", "2,001,800", "0.998996", "0.986916", "5.00e-4", "1.41e-3", "1.77e-4"):
+        assert number in comments("intertwined_vits16_small")
+
+
+def test_the_lr_rule_is_safe_at_small_batches():
+    """The square root: a quarter of the batch halves the lr. So lr / sqrt(batch) is the same at every batch size."""
+    config = load_config().optim
+    lr = {batch: scaled_lr(config.base_lr, batch, config.lr_rule) for batch in (8, 64, 256, 512, 1024, 4096)}
+    assert [f"{lr[batch]:.2e}" for batch in (8, 64, 512, 1024)] == ["1.77e-04", "5.00e-04", "1.41e-03", "2.00e-03"]
+    assert all(abs(value / batch**0.5 - 2e-3 / 32) < 1e-12 for batch, value in lr.items())
+
+
+def test_coco_is_as_long_as_imagenet():
+    config = recipe("coco_vits16")
+    n_images = 118_287 + 123_403
+    epoch_it = iterations(config, n_images)
+    assert n_images == 241_690 and epoch_it == 472
+    total, imagenet = config.optim.epochs * epoch_it, 250_200
+    assert total == 250_160 and abs(total - imagenet) < epoch_it
+    assert config.optim.warmup_epochs * epoch_it == 25_016 and config.optim.freeze_last_layer_epochs * epoch_it == 2_360
+    assert round(effective(config, config.optim.epochs)) == 1_839
+    for number in ("118,287", "123,403", "241,690", "250,160", "1,839", "25,016", "2,360"):
+        assert number in comments("coco_vits16")
+    assert set(config.data.split.split("+")) == {"train2017", "unlabeled2017"} and config.data.source == "coco"
+    deviations = pretraining_protocol(config, n_images).deviations
+    assert set(deviations) == {"data.n_images", "optim.epochs", "optim.warmup_epochs", "optim.freeze_last_layer_epochs"}
+
+
+@pytest.mark.parametrize("size", ["s", "b"])
+def test_the_high_resolution_stage(size):
+    config, first = recipe(f"highres_vit{size}16"), recipe(f"intertwined_vit{size}16")
+    assert config.run.start_from == first.run.output and config.backbone.name == first.backbone.name
+    assert config.crops.global_px == 2 * first.crops.global_px and config.crops.local_px == 2 * first.crops.local_px
+    assert config.optim.epochs * config.optim.epoch_length_it == 10_000
+    epochs = 10_000 * config.optim.batch_size / IMAGENET_1K
+    assert round(effective(config, 1), 2) == 13.88 and round(effective(config, epochs), 1) == 55.5
+    for number in ("13.88", "10,000", "55.5"):
+        assert number in comments(f"highres_vit{size}16")
+    changed = {"crops.global_px", "crops.local_px", "optim.base_lr", "optim.epoch_length_it", "optim.freeze_last_layer_epochs"}
+    assert set(pretraining_protocol(config, IMAGENET_1K).deviations) == changed | {"run.start_from"}
+
+
+def test_continued_pretraining_starts_from_a_run_of_ours():
+    config, first = recipe("continue_vitb16"), recipe("intertwined_vitb16")
+    assert config.backbone.weights == f"{first.run.output}/backbone.safetensors"
+    assert config.optim.base_lr == first.optim.base_lr / 10 and round(effective(config, config.optim.epochs)) == 69
+    deviations = pretraining_protocol(config, IMAGENET_1K).deviations
+    assert deviations["backbone.weights"] == ["from scratch", "backbone.safetensors"]
+
+
+def test_every_config_is_read_and_writes_to_its_own_folder():
+    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith("toy")]
+    configs = [load_config(path) for path in paths]
+    folders = [config.run.output for config in configs]
+    assert len(set(folders)) == len(folders) == 4 + 6 + len(ROWS)
+    for path, folder in zip(paths, folders):
+        assert folder.split("/")[-1] == path.stem and yaml.safe_load(path.read_text())["run"]["output"] == folder

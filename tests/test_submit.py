@@ -1,0 +1,358 @@
+"""tools/submit.py: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are stand-ins that record."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import submitit
+
+from pretrain import slurm
+from pretrain.cli import REQUEUE_CODE
+from pretrain.errors import UserError
+from pretrain.slurm import Resources, ToolJob, rank_environment, run_script, sbatch_script, slurm_executor, tool_jobs
+
+ROOT = Path(__file__).resolve().parents[1]
+# A tool that is taken away from its nodes in its first life: SLURM's notice comes, it saves and leaves with the requeue code.
+TOOL = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, rank, left = Path(sys.argv[-1]), os.environ.get("RANK", "0"), []
+signal.signal(signal.SIGUSR1, lambda number, frame: left.append(number))
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+life = len(list(folder.glob(f"{rank}_*.json")))
+(folder / f"{rank}_{life}.json").write_text(json.dumps([sys.argv[1:-1], {n: os.environ.get(n) for n in names}]))
+until = time.monotonic() + 30  # as ranks do in their first reduction: none leaves before all have come
+while len(list(folder.glob(f"*_{life}.json"))) < int(os.environ.get("WORLD_SIZE", 1)) and time.monotonic() < until:
+    time.sleep(0.01)
+if "--resume" not in sys.argv:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    sys.exit(85 if left else 3)
+"""
+# A tool whose ranks have to find each other.
+SUM = """
+import sys, torch
+from pretrain import distributed
+distributed.start("cpu")
+total = distributed.sum_over_ranks(torch.tensor([float(distributed.rank() + 1)]))
+if distributed.is_main():
+    open(sys.argv[1], "w").write(f"{total.item():g} of {distributed.world_size()}")
+distributed.stop()
+"""
+STAND_INS = {
+    "sbatch": 'cp "$1" "$RECORD/script.sh"; echo "Submitted batch job 4242"',
+    "scontrol": 'echo "$@" >> "$RECORD/scontrol"',
+    # every task of a job step, without srun's own options
+    "srun": """while [ "${1#-}" != "$1" ]; do
+    case "$1" in --output|--error) shift;; esac
+    echo "$1" >> "$RECORD/srun"; shift
+done
+n=0
+while [ $n -lt $SLURM_NTASKS ]; do
+    SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & n=$((n + 1))
+done
+wait""",
+}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The folder in which a job is submitted."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def submit(work):
+    return runpy.run_path(str(ROOT / "tools" / "submit.py"))["main"]
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder that records what sbatch, srun and scontrol were asked for."""
+    programs, record = tmp_path / "bin", tmp_path / "record"
+    programs.mkdir()
+    record.mkdir()
+    for name, body in STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(record))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return record
+
+
+def write_tool(folder, text=TOOL, name="pretrain.py"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def directives(text):
+    """{option: value} of the #SBATCH lines; a flag has no value."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.M))
+
+
+def lives(folder):
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*_*.json"))}
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_every_directive(submit, work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")  # no SLURM is needed
+    tool = write_tool(tmp_path)
+    options = "--nodes 2 --gpus 4 --cpus 6 --mem-gb 200 --hours 1.5 --partition fast --notice-s 90 --slurm account=a exclusive=true"
+    submit([*options.split(), "--dry-run", "--", str(tool), "--config", "a b.yaml", "run.output=x"])
+    text = capsys.readouterr().out
+    logs = work / "runs/jobs/%j"
+    assert directives(text) == {
+        "account": "a",
+        "cpus-per-task": "6",
+        "error": f"{logs}/%j_0_log.err",
+        "exclusive": "",
+        "gpus-per-node": "4",
+        "job-name": "pretrain",
+        "mem": "204800M",
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "open-mode": "append",
+        "output": f"{logs}/%j_0_log.out",
+        "partition": "fast",
+        "requeue": "",
+        "signal": "USR2@90",
+        "time": "90",
+    }
+    assert text.startswith("#!/bin/bash\n") and "\nsrun --unbuffered --output" in text
+    assert "--cpus-per-task=6 --kill-on-bad-exit=1 " in text and f"-m submitit.core._submit {logs}" in text
+    assert "RANK=0..7 WORLD_SIZE=8 LOCAL_RANK=0..3 python ../pretrain.py --config 'a b.yaml' run.output=x" in text
+    assert "python ../pretrain.py --resume --config 'a b.yaml' run.output=x" in text
+    assert not (work / "runs").exists()
+
+
+def test_an_array_gives_every_job_its_number(submit, tmp_path, capsys):
+    tool = write_tool(tmp_path, name="train_seg.py")
+    submit(
+        ["--array", "3", "--at-once", "2", "--gpus", "0", "--dry-run", "--", str(tool), "--sweep", "{index}", "run.seed={index}"]
+    )
+    text = capsys.readouterr().out
+    assert directives(text)["array"] == "0-2%2" and "gpus-per-node" not in directives(text)
+    assert "%A_%a" in directives(text)["output"] and "RANK=" not in text
+    jobs = tool_jobs([str(tool), "--sweep", "{index}", "run.seed={index}"], 3)
+    assert [job.arguments for job in jobs] == [("--sweep", str(i), f"run.seed={i}") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--dry-run"], "no command"),
+        (["--dry-run", "--", "nothing.py"], "nothing.py"),
+        (["--dry-run", "--", "README.md"], "README.md"),
+        (["--array", "2", "--dry-run", "--", "TOOL"], "--array 2"),
+        (["--dry-run", "--", "TOOL", "seed={index}"], "--array 0"),
+        (["--nodes", "0", "--dry-run", "--", "TOOL"], "--nodes"),
+        (["--gpus", "-1", "--dry-run", "--", "TOOL"], "--gpus"),
+        (["--hours", "0.01", "--dry-run", "--", "TOOL"], "--hours"),
+        (["--slurm", "account", "--dry-run", "--", "TOOL"], "account"),
+        (["--nodes", "2", "--local", "--", "TOOL"], "--local"),
+        (["--", "TOOL"], "sbatch"),
+    ],
+)
+def test_bad_jobs_are_named(submit, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.setenv("PATH", "")
+    tool = str(write_tool(tmp_path))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=re.escape(named)):
+        submit([tool if word == "TOOL" else word for word in arguments])
+
+
+def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatch):
+    """python -m has the working folder first on its path, so a job from tools/ would run tools/pretrain.py on import."""
+    tool = write_tool(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="takes pretrain.py for the package"):
+        submit(["--dry-run", "--", str(tool)])
+
+
+def test_the_tools_that_resume_are_known():
+    """A tool that takes --resume gets it when its job comes back."""
+    resuming = {path.name for path in (ROOT / "tools").glob("*.py") if re.search(r'add_argument\("--resume"', path.read_text())}
+    assert resuming == set(slurm.RESUMABLE)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_comes_back_with_resume():
+    job = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml"))
+    again = job.checkpoint()
+    assert again.function == ToolJob("/somewhere/pretrain.py", ("--resume", "--config", "c.yaml"))
+    assert again.args == () and again.kwargs == {}
+    assert again.function.resumed() == again.function
+    for start in (["--resume"], ["--resume", "1000"], ["--resume=runs/a"], ["--resume", "auto", "--resume"]):  # never back to 1000
+        began = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml", *start, "run.seed=1"))
+        assert began.resumed().arguments == ("--resume", "--config", "c.yaml", "run.seed=1")
+    assert ToolJob("/somewhere/pretrain.py", ("run.seed=1", "--resume")).resumed().arguments == ("--resume", "run.seed=1")
+    assert ToolJob("/somewhere/demo.py", ("a",)).resumed() == ToolJob("/somewhere/demo.py", ("a",))
+
+
+class Task:
+    """What submitit says of one task."""
+
+    USR_SIG = "USR2"
+
+    def __init__(self, rank=0, n=1, nodes=1, job_id="4242"):
+        self.global_rank, self.num_tasks, self.num_nodes, self.raw_job_id = rank, n, nodes, job_id
+        self.local_rank, self.hostnames = rank % (n // nodes), [f"node{i}" for i in range(nodes)]
+
+
+def test_every_rank_is_told_what_torchrun_would_tell():
+    assert rank_environment(Task()) == {}
+    assert rank_environment(Task(rank=5, n=8, nodes=2)) == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node0",
+        "MASTER_PORT": str(20_000 + 4242),
+    }
+    assert rank_environment(Task(n=2))["MASTER_ADDR"] == "127.0.0.1"
+    ports = {rank_environment(Task(n=2, job_id=str(4242 + i)))["MASTER_PORT"] for i in range(100)}
+    assert len(ports) == 100
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("", 0),
+        ("raise SystemExit", 0),
+        ("raise SystemExit(85)", 85),
+        ("raise SystemExit('words')", 1),
+        ("import sys; sys.exit(0)", 0),
+    ],
+)
+def test_exit_codes_of_a_script(tmp_path, monkeypatch, body, code):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    assert run_script(str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), ["a"]) == code
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """A job's task, and what submitit's own handler was called with."""
+    calls, before = [], signal.getsignal(signal.SIGUSR2)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
+    yield lambda rank, n: monkeypatch.setattr(submitit, "JobEnvironment", lambda: Task(rank, n)) or calls
+    signal.signal(signal.SIGUSR2, before)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(tmp_path, task):
+    def job(code):
+        return ToolJob(str(write_tool(tmp_path, f"raise SystemExit({code})")), ())
+
+    calls = task(0, 1)
+    job(0)()
+    assert calls == []
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        job(2)()
+    assert calls == []
+    job(REQUEUE_CODE)()
+    assert calls == [signal.SIGUSR2]
+    task(1, 2)
+    with pytest.raises(SystemExit) as end:
+        job(REQUEUE_CODE)()
+    assert end.value.code == 0 and calls == [signal.SIGUSR2]
+
+
+def test_a_tool_that_does_not_listen_is_put_back_at_the_notice(tmp_path, task):
+    """Or does not listen yet. submitit's handler ends the first task with a code of its own, which must come through."""
+    calls = task(0, 1)
+    tool = write_tool(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nraise SystemExit(5)")
+
+    def leave(number, frame):
+        calls.append(number)
+        sys.exit(144)
+
+    signal.signal(signal.SIGUSR2, leave)
+    with pytest.raises(SystemExit) as end:
+        ToolJob(str(tool), ())()
+    assert calls == [signal.SIGUSR2] and end.value.code == 144
+
+
+def test_a_job_that_slurm_started_again_resumes(tmp_path, task, monkeypatch):
+    task(0, 1)
+    tool = write_tool(tmp_path, "import sys\nsys.exit(0 if '--resume' in sys.argv else 7)")
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        ToolJob(str(tool), ())()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ToolJob(str(tool), ())()
+
+
+# --- whole ways -------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_way_through_sbatch(submit, cluster, work, tmp_path, capsys):
+    """Submitted, run on 2 tasks, given notice, put back once, run again with --resume."""
+    tool, out = write_tool(tmp_path), tmp_path / "out"
+    out.mkdir()
+    command = ["--gpus", "2", "--hours", "2", "--name", "j", "--", str(tool), "run.seed=1", str(out)]
+    submit(command)
+    assert "submitted 4242" in capsys.readouterr().out
+    script = (cluster / "script.sh").read_text()
+    submit(["--dry-run", *command])
+    assert capsys.readouterr().out.startswith(script)  # the dry run shows it to the letter
+    variables = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[7-8]"}
+    for _ in range(2):
+        subprocess.run(["bash", str(cluster / "script.sh")], env=os.environ | variables, check=True, timeout=60)
+    assert (cluster / "scontrol").read_text() == "requeue 4242\n"
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24242"}
+    assert lives(out) == {
+        f"{rank}_{life}": [["--resume"] * life + ["run.seed=1"], {"RANK": str(rank), "LOCAL_RANK": str(rank), **ranks}]
+        for rank in (0, 1)
+        for life in (0, 1)
+    }
+    results = {path.name for path in (work / "runs/jobs/4242").glob("*_result.pkl")}
+    assert results == {"4242_0_result.pkl", "4242_1_result.pkl"}
+
+
+def test_the_script_of_an_array_is_shown_to_the_letter(submit, cluster, work, tmp_path, capsys):
+    tool = write_tool(tmp_path)
+    submit(["--array", "3", "--", str(tool), "seed={index}"])
+    assert "submitted 4242_0, 4242_1, 4242_2" in capsys.readouterr().out
+    executor = slurm_executor(Resources(name="pretrain"), Path("runs/jobs/%j"))
+    assert (cluster / "script.sh").read_text() == sbatch_script(executor, 3)
+    assert "map_count" not in executor.parameters
+    seeds = [submitit.core.utils.DelayedSubmission.load(path).function.arguments for path in sorted(work.rglob("*_submitted.pkl"))]
+    assert seeds == [("seed=0",), ("seed=1",), ("seed=2",)]
+
+
+def test_a_job_here_is_given_notice_and_comes_back(submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tool, out = write_tool(tmp_path), tmp_path / "out"
+    out.mkdir()
+    submit(["--gpus", "0", "--local", "--folder", str(tmp_path / "jobs"), "--", str(tool), str(out)])
+    assert {name: arguments for name, (arguments, _) in lives(out).items()} == {"0_0": [], "0_1": ["--resume"]}
+
+
+def test_ranks_of_a_job_here_find_each_other(submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tool = write_tool(tmp_path, SUM, "sum.py")
+    folder = str(tmp_path / "jobs")
+    submit(["--gpus", "0", "--ranks", "2", "--local", "--folder", folder, "--", str(tool), str(tmp_path / "total")])
+    assert (tmp_path / "total").read_text() == "3 of 2"
+
+
+def test_a_job_that_fails_here_names_its_logs(submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tool = write_tool(tmp_path, "raise SystemExit(2)", "bad.py")
+    with pytest.raises(UserError, match="its logs are in"):
+        submit(["--gpus", "0", "--local", "--folder", str(tmp_path / "jobs"), "--", str(tool)])

@@ -1,0 +1,76 @@
+"""Probe any weights: k-NN on a labelled folder, linear and k-NN segmentation, the position probe.
+
+python tools/probe.py --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade --seg-classes 150
+python tools/probe.py --weights runs/x/backbone.safetensors --position-root sets/coco/val2017 --json probes.json
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+import json
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from pretrain.build import build_backbone
+from pretrain.cli import run
+from pretrain.config import check, load_config
+from pretrain.device import DEVICES, choose_device
+from pretrain.errors import UserError
+from pretrain.evaluation.probes import Probes
+from pretrain.weights import backbone_name, read_checkpoint
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, probe, print."""
+    defaults = load_config().probes
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
+    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    parser.add_argument("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
+    parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbours (%(default)s)")
+    parser.add_argument("--seg-root", default="", metavar="DIR", help="images/ and annotations/{training,validation}")
+    parser.add_argument("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labelled")
+    parser.add_argument("--position-root", default="", metavar="PATH", help="images: anything that data.root may be")
+    parser.add_argument("--image-px", type=int, default=defaults.image_px, help="side of a picture (%(default)s)")
+    parser.add_argument("--max-images", type=int, default=defaults.max_images, help="of each part of a set (%(default)s)")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    options = parser.parse_args(arguments)
+    if not (options.knn_root or options.seg_root or options.position_root):
+        raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
+
+    has_token = "pos_mask_token" in read_checkpoint(options.weights).state
+    if options.position_root and not has_token:
+        raise UserError(f"--position-root: {options.weights} holds no pos_mask_token; pre-training with position masks leaves one")
+    name = backbone_name(options.backbone, options.weights)
+    backbone = build_backbone(name, weights=options.weights, mask_tokens=has_token)
+    device = choose_device(options.device)
+    probes = Probes(settings(options, backbone.patch_size))
+    values = probes.run(backbone.to(device), device, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16))
+    for key, value in values.items():
+        print(f"{key:24} {value:.4f}")
+    if options.json:
+        used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"backbone": name, "options": used, "metrics": values}, indent=2) + "\n")
+
+
+def settings(options: argparse.Namespace, patch_size: int) -> DictConfig:
+    """The configuration that a run with these probes would have."""
+    config = load_config()
+    OmegaConf.set_readonly(config, False)
+    config.data.root, config.backbone.patch_size = options.position_root, patch_size
+    for key in ("knn_root", "knn_k", "seg_root", "seg_classes", "image_px", "max_images"):
+        config.probes[key] = getattr(options, key)
+    config.probes.position, config.probes.period_it = bool(options.position_root), 1
+    check(config)
+    return config
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""Submit a tool of ours to SLURM: several GPUs and nodes, put back into the queue when its time is over or it is preempted.
+
+python tools/submit.py --nodes 2 --gpus 4 --hours 48 --partition gpu -- tools/pretrain.py \\
+    --config configs/pretrain/intertwined_vitb16.yaml data.root=imagenet/train
+
+An array: {index} in the command is the number of the job.
+python tools/submit.py --gpus 1 --array 16 -- tools/train_seg.py --sweep {index} --weights W --data ADE --output seg --resume
+
+--dry-run shows the job where there is no SLURM; --local runs it on this machine. How it works: pretrain/slurm.py. Its path was
+tested against stand-ins of SLURM's commands, not on a cluster.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+import os
+import shlex
+
+from pretrain.cli import run
+from pretrain.errors import UserError
+from pretrain.slurm import Resources, ToolJob, run_here, sbatch_script, slurm_executor, submit, tool_jobs
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the command behind ``--``."""
+    default = Resources()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] -- TOOL.py [arguments]"
+    )
+    parser.add_argument("--nodes", type=int, default=default.nodes, metavar="N", help="(%(default)s)")
+    parser.add_argument("--gpus", type=int, default=default.gpus, metavar="N", help="of a node; 0: the CPU (%(default)s)")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="tasks of a node (one a GPU)")
+    parser.add_argument("--cpus", type=int, default=default.cpus, metavar="N", help="cores of a rank (%(default)s)")
+    parser.add_argument("--mem-gb", type=float, default=0.0, metavar="GB", help="memory of a node (the cluster's default)")
+    parser.add_argument("--hours", type=float, default=default.hours, metavar="H", help="time limit (%(default)s)")
+    parser.add_argument("--partition", default="", metavar="NAME")
+    parser.add_argument("--name", default="", help="of the job (that of the tool)")
+    parser.add_argument("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
+    parser.add_argument(
+        "--at-once", type=int, default=default.at_once, metavar="N", help="jobs of the array at a time (%(default)s)"
+    )
+    parser.add_argument("--notice-s", type=int, default=default.notice_s, metavar="S", help="a signal that long before the time "
+                        "limit: the tool saves (%(default)s)")  # fmt: skip
+    parser.add_argument("--max-timeouts", type=int, default=default.max_timeouts, metavar="N", help="time limits that a job may "
+                        "come to and still be put back (%(default)s)")  # fmt: skip
+    parser.add_argument("--slurm", nargs="+", default=[], metavar="key=value", help="options of sbatch: account=a exclusive=true")
+    parser.add_argument("--folder", type=Path, default=Path("runs/jobs/%j"), help="logs; %%j: the job's number (%(default)s)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--dry-run", action="store_true", help="only show the job")
+    where.add_argument("--local", action="store_true", help="run it here, and wait")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return parser.parse_args(arguments[:end]), arguments[end + 1 :]
+
+
+def resources_of(options: argparse.Namespace, tool: str) -> Resources:
+    """What the options ask for.
+
+    Raises:
+        UserError: a number that no job can have, or a word of --slurm without =.
+    """
+    for name, least in {
+        "nodes": 1,
+        "gpus": 0,
+        "ranks": 0,
+        "cpus": 1,
+        "array": 0,
+        "at_once": 1,
+        "notice_s": 0,
+        "max_timeouts": 0,
+    }.items():
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
+    if not 60 * options.hours > options.notice_s / 60:
+        raise UserError(f"--hours: {options.hours} is not longer than the notice of {options.notice_s} s")
+    extra: dict[str, str | bool] = {}
+    for word in options.slurm:
+        key, equals, value = word.partition("=")
+        if not (key and equals and value):
+            raise UserError(f"--slurm: {word!r} is not of the form key=value")
+        extra[key.lstrip("-")] = True if value == "true" else value
+    names = ("nodes", "gpus", "ranks", "cpus", "mem_gb", "hours", "partition", "at_once", "notice_s", "max_timeouts")
+    return Resources(**{name: getattr(options, name) for name in names}, name=options.name or tool, extra=extra)
+
+
+def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
+    """The script for sbatch, what each task of it does, and what it does when it comes back."""
+    n_tasks = resources.nodes * resources.ranks_per_node
+    lines = [sbatch_script(slurm_executor(resources, folder), len(jobs)), f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:"]
+    for word, job in (("", jobs[0]), ("# and after a preemption or the time limit:", jobs[0].resumed())):
+        lines += [word] * bool(word)
+        ranks = f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{resources.ranks_per_node - 1} " if n_tasks > 1 else ""
+        lines.append(ranks + shlex.join(["python", os.path.relpath(job.script), *job.arguments]))
+    if len(jobs) > 1:
+        lines.append(f"# this is job 0 of the array of {len(jobs)}; job {len(jobs) - 1}: {shlex.join(jobs[-1].arguments)}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, submit."""
+    options, command = parse(arguments)
+    jobs = tool_jobs(command, options.array)
+    resources = resources_of(options, Path(jobs[0].script).stem)
+    if options.dry_run:
+        print(describe(jobs, resources, options.folder))
+    elif options.local:
+        for job in jobs:
+            run_here(job, resources, options.folder)
+        print(f"done; logs are in {options.folder}")
+    else:
+        numbers = submit(jobs, resources, options.folder)
+        print(f"submitted {', '.join(numbers)}; logs will be in {options.folder}")
+
+
+if __name__ == "__main__":
+    run(main)
