@@ -49,7 +49,7 @@ def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None
         Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
-    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"), StopSignals() as signals:
+    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"):
         distributed.start(device.type)
         dataset = build_dataset(config)
         trainer = Trainer(config, Length.of(config, len(dataset)))
@@ -58,8 +58,9 @@ def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None
         if trainer.iteration >= total_it and (folder / "result.json").is_file():
             distributed.say(f"{folder} is finished ({read_result(folder).created})")
             return folder
-        run = Run(trainer, dataset, before, signals)
-        run.loop(min(total_it, stop_after_it or total_it))
+        with StopSignals() as signals:  # until here a signal simply ends the process: there is nothing to save
+            run = Run(trainer, dataset, before, signals)
+            run.loop(min(total_it, stop_after_it or total_it))
         if trainer.iteration == total_it:
             run.finish()
         return folder
@@ -84,7 +85,7 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
         UserError: the folder holds a run and nothing says to go on with it; or the checkpoint does not belong to these settings.
     """
     config, folder = trainer.config, Path(trainer.config.run.output)
-    if not resume and checkpoints.newest(folder) != (None, []):
+    if not resume and checkpoints.whole_directories(folder):
         raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
     found, messages = checkpoints.find(folder, resume) if resume else (None, [])
     for message in messages:
@@ -95,7 +96,7 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
         check_same_run(found, config, n_images)
         checkpoints.load(found, trainer.tensors())
         trainer.iteration = found.iteration
-        progress = Progress(**found.meta["progress"])
+        progress = progress_of(found)
         trainer.n_skipped = progress.n_skipped
         distributed.say(f"going on from {found.path}")
         return progress
@@ -108,6 +109,18 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
             raise UserError(f"run.start_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}")
         checkpoints.load(earlier, networks)
     return Progress()
+
+
+def progress_of(found: checkpoints.Found) -> Progress:
+    """What a checkpoint's run had come to.
+
+    Raises:
+        UserError: it says so in another form.
+    """
+    try:
+        return Progress(**found.meta["progress"])
+    except TypeError as error:
+        raise UserError(f"resume: {found.path / 'meta.json'}: progress cannot be read ({error})") from error
 
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.

@@ -28,4 +28,5 @@ __all__ = [
     "save",
     "save_sharded",
     "whole_directories",
+    "whole_directories",
 ]

@@ -4,6 +4,7 @@ Two data paths, chosen by ``data.path``: ``cpu`` makes the crops in the workers,
 makes the crops beside the step, when the batch is moved there (:mod:`pretrain.views.device_pixels`). Both read the same draws.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain import distributed
 from pretrain.data.decode import BrokenImage, decode
@@ -199,25 +200,31 @@ class Collate:
 def view_major(crops: Sequence[Tensor]) -> Tensor:
     """The crops [V, 3, S, S] of each image as [V * B, 3, S, S], all first views, then all second ones; channels last in memory."""
     (n_views, _, size, _), n_images = crops[0].shape, len(crops)
-    pixels = large_empty(n_views, n_images, size, size, 3)
+    pixels = batch_memory(n_views, n_images, size, size, 3)
     for image, views in enumerate(crops):
-        pixels[:, image] = views.permute(0, 2, 3, 1).numpy()
-    return torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+        pixels[:, image] = views.permute(0, 2, 3, 1)
+    return pixels.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
     """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], and their sizes [B, 2]. The rest of the canvas is undefined."""
     sizes_px = np.array([image.shape[:2] for image in images], np.float64)
     height, width = (int(-(-side // CANVAS_STEP_PX) * CANVAS_STEP_PX) for side in sizes_px.max(0))
-    canvas = large_empty(len(images), height, width, 3)
-    for place, image in zip(canvas, images):
+    canvas = batch_memory(len(images), height, width, 3)
+    for place, image in zip(canvas.numpy(), images):
         place[: image.shape[0], : image.shape[1]] = image
-    return torch.from_numpy(canvas), sizes_px
+    return canvas, sizes_px
 
 
-def large_empty(*shape: int) -> Pixels:
-    """Memory for a batch. NumPy asks the system for large pages, torch does not: faulting in small ones is dearer than the copy."""
-    return np.empty(shape, np.uint8)
+def batch_memory(*shape: int) -> Tensor:
+    """Undefined uint8 [shape] for a batch: in a worker memory that is shared with the trainer, or it would be copied there later.
+
+    Never NumPy's: for large arrays that asks the system for large pages, and to find these took longer than decoding.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collation
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def is_on_device(config: DictConfig) -> bool:
