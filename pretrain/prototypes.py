@@ -128,7 +128,9 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=full, device=rows.device)
         needs_grad = rows.requires_grad or prototypes.requires_grad
         grad_rows = torch.empty(rows.shape, dtype=full, device=rows.device) if needs_grad else None
-        grad_table = torch.zeros(prototypes.shape, dtype=full, device=rows.device) if needs_grad else None
+        grad_table = torch.empty(prototypes.shape, dtype=full, device=rows.device) if needs_grad else None
+        if grad_table is not None and n_samples == 0:
+            grad_table.zero_()
         step = max(n_rows // max(n_views, len(pairs[0])), 1)  # samples a chunk
         for first in range(0, n_samples, step):
             part = slice(first, min(first + step, n_samples))
@@ -145,7 +147,9 @@ class _Chunked(torch.autograd.Function):
                     grad_rows[:, part] = ((slope @ table).to(full) * by_row).unflatten(0, (n_views, -1))
                     weighted = z.to(full) * weight.unsqueeze(1)
                     if dtype == full:
-                        grad_table.addmm_(slope.T, weighted)
+                        torch.addmm(grad_table, slope.T, weighted, beta=int(first > 0), out=grad_table)
+                    elif first == 0:
+                        grad_table.copy_(slope.T @ weighted.to(dtype))
                     else:
                         grad_table += slope.T @ weighted.to(dtype)
         ctx.grads, ctx.dtypes = (grad_rows, grad_table), (rows.dtype, prototypes.dtype)

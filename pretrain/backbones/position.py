@@ -88,8 +88,10 @@ def sample_field(
     with torch.autocast(device_type=field.device.type, enabled=False):  # half a patch is 1% of an axis: keep float32
         r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
         r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]
-        rows = torch.einsum("vih,dhw->viwd", r_y, field[0])  # [V, h, w_p, D]
-        sampled = torch.einsum("vjw,viwd->vijd", r_x, rows)  # [V, h, w, D]
+        # Two plain products with D innermost, as the field's samples are wanted: nothing large is ever transposed.
+        samples = field[0].permute(1, 2, 0)  # [h_p, w_p, D]
+        rows = r_y.flatten(0, 1) @ samples.flatten(1)  # [V * h, w_p * D]
+        sampled = r_x.unsqueeze(1) @ rows.view(len(boxes), height, *samples.shape[1:])  # [V, 1, w, w_p] @ [V, h, w_p, D]
     return sampled.flatten(1, 2)
 
 

@@ -1,7 +1,8 @@
 """How fast one core makes training samples, against decoding alone and against the usual torchvision and PIL composition.
 
 All contenders read the same JPEG files of about 500 x 375 px, ImageNet's usual size, cut from real photographs, and take turns in
-one process on one thread. Times are of the processor, and ratios are taken within a round: other load hardly changes them.
+one process on one thread. Times are of the processor, and ratios are taken within a round: other load hardly changes them. What
+it takes to hand batches over to the trainer's process, a copy in shared memory, is in no figure; it is the same for every way.
 """
 
 import tempfile

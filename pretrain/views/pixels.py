@@ -1,7 +1,7 @@
 """The pixels of views on the CPU: crop, resize, flip, colour, one view after the other, in a loader's worker.
 
-Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation is torchvision's on the same parameters within one level of 255 (hue:
-two), as tests/test_pixels.py holds; OpenCV and torch's uint8 kernels do the work, several times faster than PIL.
+Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation is torchvision's on the same parameters within one level of 255, as
+tests/test_pixels.py holds (PIL's hue is coarser); OpenCV and torch's uint8 kernels do the work, several times faster than PIL.
 :mod:`pretrain.views.device_pixels` makes the same crops batched on the training device.
 """
 

@@ -1,0 +1,183 @@
+"""How long a training step takes: the method against the DINOv2 baseline, in the same code, in turns in one process."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from pretrain import distributed
+from pretrain.backbones.vit import SIZES
+from pretrain.benchmark.data import write_photographs
+from pretrain.config import load_config
+from pretrain.data.loader import Rules, build_dataset, build_loader, draw
+from pretrain.data.sampler import MASKS
+from pretrain.device import choose_device
+from pretrain.recipe import BASELINE
+from pretrain.train import in_parts
+from pretrain.trainer import Length, Trainer
+from pretrain.views import draw_masks
+from pretrain.views.batch import Batch
+
+SIZE_PX = (375.0, 500.0)  # of the image that synthetic views are drawn in
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, by the makers' data sheets
+WARM_UP = 4  # turns that are not counted: memory is faulted in, caches fill, kernels are chosen
+
+
+def overrides_of(method: str) -> list[str]:
+    """``key=value`` arguments that make a recipe of the defaults: ``intertwined`` (none) or ``dinov2``."""
+    return [] if method == "intertwined" else [f"{key}={value}" for key, value in BASELINE.items()]
+
+
+def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Seconds and memory of a step with synthetic pixels, method and baseline in turns.
+
+    Args:
+        backbone: registry name.
+        batch_size: images a step.
+        rounds: counted turns of each; figures are medians, the ratio is the median over the turns' ratios.
+        overrides: more ``key=value``, for both.
+
+    Returns:
+        ``method_over_baseline``, and for each its seconds, images/s, model FLOPs an image (:func:`flops_an_image`), MFU where the
+        GPU is known, and peak memory on CUDA (MiB, of both together).
+    """
+    runs = {}
+    for method in ("intertwined", "dinov2"):
+        own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides_of(method), *overrides]
+        config = load_config(None, own)
+        trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
+        runs[method] = trainer, [synthetic_batch(config, it) for it in range(4)]
+    device = choose_device("auto" if not overrides else runs["dinov2"][0].config.run.device)
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
+    for turn in range(WARM_UP + rounds):
+        for method, (trainer, batches) in runs.items():
+            settle(device)
+            started = time.perf_counter()
+            trainer.step([batches[turn % len(batches)]])
+            settle(device)
+            if turn >= WARM_UP:
+                seconds[method].append(time.perf_counter() - started)
+    figures = {method: figures_of(runs[method][0], median(times), device) for method, times in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["intertwined"], seconds["dinov2"])]
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    return {
+        "method_over_baseline": round(median(ratios), 3),
+        "turns": [round(ratio, 3) for ratio in ratios],
+        "backbone": backbone,
+        "batch_size": batch_size,
+        "precision": runs["dinov2"][0].config.run.precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib_of_both": memory,
+        **figures,
+    }
+
+
+def synthetic_batch(config: DictConfig, it: int) -> Batch:
+    """A batch of noise with the recipe's views, masks and positions."""
+    rules, n_images, seed = Rules.of(config), config.optim.batch_size, config.run.seed
+    positions = range(it * n_images, (it + 1) * n_images)
+    views, _ = draw(rules, seed, positions, np.tile(np.array(SIZE_PX), (n_images, 1)))
+    masks = draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it))
+    generator = torch.Generator().manual_seed(it)
+    counts = {rules.global_px: rules.crops.n_global * n_images, rules.local_px: rules.crops.n_local * n_images}
+    crops = [torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, generator=generator) for px, n in counts.items()]
+    return Batch(crops[0], crops[1], views, masks)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def figures_of(trainer: Trainer, seconds: float, device: torch.device) -> dict[str, Any]:
+    """A step's time as people compare it."""
+    n_images, flops = trainer.config.optim.batch_size, flops_an_image(trainer.config)
+    found: dict[str, Any] = {
+        "seconds": round(seconds, 4),
+        "img_per_s": round(n_images / seconds, 2),
+        "gflops_an_image": round(flops / 1e9, 1),
+        "tflops_per_s": round(flops * n_images / seconds / 1e12, 3),
+    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for gpu, peak in PEAK_FLOPS.items():
+        if gpu in name:
+            found["mfu"] = round(flops * n_images / seconds / peak, 4)
+    return found
+
+
+def flops_an_image(config: DictConfig) -> float:
+    """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
+
+    A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a token for the projections
+    and the MLP, 4 N D a token for attention. Forward once for the teacher (global crops), three times that for the student (forward,
+    and the gradients by input and by weight), over all crops. A head counts its MLP and its prototypes on the rows that it sees: every
+    [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the
+    optimiser are not.
+    """
+    backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
+    size = SIZES[backbone.name.split("_")[1]]
+    dim, depth = size["embed_dim"], backbone.depth or size["depth"]
+
+    def forward(px: int) -> float:
+        n_patches = (px // backbone.patch_size) ** 2
+        n_tokens = n_patches + 1 + backbone.n_registers
+        embedding = 2 * n_patches * 3 * backbone.patch_size**2 * dim
+        return depth * n_tokens * (24 * dim**2 + 4 * n_tokens * dim) + embedding
+
+    widths = [dim, *[heads.hidden_dim] * (heads.n_layers - 1), heads.bottleneck_dim, heads.n_prototypes]
+    row = sum(2 * a * b for a, b in zip(widths[:-1], widths[1:]))
+    n_patches = (crops.global_px // backbone.patch_size) ** 2
+    on = [k for k in ("content", "position") if config.losses[k] > 0]
+    masked = crops.n_global * n_patches * sum(masks.ratio) / 2 * sum(masks[f"{k}_share"] for k in on)
+    teacher = crops.n_global * forward(crops.global_px) + (crops.n_global + masked) * row
+    student = crops.n_global * forward(crops.global_px) + crops.n_local * forward(crops.local_px)
+    student += (crops.n_global + crops.n_local + masked) * row
+    return teacher + 3 * student
+
+
+def measure_with_data(backbone: str, batch_size: int, iterations: int, workers: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Images/s of the method with real JPEG files through each data path, beside the same loop on synthetic pixels.
+
+    Args:
+        workers: decoding processes.
+        iterations: counted ones, after :data:`WARM_UP` others.
+    """
+    found: dict[str, Any] = {"workers": workers}
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder))
+        for path in ("synthetic", "cpu", "device"):
+            own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", f"data.root={folder}", f"data.workers={workers}"]
+            own += [] if path == "synthetic" else [f"data.path={path}"]
+            config = load_config(None, [*own, "optim.epoch_length_it=1000", *overrides])
+            found[f"{path}_img_per_s"] = round(loop_rate(config, iterations, path == "synthetic"), 2)
+            found[f"{path}_over_synthetic"] = round(found[f"{path}_img_per_s"] / found["synthetic_img_per_s"], 3)
+    return found
+
+
+def loop_rate(config: DictConfig, iterations: int, is_synthetic: bool) -> float:
+    """Images/s of some training iterations."""
+    trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
+    if is_synthetic:
+        batch = synthetic_batch(config, 0)
+        source = iter([([batch], [], 0.0)] * (WARM_UP + iterations))
+    else:
+        loader = build_loader(config, build_dataset(config), 0, WARM_UP + iterations, pin_memory=trainer.device.type == "cuda")
+        source = in_parts(loader, 1)  # type: ignore[assignment]
+    started = 0.0
+    for it, (parts, _, _) in enumerate(source):
+        if it == WARM_UP:
+            settle(trainer.device)
+            started = time.perf_counter()
+        trainer.step(parts)
+    settle(trainer.device)
+    return iterations * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)
