@@ -98,7 +98,7 @@ def patch_loss(
     """
     students = Projection(student.rows.unsqueeze(0), student.prototypes)
     teachers = Projection(teacher.rows.unsqueeze(0), teacher.prototypes)
-    return cross_entropy_sum(students, teachers, center, center.new_ones(1, 1), weights, temperatures, n_rows) / n_crops
+    return cross_entropy_sum(students, teachers, center, center.new_ones(1, 1), weights.to(center) / n_crops, temperatures, n_rows)
 
 
 def teacher_entropies(teacher: Projection, center: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

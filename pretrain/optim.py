@@ -47,19 +47,23 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
     Returns:
         the norm of all gradients before clipping, a scalar on the device.
     """
-    norms = [
-        nn.utils.clip_grad_norm_(module.parameters(), max_norm if max_norm > 0 else torch.inf) for module in networks.values()
-    ]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.stack(whole).square().sum().sqrt()
+    norms = []
+    for module in networks.values():
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # A device would have to be waited for: there everything is multiplied, by 1 where the norm is small enough.
+        if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        norms.append(norm)
+    return torch.stack(norms).square().sum().sqrt()
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (of a sharded one, this rank's shard)."""
     ours, theirs = _local(teacher.parameters()), _local(student.parameters())
-    torch._foreach_mul_(ours, momentum)
-    torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 
 def _local(parameters: Iterable[Tensor]) -> list[Tensor]:

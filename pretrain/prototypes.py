@@ -5,6 +5,7 @@ a few rows at a time: a chunk's teacher distribution, loss and gradient are made
 bottleneck rows and the prototypes. The plain form, with autograd, stands beside it as the reference.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,41 @@ def distribution(teacher: Projection, center: Tensor, temperature: float) -> Ten
 
     The centre is a running mean of the logits (DINO), or what stands for Sinkhorn-Knopp (:func:`pretrain.losses.sinkhorn_center`).
     """
-    dtype = product_dtype(teacher.rows)
-    rows = (at_least_float32(teacher.rows) / temperature).to(dtype)
-    table, shift = teacher.prototypes.to(dtype).T, at_least_float32(center) / temperature
+    with torch.no_grad():
+        return _distribution(teacher, center, temperature).clone()
+
+
+def _distribution(teacher: Projection, center: Tensor, temperature: float) -> Tensor:
+    """:func:`distribution`, in a table that the next call takes again."""
+    scores = _logits(at_least_float32(teacher.rows) / temperature, teacher.prototypes, "teacher")
+    scores.sub_(at_least_float32(center) / temperature)
+    return torch.softmax(scores, dim=-1, out=scores if scores.device.type == "cpu" else None)  # row by row: in place is safe there
+
+
+def _logits(rows: Tensor, prototypes: Tensor, name: str) -> Tensor:
+    """rows @ prototypes.T, [M, K], at least float32, in the table of that name; the product runs in autocast's dtype."""
+    dtype = product_dtype(rows)
     with torch.autocast(rows.device.type, enabled=False):
-        if dtype == shift.dtype:
-            return F.softmax(torch.addmm(shift, rows, table, beta=-1), dim=-1)
-        return F.softmax((rows @ table).to(shift.dtype).sub_(shift), dim=-1)
+        if dtype != rows.dtype:
+            return (rows.to(dtype) @ prototypes.to(dtype).T).to(rows.dtype)
+        return torch.mm(rows, prototypes.to(dtype).T, out=_table(name, len(rows), len(prototypes), rows))
+
+
+_TABLES: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+def _table(name: str, n_rows: int, width: int, like: Tensor) -> Tensor:
+    """Room for [n_rows, width]. On the CPU the next call of that name gets the same: a hundred fresh megabytes take longer to be given
+    by the system than to be filled. (CUDA's allocator keeps memory by itself.) One thread may use them at a time.
+    """
+    assert not torch.is_grad_enabled(), "tables are written over: nothing may remember them"
+    if like.device.type != "cpu":
+        return like.new_empty(n_rows, width)
+    key = name, like.dtype
+    if key not in _TABLES or _TABLES[key].numel() < n_rows * width:
+        _TABLES.pop(key, None)
+        _TABLES[key] = like.new_empty(n_rows * width)
+    return _TABLES[key][: n_rows * width].view(n_rows, width)
 
 
 def cross_entropy_sum(
@@ -121,10 +150,10 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         n_views, n_samples, width = rows.shape
         dtype, full = product_dtype(rows), torch.promote_types(rows.dtype, torch.float32)
-        scaled = (rows.to(full) / temperatures[0]).to(dtype)  # logits are already divided by the temperature
+        scaled = rows.to(full) / temperatures[0]  # logits are already divided by the temperature
         table = prototypes.to(dtype)
         mass = pairs.to(full).sum(1, keepdim=True)  # [R, 1]
-        pairs, weights = pairs.to(full) / mass, weights.to(full) * mass  # [R, T] with rows summing to 1, [R, B]
+        pairs, weights = pairs.to(full) / mass.clamp(min=1e-30), weights.to(full) * mass  # [R, T] with rows summing to 1, [R, B]
         total = torch.zeros((), dtype=full, device=rows.device)
         needs_grad = rows.requires_grad or prototypes.requires_grad
         grad_rows = torch.empty(rows.shape, dtype=full, device=rows.device) if needs_grad else None
@@ -134,18 +163,18 @@ class _Chunked(torch.autograd.Function):
         step = max(n_rows // max(n_views, len(pairs[0])), 1)  # samples a chunk
         for first in range(0, n_samples, step):
             part = slice(first, min(first + step, n_samples))
-            p = distribution(Projection(teacher.rows[:, part].flatten(0, 1), teacher.prototypes), center, temperatures[1])
+            p = _distribution(Projection(teacher.rows[:, part].flatten(0, 1), teacher.prototypes), center, temperatures[1])
             targets = _paired(pairs, p.unflatten(0, (len(pairs[0]), -1)))  # [R * b, K]
             z = scaled[:, part].flatten(0, 1)  # [R * b, d]
             weight = weights[:, part].flatten()  # [R * b]
-            value, slope = _chunk_loss(z, table, targets)
+            value, slope = _chunk_loss(_logits(z, table, "student"), targets, temperatures[0])
             total += (value * weight).sum()
             if grad_rows is not None and grad_table is not None:
                 by_row = (weight / temperatures[0]).unsqueeze(1)
                 slope = slope.to(dtype)
                 with torch.autocast(rows.device.type, enabled=False):
                     grad_rows[:, part] = ((slope @ table).to(full) * by_row).unflatten(0, (n_views, -1))
-                    weighted = z.to(full) * weight.unsqueeze(1)
+                    weighted = z * weight.unsqueeze(1)
                     if dtype == full:
                         torch.addmm(grad_table, slope.T, weighted, beta=int(first > 0), out=grad_table)
                     elif first == 0:
@@ -159,7 +188,9 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "the backward pass scales the gradients in place: it can run once"
         (grad_rows, grad_table), ctx.grads = ctx.grads, None
-        return grad_rows.mul_(grad).to(ctx.dtypes[0]), grad_table.mul_(grad).to(ctx.dtypes[1]), *[None] * 6
+        if grad.device.type != "cpu" or grad != 1:  # elsewhere to look would be to wait
+            grad_rows, grad_table = grad_rows.mul_(grad), grad_table.mul_(grad)
+        return grad_rows.to(ctx.dtypes[0]), grad_table.to(ctx.dtypes[1]), *[None] * 6
 
 
 def _paired(pairs: Tensor, distributions: Tensor) -> Tensor:
@@ -169,12 +200,18 @@ def _paired(pairs: Tensor, distributions: Tensor) -> Tensor:
     return torch.einsum("rt,tbk->rbk", pairs, distributions).flatten(0, 1)
 
 
-def _chunk_loss(z: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [m] of rows against targets [m, K] that sum to 1, and its slope [m, K] by the logits."""
-    with torch.autocast(z.device.type, enabled=False):
-        logits = (z @ table.T).to(targets.dtype)  # [m, K]
-    p = F.softmax(logits, dim=-1)
-    # log sum exp from the largest logit and the largest probability, which is at least 1 / K: no second pass of exponentials
-    log_sum = logits.amax(1) - p.amax(1).log()
+def _chunk_loss(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [m] and its slope [m, K] by the logits.
+
+    Args:
+        logits: [m, K] cosines / temperature; used up.
+        targets: [m, K], rows summing to 1.
+    """
+    p = torch.softmax(logits, dim=-1, out=_table("probabilities", *logits.shape, logits))
+    # log sum exp without another pass of exponentials: logit - log p, which is the same at every prototype
+    if 2 / temperature + math.log(logits.shape[1]) < 80:  # cosines lie in [-1, 1]: no p is too small for float32
+        log_sum = logits[:, 0] - p[:, 0].log()
+    else:
+        log_sum = logits.amax(1) - p.amax(1).log()
     value = log_sum - logits.mul_(targets).sum(1)
     return value, p.sub_(targets)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain import prototypes
 from pretrain.heads import ProjectionHead, unit_rows
 from pretrain.losses import image_loss, patch_loss, sinkhorn_center
 from pretrain.prototypes import Projection, cross_entropy_sum, distribution
@@ -83,15 +84,17 @@ def test_no_masked_patch_is_no_loss_and_no_gradient():
 def test_never_more_rows_than_asked_for_exist(monkeypatch):
     """The largest table that is made has n_rows rows: what bounds the memory."""
     made = []
-    softmax = F.softmax
+    table = prototypes._table
 
-    def watched(x, dim):
-        made.append(x.numel() // x.shape[-1])
-        return softmax(x, dim)
+    def watched(name, n_rows, width, like):
+        made.append((name, n_rows))
+        return table(name, n_rows, width, like)
 
-    monkeypatch.setattr("pretrain.prototypes.F.softmax", watched)
+    monkeypatch.setattr(prototypes, "_table", watched)
     value_and_gradients(*inputs(10, 2, 9, torch.float64), 20)
-    assert max(made) == 20 and sum(made) == 9 * 12
+    rows = {name: [n for key, n in made if key == name] for name in ("teacher", "student", "probabilities")}
+    assert max(n for _, n in made) == 20
+    assert sum(rows["teacher"]) == 9 * 2 and sum(rows["student"]) == sum(rows["probabilities"]) == 9 * 10
 
 
 def test_image_and_patch_loss_in_chunks(dtype=torch.float64):
