@@ -2,6 +2,7 @@
 # make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
 # make test    lint, types, import contracts, tests
 # make proofs  the slow proofs
+# make soak    a pre-training killed twenty times equals one that was not
 PYTHON ?= python3
 VENV ?= .venv
 WHEELHOUSE ?= $(HOME)/wheels
@@ -11,7 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 DETECTRON2_WHEEL := $(lastword $(sort $(wildcard $(WHEELHOUSE)/detectron2-*.whl)))
 
-.PHONY: setup demo test lint proofs clean
+.PHONY: setup demo test lint proofs soak clean
 
 setup: $(VENV)/.installed detectron2
 
@@ -48,6 +49,9 @@ test: lint
 
 proofs: setup
 	$(BIN)/python -m pytest -m slow
+
+soak: setup
+	$(BIN)/python tools/soak.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -13,7 +13,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(arguments)``.
 
     A :class:`UserError`, or an error of the file system, is printed as one line on stderr and ends the process with code 2.
-    So is a loss that is no number, with code 1. A run that was asked to stop and has saved ends with code 85. ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``,
+    So is a loss that is no number, with code 1. A run that was asked to stop and has saved ends with code 85. ``--traceback``
+    anywhere on the command line, or ``POSFIELD_TRACEBACK=1``,
     shows where it came from.
     """
     arguments = sys.argv[1:]

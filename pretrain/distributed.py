@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 _host: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on without waiting for their devices
 
 
@@ -25,7 +24,9 @@ def start(device: str) -> None:
         else:
             dist.init_process_group(backend)
     if dist.is_initialized():
-        _host = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _host = group
 
 
 def stop() -> None:

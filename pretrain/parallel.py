@@ -26,7 +26,7 @@ class Ranks:
         self.is_sharded = distributed.world_size() > 1 and rule == "fsdp2"
         if compiled:
             for network in (method.student, method.teacher):
-                for block in network["backbone"].blocks:  # type: ignore[index, operator]
+                for block in network["backbone"].blocks:  # type: ignore[index, operator, union-attr]
                     block.compile()
         if self.is_sharded:
             for network in (method.student, method.teacher):

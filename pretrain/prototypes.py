@@ -1,7 +1,7 @@
 """Cross-entropy over many prototypes, without ever holding the [N, K] table of logits.
 
-A head ends in K = 65,536 prototypes, so the logits of one batch are gigabytes, several times over. The cross-entropy needs them only
-a few rows at a time: a chunk's teacher distribution, loss and gradient are made together, and the gradient goes at once into the
+A head ends in K = 65,536 prototypes, so the logits of one batch are gigabytes, several times over. The cross-entropy needs them
+only a few rows at a time: a chunk's teacher distribution, loss and gradient are made together, and the gradient goes at once into the
 bottleneck rows and the prototypes. The plain form, with autograd, stands beside it as the reference.
 """
 
@@ -66,8 +66,8 @@ _TABLES: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 def _table(name: str, n_rows: int, width: int, like: Tensor) -> Tensor:
-    """Room for [n_rows, width]. On the CPU the next call of that name gets the same: a hundred fresh megabytes take longer to be given
-    by the system than to be filled. (CUDA's allocator keeps memory by itself.) One thread may use them at a time.
+    """Room for [n_rows, width]. On the CPU the next call of that name gets the same: a hundred fresh megabytes take longer to be
+    given by the system than to be filled. (CUDA's allocator keeps memory by itself.) One thread may use them at a time.
     """
     assert not torch.is_grad_enabled(), "tables are written over: nothing may remember them"
     if like.device.type != "cpu":
@@ -137,7 +137,7 @@ class _Chunked(torch.autograd.Function):
     """:func:`cross_entropy_sum` by chunks of samples; the gradient is made in the forward pass, while a chunk's logits exist."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         ctx: Any,
         rows: Tensor,
         prototypes: Tensor,
@@ -207,7 +207,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Te
         logits: [m, K] cosines / temperature; used up.
         targets: [m, K], rows summing to 1.
     """
-    p = torch.softmax(logits, dim=-1, out=_table("probabilities", *logits.shape, logits))
+    p = torch.softmax(logits, dim=-1, out=_table("probabilities", logits.shape[0], logits.shape[1], logits))
     # log sum exp without another pass of exponentials: logit - log p, which is the same at every prototype
     if 2 / temperature + math.log(logits.shape[1]) < 80:  # cosines lie in [-1, 1]: no p is too small for float32
         log_sum = logits[:, 0] - p[:, 0].log()

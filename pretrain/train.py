@@ -212,9 +212,7 @@ class Run:
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.time() - self.started
-        self.now = Progress(
-            seconds, losses, self.speed.img_per_s, self.trainer.n_skipped, self.broken.state(), self.now.probes
-        )
+        self.now = Progress(seconds, losses, self.speed.img_per_s, self.trainer.n_skipped, self.broken.state(), self.now.probes)
         if self.log and self.line and values is not None:
             self.log.write("metrics", it, {**losses, **values.logged()})
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait, "broken_images": len(self.broken.files)}
@@ -297,7 +295,13 @@ class Run:
             backbone=config.backbone.name,
             effective_epochs=origin["effective_epochs"],
             protocol=pretraining_protocol(config, len(self.dataset)),
-            metrics={**now.losses, **now.probes, "img_per_s": now.img_per_s, "n_skipped": now.n_skipped, "broken_images": len(self.broken.files)},
+            metrics={
+                **now.losses,
+                **now.probes,
+                "img_per_s": now.img_per_s,
+                "n_skipped": now.n_skipped,
+                "broken_images": len(self.broken.files),
+            },
             seed=config.run.seed,
             wall_time_s=now.wall_time_s,
             **provenance(as_dict(config), path),
@@ -305,9 +309,7 @@ class Run:
         write_result(result, self.folder)
 
 
-def in_parts(
-    loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int
-) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
+def in_parts(loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
     """An iteration's batch in its parts, the images that could not be read, and how long the data was waited for (s)."""
     parts, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
     for batch, names in loader:
@@ -327,7 +329,9 @@ def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[s
         FloatingPointError: one of them, in any of the iterations, is NaN or infinite, and such a step is not to be skipped.
     """
     losses: dict[str, float] = {}
-    stacked = [distributed.mean_over_ranks(torch.stack([at_least_float32(term) for term in terms.values()])) for _, terms in pending]
+    stacked = [
+        distributed.mean_over_ranks(torch.stack([at_least_float32(term) for term in terms.values()])) for _, terms in pending
+    ]
     for (it, terms), values in zip(pending, stacked):
         losses = dict(zip(terms, values.tolist()))
         wrong = [name for name, value in losses.items() if not math.isfinite(value)]

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pretrain import distributed
-from pretrain.device import choose_device, keep_freed_memory
 from pretrain.backbones.vit import ViT
+from pretrain.device import choose_device, keep_freed_memory
 from pretrain.errors import UserError
 from pretrain.methods.intertwined import Centers, Intertwined, Neighbours, Targets, build_student_backbone
 from pretrain.optim import clip_gradients, ema_update, empty_state, parameter_groups, set_schedules
 from pretrain.parallel import Ranks
 from pretrain.schedules import cosine, scaled_lr, warmup_cosine
 from pretrain.views.batch import Batch
+from pretrain.views.device_pixels import CanvasBatch
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Trainer:
         empty_state(self.optimizer)
         self.iteration, self.n_skipped = 0, 0
 
-    def step(self, parts: Sequence[Batch], examine: bool = False) -> tuple[dict[str, Tensor], Values]:
+    def step(self, parts: Sequence[Batch | CanvasBatch], examine: bool = False) -> tuple[dict[str, Tensor], Values]:
         """One iteration: teacher, student, losses, backward, step, EMA.
 
         Args:
@@ -116,14 +117,14 @@ class Trainer:
         """
         values = Values.at(self.iteration, self.config, self.length)
         set_schedules(self.optimizer, values.lr, values.last_layer_lr, values.weight_decay)
-        parts = [part.to(self.device, self.dtype) for part in parts]
+        here = [part.to(self.device, self.dtype) for part in parts]
         before = self.centers()
         with self.autocast:
-            targets = [self.method.teacher_targets(part) for part in parts]
+            targets = [self.method.teacher_targets(part) for part in here]
             centers = self.method.centers(targets)
             health = self.method.health(targets[0], centers) if examine else {}
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.backward(parts, targets, centers)
+        terms = self.backward(here, targets, centers)
         self.ranks.reshard()
         terms["grad_norm"] = clip_gradients(self.method.student, self.config.optim.clip_grad)
         if self.config.step.on_nan == "skip" and not self.is_finite(terms):
@@ -153,7 +154,7 @@ class Trainer:
         return total
 
     def neighbours(self, parts: Sequence[Batch]) -> list[Neighbours | None]:
-        """For KoLeo over a batch that comes in parts: the [CLS] tokens of all of them, at the cost of one more pass without gradient.
+        """For KoLeo over a batch that comes in parts: the [CLS] tokens of all of them, for one more pass without gradient.
 
         With ``koleo_scope: local`` neighbours are looked for within a part, which costs nothing more.
         """

@@ -56,7 +56,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
     parser.add_argument("--with-data", type=int, metavar="WORKERS", help="step: also with real JPEG files through both data paths")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="step: settings for both contenders, e.g. step.compile=true")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="step: settings for both contenders, e.g. step.compile=true"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.run import DetectionRun, leave_result
+from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import mean_ap
 from det_plugin.torchvision_engine.figures import draw_detections
@@ -24,7 +25,6 @@ from det_plugin.torchvision_engine.loader import TrainSamples, batches, position
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
-from pretrain.checkpoint import load_checkpoint, save_checkpoint
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import say
 from pretrain.errors import UserError

@@ -33,7 +33,7 @@ def choose_attention(name: str) -> str:
 class Attention(nn.Module):
     """Self-attention with one fused qkv projection (keys ``qkv``, ``proj``, as timm's).
 
-    Sequences of several lengths may be packed: the rows of all, one after the other, as [T, D], with ``shapes`` ((B, N), ...) saying
+    Sequences of several lengths may be packed: the rows of all, one after the other, as [T, D], and ``shapes`` ((B, N), ...) says
     which belong together. The projections then run once over all rows, the kernel once a shape.
     """
 

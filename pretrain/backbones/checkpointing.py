@@ -32,12 +32,14 @@ def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None,
 
     Args:
         paths: [2, T, 1] or none, as :class:`pretrain.backbones.block.Block` takes them: drawn outside, so nothing is drawn again.
-        rule: ``none`` | ``full``: everything inside the block is computed again in the backward pass | ``selective``: all but matrix
+        rule: ``none`` | ``full``: everything in the block is computed again in the backward pass | ``selective``: all but matrix
             products and attention.
     """
     assert rule in CHECKPOINTINGS, rule
     if rule == "none" or not torch.is_grad_enabled():
         return block(x, shapes, paths)  # type: ignore[no-any-return]
-    context = {} if rule == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    context: dict[str, Any] = {}
+    if rule == "selective":
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     out: Tensor = checkpoint(block, x, shapes, paths, use_reentrant=False, preserve_rng_state=False, **context)
     return out

@@ -266,7 +266,7 @@ class ViT(nn.Module):
 
     def draw_paths(self, shapes: Shapes, device: torch.device) -> Tensor | None:
         """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where nothing is dropped."""
-        rates = [block.drop_path.rate for block in self.blocks]  # type: ignore[union-attr]
+        rates: list[float] = [block.drop_path.rate for block in self.blocks]  # type: ignore[union-attr, misc, assignment]
         if not self.training or max(rates) == 0:
             return None
         keep = 1 - torch.tensor(rates, device=device).view(-1, 1, 1)

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,10 +119,10 @@ def flops_an_image(config: DictConfig) -> float:
     """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
 
     A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a token for the projections
-    and the MLP, 4 N D a token for attention. Forward once for the teacher (global crops), three times that for the student (forward,
-    and the gradients by input and by weight), over all crops. A head counts its MLP and its prototypes on the rows that it sees: every
-    [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the
-    optimiser are not.
+    and the MLP, 4 N D a token for attention. The teacher: forward, global crops. The student: three times forward (itself, and the
+    gradients by input and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every [CLS],
+    and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the optimiser
+    are not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
     size = SIZES[backbone.name.split("_")[1]]
@@ -145,7 +145,9 @@ def flops_an_image(config: DictConfig) -> float:
     return teacher + 3 * student
 
 
-def measure_with_data(backbone: str, batch_size: int, iterations: int, workers: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def measure_with_data(
+    backbone: str, batch_size: int, iterations: int, workers: int, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Images/s of the method with real JPEG files through each data path, beside the same loop on synthetic pixels.
 
     Args:
@@ -167,14 +169,11 @@ def measure_with_data(backbone: str, batch_size: int, iterations: int, workers: 
 def loop_rate(config: DictConfig, iterations: int, is_synthetic: bool) -> float:
     """Images/s of some training iterations."""
     trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
-    if is_synthetic:
-        batch = synthetic_batch(config, 0)
-        source = iter([([batch], [], 0.0)] * (WARM_UP + iterations))
-    else:
+    loader: Iterable[Any] = [(synthetic_batch(config, 0), ())] * (WARM_UP + iterations)
+    if not is_synthetic:
         loader = build_loader(config, build_dataset(config), 0, WARM_UP + iterations, pin_memory=trainer.device.type == "cuda")
-        source = in_parts(loader, 1)  # type: ignore[assignment]
     started = 0.0
-    for it, (parts, _, _) in enumerate(source):
+    for it, (parts, _, _) in enumerate(in_parts(loader, 1)):
         if it == WARM_UP:
             settle(trainer.device)
             started = time.perf_counter()

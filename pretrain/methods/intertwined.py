@@ -4,8 +4,8 @@ L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponent
 with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
 
 A rank's batch may come in parts (gradient accumulation). What couples the samples of a batch then still holds for the whole: the
-teacher goes first over all parts, so centres and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS] tokens of
-all parts (:meth:`Intertwined.student_cls`).
+teacher goes first over all parts, so centres and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS]
+tokens of all parts (:meth:`Intertwined.student_cls`).
 """
 
 from collections.abc import Sequence
@@ -129,9 +129,7 @@ class Intertwined(nn.Module):
         (tokens,) = self.backbone_of("student").forward_views([ViewGroup(batch.global_crops, boxes, flips, **masks)])
         return tokens.cls.unflatten(0, (batch.views.n_global, -1))
 
-    def forward(
-        self, batch: Batch, targets: Targets, centers: Centers, neighbours: Neighbours | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, targets: Targets, centers: Centers, neighbours: Neighbours | None = None) -> dict[str, Tensor]:
         """The weighted loss terms of a batch, or of a part of it, and their sum under ``loss``.
 
         Args:
@@ -165,8 +163,8 @@ class Intertwined(nn.Module):
     def health(self, targets: Targets, centers: Centers) -> dict[str, Tensor]:
         """Signs of collapse, for the logs: entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
 
-        ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all images
-        are one point (1 / sqrt(d) is that of directions at random).
+        ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all
+        images are one point (1 / sqrt(d) is that of directions at random).
         """
         rows = targets["image"].rows.flatten(0, -2)[:256]
         teacher = Projection(rows, targets["image"].prototypes)
@@ -175,7 +173,7 @@ class Intertwined(nn.Module):
 
 
 def masked_patches(tokens: Tokens, batch: Batch, kind: str) -> Tensor:
-    """The tokens of the masked patches of a kind, [M, D]. Picked by index: a boolean mask would make the host wait for the device."""
+    """The tokens of the masked patches of a kind, [M, D]. Picked by index: for a boolean mask the host would wait."""
     index: Tensor = getattr(batch.masks, f"{kind}_index")
     return tokens.patches.flatten(0, 1).index_select(0, index)
 
