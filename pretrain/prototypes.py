@@ -1,8 +1,8 @@
 """Cross-entropy over many prototypes, without ever holding the [N, K] table of logits.
 
 A head ends in K = 65,536 prototypes, so the logits of one batch are gigabytes, several times over. The cross-entropy needs them
-only a few rows at a time: a chunk's teacher distribution, loss and gradient are made together, and the gradient goes at once into the
-bottleneck rows and the prototypes. The plain form, with autograd, stands beside it as the reference.
+only a few rows at a time: a chunk's teacher distribution, loss and gradient are made together, and the gradient goes at once into
+the bottleneck rows and the prototypes. The plain form, with autograd, stands beside it as the reference.
 """
 
 import math

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Self-supervised pre-training; every key is in pretrain/default.yaml.")
     parser.add_argument("--config", help="a child config, e.g. configs/pretrain/toy.yaml; without it, the defaults")
     parser.add_argument("--resume", nargs="?", const="auto", default="", metavar="auto|ITERATION|DIR",
-                        help="go on from the newest whole checkpoint in run.output, if any (auto), or from the one named")  # fmt: skip
+                        help="go on from the newest whole checkpoint in run.output (auto), or the one named")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")
     options = parser.parse_intermixed_args(arguments)
     if "=" in options.resume:  # `--resume key=value`: --resume stands alone

@@ -119,10 +119,10 @@ def flops_an_image(config: DictConfig) -> float:
     """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
 
     A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a token for the projections
-    and the MLP, 4 N D a token for attention. The teacher: forward, global crops. The student: three times forward (itself, and the
-    gradients by input and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every [CLS],
-    and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the optimiser
-    are not.
+    and the MLP, 4 N D a token for attention. The teacher: forward, global crops. The student: three times forward (itself, and
+    the gradients by input and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every
+    [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the
+    optimiser are not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
     size = SIZES[backbone.name.split("_")[1]]
