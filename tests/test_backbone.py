@@ -1,5 +1,7 @@
 """The backbone is timm's ViT, with the field in place of pos_embed where asked."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -257,3 +259,15 @@ def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
     assert (of_crops == of_crops[..., :1]).all()
     assert set(paths[0].unique().tolist()) == {1.0} and set(paths[2].unique().tolist()) == {0.0, 2.0}
     assert model.eval().draw_paths([(4, 5)], "cpu") is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_give_the_same_gradients():
+    """torch.compile block by block, in a packed pass: tokens and gradients to 1e-5."""
+    model = packed_model(torch.float32)
+    eager = packed_gradients(model, model.forward_views)
+    for block in model.blocks:
+        block.compile()
+    for one, two in zip(packed_gradients(model, model.forward_views), eager):
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max()

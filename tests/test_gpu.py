@@ -9,9 +9,11 @@ from photos import TINY, write_photos
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.backbones.position import sample_field
+from pretrain.benchmark.step import synthetic_batch
 from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.train import train
+from pretrain.trainer import Length, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -40,13 +42,36 @@ def test_pretraining_resumes_on_the_gpu(tmp_path, extra):
     logs = []
     for output, stops in (("straight", [None]), ("parts", [3, None])):
         overrides = [*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", "run.device=cuda"]
+        overrides += ["run.deterministic=always"]
         config = load_config(None, [*overrides, *extra])
         for stop in stops:
-            train(config, resume=stop is None, stop_after_it=stop)
+            train(config, resume="auto" if stop is None else "", stop_after_it=stop)
         logs.append([json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()])
     assert len(logs[0]) == 6
     for one, two in zip(*logs):
         assert one == two
+
+
+CHUNKED_AND_PLAIN = [[], ["step.checkpointing=full"], ["step.checkpointing=selective"], ["step.compile=true"], BASELINE]
+
+
+@pytest.mark.parametrize("extra", CHUNKED_AND_PLAIN, ids=lambda extra: extra[0] if extra else "method")
+def test_a_step_never_waits_for_the_device(extra):
+    """In the steady state the host only queues work; and the losses are the plain form's, to bfloat16's rounding."""
+    config = load_config(None, [*TINY, "run.device=cuda", *extra])
+    plain = load_config(None, [*TINY, "run.device=cuda", "step.loss_rows=0", *extra])
+    trainer, reference = Trainer(config, Length(10, 100, 0, 0)), Trainer(plain, Length(10, 100, 0, 0))
+    batches = [synthetic_batch(config, it).pin_memory() for it in range(4)]
+    for batch in batches[:3]:
+        trainer.step([batch]), reference.step([batch])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms, _ = trainer.step([batches[3]])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in reference.step([batches[3]])[0].items():
+        torch.testing.assert_close(terms[name], value, rtol=0.05, atol=0.05)
 
 
 def test_the_detector_steps_in_mixed_precision():
