@@ -261,6 +261,8 @@ def _check_together(config: DictConfig) -> None:
         if positions.grid != crops.global_px // patch_size:
             side = crops.global_px // patch_size
             warnings.warn(f"config: positions.grid={positions.grid}, but a global crop has {side} x {side} patches", stacklevel=2)
+    if config.step.compile and config.step.checkpointing == "selective":
+        warnings.warn("config: step.checkpointing=selective may act as full with step.compile=true", stacklevel=2)
     for kind in ("content", "position"):
         if (masks[f"{kind}_share"] > 0) != (config.losses[kind] > 0):
             warnings.warn(f"config: masks.{kind}_share and losses.{kind} act only together, and one is 0", stacklevel=2)

@@ -27,7 +27,9 @@ def choose_device(name: str) -> torch.device:
     if not has[name]:
         raise UserError(f"device: {name!r} is asked for, but torch sees none")
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        )  # a task may see its own alone
         torch.cuda.set_device(device)
         return device
     return torch.device(name)

@@ -4,12 +4,15 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from pretrain.cli import REQUEUE_CODE
+from pretrain.errors import Interrupted
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
 
@@ -48,50 +51,101 @@ class Stage:
         self._left_by.write_text(shlex.join(self.command))
 
 
-def launch(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """Run a command, what it says appended to ``log``. When its time is over it is asked to save and leave, then made to.
+class Processes:
+    """Commands that run beside each other, each started by a thread of its own, and all ended by :meth:`stop`."""
 
-    Returns:
-        its exit code; None where its time was over.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._lock = Lock()  # nothing starts once all that runs is being ended
+
+    def launch(self, command: Sequence[str], log: Path, seconds: float) -> int | None:
+        """Run a command, what it says appended to ``log``. When its time is over it is asked to save and leave, then made to.
+
+        Returns:
+            its exit code; None where its time was over, or all were stopped before it began.
+
+        Raises:
+            OSError: the command or its log cannot be opened.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file, self._lock:
+            if self._stopped:
+                return None
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self._running.add(process)
         try:
             return process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            end([process])
+            return None
+        finally:
+            with self._lock:
+                self._running.remove(process)
+
+    def stop(self) -> None:
+        """Let nothing begin any more, and end what runs."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running)
+        end(running)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to save and leave, make those leave that have not after GRACE_S, and wait for them all."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + GRACE_S
+    for process in processes:
         try:
-            process.wait(GRACE_S)
+            process.wait(max(until - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
-    return None
+            process.wait()
 
 
-def run_jobs(jobs: Mapping[str, Sequence[Stage]], n_at_once: int, seconds: float, launch: Launch = launch) -> dict[str, str]:
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it the first SIGTERM raises Interrupted in the main thread, so that what was started can be ended; others do nothing."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted("by a SIGTERM: start it again")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_jobs(jobs: Mapping[str, Sequence[Stage]], n_at_once: int, seconds: float, launch: Launch | None = None) -> dict[str, str]:
     """Run the stages of every job that are not done, in order; a job that fails does not stop the others.
 
     A stage is not begun when less time is left than the longest of its kind took. Every call of ``launch`` that is cut off by the
-    end of the time may take GRACE_S longer.
+    end of the time may take GRACE_S longer. An exception in the main thread (Ctrl-C, :func:`interruptible`) ends what runs.
 
     Args:
         jobs: {name: its stages}; they are begun in this order.
         n_at_once: jobs that run at a time.
         seconds: the time that all have together.
-        launch: runs a command.
+        launch: runs a command; None: :meth:`Processes.launch`.
 
     Returns:
         {name: ``done`` | ``left`` (there was no time) | ``failed``}.
     """
-    end, took = time.monotonic() + seconds, dict[str, float]()
+    processes = Processes()
+    launch_command = launch or processes.launch
+    until, took = time.monotonic() + seconds, dict[str, float]()
 
     def run_job(name: str) -> str:
         for stage in jobs[name]:
             if stage.is_done:
                 continue
             begun = time.monotonic()
-            if end - begun <= took.get(stage.kind, 0.0):
+            if until - begun <= took.get(stage.kind, 0.0):
                 return "left"
-            code = launch(stage.command, stage.log, end - begun)
+            code = launch_command(stage.command, stage.log, until - begun)
             needed = time.monotonic() - begun
             print(f"{name} {stage.kind}: {'no time' if code is None else f'exit code {code}'} after {needed:.0f} s", flush=True)
             if code in (None, REQUEUE_CODE):
@@ -102,5 +156,16 @@ def run_jobs(jobs: Mapping[str, Sequence[Stage]], n_at_once: int, seconds: float
             took[stage.kind] = max(took.get(stage.kind, 0.0), needed)
         return "done"
 
+    def outcome(name: str) -> str:
+        try:
+            return run_job(name)
+        except OSError as error:  # a command or a log that cannot be opened, a full disk
+            print(f"{name}: {error}", flush=True)
+            return "failed"
+
     with ThreadPoolExecutor(n_at_once) as pool:
-        return dict(zip(jobs, pool.map(run_job, jobs)))
+        try:
+            return dict(zip(jobs, pool.map(outcome, jobs)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()

@@ -23,7 +23,7 @@ def updated_center(center: Tensor, teacher: Projection, momentum: float = 0.9) -
         teacher: rows [M, d]; ranks may hold different M, and the same prototypes.
     """
     rows = at_least_float32(teacher.rows)
-    total = sum_over_ranks(torch.cat([rows.sum(0), rows.new_tensor([float(len(rows))])]))  # one reduction for sum and count
+    total = sum_over_ranks(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))  # one reduction for sum and count
     count = total[-1]
     with torch.autocast(rows.device.type, enabled=False):
         mean = (total[:-1] / count.clamp(min=1)).unsqueeze(0) @ at_least_float32(teacher.prototypes).T
@@ -112,7 +112,7 @@ def teacher_entropies(teacher: Projection, center: Tensor, temperature: float) -
     p = distribution(teacher, center, temperature)
     mean = sum_over_ranks(p.mean(0))
     mean = mean / mean.sum()
-    return torch.special.entr(p).sum(1).mean(), torch.special.entr(mean).sum()
+    return -torch.xlogy(p, p).sum(1).mean(), -torch.xlogy(mean, mean).sum()
 
 
 def mask_weights(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -74,7 +74,7 @@ class MetricsLog:
         for name in NAMES:
             path = folder / f"{name}.jsonl"
             truncate_lines(path, start_it)
-            self.files[name] = open(path, "a")
+            self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -235,7 +235,8 @@ def describe(losses: Mapping[str, float], speed: Speed, device: torch.device) ->
     """One line: ``loss`` and its terms, img/s, share of data wait, memory."""
     terms = ", ".join(f"{name} {losses[name]:.3f}" for name in TERMS if name in losses)
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
-    return f"loss {losses['loss']:.3f} ({terms})  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
+    loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
+    return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
 
 
 class _Display(Progress):

@@ -129,7 +129,8 @@ def plain_cross_entropy_sum(
     with torch.no_grad():
         targets = F.softmax((at_least_float32(teacher.logits) - center) / temperatures[1], dim=-1)  # [T, B, K]
     log_p = F.log_softmax(at_least_float32(student.logits) / temperatures[0], dim=-1)  # [R, B, K]
-    entropies = -torch.einsum("rt,tbk,rbk->rb", pairs.to(log_p.dtype), targets, log_p)
+    with torch.autocast(log_p.device.type, enabled=False):
+        entropies = -torch.einsum("rt,tbk,rbk->rb", pairs.to(log_p.dtype), targets, log_p)
     return (entropies * weights).sum()
 
 
@@ -160,6 +161,7 @@ class _Chunked(torch.autograd.Function):
         grad_table = torch.empty(prototypes.shape, dtype=full, device=rows.device) if needs_grad else None
         if grad_table is not None and n_samples == 0:
             grad_table.zero_()
+        teacher = Projection(teacher.rows, teacher.prototypes.to(product_dtype(rows)))  # once, and not in every chunk
         step = max(n_rows // max(n_views, len(pairs[0])), 1)  # samples a chunk
         for first in range(0, n_samples, step):
             part = slice(first, min(first + step, n_samples))
@@ -197,7 +199,8 @@ def _paired(pairs: Tensor, distributions: Tensor) -> Tensor:
     """[R, T], [T, b, K] -> what each student row has to predict, [R * b, K]."""
     if pairs.shape == (1, 1):
         return distributions[0]
-    return torch.einsum("rt,tbk->rbk", pairs, distributions).flatten(0, 1)
+    with torch.autocast(pairs.device.type, enabled=False):  # targets have to sum to 1
+        return torch.einsum("rt,tbk->rbk", pairs, distributions).flatten(0, 1)
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

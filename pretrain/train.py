@@ -102,7 +102,9 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
         return progress
     if config.run.start_from:
         earlier, messages = checkpoints.find(Path(config.run.start_from), config.run.start_from)
-        assert earlier is not None
+        for message in messages:
+            distributed.say(message)
+        assert earlier is not None  # what is asked for by name is there, or find raises
         networks = trainer.networks()
         left = sorted(name for name in earlier.contents() if name.startswith("method.") and name not in networks)
         if left:
@@ -123,7 +125,8 @@ def progress_of(found: checkpoints.Found) -> Progress:
         raise UserError(f"resume: {found.path / 'meta.json'}: progress cannot be read ({error})") from error
 
 
-# Keys that may change between a run and its continuation: they do not touch what is computed.
+# Settings that may change between a run and its continuation. Of `step` only how often dropped paths are drawn (step.accumulate)
+# and where KoLeo looks under koleo_scope=local touch what is computed, as the number of ranks does.
 FREE_KEYS = ("run.output", "run.device", "data.root", "data.workers", "data.broken_share")
 FREE_GROUPS = ("step", "probes", "log")
 
@@ -162,7 +165,7 @@ class Run:
         self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
         self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
         self.pending: list[tuple[int, dict[str, Tensor]]] = []  # loss terms not looked at yet, still on the device
-        self.probes = Probes(config)
+        self.probes = Probes(config, reads=distributed.is_main())
         self.folder.mkdir(parents=True, exist_ok=True)
         log = config.log
         self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints)
@@ -232,7 +235,8 @@ class Run:
         self.read = BrokenFiles()
         allowed = self.config.data.broken_share
         if self.broken.over(allowed):
-            self.broken.write(self.folder)
+            if distributed.is_main():
+                self.broken.write(self.folder)
             counts = self.broken.told(0)[0]
             raise UserError(f"data.root: {counts}, more than data.broken_share={allowed:g} allows; {self.folder} lists them")
 

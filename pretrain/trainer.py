@@ -15,7 +15,7 @@ from pretrain import distributed
 from pretrain.backbones.vit import ViT
 from pretrain.device import choose_device, keep_freed_memory
 from pretrain.errors import UserError
-from pretrain.methods.intertwined import Centers, Intertwined, Neighbours, Targets, build_student_backbone
+from pretrain.methods.intertwined import Centers, Intertwined, Neighbours, Targets
 from pretrain.optim import clip_gradients, ema_update, empty_state, parameter_groups, set_schedules
 from pretrain.parallel import Ranks
 from pretrain.schedules import cosine, scaled_lr, warmup_cosine
@@ -207,6 +207,6 @@ class Trainer:
         state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
         if not distributed.is_main():
             return None
-        whole = build_student_backbone(self.config, drop_path=0.0).to(self.device, self.dtype)
+        whole = ViT(**backbone.flags).to(self.device, self.dtype)
         whole.load_state_dict(state)
         return whole

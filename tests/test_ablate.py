@@ -1,10 +1,13 @@
 """The ablation: what every job runs, what is run again, and the table. The tools themselves are stand-ins here."""
 
 import json
+import os
 import runpy
-import sys
+import signal
+import threading
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from pretrain import jobs as jobs_module
 from pretrain.cli import REQUEUE_CODE
 from pretrain.config import as_dict, load_config
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import Stage, launch, run_jobs
+from pretrain.jobs import Processes, Stage, interruptible, run_jobs
 from pretrain.overrides import fields_and_flags
 from pretrain.recipe import pretraining_protocol
 from pretrain.results import Protocol, Result, render, write_result
@@ -186,21 +189,68 @@ def test_jobs_run_beside_each_other(tmp_path):
     assert run_jobs(two_stage_jobs(tmp_path, 2), 2, 1e6, machine) == {"j0": "done", "j1": "done"}
 
 
+SAVES = ["sh", "-c", "trap 'echo saved; exit' TERM; echo on; while :; do sleep 0.1; done"]  # when it is asked to leave
+
+
 def test_a_command_is_asked_to_leave_before_it_is_made_to(tmp_path):
     log = tmp_path / "deep" / "log"
-    assert launch([sys.executable, "-c", "print('one'); raise SystemExit(3)"], log, 60) == 3
-    listens = (
-        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(print('saved')))\nprint('on', flush=True)\n"
-    )
-    assert launch([sys.executable, "-c", f"{listens}time.sleep(60)"], log, 1.5) is None
+    assert Processes().launch(["sh", "-c", "echo one; exit 3"], log, 60) == 3
+    assert Processes().launch(SAVES, log, 1.5) is None
     assert log.read_text().splitlines() == ["one", "on", "saved"]
 
 
 def test_a_command_that_will_not_leave_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs_module, "GRACE_S", 0.2)
     begun = time.monotonic()
-    assert launch(["sh", "-c", "trap '' TERM; exec sleep 60"], tmp_path / "log", 0.5) is None
+    assert Processes().launch(["sh", "-c", "trap '' TERM; exec sleep 60"], tmp_path / "log", 0.5) is None
     assert time.monotonic() - begun < 20
+
+
+def test_a_command_that_cannot_begin_fails_its_own_job_alone(tmp_path, capsys):
+    jobs = two_stage_jobs(tmp_path)
+    makes_a_result = ["sh", "-c", 'mkdir -p "$0" && echo "{}" >"$0/result.json"']
+    for name, stages in jobs.items():
+        jobs[name] = [
+            Stage(s.kind, s.folder, [*makes_a_result, str(s.folder)] if name != "j1" else ["no-such-command"]) for s in stages
+        ]
+    assert run_jobs(jobs, 2, 1e6) == {"j0": "done", "j1": "failed", "j2": "done"}
+    assert "j1: " in (said := capsys.readouterr().out) and "no-such-command" in said
+
+
+@pytest.fixture
+def harmless_sigterm():
+    """What comes too early or too late ends a test, not pytest."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigterm):
+    """Two jobs run and a third waits. The children save and are gone before the exception comes out; a second signal is no matter."""
+    jobs = {f"j{i}": [Stage(kind, tmp_path / f"j{i}" / kind, SAVES) for kind in ("pretrain", "det")] for i in range(3)}
+    logs = [tmp_path / f"j{i}" / "pretrain.log" for i in range(2)]
+
+    def interrupt():
+        patience = time.monotonic() + 20
+        while not all(log.is_file() and log.read_text() == "on\n" for log in logs) and time.monotonic() < patience:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        thread.start()
+        run_jobs(jobs, 2, 1e6)
+    thread.join()
+    assert sorted(tmp_path.rglob("*.log")) == logs and [log.read_text() for log in logs] == ["on\nsaved\n"] * 2
+    assert not harmless_sigterm
+
+
+def test_what_is_stopped_begins_no_more(tmp_path):
+    processes = Processes()
+    processes.stop()
+    assert processes.launch(["sh", "-c", "echo on"], tmp_path / "log", 60) is None and (tmp_path / "log").read_text() == ""
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -234,6 +284,11 @@ def test_what_does_not_belong_together_is_refused():
     other = Trial(result("pretrain", "b"), result("detection", "b", deviations={}))
     with pytest.raises(UserError, match="2 fine-tuning protocols"):
         ablation_table([trial(), other], "intertwined")
+    fitting = [replace(run, weights_hash="a") for run in (result("pretrain"), result("detection"))]
+    ablation_table([Trial(*fitting)], "intertwined")
+    for read in ("b", None):
+        with pytest.raises(UserError, match="the fine-tuning of 'intertwined', seed 0, read other weights"):
+            ablation_table([Trial(fitting[0], replace(fitting[1], weights_hash=read))], "intertwined")
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -294,6 +349,14 @@ def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
     fake_tools.slow = ""
     TOOL["main"](["--output", str(tmp_path)])
     assert (tmp_path / "ablation.md").read_text().count("11.0 ± 1.0 (n=3)") == 5
+
+
+def test_the_command_passes_on_what_asks_it_to_stop(tmp_path, monkeypatch, harmless_sigterm):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: (signal.raise_signal(signal.SIGTERM), time.sleep(5)))
+    with pytest.raises(Interrupted, match="SIGTERM"):  # exit code 85
+        TOOL["main"](["--output", str(tmp_path)])
+    signal.raise_signal(signal.SIGTERM)
+    assert harmless_sigterm == [True]  # the handler of before is back
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--jobs", "0"], ["--max-minutes", "0.5"]])

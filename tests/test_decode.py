@@ -208,6 +208,31 @@ def _webp_canvas(width, height):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_a_machine_short_of_memory_is_no_broken_image(monkeypatch, kind):
+    """Nothing is wrong with the file: whoever reads it must not count it as broken. What declares too much is never loaded."""
+
+    def short(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", short)
+    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", short)
+    data = encoded(picture(), kind)
+    with pytest.raises(MemoryError):
+        decode(data)
+    with pytest.raises(BrokenImage, match="more than max_mpx"):
+        decode(data, max_mpx=0.005)
+
+
+def test_a_side_that_pil_cannot_hold_is_broken_not_short_of_memory():
+    for width in (50_000_000, 2**24 + 1):
+        with pytest.raises(BrokenImage, match=f"declares {width} x 1 pixels, a side of more than 16777216"):
+            decode(png(width, 1, colour=6, depth=16))
+    with pytest.raises(BrokenImage, match="truncated"):  # read as far as it goes
+        decode(png(2**24, 1, colour=6, depth=16))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_every_truncation_is_broken(either_decoder, kind):
     data = encoded(picture().convert("P") if kind == "GIF" else picture(), kind)
     ends = {"GIF": 3, "BMP": 2}.get(kind, 1)  # the last bytes but these close the file or fill a row, after the pixels

@@ -51,30 +51,54 @@ class Scripted:
         return self.numbers.pop(0)
 
 
+@pytest.mark.parametrize("keep_first", [True, False])
 @pytest.mark.parametrize("row, column", [(0, 0), (7, 7), (14, 3), (2, 14)])
-def test_a_short_cross_keeps_the_cells_near_its_centre(row, column):
+def test_a_short_cross_keeps_the_cells_near_its_centre(row, column, keep_first):
     rows, columns = np.indices((15, 15))
     on_cross, distance = (rows == row) | (columns == column), np.maximum(abs(rows - row), abs(columns - column))
     for target in range(1, 29):
-        mask = cross_mask((15, 15), target, Scripted((row + 0.5) / 15, (column + 0.5) / 15))
+        mask = cross_mask((15, 15), target, Scripted((row + 0.5) / 15, (column + 0.5) / 15, 0.49 if keep_first else 0.5))
         assert mask.sum() == target and not (mask & ~on_cross).any()
         if target < 29:
             last = distance[mask].max()
             assert last <= distance[on_cross & ~mask].min()
-            tied = on_cross & (distance == last)  # of equally far cells, the first in reading order
-            assert (np.flatnonzero(mask & tied) == np.flatnonzero(tied)[: (mask & tied).sum()]).all()
+            tied = np.flatnonzero(on_cross & (distance == last))  # of equally far cells, the first or the last in reading order
+            kept = int(mask.flat[tied].sum())
+            assert mask.flat[tied[:kept] if keep_first else tied[len(tied) - kept :]].all()
 
 
-def test_the_last_of_two_thick_crosses_is_cut_at_its_own_far_cells():
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (4, 9)])
+def test_no_side_is_preferred(grid):
+    """Every number u against 1 - u: places and the choice between ties are mirrored, and the mask is turned by 180 degrees."""
+    cut = 0
+    for target in range(1, grid[0] * grid[1], 3):
+        drawn = [(target * k * k + k) % 101 or 50 for k in range(1, 100)]  # of 101, a prime: u times a side is never whole
+        one, other = Scripted(*(n / 101 for n in drawn)), Scripted(*((101 - n) / 101 for n in drawn))
+        assert (cross_mask(grid, target, one) == cross_mask(grid, target, other)[::-1, ::-1]).all()
+        assert len(one.numbers) == len(other.numbers)
+        cut += len(one.numbers) % 2 == 0  # 99 less two a cross, less the one that chooses between ties
+    assert cut >= 10
+
+
+def test_only_a_mask_that_is_cut_draws_between_ties():
+    whole, short = (Scripted(0.3, 0.6, 0.5, 0.5) for _ in range(2))
+    assert cross_mask((15, 15), 29, whole).sum() == 29 and len(whole.numbers) == 2
+    assert cross_mask((15, 15), 28, short).sum() == 28 and len(short.numbers) == 1
+
+
+@pytest.mark.parametrize(
+    "number, ring", [(0.0, ((8, 10), (8, 11), (9, 9), (9, 12))), (0.9, ((10, 9), (10, 12), (11, 10), (11, 11)))]
+)
+def test_the_last_of_two_thick_crosses_is_cut_at_its_own_far_cells(number, ring):
     """By hand: the first cross at rows 2-3 and columns 4-5 stands whole (52 cells); of the second, those nearest to (9.5, 10.5)."""
-    mask = cross_mask((14, 14), 60, Scripted(2.5 / 13, 4.5 / 13, 9.5 / 13, 10.5 / 13))
+    mask = cross_mask((14, 14), 60, Scripted(2.5 / 13, 4.5 / 13, 9.5 / 13, 10.5 / 13, number))
     rows, columns = np.indices((14, 14))
     first = np.isin(rows, (2, 3)) | np.isin(columns, (4, 5))
     assert (mask & first).sum() == first.sum() == 52 and mask.sum() == 60
     second = mask & ~first
     expected = np.zeros((14, 14), dtype=bool)
-    expected[9:11, 10:12] = True  # at distance 1/2; then the ring at 3/2, in reading order
-    for row, column in ((8, 10), (8, 11), (9, 9), (9, 12)):
+    expected[9:11, 10:12] = True  # at distance 1/2; then half the ring at 3/2, in reading order from its start or its end
+    for row, column in ring:
         expected[row, column] = True
     assert (second == expected).all()
 

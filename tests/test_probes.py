@@ -339,6 +339,15 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
         assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_the_tool_probes_other_patch_sizes(sets):
+    """14 divides neither crop of the recipe, which the probes have no use for."""
+    backbone = build_backbone("vit_tiny_patch16", patch_size=14, depth=1)
+    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    rest = ["--knn-k", 3, "--image-px", 56, "--device", "cpu", "--json", sets / "probes.json"]
+    tool("--weights", weights, "--knn-root", sets / "knn", *rest)
+    assert list(json.loads((sets / "probes.json").read_text())["metrics"]) == ["probe/knn_top1"]
+
+
 def plain_state():
     return (build_backbone("vit_tiny_patch16", depth=1).state_dict(),)
 

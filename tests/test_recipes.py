@@ -9,6 +9,7 @@ import yaml
 from photos import TINY
 
 from pretrain.config import as_dict, load_config
+from pretrain.data.loader import DEVICE_SIDE_PX
 from pretrain.methods.intertwined import Intertwined
 from pretrain.recipe import IMAGENET_1K, pretraining_protocol
 from pretrain.results.published import published_rows
@@ -235,6 +236,13 @@ def test_methods_are_named_apart():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("name", ["intertwined", "dinov2", "highres"])
+def test_the_two_sizes_have_one_recipe(name):
+    small, base = (flat(recipe(f"{name}_vit{size}16")) for size in "sb")
+    differ = {key for key, value in small.items() if value != base[key]}
+    assert differ - {"run.start_from"} == {"run.output", "backbone.name"} and base["backbone.name"] == "vit_base_patch16"
+
+
 def test_both_parts_off_is_not_the_baseline():
     none, baseline = recipe("ablation/table3_none"), recipe("dinov2_vits16")
     assert pretraining_protocol(baseline, IMAGENET_1K).full
@@ -318,6 +326,7 @@ def test_the_high_resolution_stage(size):
     config, first = recipe(f"highres_vit{size}16"), recipe(f"intertwined_vit{size}16")
     assert config.run.start_from == first.run.output and config.backbone.name == first.backbone.name
     assert config.crops.global_px == 2 * first.crops.global_px and config.crops.local_px == 2 * first.crops.local_px
+    assert config.data.max_side_px == 2 * DEVICE_SIDE_PX
     assert config.optim.epochs * config.optim.epoch_length_it == 10_000
     epochs = 10_000 * config.optim.batch_size / IMAGENET_1K
     assert round(effective(config, 1), 2) == 13.88 and round(effective(config, epochs), 1) == 55.5

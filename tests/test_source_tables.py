@@ -131,6 +131,20 @@ def test_a_saved_hugging_face_data_set(tmp_path):
         opened(tmp_path, "huggingface")
 
 
+def test_a_selection_of_a_hugging_face_data_set_is_not_taken_for_the_whole(tmp_path):
+    """As ``select``, ``filter`` and ``shuffle`` leave it: all rows, and beside them which of these it means, in what order."""
+    state = save_to_disk(tmp_path / "some", [images(0, 1, 2)]) / "state.json"
+    saved = json.loads(state.read_text())
+    for indices in ([], None):
+        state.write_text(json.dumps({**saved, "_indices_data_files": indices}))
+        assert len(opened(tmp_path / "some")) == 3
+    state.write_text(json.dumps({**saved, "_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(
+        UserError, match=r"state\.json holds a selection .* is not applied here: save it again with flatten_indices"
+    ):
+        opened(tmp_path / "some")
+
+
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
     save_to_disk(tmp_path / "saved", [images(0)])
     pq.write_table(table(images(0)), tmp_path / "x.parquet")

@@ -3,7 +3,8 @@
 python tools/ablate.py --output runs/ablation --jobs 4 --max-minutes 9      (exit code 85: not finished, start it again)
 
 A job is a toy pre-training (configs/pretrain/toy.yaml with what the row's config changes) and a detection fine-tuning on toy data.
-What is finished is not run again, a job that fails does not stop the others. It ends in a table: ablation.md and .csv.
+What is finished is not run again, a job that fails does not stop the others; a SIGTERM is passed on to all that runs. It ends in a
+table: ablation.md and .csv.
 """
 
 import sys
@@ -22,7 +23,7 @@ import yaml
 
 from pretrain.cli import run
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import GRACE_S, Stage, run_jobs
+from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
 from pretrain.results import read_result, render
 from pretrain.results.ablation import Trial, ablation_table
 
@@ -89,10 +90,11 @@ def main(arguments: list[str]) -> None:
     if options.jobs > 1:  # jobs at a time share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     data = tool("make_toy_data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
-    if subprocess.run(data).returncode:
-        raise UserError(f"failed: {shlex.join(data)}")
     jobs = plan(options)
-    ended = run_jobs(jobs, options.jobs, begun + 60 * options.max_minutes - GRACE_S - time.monotonic())
+    with interruptible():
+        if subprocess.run(data).returncode:
+            raise UserError(f"failed: {shlex.join(data)}")
+        ended = run_jobs(jobs, options.jobs, begun + 60 * options.max_minutes - GRACE_S - time.monotonic())
     finished = [[read_result(stage.folder) for stage in jobs[name]] for name, how in ended.items() if how == "done"]
     table = ablation_table([Trial(*results) for results in finished], "intertwined", "Ablation at toy scale")
     for suffix, style in ((".md", "md"), (".csv", "csv")):

@@ -55,6 +55,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bf16"), help="heads: of the chunked form (%(default)s)"
+    )
     parser.add_argument("--with-data", type=int, metavar="WORKERS", help="step: also with real JPEG files through both data paths")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="step: settings for both contenders, e.g. step.compile=true"
@@ -86,7 +89,7 @@ def heads(options: argparse.Namespace) -> dict[str, Any]:
     """Heads and losses."""
     from pretrain.benchmark.heads import measure
 
-    return measure(options.backbone, options.batch or 64, options.device)
+    return measure(options.backbone, options.batch or 64, options.device, options.precision)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import argparse
 from pretrain import distributed
 from pretrain.cli import run
 from pretrain.config import load_config
+from pretrain.errors import Interrupted
 from pretrain.train import train
 
 
@@ -27,8 +28,10 @@ def main(arguments: list[str]) -> None:
         options.overrides, options.resume = [options.resume, *options.overrides], "auto"
     try:
         train(load_config(options.config, options.overrides), resume=options.resume)
-    finally:
-        distributed.stop()
+    except Interrupted:
+        distributed.stop()  # all ranks end here; where one alone fails, to leave the group could mean to wait for the others
+        raise
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def settings(options: argparse.Namespace, patch_size: int) -> DictConfig:
     config = load_config()
     OmegaConf.set_readonly(config, False)
     config.data.root, config.backbone.patch_size = options.position_root, patch_size
+    config.crops.global_px = config.crops.local_px = patch_size  # of no use here, and 224 and 96 are no multiples of every patch
     for key in ("knn_root", "knn_k", "seg_root", "seg_classes", "image_px", "max_images"):
         config.probes[key] = getattr(options, key)
     config.probes.position, config.probes.period_it = bool(options.position_root), 1

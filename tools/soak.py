@@ -27,7 +27,7 @@ from pretrain.checkpoints import newest, whole_directories
 from pretrain.cli import run
 from pretrain.errors import UserError
 
-PERIOD_IT, START_S = 2, 6.0  # between checkpoints; kills "while it starts" come within
+PERIOD_IT, START_S = 2, 6.0  # between checkpoints; kills "while it starts" come within, or at its first checkpoint
 TINY = """backbone.name=vit_tiny_patch16 backbone.depth=2 crops.global_px=64 crops.local_px=32 crops.n_local=2 positions.grid=7
 heads.n_prototypes=24 heads.hidden_dim=16 heads.bottleneck_dim=8 optim.batch_size=3 optim.epochs=2 optim.warmup_epochs=1
 run.device=cpu log.period_it=1 log.tensorboard=false log.pictures_period_it=0""".split()
@@ -73,10 +73,11 @@ def being_written(folder: Path) -> list[str]:
 
 def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, kind: str, at_it: int, rng: random.Random) -> bool:
     """Return when it is time to kill: True; False when the process ended first."""
-    window_s = 0.02
+    window_s, before, until = 0.02, done_it(folder), time.monotonic() + rng.uniform(0, START_S)
     while process.poll() is None:
-        if kind == "start" or kind == "step" and done_it(folder) >= at_it:
-            time.sleep(rng.uniform(0, START_S if kind == "start" else 0.3))
+        started_up = kind == "start" and (time.monotonic() >= until or done_it(folder) > before)
+        if started_up or kind == "step" and done_it(folder) >= at_it:
+            time.sleep(rng.uniform(0, 0.05))
             return process.poll() is None
         if kind == "write" and done_it(folder) >= at_it and being_written(folder):
             time.sleep(rng.uniform(0, window_s))

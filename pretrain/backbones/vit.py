@@ -141,6 +141,7 @@ class ViT(nn.Module):
             ln_eps=ln_eps,
             gelu=gelu,
         )
+        self.drop_path = drop_path
         self.checkpointing = "none"  # of packed passes, see :mod:`pretrain.backbones.checkpointing`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
@@ -266,11 +267,11 @@ class ViT(nn.Module):
 
     def draw_paths(self, shapes: Shapes, device: torch.device) -> Tensor | None:
         """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where nothing is dropped."""
-        rates: list[float] = [block.drop_path.rate for block in self.blocks]  # type: ignore[union-attr, misc, assignment]
-        if not self.training or max(rates) == 0:
+        if not self.training or self.drop_path == 0:
             return None
-        keep = 1 - torch.tensor(rates, device=device).view(-1, 1, 1)
-        factors = [(torch.rand(len(rates), 2, b, device=device) < keep) / keep for b, _ in shapes]
+        depth = len(self.blocks)
+        keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(-1, 1, 1)  # filled there: no copy to wait for
+        factors = [(torch.rand(depth, 2, b, device=device) < keep) / keep for b, _ in shapes]
         return torch.cat([f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2).unsqueeze(-1)
 
     def split(self, tokens: Tensor) -> Tokens:

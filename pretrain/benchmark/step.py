@@ -17,7 +17,7 @@ from pretrain.benchmark.data import write_photographs
 from pretrain.config import load_config
 from pretrain.data.loader import Rules, build_dataset, build_loader, draw
 from pretrain.data.sampler import MASKS
-from pretrain.device import choose_device
+from pretrain.prototypes import product_dtype
 from pretrain.recipe import BASELINE
 from pretrain.train import in_parts
 from pretrain.trainer import Length, Trainer
@@ -45,38 +45,70 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
 
     Returns:
         ``method_over_baseline``, and for each its seconds, images/s, model FLOPs an image (:func:`flops_an_image`), MFU where the
-        GPU is known, and peak memory on CUDA (MiB, of both together).
+        GPU is known, and on CUDA the peak memory (MiB) without what the other one holds.
     """
     runs = {}
     for method in ("intertwined", "dinov2"):
         own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides_of(method), *overrides]
         config = load_config(None, own)
         trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
-        runs[method] = trainer, [synthetic_batch(config, it) for it in range(4)]
-    device = choose_device("auto" if not overrides else runs["dinov2"][0].config.run.device)
+        runs[method] = trainer, [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
+    device = runs["dinov2"][0].device
+    steps_a_turn = 10 if device.type == "cuda" else 1  # a queue of steps, as in training: launching hides behind computing
     seconds: dict[str, list[float]] = {method: [] for method in runs}
+    peaks: dict[str, list[float]] = {method: [] for method in runs}
     for turn in range(WARM_UP + rounds):
         for method, (trainer, batches) in runs.items():
             settle(device)
+            held = start_peak(device)
             started = time.perf_counter()
-            trainer.step([batches[turn % len(batches)]])
+            for step in range(steps_a_turn):
+                trainer.step([batches[(turn + step) % len(batches)]])
             settle(device)
             if turn >= WARM_UP:
-                seconds[method].append(time.perf_counter() - started)
-    figures = {method: figures_of(runs[method][0], median(times), device) for method, times in seconds.items()}
+                seconds[method].append((time.perf_counter() - started) / steps_a_turn)
+                if device.type == "cuda":
+                    other = held - tensors_mib(trainer)
+                    peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - other)
     ratios = [a / b for a, b in zip(seconds["intertwined"], seconds["dinov2"])]
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return {
         "method_over_baseline": round(median(ratios), 3),
         "turns": [round(ratio, 3) for ratio in ratios],
         "backbone": backbone,
         "batch_size": batch_size,
-        "precision": runs["dinov2"][0].config.run.precision,
+        "precision": resolved_precision(runs["dinov2"][0]),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "peak_memory_mib_of_both": memory,
-        **figures,
+        **{
+            method: figures_of(trainer, median(seconds[method]), device)
+            | ({"peak_memory_mib": round(median(peaks[method]), 1)} if peaks[method] else {})
+            for method, (trainer, _) in runs.items()
+        },
     }
+
+
+def resolved_precision(trainer: Trainer) -> str:
+    """In which numbers a step's products run."""
+    with trainer.autocast:
+        return str(product_dtype(torch.zeros((), dtype=trainer.dtype, device=trainer.device))).removeprefix("torch.")
+
+
+def resident(batch: Batch, device: torch.device) -> Batch:
+    """Pinned where the device is a GPU, as the loader's batches are."""
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+def start_peak(device: torch.device) -> float:
+    """Forget earlier peaks; MiB that are held now (0 but on CUDA)."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / 2**20
+
+
+def tensors_mib(trainer: Trainer) -> float:
+    """MiB of what a trainer holds between steps: networks, centres, moments."""
+    return sum(t.numel() * t.element_size() for t in trainer.tensors().values()) / 2**20
 
 
 def synthetic_batch(config: DictConfig, it: int) -> Batch:
@@ -169,14 +201,16 @@ def measure_with_data(
 def loop_rate(config: DictConfig, iterations: int, is_synthetic: bool) -> float:
     """Images/s of some training iterations."""
     trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
-    loader: Iterable[Any] = [(synthetic_batch(config, 0), ())] * (WARM_UP + iterations)
+    # Long enough that the batches which workers had ready at the start do not count, and that a slow loader shows.
+    first, last = WARM_UP + 2 * config.data.workers, WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers)
+    loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:
-        loader = build_loader(config, build_dataset(config), 0, WARM_UP + iterations, pin_memory=trainer.device.type == "cuda")
+        loader = build_loader(config, build_dataset(config), 0, last, pin_memory=trainer.device.type == "cuda")
     started = 0.0
     for it, (parts, _, _) in enumerate(in_parts(loader, 1)):
-        if it == WARM_UP:
+        if it == first:
             settle(trainer.device)
             started = time.perf_counter()
         trainer.step(parts)
     settle(trainer.device)
-    return iterations * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)
+    return (last - first) * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)

@@ -28,5 +28,4 @@ __all__ = [
     "save",
     "save_sharded",
     "whole_directories",
-    "whole_directories",
 ]

@@ -100,10 +100,10 @@ def _from_main(function: Callable[[], T]) -> T:
     if distributed.is_main():
         try:
             answer = [function()]
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = [error]
     if distributed.world_size() > 1:
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
+        dist.broadcast_object_list(answer, src=0, group=distributed.host_group())
+    if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]

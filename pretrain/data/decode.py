@@ -39,6 +39,7 @@ FORMATS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
 )
 ORIENTATION = 0x0112  # EXIF's tag
 MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; encoders write about 10
+MAX_SIDE_PX = 2**24  # from twice this on a row is too long for PIL, which then says that there is no memory
 FILLER = bytes(16)  # what a Huffman decoder may look ahead
 
 # PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines from the workers of a run.
@@ -60,7 +61,9 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
 
     Raises:
         BrokenImage: whatever is wrong with the file.
+        MemoryError: the machine is short of memory for a file of an allowed size, which says nothing of the file.
     """
+    image = None
     try:
         image = _open(data, max_mpx)
         pixels = _pixels(image, data, max_side_px)
@@ -68,6 +71,8 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
     except BrokenImage:
         raise
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error
+        if isinstance(error, MemoryError) and image is not None:
+            raise
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -79,6 +84,8 @@ def _open(data: bytes, max_mpx: float) -> ImageFile.ImageFile:
     width, height = image.size
     if width < 1 or height < 1:
         raise BrokenImage(f"declares {width} x {height} pixels")
+    if max(width, height) > MAX_SIDE_PX:
+        raise BrokenImage(f"declares {width} x {height} pixels, a side of more than {MAX_SIDE_PX}")
     if width * height > max_mpx * 1e6:
         raise BrokenImage(f"declares {width} x {height} pixels, more than max_mpx={max_mpx:g} million")
     return image

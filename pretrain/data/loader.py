@@ -5,6 +5,7 @@ makes the crops beside the step, when the batch is moved there (:mod:`pretrain.v
 """
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain import distributed
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sampler import COLOURS, MASKS, VIEWS, Order, PositionSampler, generator
+from pretrain.data.sampler import COLOURS, MASKS, SUBSTITUTES, VIEWS, Order, PositionSampler, generator
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -110,7 +111,7 @@ def draw(rules: Rules, seed: int, positions: Sequence[int], sizes_px: NDArray[np
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
-    """What a worker makes of the image at a position; an unreadable image is replaced by the next one in the list.
+    """What a worker makes of the image at a position; an unreadable image is replaced by one that is drawn.
 
     Args:
         source: encoded images by index.
@@ -145,12 +146,15 @@ class ViewsDataset(Dataset[Sample | Decoded]):
             UserError: too many unreadable images in a row.
         """
         index, broken = self.order.image(position), list[str]()
-        for step in range(min(MAX_TRIES, len(self.source))):
-            chosen = (index + step) % len(self.source)
+        substitutes = None
+        for _ in range(MAX_TRIES):
             try:
-                return decode(self.source.read(chosen), self.decoding.max_side_px, self.decoding.max_mpx), tuple(broken)
+                return decode(self.source.read(index), self.decoding.max_side_px, self.decoding.max_mpx), tuple(broken)
             except BrokenImage as error:
-                broken.append(f"{self.source.name(chosen)} ({error})")
+                broken.append(f"{self.source.name(index)} ({error})")
+                # Drawn, and not the next one: broken files lie side by side, in one folder or shard.
+                substitutes = substitutes or generator(self.seed, SUBSTITUTES, position)
+                index = int(substitutes.integers(len(self.source)))
         raise UserError(f"data.root: {len(broken)} images in a row cannot be read, the first {broken[0]}")
 
 
@@ -273,6 +277,9 @@ def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_i
 
 def _worker(number: int) -> None:
     """Workers share the cores by being many, not by having threads each."""
+    for signal_ in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        # Often sent to a whole group of processes: the training decides when to stop, and a worker that died would take it along.
+        signal.signal(signal_, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     keep_memory()

@@ -24,19 +24,24 @@ class Probes:
     Nothing is drawn from torch's or NumPy's random state, and the same backbone on the same hardware gives the same numbers: an
     exactly resumed run logs what an uninterrupted one does. One rank is enough; the others only have to wait for it.
 
+    Args:
+        config: of the run.
+        reads: read the pictures; a rank that never asks only has to know when the probes are due.
+
     Raises:
         UserError: whatever would keep a probe from working, by key and file.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: DictConfig, reads: bool = True) -> None:
         settings = config.probes
         self.period_it: int = settings.period_it
         self.probes: list[Probe] = []
         wanted = bool(settings.knn_root or settings.seg_root or settings.position)
-        if wanted != bool(self.period_it):
+        self.is_wanted = wanted and bool(self.period_it)
+        if reads and wanted != bool(self.period_it):
             missing = "probes.period_it is 0" if wanted else "neither probes.knn_root, probes.seg_root nor probes.position is set"
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
-        if not self.period_it:
+        if not self.period_it or not reads:
             return
         side_px, most, patch_size = settings.image_px, settings.max_images, config.backbone.patch_size
         if side_px % patch_size:
@@ -56,7 +61,7 @@ class Probes:
 
     def is_due(self, done_it: int, total_it: int) -> bool:
         """Whether to run after ``done_it`` of ``total_it`` iterations: every ``probes.period_it``, and at the end."""
-        return bool(self.probes) and (done_it % self.period_it == 0 or done_it == total_it)
+        return self.is_wanted and (done_it % self.period_it == 0 or done_it == total_it)
 
     def run(self, backbone: ViT, device: torch.device, autocast: AbstractContextManager[Any] | None = None) -> dict[str, float]:
         """The numbers of all probes (``probe/...``), for a backbone on ``device``, whose mode is as before afterwards.

@@ -31,7 +31,8 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         reference: the method that the others are compared with, seed by seed.
 
     Raises:
-        UserError: trials of one method that differ in more than their seed, or a fine-tuning that differs between methods.
+        UserError: trials of one method that differ in more than their seed, a fine-tuning that differs between methods, or one
+            that did not start from its pre-training.
     """
     rows: dict[str, dict[int, Trial]] = {}
     for trial in trials:
@@ -74,8 +75,14 @@ def changes(base: Protocol, other: Protocol) -> str:
 
 
 def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
-    """One configuration a method, one fine-tuning protocol for all."""
+    """Each fine-tuning of what its pre-training left; one configuration a method, one fine-tuning protocol for all."""
     for method, by_seed in rows.items():
+        for seed, trial in by_seed.items():
+            if trial.pretraining.weights_hash != trial.finetuning.weights_hash:
+                what = f"the fine-tuning of {method!r}, seed {seed}"
+                raise UserError(
+                    f"ablation: {what}, read other weights than its pre-training left; remove its folder and run it again"
+                )
         for what in ("pretraining", "finetuning"):
             runs = [getattr(trial, what) for trial in by_seed.values()]
             if len({(run.protocol.identity, run.config_hash) for run in runs}) > 1:

@@ -120,7 +120,8 @@ def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
 
     A centre is drawn; its full row band and column band are masked, one patch thick, or two when the target is at least twice the
     cells of a cross one patch thick; again until the target is reached. Of the last cross's new cells, those farthest from its
-    centre are dropped, to hit the target exactly.
+    centre are dropped, to hit the target exactly; of equally far ones the first or the last in reading order, as one drawn bit
+    says, so that masks lean to no side: turned by 180 degrees, the one choice is the other.
     """
     height, width = grid
     mask = 0
@@ -131,12 +132,17 @@ def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
         rows = _rectangle(thickness, width, width) << (top * width)
         columns = _rectangle(height, thickness, width) << left
         new = (rows | columns) & ~mask
-        mask |= new if new.bit_count() <= room else _nearest(new, room, (top, left), thickness, grid)
+        if new.bit_count() > room:
+            new = _nearest(new, room, (top, left), thickness, grid, keep_first=rng.random() < 0.5)
+        mask |= new
     return _array(mask, grid)
 
 
-def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: tuple[int, int]) -> int:
-    """The ``n`` of the cells nearest to a cross's centre, by the larger distance of rows and columns; ties in reading order."""
+def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool) -> int:
+    """The ``n`` of the cells nearest to a cross's centre, by the larger distance of rows and columns.
+
+    Of cells that tie, the first in reading order, or the last.
+    """
     inner = 0
     for radius in count():
         outer = cells & _square(centre, radius, thickness, grid)
@@ -145,8 +151,9 @@ def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: 
         inner = outer
     ring = outer & ~inner
     for _ in range(n - inner.bit_count()):
-        inner |= ring & -ring  # the lowest bit
-        ring &= ring - 1
+        bit = ring & -ring if keep_first else 1 << (ring.bit_length() - 1)
+        inner |= bit
+        ring ^= bit
     return inner
 
 

@@ -33,7 +33,7 @@ class Record:
 
     def moved(self: R, device: torch.device) -> R:
         """The same record on another device, without waiting for the copies."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))  # the host would read too early
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors as arrays: of a tensor, a worker sends a shared file, and a process may have about a thousand open."""

@@ -45,7 +45,8 @@ def whole_files(root: str, split: str, suffix: str) -> list[Path]:
     """The files that hold many images each, sorted: ``root`` itself, those it stands for, or those of the folder ``root``.
 
     ``root`` may hold braces (``train-{000..146}.tar``, ``{a,b}.tar``) and ``*``, ``?``, ``[...]``. ``split`` is a sub-folder of
-    the folder or, where there is none, what the files' names start with.
+    the folder or, where there is none, what the files' names start with, up to a character that is no letter, digit or ``_``:
+    ``train`` takes train-000000.tar and train.tar, not training.tar or train_extra-0.tar.
 
     Raises:
         UserError: no such file; names data.root, data.split or the one file of a brace pattern that is missing.
@@ -59,9 +60,11 @@ def whole_files(root: str, split: str, suffix: str) -> list[Path]:
         raise UserError(f"data.root: no file or folder {root}")
     within = folder / split if split and (folder / split).is_dir() else folder
     begins = split if within == folder else ""
-    files = sorted(p for p in within.iterdir() if p.suffix.lower() == suffix and p.name.startswith(begins) and p.name[0] != ".")
+    named = re.compile(rf"{re.escape(begins)}(?![A-Za-z0-9_])" if begins else r"(?!\.)")
+    files = sorted(path for path in within.iterdir() if path.suffix.lower() == suffix and named.match(path.name))
     if not files:
-        raise UserError(f"data.{'split' if split else 'root'}: no {begins}*{suffix} in {within}")
+        after = " (* begins with no letter, digit or _)" if begins else ""
+        raise UserError(f"data.{'split' if split else 'root'}: no {begins}*{suffix} in {within}{after}")
     return files
 
 
@@ -90,7 +93,10 @@ def is_pattern(root: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with ``{000..146}`` (as wide as its first number) and ``{a,b}``, in order, as in a shell."""
+    """All names of a pattern with ``{000..146}`` (as wide as its first number) and ``{a,b}``, in order, as in a shell.
+
+    Braces within braces are not supported.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)  # text and inside of braces in turn
     choices: list[Sequence[str]] = []
     for i, part in enumerate(parts):

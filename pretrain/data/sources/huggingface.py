@@ -27,7 +27,8 @@ class HuggingFaceSource:
         column: the column of the images; "": the only one of such a type.
 
     Raises:
-        UserError: no such folder or split, a missing or damaged file, no or several image columns, no row, or no pyarrow.
+        UserError: no such folder or split, a missing or damaged file, a selection of rows that was not written out, no or several
+            image columns, no row, or no pyarrow.
     """
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
@@ -86,7 +87,11 @@ def _folders(root: Path, split: str) -> list[Path]:
 
 def _data_files(folder: Path) -> list[Path]:
     """The arrow files of a data set, in their order."""
-    listed = _read_json(folder / "state.json").get("_data_files")
+    state = _read_json(folder / "state.json")
+    if state.get("_indices_data_files"):
+        said = "holds a selection of rows (_indices_data_files), which is not applied here"
+        raise UserError(f"data.root: {folder / 'state.json'} {said}: save it again with flatten_indices()")
+    listed = state.get("_data_files")
     try:
         files = [folder / entry["filename"] for entry in listed]  # type: ignore[union-attr]
     except (TypeError, KeyError) as error:

@@ -9,12 +9,13 @@ import io
 import os
 import re
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources.files import MAX_FILE_BYTES, SUFFIXES, whole_files
+from pretrain.data.sources.files import MAX_FILE_BYTES, SUFFIXES, is_image, whole_files
 from pretrain.data.sources.handles import Handles
 from pretrain.data.sources.names import Names, shown
 from pretrain.errors import UserError
@@ -26,6 +27,8 @@ MAX_OPEN = 64  # shards a process
 
 class TarSource:
     """One image a sample; shards by name, samples in their order within a shard.
+
+    Of a sample without an image, members such as ``my.photo.jpg`` are another kind of content (``photo.jpg``): a warning.
 
     Args:
         root: a .tar file, a folder of them, or a pattern such as ``train-{000000..000146}.tar`` or ``train-*.tar``.
@@ -39,13 +42,19 @@ class TarSource:
         self.shards = whole_files(root, split, ".tar")
         names: list[bytes] = []
         rows: list[tuple[int, int, int]] = []
+        left_out: list[str] = []
         for shard, path in enumerate(self.shards):
-            for name, offset, size in scan_shard(path):
+            images, others = scan_shard(path)
+            left_out += [f"{path.name}: {shown(name)}" for name in others]
+            for name, offset, size in images:
                 names.append(name)
                 rows.append((shard, offset, size))
         if not rows:
             kinds = ", ".join(KINDS)
             raise UserError(f"data.root: no image (a member named KEY.{{{kinds}}}, KEY without a dot) in {root}")
+        if left_out:
+            why = "a dot before its suffix makes it another kind of content than an image"
+            warnings.warn(f"data.root: {len(left_out)} members are left out, the first is {left_out[0]}: {why}", stacklevel=2)
         self.names = Names(names)
         self.rows = np.array(rows, np.int64)  # [N, 3] shard, offset and size in bytes
         self._open: Handles[io.FileIO] = Handles(MAX_OPEN)
@@ -72,8 +81,10 @@ class TarSource:
         return data
 
 
-def scan_shard(path: Path) -> list[tuple[bytes, int, int]]:
+def scan_shard(path: Path) -> tuple[list[tuple[bytes, int, int]], list[bytes]]:
     """Name, offset and size in bytes of the images in a shard, from its headers alone.
+
+    And the names of members with an image's suffix after a further dot, of samples without an image.
 
     Raises:
         UserError: as :class:`TarSource`.
@@ -81,16 +92,20 @@ def scan_shard(path: Path) -> list[tuple[bytes, int, int]]:
     if path.suffix.lower() != ".tar":
         raise UserError(f"data.root: {path} is compressed; unpack it to .tar, for random access")
     images: dict[str, tuple[int, bytes, int, int]] = {}  # by key: rank of its kind, name, offset, size
+    dotted: list[tuple[str, bytes]] = []  # key, name
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
                 named = MEMBER.fullmatch(member.name)
-                if member.isreg() and named and named[2].lower() in KINDS:
-                    rank = KINDS.index(named[2].lower())
-                    if named[1] not in images or rank < images[named[1]][0]:
-                        name = member.name.encode("utf-8", "surrogateescape")
-                        images[named[1]] = (rank, name, member.offset_data, member.size)
+                name = member.name.encode("utf-8", "surrogateescape")
+                if not (member.isreg() and named and is_image(name)):
+                    continue
+                key, kind = named[1], named[2].lower()
+                if kind not in KINDS:
+                    dotted.append((key, name))
+                elif key not in images or KINDS.index(kind) < images[key][0]:
+                    images[key] = (KINDS.index(kind), name, member.offset_data, member.size)
             end = archive.offset
             assert archive.fileobj is not None
             archive.fileobj.seek(end)
@@ -101,4 +116,5 @@ def scan_shard(path: Path) -> list[tuple[bytes, int, int]]:
         raise UserError(f"data.root: the shard {path} is cut off or no tar file{where}: {error}") from error
     except OSError as error:
         raise UserError(f"data.root: cannot read the shard {path}: {error.strerror}") from error
-    return [(name, offset, size) for _, name, offset, size in images.values()]
+    found = [(name, offset, size) for _, name, offset, size in images.values()]
+    return found, [name for key, name in dotted if key not in images]
