@@ -106,7 +106,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it the first SIGTERM raises Interrupted in the main thread, so that what was started can be ended; others do nothing."""
+    """Within it the first SIGTERM raises Interrupted in the main thread, so that what was begun can be ended; others do nothing."""
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

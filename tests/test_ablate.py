@@ -227,7 +227,7 @@ def harmless_sigterm():
 
 
 def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigterm):
-    """Two jobs run and a third waits. The children save and are gone before the exception comes out; a second signal is no matter."""
+    """Two jobs run, a third waits. The children save and are gone before the exception comes out; a second signal is no matter."""
     jobs = {f"j{i}": [Stage(kind, tmp_path / f"j{i}" / kind, SAVES) for kind in ("pretrain", "det")] for i in range(3)}
     logs = [tmp_path / f"j{i}" / "pretrain.log" for i in range(2)]
 

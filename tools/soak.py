@@ -73,10 +73,9 @@ def being_written(folder: Path) -> list[str]:
 
 def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, kind: str, at_it: int, rng: random.Random) -> bool:
     """Return when it is time to kill: True; False when the process ended first."""
-    window_s, before, until = 0.02, done_it(folder), time.monotonic() + rng.uniform(0, START_S)
+    window_s, until = 0.02, time.monotonic() + (rng.uniform(0, START_S) if kind == "start" else float("inf"))
     while process.poll() is None:
-        started_up = kind == "start" and (time.monotonic() >= until or done_it(folder) > before)
-        if started_up or kind == "step" and done_it(folder) >= at_it:
+        if kind != "write" and (done_it(folder) >= at_it or time.monotonic() >= until):
             time.sleep(rng.uniform(0, 0.05))
             return process.poll() is None
         if kind == "write" and done_it(folder) >= at_it and being_written(folder):
@@ -95,7 +94,7 @@ def soak(folder: Path, overrides: list[str], total_it: int, kills: int, rng: ran
     """A run that is killed ``kills`` times and resumed, until it ends; a UserError where it ends before that."""
     for i in range(kills):
         kind = ("write", "step", "write", "start")[i % 4]
-        at_it = max(PERIOD_IT, int(total_it * (i + rng.random()) / (kills + 1)))
+        at_it = done_it(folder) + 1 if kind == "start" else max(PERIOD_IT, int(total_it * (i + rng.random()) / (kills + 1)))
         with started(folder, overrides) as process:
             if not wait_for_moment(process, folder, kind, at_it, rng):
                 raise UserError(f"soak: the run ended (code {process.poll()}) before kill {i + 1}: {said(folder)}")
