@@ -32,7 +32,7 @@ def all_cores():
 @pytest.fixture(scope="module")
 def toy_objects(tmp_path_factory):
     folder = tmp_path_factory.mktemp("objects")
-    write_toy_classes(folder, n_train=1200, n_val=400)
+    write_toy_classes(folder, n_train=1200, n_val=600)
     return folder
 
 
@@ -40,16 +40,15 @@ def toy_objects(tmp_path_factory):
 def test_a_short_pretraining_learns(tmp_path, toy_objects, recipe):
     """300 iterations on the toy objects, for the method and the baseline.
 
-    Losses: the mean of the last 30 iterations is clearly below that of the first 10 for the patch terms and KoLeo. The image term
-    cannot be held to its first value: all images look alike to a random network, so it starts low, rises while the teacher spreads,
-    and falls again. It is held to its own highest mean over 30 iterations, and to ln K, what a uniform teacher would cost.
+    Each loss term: the mean of the last 30 iterations is clearly below that of the first 10.
 
-    No collapse: the teacher's distributions stay clearly below ln K (not all uniform), their mean stays far from one prototype, and
-    the features keep a third of the spread of directions at random, at the end as at every iteration.
+    No collapse: the teacher's distributions leave ln K (not all uniform), their mean stays far from one prototype, and the features
+    keep half of the spread of directions at random, 1 / sqrt(d), at every iteration.
 
-    k-NN: on held-out photographs, the teacher is clearly above the same backbone before the first iteration.
+    k-NN: on held-out photographs, the teacher is above the same backbone before the first iteration by more than two standard
+    errors of a difference of two shares of 600 examples (5.8 points). The recipe was chosen on other data and another seed.
     """
-    overrides = [f"data.root={toy_objects / 'train'}", f"run.output={tmp_path / 'run'}", "probes.image_px=80",
+    overrides = [f"data.root={toy_objects / 'train'}", f"run.output={tmp_path / 'run'}", "probes.image_px=96",
                  f"probes.knn_root={toy_objects}", "probes.period_it=300"]  # fmt: skip
     config = load_config(f"configs/pretrain/{recipe}.yaml", overrides)
     torch.manual_seed(config.run.seed)
@@ -61,19 +60,17 @@ def test_a_short_pretraining_learns(tmp_path, toy_objects, recipe):
     terms = [t for t in ("image", "content", "position", "koleo") if t in curves]
     assert terms == (["image", "content", "position", "koleo"] if recipe == "proof" else ["image", "content", "koleo"])
 
-    for term in terms[1:]:
+    for term in terms:
         first, last = curves[term][:10].mean(), curves[term][-30:].mean()
-        assert last < first - 0.1, f"{term}: {first:.3f} -> {last:.3f}"
+        assert last < 0.9 * first, f"{term}: {first:.3f} -> {last:.3f}"
     uniform = math.log(config.heads.n_prototypes)
-    image = np.convolve(curves["image"], np.full(30, 1 / 30), mode="valid")
-    assert image[-1] < image.max() - 0.1 and image[-1] < uniform - 0.3, f"image: {image.max():.3f} -> {image[-1]:.3f}"
-
     assert curves["teacher_entropy"][-30:].max() < uniform - 0.3
     assert curves["mean_entropy"].min() > 0.5 * uniform
-    assert curves["feature_std"].min() > config.heads.bottleneck_dim**-0.5 / 3
+    assert curves["feature_std"].min() > config.heads.bottleneck_dim**-0.5 / 2
 
     after = json.loads((folder / "result.json").read_text())["metrics"]["probe/knn_top1"]
-    assert after > before + 10, f"k-NN: {before:.1f} % -> {after:.1f} %"
+    print(f"{recipe}: k-NN {before:.1f} % -> {after:.1f} %")
+    assert after > before + 100 * 2 * math.sqrt(2 * 0.25 / 600), f"k-NN: {before:.1f} % -> {after:.1f} %"
 
 
 def targets_of(n=3, size=1024):
