@@ -75,7 +75,8 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
     folders = {path.name: {file.name for file in path.iterdir()} for path in (tmp_path / "fsdp" / "checkpoints").iterdir()}
     assert "state.safetensors" in folders["it_00000005"] and "index.json" in folders["it_00000004"]
     a, b = (read_checkpoint(tmp_path / run / "backbone.safetensors").state for run in ("ddp", "fsdp"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    for key, value in a.items():  # float64 to 1e-9, rounded to float32
+        torch.testing.assert_close(b[key], value, rtol=1e-6, atol=1e-8)
     # from the shards of iteration 2, on one process without shards
     train(load_config(None, [*TINY, *sharded, f"run.output={tmp_path / 'fsdp'}"]), resume="2")
     assert_same(tmp_path / "ddp", tmp_path / "fsdp")

@@ -41,17 +41,17 @@ class Probes:
         if reads and wanted != bool(self.period_it):
             missing = "probes.period_it is 0" if wanted else "neither probes.knn_root, probes.seg_root nor probes.position is set"
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
+        side_px, most, patch_size = settings.image_px, settings.max_images, config.backbone.patch_size
+        k, classes = settings.knn_k, settings.seg_classes
         if not self.period_it or not reads:
             return
-        side_px, most, patch_size = settings.image_px, settings.max_images, config.backbone.patch_size
         if side_px % patch_size:
             raise UserError(f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}")
         if settings.position:
             _check_position_masks(config)
         if settings.knn_root:
-            self.probes.append(KnnProbe.read(settings.knn_root, settings.knn_k, side_px, most))
+            self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
         if settings.seg_root:
-            classes, k = settings.seg_classes, settings.knn_k
             self.probes.append(SegmentationProbe.read(settings.seg_root, classes, k, side_px, patch_size, most))
         if settings.position:
             self.probes.append(PositionProbe.read(config.data, patch_size, side_px, most))
