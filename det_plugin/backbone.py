@@ -5,14 +5,12 @@ Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from det_plugin.features import detection_features
+from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -54,8 +52,8 @@ class RegistryBackbone(Backbone):
 
     Args:
         name, weights, flags: those of :func:`pretrain.build.build_backbone`.
-        final_norm, keep_special_tokens: those of :func:`det_plugin.features.detection_features`.
-        checkpointing: recompute the blocks in the backward pass; less memory, the same numbers.
+        final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile: those of
+            :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
         UserError: as ``build_backbone``; patches of another size than 16 px; a detector's checkpoint that does not fit, by tensor.
@@ -68,7 +66,11 @@ class RegistryBackbone(Backbone):
         *,
         final_norm: bool,
         keep_special_tokens: bool,
+        window_size: int = 0,
+        global_blocks: int = 4,
+        freeze: bool = False,
         checkpointing: bool = False,
+        compile: bool = False,
         **flags: Any,
     ) -> None:
         super().__init__()
@@ -79,28 +81,16 @@ class RegistryBackbone(Backbone):
             )
         if weights is not None:
             _ORIGINS[str(weights)] = _origin(weights, self.vit.flags)
-        self.final_norm, self.keep_special_tokens = final_norm, keep_special_tokens
-        self._freeze_unused()
-        if checkpointing:
-            for block in self.vit.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
+        prepare(self.vit, self.options)
         self._out_features = [FEATURE]
         self._out_feature_channels = {FEATURE: self.vit.embed_dim}
         self._out_feature_strides = {FEATURE: self.vit.patch_size}
         self.register_load_state_dict_pre_hook(_require_every_tensor)
 
-    def _freeze_unused(self) -> None:
-        """Parameters without a gradient stop DistributedDataParallel, so they say that they have none."""
-        unused = [] if self.final_norm else ["norm"]
-        if not self.keep_special_tokens:
-            unused += ["cls_token", "reg_token", "cls_pos"]
-        for name, parameter in self.vit.named_parameters():
-            if name.split(".")[0] in unused:
-                parameter.requires_grad_(False)
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] normalised pixels -> ``{"last_feat": [B, D, H / 16, W / 16]}``."""
-        return {FEATURE: detection_features(self.vit, x, final_norm=self.final_norm, keep_special_tokens=self.keep_special_tokens)}
+        return {FEATURE: detection_features(self.vit, x, self.options)}
 
 
 class PaddedPyramid(SimpleFeaturePyramid):

@@ -102,8 +102,8 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
     else:
         trained, unlike = _training_of(cfg)
         changed = {**departures(trained), **changed, **unlike}
-    changed |= other_images(*images)
     recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
+    changed |= other_images(*images, recipe.train_share)
     settings = {
         "backbone": name,
         "backbone_flags": backbone_flags(trained),

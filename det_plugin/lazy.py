@@ -6,7 +6,7 @@ Detectron2's own ViTDet configuration, key by key.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from det_plugin.backbone import FEATURE, PATCH_PX, PaddedPyramid, RegistryBackbone
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
+from det_plugin.features import FeatureOptions
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.protocol import DetectionProtocol, check, deviations
 from det_plugin.requires import detectron2_installed
@@ -65,6 +66,7 @@ def config(
     output: str | Path = "output",
     backbone_flags: Mapping[str, Any] | None = None,
     checkpointing: bool = False,
+    compile: bool = False,
     seed: int = 0,
     device: str = "cuda",
     workers: int = 4,
@@ -77,7 +79,7 @@ def config(
         data: COCO root (``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         backbone_flags: further arguments of ``build_backbone``.
-        checkpointing: recompute the backbone's blocks in the backward pass.
+        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`.
         device: ``cuda`` | ``cpu``; Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
 
     Raises:
@@ -88,9 +90,7 @@ def config(
     net = L(RegistryBackbone)(
         name=backbone,
         weights=None if weights is None else str(weights),
-        final_norm=protocol.final_norm,
-        keep_special_tokens=protocol.keep_special_tokens,
-        checkpointing=checkpointing,
+        **asdict(FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)),
         **flags,
     )
     return DictConfig(
@@ -136,6 +136,8 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
         data=run.data,
         output=run.output,
         backbone_flags=run.backbone_flags,
+        checkpointing=run.checkpointing,
+        compile=run.compile,
         seed=run.seed,
         device=device,
         workers=run.workers,

@@ -35,17 +35,22 @@ class DetectionProtocol:
     drop_path: float = 0.1
     clip_grad: float = 0.0  # 0: no clipping
     amp: bool = True
+    amp_dtype: str = "float16"  # Detectron2's AMPTrainer, with loss scaling; or "bfloat16", without
 
     # Input: large-scale jitter in training; test with the long edge at the same size; pad to a square, bottom right.
     image_size_px: int = 1024
     jitter_scale: tuple[float, float] = (0.1, 2.0)
     flip: float = 0.5
+    train_share: float = 1.0  # of the training images; the same ones in every run
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     # Backbone: [CLS] and registers stay in the sequence, as pre-trained (ours; Detectron2's ViT has none).
     keep_special_tokens: bool = True
     final_norm: bool = True  # ours: as pre-trained (Detectron2's ViT has none)
+    window_size: int = 0  # patches a side; 0: every block sees the whole image (B.2). ViTDet: 14
+    global_blocks: int = 4  # where there are windows: blocks without, the last of equal groups (ViTDet)
+    freeze_backbone: bool = False  # only pyramid and heads learn
 
     # Simple feature pyramid
     pyramid_scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)  # plus one max-pooled level
@@ -85,10 +90,15 @@ TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 
-SCHEDULES = {
+# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it as in 12 epochs of all.
+_TENTH: dict[str, Any] = dict(iterations_it=2_220, milestones_it=(1_973, 2_138), train_share=0.1)
+PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(iterations_it=22_128, milestones_it=(19_667, 21_306)),  # B.2
     "coco-50ep": dict(iterations_it=92_187, milestones_it=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(iterations_it=184_375, milestones_it=(163_889, 177_546)),  # Detectron2
+    # Cheap ones, to compare backbones with each other and not with anything published (ours).
+    "coco10pct-12ep": _TENTH,
+    "coco10pct-frozen-12ep": dict(**_TENTH, freeze_backbone=True, drop_path=0.0),
 }
 
 
@@ -96,15 +106,15 @@ def protocol(name: str, backbone: str) -> DetectionProtocol:
     """The named protocol with the learning rate of the backbone's size.
 
     Args:
-        name: ``coco-12ep`` | ``coco-50ep`` | ``coco-100ep``.
+        name: a key of :data:`PROTOCOLS`.
         backbone: a registry name, ``vit_{tiny,small,base,large}_...``.
     """
-    if name not in SCHEDULES:
-        raise UserError(f"protocol: {name!r} is none of {', '.join(SCHEDULES)}")
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
     size = backbone.split("_")[1] if "_" in backbone else backbone
     if size not in LR:
         raise UserError(f"protocol: no learning rate is known for the backbone {backbone!r}")
-    return replace(DetectionProtocol(name=name, lr=LR[size]), **SCHEDULES[name])  # type: ignore[arg-type]
+    return replace(DetectionProtocol(name=name, lr=LR[size]), **PROTOCOLS[name])  # type: ignore[arg-type]
 
 
 def with_overrides(base: DetectionProtocol, overrides: dict[str, Any]) -> DetectionProtocol:
@@ -121,18 +131,30 @@ def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
     return settings.differences(protocol(run.name, backbone), run)
 
 
-def other_images(train_images: int | None, val_images: int) -> dict[str, list[Any]]:
-    """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``; none: not known."""
-    found: dict[str, list[Any]] = {"train_images": [TRAIN_IMAGES, train_images], "val_images": [VAL_IMAGES, val_images]}
+def n_share(images: int, share: float) -> int:
+    """How many images a ``train_share`` is: at least one."""
+    return max(1, round(share * images))
+
+
+def other_images(train_images: int | None, val_images: int, train_share: float = 1.0) -> dict[str, list[Any]]:
+    """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``; none: not known.
+
+    Args:
+        train_images: number that the run used, of its share.
+        train_share: that its protocol takes of them.
+    """
+    expected = n_share(TRAIN_IMAGES, train_share)
+    found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
 # Fields that must be at least 1; shares that lie in 0 ... 1.
 POSITIVE = (
     *("iterations_it", "batch_size", "eval_period_it", "image_size_px", "channels", "rpn_convs", "rpn_batch_per_image"),
-    *("num_classes", "roi_batch_per_image", "box_pool", "box_fc", "mask_pool", "detections_per_image"),
+    *("num_classes", "roi_batch_per_image", "box_pool", "box_fc", "mask_pool", "detections_per_image", "global_blocks"),
 )
-NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad", "box_convs", "mask_convs")
+NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad", "box_convs", "mask_convs", "window_size")
+AMP_DTYPES = ("float16", "bfloat16")
 SHARES = ("flip", "drop_path", "layer_decay", "rpn_positive_fraction", "roi_positive_fraction", "rpn_nms", "nms", "roi_threshold")
 
 
@@ -150,6 +172,8 @@ def check(run: DetectionProtocol) -> None:
     demands["milestones_it"] = rising, f"rising and within iterations_it={run.iterations_it}"
     demands["warmup_it"] = 0 <= run.warmup_it <= run.iterations_it, f"within iterations_it={run.iterations_it}"
     demands["jitter_scale"] = 0 < low <= high, "two rising numbers above 0"
+    demands["train_share"] = 0 < run.train_share <= 1, "above 0 and at most 1"
+    demands["amp_dtype"] = run.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"
     low, high = run.rpn_thresholds
     demands["rpn_thresholds"] = 0 < low <= high <= 1, "two rising numbers within 0 and 1"
     for key, (fits, what) in demands.items():

@@ -27,6 +27,7 @@ class DetectionRun:
         protocol: the recipe (full or scaled down).
         backbone_flags: further arguments of ``build_backbone``.
         accumulate: micro-batches a step; the schedule does not change.
+        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`; they change speed and memory alone.
     """
 
     backbone: str
@@ -38,6 +39,8 @@ class DetectionRun:
     device: str = "auto"
     workers: int = 2
     accumulate: int = 1
+    checkpointing: bool = False
+    compile: bool = False
     backbone_flags: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, 
     """
     origin = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
     changed = deviations(run.protocol, run.backbone)
-    changed |= other_images(*images)
+    changed |= other_images(*images, run.protocol.train_share)
     if run.protocol.amp and not torch.cuda.is_available():
         changed["amp"] = [True, False]
     if run.backbone_flags:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.backbone import Origin, origin_of
+from det_plugin.features import FeatureOptions
 from det_plugin.requires import detectron2_installed
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
@@ -22,7 +23,7 @@ with detectron2_installed():
 
 ASKED, RESOLVED, LAST = "config.yaml", "config_resolved.yaml", "last_checkpoint"
 # What config() writes for the backbone whatever the network; all else there is a flag of the ViT.
-NET_KEYS = ("_target_", "name", "weights", "final_norm", "keep_special_tokens", "checkpointing", "drop_path")
+NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
 SURROUNDINGS = (
     "train.output_dir",
@@ -36,6 +37,7 @@ SURROUNDINGS = (
     "dataloader.test.num_workers",
     "model.backbone.net.weights",
     "model.backbone.net.checkpointing",
+    "model.backbone.net.compile",
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from det_plugin.layer_decay import lr_rate, no_decay
-from det_plugin.protocol import LR, SCHEDULES, DetectionProtocol, check, deviations, protocol, with_overrides
+from det_plugin.protocol import LR, PROTOCOLS, DetectionProtocol, check, deviations, protocol, with_overrides
 from pretrain.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_numbers_equal_detectron2s_own_configuration():
 
 
 @pytest.mark.parametrize("name, backbone, message", [
-    ("coco-3ep", "vit_base_patch16", "'coco-3ep' is none of coco-12ep, coco-50ep, coco-100ep"),
+    ("coco-3ep", "vit_base_patch16", "'coco-3ep' is none of coco-12ep, coco-50ep, coco-100ep, coco10pct"),
     ("coco-12ep", "vit_giant_patch14", "vit_giant_patch14"),
     ("coco-12ep", "resnet", "resnet"),
 ])  # fmt: skip
@@ -90,7 +90,7 @@ def test_bad_overrides_name_the_key(key, value):
         with_overrides(DetectionProtocol(), {key: value})
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_protocol_itself_does_not_deviate(name):
     for backbone in ("vit_tiny_patch16", "vit_base_patch16_reg4"):
         run = protocol(name, backbone)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from coco_fixture import write_coco
 
-from det_plugin.features import detection_features
+from det_plugin.features import FeatureOptions, detection_features
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.boxes import decode, encode
 from det_plugin.torchvision_engine.coco import read_split
@@ -69,22 +69,22 @@ def batch(tmp_path_factory):
 def test_detection_features_are_the_feature_map():
     vit = build_backbone("vit_tiny_patch16_reg4", depth=2, pos_encoding="field").eval()
     x = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))  # padded to 48 x 64 inside
-    found = detection_features(vit, x, final_norm=True, keep_special_tokens=True)
+    found = detection_features(vit, x, FeatureOptions(True, True))
     assert found.shape == (2, 192, 3, 4)
     assert torch.equal(found, vit.feature_map(x))
-    raw = detection_features(vit, x, final_norm=False, keep_special_tokens=True)
+    raw = detection_features(vit, x, FeatureOptions(False, True))
     torch.testing.assert_close(vit.norm(raw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), found, atol=1e-6, rtol=1e-5)
 
 
 def test_detection_features_without_special_tokens_do_not_see_them():
     vit = build_backbone("vit_tiny_patch16_reg4", depth=2).eval()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    before = {keep: detection_features(vit, x, final_norm=True, keep_special_tokens=keep) for keep in (True, False)}
+    before = {keep: detection_features(vit, x, FeatureOptions(True, keep)) for keep in (True, False)}
     with torch.no_grad():
         vit.cls_token.add_(1.0)
         vit.reg_token.add_(1.0)
-    assert torch.equal(detection_features(vit, x, final_norm=True, keep_special_tokens=False), before[False])
-    after = detection_features(vit, x, final_norm=True, keep_special_tokens=True)
+    assert torch.equal(detection_features(vit, x, FeatureOptions(True, False)), before[False])
+    after = detection_features(vit, x, FeatureOptions(True, True))
     assert not torch.allclose(after, before[True])
 
 

@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from det_plugin.protocol import SCHEDULES, protocol, with_overrides
+from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
 from pretrain.cli import run
@@ -51,12 +51,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialisation")
     parser.add_argument("--data", type=Path, required=True, metavar="COCO_ROOT", help="with train2017/ val2017/ annotations/")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--protocol", default="coco-12ep", choices=tuple(SCHEDULES), help="(%(default)s)")
+    parser.add_argument("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     cores = min(4, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass: less memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
@@ -77,6 +79,8 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
         device=options.device,
         workers=options.workers,
         accumulate=options.accumulate,
+        checkpointing=options.checkpointing,
+        compile=options.compile,
         backbone_flags=flags,
     )
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 
+from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.heads import DetectionHeads
 from det_plugin.torchvision_engine.proposals import ProposalNetwork
@@ -60,16 +61,20 @@ class SquarePad(nn.Module):
         return result
 
 
-def build_model(vit: ViT, protocol: DetectionProtocol) -> GeneralizedRCNN:
+def build_model(vit: ViT, protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False) -> GeneralizedRCNN:
     """The detector around a backbone.
 
     In training ``model(images, targets)`` gives the losses ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``, ``loss_box_reg``,
     ``loss_mask``; at test time ``model(images)`` gives :meth:`DetectionHeads.forward`'s detections, in pixels of the resized image.
 
+    Args:
+        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`.
+
     Raises:
         UserError: strides, anchors, scales or norm that do not fit together, by name.
     """
     pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm)
-    backbone = PyramidBackbone(vit, pyramid, final_norm=protocol.final_norm, keep_special_tokens=protocol.keep_special_tokens)
+    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
+    backbone = PyramidBackbone(vit, pyramid, options)
     rpn = ProposalNetwork(protocol, pyramid.strides)
     return GeneralizedRCNN(backbone, rpn, DetectionHeads(protocol, pyramid.strides[:-1]), SquarePad(protocol))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from det_plugin.features import detection_features
+from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.torchvision_engine.layers import ConvNorm, get_norm
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
@@ -71,15 +71,12 @@ def _resize(dim: int, scale: float, norm: str) -> tuple[list[nn.Module], int]:
 class PyramidBackbone(nn.Module):
     """The ViT (key ``vit``) under its pyramid (key ``pyramid``)."""
 
-    def __init__(self, vit: ViT, pyramid: SimpleFeaturePyramid, *, final_norm: bool, keep_special_tokens: bool) -> None:
+    def __init__(self, vit: ViT, pyramid: SimpleFeaturePyramid, options: FeatureOptions) -> None:
         super().__init__()
-        self.vit, self.pyramid = vit, pyramid
-        self.final_norm, self.keep_special_tokens = final_norm, keep_special_tokens
-        vit.norm.requires_grad_(final_norm)  # a parameter without gradient would stall DistributedDataParallel
+        self.vit, self.pyramid, self.options = vit, pyramid, options
+        prepare(vit, options)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, S, S] normalised pixels -> the pyramid's maps."""
-        features = detection_features(
-            self.vit, x, final_norm=self.final_norm, keep_special_tokens=self.keep_special_tokens
-        )  # [B, D, S / p, S / p]
+        features = detection_features(self.vit, x, self.options)  # [B, D, S / p, S / p]
         return self.pyramid(features.contiguous(memory_format=torch.channels_last))

@@ -63,7 +63,7 @@ class Trainer:
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
         self.vit = build_backbone(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
-        self.model = build_model(self.vit, protocol).to(device)
+        self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(device)
         self.optimizer = build_optimizer(self.model, protocol)
         self.ranks: nn.Module = self.model
         if distributed.world_size() > 1:
