@@ -1,78 +1,121 @@
-"""COCO-format data for Detectron2: found when a loader is built, from any root folder or from Detectron2's own catalogue."""
+"""COCO-format data for Detectron2: the same pictures and objects, in the same order, as the torchvision engine reads."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from det_plugin.coco_layout import locate
 from det_plugin.requires import detectron2_installed
-from det_plugin.torchvision_engine.coco import read_split
+from det_plugin.torchvision_engine.coco import UNREADABLE, CocoSplit, Picture, Segmentation, read_classes, read_split
+from det_plugin.torchvision_engine.coco_api import coco_api
 from pretrain.errors import UserError
 
 with detectron2_installed():
-    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
-    from detectron2.data.datasets import register_coco_instances
+    from detectron2.data import DatasetMapper, MetadataCatalog
+    from detectron2.structures import BoxMode
+
+
+def coco_root(root: str | Path | None) -> Path:
+    """``root``, or Detectron2's own place, ``$DETECTRON2_DATASETS/coco``.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if root is not None:
+        return Path(root)
+    folder = Path(MetadataCatalog.get("coco_2017_val").json_file).parents[1]
+    if not folder.is_dir():
+        raise UserError(f"data: no folder {folder}; give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported")
+    return folder
 
 
 def dataset_name(root: str | Path | None, split: str) -> str:
-    """The catalogue's name of a split, registered if need be.
+    """The name under which Detectron2's catalogue of metadata knows a split: its files, and the categories in order.
 
     Args:
-        root: a folder with ``train2017/``, ``val2017/`` and ``annotations/instances_{train,val}2017.json``; none for
-            Detectron2's own ``coco_2017_*``, which lie in ``$DETECTRON2_DATASETS/coco``.
+        root: data of any layout (:mod:`det_plugin.coco_layout`), none for Detectron2's own place.
         split: ``train`` | ``val``.
 
     Raises:
-        UserError: no annotation file, by path.
+        UserError: files that are missing or damaged, by path.
     """
-    if root is None:
-        name = f"coco_2017_{split}"
-        annotations = Path(MetadataCatalog.get(name).json_file)
-    else:
-        folder = Path(root).resolve()
-        name, annotations = f"coco_2017_{split}:{folder}", folder / "annotations" / f"instances_{split}2017.json"
-    if not annotations.is_file():
-        where = "dataloader.root or $DETECTRON2_DATASETS (read when Detectron2 is imported)" if root is None else f"the root {root}"
-        raise UserError(f"data: no file {annotations}; see {where}")
-    if name not in DatasetCatalog:
-        register_coco_instances(name, {}, str(annotations), str(annotations.parents[1] / f"{split}2017"))
+    files, classes = locate(coco_root(root), split), read_classes(coco_root(root), split)
+    name = f"{split}:{files.annotations.resolve()}"
+    if name in MetadataCatalog.list():
+        MetadataCatalog.remove(name)  # the file may be another by now
+    MetadataCatalog.get(name).set(
+        json_file=str(files.annotations),
+        image_root=str(files.images),
+        thing_classes=list(classes.values()),
+        thing_dataset_id_to_contiguous_id={id: k for k, id in enumerate(classes)},
+        evaluator_type="coco",
+    )
     return name
 
 
-def coco_dicts(root: str | Path | None, split: str, num_classes: int, filter_empty: bool) -> list[dict[str, Any]]:
+def coco_dicts(
+    root: str | Path | None, split: str, num_classes: int, filter_empty: bool, share: float = 1.0
+) -> list[dict[str, Any]]:
     """Detectron2's standard dicts of a split.
 
     Args:
         num_classes: of the model; the data must have as many categories.
-        filter_empty: leave out images without an object that is no crowd.
+        filter_empty: leave out what nothing can be learned from.
+        share: of the pictures; the same ones in every run.
 
     Raises:
         UserError: as :func:`det_plugin.torchvision_engine.coco.read_split`.
     """
-    name = dataset_name(root, split)
-    folder = Path(MetadataCatalog.get(name).json_file).parents[1]
-    read_split(folder, split, num_classes=num_classes, training=filter_empty)  # Detectron2 would end in an assertion
-    dicts: list[dict[str, Any]] = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-    return dicts
+    found = read_split(coco_root(root), split, num_classes=num_classes, training=filter_empty, share=share)
+    return [_standard_dict(found, picture) for picture in found.pictures]
 
 
-@cache
-def train_images(root: str | Path | None, num_classes: int) -> int | None:
+def train_images(root: str | Path | None, num_classes: int, share: float) -> int | None:
     """Number of images that training uses; none where there is no training split (on a machine that only evaluates)."""
     try:
-        folder = Path(MetadataCatalog.get(dataset_name(root, "train")).json_file).parents[1]
-        return len(read_split(folder, "train", num_classes=num_classes, training=True).pictures)
+        return len(read_split(coco_root(root), "train", num_classes=num_classes, training=True, share=share).pictures)
     except UserError:
         return None
+
+
+def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
+    size = {"height": picture.height, "width": picture.width}
+    objects = []
+    for k, segmentation in zip(picture.classes, picture.segmentations):
+        if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+            segmentation = coco_api().mask.frPyObjects(segmentation, picture.height, picture.width)
+        if segmentation:
+            shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
+            objects.append({"category_id": k, "iscrowd": 0, **shape})
+    return {"file_name": str(split.folder / picture.file_name), "image_id": picture.id, **size, "annotations": objects}
+
+
+def _box(segmentation: Segmentation) -> list[float]:
+    """x0, y0, x1, y1 of a mask; after the augmentations the mapper takes it again."""
+    if isinstance(segmentation, dict):
+        x, y, width, height = coco_api().mask.toBbox(segmentation).tolist()
+        return [x, y, x + width, y + height]
+    xs, ys = ([value for polygon in segmentation for value in polygon[axis::2]] for axis in (0, 1))
+    return [min(xs), min(ys), max(xs), max(ys)]
 
 
 class CocoMapper(DatasetMapper):
     """Detectron2's mapper, with masks as polygons (its default) or, for images that hold an RLE, as bitmaps.
 
-    Polygons are exact at any scale but cannot be made of an RLE; COCO has RLEs for crowds alone, which training leaves out.
+    Polygons are exact at any scale but cannot be made of an RLE.
     """
 
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``, ...
+
+        Raises:
+            UserError: an image that cannot be read or is of another size than the annotations say, by path.
+        """
+        try:
+            return super().__call__(dataset_dict)  # type: ignore[no-any-return]
+        except (*UNREADABLE, AssertionError) as error:
+            raise UserError(f"data: {dataset_dict['file_name']} cannot be used: {' '.join(str(error).split())}") from error
+
     def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]) -> None:
-        objects = [a for a in dataset_dict["annotations"] if not a.get("iscrowd", 0)]
-        has_rle = any(isinstance(a.get("segmentation"), dict) for a in objects)
+        has_rle = any(isinstance(a["segmentation"], dict) for a in dataset_dict["annotations"])
         self.instance_mask_format = "bitmask" if has_rle else "polygon"
         super()._transform_annotations(dataset_dict, transforms, image_shape)

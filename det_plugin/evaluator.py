@@ -1,6 +1,8 @@
 """COCO's evaluation that leaves ``result.json``: it stands in the config, so stock launchers leave it too."""
 
+import contextlib
 import dataclasses
+import io
 import math
 import time
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from det_plugin.departures import departures, protocol_in
 from det_plugin.protocol import other_images, protocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
+from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
@@ -33,14 +36,15 @@ class ResultEvaluator(COCOEvaluator):
     """Box and mask AP of the validation split, by pycocotools.
 
     In training, the evaluation after the last iteration writes ``result.json``; those before it do not. ``--eval-only`` writes it
-    for the checkpoint that it was given. Its wall time is that of the process.
+    for the checkpoint that it was given. Its wall time is that of the process (our loop: of the run, however often it was
+    interrupted). Every evaluation leaves its detections in ``coco_instances_results.json``.
 
     Args:
-        root: COCO root, none for ``$DETECTRON2_DATASETS/coco``.
+        root: data of any layout, none for ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder, with the ``config.yaml`` that the launcher wrote there.
         protocol, overrides: what the config was made from (:func:`det_plugin.departures.protocol_in`).
         accumulate: micro-batches a step; only recorded.
-        origin: in a resolved config, what the backbone's file said.
+        origin, classes: in a resolved config, what the backbone's file said, and category id -> name.
     """
 
     def __init__(
@@ -52,8 +56,12 @@ class ResultEvaluator(COCOEvaluator):
         overrides: Mapping[str, Any],
         accumulate: int = 1,
         origin: Mapping[str, Any] | None = None,
+        classes: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(dataset_name(root, "val"), tasks=tuple(TASKS), use_fast_impl=False)
+        self._coco_api.dataset = read_truth(Path(self._metadata.json_file))  # other data than COCO's may lack a field
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
         self.folder = Path(output_dir)
 
     def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
@@ -68,9 +76,16 @@ class ResultEvaluator(COCOEvaluator):
             # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
             started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
-            images = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes), len(self._coco_api.getImgIds())
-            write_result(result_of(cfg, metrics, images, started), self.folder)
+            share = cfg.dataloader.train.dataset.get("share", 1.0)
+            trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
+            write_result(result_of(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), started), self.folder)
         return results
+
+    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        # With an output folder from the start, the base class would leave the same again as a pickle.
+        self._output_dir: str | None = str(self.folder)
+        super()._eval_predictions(predictions, img_ids)
+        self._output_dir = None
 
 
 def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -1,11 +1,20 @@
 """From pixels to the one map that the feature pyramid reads; both engines call this and nothing else of the ViT."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from det_plugin.protocol import DetectionProtocol
+from det_plugin.windows import Windows, global_blocks, windowed_block
+from pretrain.backbones.block import Block
 from pretrain.backbones.vit import ViT
+
+COMPILER = "inductor"  # torch.compile's backend
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,7 @@ class FeatureOptions:
         keep_special_tokens: leave [CLS] and the registers in the sequence, as in pre-training; else the blocks see patches alone,
             as in Detectron2.
         window_size, global_blocks: those of :class:`det_plugin.protocol.DetectionProtocol`.
-        freeze: nothing in the ViT learns.
+        freeze: nothing in the ViT learns: it runs as in evaluation (no drop path), and nothing is kept for a backward pass.
         checkpointing: compute the blocks again in the backward pass; less memory, the same numbers.
         compile: torch.compile of the blocks; faster on a GPU, numbers equal up to rounding.
     """
@@ -45,8 +54,16 @@ class FeatureOptions:
 
 
 def prepare(vit: ViT, options: FeatureOptions) -> None:
-    """Freeze what gets no gradient: a parameter without one would stop DistributedDataParallel."""
-    unused = [] if options.final_norm else ["norm"]
+    """Freeze what gets no gradient: a parameter without one would stop DistributedDataParallel.
+
+    Raises:
+        UserError: windows, and a depth that ``global_blocks`` does not part into equal groups.
+    """
+    if options.window_size:
+        global_blocks(len(vit.blocks), options.global_blocks)
+    unused = ["mask_token", "pos_mask_token"]
+    if not options.final_norm:
+        unused += ["norm"]
     if not options.keep_special_tokens:
         unused += ["cls_token", "reg_token", "cls_pos"]
     for name, parameter in vit.named_parameters():
@@ -63,12 +80,43 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
     Returns:
         [B, D, ceil(H / p), ceil(W / p)].
     """
-    tokens, grid = vit.embed(x)  # [B, 1 + R + N, D]
-    first_patch = 1 + vit.n_registers
-    if not options.keep_special_tokens:
-        tokens, first_patch = tokens[:, first_patch:], 0
-    for block in vit.blocks:
-        tokens = block(tokens)
-    if options.final_norm:
-        tokens = vit.norm(tokens)
-    return tokens[:, first_patch:].transpose(1, 2).unflatten(2, grid)
+    if options.freeze:
+        vit.eval()  # each time: the detector's train() reaches the ViT too
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not options.freeze):
+        tokens, grid = vit.embed(x)  # [B, 1 + R + N, D]
+        if not options.keep_special_tokens:
+            tokens = tokens[:, 1 + vit.n_registers :]
+        tokens = _run_blocks(vit, tokens, grid, options)
+        if options.final_norm:
+            tokens = vit.norm(tokens)
+    return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+
+
+def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], options: FeatureOptions) -> Tensor:
+    """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
+    n_global = options.global_blocks if options.window_size else len(vit.blocks)
+    everywhere = global_blocks(len(vit.blocks), n_global)
+    # Drawn here, not in the blocks: a block that is computed again drops the same paths, and a compiled one draws nothing.
+    paths = vit.draw_paths([(len(tokens), 1)], tokens.device)  # [depth, 2, B, 1]
+    run = _compiled(COMPILER) if options.compile else run_block
+    for i, block in enumerate(vit.blocks):
+        windows = None if i in everywhere else Windows(grid, options.window_size)
+        arguments: tuple[Any, ...] = block, tokens, None if paths is None else paths[i].unsqueeze(-1), windows
+        if options.checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = run(*arguments)
+    return tokens
+
+
+def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None) -> Tensor:
+    """One block, [B, S + N, D] -> [B, S + N, D]; without ``windows`` each token sees all others."""
+    if windows is None:
+        return block(x, None, paths)  # type: ignore[no-any-return]
+    return windowed_block(block, x, paths, windows)
+
+
+@cache
+def _compiled(backend: str) -> Callable[..., Tensor]:
+    """:func:`run_block` compiled, once for all blocks of a kind; the modules stay what they are, and so do their keys."""
+    return torch.compile(run_block, backend=backend)

@@ -4,7 +4,6 @@ Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/
 Detectron2's own ViTDet configuration, key by key.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import log2
@@ -14,16 +13,22 @@ from typing import Any
 from omegaconf import DictConfig
 
 from det_plugin.backbone import FEATURE, PATCH_PX, PaddedPyramid, RegistryBackbone
+from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
+from det_plugin.detectron2_checkpoint import last_whole
+from det_plugin.detectron2_loader import TrainLoader, micro_batch_size
 from det_plugin.features import FeatureOptions
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
-from det_plugin.protocol import DetectionProtocol, check, deviations
+from det_plugin.protocol import DetectionProtocol, check, deviations, protocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
-from det_plugin.saved_config import ASKED, LAST, RESOLVED, is_over, load_config, resolved
-from det_plugin.torchvision_engine.coco import read_split
+from det_plugin.saved_config import ASKED, RESOLVED, classes_in, is_over, load_config, resolved
+from det_plugin.torchvision_engine.coco import read_classes
+from det_plugin.torchvision_engine.trainer import Data
 from det_plugin.trainer import evaluate, fit
-from pretrain.device import choose_device
+from pretrain import distributed
+from pretrain.device import choose_device, deterministic
+from pretrain.distributed import say
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
 
@@ -32,7 +37,7 @@ with detectron2_installed():
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyCall as L
     from detectron2.config import LazyConfig, instantiate
-    from detectron2.data import build_detection_test_loader, build_detection_train_loader
+    from detectron2.data import build_detection_test_loader
     from detectron2.layers import ShapeSpec
     from detectron2.modeling import GeneralizedRCNN
     from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -76,7 +81,7 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: COCO root (``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
+        data: of any layout (:mod:`det_plugin.coco_layout`; ``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         backbone_flags: further arguments of ``build_backbone``.
         checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`.
@@ -105,14 +110,24 @@ def config(
     )
 
 
-def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
-    """Fine-tune and evaluate in this process, with gradient accumulation; the stock launcher is the way to several GPUs.
-
-    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`), ``metrics.jsonl``, Detectron2's
-    checkpoints and log, and ``result.json``. A run that is over is left as it is.
+def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
+    """What a config file for the stock launcher consists of: ``model``, ``train``, ``dataloader``, ``optimizer`` and
+    ``lr_multiplier`` of a named protocol, in this order.
 
     Args:
-        resume: go on from the folder's last checkpoint, if there is one.
+        name, backbone: those of :func:`det_plugin.protocol.protocol`.
+    """
+    return tuple(config(protocol(name, backbone), backbone).values())
+
+
+def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
+    """Fine-tune and evaluate, in this process or, under torchrun, in all of them, with gradient accumulation.
+
+    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`), ``metrics.jsonl``, Detectron2's
+    checkpoints and log, the detections, and ``result.json``. A run that is over is left as it is.
+
+    Args:
+        resume: go on from the folder's last checkpoint, if there is one; on the CPU, bit for bit as without the interruption.
         eval_only: evaluate the folder's last checkpoint on ``run.data``; the rest of ``run`` is what it was trained with.
 
     Returns:
@@ -121,13 +136,15 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     Raises:
         UserError: bad settings or data; a folder that holds another run, or none to evaluate.
         FloatingPointError: a loss is no number; names the iteration and the losses.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     device, recipe = choose_device(run.device).type, run.protocol
+    distributed.start(device)
     seed_all_rng(run.seed)
     if eval_only:
         return _evaluate_last(run, device)
     if recipe.amp and device == "cpu":
-        print("warning: amp needs CUDA; the run is in float32", file=sys.stderr)
+        say("warning: amp needs CUDA; the run is in float32")
         recipe = replace(recipe, amp=False)
     cfg = config(
         recipe,
@@ -143,15 +160,19 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
         workers=run.workers,
     )
     cfg.dataloader.evaluator.accumulate = run.accumulate
-    read_split(Path(run.data), "val", num_classes=recipe.num_classes, training=False)  # else met at the first evaluation
+    micro_batch_size(recipe.batch_size, run.accumulate)
+    Data.read(run.data, recipe)  # what is wrong with them, before the first iteration
     model = instantiate(cfg.model).to(device)
-    if is_over(cfg, run.output, resume):
-        print(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do", file=sys.stderr)
+    # The main process alone looks, before any file is written, and tells the others.
+    if distributed.gather_objects(distributed.is_main() and is_over(cfg, run.output, resume))[0]:
+        say(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
-    _start_logs(run.output)
-    LazyConfig.save(cfg, str(run.output / ASKED))
-    LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
-    fit(cfg, model, accumulate=run.accumulate, resume=resume)
+    if distributed.is_main():
+        _start_logs(run.output)
+        LazyConfig.save(cfg, str(run.output / ASKED))
+        LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
+    with deterministic(device == "cpu"):
+        fit(cfg, model, accumulate=run.accumulate, resume=resume)
     return run.output / FILE_NAME
 
 
@@ -162,15 +183,17 @@ def _start_logs(folder: Path) -> None:
 
 def _evaluate_last(run: DetectionRun, device: str) -> Path:
     """``result.json`` of the last checkpoint of a run's folder."""
-    cfg = load_config(run.output, RESOLVED)
-    last = run.output / LAST
-    if not last.is_file():
+    cfg, last = load_config(run.output, RESOLVED), last_whole(run.output)
+    if last is None:
         raise UserError(f"{run.output}: no checkpoint to evaluate")
-    _start_logs(run.output)
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(run.data), str(run.output), device
     cfg.dataloader.test.num_workers = run.workers
-    cfg.train.init_checkpoint = str(run.output / last.read_text().strip())
-    LazyConfig.save(cfg, str(run.output / ASKED))
+    cfg.train.init_checkpoint = str(last)
+    if distributed.is_main():
+        _start_logs(run.output)
+        LazyConfig.save(cfg, str(run.output / ASKED))
+    if classes_in(cfg) != read_classes(run.data, "val"):
+        raise UserError(f"data: {run.data} has other categories than those that {run.output} was trained on")
     model = instantiate(cfg.model).to(device)
     DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     evaluate(cfg, model)
@@ -186,7 +209,8 @@ def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
     strides = [int(PATCH_PX / scale) for scale in p.pyramid_scales]
     levels = [f"p{int(log2(stride))}" for stride in strides]
     top = int(log2(strides[-1])) + 1  # the max-pooled level
-    return L(GeneralizedRCNN)(
+    detector = BFloat16RCNN if p.amp and p.amp_dtype == "bfloat16" else GeneralizedRCNN
+    return L(detector)(
         backbone=L(PaddedPyramid)(
             net=net,
             in_feature=FEATURE,
@@ -259,13 +283,15 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
 
 def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
     """What Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
+    float16 = p.amp and p.amp_dtype == "float16"  # its AMPTrainer knows no other type: bfloat16 is the model's own affair
+    ddp = dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=float16)
     return DictConfig(
         dict(
             output_dir=output,
             init_checkpoint="",  # the backbone has read its weights already
             max_iter=p.iterations_it,
-            amp=dict(enabled=p.amp),
-            ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=p.amp),
+            amp=dict(enabled=float16),
+            ddp={**ddp, "device_ids": None} if device == "cpu" else ddp,
             checkpointer=dict(period=p.eval_period_it, max_to_keep=3),
             eval_period=p.eval_period_it,
             log_period=min(LOG_PERIOD_IT, max(1, p.iterations_it // 10)),
@@ -279,9 +305,8 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
     """Large-scale jitter in training, one size in testing; ``dataloader.root`` is read when the loaders are built."""
     size = p.image_size_px
 
-    def dataset(split: str, filter_empty: bool) -> DictConfig:
-        classes = "${model.roi_heads.num_classes}"
-        return L(coco_dicts)(root="${...root}", split=split, num_classes=classes, filter_empty=filter_empty)
+    def dataset(split: str, **how: Any) -> DictConfig:
+        return L(coco_dicts)(root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how)
 
     jitter = [
         L(T.RandomFlip)(prob=p.flip, horizontal=True),
@@ -293,11 +318,15 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
     return DictConfig(
         dict(
             root=None if root is None else str(root),
-            train=L(build_detection_train_loader)(
-                dataset=dataset("train", True), mapper=mapper, total_batch_size=p.batch_size, num_workers=workers
+            train=L(TrainLoader)(
+                dataset=dataset("train", filter_empty=True, share=p.train_share),
+                mapper=mapper,
+                total_batch_size=p.batch_size,
+                num_workers=workers,
+                seed="${train.seed}",
             ),
             test=L(build_detection_test_loader)(
-                dataset=dataset("val", False),
+                dataset=dataset("val", filter_empty=False),
                 mapper=L(CocoMapper)(is_train=False, augmentations=resize, image_format="RGB"),
                 num_workers=workers,
             ),

@@ -90,13 +90,16 @@ TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 
-# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it as in 12 epochs of all.
+# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9, 26/27) as in 12 epochs
+# of all.
 _TENTH: dict[str, Any] = dict(iterations_it=2_220, milestones_it=(1_973, 2_138), train_share=0.1)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(iterations_it=22_128, milestones_it=(19_667, 21_306)),  # B.2
     "coco-50ep": dict(iterations_it=92_187, milestones_it=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(iterations_it=184_375, milestones_it=(163_889, 177_546)),  # Detectron2
-    # Cheap ones, to compare backbones with each other and not with anything published (ours).
+    # Cheap ones, to compare backbones with each other and with nothing published (ours). Warm-up, evaluation and learning rate are
+    # those of the full protocol; the only evaluation is that at the end. "frozen" asks what the features hold as they are: pyramid
+    # and heads learn, the ViT runs as in evaluation.
     "coco10pct-12ep": _TENTH,
     "coco10pct-frozen-12ep": dict(**_TENTH, freeze_backbone=True, drop_path=0.0),
 }
@@ -132,16 +135,16 @@ def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
 
 
 def n_share(images: int, share: float) -> int:
-    """How many images a ``train_share`` is: at least one."""
+    """How many of so many images a ``train_share`` is, at least one; ``coco.read_split`` says which."""
     return max(1, round(share * images))
 
 
 def other_images(train_images: int | None, val_images: int, train_share: float = 1.0) -> dict[str, list[Any]]:
-    """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``; none: not known.
+    """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``.
 
     Args:
-        train_images: number that the run used, of its share.
-        train_share: that its protocol takes of them.
+        train_images: number that the run used, of its share; none: not known.
+        train_share: the run's own. One that is not its protocol's is a deviation of that name already, so it is not counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
     found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}
@@ -155,7 +158,10 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad", "box_convs", "mask_convs", "window_size")
 AMP_DTYPES = ("float16", "bfloat16")
-SHARES = ("flip", "drop_path", "layer_decay", "rpn_positive_fraction", "roi_positive_fraction", "rpn_nms", "nms", "roi_threshold")
+SHARES = (
+    *("flip", "drop_path", "layer_decay", "rpn_positive_fraction", "roi_positive_fraction"),
+    *("rpn_nms", "nms", "roi_threshold", "score_threshold"),
+)
 
 
 def check(run: DetectionProtocol) -> None:
@@ -173,6 +179,8 @@ def check(run: DetectionProtocol) -> None:
     demands["warmup_it"] = 0 <= run.warmup_it <= run.iterations_it, f"within iterations_it={run.iterations_it}"
     demands["jitter_scale"] = 0 < low <= high, "two rising numbers above 0"
     demands["train_share"] = 0 < run.train_share <= 1, "above 0 and at most 1"
+    demands["pixel_std"] = min(run.pixel_std) > 0, "above 0"
+    demands["betas"] = all(0 <= beta < 1 for beta in run.betas), "from 0 to below 1"
     demands["amp_dtype"] = run.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"
     low, high = run.rpn_thresholds
     demands["rpn_thresholds"] = 0 < low <= high <= 1, "two rising numbers within 0 and 1"

@@ -22,7 +22,7 @@ class DetectionRun:
     Attributes:
         backbone: registry name.
         weights: checkpoint of the backbone, none for random initialisation.
-        data: COCO root: ``train2017/``, ``val2017/``, ``annotations/instances_{train,val}2017.json``.
+        data: root of a COCO-format set of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
         output: run folder.
         protocol: the recipe (full or scaled down).
         backbone_flags: further arguments of ``build_backbone``.

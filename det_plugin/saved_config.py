@@ -2,7 +2,7 @@
 
 ``config.yaml`` is what was asked for (stock launchers write it, and ours). ``config_resolved.yaml`` builds the same network
 without the pre-training file: ``weights`` is null, every flag of the backbone is written out, and the evaluator carries what the
-file said about itself.
+file said about itself and what the classes are called.
 """
 
 import dataclasses
@@ -12,8 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.backbone import Origin, origin_of
+from det_plugin.coco_catalog import coco_root
+from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
 from det_plugin.requires import detectron2_installed
+from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
 
@@ -21,7 +24,7 @@ with detectron2_installed():
     from detectron2.config import LazyConfig
     from detectron2.utils.registry import locate
 
-ASKED, RESOLVED, LAST = "config.yaml", "config_resolved.yaml", "last_checkpoint"
+ASKED, RESOLVED = "config.yaml", "config_resolved.yaml"
 # What config() writes for the backbone whatever the network; all else there is a flag of the ViT.
 NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
@@ -70,10 +73,27 @@ def origin_in(cfg: DictConfig) -> Origin | None:
     return Origin(**{f.name: origin[f.name] for f in dataclasses.fields(Origin)})
 
 
+def classes_in(cfg: DictConfig) -> dict[int, str]:
+    """Category id -> name, in the order of the detector's classes, of a resolved config; no data are needed.
+
+    Raises:
+        UserError: it does not say.
+    """
+    classes = cfg.dataloader.evaluator.get("classes")
+    if not classes:
+        raise UserError(f"{RESOLVED}: dataloader.evaluator.classes is missing; the run is of an older version of this package")
+    return {int(id): str(name) for id, name in sorted(classes.items())}
+
+
 def resolved(cfg: DictConfig) -> DictConfig:
-    """A config that needs no pre-training file, and no checkpoint of a detector."""
+    """The config of a training, in need of no pre-training file, no checkpoint of a detector, and no data to name the classes.
+
+    Raises:
+        UserError: the validation data are not there.
+    """
     origin, flags = origin_in(cfg), backbone_flags(cfg)
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
+    cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
     if origin is not None:
         cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_flags": flags}
         cfg.model.backbone.net.update(weights=None, **origin.flags)

@@ -1,27 +1,35 @@
-"""Our loop on Detectron2's trainer and hooks: what the stock launcher does, with gradient accumulation, also on the CPU."""
+"""Our loop on Detectron2's trainer and hooks: what the stock launcher does, with gradient accumulation, also on the CPU, and gone
+on with after an interruption as if there had been none."""
 
+import logging
 import math
+import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
+from det_plugin.detectron2_checkpoint import Checkpoints, WholeCheckpointer, last_whole
 from det_plugin.requires import detectron2_installed
-from pretrain.errors import UserError
-from pretrain.metrics_log import MetricsLog
+from det_plugin.saved_config import ASKED
+from det_plugin.torchvision_engine.loader import batches
+from pretrain import distributed
+from pretrain.errors import Interrupted
+from pretrain.metrics_log import MetricsLog, peak_memory_gb
+from pretrain.signals import StopSignals
 
 with detectron2_installed():
-    from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import instantiate
-    from detectron2.engine import SimpleTrainer, hooks
+    from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
     from detectron2.evaluation import inference_on_dataset
-    from detectron2.utils.env import seed_all_rng
-    from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+    from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
 # Detectron2's names of what metrics.jsonl holds besides the loss_* terms.
 LOGGED = {
@@ -35,10 +43,11 @@ LOGGED = {
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """A step over one batch of the loader, in ``accumulate`` equal parts one after another; the loss is the parts' mean.
+    """A step over ``accumulate`` parts of a batch, one after another; the loss is the parts' mean.
 
     Args:
-        accumulate: must divide the batch.
+        model: the detector, or DistributedDataParallel around it; ranks add up their gradients after the last part alone.
+        data_loader: parts, endless: :meth:`det_plugin.detectron2_loader.TrainLoader.parts`.
         amp: float16 with loss scaling, as Detectron2's AMPTrainer; CUDA only.
     """
 
@@ -46,38 +55,98 @@ class AccumulatingTrainer(SimpleTrainer):
         self, model: nn.Module, data_loader: Iterable[Any], optimizer: torch.optim.Optimizer, *, accumulate: int, amp: bool
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self.accumulate, self.amp = accumulate, amp
+        self.accumulate, self.amp, self.started = accumulate, amp, time.time()
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp)
+        self.last: dict[str, float] = {}  # the losses and the rate of the last step, by Detectron2's names
+
+    def train(self, start_iter: int, max_iter: int, makes_up: bool = False) -> None:
+        """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
+
+        Args:
+            makes_up: first evaluate and log what the iteration before ``start_iter`` left undone when its process was killed.
+
+        Raises:
+            Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+        """
+        logging.getLogger("detectron2").info(f"Starting training from iteration {start_iter}")
+        self.iter, self.start_iter, self.max_iter = start_iter, start_iter, max_iter
+        with EventStorage(start_iter) as self.storage, StopSignals() as signals:
+            try:
+                self.before_train()
+                if makes_up:
+                    self._end_of_step(start_iter - 1)
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    if signals.on_any_rank() and self.iter + 1 < max_iter:
+                        self._stop(signals)
+                self.iter = max_iter
+            except BaseException:
+                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]  # nothing to evaluate
+                raise
+            finally:
+                self.after_train()
+
+    def _end_of_step(self, it: int) -> None:
+        self.iter = self.storage.iter = it
+        for name, value in self.last.items():
+            self.storage.put_scalar(name, value, smoothing_hint=name != "lr")  # as in its own step
+        for hook in self._hooks:
+            if isinstance(hook, (hooks.EvalHook, MetricsLines)):
+                hook.after_step()
+
+    def _stop(self, signals: StopSignals) -> None:
+        for hook in self._hooks:
+            if isinstance(hook, Checkpoints):
+                hook.save()
+        distributed.barrier()  # the others must not end before: their launcher would end this process, too
+        raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {self.iter + 1}")
 
     def run_step(self) -> None:
         """One update.
 
         Raises:
-            FloatingPointError: a loss that is not finite; it names the iteration and the losses.
+            FloatingPointError: a loss is no number; names the iteration and the losses. The weights are those before the step.
         """
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        size = len(batch) // self.accumulate
-        means: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self.optimizer.zero_grad()
-        for first in range(0, len(batch), size):
-            with torch.autocast("cuda", torch.float16, enabled=self.amp):
-                losses = self.model(batch[first : first + size])
-            self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
-            for name, loss in losses.items():
-                means[name] = means[name].to(loss.device) + loss.detach() / self.accumulate
-        self.write_metrics(means, data_time, self.iter)
+        waited_s, terms = 0.0, []
+        for part in range(self.accumulate):
+            start = time.perf_counter()
+            samples = next(self._data_loader_iter)
+            waited_s += time.perf_counter() - start
+            with nullcontext() if part + 1 == self.accumulate else self._without_sync():
+                with torch.autocast("cuda", torch.float16, enabled=self.amp):
+                    losses = self.model(samples)
+                self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+            terms.append({name: loss.detach() for name, loss in losses.items()})
+        self._record(terms, waited_s)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
+    def _without_sync(self) -> Any:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _record(self, terms: list[dict[str, Tensor]], waited_s: float) -> None:
+        """The terms' means over parts and ranks, and their sum."""
+        means = torch.stack([torch.stack([term[name] for term in terms]).mean() for name in terms[0]])
+        values = dict(zip(terms[0], distributed.mean_over_ranks(means).tolist()))
+        if not all(math.isfinite(value) for value in values.values()):
+            named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(f"iteration {self.iter}: a loss is no number ({named})")
+        losses = {"total_loss": sum(values.values()), **values}
+        self.last = {**losses, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
+        self.storage.put_scalars(data_time=waited_s, **losses)
+
     def state_dict(self) -> dict[str, Any]:
-        """As Detectron2's AMPTrainer."""
-        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+        """As Detectron2's AMPTrainer, and what a resumed run has to go on with."""
+        own = {"grad_scaler": self.scaler.state_dict(), "last": self.last, "wall_time_s": time.time() - self.started}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also what a run without AMP has saved."""
+        """Also what Detectron2's trainers have saved."""
         super().load_state_dict(state_dict)
+        self.last, self.started = state_dict.get("last", {}), self.started - state_dict.get("wall_time_s", 0.0)
         if state_dict.get("grad_scaler"):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
@@ -92,64 +161,112 @@ class HighestLR(hooks.LRScheduler):
         return rates.index(max(rates))
 
 
-class MetricsLines(EventWriter):
-    """``metrics.jsonl``: iteration, loss, its terms, lr, and the AP where it was evaluated."""
+class MetricsLines(HookBase):
+    """``metrics.jsonl``: iteration, loss, its terms, lr, and the AP where it was evaluated; ``speed.jsonl`` beside it.
 
-    def __init__(self, folder: Path, start_it: int) -> None:
+    Args:
+        start_it: the first iteration of this process; lines of it and of later ones are dropped.
+        periods_it: of the lines and of the evaluations.
+        batch_size: images an iteration, of all ranks.
+    """
+
+    def __init__(self, folder: Path, start_it: int, periods_it: tuple[int, int], batch_size: int, device: torch.device) -> None:
         self.log = MetricsLog(folder, start_it, tensorboard=True)
+        self.periods_it, self.batch_size, self.device = periods_it, batch_size, device
 
-    def write(self) -> None:
-        """The line of this iteration, where it has numbers."""
-        storage = get_event_storage()
-        values = {}
-        for key, (value, iteration) in storage.latest().items():
-            if iteration == storage.iter and (key in LOGGED or key.startswith("loss_")) and math.isfinite(value):
-                values[LOGGED.get(key, key)] = float(value)
+    def after_step(self) -> None:
+        """Called by the trainer."""
+        done = self.trainer.iter + 1
+        if any(done % period == 0 for period in self.periods_it) or done == self.trainer.max_iter:
+            self._write()
+
+    def after_train(self) -> None:
+        """The last evaluation's line; everything is on the disk."""
+        if self.trainer.iter == self.trainer.max_iter:
+            self._write()
+        self.log.close()
+
+    def _write(self) -> None:
+        storage = self.trainer.storage
+        found = {key: value for key, (value, iteration) in storage.latest().items() if iteration == storage.iter}
+        values = {
+            LOGGED.get(key, key): float(value)
+            for key, value in found.items()
+            if (key in LOGGED or key.startswith("loss_")) and math.isfinite(value)
+        }
         if values:
             self.log.write("metrics", storage.iter, values)
-            self.log.flush()
+        if found.get("time"):  # seconds an iteration, by Detectron2's timer
+            speed = {"img_per_s": self.batch_size / found["time"], "peak_memory_gb": peak_memory_gb(self.device)}
+            self.log.write("speed", storage.iter, speed)
+        self.log.flush()
 
-    def close(self) -> None:
-        """Everything is on the disk."""
-        self.log.close()
+
+def is_logged(folder: Path, it: int) -> bool:
+    """Whether ``metrics.jsonl`` has the line of an iteration."""
+    path, start = folder / "metrics.jsonl", f'{{"iteration": {it},'
+    return path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
+
+
+class TestBatches:
+    """The batches of Detectron2's test loader by workers that outlive group signals and whose errors are one line."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader: Any = self.loader
+        return batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """The config's evaluator on its test loader."""
-    return inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    """The config's evaluator on its test loader.
+
+    Raises:
+        UserError: an image that cannot be used, also where a worker process met it.
+    """
+    return inference_on_dataset(model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator))
 
 
 def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> None:
-    """Train a detector as its config says, in one process, and evaluate it.
+    """Train a detector as its config says, on all ranks, and evaluate it.
 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
-        accumulate: parts of a batch, one after another.
-        resume: go on from the last checkpoint of ``train.output_dir``, if there is one, with other random numbers than at the
-            start (Detectron2's own launcher repeats the order of the images).
+        accumulate: parts of a rank's batch, one after another.
+        resume: go on from the last checkpoint of ``train.output_dir``, if there is one; on the CPU, bit for bit as without the
+            interruption.
 
     Raises:
-        UserError: ``accumulate`` does not divide the batch.
+        UserError: ranks and parts cannot share the batch; bad data.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    batch = cfg.dataloader.train.total_batch_size
-    if accumulate < 1 or batch % accumulate:
-        raise UserError(f"accumulate: {accumulate} does not divide batch_size {batch}")
-    folder = Path(cfg.train.output_dir)
+    folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
     cfg.optimizer.params.model = model
-    trainer = AccumulatingTrainer(model, (), instantiate(cfg.optimizer), accumulate=accumulate, amp=cfg.train.amp.enabled)
-    checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            HighestLR(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
-        ]
-    )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start_it = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    seed_all_rng(cfg.train.seed + start_it)
-    trainer.data_loader = instantiate(cfg.dataloader.train)
-    writers = [CommonMetricPrinter(cfg.train.max_iter), MetricsLines(folder, start_it)]
-    trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
-    trainer.train(start_it, cfg.train.max_iter)
+    optimizer = instantiate(cfg.optimizer)
+    ids = [device.index] if device.type == "cuda" else None
+    ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
+    parts = instantiate(cfg.dataloader.train).parts(accumulate)
+    trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
+    trainer.register_hooks([hooks.IterationTimer(), HighestLR(scheduler=instantiate(cfg.lr_multiplier))])
+    checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
+    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]  # one for all ranks
+    start_it, makes_up = 0, False
+    if last is not None:
+        checkpointer.load(str(last))
+        start_it = trainer.iter + 1
+        makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))
+    evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))
+    if distributed.is_main():
+        os.utime(folder / ASKED, (trainer.started, trainer.started))  # the evaluator counts the run's time from there
+        periods_it = cfg.train.log_period, cfg.train.eval_period
+        lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
+        printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
+        trainer.register_hooks([Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer])
+    else:
+        trainer.register_hooks([evaluation])
+    with closing(parts):  # its workers end; left to themselves they would keep a process that was stopped from ending
+        trainer.train(start_it, cfg.train.max_iter, makes_up)

@@ -119,7 +119,13 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_jobs(jobs: Mapping[str, Sequence[Stage]], n_at_once: int, seconds: float, launch: Launch | None = None) -> dict[str, str]:
+def run_jobs(
+    jobs: Mapping[str, Sequence[Stage]],
+    n_at_once: int,
+    seconds: float,
+    launch: Launch | None = None,
+    processes: Processes | None = None,
+) -> dict[str, str]:
     """Run the stages of every job that are not done, in order; a job that fails does not stop the others.
 
     A stage is not begun when less time is left than the longest of its kind took. Every call of ``launch`` that is cut off by the
@@ -130,11 +136,12 @@ def run_jobs(jobs: Mapping[str, Sequence[Stage]], n_at_once: int, seconds: float
         n_at_once: jobs that run at a time.
         seconds: the time that all have together.
         launch: runs a command; None: :meth:`Processes.launch`.
+        processes: those that ``launch`` begins, if it begins any; they are ended with the rest.
 
     Returns:
         {name: ``done`` | ``left`` (there was no time) | ``failed``}.
     """
-    processes = Processes()
+    processes = processes or Processes()
     launch_command = launch or processes.launch
     until, took = time.monotonic() + seconds, dict[str, float]()
 

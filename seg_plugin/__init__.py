@@ -9,4 +9,14 @@ from seg_plugin.compat import prepare
 
 prepare()  # before anything imports mmseg.models
 
-from seg_plugin import backbone, data, hooks, loop, metric, optim  # noqa: E402, F401  (they register themselves)
+from seg_plugin import (  # noqa: E402, F401  (they register themselves)
+    backbone,
+    data,
+    hooks,
+    loop,
+    metric,
+    optim,
+    processes,
+    sampler,
+    transforms,
+)

@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from pretrain.backbones.vit import ViewGroup
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+
+OF_THE_RUN = ("freeze", "checkpointing")  # arguments of PosfieldViT that are none of the ViT's
 
 
 @MODELS.register_module()
@@ -22,6 +26,8 @@ class PosfieldViT(BaseModule):
         weights: any checkpoint that ``build_backbone`` reads. It is read here, in the constructor, and stays as it was read:
             mmengine's ``init_weights`` touches nothing in this module.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
+        freeze: nothing in the ViT learns, and no path is dropped; its features are computed without a graph.
+        checkpointing: compute the blocks again in the backward pass: less memory, the same numbers.
         flags: further arguments of ``build_backbone`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
 
     Attributes:
@@ -37,11 +43,25 @@ class PosfieldViT(BaseModule):
         name: str,
         weights: str | Path | None = None,
         init_cfg: Mapping[str, Any] | None = None,
+        *,
+        freeze: bool = False,
+        checkpointing: bool = False,
         **flags: Any,
     ) -> None:
         super().__init__(init_cfg=None)  # mmengine's own Pretrained reads no safetensors, and only warns on a mismatch
         self.weights = _one_source(weights, init_cfg)
         self.vit = build_backbone(name, self.weights, **flags)
+        self.vit.checkpointing = "full" if checkpointing else "none"
+        self.freeze = freeze
+        if freeze:
+            self.vit.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PosfieldViT":
+        """As any module's; a frozen ViT stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze:
+            self.vit.eval()
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """[B, 3, H, W] normalised pixels -> one map that covers exactly these H x W pixels.
@@ -51,7 +71,10 @@ class PosfieldViT(BaseModule):
         is brought to the resolution of pixels, by the same bilinear rule as the heads', and the padding is cut off: [B, D, H, W].
         A linear head commutes with both, so its logits are exactly those of the padded image, cropped.
         """
-        features, (height, width), patch = self.vit.feature_map(x), x.shape[2:], self.vit.patch_size
+        (height, width), patch = x.shape[2:], self.vit.patch_size
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            (tokens,) = self.vit.forward_views([ViewGroup(x)])  # equal to forward(x); knows checkpointing
+        features = tokens.patches.transpose(1, 2).unflatten(2, (-(-height // patch), -(-width // patch)))
         if height % patch or width % patch:
             features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)[..., :height, :width]
         return (features,)

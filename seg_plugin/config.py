@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.backbones.vit import SIZES
 from pretrain.errors import UserError
-from seg_plugin.data import ADE20K_CLASSES, class_names
+from seg_plugin.datasets import SPLITS, Layout, class_names, dataset_of
 from seg_plugin.protocol import SegmentationProtocol, check, protocol
 
 CHECKPOINT_INTERVAL_IT = 2_000
@@ -26,7 +26,7 @@ def segmenter_config(
     backbone_flags: Mapping[str, Any] | None = None,
     data_root: str | Path = "data/ade/ADEChallengeData2016",
     classes: Sequence[str] = (),
-    img_suffix: str = ".jpg",
+    layout: Layout | None = None,
     seed: int = 0,
     workers: int = 4,
 ) -> dict[str, Any]:
@@ -37,20 +37,20 @@ def segmenter_config(
         backbone: registry name.
         weights: the backbone's checkpoint; can also be given later, ``--cfg-options model.backbone.weights=FILE``.
         backbone_flags: further arguments of ``build_backbone``.
-        data_root: folder in ADE20K's layout (:mod:`seg_plugin.data`).
-        classes: names; empty for ADE20K's, or ``class 0``, ... where there are not 150.
+        data_root: folder of the protocol's data set.
+        classes: names; empty for the data set's, or ``class 0``, ... where it has another number of them.
+        layout: what lies where in it; none: as the data set comes (:mod:`seg_plugin.datasets`).
         workers: data-loading processes, for each process of the run.
     """
     recipe = protocol(recipe) if isinstance(recipe, str) else recipe
     check(recipe)
     flags = dict(backbone_flags or {})
-    names = tuple(classes) or class_names(None, recipe.num_classes)
     return {
         "custom_imports": {"imports": ["seg_plugin"]},
         "default_scope": "mmseg",
         "model": _model(recipe, backbone, weights, flags),
         **_optimisation(recipe),
-        **_data(recipe, str(data_root), names, img_suffix, workers),
+        **_data(recipe, str(data_root), tuple(classes) or class_names(recipe), layout or dataset_of(recipe).layout, workers),
         **_runtime(recipe, seed),
     }
 
@@ -123,13 +123,14 @@ def _optimisation(p: SegmentationProtocol) -> dict[str, Any]:
     }
 
 
-def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], img_suffix: str, workers: int) -> dict[str, Any]:
+def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     labels: list[dict[str, Any]] = [
-        {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label},
+        {"type": "PosfieldLoadLabels", "reduce_zero_label": p.reduce_zero_label},
         {"type": "CheckLabels", "num_classes": p.num_classes, "ignore_index": p.ignore_index},
     ]
     training: list[dict[str, Any]] = [
-        {"type": "LoadImageFromFile"},
+        {"type": "SeedFromPosition"},
+        {"type": "PosfieldLoadImage"},
         *labels,
         {"type": "RandomResize", "scale": p.resize_px, "ratio_range": p.ratio_range, "keep_ratio": True},
         {
@@ -148,38 +149,52 @@ def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], img_suff
         },
         {"type": "PackSegInputs"},
     ]
-    test: list[dict[str, Any]] = [
-        {"type": "LoadImageFromFile"},
-        {"type": "Resize", "scale": p.resize_px, "keep_ratio": True},
-        *labels,  # after Resize: the metric compares at the mask's own size
-        {"type": "PackSegInputs"},
-    ]
+    resize: dict[str, Any] = {"type": "Resize", "scale": p.resize_px, "keep_ratio": True}
+    pack: dict[str, Any] = {"type": "PackSegInputs"}
+    # The labels come after Resize: the metric compares at the mask's own size.
+    validation: list[dict[str, Any]] = [{"type": "PosfieldLoadImage"}, resize, *labels, pack]
+    # The same under the names that MMSegmentation's own inference looks for.
+    load = {"type": "LoadImageFromFile"}
+    load_labels = {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label}
+    test = [load, resize, load_labels, pack]
+    return {"training": training, "validation": validation, "test": test, "unlabelled": [load, resize, pack]}
 
-    def loader(split: str, pipeline: list[dict[str, Any]], batch_size: int, sampler: str) -> dict[str, Any]:
-        dataset: dict[str, Any] = {
-            "type": "ADE20KDataset" if classes == ADE20K_CLASSES else "BaseSegDataset",
+
+def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: Layout, workers: int) -> dict[str, Any]:
+    pipelines = _pipelines(p)
+
+    def dataset(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
+        known, index = dataset_of(p), SPLITS.index(split)
+        own_names = classes != known.classes  # else they are the data set's, with its colours
+        return {
+            "type": "BaseSegDataset" if own_names else known.kind,
             "data_root": root,
-            "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
-            "img_suffix": img_suffix,
+            "data_prefix": {"img_path": layout.images[index], "seg_map_path": layout.masks[index]},
+            "ann_file": layout.lists[index],
+            "img_suffix": layout.image_suffix,
+            "seg_map_suffix": layout.mask_suffix,
             "reduce_zero_label": p.reduce_zero_label,
             "ignore_index": p.ignore_index,
             "pipeline": pipeline,
+            **({"metainfo": {"classes": classes}} if own_names else {}),
         }
-        if classes != ADE20K_CLASSES:  # those are the data set's own, with its colours
-            dataset["metainfo"] = {"classes": classes}
+
+    def loader(split: str, pipeline: list[dict[str, Any]], batch_size: int, sampler: str) -> dict[str, Any]:
         return {
             "batch_size": batch_size,
             "num_workers": workers,
             "persistent_workers": workers > 0,
+            "worker_init_fn": {"type": "posfield_worker"},
             "sampler": {"type": sampler, "shuffle": split == "training"},
-            "dataset": dataset,
+            "dataset": dataset(split, pipeline),
         }
 
     evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
     return {
-        "train_dataloader": loader("training", training, _batch_per_process(p.batch_size), "InfiniteSampler"),
-        "val_dataloader": loader("validation", test, 1, "DefaultSampler"),
-        "test_dataloader": loader("validation", test, 1, "DefaultSampler"),
+        "train_dataloader": loader("training", pipelines["training"], _batch_per_process(p.batch_size), "PosfieldSampler"),
+        "val_dataloader": loader("validation", pipelines["validation"], 1, "DefaultSampler"),
+        "test_dataloader": loader("validation", pipelines["test"], 1, "DefaultSampler"),
+        "test_pipeline": pipelines["unlabelled"],  # of images without labels
         "val_evaluator": evaluator,
         "test_evaluator": dict(evaluator),
     }

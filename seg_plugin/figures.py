@@ -1,76 +1,119 @@
-"""``figures/segmentations.png``: a few validation images, their ground truth, and the prediction."""
+"""Pictures of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colours."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
-from torch import nn
+
+from seg_plugin.predict import Segmented, segment_dataset, spread
 
 IGNORED_COLOUR = (225, 225, 225)
-MAX_LEGEND = 24  # classes; more would not be read
+MAX_LEGEND = 24  # classes; the largest ones, more would not be read
+OVERLAY = 0.55  # the colours' share
+COLUMN_IN = 2.7  # width of a picture, in inches
 
 
-def leave_figure(model: nn.Module, loader: Any, folder: Path, count: int = 4) -> Path:
-    """Segment ``count`` images of a validation loader, evenly spaced, and draw them with a caption in ``captions.json``."""
-    dataset = loader.dataset
-    chosen = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, count)})
-    model.eval()
-    rows: list[tuple[np.ndarray, ...]] = []
-    for index in chosen:
-        with torch.no_grad():
-            sample = model.val_step(loader.collate_fn([dataset[index]]))[0]  # type: ignore[operator]
-        truth, predicted = (field.data.squeeze(0).cpu().numpy() for field in (sample.gt_sem_seg, sample.pred_sem_seg))
-        with Image.open(sample.img_path) as image:
-            rows.append((np.asarray(image.convert("RGB")), truth, predicted))
-    names = dataset.metainfo["classes"]
-    # Of few classes the data set's colours, which mmseg draws at random, would be hard to tell apart.
-    few = np.array(colormaps["tab20"](range(20)))[: len(names), :3] * 255
-    palette = few if len(names) <= 20 else dataset.metainfo["palette"]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "segmentations.png"
-    draw(path, rows, np.array(palette, np.uint8), names, dataset.ignore_index)
-    caption = {
-        "title": "Segmentation of validation images",
-        "caption": f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation "
-        "images, evenly spaced in the list; light grey: not labelled.",
-    }
-    captions = folder / "captions.json"
+def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:
+    """Segment ``count`` images of a data set, evenly spaced, and draw them as ``folder/segmentations.png``."""
+    rows = list(segment_dataset(model, dataset, spread(count, len(dataset))))
+    caption = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
+    return leave_page(
+        folder / "segmentations.png",
+        rows,
+        dataset.metainfo,
+        title="Segmentation of validation images",
+        caption=caption + "evenly spaced in the list; light grey: not labelled.",
+    )
+
+
+def leave_page(
+    path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False, ignore: int = 255
+) -> Path:
+    """Draw a page and enter it into ``captions.json`` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay, ignore=ignore)
+    captions = path.parent / "captions.json"
     others = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
-    captions.write_text(json.dumps({**others, path.name: caption}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    entries = {**others, path.name: {"title": title, "caption": caption}}
+    captions.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
-def draw(path: Path, rows: list[tuple[np.ndarray, ...]], palette: np.ndarray, names: tuple[str, ...], ignore_index: int) -> None:
-    """Draw rows of image [H, W, 3], truth [H, W] and prediction [H, W], and the colours of the classes that occur.
+def palette_of(metainfo: Any) -> np.ndarray:
+    """Colours of the classes, [classes, 3] uint8. Of few classes the data set's, which MMSegmentation may have drawn at random,
+    would be hard to tell apart."""
+    count = len(metainfo["classes"])
+    if count > 20:
+        return np.array(metainfo["palette"], np.uint8)
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+    return np.array(colormaps["tab20"](strong_first[:count])[:, :3] * 255, np.uint8)
+
+
+def draw(
+    path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False, ignore: int = 255
+) -> None:
+    """One row an image; ground truth where there is any; the colours of the classes below, the largest first.
 
     Args:
         palette: [classes, 3] uint8.
+        overlay: a further column, the prediction over the image.
+        ignore: the label that is no class.
     """
-    present = sorted({int(k) for row in rows for labels in row[1:] for k in np.unique(labels)} - {ignore_index})
-    height = 2.0 * len(rows) + 0.5 + 0.2 * (min(len(present), MAX_LEGEND) // 6 + 1)
-    figure = Figure(figsize=(8, height), dpi=110, layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for line, (image, truth, predicted) in zip(axes, rows):
-        for axis, shown in zip(line, (image, _coloured(truth, palette), _coloured(predicted, palette))):
-            axis.imshow(shown)
+    has_truth = any(row.truth is not None for row in rows)
+    titles = ["image", *["ground truth"] * has_truth, "prediction", *["prediction over the image"] * overlay]
+    pixels: Counter[int] = Counter()
+    for row in rows:
+        for labels in (row.truth, row.predicted):
+            if labels is not None:
+                pixels.update(dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)))))
+    del pixels[ignore]
+    shown = [k for k, _ in pixels.most_common(MAX_LEGEND)]
+    aspects = [row.pixels.shape[0] / row.pixels.shape[1] for row in rows]  # height of each row, in widths
+    legend_rows = -(-len(shown) // (2 * len(titles)))
+    size = (COLUMN_IN * len(titles), sum(aspects) * COLUMN_IN + 0.35 + 0.2 * legend_rows + 0.1 * len(rows))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
+    for line, row in zip(axes, rows):
+        predicted = coloured(row.predicted, palette)
+        pictures = {"image": row.pixels, "prediction": predicted}
+        pictures["prediction over the image"] = (OVERLAY * predicted + (1 - OVERLAY) * row.pixels).astype(np.uint8)
+        if row.truth is not None:
+            pictures["ground truth"] = coloured(row.truth, palette)
+        for axis, title in zip(line, titles):
             axis.set_axis_off()
-    for axis, title in zip(axes[0], ("image", "ground truth", "prediction")):
+            if title in pictures:
+                axis.imshow(pictures[title])
+    for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=10)
-    if len(present) <= MAX_LEGEND:
-        patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in present]
-        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
+    more = f"and {len(pixels) - len(shown)} smaller classes" if len(pixels) > len(shown) else None
+    figure.legend(handles=patches, loc="outside lower center", ncols=2 * len(titles), fontsize=8, frameon=False, title=more)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _coloured(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+def coloured(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """[H, W] -> [H, W, 3] uint8; ignored pixels are light grey."""
     colours = np.full((256, 3), IGNORED_COLOUR, np.uint8)
     colours[: len(palette)] = palette
     return colours[labels.astype(np.uint8)]
+
+
+def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, *, first: int) -> None:
+    """Write a label map as a PNG with a palette.
+
+    Args:
+        labels: [H, W].
+        first: how class 0 is stored: 1 where the data set's masks keep 0 for pixels without a class.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray((labels + first).astype(np.uint8))
+    image.putpalette(np.concatenate([np.zeros((first, 3), np.uint8), palette]).tobytes())
+    image.save(path)

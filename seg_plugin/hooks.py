@@ -11,15 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import Hook
+import numpy as np
+import torch
+from mmengine.dist import get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
-from pretrain.errors import UserError
+from pretrain import distributed
+from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import file_hash, provenance
-from pretrain.results.schema import FILE_NAME, Protocol, Result, write_result
+from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.signals import StopSignals
 from pretrain.weights import read_checkpoint
 from seg_plugin.identity import deviations, given_flags, identity
 
@@ -79,10 +83,24 @@ class PosfieldRunHook(Hook):
             truncate_lines(self.folder / "metrics.jsonl", before_it=runner.iter + 1)  # of iterations that will run again
             self._save_config(runner, backbone)
 
+    def before_train_epoch(self, runner: Any) -> None:
+        """A run that stopped at an iteration of validation may have stopped before its end: it validates first, again or not."""
+        due = runner.iter > 0 and (runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters)
+        if not due or runner.val_loop is None:
+            return
+        if is_main_process():
+            _drop_validation(self.folder / "metrics.jsonl", runner.iter)
+        runner.val_loop.run()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """What torch draws in an iteration (the paths that are dropped) depends on (seed, iteration, process) alone."""
+        word = np.random.SeedSequence((runner.seed, batch_idx, get_rank())).generate_state(1, np.uint64)
+        torch.manual_seed(int(word[0]))
+
     def _save_config(self, runner: Any, backbone: Any) -> None:
         """The config again, with the flags that were in the checkpoint, and without the checkpoint."""
         old = runner.cfg.model.backbone
-        kept = {key: old[key] for key in ("type", "name", "drop_path") if key in old}
+        kept = {key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old}
         runner.cfg.model.backbone = {**given_flags(runner.cfg), **backbone.vit.flags, **kept, "weights": None}
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
@@ -93,9 +111,10 @@ class PosfieldRunHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
-        """One line every ``interval`` iterations; stop at the first loss that is not finite."""
+        """One line every ``interval`` iterations; stop, on all processes, at the first loss that is not finite."""
         iteration = batch_idx + 1
-        losses = {key: value.item() for key, value in (outputs or {}).items() if "loss" in key}
+        terms = {key: value.detach() for key, value in (outputs or {}).items() if "loss" in key}
+        losses = dict(zip(terms, distributed.mean_over_ranks(torch.stack(list(terms.values()))).tolist()))
         if not all(math.isfinite(value) for value in losses.values()):
             raise FloatingPointError(f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in losses.items()))
         if is_main_process() and (iteration % self.interval == 0 or iteration == runner.max_iters):
@@ -114,14 +133,12 @@ class PosfieldRunHook(Hook):
         checkpoint["posfield"] = {"wall_time_s": self._elapsed_s()}
 
     def after_train(self, runner: Any) -> None:
-        """result.json and the figure; where a run was killed between its last checkpoint and its validation, that comes first."""
-        if not self.metrics and runner.val_loop is not None and not (Path(runner.work_dir) / FILE_NAME).is_file():
-            runner.val_loop.run()
+        """result.json and the figure."""
         if not is_main_process() or not self.metrics:
             return
         from seg_plugin.figures import leave_figure
 
-        leave_figure(_model(runner), runner.val_dataloader, self.folder / "figures")
+        leave_figure(_model(runner), runner.val_dataloader.dataset, self.folder / "figures")
         evaluators = runner.val_loop.evaluator.metrics
         per_class: dict[str, float] = next((metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {})
         assert self.origin is not None
@@ -151,8 +168,41 @@ class PosfieldRunHook(Hook):
             file.write(json.dumps(line) + "\n")
 
 
+class StopHook(Hook):
+    """Save and leave when a signal asks for it. :func:`seg_plugin.run.train` adds it; in MMSegmentation's launchers it is not."""
+
+    priority = "LOWEST"  # after the schedules have stepped and CheckpointHook has saved, if it does
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+
+    def after_train_iter(self, runner: Any, batch_idx: int, *_: Any, **__: Any) -> None:
+        """Between two iterations."""
+        self._stop(runner, batch_idx + 1)
+
+    def after_val_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        """Between two images of a validation, which the resumed run begins again."""
+        self._stop(runner, runner.iter)
+
+    def _stop(self, runner: Any, iteration: int) -> None:
+        if not self.signals.on_any_rank():
+            return
+        saver = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+        if saver.filename_tmpl.format(iteration) != Path(saver.last_ckpt or "").name:
+            saver._save_checkpoint_with_step(runner, iteration, meta={"epoch": runner.epoch, "iter": iteration})
+        raise Interrupted(f"{self.signals.received or 'another rank was signalled'}; saved at iteration {iteration}")
+
+
 def _model(runner: Any) -> Any:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _drop_validation(path: Path, iteration: int) -> None:
+    """Of a log: the line of the validation at an iteration."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    told = [json.loads(line) for line in lines]
+    kept = [line for line, of in zip(lines, told) if of["iteration"] != iteration or "loss" in of]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _origin(weights: str | None, saved: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pretrain.overrides import with_overrides
 from pretrain.results.provenance import config_hash
 from seg_plugin import protocol as protocols
 from seg_plugin.config import segmenter_config
-from seg_plugin.data import SPLITS
-from seg_plugin.protocol import ADE20K_IMAGES, SegmentationProtocol
+from seg_plugin.datasets import SPLITS, Layout, dataset_of, image_names
+from seg_plugin.protocol import SegmentationProtocol
 
 # The parts of a config that decide a run's outcome, without what says where things lie and how fast they are read.
 SECTIONS = (
@@ -24,7 +24,7 @@ SECTIONS = (
     "auto_scale_lr",
 )  # fmt: skip
 NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
-NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path")
+NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path", "checkpointing")
 
 
 def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
@@ -47,7 +47,7 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     sections: dict[str, Any] = {name: plain(cfg.get(name)) for name in SECTIONS}
-    sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path")}
+    sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path", "freeze")}
     sections["train_dataloader"]["batch_size"] *= processes
     sections["load_from"] = None if cfg.get("resume") else cfg.get("load_from")
     return sections
@@ -63,27 +63,38 @@ def deviations(cfg: Config, values: Mapping[str, Any], flags: Mapping[str, Any],
     """
     declared = declared_protocol(values)
     changed = protocols.deviations(declared)
+    dataset = dataset_of(declared)
     classes = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes", ())
-    suffix = cfg.train_dataloader.dataset.img_suffix
-    made = segmenter_config(declared, cfg.model.backbone.name, backbone_flags=flags, classes=classes, img_suffix=suffix)
+    layout = None if dataset.counts else _layout(cfg)  # one's own folders are as they are
+    made = segmenter_config(declared, cfg.model.backbone.name, backbone_flags=flags, classes=classes, layout=layout)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     expected, found = _flat(recipe(Config(made), 1)), _flat(recipe(cfg, processes))
     for key in sorted(set(expected) | set(found)):
         if expected.get(key) != found.get(key):
             changed[key] = [expected.get(key), found.get(key)]
-    for split, count in ADE20K_IMAGES.items():
+    for split, count in zip(SPLITS, dataset.counts or ()):
         if (here := len(images(cfg, split))) != count:
             changed[f"{split}_images"] = [count, here]
     if flags:
         changed["backbone_flags"] = [{}, dict(flags)]
-    return changed
+    return {**changed, **protocols.not_swept(declared)}
 
 
 def images(cfg: Config, split: str) -> list[str]:
     """Names of the images of ``training`` or ``validation``, sorted."""
-    dataset = cfg.train_dataloader.dataset if split == "training" else cfg.val_dataloader.dataset
-    folder = Path(dataset.get("data_root") or "") / dataset.data_prefix.img_path
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{dataset.img_suffix}"))
+    return image_names(Path(cfg.train_dataloader.dataset.get("data_root") or ""), _layout(cfg), split)
+
+
+def _layout(cfg: Config) -> Layout:
+    """What lies where, as the config's loaders say."""
+    training, validation = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
+    return Layout(
+        images=(training.data_prefix.img_path, validation.data_prefix.img_path),
+        masks=(training.data_prefix.seg_map_path, validation.data_prefix.seg_map_path),
+        lists=(training.get("ann_file", ""), validation.get("ann_file", "")),
+        image_suffix=training.img_suffix,
+        mask_suffix=training.seg_map_suffix,
+    )
 
 
 def identity(cfg: Config, flags: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
@@ -92,13 +103,16 @@ def identity(cfg: Config, flags: Mapping[str, Any], weights_hash: str | None, pr
     Args:
         flags: the resolved flags of the backbone (``ViT.flags``).
     """
-    settings = {**recipe(cfg, processes), "backbone_flags": dict(flags)}
     names = json.dumps([images(cfg, split) for split in SPLITS])
+    settings = {
+        **recipe(cfg, processes),
+        "backbone_flags": dict(flags),
+        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],  # so that runs on different data are no seeds of one
+    }
     return {
         "config_hash": config_hash(settings),
         "seed": cfg.randomness.get("seed"),
         "weights_hash": weights_hash,
-        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
         "settings": settings,
     }
 

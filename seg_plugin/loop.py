@@ -3,9 +3,10 @@
 import itertools
 from typing import Any
 
-from mmengine.dataset import InfiniteSampler
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import LOOPS
+
+from seg_plugin.sampler import PosfieldSampler
 
 
 @LOOPS.register_module()
@@ -18,9 +19,8 @@ class PosfieldTrainLoop(IterBasedTrainLoop):
     def run(self) -> Any:
         """Train from the current iteration to the last; the model."""
         sampler = self.dataloader.sampler
-        if self._iter and isinstance(sampler, InfiniteSampler):
-            passed = self._iter * self.dataloader.batch_size
-            sampler.indices = itertools.islice(sampler._indices_of_rank(), passed, None)
+        if self._iter and isinstance(sampler, PosfieldSampler):
+            sampler.start = self._iter * self.dataloader.batch_size
             # The loop above us advances its iterator by k before it starts.
             self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), iter(self.dataloader))
         return super().run()

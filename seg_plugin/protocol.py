@@ -1,17 +1,15 @@
-"""The ADE20K fine-tuning protocol: every number of it, once.
+"""The ADE20K fine-tuning protocol: every number of it, once; and what other data sets change in it.
 
 A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: the paper's appendix B.3; "Segmenter":
-its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation": that library's ADE20K config; "ours" where none says.
+its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation": that library's config of the data set; "ours": none.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain import overrides as settings
 from pretrain.errors import UserError
-
-ADE20K_IMAGES = {"training": 20_210, "validation": 2_000}
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,36 @@ class SegmentationProtocol:
     slide_stride_px: int = 480
 
 
-NAMES = ("ade20k-160k",)
+# ADE20K's alone is the paper's (B.3). The others are ours: its recipe, with the lengths and sizes that the data set's users know.
+_VOC = dict(iterations_it=40_000, val_interval_it=4_000, num_classes=21, reduce_zero_label=False)  # MMSegmentation: schedule_40k
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "ade20k-160k": {},
+    "voc2012-40k": _VOC,
+    "voc2012aug-40k": _VOC,
+    "cityscapes-80k": dict(
+        iterations_it=80_000,  # Segmenter, as batch, crop and windows
+        val_interval_it=8_000,
+        batch_size=8,
+        resize_px=(2048, 1024),  # MMSegmentation: the images' own size
+        crop_px=768,
+        slide_crop_px=768,
+        slide_stride_px=512,
+        num_classes=19,
+        reduce_zero_label=False,
+    ),
+    "own-160k": dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
+}
+OWN = "own-160k"
+NAMES = tuple(PROTOCOLS)
+OF_THE_DATA = ("num_classes", "reduce_zero_label")  # on one's own data these describe the masks, and are no departure
+SWEEP = "sweep"
 
 
 def protocol(name: str = "ade20k-160k") -> SegmentationProtocol:
     """The named protocol."""
-    if name not in NAMES:
+    if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(NAMES)}")
-    return SegmentationProtocol(name=name)
+    return replace(SegmentationProtocol(name=name), **PROTOCOLS[name])
 
 
 def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> SegmentationProtocol:
@@ -115,4 +135,12 @@ def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
     """
     full = protocol(run.name)
     within = {"lr": run.lr in full.lr_grid, "weight_decay": run.weight_decay in full.weight_decay_grid}
+    within |= dict.fromkeys(OF_THE_DATA, run.name == OWN)
     return {key: pair for key, pair in settings.differences(full, run).items() if not within.get(key, False)}
+
+
+def not_swept(run: SegmentationProtocol) -> dict[str, list[Any]]:
+    """What every single run departs in: the protocol's result is the best of its grid (:mod:`seg_plugin.sweep`)."""
+    full = protocol(run.name)
+    n_settings = len(full.lr_grid) * len(full.weight_decay_grid)
+    return {SWEEP: [f"the best of {n_settings} settings x {full.seeds} seeds", "one setting, one seed"]}

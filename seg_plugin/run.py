@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +11,23 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
+from pretrain import distributed
 from pretrain.build import build_backbone
-from pretrain.errors import UserError
+from pretrain.device import choose_device
+from pretrain.errors import Interrupted, UserError
 from pretrain.results.provenance import file_hash
 from pretrain.results.schema import FILE_NAME
+from pretrain.signals import StopSignals
+from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import processes, segmenter_config
-from seg_plugin.data import check_masks, class_names, find_root, image_suffix
-from seg_plugin.hooks import SETTINGS_FILE
+from seg_plugin.data import check_masks
+from seg_plugin.datasets import locate
+from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.identity import first_difference, identity
+from seg_plugin.processes import end_workers
 from seg_plugin.protocol import SegmentationProtocol
 
 CONFIG_FILE = "config.py"
@@ -32,7 +40,7 @@ class SegmentationRun:
     Attributes:
         backbone: registry name.
         weights: checkpoint of the backbone, none for random initialisation.
-        data: folder in ADE20K's layout (:mod:`seg_plugin.data`), or the one around its ``ADEChallengeData2016``.
+        data: folder of the data set whose protocol it is (:mod:`seg_plugin.datasets`), or the one around it.
         output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
@@ -57,21 +65,23 @@ def config(run: SegmentationRun) -> Config:
     Raises:
         UserError: what is wrong with the data folder or the numbers, by name.
     """
-    root = find_root(run.data)
+    data = locate(run.data, run.protocol)
     values = segmenter_config(
         run.protocol,
         run.backbone,
         weights=run.weights,
         backbone_flags=run.backbone_flags,
-        data_root=root,
-        classes=class_names(root, run.protocol.num_classes),
-        img_suffix=image_suffix(root),
+        data_root=data.root,
+        classes=data.classes,
+        layout=data.layout,
         seed=run.seed,
         workers=run.workers,
     )
     values["work_dir"] = str(run.output)
-    # The file name is that of the saved copy; torchrun sets the variable.
-    values["launcher"] = "pytorch" if "TORCHELASTIC_RUN_ID" in os.environ else "none"
+    # "pytorch" means several processes; torchrun, or tools/submit.py, has told each its rank.
+    values["launcher"] = "pytorch" if "RANK" in os.environ else "none"
+    values["model_wrapper_cfg"] = {"type": "PosfieldDataParallel"}
+    # The file name is that of the saved copy.
     return Config(values, cfg_text="made by seg_plugin.run\n", filename=CONFIG_FILE)
 
 
@@ -86,32 +96,60 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     Raises:
         UserError: bad data, weights or settings; a folder that holds a run with other settings, or, without ``resume``, the
             checkpoint of an unfinished one.
+        FloatingPointError: a loss is no number.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
-        raise UserError(f"{told}, but torchrun did not start this one: unset them, or use torchrun")
+        raise UserError(f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py")
     if _is_finished(run, cfg):
-        print(f"{output} holds this run already, finished: nothing to do")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
-    if cfg.launcher != "none" and not torch.cuda.is_available():
-        raise UserError("device: mmengine runs several processes on CUDA devices only, and torch sees none")
     # A bad validation mask would otherwise be met only after hours; a training mask is met, by CheckLabels, in the first epoch.
-    check_masks(find_root(run.data), "validation", run.protocol)
-    checkpoint = find_latest_checkpoint(str(output)) if output.is_dir() else None
+    check_masks(locate(run.data, run.protocol), "validation", run.protocol)
+    checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
-        checkpoint = str(output / Path(checkpoint).name)  # the folder may have been moved since
         if not resume:
-            raise UserError(f"output: {output} holds an unfinished run ({Path(checkpoint).name}); go on with it by --resume")
-        cfg.resume, cfg.load_from = True, checkpoint
+            raise UserError(f"output: {output} holds an unfinished run ({checkpoint.name}); go on with it by --resume")
+        cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
-        with on_device(run.device):
-            Runner.from_cfg(cfg).train()
+        with on_device(run.device), StopSignals() as signals:
+            distributed.start(choose_device(run.device).type)  # before mmengine, which knows neither gloo nor a task's only GPU
+            runner = Runner.from_cfg(cfg)
+            runner.register_hook(StopHook(signals))
+            try:
+                runner.train()
+            finally:
+                end_workers(runner)
+        distributed.barrier()  # until the main process has written the result
+        distributed.stop()
+    except Interrupted:
+        distributed.stop()  # all ranks end here; where one alone fails, to leave the group could mean to wait for the others
+        raise
     except UserError as error:  # from a data-loading process it comes with that process's traceback: its last line is ours
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
     return output / FILE_NAME
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; mmengine writes into the file itself, so that a killed one can leave a part of it.
+
+    Raises:
+        UserError: names the newest, where none is whole.
+    """
+    found = {int(name[1]): path for path in folder.glob("iter_*.pth") if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))}
+    paths = [found[iteration] for iteration in sorted(found, reverse=True)]
+    for path in paths:
+        if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
+            return path
+        distributed.say(f"passed over: {path} was not written to its end")
+    if paths:
+        raise UserError(f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew")
+    return None
 
 
 def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
@@ -121,7 +159,8 @@ def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
         if (Path(run.output) / FILE_NAME).is_file():
             raise UserError(f"output: {run.output} holds the result of another kind of run; choose another folder")
         return False
-    vit = build_backbone(run.backbone, run.weights, **run.backbone_flags)
+    flags = {key: value for key, value in run.backbone_flags.items() if key not in OF_THE_RUN}
+    vit = build_backbone(run.backbone, run.weights, **flags)
     weights_hash = file_hash(run.weights) if run.weights else None
     ours = identity(cfg, vit.flags, weights_hash, processes())
     difference = first_difference(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))

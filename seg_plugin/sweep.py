@@ -1,24 +1,39 @@
-"""The protocol's sweep (B.3): every lr and weight decay of the grid, several seeds each; the best by mean mIoU."""
+"""The protocol's sweep (B.3): every lr and weight decay of the grid, several seeds each; its result is the best by mean mIoU.
 
-import json
-import shutil
+The runs are folders of their own, ``output/points/lr_LR_wd_WD/seed_N``, in any order and on any machines. Whichever ends last finds
+the results of all the others and writes ``output/result.json``; two that end at once write the same bytes.
+"""
+
+import os
+import statistics
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from pretrain.errors import UserError
-from pretrain.results.schema import FILE_NAME, read_result
+import torch
+
+from pretrain.errors import Interrupted, UserError
+from pretrain.jobs import Processes, Stage, interruptible, run_jobs
+from pretrain.results.provenance import config_hash, file_hash
+from pretrain.results.runs import POINTS
+from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
+from seg_plugin.config import processes
+from seg_plugin.hooks import SETTINGS_FILE
+from seg_plugin.protocol import SWEEP
 from seg_plugin.run import SegmentationRun, train
 
 
 def points(run: SegmentationRun) -> list[SegmentationRun]:
-    """The runs of the grid, in ``output/points/lr_LR_wd_WD/seed_N``; seeds count up from ``run.seed``."""
+    """The runs of the grid, the seeds of a setting beside each other; seeds count up from ``run.seed``."""
     return [
         replace(
             run,
             protocol=replace(run.protocol, lr=lr, weight_decay=weight_decay),
             seed=seed,
-            output=Path(run.output) / "points" / f"lr_{lr:g}_wd_{weight_decay:g}" / f"seed_{seed}",
+            output=Path(run.output) / POINTS / f"lr_{lr:g}_wd_{weight_decay:g}" / f"seed_{seed}",
         )
         for lr in run.protocol.lr_grid
         for weight_decay in run.protocol.weight_decay_grid
@@ -26,42 +41,153 @@ def points(run: SegmentationRun) -> list[SegmentationRun]:
     ]
 
 
-def sweep(run: SegmentationRun, resume: bool = False, index: int | None = None) -> Path:
-    """Run the whole grid and leave ``sweep.json`` (returned), with the best setting's results in ``best/seed_N``.
+def run_point(run: SegmentationRun, index: int) -> Path:
+    """Run one of :func:`points`, going on where it stopped, and conclude the sweep if it was the last.
 
-    Runs that are finished already are not run again.
+    Returns:
+        the sweep's ``result.json`` where it is whole, else this run's.
+
+    Raises:
+        UserError: no such run, or as :func:`seg_plugin.run.train`.
+    """
+    _check_folder(run)
+    runs = points(run)
+    if not 0 <= index < len(runs):
+        raise UserError(f"sweep: there is no run {index}; the grid has 0 to {len(runs) - 1}")
+    result = train(runs[index], resume=True)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return result
+    try:
+        return conclude(run) or result
+    except UserError as error:  # not this run's fault, which is done
+        warnings.warn(f"the sweep has no result: {error}", stacklevel=2)
+        return result
+
+
+def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> Path:
+    """Run what is left of the grid, ``n_at_once`` at a time, in processes of their own; a run that fails stops no other.
 
     Args:
-        resume: go on with unfinished runs of the grid.
-        index: run this one alone (an array job's number), and return its ``result.json``; the whole sweep, started after all
-            are finished, then only compares.
+        command: runs :func:`run_point`, given the index as one more word.
+
+    Returns:
+        the sweep's ``result.json``.
+
+    Raises:
+        UserError: runs that failed, by name.
+        Interrupted: a SIGTERM ended it, or one of its runs; start it again.
+    """
+    _check_folder(run)
+    if processes() > 1:
+        raise UserError("--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX")
+    jobs = {}
+    for index, point in enumerate(points(run)):
+        name = str(point.output.relative_to(Path(run.output) / POINTS))
+        jobs[name] = [Stage("run", point.output, [*command, str(index)])]
+    if n_at_once > 1:  # they share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
+    started = Processes()
+    devices: SimpleQueue[list[str]] = SimpleQueue()
+    for slot in range(n_at_once):
+        devices.put(_device(slot) if run.device != "cpu" else [])
+
+    def launch(words: Sequence[str], log: Path, seconds: float) -> int | None:
+        device = devices.get()
+        try:
+            return started.launch([*device, *words], log, seconds)
+        finally:
+            devices.put(device)
+
+    with interruptible():
+        ended = run_jobs(jobs, n_at_once, float("inf"), launch, started)
+    if failed := [name for name, how in ended.items() if how == "failed"]:
+        logs = Path(run.output) / POINTS
+        raise UserError(f"sweep: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {logs}, RUN.log)")
+    if left := [name for name, how in ended.items() if how == "left"]:
+        raise Interrupted(f"{len(left)} of {len(jobs)} runs are left: start it again")
+    result = conclude(run)
+    assert result is not None, "every run has ended and left its result"
+    return result
+
+
+def _device(slot: int) -> list[str]:
+    """The words that give a command one GPU, by turns; none where there is none, or one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return ["env", f"CUDA_VISIBLE_DEVICES={names[slot % len(names)]}"] if len(names) > 1 else []
+
+
+def _check_folder(run: SegmentationRun) -> None:
+    if (Path(run.output) / SETTINGS_FILE).is_file():
+        raise UserError(f"output: {run.output} holds a single run; a sweep takes a folder of its own")
+
+
+def status(run: SegmentationRun) -> str:
+    """One line a run: its index, its folder, and its mIoU where it is finished."""
+    lines = []
+    for index, point in enumerate(points(run)):
+        done = (point.output / FILE_NAME).is_file()
+        lines.append(f"{index:3d}  {point.output}  {read_result(point.output).metrics['miou']:.2f}" if done else
+                     f"{index:3d}  {point.output}  -")  # fmt: skip
+    return "\n".join(lines)
+
+
+def conclude(run: SegmentationRun) -> Path | None:
+    """Write the sweep's ``result.json`` once every run of the grid has left its own; None before that.
+
+    Raises:
+        UserError: runs that are not of one sweep: of other weights, or of another recipe.
     """
     runs = points(run)
-    if index is not None:
-        if not 0 <= index < len(runs):
-            raise UserError(f"sweep: there is no run {index}; the grid has 0 to {len(runs) - 1}")
-        return train(runs[index], resume)
-    results = [(point, train(point, resume)) for point in runs]
-    seeds = run.protocol.seeds
-    table = [_row(results[first : first + seeds]) for first in range(0, len(results), seeds)]
-    best = max(table, key=lambda row: row["mean_miou"])
-    for seed, folder in best["runs"].items():
-        target = Path(run.output) / "best" / f"seed_{seed}"
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(run.output) / folder / FILE_NAME, target / FILE_NAME)
-    path = Path(run.output) / "sweep.json"
-    path.write_text(json.dumps({"best": best, "grid": table}, indent=2) + "\n", encoding="utf-8")
-    return path
+    if not all((point.output / FILE_NAME).is_file() for point in runs):
+        return None
+    results = [read_result(point.output) for point in runs]
+    weights_hash = file_hash(run.weights) if run.weights else None
+    for point, result in zip(runs, results):
+        if result.weights_hash != weights_hash:
+            raise UserError(f"sweep: {point.output} is a run of other weights than {run.weights}; remove it and start again")
+        if _departures(result) != _departures(results[0]):
+            raise UserError(f"sweep: {point.output} and {runs[0].output} follow different recipes; remove one and start again")
+    return write_result(_summary(runs, results), run.output)
 
 
-def _row(results: list[tuple[SegmentationRun, Path]]) -> dict[str, Any]:
-    """One setting of the grid: its seeds' mIoU in percent, and their mean."""
-    protocol = results[0][0].protocol
-    miou = {str(point.seed): read_result(path).metrics["miou"] for point, path in results}
-    return {
-        "lr": protocol.lr,
-        "weight_decay": protocol.weight_decay,
-        "miou": miou,
-        "mean_miou": sum(miou.values()) / len(miou),
-        "runs": {str(point.seed): str(Path(*Path(point.output).parts[-3:])) for point, _ in results},
-    }
+def _departures(result: Result) -> dict[str, list[Any]]:
+    """In what a run departs from the protocol beside its place in the grid; a grid that is changed says so by ``lr_grid``."""
+    return {key: pair for key, pair in result.protocol.deviations.items() if key not in (SWEEP, "lr", "weight_decay")}
+
+
+def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
+    """The best setting's result over its seeds, with every setting's under ``grid``."""
+    seeds = runs[0].protocol.seeds
+    settings = [slice(first, first + seeds) for first in range(0, len(runs), seeds)]
+    means = [statistics.fmean(result.metrics["miou"] for result in results[setting]) for setting in settings]
+    chosen = settings[means.index(max(means))]
+    best, of_seeds = runs[chosen][0].protocol, results[chosen]
+    deviations = _departures(of_seeds[0])
+    grid = {f"lr {runs[s][0].protocol.lr:g}, weight decay {runs[s][0].protocol.weight_decay:g}": s for s in settings}
+    memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
+    metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
+    classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
+    per_class = {name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"]) for name in classes}
+    return replace(
+        of_seeds[0],
+        protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
+        metrics={
+            **metrics,
+            **_scores(runs[chosen], of_seeds),
+            "iou": per_class,
+            "grid": {name: _scores(runs[setting], results[setting]) for name, setting in grid.items()},
+        },
+        config_hash=config_hash({"sweep": sorted({result.config_hash for result in results})}),
+        wall_time_s=sum(result.wall_time_s for result in results),
+        peak_memory_mib=max(memory, default=None),
+        created=max(result.created for result in results),
+    )
+
+
+def _scores(runs: list[SegmentationRun], results: list[Result]) -> dict[str, Any]:
+    """One setting: its numbers, and the mIoU in percent: mean, sample standard deviation, and that of each seed."""
+    miou = {str(run.seed): result.metrics["miou"] for run, result in zip(runs, results)}
+    spread = {"miou_std": statistics.stdev(miou.values())} if len(miou) > 1 else {}
+    setting = {"lr": runs[0].protocol.lr, "weight_decay": runs[0].protocol.weight_decay, "seeds": len(miou)}
+    return {"miou": statistics.fmean(miou.values()), **spread, "miou_by_seed": miou, **setting}

@@ -80,3 +80,31 @@ def rle_of_box(width: int, height: int, x: int, y: int, w: int, h: int) -> dict:
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, len(flat)]).tolist()
     return {"size": [height, width], "counts": [0, *counts] if flat[0] else counts}
+
+
+def edit(file: Path, change) -> None:
+    """Let ``change`` change an annotation file's content in place."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def relayout(root: Path, layout: str) -> Path:
+    """Rename a fresh set's files into another layout; what ``locate`` takes for it."""
+    for split in ("train", "val"):
+        folder, file = root / f"{split}2017", annotation_file(root, split)
+        if layout == "roboflow":
+            folder = folder.rename(root / ("valid" if split == "val" else split))
+            file.rename(folder / "_annotations.coco.json")
+        elif layout in ("plain", "plain instances"):
+            folder.rename(root / split)
+            file.rename(file.with_name(f"{split}.json" if layout == "plain" else f"instances_{split}.json"))
+        elif layout == "yaml":
+            (root / "mine").mkdir(exist_ok=True)
+            folder.rename(root / "mine" / f"pictures {split}")
+            file.rename(root / "mine" / f"{split}ing.json")
+    if layout != "yaml":
+        return root
+    lines = (f"{s}: {{annotations: mine/{s}ing.json, images: mine/pictures {s}}}\n" for s in ("train", "val"))
+    (root / "data.yaml").write_text("".join(lines))
+    return root / "data.yaml"

@@ -1,9 +1,14 @@
-"""What both files of Detectron2's tests start from."""
+"""What the files of Detectron2's tests start from."""
 
+import json
 from pathlib import Path
 
 import torch
+from detectron2.config import LazyConfig
 
+from det_plugin.departures import protocol_in
+from det_plugin.protocol import with_overrides
+from det_plugin.run import DetectionRun
 from pretrain.build import build_backbone
 from pretrain.weights import save_backbone
 
@@ -27,3 +32,31 @@ def save_pretrained(path):
     model = randomise(build_backbone(TINY, mask_tokens=True, **FIELD))
     said = {"method": "ours", "effective_epochs": 3}
     return save_backbone(path, model.state_dict(), name=TINY, flags=model.flags, provenance=said)
+
+
+def toy_run(folder, coco, weights, **changes):
+    """Four iterations of configs/det/toy.py on the fixture's three classes; ``changes`` are fields of the protocol."""
+    small = dict(iterations_it=4, milestones_it=(3,), eval_period_it=2, num_classes=3)
+    recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
+    return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)
+
+
+def metrics_lines(folder):
+    """A run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a, b):
+    """Nested dicts and lists of tensors and plain values, to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert a == b

@@ -7,7 +7,17 @@ from dataclasses import asdict, fields
 import pytest
 
 from det_plugin.layer_decay import lr_rate, no_decay
-from det_plugin.protocol import LR, PROTOCOLS, DetectionProtocol, check, deviations, protocol, with_overrides
+from det_plugin.protocol import (
+    LR,
+    PROTOCOLS,
+    DetectionProtocol,
+    check,
+    deviations,
+    n_share,
+    other_images,
+    protocol,
+    with_overrides,
+)
 from pretrain.errors import UserError
 
 
@@ -116,11 +126,20 @@ def test_every_field_is_a_deviation_when_changed():
     ("detections_per_image", 0), ("flip", 1.5), ("drop_path", -0.1), ("layer_decay", 2.0), ("nms", 1.1), ("lr", -1.0),
     ("weight_decay", -0.1), ("milestones_it", (5, 3)), ("milestones_it", (22_129,)), ("milestones_it", (0,)),
     ("warmup_it", 22_129), ("warmup_it", -1), ("jitter_scale", (2.0, 0.1)), ("jitter_scale", (0.0, 1.0)),
-    ("rpn_thresholds", (0.7, 0.3)),
+    ("rpn_thresholds", (0.7, 0.3)), ("train_share", 0.0), ("train_share", 1.1), ("amp_dtype", "float8"), ("window_size", -1),
+    ("global_blocks", 0), ("score_threshold", 2.0), ("pixel_std", (1.0, 0.0, 1.0)), ("betas", (0.9, 1.0)),
 ])  # fmt: skip
 def test_impossible_numbers_are_named(key, value):
     with pytest.raises(UserError, match=rf"protocol: {key}=.* must be "):
         check(with_overrides(DetectionProtocol(), {key: value}))
+
+
+def test_a_share_of_coco_is_full_with_its_own_number_of_images():
+    """117,266 images of train2017 have an object that is no crowd."""
+    assert (n_share(117_266, 1.0), n_share(117_266, 0.1), n_share(3, 0.1)) == (117_266, 11_727, 1)
+    assert other_images(117_266, 5_000) == other_images(11_727, 5_000, 0.1) == {}
+    assert other_images(117_266, 5_000, 0.1) == {"train_images": [11_727, 117_266]}
+    assert other_images(None, 40) == {"train_images": [117_266, None], "val_images": [5_000, 40]}
 
 
 def test_layer_decay_table():

@@ -1,6 +1,8 @@
 """The protocol on Detectron2: our backbone and our numbers inside its own classes. Skipped where it is not installed."""
 
 import copy
+import itertools
+import json
 import math
 import os
 import warnings
@@ -12,21 +14,30 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
-from coco_fixture import write_coco
+from coco_fixture import annotation_file, rle_of_box, write_coco
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import transforms as T
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.datasets import load_coco_json
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import FIELD, TINY, TOY, randomise, save_pretrained
 
 from det_plugin.backbone import RegistryBackbone
-from det_plugin.coco_catalog import coco_dicts, dataset_name
+from det_plugin.bfloat16 import BFloat16RCNN
+from det_plugin.coco_catalog import CocoMapper, coco_dicts, dataset_name
+from det_plugin.departures import departures
+from det_plugin.detectron2_loader import TrainLoader
 from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.lazy import config
 from det_plugin.optim import ClippedAdamW
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.saved_config import leaves
+from det_plugin.torchvision_engine.coco import read_split
+from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -49,6 +60,7 @@ ODD = with_overrides(
         rpn_post_nms=(30, 20), rpn_nms=0.65, num_classes=3, roi_threshold=0.45, roi_batch_per_image=13,
         roi_positive_fraction=0.35, box_pool=5, box_convs=2, box_fc=48, mask_pool=6, mask_convs=2,
         box_weights=(9.0, 8.0, 7.0, 6.0), score_threshold=0.15, nms=0.4, detections_per_image=9,
+        amp_dtype="bfloat16", window_size=3, global_blocks=2, freeze_backbone=True, train_share=0.4,
     ),
 )  # fmt: skip
 
@@ -122,6 +134,8 @@ def test_a_file_must_fit_in_every_tensor(tmp_path, edit, named):
     path = save_backbone(tmp_path / "b.safetensors", state, name=TINY, flags=model.flags)
     with pytest.raises(UserError, match=named):
         instantiate(config(ODD, TINY, path).model.backbone.net)
+    with pytest.raises(UserError, match=r"b\.safetensors.*vit_tiny|192"):
+        RegistryBackbone("vit_small_patch16", path, **ON)  # of another width
     with pytest.raises(UserError, match="patch_size=8"):
         RegistryBackbone(TINY, patch_size=8, depth=1, **ON)
 
@@ -145,9 +159,14 @@ def test_detectron2s_checkpointer_leaves_the_weights_and_may_not_half_load_them(
 # --- the protocol's numbers
 
 
-def numbers_of(cfg, model, optimizer):
+def numbers_of(cfg):
     """Every field of the protocol, read back from what Detectron2 made of the config."""
+    model = instantiate(cfg.model)
     rpn, heads, pyramid = model.proposal_generator, model.roi_heads, model.backbone
+    is_frozen = not any(p.requires_grad for p in pyramid.net.vit.parameters())
+    cfg.optimizer.params.model = model.requires_grad_()  # else a frozen backbone has no learning rates to look at
+    optimizer, train_share = instantiate(cfg.optimizer), cfg.dataloader.train.dataset.share
+    cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
     resize = instantiate(cfg.dataloader.test.mapper).augmentations.augs[0]
     schedule, last_it = instantiate(cfg.lr_multiplier), cfg.train.max_iter
@@ -172,14 +191,19 @@ def numbers_of(cfg, model, optimizer):
         layer_decay=max(r for g in groups if (r := g["lr"] / max(h["lr"] for h in groups)) < 0.999),
         drop_path=pyramid.net.vit.blocks[-1].drop_path.rate,
         clip_grad=optimizer.max_norm if isinstance(optimizer, ClippedAdamW) else 0.0,
-        amp=cfg.train.amp.enabled,
+        amp=cfg.train.amp.enabled or isinstance(model, BFloat16RCNN),
+        amp_dtype="float16" if cfg.train.amp.enabled else "bfloat16" if isinstance(model, BFloat16RCNN) else None,
         image_size_px=sizes.pop(),
         jitter_scale=(scale.min_scale, scale.max_scale),
         flip=flip.prob,
+        train_share=train_share,
         pixel_mean=model.pixel_mean.flatten().tolist(),
         pixel_std=model.pixel_std.flatten().tolist(),
-        keep_special_tokens=pyramid.net.keep_special_tokens,
-        final_norm=pyramid.net.final_norm,
+        keep_special_tokens=pyramid.net.options.keep_special_tokens,
+        final_norm=pyramid.net.options.final_norm,
+        window_size=pyramid.net.options.window_size,
+        global_blocks=pyramid.net.options.global_blocks,
+        freeze_backbone=is_frozen and pyramid.net.options.freeze,
         pyramid_scales=pyramid.scale_factors,
         channels=pyramid.output_shape()["p4"].channels,
         norm={"LayerNorm": "LN", "GroupNorm": "GN"}[type(pyramid.stages[-1][-1].norm).__name__],
@@ -214,13 +238,15 @@ def built(cfg):
     return model, instantiate(cfg.optimizer)
 
 
-@pytest.mark.parametrize("recipe", [protocol("coco-50ep", TINY), ODD], ids=["full", "odd"])
-def test_every_number_is_the_protocols(recipe):
-    cfg = config(recipe, TINY, backbone_flags=dict(depth=2), workers=0)
-    cfg.dataloader.train.dataset = [{}] * 8
-    cfg.dataloader.train.aspect_ratio_grouping = False  # it hides the loader's batch size
-    got = numbers_of(cfg, *built(cfg))
+@pytest.mark.parametrize("name, changes", [("coco-50ep", {}), ("coco10pct-frozen-12ep", {}), ("odd", {}), ("odd", {"amp": True})])
+def test_every_number_is_the_protocols(name, changes):
+    recipe = with_overrides(ODD if name == "odd" else protocol(name, TINY), changes)
+    cfg = config(recipe, TINY, backbone_flags=dict(depth=4 if recipe.window_size == 0 else 2), workers=0)
+    got = numbers_of(cfg)
     assert got.keys() == {f.name for f in fields(DetectionProtocol)} - {"name", "version"}
+    if not recipe.amp:
+        assert got.pop("amp_dtype") is None  # without mixed precision there is no other type
+    assert cfg.train.ddp.fp16_compression == (recipe.amp and recipe.amp_dtype == "float16")
     for name, value in got.items():
         expected = getattr(recipe, name)
         expected = list(expected) if isinstance(expected, tuple) else expected
@@ -285,6 +311,45 @@ def test_the_schedule_is_the_torchvision_engines(recipe):
             config(with_overrides(recipe, {field: value}), TINY)
 
 
+@pytest.mark.parametrize(
+    "changes, unused",
+    [
+        ({}, set()),
+        (dict(window_size=3, global_blocks=2), set()),
+        (dict(keep_special_tokens=False), {"cls_token", "reg_token", "cls_pos"}),
+        (dict(freeze_backbone=True), None),
+    ],
+)
+def test_the_optimizer_holds_what_learns_and_nothing_else(changes, unused):
+    cfg = config(with_overrides(protocol("coco-12ep", TINY), changes), TINY, backbone_flags=FIELD)
+    model, optimizer = built(cfg)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == {p for p in model.parameters() if p.requires_grad}
+    frozen = {name.removeprefix("backbone.net.vit.") for name, p in model.named_parameters() if p not in held}
+    assert frozen == ({name for name, _ in model.backbone.net.vit.named_parameters()} if unused is None else unused)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    expected = {cfg.optimizer.lr} if unused is None else {cfg.optimizer.lr * 0.7**k for k in range(4)}
+    assert sorted(rates) == pytest.approx(sorted(expected))
+
+
+def test_bfloat16_is_the_models_own_affair(toy):
+    """Under any launcher; on the CPU, and in evaluation, it is Detectron2's detector."""
+    recipe = with_overrides(protocol("coco-12ep", TINY), {"amp_dtype": "bfloat16"})
+    cfg = config(recipe, TINY, backbone_flags=dict(depth=1))
+    assert not cfg.train.amp.enabled and isinstance(instantiate(cfg.model), BFloat16RCNN)
+    assert departures(cfg) == {"amp_dtype": ["float16", "bfloat16"], "backbone_flags": [{}, {"depth": 1}]}
+    losses = []
+    for target in (GeneralizedRCNN, BFloat16RCNN):
+        torch.manual_seed(0)
+        toy.model._target_ = target
+        model, boxes = instantiate(toy.model), Boxes(torch.tensor([[10.0, 10, 60, 60]]))
+        masks = PolygonMasks([[np.array([10.0, 10, 60, 10, 60, 60, 10, 60])]])
+        instances = Instances((128, 128), gt_boxes=boxes, gt_classes=torch.tensor([1]), gt_masks=masks)
+        with EventStorage():
+            losses.append(model([{"image": torch.ones(3, 128, 128), "instances": instances}]))
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+
 def test_clipping_bounds_the_norm_of_all_gradients():
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     for p in parameters:
@@ -316,13 +381,12 @@ def test_polygons_and_rles_are_read_and_cropped(toy, coco):
     dicts = coco_dicts(coco, "train", 3, filter_empty=True)
     assert len(dicts) == 5 and len(coco_dicts(coco, "val", 3, filter_empty=False)) == 4
     assert {a["category_id"] for d in dicts for a in d["annotations"]} == {0, 1, 2}
-    assert [a["iscrowd"] for a in dicts[0]["annotations"]] == [0, 0, 1]
     mapper, kinds = instantiate(toy.dataloader.train.mapper), set()
     np.random.seed(0)
     for d in dicts * 4:
         sample = mapper(d)
         instances, (height, width) = sample["instances"], sample["image"].shape[1:]
-        has_rle = any(isinstance(a["segmentation"], dict) for a in d["annotations"] if not a["iscrowd"])
+        has_rle = any(isinstance(a["segmentation"], dict) for a in d["annotations"])
         kinds.add(type(instances.gt_masks))
         assert type(instances.gt_masks) is (BitMasks if has_rle else PolygonMasks)
         assert max(height, width) <= 128 and len(instances) <= 2  # the crowd is left out
@@ -345,8 +409,81 @@ def test_data_that_is_not_there_or_does_not_fit_is_named(tmp_path, coco, monkeyp
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=r"DETECTRON2_DATASETS"):
             dataset_name(None, "val")
-        write_coco(tmp_path / "datasets" / "coco")
-        assert dataset_name(None, "val") == "coco_2017_val"
+        data = write_coco(tmp_path / "datasets" / "coco")
+        assert dataset_name(None, "val") == dataset_name(data, "val")
+
+
+def test_the_samples_are_those_of_detectron2s_own_reader(toy, coco):
+    theirs = filter_images_with_only_crowd_annotations(
+        load_coco_json(annotation_file(coco, "train"), coco / "train2017", "fixture")
+    )
+    ours, mapper = coco_dicts(coco, "train", 3, filter_empty=True), instantiate(toy.dataloader.train.mapper)
+    for d in theirs:
+        d["annotations"] = [a for a in d["annotations"] if not a["iscrowd"]]
+    assert len(ours) == len(theirs) == 5
+    for pair in zip(ours, theirs):
+        samples = []
+        for d in pair:
+            np.random.seed(3)
+            samples.append(mapper(d))
+        mine, other = samples
+        assert mine.keys() == other.keys() and torch.equal(mine["image"], other["image"])
+        assert torch.equal(mine["instances"].gt_boxes.tensor, other["instances"].gt_boxes.tensor)
+        assert torch.equal(mine["instances"].gt_classes, other["instances"].gt_classes)
+        area = [x["instances"].gt_masks.area() if hasattr(x["instances"].gt_masks, "area") else x["instances"].gt_masks.tensor.sum()
+                for x in samples]  # fmt: skip
+        assert area[0].tolist() == area[1].tolist()
+
+
+def test_a_share_is_the_torchvision_engines(coco):
+    for share in (0.2, 0.6, 1.0):
+        pictures = read_split(coco, "train", num_classes=3, training=True, share=share).pictures
+        assert [d["image_id"] for d in coco_dicts(coco, "train", 3, True, share)] == [p.id for p in pictures]
+    assert len(coco_dicts(coco, "train", 3, True, 0.6)) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_mapper_names_an_image_that_cannot_be_used(tmp_path, toy, workers):
+    root = write_coco(tmp_path / "coco")
+    path = root / "train2017" / "000000000001.png"
+    path.write_bytes(path.read_bytes()[:80])
+    dicts = coco_dicts(root, "train", 3, filter_empty=True)
+    loader = TrainLoader(dicts, mapper=instantiate(toy.dataloader.train.mapper), total_batch_size=1, num_workers=workers, seed=0)
+    with pytest.raises(UserError) as caught:
+        list(itertools.islice(iter(loader), 5))  # one epoch
+    assert str(caught.value).startswith(f"data: {path} cannot be used: ") and "\n" not in str(caught.value)
+    mapper = instantiate(toy.dataloader.test.mapper)
+    with pytest.raises(UserError, match="Mismatched image shape .*expect"):
+        mapper({**dicts[1], "width": 7})
+    with pytest.raises(UserError, match="No such file"):
+        mapper({**dicts[1], "file_name": str(tmp_path / "gone.png")})
+
+
+def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path, toy):
+    """RLEs of both kinds, a crowd alone, nothing at all, no extent, polygons that leave the image."""
+    root = write_coco(tmp_path / "coco", n_train=7)
+    content = json.loads(annotation_file(root, "train").read_text())
+    by_image = {image["id"]: [a for a in content["annotations"] if a["image_id"] == image["id"]] for image in content["images"]}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    compressed = coco_api().mask.frPyObjects(rle_of_box(*sizes[2], 3, 4, 20, 10), sizes[2][1], sizes[2][0])
+    by_image[2][0].update(segmentation={**compressed, "counts": compressed["counts"].decode()}, bbox=[3, 4, 20, 10])
+    by_image[3][0].update(segmentation=[[-30, -30, 40, -30, 40, 40, -30, 40]], bbox=[-30, -30, 70, 70])
+    by_image[4][0].update(bbox=[5, 5, 0, 9])
+    for a in by_image[5]:
+        a.update(iscrowd=1, segmentation=rle_of_box(*sizes[5], 0, 0, 9, 9))
+    annotation_file(root, "train").write_text(json.dumps(content))
+    dicts = {d["image_id"]: d for d in coco_dicts(root, "train", 3, filter_empty=True)}
+    assert list(dicts) == [1, 2, 3, 4, 6] and len(dicts[4]["annotations"]) == 1
+    assert len(coco_dicts(root, "train", 3, filter_empty=False)) == 7
+    crop = [T.FixedSizeCrop([200, 200], pad=False)]  # of the whole image
+    mapper = CocoMapper(is_train=True, augmentations=crop, image_format="RGB", use_instance_mask=True, recompute_boxes=True)
+    found = {id: mapper(d)["instances"] for id, d in dicts.items()}
+    assert found[2].gt_boxes.tensor[0].tolist() == [3, 4, 23, 14] and int(found[2].gt_masks.tensor[0].sum()) == 200
+    assert found[3].gt_boxes.tensor[0].tolist() == [0, 0, 40, 40]  # clipped, as the torchvision engine does
+    jittered = instantiate(toy.dataloader.train.mapper)
+    with EventStorage():
+        losses = instantiate(toy.model)([jittered(d) for d in dicts.values()])
+    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 ``$DETECTRON2_SRC``: Detectron2's source tree, whose stock launcher is run.
 """
 
-import json
 import math
 import os
 import shutil
@@ -18,14 +17,12 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
 from coco_fixture import write_coco
-from detectron2.config import LazyConfig
-from detectron2_fixture import FIELD, ROOT, TINY, TOY, save_pretrained
+from detectron2.config import LazyConfig, instantiate
+from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.departures import departures, protocol_in
+from det_plugin.departures import departures
 from det_plugin.evaluator import percentages
 from det_plugin.lazy import train
-from det_plugin.protocol import with_overrides
-from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.optim import lr_at
 from det_plugin.trainer import AccumulatingTrainer
 from pretrain.build import build_backbone
@@ -45,11 +42,19 @@ def coco(tmp_path_factory):
     return write_coco(tmp_path_factory.mktemp("data") / "coco")
 
 
-@pytest.mark.parametrize("name", ["vits16_coco_12ep", "vitb16_coco_12ep", "vits16_coco_50ep", "vitb16_coco_50ep"])
+def config_file(name):
+    return LazyConfig.load(str(ROOT / "configs" / "det" / f"mask_rcnn_{name}.py"))
+
+
+SCHEDULES = ("coco_12ep", "coco_50ep", "coco10pct_12ep", "coco10pct_frozen_12ep")
+
+
+@pytest.mark.parametrize("name", [f"vit{size}16_{schedule}" for size in "sb" for schedule in SCHEDULES])
 def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
-    path = str(ROOT / "configs" / "det" / f"mask_rcnn_{name}.py")
-    cfg = LazyConfig.load(path)
-    assert cfg.dataloader.evaluator.protocol == f"coco-{name[-4:]}" and cfg.train.init_checkpoint == ""
+    cfg = config_file(name)
+    its = {"coco-12ep": 22_128, "coco-50ep": 92_187, "coco10pct-12ep": 2_220, "coco10pct-frozen-12ep": 2_220}
+    full_it = its[cfg.dataloader.evaluator.protocol]
+    assert cfg.dataloader.evaluator.protocol == name.split("16_")[1].replace("_", "-") and cfg.train.init_checkpoint == ""
     asked = ["dataloader.root=/data", "train.output_dir=/out", "model.backbone.net.weights=/b.pth", "train.seed=4"]
     cfg = LazyConfig.apply_overrides(cfg, [*asked, "train.device=cpu", "dataloader.train.num_workers=0"])
     assert departures(cfg) == {}
@@ -58,11 +63,28 @@ def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
     cfg = LazyConfig.apply_overrides(cfg, [*edits, "model.backbone.net.depth=2"])
     assert departures(cfg) == {
         "optimizer.lr": [lr, 0.5],
-        "train.max_iter": [{"1": 22_128, "5": 92_187}[name[-4]], 100],
+        "train.max_iter": [full_it, 100],
         "dataloader.train.mapper.augmentations.0.prob": [0.5, 0],
         "train.more": [None, 1],
         "backbone_flags": [{}, {"depth": 2}],
     }
+
+
+def test_another_backbone_or_windows_take_one_override_each():
+    cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
+    assert departures(cfg) == {"optimizer.lr": [3e-4, 1e-4]}  # the file's rate stays, and the protocol has another for ViT-L
+    cfg = LazyConfig.apply_overrides(config_file("vitb16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
+    assert departures(cfg) == {}
+    cfg = LazyConfig.apply_overrides(cfg, ["model.backbone.net.depth=3"])  # only to build it fast
+    model = instantiate(cfg.model)
+    assert model.backbone.stages[-1][-2].in_channels == 1024 and model.backbone.net.vit.n_registers == 4
+    cfg.optimizer.params.model = model
+    rates = sorted({group["lr"] for group in instantiate(cfg.optimizer).param_groups})
+    assert rates == pytest.approx([3e-4 * 0.7**k for k in range(4, -1, -1)])
+    asked = ["model.backbone.net.window_size=14", "model.backbone.net.global_blocks=2"]
+    cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), asked)
+    assert departures(cfg) == {"model.backbone.net.window_size": [0, 14], "model.backbone.net.global_blocks": [4, 2]}
+    assert instantiate(cfg.model.backbone.net).options.window_size == 14
 
 
 def test_percentages_leave_out_what_has_no_objects():
@@ -86,14 +108,16 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     run, file = tmp_path / "run", tmp_path / "backbone.safetensors"
     file.write_bytes(weights.read_bytes())
     asked = [f"dataloader.root={coco}", f"model.backbone.net.weights={file}", "model.roi_heads.num_classes=3"]
-    launch(run, "--config-file", str(TOY), *asked)
+    two = ["--num-gpus", "2"]  # processes, on the CPU
+    launch(run, "--config-file", str(TOY), *two, *asked)
     first = read_result(run)
     assert (first.method, first.effective_epochs, first.seed, first.backbone) == ("ours", 3, 0, TINY)
     assert first.metrics.keys() >= {"box_ap", "mask_ap", "box_ap50", "mask_ap75"} and not first.protocol.full
     changed = first.protocol.deviations
     assert changed["iterations_it"] == [22_128, 20] and changed["backbone_flags"] == [{}, {"depth": 2}]
     assert {key: pair for key, pair in changed.items() if "." in key} == {"model.roi_heads.num_classes": [5, 3]}
-    state = torch.load(run / "model_final.pth", weights_only=True)["model"]
+    whole = torch.load(run / "model_final.pth", weights_only=True)
+    state, optimizer = whole["model"], whole["trainer"]["optimizer"]["state"]
     trained = {k.removeprefix("backbone.net.vit."): v for k, v in state.items() if ".net.vit." in k}
     start = build_backbone(TINY, weights=weights).state_dict()
     assert trained.keys() == start.keys() and not torch.equal(trained["blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"])
@@ -104,22 +128,13 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     half = read_result(tmp_path / "half")
     assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
     assert half.protocol.deviations == {**first.protocol.deviations, "iterations_it": [22_128, 10]}
-    launch(run, "--resume", "--config-file", resolved, "train.max_iter=25")
-    resumed, log = read_result(run), (run / "log.txt").read_text()
-    assert "Starting training from iteration 20" in log and (run / "model_0000019.pth").exists()
-    assert torch.load(run / "model_final.pth", weights_only=True)["iteration"] == 24
-    assert resumed.protocol.deviations == {**first.protocol.deviations, "train.max_iter": [20, 25]}
-    assert resumed.weights_hash == first.weights_hash
-
-
-def toy_run(folder, coco, weights, **changes):
-    small = dict(iterations_it=4, milestones_it=(3,), eval_period_it=2, num_classes=3)
-    recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
-    return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)
-
-
-def metrics_lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (run / "last_checkpoint").write_text("model_0000009.pth")  # as if it had been killed after that
+    launch(run, "--resume", "--config-file", resolved, *two)
+    assert "Starting training from iteration 10" in (run / "log.txt").read_text()
+    again = torch.load(run / "model_final.pth", weights_only=True)
+    assert_equal(again["model"], state), assert_equal(again["trainer"]["optimizer"]["state"], optimizer)
+    assert (again["iteration"], read_result(run).metrics) == (19, first.metrics)
+    assert read_result(run).protocol == first.protocol
 
 
 def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
@@ -182,6 +197,16 @@ def test_our_loop_resumes_and_evaluates_without_the_file(tmp_path, coco, weights
         train(toy_run(tmp_path / "empty", coco, weights), eval_only=True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp_dtype", ["float16", "bfloat16"])
+def test_our_loop_in_mixed_precision(tmp_path, coco, weights, amp_dtype):
+    run = toy_run(tmp_path / "run", coco, weights, amp=True, amp_dtype=amp_dtype)
+    result = read_result(train(replace(run, device="cuda")))
+    assert "amp" not in result.protocol.deviations and ("amp_dtype" in result.protocol.deviations) == (amp_dtype == "bfloat16")
+    scaler = torch.load(run.output / "model_final.pth", weights_only=True)["trainer"]["grad_scaler"]
+    assert bool(scaler) == (amp_dtype == "float16")
+
+
 class Line(torch.nn.Module):
     """The mean square of w . x: a loss that is a mean over the batch."""
 
@@ -200,14 +225,15 @@ def test_accumulated_parts_equal_one_batch_and_nan_stops_the_run():
     for accumulate in (1, 2, 4):
         model = Line()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        AccumulatingTrainer(model, batches, optimizer, accumulate=accumulate, amp=False).train(0, 3)
+        parts = [batch[i : i + 4 // accumulate] for batch in batches for i in range(0, 4, 4 // accumulate)]
+        AccumulatingTrainer(model, parts, optimizer, accumulate=accumulate, amp=False).train(0, 3)
         ends.append(model.w.detach())
     assert not torch.equal(ends[0], Line().w)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(ends[2], ends[0], rtol=1e-12, atol=0)
     model = Line()
-    broken = [batches[0], [x * math.nan for x in batches[1]]]
-    with pytest.raises(FloatingPointError, match=r"iteration=1[\s\S]*loss_a"):
+    broken = [batches[0], batches[0], batches[1], [x * math.nan for x in batches[1]]]
+    with pytest.raises(FloatingPointError, match=r"iteration 1: a loss is no number \(loss_a nan, loss_b"):
         AccumulatingTrainer(model, broken, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2, amp=False).train(0, 2)
     assert torch.isfinite(model.w).all()
 
@@ -227,6 +253,6 @@ def test_another_kind_of_runs_folder_is_refused_and_a_bad_val_split_at_once(tmp_
 
 def test_bad_settings_are_named(tmp_path, coco, weights):
     run = toy_run(tmp_path, coco, weights)
-    for changes, named in [(dict(accumulate=3), "accumulate: 3"), (dict(device="cuda:9"), "cuda:9")]:
+    for changes, named in [(dict(accumulate=3), "1 processes x accumulate=3"), (dict(device="cuda:9"), "cuda:9")]:
         with pytest.raises(UserError, match=named):
             train(replace(run, **changes))

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from coco_fixture import CATEGORIES, annotation_file, polygon_of, rle_of_box, shapes, write_coco
 from PIL import Image
 
@@ -17,8 +18,9 @@ from det_plugin.torchvision_engine import coco_api as api_module
 from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry, jitter, objects_of
 from det_plugin.torchvision_engine.coco import PackedList, Picture, read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
-from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask
+from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, paste_mask
 from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions, stream_index
+from det_plugin.torchvision_engine.masks import Polygons, clip, crop_masks
 from pretrain.errors import UserError
 
 RECIPE = DetectionProtocol(image_size_px=64, num_classes=3)
@@ -172,26 +174,48 @@ def test_pixels_and_points_go_the_same_way():
         assert np.abs(seen[row, column, 1] - (centres[inside, 1] - 0.5)).max() <= tolerance
 
 
+OBJECTS = (0, [polygon_of(7, 10, 8, 30, 40)]), (2, [polygon_of(3, 50, 20, 41, 17), polygon_of(3, 2, 50, 9, 9)])
+
+
 def test_boxes_are_those_of_the_masks():
+    """Polygons give the corners themselves, bitmaps (where an object is an RLE) those of whole pixels."""
     for g in geometries((96, 64)):
-        kinds, polygons = zip(*[(0, [polygon_of(7, 10, 8, 30, 40)]), (2, [polygon_of(3, 50, 20, 41, 17)])])
-        found, classes, masks = objects_of(g, kinds, polygons, coco_api().mask)
-        assert len(found) == len(classes) == len(masks) and masks.shape[1:] == (g.crop[3], g.crop[2])
-        assert np.array_equal(found, boxes_of(masks)) and masks.any(axis=(1, 2)).all()
-        for (x0, y0, x1, y1), kind in zip(found, classes):  # the rectangle's box is the map of its corners, to a pixel
-            if kind == 2:
-                corners = g.points(np.array([(50.0, 20), (91, 37)])).clip(0, g.crop[2:])
-                expected = [*corners.min(axis=0), *corners.max(axis=0)]
-                assert np.abs(np.array([x0, y0, x1, y1]) - expected).max() <= 1
+        found, kinds, polygons = objects_of(g, *zip(*OBJECTS), coco_api().mask)
+        assert len(found) == len(kinds) == len(polygons) and np.array_equal(found, polygons.boxes())
+        for box, kind in zip(found, kinds):
+            points = g.points(np.concatenate(dict(OBJECTS)[kind]).reshape(-1, 2))
+            inside = points.clip(0, g.crop[2:])
+            assert (box[:2] >= inside.min(axis=0) - 1e-4).all() and (box[2:] <= inside.max(axis=0) + 1e-4).all()
+            if (points == inside).all():
+                np.testing.assert_allclose(box, [*points.min(axis=0), *points.max(axis=0)], rtol=1e-6)
+        with_rle = *OBJECTS, (1, encode_mask(np.ones((64, 96), bool)))
+        found, kinds, bitmaps = objects_of(g, *zip(*with_rle), coco_api().mask)
+        assert bitmaps.dtype == torch.uint8 and bitmaps.shape == (len(found), g.crop[3], g.crop[2])
+        assert np.array_equal(found, boxes_of(bitmaps.numpy())) and kinds[-1] == 1 and bitmaps[-1].all()
 
 
 def test_objects_outside_the_crop_are_dropped():
     g = Geometry((100, 100), False, (100, 100), (50, 50, 50, 50))
     inside, outside = [polygon_of(3, 40, 40, 20, 30)], [polygon_of(3, 10, 10, 30, 20)]
     found, classes, masks = objects_of(g, (1, 2), (inside, outside), coco_api().mask)
-    assert found.tolist() == [[0, 0, 10, 20]] and classes.tolist() == [1] and masks.sum() == 200
+    assert found.tolist() == [[0, 0, 10, 20]] and classes.tolist() == [1]
+    assert torch.equal(
+        masks.crop(torch.tensor([0]), torch.tensor([[0.0, 0, 20, 20]]), 10)[0].sum(0), torch.tensor([10.0] * 5 + [0] * 5)
+    )
     nothing, _, masks = objects_of(g, (2,), (outside,), coco_api().mask)
-    assert nothing.shape == (0, 4) and masks.shape == (0, 50, 50)
+    assert nothing.shape == (0, 4) and len(masks) == 0
+    assert masks.crop(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+def test_a_polygon_may_fall_apart_at_the_edge():
+    """A U whose bottom lies outside leaves two parts; one that only touches the edge leaves none; a bow-tie is made valid."""
+    u = np.array([(10, 10), (20, 10), (20, 60), (40, 60), (40, 10), (50, 10), (50, 70), (10, 70)], float).ravel()
+    parts = clip(u, 60, 50)
+    assert sorted(part.reshape(-1, 2)[:, 0].min() for part in parts) == [10, 40]
+    assert clip(u - np.tile([50, 0], 8), 60, 50) == [] and clip(u[:6], 60, 50)
+    assert len(clip(np.array([0.0, 0, 10, 10, 10, 0, 0, 10]), 60, 50)) >= 1
+    both = Polygons([parts]).crop(torch.tensor([0]), torch.tensor([[0.0, 0, 60, 50]]), 60)[0]
+    assert both[20].nonzero().ravel().tolist() == [*range(10, 20), *range(40, 50)]
 
 
 def test_masks_are_exact_at_scale_one():
@@ -226,6 +250,31 @@ def test_geometry_equals_detectron2():
         assert evaluation_geometry((width, height), 1024).resized == (size[1], size[0])
 
 
+@needs_detectron2
+def test_polygons_equal_detectron2():
+    """Cut at the crop, their boxes, and what the mask head should predict under any box: bit for bit."""
+    import detectron2.data.transforms as T
+    from detectron2.structures import PolygonMasks
+    from fvcore.transforms.transform import CropTransform, HFlipTransform, TransformList
+
+    rng = np.random.default_rng(2)
+    star = np.stack([60 + rng.uniform(10, 50, 40) * f(np.linspace(0, 6.28, 40)) for f in (np.cos, np.sin)], axis=1) - (0, 12)
+    objects = [*(polygons for _, polygons in OBJECTS), [star.clip(0, (120, 90)).ravel().tolist()]]
+    for g in geometries((120, 90)):
+        steps = [HFlipTransform(120)] if g.flip else []
+        steps += [T.ResizeTransform(90, 120, g.resized[1], g.resized[0], Image.BILINEAR), CropTransform(*g.crop[:2], 64, 64)]
+        own = [[np.array(polygon).reshape(-1, 2) for polygon in polygons] for polygons in objects]
+        cut = [[p.ravel() for p in TransformList(steps).apply_polygons(polygons)] for polygons in own]
+        theirs = PolygonMasks([polygons for polygons in cut if polygons])
+        found, _, masks = objects_of(g, range(3), objects, coco_api().mask)
+        np.testing.assert_allclose(found, theirs.get_bounding_boxes().tensor, atol=1e-4)
+        index = torch.arange(len(found)).repeat(10)
+        boxes = torch.from_numpy(found[index]) + torch.from_numpy(rng.normal(0, 3, (len(index), 4)).astype(np.float32))
+        boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 0.05)
+        expected = theirs[index].crop_and_resize(boxes, 28)
+        assert torch.equal(crop_masks(masks, index, boxes, 28).bool(), expected) and expected.any()
+
+
 # --- the stream -------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +295,9 @@ def test_samples_depend_on_seed_and_position_alone(root):
     for workers in (0, 2):
         loaded = [s for batch in batches(samples, [[4, 9], [2, 11]], workers, torch.device("cpu")) for s in batch]
         for one, other in zip(direct, loaded):
-            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+            assert all(torch.equal(one[key], other[key]) for key in ("image", "boxes", "labels")) and one.keys() == other.keys()
+            cropped = [crop_masks(s["masks"], torch.arange(len(s["boxes"])), s["boxes"], 28) for s in (one, other)]
+            assert torch.equal(*cropped) and len(cropped[0])
     assert direct[0]["image"].dtype == torch.uint8 and direct[0]["labels"].min() >= 1
     others = [TrainSamples(read(root), RECIPE, seed=2)[i]["image"] for i in (4, 9, 2, 11)]
     assert not any(torch.equal(one["image"], other) for one, other in zip(direct, others))
@@ -302,19 +353,40 @@ def test_both_evaluators_agree(root, monkeypatch):
 
 
 def test_detections_return_to_the_pictures_own_pixels():
-    picture = Picture(5, "5.png", width=200, height=100)
     detection = {
         "boxes": torch.tensor([[10.0, 5.0, 30.0, 25.0], [60.0, 20.0, 80.0, 40.0], [70.0, 0.0, 70.0, 9.0]]),
         "labels": torch.tensor([1, 3, 2]),
         "scores": torch.tensor([0.75, 0.5, 0.25]),
         "masks": torch.ones(3, 1, 28, 28),
     }
-    found = as_coco(detection, picture, (32, 64), (3, 7, 90))
+    found = as_coco(detection, (32, 64), (100, 200), (3, 7, 90))
     assert [p["category_id"] for p in found] == [3, 90]  # the third is empty
-    assert found[0]["image_id"] == 5 and found[0]["score"] == 0.75
+    assert found[0]["score"] == 0.75
     scale_x, scale_y = 200 / 64, 100 / 32
     assert found[0]["bbox"] == pytest.approx([10 * scale_x, 5 * scale_y, 20 * scale_x, 20 * scale_y])
     assert found[1]["bbox"] == pytest.approx([60 * scale_x, 20 * scale_y, 200 - 60 * scale_x, 100 - 20 * scale_y])  # clipped
     mask = decode_rle(found[0]["segmentation"], coco_api().mask)
     assert mask.shape == (100, 200) and np.abs(boxes_of(mask[None])[0] - [31.25, 15.6, 93.75, 78.1]).max() <= 2
     json.dumps(found)
+
+
+@needs_detectron2
+def test_pasted_masks_equal_detectron2():
+    """Probabilities to 1e-5, and every bit of the masks; boxes at the edges, of any size, as thin as they come."""
+    from detectron2.layers import paste_masks_in_image
+    from detectron2.layers.mask_ops import _do_paste_mask
+
+    rng, (height, width) = torch.Generator().manual_seed(0), (60, 90)
+    corner, side = torch.rand(40, 2, generator=rng) * torch.tensor([90, 60]), torch.rand(40, 2, generator=rng) * 60 + 0.01
+    boxes = torch.cat([corner, (corner + side).minimum(torch.tensor([90.0, 60]))], dim=1)
+    boxes[0], boxes[1], boxes[2, 2:] = torch.tensor([0.0, 0, 90, 60]), torch.tensor([3.0, 4, 31, 32]), boxes[2, :2] + 1e-4
+    masks = F.avg_pool2d(torch.rand(40, 1, 84, 84, generator=rng), 3)[:, 0] + torch.linspace(-0.4, 0.4, 28)
+    expected = paste_masks_in_image(masks, boxes, (height, width))
+    for mask, box, bits in zip(masks, boxes, expected):
+        rows, columns, chances = paste_mask(mask, box, (height, width))
+        part, where = _do_paste_mask(mask[None, None], box[None], height, width)
+        found, whole = torch.zeros(2, height, width)
+        found[rows, columns], whole[where] = chances, part[0]
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+        assert torch.equal(found >= 0.5, bits)
+    assert expected.any(dim=(1, 2)).sum() > 30

@@ -15,9 +15,10 @@ from det_plugin.features import FeatureOptions, detection_features
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.boxes import decode, encode
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.heads import box_losses, crop_masks, mask_loss
+from det_plugin.torchvision_engine.heads import DetectionHeads, box_losses, mask_loss
 from det_plugin.torchvision_engine.layers import LayerNorm2d
 from det_plugin.torchvision_engine.loader import TrainSamples, to_device
+from det_plugin.torchvision_engine.masks import Polygons, crop_masks
 from det_plugin.torchvision_engine.model import SquarePad, build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
 from det_plugin.torchvision_engine.pooling import RoIPooler, assign_levels
@@ -57,10 +58,11 @@ def detector(recipe=SMALL, **flags):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    """Two training samples: images and targets."""
+    """Two training samples, one with bitmaps and one with polygons: images and targets."""
     root = write_coco(tmp_path_factory.mktemp("data") / "coco")
     samples = TrainSamples(read_split(root, "train", num_classes=3, training=True), SMALL, seed=0)
-    return to_device([samples[0], samples[1]], torch.device("cpu"))
+    has_bitmaps = [isinstance(samples[i]["masks"], torch.Tensor) for i in range(10)]
+    return to_device([samples[has_bitmaps.index(True)], samples[has_bitmaps.index(False)]], torch.device("cpu"))
 
 
 # --- the backbone's map -----------------------------------------------------------------------------------------------
@@ -256,10 +258,31 @@ def test_crop_masks_is_exact_where_box_and_grid_agree():
     assert torch.equal(found[1].bool(), halves)
 
 
+@needs_detectron2
+def test_filtering_at_test_time_equals_detectron2():
+    """Also of boxes that nothing is left of at the image's edge: they take part in the NMS and count among the best."""
+    from detectron2.modeling.box_regression import Box2BoxTransform
+    from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+
+    rng = torch.Generator().manual_seed(0)
+    proposals = [boxes(80, 140), boxes(50, 60, seed=1)]
+    shapes = [(90, 110), (100, 60)]
+    logits, deltas = torch.randn(130, 4, generator=rng) * 2, torch.randn(130, 16, generator=rng)
+    found = DetectionHeads(SMALL, [4, 8, 16, 32]).postprocess_detections(logits, deltas, proposals, shapes)
+    decoded = Box2BoxTransform(SMALL.box_weights).apply_deltas(deltas[:, 4:], torch.cat(proposals)).split([80, 50])
+    scores = logits.roll(-1, 1).softmax(-1).split([80, 50])  # background last
+    expected, _ = fast_rcnn_inference(decoded, scores, shapes, SMALL.score_threshold, SMALL.nms, 100)
+    for ours, scores, labels, reference in zip(*found, expected):
+        torch.testing.assert_close(ours, reference.pred_boxes.tensor, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(scores, reference.scores)
+        assert torch.equal(labels - 1, reference.pred_classes)
+    assert not (found[0][0][:, 2:] > found[0][0][:, :2]).all()
+
+
 def test_images_without_objects_train(batch):
     images, _ = batch
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    targets = [{**empty, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)} for image in images]
+    targets = [{**empty, "masks": masks} for masks in (Polygons([]), torch.zeros(0, *images[1].shape[1:], dtype=torch.uint8))]
     losses = detector().train()(images, targets)
     assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
     sum(losses.values()).backward()
@@ -301,7 +324,7 @@ def detectron2_names(state):
 def test_losses_gradients_and_detections_equal_detectron2(batch):
     """Both engines, the same weights, images and random numbers: the same of everything."""
     from detectron2.config import instantiate
-    from detectron2.structures import BitMasks, Boxes, Instances
+    from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
 
     from det_plugin.lazy import config
@@ -312,10 +335,12 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         warnings.simplefilter("ignore")
         theirs = instantiate(config(SMALL, TINY, device="cpu", backbone_flags=dict(depth=2)).model)
     theirs.load_state_dict(detectron2_names(ours.state_dict()))
+    assert {type(target["masks"]) for target in targets} == {Polygons, torch.Tensor}
     inputs = []
     for image, target in zip(images, targets):
         objects = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"] - 1)
-        objects.gt_masks = BitMasks(target["masks"].bool())
+        masks = target["masks"]
+        objects.gt_masks = PolygonMasks(masks.objects) if isinstance(masks, Polygons) else BitMasks(masks.bool())
         inputs.append(dict(image=image, instances=objects, height=image.shape[1], width=image.shape[2]))
 
     torch.manual_seed(3)

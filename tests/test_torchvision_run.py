@@ -4,8 +4,10 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,13 +19,13 @@ from coco_fixture import annotation_file, write_coco
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.folder import backbone_of, protocol_of, read_config
+from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
-from pretrain.errors import UserError
+from pretrain.errors import Interrupted, UserError
 from pretrain.results import read_result
 from pretrain.weights import backbone_name, save_backbone
 
@@ -116,7 +118,11 @@ def test_config_builds_the_network_again(finished):
     assert protocol_of(config) == finished.protocol
     vit = backbone_of(config)
     assert vit.flags == {**build_backbone(TINY, **FLAGS).flags, "mask_tokens": False}
-    assert config["data"] == {"train_images": 5, "class_names": ["rectangle", "disc", "bar"]}
+    assert config["data"] == {"train_images": 5, "category_ids": [3, 7, 90], "class_names": ["rectangle", "disc", "bar"]}
+    assert classes_of(finished.output, config) == {3: "rectangle", 7: "disc", 90: "bar"}
+    del config["data"]["category_ids"]  # as a former version left it
+    with pytest.raises(UserError, match="config.json holds no category_ids"):
+        classes_of(finished.output, config)
 
 
 def test_figures(finished):
@@ -124,6 +130,13 @@ def test_figures(finished):
     captions = json.loads((figures / "captions.json").read_text())
     assert set(captions) == {"detections.png"} and set(captions["detections.png"]) == {"title", "caption"}
     assert cv2.imread(str(figures / "detections.png")).std() > 10
+
+
+def test_speed_log(finished):
+    log = [json.loads(line) for line in (finished.output / "speed.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in log] == list(range(20))
+    assert all(line["img_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["peak_memory_gb"] > 0.05 for line in log)
+    assert list((finished.output / "tensorboard").iterdir())
 
 
 def test_finished_run_is_left_as_it_is(finished, capsys):
@@ -150,6 +163,19 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+def assert_same_run(whole, parts):
+    """Bit for bit: weights, optimiser state, log, predictions and result."""
+    expected, found = weights(whole.output), weights(parts.output)
+    assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
+    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
+    for index, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(found["optimizer"]["state"][index][name], value) for name, value in state.items())
+    for name in ("metrics.jsonl", "predictions.json", "config.json"):
+        assert (parts.output / name).read_text() == (whole.output / name).read_text(), name
+    before, after = read_result(whole.output), read_result(parts.output)
+    assert before.metrics == after.metrics and before.config_hash == after.config_hash
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted(make, stop):
     """Bit for bit: weights, optimiser state, log and predictions. Two iterations are an evaluation's, one is not."""
@@ -162,15 +188,70 @@ def test_resumed_equals_uninterrupted(make, stop):
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
         train(parts)
     train(parts, resume=True)
-    expected, found = weights(whole.output), weights(parts.output)
-    assert expected["iteration"] == found["iteration"] == 4 and expected["terms"] == found["terms"]
-    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
-    for index, state in expected["optimizer"]["state"].items():
-        assert all(torch.equal(found["optimizer"]["state"][index][name], value) for name, value in state.items())
-    for name in ("metrics.jsonl", "predictions.json", "config.json"):
-        assert (parts.output / name).read_text() == (whole.output / name).read_text(), name
-    before, after = read_result(whole.output), read_result(parts.output)
-    assert before.metrics == after.metrics and before.config_hash == after.config_hash
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_signal_saves_and_stops(make, monkeypatch, moment):
+    """In the middle of the step; after the second one an evaluation is due, which the resumed run makes up for."""
+    whole, parts = make("whole"), make("parts")
+    train(whole)
+    step = Trainer.step
+
+    def signalled(trainer, samples):
+        if trainer.iteration == moment - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(trainer, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        with pytest.raises(Interrupted, match=f"SIGUSR1; saved at iteration {moment}"):
+            train(parts)
+    assert weights(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_killed_and_terminated_processes(make):
+    """One is killed without warning (it loses what came after its last checkpoint), the next is asked to stop (code 85), the last
+    ends; nothing of it is to be seen in the outcome."""
+    changes = dict(iterations_it=40, milestones_it=(30,), eval_period_it=20)
+    whole, parts = make("whole", **changes), make("parts", **changes)
+    train(whole)
+    words = words_of(parts, "--backbone", TINY, "--resume")
+    call = [sys.executable, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
+    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and weights(parts.output)["iteration"] == 20
+    code, said = stopped(call, parts, 28, signal.SIGTERM)
+    assert code == 85 and "stopped: SIGTERM; saved at iteration" in said
+    assert not (parts.output / "result.json").exists()
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_checkpoint_that_was_cut_off_is_named(make, monkeypatch):
+    run = make("run")
+    train(run, stop_after_it=2)
+    before = (run.output / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:  # the disk is full: the old checkpoint stays whole
+        patch.setattr(torch, "save", lambda state, file: (file.write(before[:99]), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(run, resume=True)
+    assert (run.output / "checkpoint.pt").read_bytes() == before
+    (run.output / "checkpoint.pt").write_bytes(before[: len(before) // 2])
+    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+        train(run, resume=True)
+
+
+def test_checkpoints_between_evaluations(make, monkeypatch):
+    """A long way from one evaluation to the next, a killed process loses minutes, not hours."""
+    saved = []
+    monkeypatch.setattr(
+        "det_plugin.torchvision_engine.train.save_checkpoint", lambda folder, state: saved.append(state["iteration"])
+    )
+    train(make("seldom", eval_period_it=4))
+    monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
+    train(make("often", eval_period_it=4))
+    assert saved == [4, 1, 2, 3, 4]
 
 
 def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
@@ -209,6 +290,46 @@ def test_accumulation_is_the_mean_of_micro_batches(make, data):
     gradients = {name: p.grad for name, p in one.model.named_parameters()}
     for name, parameter in two.model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(make, data):
+    """Loss scaling as float16 has it, with gradients in float32: nothing changes, until they overflow."""
+    samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
+    batch = [samples[0], samples[1]]
+    for changes in ({}, dict(clip_grad=0.01)):
+        plain, scaled = (Trainer(make("x", warmup_it=0, **changes), torch.device("cpu")) for _ in range(2))
+        start = {name: p.clone() for name, p in plain.model.named_parameters()}
+        scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+        assert plain.step(batch) == scaled.step(batch)
+        for name, parameter in scaled.model.named_parameters():
+            torch.testing.assert_close(parameter, plain.model.get_parameter(name), atol=1e-7, rtol=1e-5)
+        assert any(not torch.equal(parameter, start[name]) for name, parameter in scaled.model.named_parameters())
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    before = {name: p.clone() for name, p in scaled.model.named_parameters()}
+    assert math.isfinite(scaled.step(batch)["loss"]) and scaled.iteration == 2
+    assert all(torch.equal(p, before[name]) for name, p in scaled.model.named_parameters())
+    other = Trainer(make("x"), torch.device("cpu"))
+    other.scaler = torch.amp.GradScaler("cpu")
+    other.restore(scaled.state())
+    assert other.scaler.get_scale() == scaled.scaler.get_scale() == pytest.approx(5e37)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_in_mixed_precision(make, data, dtype):
+    """As on a GPU, with the CPU's kernels: the losses are float32's to a few per mille, and float32 themselves."""
+    samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
+    plain, mixed = (Trainer(make("x"), torch.device("cpu")) for _ in range(2))
+    mixed.amp_dtype, mixed.scaler = dtype, torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    seen = []
+    mixed.model.register_forward_hook(lambda model, given, losses: seen.extend(losses.values()))
+    batch = [samples[0], samples[1]]
+    assert mixed.step(batch) == pytest.approx(plain.step(batch), rel=5e-3)
+    assert len(seen) == 5 and {loss.dtype for loss in seen} == {torch.float32}
+
+
+def test_precision_is_the_protocols_on_a_gpu_alone(make):
+    assert Trainer(make("x"), torch.device("cpu")).amp_dtype is None
+    assert not Trainer(make("x", amp_dtype="bfloat16"), torch.device("cpu")).scaler.is_enabled()
 
 
 def test_nan_stops_the_run(make, data):
@@ -290,6 +411,17 @@ def command(*words, launcher=(sys.executable,), fails=False):
     return done.stdout + done.stderr
 
 
+def stopped(call, run, after, number):
+    """Start a process, send it a signal once the run's log has so many lines; its exit code and what it said."""
+    environment, log = {**os.environ, "OMP_NUM_THREADS": "1"}, run.output / "metrics.jsonl"
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= after):
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=100)[1]
+    return process.returncode, said
+
+
 def words_of(run, *more):
     """A run's settings as a command line."""
     fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
@@ -299,12 +431,15 @@ def words_of(run, *more):
     return [*base, *more, *named, *flags]
 
 
-def test_two_processes_train_and_evaluate_together(make):
-    run = make("out", iterations_it=2, milestones_it=())
+def test_two_processes_train_stop_go_on_and_evaluate_together(make):
+    run = make("out", iterations_it=30, milestones_it=(), eval_period_it=30)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    said = command(*words_of(run, "--backbone", TINY), launcher=launcher)
+    words = words_of(run, "--backbone", TINY, "--resume")
+    assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
+    assert 3 <= weights(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
+    said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
-    assert [line["iteration"] for line in lines(run.output)] == [0, 1]
+    assert [line["iteration"] for line in lines(run.output)] == list(range(30))
     alone = evaluate_folder(run.output, run.data, device="cpu", workers=0)  # one process finds what two found
     assert alone == read_result(run.output).metrics
 
@@ -320,10 +455,7 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     tool.main(["--engine", "auto", "--eval-only", "--device", "cpu", "--data", str(run.data), "--output", str(run.output)])
     assert f"engine: torchvision (it trained {run.output})" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tool.choose_engine("auto", run.output, False)[0] == "torchvision"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="lazyconfig_train_net"):
-        tool.choose_engine("detectron2", run.output, False)
+    assert tool.choose_engine("auto", tmp_path)[0] == "torchvision"
     with pytest.raises(UserError, match="backbone: a name is needed"):
         backbone_name(None, None)
 

@@ -13,7 +13,7 @@ def test_everything_else_works_without_detectron2():
         "import det_plugin.run, det_plugin.protocol, det_plugin.features, det_plugin.torchvision_engine.train\n"
         "import seg_plugin, pretrain.train\n"
         "from pretrain.errors import UserError\n"
-        "for name in ('lazy', 'backbone', 'evaluator', 'trainer', 'coco_catalog'):\n"
+        "for name in 'lazy backbone bfloat16 evaluator trainer coco_catalog detectron2_loader saved_config'.split():\n"
         "    try: __import__('det_plugin.' + name)\n"
         "    except UserError as error: assert 'not installed' in str(error) and '--engine torchvision' in str(error)\n"
         "    else: raise SystemExit(name)\n"

@@ -16,7 +16,7 @@ from pretrain.cli import run
 from pretrain.results.render import FORMATS, render
 from pretrain.results.runs import find_results
 from pretrain.results.schema import read_result
-from pretrain.results.tables import comparison_table, pretraining_table
+from pretrain.results.tables import comparison_table, pretraining_table, segmentation_table
 
 
 def main(arguments: list[str]) -> None:
@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> None:
 
     results = [read_result(path) for path in find_results(options.runs)]
     text = render(comparison_table(results, table=options.tables), options.format)
-    pretraining = pretraining_table(results)
-    if pretraining is not None and options.format in ("md", "html"):
-        text += "\n" + render(pretraining, options.format)
+    for further in (segmentation_table(results), pretraining_table(results)):
+        if further is not None and options.format in ("md", "html"):
+            text += "\n" + render(further, options.format)
     if options.output is None:
         sys.stdout.write(text)
     else:

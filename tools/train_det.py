@@ -1,9 +1,17 @@
-"""Fine-tune a backbone for detection on COCO, or on a folder in its layout, with Mask R-CNN.
+"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on data of one's own in COCO's format.
 
-python tools/train_det.py --backbone vit_base_patch16 --weights run/backbone.safetensors --data coco --output det
+The protocol, on 8 GPUs and on one (batch 64 all the same; the schedule does not change):
+torchrun --nproc-per-node 8 tools/train_det.py --weights run/backbone.safetensors --data coco --output det --accumulate 2
+python tools/train_det.py --weights run/backbone.safetensors --data coco --output det --accumulate 16 --checkpointing
 
-Further words set fields of the protocol, lr=1e-4, or flags of the backbone, backbone.depth=4. Several GPUs:
-torchrun --nproc-per-node 8 tools/train_det.py --engine torchvision ... (the batch is shared).
+Backbones compared at a tenth of the cost, or with the backbone frozen, less:
+python tools/train_det.py --weights run/backbone.safetensors --data coco --output det --protocol coco10pct-12ep --accumulate 16
+
+One's own data and number of classes on one GPU; the layouts are those of det_plugin/coco_layout.py:
+python tools/train_det.py --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
+    batch_size=16 iterations_it=4000 milestones_it=3555,3852 amp_dtype=bfloat16
+
+Words with = set fields of the protocol (det_plugin/protocol.py) or flags of the backbone, backbone.depth=4.
 """
 
 import sys
@@ -14,29 +22,29 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 
-from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
+from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_overrides
 from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.coco import read_classes
 from pretrain import distributed
 from pretrain.cli import run
 from pretrain.errors import UserError
 from pretrain.overrides import fields_and_flags
 from pretrain.weights import backbone_name
 
+FOLDERS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}  # what a run of each leaves
 
-def choose_engine(name: str, output: Path, eval_only: bool) -> tuple[str, str]:
-    """The engine, and why it is this one; ``auto`` is Detectron2 where it is installed and has a GPU."""
-    is_parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if name == "detectron2" and is_parallel:
-        raise UserError("--engine detectron2: on several GPUs its own launcher, tools/lazyconfig_train_net.py, runs our config")
+
+def choose_engine(name: str, output: Path) -> tuple[str, str]:
+    """The engine, and why it is this one; ``auto``: that of the run in ``output``, else Detectron2 where it can use a GPU."""
     if name != "auto":
         return name, "as asked for"
-    if eval_only and (output / "config.json").is_file():
-        return "torchvision", f"it trained {output}"
-    if is_parallel:
-        return "torchvision", "Detectron2 has its own launcher for several GPUs"
+    for engine, file in FOLDERS.items():
+        if (output / file).is_file():
+            return engine, f"it trained {output}"
     if importlib.util.find_spec("detectron2") is None:
         return "torchvision", "Detectron2 is not installed"
     if not torch.cuda.is_available():
@@ -49,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
     parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_base_patch16, ...; a file of ours says it itself")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialisation")
-    parser.add_argument("--data", type=Path, required=True, metavar="COCO_ROOT", help="with train2017/ val2017/ annotations/")
+    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -61,20 +69,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the protocol; backbone.KEY=VALUE")
     return parser.parse_intermixed_args(arguments)
 
 
 def settings_of(options: argparse.Namespace) -> DetectionRun:
-    """What the command line asks for."""
+    """What the command line asks for. The number of classes is the data's, unless it is given."""
     fields, flags = fields_and_flags(options.overrides)
     backbone = backbone_name(options.backbone, options.weights)
+    recipe = with_overrides(protocol(options.protocol, backbone), fields)
+    if "num_classes" not in fields:
+        classes = read_classes(options.data, "val")
+        if len(classes) != recipe.num_classes:
+            say(
+                f"num_classes={len(classes)}, as in {options.data}; the protocol's is {recipe.num_classes}, so the result is marked"
+            )
+        recipe = replace(recipe, num_classes=len(classes))
     return DetectionRun(
         backbone=backbone,
         weights=options.weights,
         data=options.data,
         output=options.output,
-        protocol=with_overrides(protocol(options.protocol, backbone), fields),
+        protocol=recipe,
         seed=options.seed,
         device=options.device,
         workers=options.workers,
@@ -85,26 +101,42 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
     )
 
 
+def evaluate(options: argparse.Namespace, engine: str) -> None:
+    """``--eval-only``: all settings are those of the folder."""
+    if options.overrides:
+        raise UserError(f"--eval-only: {options.output} has its settings already, leave out {' '.join(options.overrides)}")
+    if engine == "detectron2":
+        from det_plugin.lazy import train as train_detectron2
+
+        on = {key: getattr(options, key) for key in ("data", "output", "device", "workers")}
+        train_detectron2(DetectionRun(backbone="", weights=None, protocol=DetectionProtocol(), **on), eval_only=True)
+    else:
+        from det_plugin.torchvision_engine.train import evaluate_folder
+
+        evaluate_folder(options.output, options.data, device=options.device, workers=options.workers)
+
+
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    engine, reason = choose_engine(options.engine, options.output, options.eval_only)
-    print(f"engine: {engine} ({reason})", flush=True)
+    engine, reason = choose_engine(options.engine, options.output)
+    say(f"engine: {engine} ({reason})")
     try:
+        if options.eval_only:
+            return evaluate(options, engine)
         if engine == "detectron2":
-            from det_plugin.lazy import train as train_detectron2
-
-            result = train_detectron2(settings_of(options), resume=options.resume, eval_only=options.eval_only)
+            from det_plugin.lazy import train
         else:
-            from det_plugin.torchvision_engine.train import evaluate_folder, train
-
-            if options.eval_only:
-                evaluate_folder(options.output, options.data, device=options.device, workers=options.workers)
-                return
-            result = train(settings_of(options), resume=options.resume)
-        if distributed.is_main():
-            print(f"result: {result}")
+            from det_plugin.torchvision_engine.train import train
+        result = train(settings_of(options), resume=options.resume)
+        say(f"result: {result}")
     finally:
         distributed.stop()
+
+
+def say(line: str) -> None:
+    """Print, in the first process alone; the others may not have joined it yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

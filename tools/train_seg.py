@@ -1,9 +1,16 @@
-"""Fine-tune a backbone for segmentation on ADE20K, or on a folder in its layout, with a linear decoder.
+"""Fine-tune a backbone for segmentation with a linear decoder: on ADE20K, on another data set, or on one's own folders of masks.
 
 python tools/train_seg.py --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg
+python tools/train_seg.py --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
+python tools/train_seg.py --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
 
-Further words set fields of the protocol, lr=3e-5, or flags of the backbone, backbone.depth=4. The protocol's own result is the
-best of its grid: --sweep.
+FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/); see
+seg_plugin/datasets.py. Further words set fields of the protocol, lr=3e-5, or flags of the backbone, backbone.depth=4.
+
+The protocol's own result is the best of its grid of lr and weight decay, each setting run with several seeds:
+
+python tools/train_seg.py --sweep --jobs 8 --weights W --data ADE --output sweep        (exit code 85: start it again)
+python tools/submit.py --gpus 1 --array 16 -- tools/train_seg.py --sweep {index} --weights W --data ADE --output sweep --resume
 """
 
 import sys
@@ -18,47 +25,70 @@ from pretrain.cli import run
 from pretrain.errors import UserError
 from pretrain.overrides import fields_and_flags
 from pretrain.weights import backbone_name
-from seg_plugin.protocol import NAMES, protocol, with_overrides
+from seg_plugin.datasets import DATASETS, recipe_for
 from seg_plugin.run import SegmentationRun, train
-from seg_plugin.sweep import sweep
+from seg_plugin.sweep import run_point, status, sweep
 
 
-def main(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_small_patch16, ...; a file of ours says it itself")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialisation")
-    parser.add_argument("--data", type=Path, required=True, metavar="ADE_ROOT", help="with images/ and annotations/")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--protocol", default=NAMES[0], choices=NAMES, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     cores = min(4, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, help="data-loading processes (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
-    parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the grid of lr, weight decay and seeds, and the "
-                        "best of it; with N, only its run N (an array job)")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint; a sweep does anyway")
+    parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the whole grid, or its run N alone (an array job); "
+                        "status: what is done")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of the sweep at a time, each on a GPU (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
+    if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
+        raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
+    if options.jobs < 1 or (options.jobs > 1 and options.sweep != "all"):
+        raise UserError(f"--jobs {options.jobs}: how many runs of a --sweep go on at a time, at least 1")
+    return options
 
+
+def command_of_a_run(arguments: list[str]) -> list[str]:
+    """This command line for one run of the sweep, without its number."""
+    kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kept.add_argument("--sweep", nargs="?")
+    kept.add_argument("--jobs")
+    kept.add_argument("--resume", action="store_true")
+    _, words = kept.parse_known_args(arguments)
+    return [sys.executable, str(Path(__file__).resolve()), *words, "--resume", "--sweep"]
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
     fields, flags = fields_and_flags(options.overrides)
     one = SegmentationRun(
         backbone=backbone_name(options.backbone, options.weights),
         weights=options.weights,
         data=options.data,
         output=options.output,
-        protocol=with_overrides(protocol(options.protocol), fields),
+        protocol=recipe_for(options.data, options.dataset, fields),
         seed=options.seed,
         device=options.device,
         workers=options.workers,
         backbone_flags=flags,
     )
     if options.sweep is None:
-        result = train(one, options.resume)
+        print(f"wrote {train(one, options.resume)}")
+        return
+    if swept := {"lr", "weight_decay"} & set(fields):
+        raise UserError(f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid")
+    if options.sweep == "status":
+        print(status(one))
+    elif options.sweep == "all":
+        print(f"wrote {sweep(one, command_of_a_run(arguments), options.jobs)}")
     else:
-        if options.sweep != "all" and not options.sweep.isdigit():
-            raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
-        result = sweep(one, options.resume, None if options.sweep == "all" else int(options.sweep))
-    print(f"wrote {result}")
+        print(f"wrote {run_point(one, int(options.sweep))}")
 
 
 if __name__ == "__main__":

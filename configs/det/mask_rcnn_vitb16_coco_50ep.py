@@ -4,10 +4,6 @@ python $DETECTRON2_SRC/tools/lazyconfig_train_net.py --num-gpus 8 --config-file 
     model.backbone.net.weights=RUN/backbone.safetensors dataloader.root=COCO train.output_dir=OUTPUT
 """
 
-from det_plugin.lazy import config
-from det_plugin.protocol import protocol
+from det_plugin.lazy import parts
 
-_backbone = "vit_base_patch16"
-_config = config(protocol("coco-50ep", _backbone), _backbone)
-model, train, dataloader = _config.model, _config.train, _config.dataloader
-optimizer, lr_multiplier = _config.optimizer, _config.lr_multiplier
+model, train, dataloader, optimizer, lr_multiplier = parts("coco-50ep", "vit_base_patch16")

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.coco import Segmentation
+from det_plugin.torchvision_engine.masks import Polygon, Polygons, clip, fill
+
+MIN_SIDE_PX = 1e-5  # of an object's box in training (Detectron2's ``filter_empty_instances``)
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,20 @@ class Geometry:
         picture = Image.fromarray(np.ascontiguousarray(image))
         return np.asarray(picture.resize((width, height), resample, box=window))
 
+    def polygons(self, polygons: list[list[float]]) -> list[Polygon]:
+        """An object's polygons (x0, y0, x1, ...) after the map; those of less than three points are no polygons."""
+        return [self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel() for p in polygons if len(p) >= 6]
+
     def mask(self, segmentation: Segmentation, api: Any) -> np.ndarray:
         """The object's pixels in the crop, [h, w] uint8; polygons are mapped before they are filled.
 
         Args:
             api: pycocotools' ``mask`` module.
         """
-        width, height = self.crop[2:]
         if isinstance(segmentation, dict):
             return self.pixels(decode_rle(segmentation, api), Image.Resampling.NEAREST)
-        polygons = [self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel().tolist() for p in segmentation if len(p) >= 6]
-        if not polygons:
-            return np.zeros((height, width), np.uint8)
-        return api.decode(api.merge(api.frPyObjects(polygons, height, width)))
+        width, height = self.crop[2:]
+        return fill(self.polygons(segmentation), height, width, api)
 
 
 def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
@@ -103,11 +109,24 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 
 def objects_of(
     geometry: Geometry, classes: Sequence[int], segmentations: Sequence[Segmentation], api: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is left of the objects: boxes [M, 4], classes [M] from 0, masks [M, h, w]; objects outside the crop are dropped."""
+) -> tuple[np.ndarray, np.ndarray, Polygons | Tensor]:
+    """What is left of the objects: boxes [M, 4], classes [M] from 0, masks; objects outside the crop are dropped.
+
+    The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 where an object is an RLE; the boxes are theirs.
+    """
     width, height = geometry.crop[2:]
-    masks = np.zeros((len(classes), height, width), np.uint8)
-    for mask, segmentation in zip(masks, segmentations):
-        mask[:] = geometry.mask(segmentation, api)
-    kept = masks.any(axis=(1, 2))
-    return boxes_of(masks[kept]), np.asarray(classes, np.int64)[kept], masks[kept]
+    kinds = np.asarray(classes, np.int64)
+    if any(isinstance(segmentation, dict) for segmentation in segmentations):
+        bitmaps = np.stack([geometry.mask(segmentation, api) for segmentation in segmentations])
+        boxes = boxes_of(bitmaps)
+        kept = _solid(boxes)
+        return boxes[kept], kinds[kept], torch.from_numpy(bitmaps[kept])
+    polygons = Polygons([[part for p in geometry.polygons(s) for part in clip(p, width, height)] for s in segmentations])  # type: ignore[arg-type]
+    boxes = polygons.boxes()
+    kept = _solid(boxes)
+    return boxes[kept], kinds[kept], polygons.where(kept)
+
+
+def _solid(boxes: np.ndarray) -> np.ndarray:
+    """Which of [M, 4] have an extent."""
+    return (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)

@@ -1,20 +1,47 @@
-"""A COCO data set on disk: ``{train,val}2017/`` and ``annotations/instances_{train,val}2017.json``."""
+"""COCO-format annotations of both engines: read once, and checked before the first iteration.
+
+What is allowed, and what becomes of it:
+
+* category ids with gaps, or from 0: class k is the k-th id in order; a name that two ids share gets the id behind it;
+* crowds are left out of training and count in evaluation as COCO's ignored regions; a picture with nothing but crowds, or with
+  nothing at all, is left out of training and kept in evaluation;
+* objects of zero extent are left out of training; evaluation keeps every object, as COCO's own does;
+* masks are polygons, compressed or uncompressed RLEs; polygons of fewer than three points are left out, and an object without any
+  other cannot be learned (training) or found as a mask (evaluation);
+* boxes and polygons that leave the picture: in training only the part inside counts, in evaluation they are as annotated;
+* ``file_name`` in subfolders, an absent ``supercategory``, further keys; absent ``area`` and ``iscrowd`` are filled in.
+
+An error that names the entry: ids that are no integers, or twice there; unknown image or category ids; no masks (Mask R-CNN learns
+from them); boxes or polygons that are no numbers; an RLE that does not cover its picture; a ``file_name`` that is missing or leads
+out of the folder; images that are missing, unreadable (as far as their headers say), or of another size than stated.
+"""
 
 import json
+import math
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from det_plugin.coco_layout import locate
+from det_plugin.protocol import n_share
+from det_plugin.torchvision_engine.coco_api import coco_api
+from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 
-SPLITS = ("train", "val")
 Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in pixels, or an RLE
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
+SHARE_SEED = 0
+FARTHEST_PX = 1e6  # of a polygon's points from the corner; pycocotools walks along every edge
+ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: where width and height change places
+HEADER_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -75,48 +102,105 @@ class CocoSplit:
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             size = f"{pixels.shape[1]} x {pixels.shape[0]}"
             raise UserError(f"data: {path} is {size} pixels, but {self.file.name} says {picture.width} x {picture.height}")
         return pixels
 
+    def check_headers(self) -> None:
+        """Open every image, of this rank's share of them, and compare its size; pixels are read only where something is wrong.
 
-def read_split(root: Path, split: str, *, num_classes: int, training: bool) -> CocoSplit:
-    """Read an annotation file and check it against the folder.
+        Raises:
+            UserError: as :meth:`load`.
+        """
+        pool = ThreadPoolExecutor(HEADER_READERS)
+        try:
+            for _ in pool.map(self._check_header, range(rank(), len(self.pictures), world_size())):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    Category ids may have gaps; class k is the k-th id in order. Crowds are left out. In training, so are objects of zero
-    extent and then images without an object (Detectron2's ``filter_empty``).
+    def _check_header(self, index: int) -> None:
+        picture = self.pictures[index]
+        try:
+            with Image.open(self.folder / picture.file_name) as image:
+                is_rotated = "exif" in image.info and image.getexif().get(ORIENTATION) in ROTATED
+                fits = (image.size[::-1] if is_rotated else image.size) == (picture.width, picture.height)
+        except UNREADABLE:
+            fits = False
+        if not fits:
+            self.load(picture)
+
+
+def read_split(data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0) -> CocoSplit:
+    """Read an annotation file and check it against the folder, as the module's docstring says.
 
     Args:
-        root: holds ``train2017/``, ``val2017/`` and ``annotations/``.
-        num_classes: of the model.
+        data: a root of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
+        split: ``train`` | ``val``.
+        num_classes: of the model; none: not compared.
+        training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
+        share: of the pictures that are left, the same ones in every run, in the file's order; a smaller share is part of a larger.
 
     Raises:
-        UserError: names the file and what is wrong with it.
+        UserError: names the file, the entry and what is wrong with it.
     """
-    file, folder = Path(root) / "annotations" / f"instances_{split}2017.json", Path(root) / f"{split}2017"
-    content = read_json(file)
-    if not folder.is_dir():
-        raise UserError(f"data: no folder {folder}")
+    files = locate(data, split)
+    file, content = files.annotations, read_json(files.annotations)
     try:
-        categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
-        class_of = {id: k for k, (id, _) in enumerate(categories)}
-        if len(class_of) != len(categories):
-            raise UserError(f"data: {file} has a category id twice")
-        if len(class_of) != num_classes:
-            raise UserError(f"data: {file} has {len(class_of)} categories, but num_classes={num_classes}")
-        pictures = _pictures(file, content, class_of, training)
+        names = _categories(content)
+        if num_classes is not None and len(names) != num_classes:
+            raise UserError(f"data: {file} has {len(names)} categories, but num_classes={num_classes}")
+        pictures = _pictures(content, {id: k for k, id in enumerate(names)}, training)
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"data: {file} is no COCO instances file: an entry is damaged or lacks {error}") from error
+    except ValueError as error:
+        raise UserError(f"data: {file}: {error}") from error
     if not pictures:
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
-    _check_files(folder, file, pictures)
-    ids, names = zip(*categories)
-    return CocoSplit(file, folder, PackedList(pictures), ids, names)
+    if share < 1:
+        ids = sorted(picture.id for picture in pictures)
+        order = np.random.RandomState(SHARE_SEED).permutation(len(ids))  # the one generator whose numbers numpy never changes
+        kept = {ids[i] for i in order[: n_share(len(ids), share)]}
+        pictures = [picture for picture in pictures if picture.id in kept]
+    _check_names(files.images, file, pictures)
+    return CocoSplit(file, files.images, PackedList(pictures), tuple(names), tuple(names.values()))
+
+
+def read_classes(data: str | Path, split: str) -> dict[int, str]:
+    """Category id -> name, in the order of the classes.
+
+    Raises:
+        UserError: as :func:`read_split`.
+    """
+    file = locate(data, split).annotations
+    try:
+        return _categories(read_json(file))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"data: {file}: its categories are damaged: {error}") from error
+
+
+def read_truth(file: Path) -> dict[str, Any]:
+    """A file's content in the form in which pycocotools can evaluate every object of it; COCO's own comes back as it is.
+
+    Annotation ids count from 1 where one is 0 (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area`` are there, names are
+    unique, and objects without a polygon of three points have an empty mask.
+    """
+    content = read_json(file)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    first = 1 - min((annotation["id"] for annotation in content["annotations"]), default=1)
+    content["categories"] = [{"id": id, "name": name} for id, name in _categories(content).items()]
+    truth = []
+    for annotation in content["annotations"]:
+        height, width = sizes[annotation["image_id"]]
+        masks = _segmentation(annotation, width, height) or {"size": [height, width], "counts": [height * width]}
+        whole = {"iscrowd": 0, **annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
+        truth.append(whole if "area" in annotation else {**whole, "area": _area(masks, height, width)})
+    return {**content, "annotations": truth}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -137,38 +221,139 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _pictures(file: Path, content: dict[str, Any], class_of: dict[int, int], training: bool) -> list[Picture]:
-    objects: dict[int, list[tuple[int, Segmentation]]] = {int(image["id"]): [] for image in content["images"]}
+def _categories(content: Mapping[str, Any]) -> dict[int, str]:
+    """Id -> name, by id."""
+    entries = content["categories"]
+    _check_ids("category", entries)
+    if not entries:
+        raise ValueError("it has no categories")
+    names, times = {c["id"]: str(c["name"]) for c in entries}, Counter(str(c["name"]) for c in entries)
+    return {id: names[id] if times[names[id]] == 1 else f"{names[id]} ({id})" for id in sorted(names)}
+
+
+def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    seen = set[int]()
+    for entry in entries:
+        if type(entry["id"]) is not int:
+            raise ValueError(f"the {what} id {entry['id']!r} is no integer")
+        if entry["id"] in seen:
+            raise ValueError(f"it has {'an' if what[0] in 'ai' else 'a'} {what} id twice: {entry['id']}")
+        seen.add(entry["id"])
+
+
+def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training: bool) -> list[Picture]:
+    """The pictures of a file, with their objects."""
+    _check_ids("image", content["images"])
+    _check_ids("annotation", content["annotations"])
+    objects: dict[int, list[tuple[int, Segmentation]]] = {}
+    sizes = {}
+    for image in content["images"]:
+        width, height = image["width"], image["height"]
+        if not (type(width) is type(height) is int and min(width, height) > 0):
+            raise ValueError(f"image {image['id']} is {width!r} x {height!r} pixels")
+        objects[image["id"]], sizes[image["id"]] = [], (width, height)
     for annotation in content["annotations"]:
         image_id, category = annotation["image_id"], annotation["category_id"]
         if image_id not in objects or category not in class_of:
             name = f"image_id {image_id}" if image_id not in objects else f"category_id {category}"
-            raise UserError(f"data: {file}: annotation {annotation.get('id')} has the unknown {name}")
-        width, height = annotation["bbox"][2:]
-        if annotation.get("iscrowd", 0) or (training and min(width, height) <= 0):
-            continue
-        segmentation = annotation["segmentation"]
-        if not _is_segmentation(segmentation):
-            raise UserError(f"data: {file}: annotation {annotation.get('id')} has a segmentation that is no polygons and no RLE")
-        objects[image_id].append((class_of[category], segmentation))
+            raise ValueError(f"annotation {annotation['id']} has the unknown {name}")
+        segmentation = _segmentation(annotation, *sizes[image_id])
+        has_extent = min(annotation["bbox"][2:]) > 0 and segmentation
+        if not annotation.get("iscrowd", 0) and (has_extent or not training):
+            objects[image_id].append((class_of[category], segmentation))
     pictures = []
     for image in content["images"]:
-        own = objects[int(image["id"])]
+        own = objects[image["id"]]
         if own or not training:
             classes, segmentations = tuple(k for k, _ in own), tuple(s for _, s in own)
-            size = int(image["width"]), int(image["height"])
-            pictures.append(Picture(int(image["id"]), str(image["file_name"]), *size, classes, segmentations))
+            pictures.append(Picture(image["id"], _file_name(image), *sizes[image["id"]], classes, segmentations))
     return pictures
 
 
-def _is_segmentation(value: Any) -> bool:
-    """Polygons, lists of x and y in turn, or an RLE."""
+def _file_name(image: Mapping[str, Any]) -> str:
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"image {image['id']} has no file_name")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"image {image['id']}: the file_name {name!r} leads out of the folder of images")
+    return name
+
+
+def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Segmentation:
+    """An object's polygons of three points and more, or its RLE; empty where there is neither.
+
+    Raises:
+        ValueError: the box or the mask is damaged, or an object that has an extent is without a mask.
+    """
+    box, value, who = annotation["bbox"], annotation.get("segmentation"), f"annotation {annotation['id']}"
+    try:
+        if len(box) != 4 or not math.isfinite(sum(box)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{who} has the bbox {box!r}: not x, y, width, height") from None
+    if not value:
+        if min(box[2:]) > 0 and not annotation.get("iscrowd", 0):
+            raise ValueError(f"{who} lacks 'segmentation': Mask R-CNN learns from masks, boxes alone are not enough")
+        return []
     if isinstance(value, dict):
-        return {"counts", "size"} <= set(value)
-    return isinstance(value, list) and all(isinstance(polygon, list) and len(polygon) % 2 == 0 for polygon in value)
+        return _rle(value, width, height, who)
+    try:
+        for polygon in value:
+            if len(polygon) % 2 or not math.isfinite(sum(polygon)) or (polygon and max(map(abs, polygon)) > FARTHEST_PX):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{who} has a segmentation that is no polygons (x, y in turn, in pixels) and no RLE") from None
+    return [polygon for polygon in value if len(polygon) >= 6]
 
 
-def _check_files(folder: Path, file: Path, pictures: list[Picture]) -> None:
+def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
+    """``rle``, if it covers its picture: pycocotools would fill what is missing with whatever the memory holds."""
+    try:
+        size, counts = list(rle["size"]), rle["counts"]
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
+        if not all(type(run) is int and run >= 0 for run in runs):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{who} has a segmentation that is no polygons and no RLE (size, counts)") from None
+    if size != [height, width]:
+        raise ValueError(f"{who} has an RLE of size {size}, but its image is {height} high and {width} wide")
+    if sum(runs) != height * width:
+        raise ValueError(f"{who} has an RLE of {sum(runs)} pixels, but its image has {height * width}")
+    return rle
+
+
+def run_lengths(counts: str) -> list[int]:
+    """The runs of a compressed RLE: 5 bits a character, lowest first, the sixth says that more follow; from the fourth run on,
+    differences to the run two before (COCO's ``maskApi``).
+
+    Raises:
+        ValueError: the text ends within a number.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode("ascii"):
+        code = character - 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << (shift - 4)  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("an RLE ends within a number")
+    return runs
+
+
+def _area(masks: Segmentation, height: int, width: int) -> float:
+    """Pixels of an object, as COCO counts them."""
+    api = coco_api().mask
+    if isinstance(masks, list):
+        return float(api.area(api.merge(api.frPyObjects(masks, height, width))))
+    return float(api.area(api.frPyObjects(masks, height, width) if isinstance(masks["counts"], list) else masks))
+
+
+def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
     """One listing instead of 118,000 questions; names below subfolders are asked for one by one."""
     listed = {entry.name for entry in os.scandir(folder)}
     missing = [p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from det_plugin.torchvision_engine.coco import CocoSplit, Picture, read_json
+from det_plugin.torchvision_engine.coco import CocoSplit, read_truth
 from det_plugin.torchvision_engine.coco_api import CocoApi, coco_api
 from det_plugin.torchvision_engine.loader import EvalSamples, batches
 from pretrain.distributed import rank, world_size
@@ -27,6 +27,24 @@ KINDS = {"box": "bbox", "mask": "segm"}
 
 
 @torch.no_grad()
+def detect(
+    model: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], category_ids: Sequence[int], device: torch.device
+) -> list[list[Prediction]]:
+    """Detections of some images as COCO results without ``image_id``, best first.
+
+    Args:
+        model: detector of :func:`build_model` in evaluation mode.
+        images: uint8 [3, h_i, w_i], resized for the detector.
+        sizes: height, width of each picture itself, in whose pixels the results are.
+    """
+    found = model([image.to(device, non_blocking=True) for image in images])
+    results = []
+    for image, size, detection in zip(images, sizes, found):
+        own = {key: value.cpu() for key, value in detection.items()}
+        results.append(as_coco(own, (image.shape[1], image.shape[2]), size, category_ids))
+    return results
+
+
 def predict(
     model: nn.Module,
     split: CocoSplit,
@@ -48,11 +66,11 @@ def predict(
     steps = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     found: dict[int, list[Prediction]] = {}
     for samples in batches(EvalSamples(split, image_size_px), steps, workers, device):
-        detections = model([sample["image"].to(device, non_blocking=True) for sample in samples])
-        for sample, detection in zip(samples, detections):
-            resized = sample["image"].shape[1:]
-            own = {key: value.float().cpu() if value.is_floating_point() else value.cpu() for key, value in detection.items()}
-            found[sample["index"]] = as_coco(own, split.pictures[sample["index"]], (resized[0], resized[1]), split.category_ids)
+        pictures = [split.pictures[sample["index"]] for sample in samples]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        detections = detect(model, [sample["image"] for sample in samples], sizes, split.category_ids, device)
+        for sample, picture, own in zip(samples, pictures, detections):
+            found[sample["index"]] = [{"image_id": picture.id, **prediction} for prediction in own]
         if progress is not None:
             progress(len(found), len(mine))
     if world_size() > 1:
@@ -63,37 +81,50 @@ def predict(
 
 
 def as_coco(
-    detection: Mapping[str, Tensor], picture: Picture, resized: tuple[int, int], category_ids: Sequence[int]
+    detection: Mapping[str, Tensor], resized: tuple[int, int], size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Prediction]:
-    """A detector's output for one image -> COCO results in the picture's own pixels.
+    """A detector's output for one image -> COCO results in the picture's own pixels (Detectron2's ``detector_postprocess``).
 
     Args:
         detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N], ``masks``
             [N, 1, s, s] probabilities under the boxes; on the CPU.
-        resized: height, width of what the detector saw, without padding.
+        resized, size: height, width of what the detector saw, without padding, and of the picture.
     """
-    scale = torch.tensor([picture.width / resized[1], picture.height / resized[0]]).repeat(2)
-    limit = torch.tensor([picture.width, picture.height], dtype=torch.float32).repeat(2)
+    scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
+    limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
     boxes = (detection["boxes"] * scale).clamp(min=0).minimum(limit)
     kept = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
     results = []
-    for i in kept.tolist():  # one by one: 100 pasted masks of a large picture would not fit anywhere
-        mask = paste_masks_in_image(detection["masks"][i : i + 1], boxes[i : i + 1], (picture.height, picture.width))
-        x0, y0, x1, y1 = boxes[i].tolist()
+    for i in kept.tolist():
+        rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
+        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large picture would not fit anywhere
+        mask[rows, columns] = (chances >= 0.5).numpy()
         results.append(
             {
-                "image_id": picture.id,
                 "category_id": category_ids[int(detection["labels"][i]) - 1],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "bbox": [*boxes[i, :2].tolist(), *(boxes[i, 2:] - boxes[i, :2]).tolist()],
                 "score": float(detection["scores"][i]),
-                "segmentation": encode_mask((mask[0, 0] > 0.5).numpy()),
+                "segmentation": encode_mask(mask),
             }
         )
     return results
 
 
+def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
+    """Probabilities [s, s] of a box [4] (pixels) -> rows and columns of the picture (height, width: ``size``), and the
+    probabilities there: bilinear at the pixels' centres, 0 elsewhere (Detectron2's ``paste_masks_in_image``)."""
+    sides = []
+    for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
+        first, last = max(int(low.floor()) - 1, 0), min(int(high.ceil()) + 1, length)  # a pixel around the box is enough
+        centres = torch.arange(first, last, dtype=torch.float32) + 0.5
+        sides.append((slice(first, last), (centres - low) / (high - low) * 2 - 1))
+    (rows, y), (columns, x) = sides
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # [h, w, 2], x first
+    return rows, columns, F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+
+
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """[H, W] bool -> an RLE that JSON can hold."""
+    """[H, W], 0 or 1 -> an RLE that JSON can hold."""
     rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = rle["counts"]
     return {"size": [int(side) for side in rle["size"]], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
@@ -118,7 +149,7 @@ def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, 
     api, quiet = coco_api(), io.StringIO()
     with contextlib.redirect_stdout(quiet):
         truth = api.COCO()
-        truth.dataset = read_json(annotations)
+        truth.dataset = read_truth(annotations)
         truth.createIndex()
     metrics: dict[str, Any] = {}
     for kind, iou_type in KINDS.items():

@@ -1,71 +1,188 @@
-"""``figures/detections.png``: ground truth and predictions of a few validation pictures, side by side."""
+"""Pictures of detections for people: masks, boxes, names and scores on an image, and pages of them beside ground truth."""
 
+import colorsys
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+import cv2
+import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw, ImageFont
 
-from det_plugin.torchvision_engine.augment import boxes_of, evaluation_geometry
-from det_plugin.torchvision_engine.coco import CocoSplit, Picture
+from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry
+from det_plugin.torchvision_engine.coco import CocoSplit, Picture, Segmentation
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import Prediction
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
-COLOURS = np.array(
-    [(230, 97, 1), (94, 60, 153), (0, 136, 100), (215, 48, 120), (33, 113, 181), (166, 118, 29), (180, 30, 30), (80, 140, 20)]
-)
+COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between pictures; of the line above each
+Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One object to draw: class from 0, mask [H, W] bool, box in pixels, and what is written at it."""
+
+    kind: int
+    mask: np.ndarray
+    box: Corners
+    text: str
 
 
 def draw_detections(split: CocoSplit, predictions: Sequence[Prediction], folder: Path) -> Path:
-    """Write the figure and its caption (``captions.json``); the pictures are spread evenly over the split.
+    """Write ``detections.png`` and its caption (``captions.json``); the pictures are spread evenly over the split.
 
     Args:
         predictions: of :func:`evaluate.predict`; those of at least :data:`MIN_SCORE` are shown.
         folder: the run's ``figures/``.
     """
-    chosen = np.unique(np.linspace(0, len(split.pictures) - 1, SHOWN).round().astype(int)).tolist()
-    rows = (len(chosen) + 1) // 2
-    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 4, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    classes = {id: k for k, id in enumerate(split.category_ids)}
-    for number, index in enumerate(chosen):
-        picture = split.pictures[index]
-        mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= MIN_SCORE]
-        found = [(classes[p["category_id"]], p["segmentation"], f" {p['score']:.2f}") for p in mine]
-        truth = [(k, segmentation, "") for k, segmentation in zip(picture.classes, picture.segmentations)]
-        row, column = divmod(number, 2)
-        for axis, objects, title in zip(axes[row, 2 * column :], (truth, found), ("ground truth", "prediction")):
-            _draw(axis, split, picture, objects)
-            axis.set_title(title, fontsize=9)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "detections.png"
-    figure.savefig(path, dpi=100)
-    caption = f"Validation pictures with their annotations and, on the right, the detections of score {MIN_SCORE} and more."
-    words = {path.name: {"title": "Detections beside ground truth", "caption": caption}}
-    (folder / "captions.json").write_text(json.dumps(words, indent=2) + "\n")
+    return draw_page(split, spread(split, SHOWN), predictions, folder / "detections.png")
+
+
+def spread(split: CocoSplit, count: int) -> list[Picture]:
+    """``count`` pictures, evenly over the split."""
+    chosen = np.unique(np.linspace(0, len(split.pictures) - 1, count).round().astype(int))
+    return [split.pictures[index] for index in chosen.tolist()]
+
+
+def draw_page(
+    split: CocoSplit, pictures: Sequence[Picture], predictions: Sequence[Prediction], path: Path, min_score: float = MIN_SCORE
+) -> Path:
+    """Write a PNG with ground truth and predictions of some pictures, side by side; its caption goes into ``captions.json``."""
+    cells = []
+    for picture in pictures:
+        mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= min_score]
+        cells.append((f"{picture.file_name}: ground truth", _truth(split, picture)))
+        image, geometry = _resized(split.load(picture), SIDE_PX)
+        found = shown(mine, geometry, dict(zip(split.category_ids, split.class_names)))
+        cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _table(cells, 2 * COLUMNS).save(path)
+    caption = f"Pictures with their annotations and, on the right, the detections of score {min_score:g} and more."
+    captions = path.with_name("captions.json")
+    words = json.loads(captions.read_text()) if captions.is_file() else {}
+    words[path.name] = {"title": "Detections beside ground truth", "caption": caption}
+    captions.write_text(json.dumps(words, indent=2) + "\n")
     return path
 
 
-def _draw(axis: Any, split: CocoSplit, picture: Picture, objects: Sequence[tuple[int, Any, str]]) -> None:
-    """One picture with masks, boxes and names of objects (class, segmentation, what follows the name)."""
-    geometry = evaluation_geometry((picture.width, picture.height), SIDE_PX)
-    image = geometry.pixels(split.load(picture)).astype(np.float32)
-    boxes = []
-    for kind, segmentation, note in objects:
-        mask = geometry.mask(segmentation, coco_api().mask).astype(bool)
-        colour = COLOURS[kind % len(COLOURS)]
-        image[mask] = 0.5 * image[mask] + 0.5 * colour
-        boxes.append((boxes_of(mask[None])[0], colour / 255, split.class_names[kind] + note))
-    axis.imshow(image.astype(np.uint8))
-    for (x0, y0, x1, y1), colour, text in boxes:
-        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
-        label = dict(boxstyle="square,pad=0.15", facecolor=colour, edgecolor="none")
-        axis.text(x0, y0, text, fontsize=6, color="white", verticalalignment="top", bbox=label)
+def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classes: dict[int, str]) -> np.ndarray:
+    """A picture [H, W, 3] uint8 with what was found in it; very small ones are enlarged and very large ones reduced.
+
+    Args:
+        predictions: COCO results of this picture.
+        classes: category id -> name, in the order of the classes.
+    """
+    small, geometry = _resized(image, min(max(*image.shape[:2], 640), 1600))
+    return draw_objects(small, shown(predictions, geometry, classes))
+
+
+def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[int, str]) -> list[Shown]:
+    """Predictions of one picture as they are drawn after the map; the highest scores last, on top."""
+    kinds, found = {id: k for k, id in enumerate(classes)}, []
+    for p in sorted(predictions, key=lambda prediction: prediction["score"]):
+        x, y, w, h = p["bbox"]
+        (x0, y0), (x1, y1) = geometry.points(np.array([(x, y), (x + w, y + h)])).tolist()
+        text = f"{classes[p['category_id']]} {p['score']:.2f}"
+        found.append(Shown(kinds[p["category_id"]], _mask(geometry, p["segmentation"]), (x0, y0, x1, y1), text))
+    return found
+
+
+def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
+    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide least."""
+    canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
+    for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
+        shade = np.array(colour_of(thing.kind))
+        canvas[thing.mask] = (0.6 * canvas[thing.mask] + 0.4 * shade).astype(np.uint8)
+        outlines, _ = cv2.findContours(thing.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, outlines, -1, shade.tolist(), line, cv2.LINE_AA)
+    picture = Image.fromarray(canvas)
+    pen, font = ImageDraw.Draw(picture), _font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
+    for thing in objects:
+        pen.rectangle(thing.box, outline=colour_of(thing.kind), width=line)
+    taken: list[Corners] = []
+    for thing in reversed(objects):  # who comes last lies on top and chooses first
+        place = _place((font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size)
+        colour = colour_of(thing.kind)
+        pen.rectangle(place, fill=colour)
+        ink = (0, 0, 0) if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
+        pen.text((place[0] + 3, place[1]), thing.text, fill=ink, font=font)
+        taken.append(place)
+    return np.asarray(picture)
+
+
+def colour_of(kind: int) -> Colour:
+    """A class's colour: hues a golden section apart, in three shades."""
+    saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.95, 0.7))[kind // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb((0.07 + 0.618034 * kind) % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _place(size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]) -> Corners:
+    """Where a label goes: above the box, below it, or inside at a corner; the first place that covers no other label."""
+    (w, h), (x0, y0, x1, y1) = size, box
+    corners = [(x0, y0 - h), (x1 - w, y0 - h), (x0, y1), (x1 - w, y1), (x0, y0), (x1 - w, y0), (x0, y1 - h), (x1 - w, y1 - h)]
+    corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]
+    places = []
+    for x, y in corners:
+        x, y = min(max(x, 0), max(within[0] - w - 1, 0)), min(max(y, 0), max(within[1] - h - 1, 0))
+        places.append((x, y, x + w, y + h))
+    return min(places, key=lambda place: sum(_shared(place, other) for other in taken))
+
+
+def _shared(a: Corners, b: Corners) -> float:
+    """Area of the overlap."""
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+
+
+def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
+    """A picture with its annotations."""
+    image, geometry = _resized(split.load(picture), SIDE_PX)
+    objects = []
+    for kind, segmentation in zip(picture.classes, picture.segmentations):
+        mask = _mask(geometry, segmentation)
+        x0, y0, x1, y1 = boxes_of(mask[None])[0].tolist()
+        objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
+    return draw_objects(image, objects)
+
+
+def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:
+    """The image with its long edge at ``side_px``, and the map that led there."""
+    geometry = evaluation_geometry((image.shape[1], image.shape[0]), side_px)
+    return geometry.pixels(image), geometry
+
+
+def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
+    """An object's pixels in the drawn image; of an RLE of a large picture no more are looked at than are drawn."""
+    if not isinstance(segmentation, dict):
+        return geometry.mask(segmentation, coco_api().mask).astype(bool)
+    steps = [(np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])]  # rows, columns
+    whole = decode_rle(segmentation, coco_api().mask)
+    return whole[np.ix_(*(step.astype(int).clip(max=length - 1) for step, length in zip(steps, whole.shape)))].astype(bool)
+
+
+def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
+    """Pictures with a line of text above each, in rows."""
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [HEADER_PX + max(image.shape[0] for _, image in row) + GAP_PX for row in rows]
+    page = Image.new("RGB", (columns * (SIDE_PX + GAP_PX) + GAP_PX, sum(heights) + GAP_PX), "white")
+    pen, font, y = ImageDraw.Draw(page), _font(14), GAP_PX
+    for row, height in zip(rows, heights):
+        for column, (title, image) in enumerate(row):
+            x = GAP_PX + column * (SIDE_PX + GAP_PX)
+            while len(title) > 4 and font.getlength(title) > SIDE_PX:  # a long name loses its beginning
+                title = "…" + title[2:]
+            pen.text((x, y), title, fill="black", font=font)
+            page.paste(Image.fromarray(image), (x, y + HEADER_PX))
+        y += height
+    return page
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own: it is there on every machine, and knows more than Latin letters."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -9,6 +9,7 @@ from typing import Any
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.coco import CocoSplit
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -19,7 +20,7 @@ ENGINE = "torchvision"
 CONFIG, CHECKPOINT, RESULT, PREDICTIONS = "config.json", "checkpoint.pt", "result.json", "predictions.json"
 
 
-def resolved_config(run: DetectionRun, vit: ViT, train_images: int, class_names: tuple[str, ...]) -> dict[str, Any]:
+def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
     """Everything that the outcome depends on, as JSON values. The backbone's flags are complete: the run's own file is not needed
     to build the network again."""
     config = {
@@ -27,7 +28,11 @@ def resolved_config(run: DetectionRun, vit: ViT, train_images: int, class_names:
         **run.settings(),
         "backbone_flags": vit.flags,
         "weights_hash": file_hash(run.weights) if run.weights else None,
-        "data": {"train_images": train_images, "class_names": class_names},
+        "data": {
+            "train_images": len(train.pictures),
+            "category_ids": train.category_ids,
+            "class_names": train.class_names,
+        },
     }
     plain: dict[str, Any] = json.loads(json.dumps(config))
     return plain
@@ -98,3 +103,15 @@ def protocol_of(config: Mapping[str, Any]) -> DetectionProtocol:
 def backbone_of(config: Mapping[str, Any]) -> ViT:
     """The backbone of a ``config.json``, its weights not yet filled in."""
     return build_backbone(config["backbone"], None, **config["backbone_flags"])
+
+
+def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
+    """Category id -> name in the order of the classes.
+
+    Raises:
+        UserError: the file does not hold them.
+    """
+    ids, names = config["data"].get("category_ids"), config["data"]["class_names"]
+    if ids is None:  # 1, 2, ... would be wrong for COCO
+        raise UserError(f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again")
+    return dict(zip(ids, names))

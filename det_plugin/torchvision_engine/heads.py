@@ -1,14 +1,17 @@
-"""Box and mask heads: torchvision's matching, sampling and test-time filtering around Detectron2's layers and losses."""
+"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time filtering."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.boxes import BoxCoder
 from det_plugin.torchvision_engine.layers import ConvNorm
+from det_plugin.torchvision_engine.masks import crop_masks
 from det_plugin.torchvision_engine.pooling import RoIPooler
 
 
@@ -92,12 +95,6 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(own, targets)
 
 
-def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """What a mask head should predict: masks [M, H, W] under boxes [P, 4] of masks ``index`` [P] -> [P, side, side] in {0, 1}."""
-    rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
-    return (roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
-
-
 class DetectionHeads(RoIHeads):
     """Second stage: boxes and masks of the proposals."""
 
@@ -128,7 +125,7 @@ class DetectionHeads(RoIHeads):
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Tensor]] | None = None,
+        targets: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Losses in training, detections at test time; the other is empty.
 
@@ -136,7 +133,8 @@ class DetectionHeads(RoIHeads):
             features: the pyramid's maps; the last, max-pooled level serves proposals alone.
             proposals: [R_i, 4] pixels.
             image_shapes: (height, width) without padding.
-            targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks`` [M, h, w] uint8.
+            targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks``, [M, h, w] uint8 or
+                :class:`masks.Polygons`.
 
         Returns:
             ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities under the box; and
@@ -154,7 +152,26 @@ class DetectionHeads(RoIHeads):
         detections = zip(*found, masks)
         return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
 
-    def _losses(self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score threshold, the best after an
+        NMS within the class. Boxes without extent stay until they are back in the picture's pixels (torchvision drops them here).
+        """
+        counts = [len(own) for own in proposals]
+        all_boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)
+        all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)  # without the background
+        boxes, scores, labels = [], [], []
+        for own_boxes, own_scores, shape in zip(all_boxes, all_scores, image_shapes):
+            row, kind = torch.where(own_scores > self.score_thresh)
+            candidates, chances = clip_boxes_to_image(own_boxes[row, kind], shape), own_scores[row, kind]
+            kept = batched_nms(candidates, chances, kind, self.nms_thresh)[: self.detections_per_img]
+            boxes.append(candidates[kept])
+            scores.append(chances[kept])
+            labels.append(kind[kept] + 1)
+        return boxes, scores, labels
+
+    def _losses(self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Any]] | None) -> dict[str, Tensor]:
         assert targets is not None
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_head(self.box_roi_pool(maps, proposals))

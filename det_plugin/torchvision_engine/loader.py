@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, position in the stream): workers, ranks and resuming cannot change them."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter, o
 from det_plugin.torchvision_engine.coco import CocoSplit
 from det_plugin.torchvision_engine.coco_api import coco_api
 from pretrain.errors import UserError
+from pretrain.signals import SIGNALS
 
 Sample = dict[str, Any]
 ORDER, AUGMENT = 0, 1  # streams of random numbers of one seed
@@ -39,7 +41,8 @@ def positions(iteration: int, batch_size: int, rank: int, world_size: int) -> ra
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, ``masks`` [M, h, w]."""
+    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and ``masks``:
+    :class:`masks.Polygons` or [M, h, w]."""
 
     def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
         self.split, self.protocol, self.seed = split, protocol, seed
@@ -53,7 +56,7 @@ class TrainSamples(Dataset[Sample]):
             "image": to_tensor(geometry.pixels(self.split.load(picture))),
             "boxes": torch.from_numpy(boxes),
             "labels": torch.from_numpy(classes + 1),  # 0 is background
-            "masks": torch.from_numpy(masks),
+            "masks": masks,
         }
 
 
@@ -86,23 +89,31 @@ def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int
         num_workers=workers,
         collate_fn=list,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=start_worker,
     )
+    iterator: Any = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:  # a worker's traceback stands before its message
         raise UserError(str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+    finally:
+        if workers:  # now: an exception's traceback would keep them, and they outlive the signal that a process sends when it ends
+            iterator._shutdown_workers()
 
 
-def _one_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Of a data-loading process: one thread, and deaf to what a whole group of processes is sent. The training decides when to
+    stop; a worker that died would take it along."""
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The images, and the targets without them."""
+def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The images, and the targets without them; polygons stay where they are."""
 
-    def move(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
+    def move(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
     images = [move(sample["image"]) for sample in samples]
     return images, [{key: move(sample[key]) for key in ("boxes", "labels", "masks")} for sample in samples]

@@ -8,16 +8,18 @@ Where torchvision differs from Detectron2 and this engine follows Detectron2:
 * all box losses are L1; both RPN losses are divided by ``rpn_batch_per_image * images`` (:mod:`proposals`, :mod:`heads`);
 * heads: four convolutions without bias, each with LayerNorm; no box offsets or mask for the background; Detectron2's
   initialisation (:mod:`heads`);
-* mask targets are cropped with the aligned RoIAlign and made binary (:mod:`heads`);
+* ground-truth masks are polygons, cut at the crop's edges and filled at the mask head's resolution under each sampled box; bitmaps
+  where an image has an RLE (:mod:`masks`);
+* test: boxes without extent are dropped after the NMS and predicted masks sampled at sub-pixel positions (:mod:`heads`,
+  :mod:`evaluate`);
 * pixels are padded with zeros after normalisation, to a square (:class:`SquarePad`).
 
 What still differs from Detectron2's ViTDet configuration:
 
 * class 0 is background (Detectron2: the last class), a permutation of the classifier's rows;
-* ground-truth masks are bitmaps, rasterised after augmentation, and boxes are theirs; Detectron2's default keeps polygons;
-* boxes thinner than 0.01 px are dropped before the NMS of the test, not after it;
-* predicted masks are pasted into whole-pixel boxes (torchvision), not sampled at sub-pixel positions;
-* mixed precision is bfloat16 and needs no loss scaling (Detectron2: float16).
+* the crop is cut out while resizing, not after it: grey values differ by up to 2 of 255;
+* polygons that leave the picture are cut at its edge, also where the picture is smaller than the crop;
+* images are drawn in one shuffled order, not in two groups by aspect ratio (all are padded to the same square).
 """
 
 import torch

@@ -1,9 +1,12 @@
 """One detection fine-tuning from start to ``result.json``, and the evaluation of one that is over."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from det_plugin.run import DetectionRun, leave_result
 from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
@@ -21,16 +24,18 @@ from det_plugin.torchvision_engine.folder import (
     resolved_config,
     write_config,
 )
-from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions
+from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import say
-from pretrain.errors import UserError
-from pretrain.metrics_log import MetricsLog, ProgressLine
+from pretrain.errors import Interrupted, UserError
+from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
+from pretrain.signals import StopSignals
 
 LOG_LINES = 1000  # about so many lines has the metrics.jsonl of a long run
+SAVE_PERIOD_S = 900  # that a run loses at most when its process is killed
 HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, into the log
 
 
@@ -47,14 +52,15 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
 
     Raises:
         UserError: bad settings or data; a folder that holds another run.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
         FloatingPointError: a loss is no number; names the iteration and the losses.
     """
     started = time.time()
     device = choose_device(run.device)
     distributed.start(device.type)
-    data = Data.read(run.data, run.protocol.num_classes)
+    data = Data.read(run.data, run.protocol)
     trainer = Trainer(run, device)
-    config = resolved_config(run, trainer.vit, len(data.train.pictures), data.train.class_names)
+    config = resolved_config(run, trainer.vit, data.train)
     if enter(run.output, config, resume):
         say(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
         return run.output / RESULT
@@ -66,8 +72,9 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if state is not None:
         trainer.restore(state)
         started -= state["wall_time_s"]
-    with deterministic(device.type == "cpu"):
-        metrics = _loop(trainer, data, state, started, min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it))
+    end_it = min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it)
+    with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
+        metrics = _loop(trainer, data, state, started, end_it, signals)
     if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
         leave_result(run, metrics, engine=ENGINE, images=images, started=started)
@@ -82,24 +89,50 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     Raises:
         UserError: no run, no checkpoint, or data that do not fit.
     """
-    config, on = read_config(output), choose_device(device)
+    on = choose_device(device)
     distributed.start(on.type)
-    protocol, state = protocol_of(config), load_checkpoint(output)
-    if state is None:
-        raise UserError(f"output: {output} holds no {CHECKPOINT}")
+    model, config, iteration = load_model(output)
+    protocol = protocol_of(config)
     split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
-    model = build_model(backbone_of(config), protocol)
-    model.load_state_dict(state["model"])
-    metrics, _ = evaluate(model.to(on), split, protocol, workers=workers, device=on, output=output)
-    say(f"{output}, iteration {state['iteration']}: {mean_ap(metrics)}")
+    if list(split.class_names) != config["data"]["class_names"]:
+        raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
+    started, line = time.monotonic(), ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None
+
+    def progress(done: int, share: int) -> None:  # of this rank's share
+        if line:
+            eta_s = (time.monotonic() - started) / done * (share - done)
+            line.update(round(done / share * len(split.pictures)), "", eta_s)
+
+    try:
+        metrics, _ = evaluate(model.to(on), split, protocol, workers=workers, device=on, output=output, progress=progress)
+    finally:
+        if line:
+            line.close()
+    say(f"{output}, iteration {iteration}: {mean_ap(metrics)}")
     return metrics
 
 
-def _loop(trainer: Trainer, data: Data, state: dict[str, Any] | None, started: float, end_it: int) -> dict[str, Any]:
+def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
+    """The detector of a run folder's last checkpoint on the CPU, its ``config.json``, and how many iterations it was trained.
+
+    Raises:
+        UserError: no run, or no checkpoint.
+    """
+    config, state = read_config(output), load_checkpoint(output)
+    if state is None:
+        raise UserError(f"output: {output} holds no {CHECKPOINT}")
+    model = build_model(backbone_of(config), protocol_of(config))
+    model.load_state_dict(state["model"])
+    return model, config, state["iteration"]
+
+
+def _loop(
+    trainer: Trainer, data: Data, state: dict[str, Any] | None, started: float, end_it: int, signals: StopSignals
+) -> dict[str, Any]:
     """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found."""
     p, first_it, metrics = trainer.protocol, trainer.iteration, dict[str, Any]()
     log_period = max(p.iterations_it // LOG_LINES, 1)
-    log = Log(trainer.run.output, trainer, started) if distributed.is_main() else None
+    log = Log(trainer, started) if distributed.is_main() else None
     try:
         if state is not None and _lacks_evaluation(trainer):
             metrics = _evaluate(trainer, data)
@@ -108,20 +141,35 @@ def _loop(trainer: Trainer, data: Data, state: dict[str, Any] | None, started: f
         rank, world = distributed.rank(), distributed.world_size()
         indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_it))
         samples = TrainSamples(data.train, p, trainer.run.seed)
-        for it, batch in enumerate(batches(samples, indices, trainer.run.workers, trainer.device), first_it):
-            terms, metrics = trainer.step(batch), {}
-            if log and (_is_due(trainer) or it + 1 == end_it):
-                log.save_checkpoint(terms)
-            if _is_due(trainer):
-                metrics = _evaluate(trainer, data)
+        for batch, waited_s in _timed(batches(samples, indices, trainer.run.workers, trainer.device)):
+            it, terms, metrics = trainer.iteration, trainer.step(batch), {}
+            is_due, stopping = _is_due(trainer), signals.on_any_rank()
             if log:
-                log.show(terms)
-                if it % log_period == 0 or _is_due(trainer):
+                log.step(terms, waited_s)
+                if it % log_period == 0 and not is_due:
+                    log.write(it, terms, {})
+                if is_due or stopping or it + 1 == end_it or log.is_old:
+                    log.save_checkpoint(terms)
+            if stopping:  # an evaluation that is due can wait: the resumed run makes up for it
+                distributed.barrier()
+                raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}")
+            if is_due:
+                with log.speed.paused() if log else nullcontext():
+                    metrics = _evaluate(trainer, data)
+                if log:
                     log.write(it, terms, metrics)
     finally:
         if log:
             log.close()
     return metrics
+
+
+def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float]]:
+    """Each batch, and how many seconds it was waited for."""
+    asked = time.perf_counter()
+    for batch in loader:
+        yield batch, time.perf_counter() - asked
+        asked = time.perf_counter()
 
 
 def _is_due(trainer: Trainer) -> bool:
@@ -150,33 +198,39 @@ def _lacks_evaluation(trainer: Trainer) -> bool:
 class Log:
     """What the main process writes down: metrics, speed, progress, checkpoints."""
 
-    def __init__(self, folder: Path, trainer: Trainer, started: float) -> None:
-        self.folder, self.trainer, self.started = folder, trainer, started
-        self.first_it, self.since = trainer.iteration, time.time()
-        self.metrics = MetricsLog(folder, trainer.iteration, tensorboard=True)
+    def __init__(self, trainer: Trainer, started: float) -> None:
+        self.folder, self.trainer, self.started = trainer.run.output, trainer, started
+        self.speed, self.saved_s = Speed(trainer.protocol.batch_size), time.monotonic()
+        self.metrics = MetricsLog(self.folder, trainer.iteration, tensorboard=True)
         self.line = ProgressLine("detection", trainer.protocol.iterations_it, trainer.iteration)
 
     @property
-    def img_per_s(self) -> float:
-        """Pictures a second since the start or the resumption."""
-        seen = (self.trainer.iteration - self.first_it) * self.trainer.protocol.batch_size
-        return seen / max(time.time() - self.since, 1e-9)
+    def is_old(self) -> bool:
+        """Whether the last checkpoint is."""
+        return time.monotonic() - self.saved_s > SAVE_PERIOD_S
 
-    def show(self, terms: Mapping[str, float]) -> None:
-        """Progress."""
-        left = self.trainer.protocol.iterations_it - self.trainer.iteration
-        eta_s = left * self.trainer.protocol.batch_size / self.img_per_s
-        self.line.update(self.trainer.iteration, f"loss {terms['loss']:.3f}  {self.img_per_s:.1f} img/s", eta_s)
+    def step(self, terms: Mapping[str, float], waited_s: float) -> None:
+        """An iteration is over: speed and progress."""
+        self.speed.tick(waited_s)
+        trainer, speed = self.trainer, self.speed
+        note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
+        memory = f"{peak_memory_gb(trainer.device):.1f} GB"
+        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.iterations_it - trainer.iteration))
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """An iteration's line; of an evaluation the headline alone."""
+        """An iteration's lines: losses and lr; of an evaluation the headline alone; images a second, share of the time that was
+        spent waiting for data, most memory so far."""
         self.metrics.write("metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}})
-        self.metrics.write("speed", it, {"img_per_s": self.img_per_s})
+        if self.speed.done:
+            speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
+            self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
 
     def save_checkpoint(self, terms: Mapping[str, float]) -> None:
         """``checkpoint.pt``, after the lines of the iterations before."""
         self.metrics.flush()
-        save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})
+        with self.speed.paused():
+            save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})
+        self.saved_s = time.monotonic()
 
     def close(self) -> None:
         """Close files and terminal."""

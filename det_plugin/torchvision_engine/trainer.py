@@ -1,6 +1,7 @@
 """The state of a fine-tuning, one step of it, and its evaluation."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +34,27 @@ class Data:
     val: CocoSplit
 
     @staticmethod
-    def read(root: Path, num_classes: int) -> "Data":
-        """Both annotation files.
+    def read(data: Path, protocol: DetectionProtocol) -> "Data":
+        """Both annotation files and, as far as headers tell, all images.
 
         Raises:
             UserError: names the file; also where the splits disagree about the classes.
         """
-        train = read_split(root, "train", num_classes=num_classes, training=True)
-        val = read_split(root, "val", num_classes=num_classes, training=False)
+        classes = protocol.num_classes
+        train = read_split(data, "train", num_classes=classes, training=True, share=protocol.train_share)
+        val = read_split(data, "val", num_classes=classes, training=False)
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise UserError(f"data: {train.file} and {val.file} have different categories")
+        for split in (train, val):
+            split.check_headers()
         return Data(train, val)
 
 
 class Trainer:
     """Model, optimiser and iteration.
+
+    Mixed precision is the protocol's on CUDA alone. With float16 the loss is scaled so that small gradients survive; a step whose
+    scaled gradients overflow changes no weights but counts as an iteration, as Detectron2's AMPTrainer has it.
 
     Raises:
         UserError: numbers that do not fit together, by name.
@@ -65,6 +72,8 @@ class Trainer:
         self.vit = build_backbone(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
         self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(device)
         self.optimizer = build_optimizer(self.model, protocol)
+        self.amp_dtype = getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.ranks: nn.Module = self.model
         if distributed.world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -87,14 +96,16 @@ class Trainer:
         for i in range(0, len(samples), micro):
             is_last = i + micro == len(samples)
             with nullcontext() if is_last else self._without_sync():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.amp and self.device.type == "cuda"):
+                with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                     losses = self.ranks(*to_device(samples[i : i + micro], self.device))
-                (torch.stack(list(losses.values())).sum() / self.run.accumulate).backward()
+                self.scaler.scale(torch.stack(list(losses.values())).sum() / self.run.accumulate).backward()
             terms.append(losses)
         values = self._finite(terms)
         if self.protocol.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.iteration += 1
         return {**values, "lr": lr}
 
@@ -113,21 +124,33 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on: tensors and plain values."""
-        return {"iteration": self.iteration, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {"iteration": self.iteration, **{name: part.state_dict() for name, part in states.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # empty where the checkpoint is from a CPU
+            self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
 
 
 def evaluate(
-    model: nn.Module, split: CocoSplit, protocol: DetectionProtocol, *, workers: int, device: torch.device, output: Path
+    model: nn.Module,
+    split: CocoSplit,
+    protocol: DetectionProtocol,
+    *,
+    workers: int,
+    device: torch.device,
+    output: Path,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """COCO metrics of a split (empty except on the main process) and the predictions, which go to ``output/predictions.json``."""
     size = protocol.image_size_px
-    predictions = predict(model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device)
+    predictions = predict(
+        model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device, progress=progress
+    )
     if not distributed.is_main():
         return {}, predictions
     save_predictions(predictions, output / PREDICTIONS)

@@ -46,9 +46,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query, key, value, each [B, heads, N, D / heads]."""
-        return self._split(self.qkv(x))
+        return self.split(self.qkv(x))
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads]."""
         b, n, d = qkv.shape
         q, k, v = qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -64,14 +64,16 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """[B, N, 3 D] -> the values that each query attends to, heads side by side, [B, N, D]."""
-        b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        q, k, v = self._split(qkv)
+        return self.look_up(*self.split(qkv))
+
+    def look_up(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The kernel: query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> heads side by side, [B, M, D]."""
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, N, heads, D / heads]
-            return memory_efficient_attention(q, k, v).reshape(b, n, d)  # type: ignore[no-any-return]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+            return memory_efficient_attention(q, k, v).flatten(2)  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """The softmax weights themselves, [B, heads, N (query), N (key)]: for pictures, not for training."""

@@ -13,7 +13,7 @@ SeedGroups = dict[tuple[str, str], list[Result]]
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of a metric over n runs, and its sample standard deviation (n - 1; None for one run)."""
+    """Mean of a metric over n runs, and its sample standard deviation (n - 1; None for one run); a sweep counts as its seeds."""
 
     mean: float
     std: float | None
@@ -22,7 +22,7 @@ class Score:
     @classmethod
     def of(cls, runs: Iterable[Result], metric: str) -> "Score | None":
         """The score over the runs that have the metric; None when none has."""
-        values = [float(run.metrics[metric]) for run in runs if metric in run.metrics]
+        values = [value for run in runs for value in by_seed(run, metric).values()]
         if not values:
             return None
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
@@ -71,10 +71,24 @@ class Measured:
     @property
     def seeds(self) -> str:
         """ "0, 1, 2", or both lists where detection and segmentation differ."""
-        texts = [", ".join(str(run.seed) for run in runs) for runs in (self.detection, self.segmentation)]
+        texts = [seeds_of(runs) for runs in (self.detection, self.segmentation)]
         if all(texts) and texts[0] != texts[1]:
             return f"detection {texts[0]}; segmentation {texts[1]}"
         return texts[0] or texts[1]
+
+
+def by_seed(run: Result, metric: str) -> dict[str, float]:
+    """{seed: value}: of every seed of a sweep's best setting, else of the run's own; nothing without the metric."""
+    if metric not in run.metrics:
+        return {}
+    return {
+        seed: float(value) for seed, value in run.metrics.get(f"{metric}_by_seed", {str(run.seed): run.metrics[metric]}).items()
+    }
+
+
+def seeds_of(runs: Sequence[Result]) -> str:
+    """ "0, 1, 2"."""
+    return ", ".join(seed for run in runs for seed in by_seed(run, "miou") or (str(run.seed),))
 
 
 def merge(results: Sequence[Result]) -> list[Measured]:

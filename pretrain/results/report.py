@@ -7,11 +7,11 @@ from importlib import resources
 from typing import Any
 
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
-from pretrain.results.merge import backbone_label
+from pretrain.results.merge import backbone_label, seeds_of
 from pretrain.results.render import render
 from pretrain.results.runs import Figure, Run, run_names
 from pretrain.results.schema import KINDS, Protocol
-from pretrain.results.tables import NONE, comparison_table, duration_text, epochs_text, pretraining_table
+from pretrain.results.tables import NONE, comparison_table, duration_text, epochs_text, pretraining_table, segmentation_table
 
 _KIND_TITLES = {
     "pretrain": "Pre-training",
@@ -159,9 +159,8 @@ def _grid(panels: Sequence[str]) -> str:
 
 def _results(runs: Sequence[Run], table: str) -> str:
     results = [run.result for run in runs]
-    pretraining = pretraining_table(results)
-    parts = [render(comparison_table(results, table=table), "html")]
-    return "\n".join([*parts, *([render(pretraining, "html")] if pretraining else [])])
+    tables = [comparison_table(results, table=table), segmentation_table(results), pretraining_table(results)]
+    return "\n".join(render(table, "html") for table in tables if table)
 
 
 def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -195,7 +194,7 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
         r = run.result
         commit, _, dirty = (r.git_commit or NONE).partition("+")
         hashes = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
-        rows.append([r.kind, name, str(r.seed), *hashes, r.created[:19].replace("T", " ")])
+        rows.append([r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")])
         metrics = _list({key: _words(value) for key, value in sorted(_flat(r.metrics).items())})
         details.append(
             f"<details><summary>{html.escape(f'{_KIND_TITLES[r.kind]}: {name}')}</summary>\n"

@@ -12,6 +12,7 @@ from pretrain.errors import UserError
 from pretrain.results.merge import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 
+POINTS = "points"  # in a sweep's folder, the folder of its runs
 # {iteration: {term: value}}, sorted by iteration
 Log = dict[int, dict[str, float]]
 
@@ -37,18 +38,26 @@ class Run:
 def find_results(paths: Iterable[str | Path]) -> list[Path]:
     """The result files under the paths: a `result.json`, its folder, or any folder above; each file once.
 
+    The result of a sweep stands for its runs: those are left out, unless a path leads straight to them.
+
     Raises UserError naming the path under which there is none.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = sorted(path.rglob(FILE_NAME)) if path.is_dir() else [path]
+        files = [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)] if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
+
+
+def _is_swept(file: Path, above: Path) -> bool:
+    """Whether a result between the file and the folder `above` is that of a sweep to which the file belongs."""
+    folders = [folder for folder in file.parents if folder != above and above in folder.parents]
+    return any(folder.name == POINTS and (folder.parent / FILE_NAME).is_file() for folder in folders)
 
 
 def read_run(result_file: Path) -> Run:

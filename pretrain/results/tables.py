@@ -19,6 +19,7 @@ COLUMNS = (
     *("detection protocol", "segmentation protocol", "seeds", "note"),
 )
 PROTOCOL_FIELDS = ("pretraining_protocol", "detection_protocol", "segmentation_protocol")
+ADE20K = "ade20k"  # how the names of its protocols begin: other data sets' mIoU has a table of its own
 LOSS_TERMS = ("loss", "image", "content", "position", "koleo")
 
 
@@ -71,13 +72,13 @@ class FootNotes:
 
 
 def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1") -> Table:
-    """The published rows beside the measured detection and segmentation results, grouped by backbone.
+    """The published rows beside the measured results of detection and of segmentation on ADE20K, grouped by backbone.
 
     published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
     Raises UserError for an unknown table.
     """
     printed = rows_of_tables(published_rows() if published is None else list(published), table)
-    measured = merge(results)
+    measured = merge([r for r in results if not _is_elsewhere(r)])
     twins = [row.identity for row in measured]
     families = dict.fromkeys([row.backbone for row in printed])
     families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
@@ -106,7 +107,7 @@ def _notes(printed: list[PublishedRow], measured: list[Measured]) -> list[str]:
         texts.append("Published: as printed in the paper, in the table that the note names.")
     if measured:
         texts.append(f"{MEASURED} Measured with this code, by the runs given; every other row is published.")
-    if any(len(runs) > 1 for row in measured for runs in (row.detection, row.segmentation)):
+    if any(score is not None and score.n > 1 for row in measured for score in _scores(row).values()):
         texts.append("a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed.")
     if len({row.identity for row in measured}) < len(measured):
         texts.append("Rows with a config in their note differ in their configuration and are not averaged.")
@@ -198,6 +199,46 @@ def _numbers(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
         row[f"{name}_std"] = "" if score is None or score.std is None else repr(round(score.std, 6))
         row[f"{name}_n"] = str(score.n) if score is not None and counted else ""
     return row
+
+
+# --- segmentation on other data sets ------------------------------------------------------------------------------------
+
+
+def _is_elsewhere(result: Result) -> bool:
+    return result.kind == "segmentation" and not result.protocol.name.startswith(ADE20K)
+
+
+def segmentation_table(results: Sequence[Result]) -> Table | None:
+    """The segmentation results on other data sets than ADE20K, one row a protocol and configuration; None when there is none.
+
+    They stand beside nothing published, whose mIoU is ADE20K's.
+    """
+    pretraining = [result for result in results if result.kind == "pretrain"]  # they say which weights are of a scaled-down one
+    rows = merge([*pretraining, *(result for result in results if _is_elsewhere(result))])
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row.run.protocol.name)  # stable: within one as merged
+    notes, lines, records = FootNotes(), [], []
+    for row in rows:
+        run, score = row.run, Score.of(row.segmentation, "miou")
+        miou = NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"
+        epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
+        who = (run.method, backbone_label(run.backbone), epochs)
+        lines.append(Line("measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)))
+        records.append(
+            {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
+            | _who(run.method, backbone_label(run.backbone), run.effective_epochs)
+            | _numbers({"miou": score}, counted=True)
+            | {"seeds": row.seeds, "config": row.configs}
+        )
+    return Table(
+        title="Segmentation on other data sets",
+        columns=("protocol", "method", "backbone", "eff. epochs", "mIoU", "seeds", "config"),
+        groups=(tuple(lines),),
+        notes=("mIoU in percent, measured with this code.", *notes.texts("Not comparable with the full protocol's numbers.")),
+        numeric=frozenset({3, 4}),
+        records=tuple(records),
+    )
 
 
 # --- the pre-training runs --------------------------------------------------------------------------------------------

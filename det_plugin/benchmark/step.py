@@ -1,0 +1,149 @@
+"""The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, our backbone and Detectron2's in its detector."""
+
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
+from det_plugin.benchmark.turns import held_mib, peak_mib
+from det_plugin.lazy import config
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.requires import detectron2_installed
+from pretrain.device import choose_device
+
+with detectron2_installed():
+    from detectron2.config import LazyCall, instantiate
+    from detectron2.structures import Boxes, Instances, PolygonMasks
+    from detectron2.utils.events import EventStorage
+
+WINDOWS = dict(window_size=WINDOW, global_blocks=GLOBAL_BLOCKS)
+OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
+    "ours": {},
+    "ours_windowed": WINDOWS,
+    "ours_checkpointed": dict(checkpointing=True),
+    "ours_compiled": dict(compile=True),
+}
+THEIRS: Mapping[str, Mapping[str, Any]] = {  # arguments of their_network
+    "detectron2": dict(window=0),
+    "detectron2_windowed": dict(window=WINDOW, relative_positions=True),  # its ViTDet reference
+}
+WARM_UP = 3  # steps that are not counted: kernels are chosen, blocks compiled, the loss scale found
+N_OBJECTS = 8  # in an image; COCO has 7
+
+
+def measure(
+    backbone: str,
+    batch_sizes: Sequence[int],
+    rounds: int,
+    device: str = "auto",
+    *,
+    contenders: Sequence[str] = (*OURS, *THEIRS),
+    backbone_flags: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward, AdamW; AMP on CUDA.
+
+    Args:
+        backbone: registry name.
+        batch_sizes: images a step, rising; where one does not fit into the memory, larger ones are not tried.
+        rounds: counted steps.
+        contenders: names out of :data:`OURS` and :data:`THEIRS`, each measured in a process of its own, one after the other.
+        backbone_flags: more arguments of ``build_backbone``, for all.
+        overrides: fields of the protocol, for all.
+
+    Returns:
+        for each contender ``{"1": {"img_per_s": ..., "peak_mib": ...}, "2": "out of memory"}``, by batch size.
+
+    Raises:
+        UserError: Detectron2 is absent; a field of the protocol that does not exist.
+    """
+    where = str(choose_device(device))
+    recipe = with_overrides(protocol("coco-12ep", backbone), dict(overrides or {}))
+    found: dict[str, Any] = {"backbone": backbone, "device": where, "image_px": recipe.image_size_px}
+    context = multiprocessing.get_context("spawn")
+    for name in contenders:
+        with ProcessPoolExecutor(1, context) as process:
+            arguments = (name, recipe, backbone, dict(backbone_flags or {}), sorted(batch_sizes), rounds, where)
+            found[name] = process.submit(_figures, *arguments).result()
+    return found
+
+
+def build(name: str, recipe: DetectionProtocol, backbone: str, flags: Mapping[str, Any]) -> nn.Module:
+    """The detector of a contender, random weights."""
+    cfg = config(recipe, backbone, backbone_flags=flags).model
+    if name in OURS:
+        cfg.backbone.net.update(OURS[name])
+    else:
+        arguments = dict(THEIRS[name], image_px=recipe.image_size_px, drop_path=recipe.drop_path, flags=dict(flags))
+        cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **arguments)
+    return instantiate(cfg)  # type: ignore[no-any-return]
+
+
+def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, Any]]:
+    """Noise with objects, as Detectron2's mapper gives them."""
+    size, generator = recipe.image_size_px, torch.Generator().manual_seed(0)
+    batch = []
+    for _ in range(n_images):
+        corners = torch.rand(N_OBJECTS, 2, generator=generator) * size * 0.5
+        extents = (0.05 + 0.4 * torch.rand(N_OBJECTS, 2, generator=generator)) * size
+        boxes = torch.cat([corners, corners + extents], 1)  # [8, 4], x0 y0 x1 y1 in pixels
+        instances = Instances((size, size))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(recipe.num_classes, (N_OBJECTS,), generator=generator)
+        instances.gt_masks = PolygonMasks([[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes])  # whole boxes
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+        batch.append({"image": image, "instances": instances, "height": size, "width": size})
+    return batch
+
+
+class Step:
+    """Model, optimiser and loss scale of one contender."""
+
+    def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
+        self.model, self.device = model.to(device).train(), device
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        self.dtype, self.amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
+
+    def __call__(self, batch: list[dict[str, Any]]) -> None:
+        """One step, waited for."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with EventStorage(), torch.autocast(self.device.type, self.dtype, enabled=self.amp):
+            losses = self.model(batch)
+        self.scaler.scale(torch.stack([loss.float() for loss in losses.values()]).sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _figures(
+    name: str, recipe: DetectionProtocol, backbone: str, flags: dict[str, Any], batches: list[int], rounds: int, device: str
+) -> dict[str, Any]:
+    """Of one contender, by batch size; in its own process."""
+    where, found = torch.device(device), dict[str, Any]()
+    held = 0.0 if where.type == "cuda" else held_mib(where)
+    torch.manual_seed(0)
+    step = Step(build(name, recipe, backbone, flags), recipe, where)
+    for n_images in batches:
+        batch, seconds = synthetic_batch(recipe, n_images), []
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+        try:
+            for _ in range(WARM_UP + rounds):
+                started = time.perf_counter()
+                step(batch)
+                seconds.append(time.perf_counter() - started)
+        except torch.cuda.OutOfMemoryError:
+            found[str(n_images)] = "out of memory"
+            break
+        rate = n_images / median(seconds[WARM_UP:])
+        found[str(n_images)] = {"img_per_s": round(rate, 2), "peak_mib": round(peak_mib(where) - held, 1)}
+    return found

@@ -1,0 +1,100 @@
+"""Contenders, each in a process of its own (a process's peak memory never comes down again), that take turns (so that whatever
+else the machine does meets all of them alike)."""
+
+import multiprocessing
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+Work = Callable[[], None]  # what is measured: one step
+STATUS = Path("/proc/self/status")
+
+
+class Figures(NamedTuple):
+    """What a contender took."""
+
+    seconds: list[float]  # of each counted turn
+    peak_mib: float  # above what the process held when all was imported: model, gradients, everything
+
+    def shown(self) -> dict[str, float]:
+        """Median and peak, for people."""
+        return {"seconds": round(median(self.seconds), 3), "peak_mib": round(self.peak_mib, 1)}
+
+
+def ratio(ours: Figures, theirs: Figures) -> dict[str, float]:
+    """Time (median of the turns' ratios) and memory, ours over theirs."""
+    times = [a / b for a, b in zip(ours.seconds, theirs.seconds)]
+    return {"time": round(median(times), 3), "memory": round(ours.peak_mib / theirs.peak_mib, 3)}
+
+
+def in_turns(contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]]], device: str, rounds: int) -> dict[str, Figures]:
+    """Measure all contenders.
+
+    Args:
+        contenders: name -> a function of a module, and arguments, which make the work in the contender's process. What this
+            module imports does not count as memory.
+        device: of torch; on CUDA the memory is torch's own account.
+        rounds: counted turns of each, after one that is not.
+
+    Raises:
+        UserError: that of a contender.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in contenders}
+        starts = [processes[name].submit(_start, *contender, device) for name, contender in contenders.items()]
+        for start in starts:
+            start.result()
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        peaks: dict[str, float] = {}
+        for turn in range(rounds + 1):
+            for name, process in processes.items():
+                taken, peaks[name] = process.submit(_turn).result()
+                seconds[name] += [taken] if turn else []
+    return {name: Figures(seconds[name], peaks[name]) for name in contenders}
+
+
+_PROCESS: dict[str, Any] = {}  # of this one, between turns
+
+
+def _start(make: Callable[..., Work], arguments: tuple[Any, ...], device: str) -> None:
+    where = torch.device(device)
+    _PROCESS.update(where=where, held=held_mib(where), work=make(*arguments))
+
+
+def _turn() -> tuple[float, float]:
+    """Seconds of this turn, and MiB of the peak so far."""
+    where: torch.device = _PROCESS["where"]
+    started = time.perf_counter()
+    _PROCESS["work"]()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, peak_mib(where) - _PROCESS["held"]
+
+
+def held_mib(device: torch.device) -> float:
+    """MiB that are held now: by torch on CUDA, by this process elsewhere."""
+    return torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmRSS")
+
+
+def peak_mib(device: torch.device) -> float:
+    """MiB that were held at most."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmHWM")
+
+
+def _of_process(key: str) -> float:
+    """Linux says it itself; there ``getrusage`` also counts what the parent held at the start of this process."""
+    if STATUS.exists():
+        found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
+        assert found, key
+        return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

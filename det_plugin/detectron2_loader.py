@@ -1,0 +1,109 @@
+"""Training batches for Detectron2 as a pure function of (seed, position in the stream), whoever drives the loop.
+
+Detectron2's own loader starts its shuffled stream anew whenever a run is resumed, and every worker draws augmentations from a
+state of its own. Here the image, its augmentations and the random numbers of the step depend on (seed, position) alone, so
+workers, ranks, accumulation and resuming cannot change them. Images are not grouped by aspect ratio: Detectron2 does that to save
+padding, but here every batch is padded to the same square.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from det_plugin.requires import detectron2_installed
+from det_plugin.torchvision_engine.loader import batches, positions, stream_index
+from pretrain import distributed
+from pretrain.errors import UserError
+
+with detectron2_installed():
+    from detectron2.data import DatasetFromList
+    from detectron2.utils.events import get_event_storage, has_event_storage
+
+Sample = dict[str, Any]
+AUGMENT, STEP = 1, 2  # streams of random numbers of one seed; 0 is the order of the images
+
+
+class TrainSamples(Dataset[Sample]):
+    """Position of the stream -> what the mapper makes of the image that stands there.
+
+    Args:
+        dicts: Detectron2's dataset dicts.
+        mapper: dict -> sample; it may draw from numpy's global generator, as Detectron2's augmentations do.
+    """
+
+    def __init__(self, dicts: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Sample], seed: int) -> None:
+        self.dicts, self.mapper, self.seed = DatasetFromList(dicts, copy=False), mapper, seed
+
+    def __getitem__(self, position: int) -> Sample:
+        np.random.seed(_draws(self.seed, AUGMENT, position).generate_state(4))
+        return self.mapper(self.dicts[stream_index(position, len(self.dicts), self.seed)])
+
+
+class TrainLoader:
+    """This rank's batches, endless: lists of samples. Under a Detectron2 trainer they begin at its iteration.
+
+    Args:
+        dataset: Detectron2's dataset dicts.
+        mapper: of :class:`TrainSamples`.
+        total_batch_size: images an iteration, of all ranks together.
+        num_workers: data-loading processes of this rank.
+        seed: of the order, the augmentations and the steps.
+
+    Raises:
+        UserError: a batch that the ranks cannot share equally, or a negative seed.
+    """
+
+    def __init__(
+        self,
+        dataset: list[dict[str, Any]],
+        *,
+        mapper: Callable[[dict[str, Any]], Sample],
+        total_batch_size: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        if seed < 0:
+            raise UserError(f"train.seed: {seed} must be at least 0; the order of the images depends on it")
+        self.samples = TrainSamples(dataset, mapper, seed)
+        self.batch_size, self.workers, self.seed = total_batch_size, num_workers, seed
+        micro_batch_size(total_batch_size, 1)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return self.parts(1)
+
+    def parts(self, accumulate: int) -> Generator[list[Sample], None, None]:
+        """Each batch in ``accumulate`` equal parts, one after another.
+
+        Before a part comes out, torch's generators are set: drop path and the sampling of boxes draw from them in the step.
+        """
+        start_it = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
+        loaded = batches(self.samples, self._positions(start_it, accumulate), self.workers, torch.device("cpu"))
+        for part, samples in zip(self._positions(start_it, accumulate), loaded):
+            torch.manual_seed(int(_draws(self.seed, STEP, part[0]).generate_state(1, np.uint64)[0]))
+            yield samples
+
+    def _positions(self, start_it: int, accumulate: int) -> Iterator[list[int]]:
+        micro = micro_batch_size(self.batch_size, accumulate)
+        for it in count(start_it):
+            own = positions(it, self.batch_size, distributed.rank(), distributed.world_size())
+            yield from (list(own[i : i + micro]) for i in range(0, len(own), micro))
+
+
+def micro_batch_size(batch_size: int, accumulate: int) -> int:
+    """Images that one rank computes on at a time.
+
+    Raises:
+        UserError: the batch cannot be shared equally by ranks and parts.
+    """
+    ranks = distributed.world_size()
+    if accumulate < 1 or batch_size % (ranks * accumulate):
+        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}")
+    return batch_size // (ranks * accumulate)
+
+
+def _draws(seed: int, stream: int, position: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, stream, position])

@@ -1,0 +1,46 @@
+"""The endless stream of training images, in which every image knows its place."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.dataset import InfiniteSampler
+from mmseg.registry import DATA_SAMPLERS
+
+
+class DrawnIndex(int):
+    """The index of an image in its data set, and where in the run it was drawn.
+
+    Attributes:
+        seed: the run's.
+        position: iteration * (batch size of all processes) + place in that batch.
+    """
+
+    seed: int
+    position: int
+
+    def __new__(cls, index: int, seed: int, position: int) -> "DrawnIndex":
+        drawn = super().__new__(cls, index)
+        drawn.seed, drawn.position = seed, position
+        return drawn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels to the data-loading processes."""
+        return DrawnIndex, (int(self), self.seed, self.position)
+
+
+@DATA_SAMPLERS.register_module()
+class PosfieldSampler(InfiniteSampler):
+    """mmengine's ``InfiniteSampler``, the same images in the same order, as :class:`DrawnIndex`.
+
+    Attributes:
+        start: how many images of this process's share are passed over: those that a resumed run has seen.
+    """
+
+    start: int = 0
+
+    def __iter__(self) -> Iterator[DrawnIndex]:
+        """From ``start`` on, without end. Process r of W has the positions r, r + W, r + 2 W, ..."""
+        stream = enumerate(self._infinite_indices())
+        for position, index in itertools.islice(stream, self.rank + self.start * self.world_size, None, self.world_size):
+            yield DrawnIndex(index, self.seed, position)

@@ -1,0 +1,63 @@
+"""The first steps of a pipeline: random numbers that depend on the place in the run alone, and loading that names its files."""
+
+import random
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+from pretrain.errors import UserError
+from seg_plugin.sampler import DrawnIndex
+
+
+@TRANSFORMS.register_module()
+class SeedFromPosition(BaseTransform):
+    """First of a training pipeline: all that the next transforms draw depends on (seed, position in the run) alone.
+
+    So images are augmented alike with any number of data-loading and training processes, and by a resumed run as by an unbroken
+    one. Seeds ``random`` and ``numpy.random``, which are all that mmcv's and MMSegmentation's transforms draw from. Without
+    :class:`seg_plugin.sampler.PosfieldSampler` (or where a wrapper of the data set has changed the index) it does nothing.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Reads ``sample_idx``, changes nothing."""
+        drawn = results.get("sample_idx")
+        if isinstance(drawn, DrawnIndex):
+            word = int(np.random.SeedSequence((drawn.seed, drawn.position)).generate_state(1)[0])
+            random.seed(word)
+            np.random.seed(word)
+        return results
+
+
+@TRANSFORMS.register_module()
+class PosfieldLoadImage(LoadImageFromFile):
+    """mmcv's ``LoadImageFromFile``, whose error names the file.
+
+    As there: 8-bit BGR; a grey image gets three equal channels, transparency is dropped, 16 bits become 8, and a photograph is
+    turned as its EXIF orientation says (so must its mask be, which has none).
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Adds ``img`` [H, W, 3], ``img_shape``, ``ori_shape``."""
+        try:
+            return super().transform(results)  # type: ignore[no-any-return]
+        except Exception as error:  # cv2.error, OSError, AssertionError, ...
+            raise UserError(f"data: {results['img_path']} is no readable image ({_in_one_line(error)})") from error
+
+
+@TRANSFORMS.register_module()
+class PosfieldLoadLabels(LoadAnnotations):
+    """MMSegmentation's ``LoadAnnotations``, whose error names the file."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds ``gt_seg_map`` [H, W] uint8."""
+        try:
+            return super().transform(results)  # type: ignore[no-any-return]
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+            raise UserError(f"data: {results['seg_map_path']} is no readable mask ({_in_one_line(error)})") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,89 @@
+"""What `tools/benchmark.py det` and `det-step` measure, at tiny sizes; the bounds are the tool's own. Needs Detectron2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+
+from det_plugin.benchmark import backbone as det
+from det_plugin.benchmark import step
+from det_plugin.benchmark.turns import Figures, in_turns, ratio
+from det_plugin.protocol import protocol, with_overrides
+from pretrain.errors import UserError
+
+pytestmark = pytest.mark.detectron2
+
+TINY = "vit_tiny_patch16"
+SMALL = dict(
+    image_size_px=64, channels=16, box_fc=16, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=8,
+    rpn_pre_nms=(20, 20), rpn_post_nms=(10, 10), anchor_sizes_px=(4, 8, 16, 32, 64),
+)  # fmt: skip
+
+
+def hold(n_mib):
+    """Work that holds and lets go: a contender of known memory."""
+
+    def work():
+        torch.ones(n_mib, 2**18).sum()
+
+    return work
+
+
+def refuse(_):
+    raise UserError("nothing to measure")
+
+
+def test_ratios_and_peaks_are_those_of_each_process():
+    found = in_turns({"ours": (hold, (64,)), "theirs": (hold, (256,))}, "cpu", 2)
+    assert [len(f.seconds) for f in found.values()] == [2, 2]
+    assert 64 <= found["ours"].peak_mib < 128 and 256 <= found["theirs"].peak_mib < 320
+    assert ratio(Figures([1.0, 9.0, 2.0], 10.0), Figures([2.0, 1.0, 4.0], 40.0)) == {"time": 0.5, "memory": 0.25}
+    with pytest.raises(UserError, match="nothing to measure"):
+        in_turns({"ours": (refuse, (1,))}, "cpu", 1)
+
+
+def test_contenders_are_alike_or_the_measure_stops(monkeypatch):
+    det.check_alike(TINY)
+    other = det.ALIKE(window_size=7)
+    monkeypatch.setitem(det.OURS, "ours_windowed", other)
+    with pytest.raises(AssertionError, match="ours_windowed"):
+        det.check_alike(TINY)
+
+
+def test_the_tool_leaves_the_ratios(tmp_path):
+    tool = Path(__file__).parents[1] / "tools" / "benchmark.py"
+    words = ["det", "--backbone", TINY, "--image-px", "64", "--rounds", "1", "--device", "cpu", "--json", tmp_path / "f.json"]
+    out = subprocess.run([sys.executable, tool, *words], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    found = json.loads((tmp_path / "f.json").read_text())
+    for name, bound in (("time_ratio", 0.55), ("memory_ratio", 0.3), ("memory_ratio_checkpointed", 0.12)):
+        assert found[name] > 0 and f"{name} {found[name]}  (at most {bound})" in out.stdout.replace("0.30", "0.3")
+    assert all(found[name]["seconds"] > 0 < found[name]["peak_mib"] for name in (*det.OURS, *det.THEIRS))
+
+
+@pytest.mark.parametrize("name", ["ours_windowed", "ours_checkpointed", "detectron2_windowed"])
+def test_a_step_trains_every_part(name):
+    recipe = with_overrides(protocol("coco-12ep", TINY), SMALL)
+    torch.manual_seed(0)
+    train = step.Step(step.build(name, recipe, TINY, dict(depth=4)), recipe, torch.device("cpu"))
+    before = {key: p.detach().clone() for key, p in train.model.named_parameters()}
+    train(step.synthetic_batch(recipe, 2))
+    same = {key.split(".")[0] for key, p in train.model.named_parameters() if p.requires_grad and torch.equal(p, before[key])}
+    assert not same and {key.split(".")[0] for key in before} == {"backbone", "proposal_generator", "roi_heads"}
+
+
+def test_steps_of_several_batch_sizes_are_measured(monkeypatch):
+    found = step.measure(TINY, [2, 1], 1, "cpu", contenders=["ours"], backbone_flags=dict(depth=1), overrides=SMALL)
+    assert list(found["ours"]) == ["1", "2"] and all(f["img_per_s"] > 0 < f["peak_mib"] for f in found["ours"].values())
+
+    def no_memory(self, batch):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(step.Step, "__call__", no_memory)
+    recipe = with_overrides(protocol("coco-12ep", TINY), SMALL)
+    assert step._figures("ours", recipe, TINY, dict(depth=1), [1, 2], 1, "cpu") == {"1": "out of memory"}

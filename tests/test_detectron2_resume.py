@@ -1,0 +1,219 @@
+"""Detectron2 runs that are interrupted and gone on with, and runs of several processes: as if there had been one. Skipped where it
+is not installed."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+
+from coco_fixture import CATEGORIES, annotation_file, write_coco
+from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.events import EventStorage
+from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
+
+from det_plugin.lazy import train
+from det_plugin.protocol import deviations
+from det_plugin.saved_config import classes_in
+from det_plugin.trainer import AccumulatingTrainer
+from pretrain import distributed
+from pretrain.cli import REQUEUE_CODE
+from pretrain.errors import Interrupted, UserError
+from pretrain.results import read_result
+
+pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_pretrained(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, coco, weights):
+    """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is high enough to matter."""
+    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_it=1)
+    train(run)
+    return run
+
+
+def copied(run, folder, last=None):
+    """The run in another folder; with ``last``, as if it had been killed when that checkpoint was its last."""
+    shutil.copytree(run.output, folder)
+    if last is not None:
+        for file in folder.glob("model_*.pth"):
+            if file.name > last:
+                file.unlink()
+        (folder / "last_checkpoint").write_text(last)
+        (folder / "result.json").unlink()
+    return replace(run, output=folder)
+
+
+def final(run):
+    state = torch.load(run.output / "model_final.pth", weights_only=True)
+    state["trainer"].pop("wall_time_s")
+    return state
+
+
+def assert_same_end(run, whole):
+    assert_equal(final(run), final(whole))
+    assert metrics_lines(run.output) == metrics_lines(whole.output)
+    assert read_result(run.output).metrics == read_result(whole.output).metrics
+
+
+@pytest.mark.parametrize("workers, lost_line", [(0, False), (2, True)])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole, workers, lost_line):
+    run = replace(copied(whole, tmp_path / "run", "model_0000001.pth"), workers=workers)
+    log = run.output / "metrics.jsonl"
+    if lost_line:  # killed in the evaluation that the checkpoint came before
+        log.write_text(log.read_text().splitlines(keepends=True)[0])
+    train(run, resume=True)
+    assert_same_end(run, whole)
+    assert len(metrics_lines(run.output)) == 5 and "box_ap" in metrics_lines(run.output)[1]
+
+
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, coco, whole, monkeypatch):
+    run, step = replace(whole, output=tmp_path / "run"), AccumulatingTrainer.run_step
+
+    def signalled(trainer):
+        step(trainer)
+        if trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AccumulatingTrainer, "run_step", signalled)
+        with pytest.raises(Interrupted, match="SIGUSR1; saved at iteration 3"):
+            train(run)
+    last = run.output / "model_0000002.pth"
+    assert (run.output / "last_checkpoint").read_text() == last.name and not (run.output / "result.json").exists()
+    state = torch.load(last, weights_only=True)
+    assert state["trainer"]["wall_time_s"] > 0
+    state["trainer"]["wall_time_s"] = 1000.0
+    torch.save(state, last)
+    train(run, resume=True)
+    assert_same_end(run, whole)
+    assert 1000 < read_result(run.output).wall_time_s < 1100
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, whole, capsys):
+    run = copied(whole, tmp_path / "run", "model_0000003.pth")
+    for name in ("model_0000003.pth", "model_0000001.pth"):
+        file = run.output / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        if name == "model_0000003.pth":
+            resumed = copied(run, tmp_path / "resumed")
+            train(resumed, resume=True)
+            assert f"{resumed.output / name} is no whole checkpoint" in capsys.readouterr().err
+            assert_same_end(resumed, whole)
+    with pytest.raises(UserError, match=r"no whole checkpoint to go on from; the last is .*model_0000003\.pth"):
+        train(run, resume=True)
+
+
+def test_the_run_folder_names_the_classes(whole):
+    assert classes_in(LazyConfig.load(str(whole.output / "config_resolved.yaml"))) == CATEGORIES
+    with pytest.raises(UserError, match="classes is missing"):
+        classes_in(LazyConfig.load(str(TOY)))
+
+
+def test_other_categories_are_not_evaluated(tmp_path, whole):
+    data = write_coco(tmp_path / "coco")
+    annotation_file(data, "val").write_text(annotation_file(data, "val").read_text().replace('"disc"', '"plate"'))
+    run = replace(copied(whole, tmp_path / "run"), data=data)
+    with pytest.raises(UserError, match="other categories than those that .*run was trained on"):
+        train(run, eval_only=True)
+    with pytest.raises(UserError, match="different categories"):
+        train(replace(run, output=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unreadable_image_ends_the_tool_in_one_line(tmp_path, whole):
+    data = write_coco(tmp_path / "coco")
+    broken = data / "val2017" / "000000001001.png"
+    broken.write_bytes(broken.read_bytes()[:-30])  # its header is whole: met in the evaluation, by a worker
+    process = start(replace(whole, data=data, output=tmp_path / "run", workers=1))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and said.splitlines()[-1].startswith(f"error: data: {broken} cannot be used: "), said[-2000:]
+    assert "Traceback" not in said
+
+
+def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
+    cfg = LazyConfig.load(str(TOY))
+    cfg.dataloader.root, cfg.model.roi_heads.num_classes, cfg.dataloader.train.total_batch_size = str(coco), 3, 4
+
+    def drawn(n_parts, accumulate=1, start_it=0, **changes):
+        """Images and torch's next random number, part by part."""
+        with EventStorage(start_it):
+            cfg.dataloader.train.update(changes)
+            parts = itertools.islice(instantiate(cfg.dataloader.train).parts(accumulate), n_parts)
+            return [([sample["image"] for sample in part], torch.rand(()).item()) for part in parts]
+
+    whole = drawn(6, accumulate=2)
+    assert len({number for _, number in whole}) == 6
+    assert_equal(drawn(2, accumulate=2, start_it=2, num_workers=2), whole[4:])
+    assert_equal([image for images, _ in drawn(3) for image in images], [image for images, _ in whole for image in images])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):  # two ranks are two parts
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert_equal(drawn(3), whole[rank::2])
+    with pytest.raises(UserError, match="batch_size=4 cannot be shared by 2 processes x accumulate=3"):
+        drawn(1, accumulate=3)
+    with pytest.raises(UserError, match="train.seed: -1"):
+        drawn(1, seed=-1)
+
+
+def words_of(run):
+    """The command line of a run."""
+    fields = {key: value for key, (_, value) in deviations(run.protocol, run.backbone).items()}
+    words = [f"{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for k, v in fields.items()]
+    paths = ["--weights", run.weights, "--data", run.data, "--output", run.output, "--seed", run.seed, "--workers", run.workers]
+    return list(map(str, ["--engine", "detectron2", "--device", "cpu", "--accumulate", run.accumulate, *paths, *words]))
+
+
+def start(run, *launcher, **options):
+    """tools/train_det.py in a process of its own."""
+    command = [sys.executable, "-W", "ignore", *launcher, str(ROOT / "tools" / "train_det.py"), *words_of(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams, **options)
+
+
+def test_two_processes_are_one(tmp_path, whole):
+    run = replace(whole, output=tmp_path / "run", accumulate=1)
+    process = start(run, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
+    ours, alone = metrics_lines(run.output), metrics_lines(whole.output)
+    assert [line["iteration"] for line in ours] == [line["iteration"] for line in alone]
+    assert ours[0] == pytest.approx(alone[0], rel=1e-5)
+    assert ours[3]["loss"] == pytest.approx(alone[3]["loss"], rel=1e-2)
+    assert not list(run.output.glob("log.txt.*")) and len(list(run.output.glob("tensorboard/*"))) == 1
+
+
+def test_the_tool_ends_a_stopped_run_with_the_code_for_requeuing(tmp_path, whole):
+    recipe = replace(whole.protocol, iterations_it=2000, eval_period_it=2000)
+    run = replace(whole, output=tmp_path / "run", protocol=recipe)
+    process, log = start(replace(run, workers=1), start_new_session=True), run.output / "metrics.jsonl"
+    for _ in range(600):
+        if log.is_file() and log.read_text():
+            break
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do it; the workers must not end before the training
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == REQUEUE_CODE and said.splitlines()[-1].startswith("stopped: SIGTERM; saved at iteration "), said
+    it = int(said.split()[-1])
+    assert (run.output / "last_checkpoint").read_text() == f"model_{it - 1:07d}.pth" and "Traceback" not in said

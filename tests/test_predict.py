@@ -1,0 +1,209 @@
+"""A detector on one's own images: both engines alike, the results' file, the pictures, and what cannot be read."""
+
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from coco_fixture import CATEGORIES, annotation_file, write_coco
+from PIL import Image
+from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
+
+from det_plugin.detector import load_detector
+from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.checkpoint import save_checkpoint
+from det_plugin.torchvision_engine.coco import read_split
+from det_plugin.torchvision_engine.coco_api import coco_api
+from det_plugin.torchvision_engine.figures import Shown, colour_of, draw_objects
+from det_plugin.torchvision_engine.folder import resolved_config, write_config
+from det_plugin.torchvision_engine.train import evaluate_folder
+from pretrain.errors import UserError
+
+FLAGS = dict(depth=2, drop_path=0.0)
+needs_detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="Detectron2, the other engine, is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run folder of the torchvision engine, and its model; the weights are random, of ordinary size everywhere."""
+    folder, model = tmp_path_factory.mktemp("runs") / "torchvision", detector(**FLAGS).eval()
+    run = DetectionRun(TINY, None, data, folder, SMALL, device="cpu", backbone_flags=FLAGS)
+    split = read_split(data, "train", num_classes=3, training=True)
+    write_config(folder, resolved_config(run, model.backbone.vit, split))
+    save_checkpoint(folder, {"iteration": 1, "model": model.state_dict()})
+    return folder, model
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Pictures as people have them, and a few that are none."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    (folder / "sub").mkdir(parents=True)
+    pixels = cv2.GaussianBlur(rng.integers(0, 256, (60, 90, 3), np.uint8), (9, 9), 0)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "a.jpg", exif=rotated)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels).save(folder / "sub" / "a.jpg")
+    Image.fromarray(np.dstack([pixels, pixels[:, :, 0]]), "RGBA").save(folder / "alpha.png")
+    Image.fromarray(pixels[:, :, 0]).save(folder / "grey.png")
+    (folder / "cut.jpg").write_bytes((folder / "sub" / "a.jpg").read_bytes()[:400])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_detector_finds_what_the_evaluation_found(trained, data):
+    folder, _ = trained
+    evaluate_folder(folder, data, device="cpu", workers=0)
+    found, split = load_detector(folder, "cpu"), read_split(data, "val", num_classes=3, training=False)
+    assert found.classes == CATEGORIES and found.protocol == SMALL
+    results = found.detect([split.load(picture) for picture in split.pictures])
+    own = [{"image_id": picture.id, **p} for picture, result in zip(split.pictures, results) for p in result]
+    assert own == json.loads((folder / "predictions.json").read_text()) and len(own) > 100
+    assert found.detect([]) == []
+    for bad in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)):
+        with pytest.raises(UserError, match=r"is not uint8 \[H, W, 3\]"):
+            found.detect([bad])
+
+
+@needs_detectron2
+def test_both_engines_find_the_same(trained, data, tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyConfig, instantiate
+
+    from det_plugin.lazy import config
+    from det_plugin.saved_config import resolved
+
+    folder, model = trained
+    cfg = config(SMALL, TINY, data=data, output=tmp_path, device="cpu", backbone_flags=FLAGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = instantiate(cfg.model)
+    theirs.load_state_dict(detectron2_names(model.state_dict()))
+    with pytest.raises(UserError, match="neither config.json nor config_resolved.yaml"):
+        load_detector(tmp_path, "cpu")
+    LazyConfig.save(resolved(cfg), str(tmp_path / "config_resolved.yaml"))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_detector(tmp_path, "cpu")
+    DetectionCheckpointer(theirs, str(tmp_path)).save("model_final")
+    one, other = load_detector(folder, "cpu"), load_detector(tmp_path, "cpu")
+    assert one.classes == other.classes == CATEGORIES and one.protocol == other.protocol
+    split = read_split(data, "val", num_classes=3, training=False)
+    pixels = [split.load(picture) for picture in split.pictures]
+    for ours, expected in zip(one.detect(pixels), other.detect(pixels)):
+        assert len(ours) == len(expected) > 10
+        assert [p["category_id"] for p in ours] == [p["category_id"] for p in expected]
+        assert [p["score"] for p in ours] == pytest.approx([p["score"] for p in expected], abs=1e-5)
+        for mine, reference in zip(ours, expected):
+            assert mine["bbox"] == pytest.approx(reference["bbox"], abs=1e-2)
+            pair = [p["segmentation"] for p in (mine, reference)]
+            masks = [coco_api().mask.decode(rle).astype(bool) for rle in pair]
+            assert (masks[0] != masks[1]).sum() <= 2  # a probability at 1/2 may fall either way
+    load_tool("visualize_det").main(["--run", str(tmp_path), "--data", str(data), "--images", "1001", "--device", "cpu"])
+    assert (tmp_path / "figures" / "val_1.png").is_file()
+
+
+def load_tool(name):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # which a tool replaces by the root
+    return importlib.import_module(name)
+
+
+def predict(trained, *words):
+    tool = load_tool("predict")
+    tool.main(["--run", str(trained[0]), "--device", "cpu", *map(str, words)])
+
+
+def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
+    output = images / "found"  # inside the folder: its pictures are not taken for images
+    for _ in range(2):
+        predict(trained, "--images", images, "--output", output, "--min-score", 0.002)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].endswith(f"objects in 5 images, 2 skipped: {output / 'predictions.json'}")
+    assert "cut.jpg: " in said.err and "empty.png: empty file" in said.err and "notes.txt" not in said.err
+    coco = coco_api().COCO(str(output / "predictions.json"))
+    names = {image["file_name"]: (image["width"], image["height"]) for image in coco.dataset["images"]}
+    assert names == {"a.jpg": (60, 90), **dict.fromkeys(["a.png", "alpha.png", "grey.png", "sub/a.jpg"], (90, 60))}
+    assert {c["id"]: c["name"] for c in coco.dataset["categories"]} == CATEGORIES
+    assert len(coco.anns) > 20 and min(a["score"] for a in coco.anns.values()) >= 0.002
+    for annotation in coco.anns.values():
+        image = coco.imgs[annotation["image_id"]]
+        assert annotation["segmentation"]["size"] == [image["height"], image["width"]]
+        assert annotation["area"] == coco.annToMask(annotation).sum() and annotation["iscrowd"] == 0
+    pictures = sorted(path.relative_to(output / "pictures").as_posix() for path in (output / "pictures").rglob("*.*"))
+    assert pictures == ["a.jpg", "a.png.jpg", "alpha.png.jpg", "grey.png.jpg", "sub/a.jpg"]
+    assert cv2.imread(str(output / "pictures" / "a.jpg")).shape == (640, 427, 3)  # enlarged, upright
+
+
+def test_predictions_of_files(trained, images, tmp_path):
+    output = tmp_path / "out"
+    predict(trained, "--images", images / "a.png", images / "sub", "--output", output, "--no-pictures", "--min-score", 1)
+    content = json.loads((output / "predictions.json").read_text())
+    names = [image["file_name"] for image in content["images"]]
+    assert names == [(images / "a.png").as_posix(), (images / "sub" / "a.jpg").as_posix()] and content["annotations"] == []
+    assert sorted(path.name for path in output.iterdir()) == ["predictions.json"]
+
+
+def test_nothing_to_read_is_an_error(trained, images, tmp_path):
+    (tmp_path / "none").mkdir()
+    for path, message in [
+        (tmp_path / "none", "no images in"),
+        (tmp_path / "nowhere", "no file or folder"),
+        (images / "cut.jpg", "none of 1 files could be read"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            predict(trained, "--images", path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out" / "predictions.json").exists()
+    with pytest.raises(UserError, match="is no folder of a detection run"):
+        predict((tmp_path / "none",), "--images", images, "--output", tmp_path / "out")
+
+
+def test_pictures_stay_in_their_folder_and_apart():
+    tool, folder = load_tool("predict"), Path("pictures")
+    names = ["/data/x.jpg", "../x.jpg", "x.jpg", "x.png", "x.png.jpg"]
+    found = list(tool.picture_paths(names, folder))
+    assert found == [folder / name for name in ("data/x.jpg", "x.jpg", "x_3.jpg", "x.png.jpg", "x.png_5.jpg")]
+
+
+def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
+    tool, (folder, _) = load_tool("visualize_det"), trained
+    base = ["--run", str(folder), "--data", str(data), "--output", str(tmp_path), "--device", "cpu"]
+    tool.main([*base, "--split", "train", "--count", "4"])
+    assert "predictions: made now" in capsys.readouterr().out
+    evaluate_folder(folder, data, device="cpu", workers=0)
+    tool.main([*base, "--images", "1003,1001", "--min-score", "0.1"])
+    assert f"predictions: {folder / 'predictions.json'}" in capsys.readouterr().out
+    captions = json.loads((tmp_path / "captions.json").read_text())
+    assert list(captions) == ["train_1.png", "val_1.png"] and "score 0.1 and more" in captions["val_1.png"]["caption"]
+    assert all(cv2.imread(str(tmp_path / name)).std() > 10 for name in captions)
+    with pytest.raises(UserError, match="has no image '7'"):
+        tool.main([*base, "--images", "1001,7"])
+    file = annotation_file(write_coco(tmp_path / "other"), "val")
+    file.write_text(file.read_text().replace('"id": 90', '"id": 91').replace('"category_id": 90', '"category_id": 91'))
+    with pytest.raises(UserError, match="has other categories"):
+        tool.main(["--run", str(folder), "--data", str(tmp_path / "other"), "--device", "cpu", "--images", "1001"])
+
+
+def test_labels_keep_apart_and_classes_have_their_colours():
+    """Six boxes at one place: every label's background is whole, so none lies on another."""
+    mask, objects = np.zeros((300, 400), bool), []
+    for k in range(6):
+        objects.append(Shown(k, mask, (100, 80, 300, 220), "label"))
+    drawn = draw_objects(np.zeros((300, 400, 3), np.uint8), objects)
+    sizes = [int((drawn == colour_of(k)).all(axis=2).sum()) for k in range(6)]
+    assert min(sizes) > 200
+    colours = np.array([colour_of(k) for k in range(80)], float)
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(80)
+    assert distances.min() > 5 and distances[:12, :12].min() > 60

@@ -1,0 +1,76 @@
+"""Draw a detector's predictions beside the ground truth, as pages of pictures (a run folder of either engine).
+
+python tools/visualize_det.py --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
+
+The predictions are those that the run's last evaluation left; where there are none (a training split, other images), the run's
+last checkpoint makes them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+import json
+
+from det_plugin.detector import load_detector
+from det_plugin.torchvision_engine.coco import CocoSplit, Picture, read_split
+from det_plugin.torchvision_engine.evaluate import Prediction
+from det_plugin.torchvision_engine.figures import MIN_SCORE, SHOWN, draw_page, spread
+from pretrain.cli import run
+from pretrain.errors import UserError
+
+# What the torchvision engine and Detectron2's evaluator call their results.
+LEFT = ("predictions.json", "coco_instances_results.json", "inference/coco_instances_results.json")
+
+
+def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
+    """Pictures by id (``397133,37777``), or some of all."""
+    if ids is None:
+        return spread(split, count)
+    by_id = {str(picture.id): picture for picture in split.pictures}
+    for wanted in ids.split(","):
+        if wanted.strip() not in by_id:
+            raise UserError(f"--images: {split.file} has no image {wanted.strip()!r}")
+    return [by_id[wanted.strip()] for wanted in ids.split(",")]
+
+
+def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str) -> list[Prediction]:
+    """Those that the run has left of this split, or new ones of these pictures."""
+    left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
+    if left is not None:
+        found: list[Prediction] = json.loads(left.read_text())
+        known = {picture.id for picture in split.pictures}
+        if found and all(p["image_id"] in known and p["category_id"] in split.category_ids for p in found):
+            print(f"predictions: {left}")
+            return found
+    detector = load_detector(folder, device)
+    if tuple(detector.classes) != split.category_ids:
+        raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
+    print(f"predictions: made now by {folder}")
+    return [{"image_id": p.id, **own} for p in pictures for own in detector.detect([split.load(p)])[0]]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
+    parser.add_argument("--data", type=Path, required=True, metavar="COCO", help="as for tools/train_det.py")
+    parser.add_argument("--split", default="val", choices=("train", "val"), help="(%(default)s)")
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)")
+    parser.add_argument("--images", metavar="ID,ID,...", help="these instead, by COCO's image ids")
+    parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="(%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(figures/ in the run folder)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    split = read_split(options.data, options.split, num_classes=None, training=False)
+    pictures = choose(split, max(options.count, 1), options.images)
+    predictions = predictions_of(options.run, split, pictures, options.device)
+    output = options.output or options.run / "figures"
+    for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
+        own = pictures[first : first + SHOWN]
+        print(draw_page(split, own, predictions, output / f"{options.split}_{page}.png", options.min_score))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,68 @@
+"""Draw a segmentation run's predictions: beside the ground truth of its data, or on a folder of one's own images.
+
+python tools/visualize_seg.py --run seg                          (its validation images, into seg/figures)
+python tools/visualize_seg.py --run seg --images photographs --labels --output drawn
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+from pretrain.cli import run
+from pretrain.errors import UserError
+from seg_plugin.figures import leave_page, palette_of, save_labels
+from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
+
+ROWS = 4  # images a page
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder: its config and newest checkpoint")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="DIR", help="a folder of the run's kind of data (the run's own)")
+    source.add_argument("--images", type=Path, metavar="DIR", help="images without masks: all of them")
+    parser.add_argument("--split", default="validation", help="training | validation (%(default)s)")
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="images of the split, evenly spaced (%(default)s)")
+    parser.add_argument("--overlay", action="store_true", help="also the prediction over the image")
+    parser.add_argument(
+        "--labels", action="store_true", help="also the predicted label maps as PNG, stored as the data's masks are"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(the run's figures/)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.count < 1:
+        raise UserError(f"--count: {options.count} is less than 1")
+
+    model = load_run(options.run, options.device)
+    if options.images:
+        samples: Iterator[Segmented] = segment_folder(model, options.images)
+        root, what, name = options.images, f"Predictions for images of {options.images.name}", "predictions"
+        metainfo = model.dataset_meta
+    else:
+        dataset = dataset_of_run(model, options.split, options.data)
+        chosen = spread(options.count, len(dataset))
+        samples, metainfo = segment_dataset(model, dataset, chosen), dataset.metainfo
+        root, what, name = Path(dataset.data_prefix["img_path"]), f"Segmentation of {options.split} images", options.split
+    folder, drawn = options.output or options.run / "figures", 0
+    for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
+        caption = ", ".join(row.path.stem for row in rows) + ("" if options.images else "; light grey: not labelled") + "."
+        path = folder / f"{name}_{page:03d}.png"
+        leave_page(path, rows, metainfo, title=f"{what}, page {page}", caption=caption, overlay=options.overlay)
+        drawn += len(rows)
+        if options.labels:
+            first = int(model.cfg.val_dataloader.dataset.reduce_zero_label)
+            for row in rows:
+                target = folder / "labels" / row.path.relative_to(root).with_suffix(".png")
+                save_labels(target, row.predicted, palette_of(metainfo), first=first)
+    print(f"{drawn} images drawn in {folder}")
+
+
+if __name__ == "__main__":
+    run(main)
