@@ -40,6 +40,8 @@ def instantiate(config, folder):
     finally:
         os.environ.pop("ADE20K") if before is None else os.environ.update(ADE20K=before)
     cfg.work_dir = str(folder / "run")
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.num_workers, loader.persistent_workers = 0, False  # a training loop starts its own at once
     with pytest.MonkeyPatch.context() as patch:  # no number below depends on the weights, which take most of the time
         patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: tensor)
