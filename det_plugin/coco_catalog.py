@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from det_plugin.coco_layout import locate
 from det_plugin.requires import detectron2_installed
 from det_plugin.torchvision_engine.coco import UNREADABLE, CocoSplit, Picture, Segmentation, read_classes, read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
+from det_plugin.torchvision_engine.masks import clip
 from pretrain.errors import UserError
 
 with detectron2_installed():
@@ -83,10 +86,20 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
     for k, segmentation in zip(picture.classes, picture.segmentations):
         if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
             segmentation = coco_api().mask.frPyObjects(segmentation, picture.height, picture.width)
+        elif isinstance(segmentation, list):
+            segmentation = _inside(segmentation, picture.width, picture.height)
         if segmentation:
             shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
             objects.append({"category_id": k, "iscrowd": 0, **shape})
     return {"file_name": str(split.folder / picture.file_name), "image_id": picture.id, **size, "annotations": objects}
+
+
+def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
+    """What of an object's polygons lies within the picture. Detectron2 cuts at the training square alone, so that what leaves a
+    picture smaller than that would be learned as an object of the padding."""
+    if all(min(p) >= 0 and max(p[0::2]) <= width and max(p[1::2]) <= height for p in polygons):
+        return polygons
+    return [part.tolist() for p in polygons for part in clip(np.asarray(p, float), width, height)]
 
 
 def _box(segmentation: Segmentation) -> list[float]:

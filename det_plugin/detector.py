@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,23 +87,40 @@ def _torchvision(run: Path, device: torch.device) -> Detector:
     return Detector(classes, protocol, batch)
 
 
-def _detectron2(run: Path, device: torch.device) -> Detector:
-    from det_plugin.departures import protocol_in
+def load_detectron2(run: Path) -> tuple[Any, Any]:
+    """The model of a Detectron2 run's last checkpoint, and the run's config.
+
+    Raises:
+        UserError: no run, no checkpoint in it, or Detectron2 is not installed.
+    """
     from det_plugin.requires import detectron2_installed
-    from det_plugin.saved_config import classes_in, load_config
 
     with detectron2_installed():
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.config import instantiate
-        from detectron2.data.transforms import AugInput, AugmentationList
-        from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+    from det_plugin.saved_config import load_config
 
     cfg = load_config(run, RESOLVED)
-    model = instantiate(cfg.model).to(device).eval()
+    model = instantiate(cfg.model)
     checkpointer = DetectionCheckpointer(model, str(run))
     if not checkpointer.has_checkpoint():
         raise UserError(f"{run} holds no checkpoint (last_checkpoint and the file that it names)")
     checkpointer.load(checkpointer.get_checkpoint_file())
+    return model, cfg
+
+
+def _detectron2(run: Path, device: torch.device) -> Detector:
+    model, cfg = load_detectron2(run)
+    model.to(device).eval()
+
+    from detectron2.config import instantiate
+    from detectron2.data.transforms import AugInput, AugmentationList
+    from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+    from det_plugin.departures import protocol_in
+    from det_plugin.saved_config import classes_in
+
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)
     ids = list(classes)

@@ -4,6 +4,8 @@ Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/
 Detectron2's own ViTDet configuration, key by key.
 """
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import log2
@@ -59,7 +61,7 @@ with detectron2_installed():
 
 EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name, because it reads configs and so imports this file
 LOG_PERIOD_IT = 20  # Detectron2
-SCALES = (4.0, 2.0, 1.0, 0.5)  # that Detectron2's pyramid can make
+NORMS = ("LN", "GN")  # of pyramid and heads: what does not depend on the other images of a micro-batch
 
 
 def config(
@@ -88,14 +90,17 @@ def config(
         device: ``cuda`` | ``cpu``; Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
 
     Raises:
-        UserError: a schedule that does not fit into the protocol's iterations, or anchors that do not fit the pyramid.
+        UserError: numbers that no run can follow, by name; flags that are none of the ViT's.
     """
     check(protocol)
+    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
     flags = {"drop_path": protocol.drop_path, **(backbone_flags or {})}
+    if clash := sorted(flags.keys() & asdict(options).keys()):
+        raise UserError(f"backbone: {clash[0]} is no flag of the ViT; it is a field of the protocol, or an option of the run")
     net = L(RegistryBackbone)(
         name=backbone,
         weights=None if weights is None else str(weights),
-        **asdict(FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)),
+        **asdict(options),
         **flags,
     )
     return DictConfig(
@@ -143,7 +148,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     seed_all_rng(run.seed)
     if eval_only:
         return _evaluate_last(run, device)
-    if recipe.amp and device == "cpu":
+    if recipe.amp and device != "cuda":
         say("warning: amp needs CUDA; the run is in float32")
         recipe = replace(recipe, amp=False)
     cfg = config(
@@ -161,10 +166,9 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     )
     cfg.dataloader.evaluator.accumulate = run.accumulate
     micro_batch_size(recipe.batch_size, run.accumulate)
+    model = instantiate(cfg.model).to(device)  # settings and weights are checked in seconds, data in minutes
     Data.read(run.data, recipe)  # what is wrong with them, before the first iteration
-    model = instantiate(cfg.model).to(device)
-    # The main process alone looks, before any file is written, and tells the others.
-    if distributed.gather_objects(distributed.is_main() and is_over(cfg, run.output, resume))[0]:
+    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:  # all look before any file is written, one decides
         say(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
@@ -177,6 +181,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
 
 
 def _start_logs(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("detectron2", "fvcore"):
         setup_logger(str(folder), name=name)
 
@@ -186,26 +191,26 @@ def _evaluate_last(run: DetectionRun, device: str) -> Path:
     cfg, last = load_config(run.output, RESOLVED), last_whole(run.output)
     if last is None:
         raise UserError(f"{run.output}: no checkpoint to evaluate")
+    if classes_in(cfg) != read_classes(run.data, "val"):
+        raise UserError(f"data: {run.data} has other categories than those that {run.output} was trained on")
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(run.data), str(run.output), device
     cfg.dataloader.test.num_workers = run.workers
     cfg.train.init_checkpoint = str(last)
+    started, model = time.time(), instantiate(cfg.model).to(device)
+    rest = DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     if distributed.is_main():
         _start_logs(run.output)
         LazyConfig.save(cfg, str(run.output / ASKED))
-    if classes_in(cfg) != read_classes(run.data, "val"):
-        raise UserError(f"data: {run.data} has other categories than those that {run.output} was trained on")
-    model = instantiate(cfg.model).to(device)
-    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        started -= rest.get("trainer", {}).get("wall_time_s", 0.0)  # the evaluator counts from the file's time
+        os.utime(run.output / ASKED, (started, started))
     evaluate(cfg, model)
     return run.output / FILE_NAME
 
 
 def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
     """Mask R-CNN around the backbone."""
-    if not set(p.pyramid_scales) <= set(SCALES) or len(p.anchor_sizes_px) != len(p.pyramid_scales) + 1:
-        raise UserError(
-            f"protocol: pyramid_scales={p.pyramid_scales} must be of {SCALES}, and anchor_sizes_px={p.anchor_sizes_px} one more"
-        )
+    if p.norm not in NORMS or (p.norm == "GN" and p.channels % 32):  # Detectron2's has 32 groups
+        raise UserError(f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}, and channels={p.channels} of 32 with GN")
     strides = [int(PATCH_PX / scale) for scale in p.pyramid_scales]
     levels = [f"p{int(log2(stride))}" for stride in strides]
     top = int(log2(strides[-1])) + 1  # the max-pooled level

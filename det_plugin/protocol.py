@@ -151,16 +151,20 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
-# Fields that must be at least 1; shares that lie in 0 ... 1.
+SCALES = (4.0, 2.0, 1.0, 0.5)  # that a pyramid can be made of
+COARSEST_PX = 32  # stride of its last map before the max-pooled one
+
+# Fields that must be at least 1, not negative, numbers above 0; shares that lie in 0 ... 1.
 POSITIVE = (
-    *("iterations_it", "batch_size", "eval_period_it", "image_size_px", "channels", "rpn_convs", "rpn_batch_per_image"),
+    *("iterations_it", "batch_size", "eval_period_it", "channels", "rpn_convs", "rpn_batch_per_image"),
     *("num_classes", "roi_batch_per_image", "box_pool", "box_fc", "mask_pool", "detections_per_image", "global_blocks"),
 )
-NOT_NEGATIVE = ("lr", "weight_decay", "clip_grad", "box_convs", "mask_convs", "window_size")
+NOT_NEGATIVE = ("lr", "lr_gamma", "weight_decay", "clip_grad", "box_convs", "mask_convs", "window_size")
+ABOVE_ZERO = ("anchor_ratios", "rpn_pre_nms", "rpn_post_nms", "box_weights", "pixel_std")
 AMP_DTYPES = ("float16", "bfloat16")
 SHARES = (
     *("flip", "drop_path", "layer_decay", "rpn_positive_fraction", "roi_positive_fraction"),
-    *("rpn_nms", "nms", "roi_threshold", "score_threshold"),
+    *("rpn_nms", "nms", "score_threshold", "warmup_factor"),
 )
 
 
@@ -173,13 +177,19 @@ def check(run: DetectionProtocol) -> None:
     demands = {key: (getattr(run, key) >= 1, "at least 1") for key in POSITIVE}
     demands |= {key: (0 <= getattr(run, key) <= 1, "within 0 and 1") for key in SHARES}
     demands |= {key: (getattr(run, key) >= 0, "at least 0") for key in NOT_NEGATIVE}
+    demands |= {key: (min(getattr(run, key), default=0) > 0, "numbers above 0") for key in ABOVE_ZERO}
+    demands |= {key: (0 < getattr(run, key) <= 1, "above 0 and at most 1") for key in ("train_share", "roi_threshold")}
     steps, (low, high) = run.milestones_it, run.jitter_scale
     rising = list(steps) == sorted(set(steps)) and all(0 < step <= run.iterations_it for step in steps)
     demands["milestones_it"] = rising, f"rising and within iterations_it={run.iterations_it}"
     demands["warmup_it"] = 0 <= run.warmup_it <= run.iterations_it, f"within iterations_it={run.iterations_it}"
     demands["jitter_scale"] = 0 < low <= high, "two rising numbers above 0"
-    demands["train_share"] = 0 < run.train_share <= 1, "above 0 and at most 1"
-    demands["pixel_std"] = min(run.pixel_std) > 0, "above 0"
+    demands["image_size_px"] = run.image_size_px >= COARSEST_PX, f"at least {COARSEST_PX}"
+    demands["pyramid_scales"] = run.pyramid_scales in [SCALES[k:] for k in range(len(SCALES))], f"{SCALES} or the end of it"
+    demands["anchor_sizes_px"] = (
+        len(run.anchor_sizes_px) == len(run.pyramid_scales) + 1 and min(run.anchor_sizes_px) > 0,
+        f"numbers above 0, one more than pyramid_scales={run.pyramid_scales}",
+    )
     demands["betas"] = all(0 <= beta < 1 for beta in run.betas), "from 0 to below 1"
     demands["amp_dtype"] = run.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"
     low, high = run.rpn_thresholds

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from det_plugin.protocol import DetectionProtocol, deviations, other_images
-from pretrain.results.provenance import provenance
+from pretrain.device import choose_device
+from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash, provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.weights import read_checkpoint
 
@@ -28,6 +28,9 @@ class DetectionRun:
         backbone_flags: further arguments of ``build_backbone``.
         accumulate: micro-batches a step; the schedule does not change.
         checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`; they change speed and memory alone.
+
+    Raises:
+        UserError: a seed or a number of workers that cannot be.
     """
 
     backbone: str
@@ -43,6 +46,12 @@ class DetectionRun:
     compile: bool = False
     backbone_flags: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # what numpy takes
+            raise UserError(f"seed: {self.seed} must be within 0 and 2 ** 32 - 1")
+        if self.workers < 0:
+            raise UserError(f"workers: {self.workers} must be at least 0")
+
     def settings(self) -> dict[str, Any]:
         """What defines the outcome, as plain values: no folder of this machine."""
         return {
@@ -54,31 +63,47 @@ class DetectionRun:
         }
 
 
-def leave_result(run: DetectionRun, metrics: Mapping[str, Any], *, engine: str, images: tuple[int, int], started: float) -> Path:
+def origin_of(run: DetectionRun) -> dict[str, Any]:
+    """``method``, ``effective_epochs`` and ``weights_hash`` of the backbone's file, for :func:`leave_result`. To be read before the
+    training: at its end the file may be gone, or another one."""
+    if run.weights is None:
+        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
+    said = read_checkpoint(run.weights).provenance
+    method, epochs = str(said.get("method", run.weights.stem)), said.get("effective_epochs")
+    return {"method": method, "effective_epochs": epochs, "weights_hash": file_hash(run.weights)}
+
+
+def leave_result(
+    run: DetectionRun,
+    metrics: Mapping[str, Any],
+    *,
+    engine: str,
+    origin: Mapping[str, Any],
+    images: tuple[int, int],
+    started: float,
+) -> Path:
     """Write ``result.json`` into the run's folder.
 
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
-        engine: ``torchvision`` | ``detectron2``.
+        engine: ``torchvision``.
+        origin: of :func:`origin_of`.
         images: number of images that it was trained and evaluated on.
         started: ``time.time()`` at the start.
     """
-    origin = dict(read_checkpoint(run.weights).provenance) if run.weights else {}
     changed = deviations(run.protocol, run.backbone)
     changed |= other_images(*images, run.protocol.train_share)
-    if run.protocol.amp and not torch.cuda.is_available():
+    if run.protocol.amp and choose_device(run.device).type != "cuda":
         changed["amp"] = [True, False]
     if run.backbone_flags:
         changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
     result = Result(
         kind="detection",
-        method=str(origin.get("method", "from scratch" if run.weights is None else run.weights.stem)),
         backbone=run.backbone,
-        effective_epochs=origin.get("effective_epochs"),
         protocol=Protocol(name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed),
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,
-        **provenance({**run.settings(), "engine": engine}, run.weights),
+        **{**provenance({**run.settings(), "engine": engine}), **origin},
     )
     return write_result(result, run.output)

@@ -21,7 +21,7 @@ from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED
 from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
-from pretrain.errors import Interrupted
+from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, peak_memory_gb
 from pretrain.signals import StopSignals
 
@@ -151,16 +151,6 @@ class AccumulatingTrainer(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class HighestLR(hooks.LRScheduler):
-    """Detectron2's schedule; the rate that it logs is that of the layers without decay."""
-
-    @staticmethod
-    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
-        """The group whose rate stands for all."""
-        rates = [group["lr"] for group in optimizer.param_groups]
-        return rates.index(max(rates))
-
-
 class MetricsLines(HookBase):
     """``metrics.jsonl``: iteration, loss, its terms, lr, and the AP where it was evaluated; ``speed.jsonl`` beside it.
 
@@ -228,7 +218,9 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: an image that cannot be used, also where a worker process met it.
     """
-    return inference_on_dataset(model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator))
+    results = inference_on_dataset(model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator))
+    distributed.barrier()  # of the hosts: where Detectron2 waits for the main process, NCCL would give up after ten minutes
+    return results
 
 
 def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> None:
@@ -241,7 +233,7 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
             interruption.
 
     Raises:
-        UserError: ranks and parts cannot share the batch; bad data.
+        UserError: ranks and parts cannot share the batch; bad data; a folder that not all machines see.
         Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
@@ -251,11 +243,13 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
     parts = instantiate(cfg.dataloader.train).parts(accumulate)
     trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
-    trainer.register_hooks([hooks.IterationTimer(), HighestLR(scheduler=instantiate(cfg.lr_multiplier))])
+    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
     last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]  # one for all ranks
     start_it, makes_up = 0, False
     if last is not None:
+        if distributed.any_over_ranks(not last.is_file()):
+            raise UserError(f"output: not every process finds {last}; all machines must see one folder")
         checkpointer.load(str(last))
         start_it = trainer.iter + 1
         makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))

@@ -13,6 +13,7 @@ from threading import Lock
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted
+from pretrain.signals import SIGNALS
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
 
@@ -106,17 +107,20 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it the first SIGTERM raises Interrupted in the main thread, so that what was begun can be ended; others do nothing."""
+    """Within it the first of :data:`SIGNALS` raises Interrupted in the main thread, so that what was begun can be ended; others
+    do nothing. (They are not ignored: a command that is begun just now would inherit that.)"""
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Interrupted("by a SIGTERM: start it again")
+    def stop(number: int, _: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, lambda *_: None)
+        raise Interrupted(f"by a {signal.Signals(number).name}: start it again")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = [signal.signal(number, stop) for number in SIGNALS]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
 
 
 def run_jobs(

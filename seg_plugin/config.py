@@ -75,6 +75,7 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, f
             "name": backbone,
             "weights": None if weights is None else str(weights),
             "drop_path": p.drop_path,
+            "freeze": p.freeze_backbone,
             **flags,
         },
         "decode_head": {  # without convolutions and concatenation: one 1x1 convolution to the classes
@@ -141,7 +142,7 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
         },
         {"type": "RandomFlip", "prob": p.flip},
         {
-            "type": "PhotoMetricDistortion",
+            "type": "PosfieldDistortion",
             "brightness_delta": p.brightness,
             "contrast_range": p.contrast,
             "saturation_range": p.saturation,

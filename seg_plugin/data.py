@@ -20,8 +20,8 @@ def check_masks(located: Located, split: str, protocol: SegmentationProtocol) ->
     """Read every mask of a split (about 3 ms each). A mask without a labelled pixel is fine; a whole split of them is not.
 
     Raises:
-        UserError: names the first file that is unreadable, has another size than its image or more than one channel of 8 bits, or
-            holds a label out of range.
+        UserError: names the first file that is unreadable or cut off, has another size than its image or more than one channel of
+            8 bits, or holds a label out of range.
     """
     first = int(protocol.reduce_zero_label)  # how class 0 is stored
     labelled = False
@@ -35,6 +35,7 @@ def check_masks(located: Located, split: str, protocol: SegmentationProtocol) ->
         _check_labels(labels, path, protocol.num_classes, first, protocol.ignore_index)
         if labels.shape != (size := _size(image)):
             raise UserError(f"data: {path} is {labels.shape}, but its image is {size} (height, width)")
+        check_whole(image)
         labelled |= bool(((labels >= first) & (labels != protocol.ignore_index)).any())
     if not labelled:
         raise UserError(f"data: no pixel of the {split} masks in {located.root} has a class")
@@ -49,6 +50,23 @@ def _size(image: Path) -> tuple[int, int]:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"data: {image} is no readable image ({error})") from error
     return (width, height) if turned else (height, width)
+
+
+def check_whole(image: str | Path) -> None:
+    """A JPEG has its end; OpenCV 4 fills what is missing with grey, and says so on stderr alone.
+
+    Raises:
+        UserError: names the file where it has none.
+    """
+    data, at = Path(image).read_bytes(), 2
+    if not data.startswith(b"\xff\xd8"):
+        return  # of other kinds OpenCV reads none that is cut off
+    while (
+        data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda"
+    ):  # a segment may hold a preview, with its end
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # a fill byte | a segment
+    if data.find(b"\xff\xd9", at) < 0:
+        raise UserError(f"data: {image} is no readable image (JPEG without an end)")
 
 
 def _check_mode(mode: str, path: str | Path) -> None:

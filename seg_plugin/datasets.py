@@ -98,6 +98,8 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
         UserError: an unknown name or field, or a number of classes that nobody says.
     """
     if name is None:
+        if not Path(folder).is_dir():
+            raise UserError(f"data: there is no folder {folder}")
         found = (key for key, dataset in DATASETS.items() if dataset.mark and any(find_root(folder, dataset).glob(dataset.mark)))
         name = next(found, "own")
     if name not in DATASETS:

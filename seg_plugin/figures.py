@@ -34,12 +34,10 @@ def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path
     )
 
 
-def leave_page(
-    path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False, ignore: int = 255
-) -> Path:
+def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False) -> Path:
     """Draw a page and enter it into ``captions.json`` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay, ignore=ignore)
+    draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay)
     captions = path.parent / "captions.json"
     others = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
     entries = {**others, path.name: {"title": title, "caption": caption}}
@@ -57,15 +55,12 @@ def palette_of(metainfo: Any) -> np.ndarray:
     return np.array(colormaps["tab20"](strong_first[:count])[:, :3] * 255, np.uint8)
 
 
-def draw(
-    path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False, ignore: int = 255
-) -> None:
+def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False) -> None:
     """One row an image; ground truth where there is any; the colours of the classes below, the largest first.
 
     Args:
         palette: [classes, 3] uint8.
         overlay: a further column, the prediction over the image.
-        ignore: the label that is no class.
     """
     has_truth = any(row.truth is not None for row in rows)
     titles = ["image", *["ground truth"] * has_truth, "prediction", *["prediction over the image"] * overlay]
@@ -74,7 +69,7 @@ def draw(
         for labels in (row.truth, row.predicted):
             if labels is not None:
                 pixels.update(dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)))))
-    del pixels[ignore]
+    pixels = Counter({k: count for k, count in pixels.items() if k < len(names)})  # what is more is ignored
     shown = [k for k, _ in pixels.most_common(MAX_LEGEND)]
     aspects = [row.pixels.shape[0] / row.pixels.shape[1] for row in rows]  # height of each row, in widths
     legend_rows = -(-len(shown) // (2 * len(titles)))

@@ -20,11 +20,12 @@ from seg_plugin.protocol import SegmentationProtocol
 
 # The parts of a config that decide a run's outcome, without what says where things lie and how fast they are read.
 SECTIONS = (
-    "model", "optim_wrapper", "param_scheduler", "train_cfg", "train_dataloader", "val_dataloader", "val_evaluator",
+    "model", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg", "train_dataloader", "val_dataloader", "val_evaluator",
     "auto_scale_lr",
 )  # fmt: skip
 NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
-NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path", "checkpointing")
+NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
+ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationHook", "PosfieldRunHook")  # change no number
 
 
 def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
@@ -49,6 +50,8 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
     sections: dict[str, Any] = {name: plain(cfg.get(name)) for name in SECTIONS}
     sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path", "freeze")}
     sections["train_dataloader"]["batch_size"] *= processes
+    hooks = [*cfg.get("default_hooks", {}).values(), *cfg.get("custom_hooks", [])]  # an EMA, early stopping, ...
+    sections["hooks"] = [plain(hook) for hook in hooks if hook and hook["type"] not in ONLOOKERS]
     sections["load_from"] = None if cfg.get("resume") else cfg.get("load_from")
     return sections
 

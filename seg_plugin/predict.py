@@ -16,6 +16,7 @@ from torch import nn
 
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.results.runs import POINTS
 from seg_plugin.datasets import IMAGE_SUFFIXES, SPLITS, locate
 from seg_plugin.identity import declared_protocol
 from seg_plugin.run import newest_checkpoint
@@ -37,14 +38,21 @@ def load_run(folder: Path, device: str = "auto") -> nn.Module:
     Raises:
         UserError: the folder holds no run.
     """
-    configs = sorted(folder.glob("*.py"))
-    checkpoint = newest_checkpoint(folder)
-    if len(configs) != 1 or checkpoint is None:
-        raise UserError(f"run: {folder} must hold one config (*.py; there are {len(configs)}) and a checkpoint (iter_N.pth)")
+    if (folder / POINTS).is_dir():
+        raise UserError(f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N")
+    configs, checkpoint = sorted(folder.glob("*.py")), newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")
+    if len(configs) != 1:
+        raise UserError(f"run: {folder} must hold one config, *.py; there {_names(configs)}")
     cfg = Config.fromfile(configs[0])
     cfg.test_pipeline[0].type = "PosfieldLoadImage"  # names a file that it cannot read
     model: nn.Module = init_model(cfg, str(checkpoint), device=str(choose_device(device)))
     return model
+
+
+def _names(paths: list[Path]) -> str:
+    return f"are {', '.join(path.name for path in paths)}" if paths else "is none"
 
 
 def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:

@@ -37,8 +37,9 @@ class SegmentationProtocol:
     decay_all: bool = False  # Segmenter: 0 for norms, biases, positions and special tokens
     layer_decay: float = 1.0  # B.3 names none
     drop_path: float = 0.1  # Segmenter
+    freeze_backbone: bool = False  # only the decoder learns, on features of which no path is dropped
     clip_grad: float = 0.0  # 0: no clipping
-    amp: bool = False  # ours
+    amp: bool = False  # ours: float32; else float16 with loss scaling
 
     # Input
     resize_px: tuple[int, int] = (2048, 512)  # MMSegmentation: bounds of the long and of the short edge
@@ -116,13 +117,28 @@ def check(run: SegmentationProtocol) -> None:
     """
     positive = ("iterations_it", "batch_size", "val_interval_it", "crop_px", "slide_crop_px", "slide_stride_px", "seeds")
     demands = {key: (getattr(run, key) >= 1, "at least 1") for key in positive}
-    demands |= {
-        key: (getattr(run, key) >= 0, "at least 0") for key in ("lr", "weight_decay", "clip_grad", "warmup_it", "poly_power")
-    }
-    shares = ("flip", "drop_path", "layer_decay", "min_lr_factor", "cat_max_ratio")
+    floored = ("lr", "weight_decay", "clip_grad", "warmup_it", "poly_power", "brightness", "hue")
+    demands |= {key: (getattr(run, key) >= 0, "at least 0") for key in floored}
+    shares = ("flip", "layer_decay", "min_lr_factor", "cat_max_ratio")
     demands |= {key: (0 <= getattr(run, key) <= 1, "within 0 and 1") for key in shares}
-    demands["ratio_range"] = 0 < run.ratio_range[0] <= run.ratio_range[1], "two rising numbers above 0"
+    for key in ("ratio_range", "contrast", "saturation"):
+        low, high = getattr(run, key)
+        demands[key] = 0 < low <= high, "two rising numbers above 0"
+    for key in ("lr_grid", "weight_decay_grid"):
+        grid = getattr(run, key)
+        demands[key] = len(grid) == len(set(grid)) > 0 and min(grid) >= 0, "one or more different numbers, at least 0"
+    demands["betas"] = all(0 <= beta < 1 for beta in run.betas), "from 0 to below 1"
+    demands["drop_path"] = 0 <= run.drop_path < 1, "from 0 to below 1"
+    demands["pixel_std"] = min(run.pixel_std) > 0, "above 0"
     demands["resize_px"] = min(run.resize_px) >= 1, "at least 1"
+    if run.warmup_it >= run.iterations_it >= 1:
+        demands["warmup_it"] = False, f"less than iterations_it={run.iterations_it}"
+    if run.slide_stride_px > run.slide_crop_px:  # pixels between the windows would have no class
+        demands["slide_stride_px"] = False, f"at most slide_crop_px={run.slide_crop_px}"
+    if run.reduce_zero_label:  # MMSegmentation writes 255 for the zeros
+        demands["ignore_index"] = run.ignore_index == 255, "255 where reduce_zero_label=true"
+    else:
+        demands["ignore_index"] = run.num_classes <= run.ignore_index <= 255, f"from num_classes={run.num_classes} to 255"
     for key, (fits, what) in demands.items():
         if not fits:
             raise UserError(f"protocol: {key}={getattr(run, key)!r} must be {what}")

@@ -24,7 +24,7 @@ from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
 from seg_plugin.config import processes, segmenter_config
 from seg_plugin.data import check_masks
-from seg_plugin.datasets import locate
+from seg_plugin.datasets import Located, locate
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
 from seg_plugin.identity import first_difference, identity
 from seg_plugin.processes import end_workers
@@ -59,13 +59,12 @@ class SegmentationRun:
     backbone_flags: Mapping[str, Any] = field(default_factory=dict)
 
 
-def config(run: SegmentationRun) -> Config:
-    """The mmengine config of a run; MMSegmentation's own launchers can run it too.
+def config(run: SegmentationRun, data: Located) -> Config:
+    """The mmengine config of a run on data that were found; MMSegmentation's own launchers can run it too.
 
     Raises:
-        UserError: what is wrong with the data folder or the numbers, by name.
+        UserError: what is wrong with the numbers, by name.
     """
-    data = locate(run.data, run.protocol)
     values = segmenter_config(
         run.protocol,
         run.backbone,
@@ -99,7 +98,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         FloatingPointError: a loss is no number.
         Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    cfg, output = config(run), Path(run.output)
+    data, output = locate(run.data, run.protocol), Path(run.output)
+    cfg = config(run, data)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
         raise UserError(f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py")
@@ -110,7 +110,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
     # A bad validation mask would otherwise be met only after hours; a training mask is met, by CheckLabels, in the first epoch.
-    check_masks(locate(run.data, run.protocol), "validation", run.protocol)
+    check_masks(data, "validation", run.protocol)
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
@@ -128,6 +128,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         distributed.barrier()  # until the main process has written the result
         distributed.stop()
     except Interrupted:
+        distributed.barrier()  # until the main process has saved: torchrun ends all as soon as one leaves
         distributed.stop()  # all ranks end here; where one alone fails, to leave the group could mean to wait for the others
         raise
     except UserError as error:  # from a data-loading process it comes with that process's traceback: its last line is ours

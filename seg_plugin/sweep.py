@@ -75,10 +75,10 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
 
     Raises:
         UserError: runs that failed, by name.
-        Interrupted: a SIGTERM ended it, or one of its runs; start it again.
+        Interrupted: a signal ended it, or one of its runs; start it again.
     """
     _check_folder(run)
-    if processes() > 1:
+    if processes() > 1 or "RANK" in os.environ:  # which the runs would take for theirs
         raise UserError("--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX")
     jobs = {}
     for index, point in enumerate(points(run)):
@@ -100,11 +100,12 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
 
     with interruptible():
         ended = run_jobs(jobs, n_at_once, float("inf"), launch, started)
-    if failed := [name for name, how in ended.items() if how == "failed"]:
-        logs = Path(run.output) / POINTS
-        raise UserError(f"sweep: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {logs}, RUN.log)")
+    failed = [name for name, how in ended.items() if how == "failed"]
+    told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {Path(run.output) / POINTS}, RUN.log)"
     if left := [name for name, how in ended.items() if how == "left"]:
-        raise Interrupted(f"{len(left)} of {len(jobs)} runs are left: start it again")
+        raise Interrupted(f"{len(left)} of {len(jobs)} runs are left: start it again" + f"; {told}" * bool(failed))
+    if failed:
+        raise UserError(f"sweep: {told}")
     result = conclude(run)
     assert result is not None, "every run has ended and left its result"
     return result

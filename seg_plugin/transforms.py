@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
-from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
 from mmseg.registry import TRANSFORMS
 
 from pretrain.errors import UserError
+from seg_plugin.data import check_whole
 from seg_plugin.sampler import DrawnIndex
 
 
@@ -42,7 +43,10 @@ class PosfieldLoadImage(LoadImageFromFile):
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Adds ``img`` [H, W, 3], ``img_shape``, ``ori_shape``."""
         try:
+            check_whole(results["img_path"])
             return super().transform(results)  # type: ignore[no-any-return]
+        except UserError:
+            raise
         except Exception as error:  # cv2.error, OSError, AssertionError, ...
             raise UserError(f"data: {results['img_path']} is no readable image ({_in_one_line(error)})") from error
 
@@ -57,6 +61,15 @@ class PosfieldLoadLabels(LoadAnnotations):
             return super().transform(results)  # type: ignore[no-any-return]
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
             raise UserError(f"data: {results['seg_map_path']} is no readable mask ({_in_one_line(error)})") from error
+
+
+@TRANSFORMS.register_module()
+class PosfieldDistortion(PhotoMetricDistortion):
+    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``: here the hue is left as it is."""
+
+    def hue(self, img: np.ndarray) -> np.ndarray:
+        """[H, W, 3] uint8 BGR."""
+        return super().hue(img) if self.hue_delta else img  # type: ignore[no-any-return]
 
 
 def _in_one_line(error: Exception) -> str:

@@ -128,6 +128,11 @@ def test_every_field_is_a_deviation_when_changed():
     ("warmup_it", 22_129), ("warmup_it", -1), ("jitter_scale", (2.0, 0.1)), ("jitter_scale", (0.0, 1.0)),
     ("rpn_thresholds", (0.7, 0.3)), ("train_share", 0.0), ("train_share", 1.1), ("amp_dtype", "float8"), ("window_size", -1),
     ("global_blocks", 0), ("score_threshold", 2.0), ("pixel_std", (1.0, 0.0, 1.0)), ("betas", (0.9, 1.0)),
+    ("image_size_px", 31), ("lr_gamma", -0.1), ("warmup_factor", 1.1), ("roi_threshold", 0.0),
+    ("box_weights", (0.0, 1.0, 1.0, 1.0)),
+    ("anchor_ratios", ()), ("anchor_ratios", (0.0, 1.0)), ("anchor_sizes_px", (0, 8, 16, 32, 64)), ("anchor_sizes_px", (8, 16)),
+    ("rpn_pre_nms", (0, 1)), ("rpn_post_nms", (1, 0)), ("pyramid_scales", ()), ("pyramid_scales", (4.0, 1.0, 0.5)),
+    ("pyramid_scales", (2.0, 1.0)),
 ])  # fmt: skip
 def test_impossible_numbers_are_named(key, value):
     with pytest.raises(UserError, match=rf"protocol: {key}=.* must be "):

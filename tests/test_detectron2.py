@@ -306,9 +306,14 @@ def test_the_schedule_is_the_torchvision_engines(recipe):
         assert recipe.lr * schedule(it / recipe.iterations_it) == pytest.approx(lr_at(it, recipe)), it
     with pytest.raises(UserError, match="milestones_it"):
         config(with_overrides(recipe, dict(iterations_it=25)), TINY)
-    for field, value in (("pyramid_scales", (8.0, 4.0)), ("anchor_sizes_px", (32,))):
+    for field, value in (("pyramid_scales", (8.0, 4.0)), ("anchor_sizes_px", (32,)), ("norm", "XX"), ("norm", "")):
         with pytest.raises(UserError, match=f"{field}="):
             config(with_overrides(recipe, {field: value}), TINY)
+    with pytest.raises(UserError, match="norm='GN' .* channels=48"):
+        config(with_overrides(recipe, dict(norm="GN", channels=48)), TINY)
+    for flag in ("window_size", "freeze", "checkpointing"):
+        with pytest.raises(UserError, match=f"backbone: {flag} is no flag of the ViT"):
+            config(recipe, TINY, backbone_flags={flag: 1})
 
 
 @pytest.mark.parametrize(
@@ -348,6 +353,8 @@ def test_bfloat16_is_the_models_own_affair(toy):
         with EventStorage():
             losses.append(model([{"image": torch.ones(3, 128, 128), "instances": instances}]))
     assert losses[0] == losses[1] and len(losses[0]) == 5
+    with torch.autocast("cpu", torch.bfloat16):  # RoIAlign casts boxes to the maps' type: bfloat16 would round 1000 px by 2
+        assert {level.dtype for level in model.backbone(torch.ones(1, 3, 128, 128)).values()} == {torch.float32}
 
 
 def test_clipping_bounds_the_norm_of_all_gradients():
@@ -469,6 +476,10 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
     by_image[2][0].update(segmentation={**compressed, "counts": compressed["counts"].decode()}, bbox=[3, 4, 20, 10])
     by_image[3][0].update(segmentation=[[-30, -30, 40, -30, 40, 40, -30, 40]], bbox=[-30, -30, 70, 70])
     by_image[4][0].update(bbox=[5, 5, 0, 9])
+    (width, height), outside = sizes[6], [[300, 300, 320, 300, 320, 320]]
+    below = [[width - 20, height - 10, width + 50, height - 10, width + 50, height + 50, width - 20, height + 50]]
+    by_image[6][0].update(segmentation=below, bbox=[width - 20, height - 10, 70, 60])
+    by_image[6][1].update(segmentation=outside, bbox=[300, 300, 20, 20])
     for a in by_image[5]:
         a.update(iscrowd=1, segmentation=rle_of_box(*sizes[5], 0, 0, 9, 9))
     annotation_file(root, "train").write_text(json.dumps(content))
@@ -480,6 +491,8 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
     found = {id: mapper(d)["instances"] for id, d in dicts.items()}
     assert found[2].gt_boxes.tensor[0].tolist() == [3, 4, 23, 14] and int(found[2].gt_masks.tensor[0].sum()) == 200
     assert found[3].gt_boxes.tensor[0].tolist() == [0, 0, 40, 40]  # clipped, as the torchvision engine does
+    assert found[6].gt_boxes.tensor.tolist() == [[width - 20, height - 10, width, height]]  # and not at the square of 200
+    assert len(dicts[6]["annotations"]) == 1
     jittered = instantiate(toy.dataloader.train.mapper)
     with EventStorage():
         losses = instantiate(toy.model)([jittered(d) for d in dicts.values()])

@@ -132,8 +132,10 @@ def test_other_categories_are_not_evaluated(tmp_path, whole):
     data = write_coco(tmp_path / "coco")
     annotation_file(data, "val").write_text(annotation_file(data, "val").read_text().replace('"disc"', '"plate"'))
     run = replace(copied(whole, tmp_path / "run"), data=data)
+    before = (run.output / "config.yaml").read_text()
     with pytest.raises(UserError, match="other categories than those that .*run was trained on"):
         train(run, eval_only=True)
+    assert (run.output / "config.yaml").read_text() == before
     with pytest.raises(UserError, match="different categories"):
         train(replace(run, output=tmp_path / "new"))
     assert not (tmp_path / "new").exists()

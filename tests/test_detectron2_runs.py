@@ -6,8 +6,10 @@
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,12 +97,23 @@ def test_percentages_leave_out_what_has_no_objects():
     assert got == {"box_ap": 50, "box_ap50": 60, "box_ap75": 40, "box_ap_medium": 1, "box_ap_large": 2}
 
 
-def launch(folder, *arguments):
-    """Detectron2's stock launcher, from the repository's root."""
+def launch(folder, *arguments, until=None):
+    """Detectron2's stock launcher, from the repository's root; killed as soon as the file ``until`` is there."""
     script = Path(os.environ["DETECTRON2_SRC"]) / "tools" / "lazyconfig_train_net.py"
-    command = [sys.executable, "-W", "ignore", str(script), *arguments, f"train.output_dir={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-W", "ignore", str(script), *map(str, arguments), f"train.output_dir={folder}"]
+    with open(folder.with_suffix(".said"), "w+") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not (until and until.is_file()):
+                time.sleep(0.05)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.seek(0)
+        assert process.returncode == (-signal.SIGKILL if until else 0), said.read()[-3000:]
 
 
 @pytest.mark.skipif("DETECTRON2_SRC" not in os.environ, reason="$DETECTRON2_SRC does not name Detectron2's source tree")
@@ -109,7 +122,7 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     file.write_bytes(weights.read_bytes())
     asked = [f"dataloader.root={coco}", f"model.backbone.net.weights={file}", "model.roi_heads.num_classes=3"]
     two = ["--num-gpus", "2"]  # processes, on the CPU
-    launch(run, "--config-file", str(TOY), *two, *asked)
+    launch(run, "--config-file", TOY, *two, *asked)
     first = read_result(run)
     assert (first.method, first.effective_epochs, first.seed, first.backbone) == ("ours", 3, 0, TINY)
     assert first.metrics.keys() >= {"box_ap", "mask_ap", "box_ap50", "mask_ap75"} and not first.protocol.full
@@ -122,19 +135,21 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     start = build_backbone(TINY, weights=weights).state_dict()
     assert trained.keys() == start.keys() and not torch.equal(trained["blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"])
 
-    file.unlink()  # the run's folder is enough from here on
-    resolved = str(run / "config_resolved.yaml")
+    killed, resolved = tmp_path / "killed", run / "config_resolved.yaml"
+    launch(killed, "--config-file", TOY, *two, *asked, until=killed / "last_checkpoint")
+    assert (killed / "last_checkpoint").read_text() == "model_0000009.pth" and not (killed / "model_final.pth").exists()
+    file.unlink()  # a run's folder is enough from here on
+    launch(killed, "--resume", "--config-file", resolved, *two)
+    assert "Starting training from iteration 10" in (killed / "log.txt").read_text()
+    again = torch.load(killed / "model_final.pth", weights_only=True)
+    assert_equal(again["model"], state), assert_equal(again["trainer"]["optimizer"]["state"], optimizer)
+    assert (again["iteration"], read_result(killed).metrics) == (19, first.metrics)
+    assert read_result(killed).protocol == first.protocol
+
     launch(tmp_path / "half", "--eval-only", "--config-file", resolved, f"train.init_checkpoint={run / 'model_0000009.pth'}")
     half = read_result(tmp_path / "half")
     assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
     assert half.protocol.deviations == {**first.protocol.deviations, "iterations_it": [22_128, 10]}
-    (run / "last_checkpoint").write_text("model_0000009.pth")  # as if it had been killed after that
-    launch(run, "--resume", "--config-file", resolved, *two)
-    assert "Starting training from iteration 10" in (run / "log.txt").read_text()
-    again = torch.load(run / "model_final.pth", weights_only=True)
-    assert_equal(again["model"], state), assert_equal(again["trainer"]["optimizer"]["state"], optimizer)
-    assert (again["iteration"], read_result(run).metrics) == (19, first.metrics)
-    assert read_result(run).protocol == first.protocol
 
 
 def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
@@ -157,6 +172,7 @@ def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
     assert lines[4].keys() == {"iteration", *ap} and lines[4]["box_ap"] == result.metrics["box_ap"]
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][term] for term in terms))
     assert [line["lr"] for line in lines[:4]] == pytest.approx([lr_at(it, run.protocol) for it in range(4)])
+    assert "LRScheduler" in torch.load(folder / "model_final.pth", weights_only=True)["trainer"]["hooks"]  # by its launcher's name
     net = LazyConfig.load(str(folder / "config_resolved.yaml")).model.backbone.net
     assert net.weights is None and {key: net[key] for key in FIELD} == FIELD
     before = path.read_bytes()
@@ -190,7 +206,10 @@ def test_our_loop_resumes_and_evaluates_without_the_file(tmp_path, coco, weights
 
     file.unlink()
     (folder / "result.json").unlink()
+    again["trainer"]["wall_time_s"] = 1000.0
+    torch.save(again, folder / "model_final.pth")
     evaluated = read_result(train(run, eval_only=True))
+    assert 1000 < evaluated.wall_time_s < 1100
     assert (evaluated.metrics, evaluated.protocol) == (resumed.metrics, resumed.protocol)
     assert (evaluated.method, evaluated.weights_hash) == (result.method, result.weights_hash)
     with pytest.raises(UserError, match="no config_resolved.yaml"):
@@ -253,6 +272,7 @@ def test_another_kind_of_runs_folder_is_refused_and_a_bad_val_split_at_once(tmp_
 
 def test_bad_settings_are_named(tmp_path, coco, weights):
     run = toy_run(tmp_path, coco, weights)
-    for changes, named in [(dict(accumulate=3), "1 processes x accumulate=3"), (dict(device="cuda:9"), "cuda:9")]:
+    bad = dict(accumulate=3, device="cuda:9", seed=-1, workers=-1)
+    for (key, value), named in zip(bad.items(), ("1 processes x accumulate=3", "cuda:9", "seed: -1", "workers: -1")):
         with pytest.raises(UserError, match=named):
-            train(replace(run, **changes))
+            train(replace(run, **{key: value}))

@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -185,6 +187,14 @@ def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
     evaluate_folder(folder, data, device="cpu", workers=0)
     tool.main([*base, "--images", "1003,1001", "--min-score", "0.1"])
     assert f"predictions: {folder / 'predictions.json'}" in capsys.readouterr().out
+    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other pictures, whose ids are those of these
+    shutil.copytree(same_ids / "val2017", same_ids / "train2017", dirs_exist_ok=True)
+    shutil.copy(annotation_file(same_ids, "val"), annotation_file(same_ids, "train"))
+    tool.main([*base[:2], "--data", str(same_ids), *base[4:], "--split", "train", "--count", "4"])
+    assert "predictions: made now" in capsys.readouterr().out
+    val, left = read_split(data, "val", num_classes=3, training=False), json.loads((folder / "predictions.json").read_text())
+    assert tool.are_of(left, val)
+    assert not tool.are_of(left, replace(val, pictures=[replace(picture, height=99) for picture in val.pictures]))
     captions = json.loads((tmp_path / "captions.json").read_text())
     assert list(captions) == ["train_1.png", "val_1.png"] and "score 0.1 and more" in captions["val_1.png"]["caption"]
     assert all(cv2.imread(str(tmp_path / name)).std() > 10 for name in captions)

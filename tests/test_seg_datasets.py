@@ -15,15 +15,16 @@ pytest.importorskip("seg_plugin")
 import mmseg.datasets
 from ade_fixture import write_ade, write_cityscapes, write_own, write_voc
 from mmengine.config import Config
+from seg_fixture import ROOT
 
 from pretrain.errors import UserError
 from pretrain.results.schema import read_result
 from seg_plugin.config import segmenter_config
-from seg_plugin.data import CheckLabels, check_masks
+from seg_plugin.data import CheckLabels, check_masks, check_whole
 from seg_plugin.datasets import DATASETS, class_names, dataset_of, find_root, locate, own_layout, recipe_for
 from seg_plugin.protocol import protocol, with_overrides
+from seg_plugin.transforms import PosfieldLoadImage
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = Path(mmseg.datasets.__file__).parents[1] / ".mim" / "configs" / "_base_" / "datasets"
 WRITERS = {"voc": write_voc, "voc_aug": partial(write_voc, aug=True), "cityscapes": write_cityscapes, "own": write_own}
 SMALL = "iterations_it=2 val_interval_it=2 batch_size=2 resize_px=64,32 crop_px=32 slide_crop_px=32 slide_stride_px=32".split()
@@ -175,6 +176,11 @@ def test_an_image_and_its_mask_need_each_other(tmp_path):
         ade(root)
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="data: there is no folder .*nowhere"):
+        recipe_for(tmp_path / "nowhere", None, {"num_classes": "4"})
+
+
 def test_lists_of_names(tmp_path):
     root, recipe = write_voc(tmp_path, n_train=2, n_val=1), protocol("voc2012-40k")
     (root / "SegmentationClass" / "more.png").write_bytes(b"of another list")
@@ -264,3 +270,32 @@ def test_a_damaged_mask_is_named(tmp_path):
     located, recipe = ade(root)
     with pytest.raises(UserError, match="validation/0000.png is no readable mask"):
         check_masks(located, "validation", recipe)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
+    """Also one with a preview, which has an end of its own. OpenCV 4 fills what is missing with grey."""
+    root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
+    path = root / "images" / "validation" / "0000.jpg"
+    preview = path.read_bytes()
+    with Image.open(path) as picture:
+        picture.save(path, progressive=progressive)
+    plain = path.read_bytes()
+    segment = b"\xff\xe1" + (2 + len(preview)).to_bytes(2, "big") + preview
+    whole = plain[:2] + segment + b"\xff" + plain[2:] + b"and what a camera adds"  # and a fill byte
+    path.write_bytes(whole)
+    located, recipe = ade(root)
+    check_masks(located, "validation", recipe)
+    loaded = PosfieldLoadImage()({"img_path": str(path)})["img"]
+    assert loaded.shape == (40, 56, 3)
+    path.write_bytes(whole[: len(whole) - 60])
+    for read in (partial(check_masks, located, "validation", recipe), partial(PosfieldLoadImage(), {"img_path": str(path)})):
+        with pytest.raises(UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"):
+            read()
+    for content in (b"", b"\xff\xd8", b"\x89PNG"):
+        path.write_bytes(content)
+        if content == b"\xff\xd8":
+            with pytest.raises(UserError, match="JPEG without an end"):
+                check_whole(path)
+        else:
+            check_whole(path)  # no JPEG: OpenCV refuses it by itself

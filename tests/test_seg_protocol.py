@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +18,9 @@ from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, PolyLR
 from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset
+from mmseg.datasets.transforms import PhotoMetricDistortion
 from mmseg.models.backbones import VisionTransformer
-from mmseg.registry import MODELS
+from mmseg.registry import MODELS, TRANSFORMS
 
 from pretrain.errors import UserError
 from seg_plugin.config import segmenter_config
@@ -79,7 +81,7 @@ def test_backbone(built):
     runner, width, heads = built
     vit = runner.model.backbone.vit
     assert (len(vit.blocks), vit.embed_dim, vit.patch_size) == (12, width, 16)
-    assert all(block.attn.n_heads == heads if hasattr(block.attn, "n_heads") else True for block in vit.blocks)
+    assert {block.attn.num_heads for block in vit.blocks} == {heads}
     assert all(p.requires_grad for p in vit.parameters() if p.ndim > 0 and p is not getattr(vit, "pos_field", None))
     rates = [getattr(block.drop_path, "rate", 0.0) for block in vit.blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])  # 0.1 at the last block
@@ -216,7 +218,7 @@ def test_training_data(runner):
     assert Path(dataset.data_prefix["img_path"]) == root / "images" / "training"
     assert Path(dataset.data_prefix["seg_map_path"]) == root / "annotations" / "training"
     found = steps(loader)
-    drawn = ["RandomResize", "RandomCrop", "RandomFlip", "PhotoMetricDistortion", "PackSegInputs"]
+    drawn = ["RandomResize", "RandomCrop", "RandomFlip", "PosfieldDistortion", "PackSegInputs"]
     assert list(found)[-5:] == drawn and list(found)[-6] == "CheckLabels" and not set(drawn) & set(list(found)[:-5])
     (labels,) = [step for name, step in found.items() if "Label" in name and name != "CheckLabels"]
     assert labels.reduce_zero_label is True and found["CheckLabels"].num_classes == 150
@@ -224,6 +226,7 @@ def test_training_data(runner):
     assert (resize.scale, resize.ratio_range, resize.resize.keep_ratio) == ((2048, 512), (0.5, 2.0), True)
     assert (crop.crop_size, crop.cat_max_ratio, crop.ignore_index) == ((512, 512), 0.75, 255)
     assert (flip.prob, flip.direction) == (0.5, "horizontal")
+    assert isinstance(distort, PhotoMetricDistortion)
     assert (distort.brightness_delta, distort.contrast_lower, distort.contrast_upper) == (32, 0.5, 1.5)
     assert (distort.saturation_lower, distort.saturation_upper, distort.hue_delta) == (0.5, 1.5, 18)
 
@@ -239,7 +242,7 @@ def test_validation_data_and_metric(runner, loop):
     assert Path(dataset.data_prefix["seg_map_path"]) == root / "annotations" / "validation"
     found = steps(loop.dataloader)
     assert (found["Resize"].scale, found["Resize"].keep_ratio) == ((2048, 512), True)
-    assert not any(name.startswith(("Random", "Photo")) for name in found)
+    assert not any(name.startswith("Random") or "Distortion" in name for name in found)
     names = list(found)
     (labels,) = [name for name in names if name in ("LoadAnnotations", "PosfieldLoadLabels")]
     assert names.index("Resize") < names.index(labels) and found[labels].reduce_zero_label is True  # masks keep their own size
@@ -291,11 +294,15 @@ def test_a_changed_config_cannot_pass_for_the_full_protocol(tmp_path):
     assert known == {"training_images", "validation_images", "sweep"}
     assert config_deviations(cfg, values, {}, processes=8)["train_dataloader.batch_size"] == [16, 128]
     cfg.merge_from_dict({"optim_wrapper.type": "AmpOptimWrapper", "train_cfg.max_iters": 20, "model.decode_head.num_convs": 1})
+    cfg.val_cfg.fp16 = True
+    cfg.custom_hooks.append({"type": "EMAHook"})
     found = config_deviations(cfg, values, {"depth": 4}, processes=1)
     assert {key: pair for key, pair in found.items() if key not in known} == {
+        "hooks.2.type": [None, "EMAHook"],
         "model.decode_head.num_convs": [0, 1],
         "optim_wrapper.type": ["OptimWrapper", "AmpOptimWrapper"],
         "train_cfg.max_iters": [160_000, 20],
+        "val_cfg.fp16": [None, True],
         "backbone_flags": [{}, {"depth": 4}],
     }
 
@@ -335,10 +342,64 @@ def test_options_reach_their_objects():
     assert (warmup["type"], warmup["end"], decay["begin"], decay["end"]) == ("LinearLR", 10, 10, 160_000)
 
 
-@pytest.mark.parametrize("field", ["batch_size", "iterations_it", "crop_px", "slide_stride_px", "seeds"])
-def test_impossible_numbers_are_named(field):
-    with pytest.raises(UserError, match=f"{field}=0 must be at least 1"):
-        segmenter_config(with_overrides(protocol(), {field: 0}), "vit_tiny_patch16")
+@pytest.mark.parametrize(
+    "field, value, demand",
+    [
+        *((field, "0", "at least 1") for field in ("batch_size", "iterations_it", "crop_px", "slide_stride_px", "seeds")),
+        *((field, "-1", "at least 0") for field in ("hue", "brightness", "warmup_it")),
+        ("contrast", "1.5,0.5", "two rising numbers above 0"),
+        ("lr_grid", "", "one or more different numbers"),
+        ("weight_decay_grid", "1e-2,0.01", "one or more different numbers"),
+        ("betas", "0.9,1", "from 0 to below 1"),
+        ("drop_path", "1", "from 0 to below 1"),
+        ("pixel_std", "0,1,1", "above 0"),
+        ("warmup_it", "160000", "less than iterations_it=160000"),
+        ("slide_stride_px", "513", "at most slide_crop_px=512"),
+        ("ignore_index", "200", "255 where reduce_zero_label=true"),
+    ],
+)
+def test_impossible_numbers_are_named(field, value, demand):
+    with pytest.raises(UserError, match=f"{field}=.* must be {demand}"):
+        segmenter_config(with_overrides(protocol(), {field: value}), "vit_tiny_patch16")
+
+
+def test_a_class_is_not_ignored():
+    own = with_overrides(protocol("own-160k"), {"num_classes": "7", "ignore_index": "7"})
+    assert segmenter_config(own, "vit_tiny_patch16")["val_evaluator"]["ignore_index"] == 7
+    with pytest.raises(UserError, match="ignore_index=6 must be from num_classes=7 to 255"):
+        segmenter_config(replace(own, ignore_index=6), "vit_tiny_patch16")
+
+
+def test_the_distortion_is_mmsegs_and_can_be_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    none = with_overrides(protocol(), {"hue": "0", "brightness": "0", "contrast": "1,1", "saturation": "1,1"})
+    found = []
+    for recipe in (protocol(), replace(protocol(), hue=0), none):
+        steps = segmenter_config(recipe, "vit_tiny_patch16")["train_dataloader"]["dataset"]["pipeline"]
+        ours = TRANSFORMS.build(next(step for step in steps if "Distortion" in step["type"]))
+        np.random.seed(0)
+        found.append([ours({"img": image})["img"] for _ in range(16)])
+    theirs = PhotoMetricDistortion()
+    np.random.seed(0)
+    assert all(np.array_equal(theirs({"img": image})["img"], one) for one in found[0])
+    assert not all(np.array_equal(image, one) for one in found[1])
+    assert all(np.abs(image.astype(int) - one).max() <= 8 for one in found[2])  # to HSV and back, in 8 bits
+
+
+def test_a_frozen_backbone_is_one_departure(tmp_path):
+    recipe = with_overrides(protocol(), {"freeze_backbone": "true"})
+    cfg = Config(segmenter_config(recipe, "vit_tiny_patch16", data_root=write_ade(tmp_path / "ade")))
+    model = MODELS.build(cfg.model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "decode_head.conv_seg.weight",
+        "decode_head.conv_seg.bias",
+    }
+    found = config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, processes=1)
+    assert {key: pair for key, pair in found.items() if "images" not in key and key != "sweep"} == {
+        "freeze_backbone": [False, True]
+    }
+    cfg.merge_from_dict({"model.backbone.freeze": False})  # as --cfg-options of a launcher
+    assert config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, 1)["model.backbone.freeze"] == [True, False]
 
 
 @pytest.mark.parametrize("name, value", [("num_classes", 255), ("num_classes", 1), ("crop", 3)])

@@ -20,6 +20,7 @@ from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import BaseSegDataset
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
 
+from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.results.schema import read_result
 from seg_plugin.hooks import PosfieldRunHook
@@ -39,6 +40,19 @@ def after_train_iter(hook, runner, batch_idx, *rest, **named):
     if batch_idx + 1 == {KILLED_IN}:
         os.kill(os.getpid(), signal.SIGKILL)
 PosfieldRunHook.after_train_iter = after_train_iter
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Runs a script whose second process is asked to stop in the first iteration.
+ASKED = """
+import os, runpy, signal, sys
+from seg_plugin.hooks import PosfieldRunHook
+original = PosfieldRunHook.before_train_iter
+def before_train_iter(hook, *rest, **named):
+    original(hook, *rest, **named)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+PosfieldRunHook.before_train_iter = before_train_iter
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -173,12 +187,13 @@ def test_killed_between_checkpoints_the_stock_launcher_goes_on_to_the_same_bits(
 # --- Two processes
 
 
-def two_ranks(command, cwd, environment):
-    """Start a command twice, as tools/submit.py's tasks do: each is told its rank, and there is no torchrun."""
+def two_ranks(command, cwd, code=0):
+    """Start a command twice, as tools/submit.py's tasks do: each is told its rank, and there is no torchrun. What each said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {**os.environ, **environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
             command, cwd=cwd, env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
@@ -186,17 +201,25 @@ def two_ranks(command, cwd, environment):
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=500)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    assert [rank.returncode for rank in ranks] == [code, code], "\n".join(error[-3000:] for error in errors)
+    return errors
 
 
 def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
-    """The same batch in two halves; three validation images, of which the second process's padding counts nothing twice."""
+    """The same batch in two halves; three validation images, of which the second process's padding counts nothing twice.
+
+    A signal to the second process alone, in the first iteration, stops both; the first one saves. Then they go on.
+    """
     numbers = dict(NUMBERS, iterations_it=2, drop_path=0.0, lr=1e-3)
     run = tiny_run(ade, tmp_path / "one", protocol=tiny(**numbers))
     train(run)
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = command_line("two", ade, **numbers)
-    two_ranks([sys.executable, str(TOOL), *words], tmp_path, environment)
+    words = command_line("two", ade, "--resume", **numbers)
+    (tmp_path / "asked.py").write_text(ASKED)
+    with_workers = command_line("two", ade, workers=1, **numbers)  # which end, too
+    said = two_ranks([sys.executable, "asked.py", str(TOOL), *with_workers], tmp_path, code=REQUEUE_CODE)
+    assert "another rank was signalled; saved at iteration 1" in said[0] and "SIGUSR1; saved at iteration 1" in said[1]
+    assert [path.name for path in (tmp_path / "two").glob("*.pth")] == ["iter_1.pth"]
+    two_ranks([sys.executable, str(TOOL), *words], tmp_path)
     lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert [line["iteration"] for line in lines[1]] == [1, 2, 2] == [line["iteration"] for line in lines[0]]
     for one, two in zip(*lines):

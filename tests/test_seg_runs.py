@@ -13,10 +13,9 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
-from seg_fixture import FLAGS, TINY, TOOL, command_line, launch, tiny, tiny_run, write_weights
+from seg_fixture import FLAGS, TINY, TOOL, tiny, tiny_run, write_weights
 
 from pretrain.build import build_backbone
-from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
 from pretrain.results.schema import read_result
 from pretrain.weights import save_backbone
@@ -212,20 +211,6 @@ def test_a_signal_during_validation(ade, tmp_path, monkeypatch):
     train(run, resume=True)
     assert len(calls) == 2 + 3 + 3  # two validations of three images
     assert (run.output / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-
-
-def test_the_tool_ends_with_the_code_that_asks_to_be_started_again(ade, tmp_path):
-    script = tmp_path / "asked.py"
-    script.write_text(
-        "import os, runpy, signal, sys\n"
-        "from seg_plugin.hooks import PosfieldRunHook\n"
-        "PosfieldRunHook.before_train_iter = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    words = command_line(tmp_path / "run", ade, workers=2, iterations_it=4)  # its data-loading processes end, too
-    printed = launch(script, TOOL, *words, cwd=tmp_path, code=REQUEUE_CODE)
-    assert "stopped: SIGUSR1; saved at iteration 1" in printed and (tmp_path / "run" / "iter_1.pth").is_file()
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(ade, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The sweep: which runs it has, how they go on and fail, its one result, and how the tables show it."""
 
 import runpy
+import signal
 import statistics
 import sys
 from dataclasses import replace
@@ -12,20 +13,20 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")
 
 from ade_fixture import write_ade
+from seg_fixture import TOOL
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
+from pretrain.jobs import interruptible
 from pretrain.results.report import build_report
 from pretrain.results.runs import find_results, read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result
 from pretrain.results.tables import comparison_table
+from pretrain.signals import SIGNALS
 from seg_plugin import sweep as sweep_module
 from seg_plugin.protocol import not_swept, protocol, with_overrides
 from seg_plugin.run import SegmentationRun
 from seg_plugin.sweep import conclude, points, status, sweep
-
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "tools" / "train_seg.py"
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_the_sweep_goes_on_after_a_failure_and_runs_nothing_twice(tool, tmp_path
     tool([*words, "--sweep"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     result = read_result(tmp_path / "out")
-    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'out' / 'result.json'}\n")
+    assert capsys.readouterr().out.endswith(f"result: {tmp_path / 'out' / 'result.json'}\n")
     assert set(result.metrics["grid"]) == {"lr 0.001, weight decay 0.01", "lr 8e-05, weight decay 0.01"}
     assert result.metrics["miou"] == max(setting["miou"] for setting in result.metrics["grid"].values())
     assert {"lr_grid", "iterations_it"} <= set(result.protocol.deviations)
@@ -238,6 +239,8 @@ def test_words_that_do_not_fit(tmp_path):
         (["--jobs", "2"], "--jobs 2"),
         (["--sweep", "--jobs", "0"], "--jobs 0"),
         (["lr=1e-3", "--sweep"], "lr=1e-3 has no effect; give lr_grid"),
+        (["--seed", "-1"], "--seed: -1 is less than 0"),
+        (["--workers", "-1"], "--workers: -1 is less than 0"),
     ):
         with pytest.raises(UserError, match=message):
             main([*words, *further])
@@ -249,9 +252,37 @@ def test_an_interrupted_run_leaves_the_sweep_to_be_started_again(run, monkeypatc
     monkeypatch.setattr(sweep_module, "Processes", lambda: started)
     with pytest.raises(Interrupted, match="16 of 16 runs are left"):
         sweep(run, ["tool"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process starts all runs"):
+    ended = iter([REQUEUE_CODE, 2] * 8)  # what failed does not keep the rest from going on
+    monkeypatch.setattr(started, "launch", lambda command, log, seconds: next(ended))
+    with pytest.raises(Interrupted, match="8 of 16 runs are left: start it again; 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, "):
         sweep(run, ["tool"])
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # of torchrun: the runs would inherit it
+        with monkeypatch.context() as told, pytest.raises(UserError, match="one process starts all runs"):
+            told.setenv(variable, value)
+            sweep(run, ["tool"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_either_signal_of_a_scheduler_ends_a_sweep(number):
+    """And what is begun at that moment does not inherit that signals are ignored."""
+    before = signal.signal(number, lambda *_: None)
+    try:
+        with pytest.raises(Interrupted, match=f"by a {number.name}: start it again"), interruptible():
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)
+                assert signal.SIG_IGN not in map(signal.getsignal, SIGNALS)
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_ranks_of_a_run_say_once_where_its_result_is(monkeypatch, capsys):
+    say_where = runpy.run_path(str(TOOL))["say_where"]
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        say_where(Path("out/result.json"))
+    assert capsys.readouterr().out == "result: out/result.json\n"
 
 
 def test_runs_at_a_time_have_a_gpu_each(run, monkeypatch):

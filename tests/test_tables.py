@@ -341,10 +341,11 @@ def test_make_table(tmp_path):
     write_result(result(metrics={"box_ap": 44.0}), tmp_path / "runs" / "a")
     write_result(result("pretrain", {"loss": 8.0}), tmp_path / "runs" / "b")
     run = make_table(tmp_path / "runs", "--format", "csv", "--output", tmp_path / "out" / "t.csv")
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "left out of csv: Pre-training runs\n")
     rows = list(csv.DictReader((tmp_path / "out" / "t.csv").open(encoding="utf-8")))
     assert [row["source"] for row in rows].count("measured") == 1 and len(rows) == 21
     assert "Pre-training runs" in make_table(tmp_path / "runs").stdout
+    assert make_table(tmp_path / "runs", "--format", "latex").stdout.count(r"\begin{table}") == 2
     (tmp_path / "empty").mkdir()
     failed = make_table(tmp_path / "empty")
     assert failed.returncode == 2 and failed.stdout == ""

@@ -18,7 +18,7 @@ from det_plugin.torchvision_engine import coco_api as api_module
 from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry, jitter, objects_of
 from det_plugin.torchvision_engine.coco import PackedList, Picture, read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
-from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, paste_mask
+from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, in_words, paste_mask
 from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions, stream_index
 from det_plugin.torchvision_engine.masks import Polygons, clip, crop_masks
 from pretrain.errors import UserError
@@ -245,9 +245,33 @@ def test_geometry_equals_detectron2():
         np.testing.assert_allclose(g.points(points), theirs.apply_coords(points.copy()), atol=1e-9)
         difference = np.abs(g.pixels(image).astype(int) - theirs.apply_image(image).astype(int))
         assert difference.max() <= 2 and difference.mean() < 0.1  # fixed-point weights of a window and of the whole
-    for width, height in [(96, 64), (64, 96), (80, 80), (500, 333), (333, 500), (7, 640), (641, 479)]:
+    for width, height in [(96, 64), (64, 96), (80, 80), (500, 333), (333, 500), (7, 640), (641, 479), (198, 4096)]:
         size = T.ResizeShortestEdge.get_output_shape(height, width, 1024, 1024)
         assert evaluation_geometry((width, height), 1024).resized == (size[1], size[0])
+
+
+@needs_detectron2
+def test_jitter_equals_detectron2(monkeypatch):
+    """Its augmentations make the same of the same random numbers: sizes, crops and flips, where polygons are cut."""
+    import detectron2.data.transforms as T
+
+    size = RECIPE.image_size_px
+    steps = [
+        T.RandomFlip(horizontal=True),
+        T.ResizeScale(*RECIPE.jitter_scale, size, size),
+        T.FixedSizeCrop((size, size), pad=False),
+    ]
+    kinds = set()
+    for i, source in enumerate([(96, 64), (31, 200), (64, 64), (501, 333)] * 10):
+        rng = np.random.default_rng(i)
+        monkeypatch.setattr(np.random, "uniform", lambda low, high, size=None, rng=rng: rng.uniform(low, high))
+        theirs = T.AugmentationList(steps)(T.AugInput(np.zeros((*source[::-1], 3), np.uint8)))
+        flip, resize, crop = theirs.transforms
+        g = jitter(source, RECIPE, np.random.default_rng(i))
+        assert g.flip == isinstance(flip, T.HFlipTransform) and g.resized == (resize.new_w, resize.new_h)
+        assert g.crop == (crop.x0, crop.y0, min(crop.w, resize.new_w), min(crop.h, resize.new_h))
+        kinds.add((g.flip, g.crop[0] > 0, g.crop[1] > 0))
+    assert len(kinds) > 4
 
 
 @needs_detectron2
@@ -293,7 +317,9 @@ def test_samples_depend_on_seed_and_position_alone(root):
     samples = TrainSamples(read(root), RECIPE, seed=1)
     direct = [samples[i] for i in (4, 9, 2, 11)]
     for workers in (0, 2):
-        loaded = [s for batch in batches(samples, [[4, 9], [2, 11]], workers, torch.device("cpu")) for s in batch]
+        steps = list(batches(samples, iter([[4, 9, 2], [11]]), workers, torch.device("cpu")))
+        assert [len(step) for step in steps] == [3, 1]
+        loaded = [sample for step in steps for sample in step]
         for one, other in zip(direct, loaded):
             assert all(torch.equal(one[key], other[key]) for key in ("image", "boxes", "labels")) and one.keys() == other.keys()
             cropped = [crop_masks(s["masks"], torch.arange(len(s["boxes"])), s["boxes"], 28) for s in (one, other)]
@@ -340,6 +366,8 @@ def test_shifted_boxes_count_up_to_their_iou(root):
 def test_no_predictions_have_ap_0(root):
     metrics = coco_metrics(annotation_file(root, "val"), [])
     assert metrics["box_ap"] == metrics["mask_ap"] == 0
+    box, mask = (f"{kind} AP 0.00 (AP50 0.00, AP75 0.00, small 0.00, medium 0.00, large nan)" for kind in ("box", "mask"))
+    assert in_words(metrics) == f"{box}, {mask}"
 
 
 def test_both_evaluators_agree(root, monkeypatch):

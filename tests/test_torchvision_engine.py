@@ -239,6 +239,8 @@ def test_box_losses_by_hand():
     loss_cls, loss_box = box_losses(logits, offsets, labels, targets)
     assert loss_cls.item() == pytest.approx(math.log(3))
     assert loss_box.item() == pytest.approx((1 + 1 + 1 + 2) / 4)
+    nothing = box_losses(logits[:0], offsets[:0], labels[:0], targets[:0])  # of an empty image without a proposal
+    assert [loss.item() for loss in nothing] == [0, 0]
 
 
 def test_mask_loss_by_hand():
@@ -296,6 +298,24 @@ def test_padding_comes_after_normalisation():
     torch.testing.assert_close(images.tensors[0, :, 4, 6], expected)
     outside = images.tensors[0, :, 5:], images.tensors[0, :, :, 7:], images.tensors[1, :, 2:]
     assert all(padding.abs().max() == 0 for padding in outside)
+
+
+@needs_detectron2
+@pytest.mark.parametrize("size", [96, 72])
+def test_padded_batches_equal_detectron2(size):
+    """Also where the size is no multiple of the coarsest map's stride: the square grows."""
+    from detectron2.config import instantiate
+
+    from det_plugin.lazy import config
+
+    recipe, rng = with_overrides(SMALL, dict(image_size_px=size)), torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, *shape), generator=rng, dtype=torch.uint8) for shape in ((size, 50), (40, size))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = instantiate(config(recipe, TINY, device="cpu", backbone_flags=dict(depth=2)).model)
+    expected, found = theirs.preprocess_image([{"image": image} for image in images]), detector(recipe).transform(images)[0]
+    assert found.tensors.shape == (2, 3, 96, 96) and found.image_sizes == expected.image_sizes
+    torch.testing.assert_close(found.tensors, expected.tensor)
 
 
 # --- the whole detector -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from coco_fixture import annotation_file, write_coco
 
 from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun
+from det_plugin.run import DetectionRun, leave_result
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
@@ -27,6 +27,7 @@ from pretrain.build import build_backbone
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
 from pretrain.results import read_result
+from pretrain.results.provenance import file_hash
 from pretrain.weights import backbone_name, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +148,8 @@ def test_finished_run_is_left_as_it_is(finished, capsys):
         train(replace(finished, protocol=with_overrides(finished.protocol, dict(lr=0.5))))
     with pytest.raises(UserError, match="weights_hash"):
         train(replace(finished, weights=backbone_file(finished.output.parent / "other.safetensors", seed=2)))
+    with pytest.raises(UserError, match=r"given_flags.drop_path None -> 0.3"):  # no part of the network
+        train(replace(finished, backbone_flags={"drop_path": 0.3}))
     assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*") if p.is_file()}
 
 
@@ -255,7 +258,7 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
 
 
 def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
-    """Killed after the checkpoint, before the evaluation's line."""
+    """Killed after the checkpoint, before the evaluation's line; at last after the line, before the result."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     for moment in (2, 4):
@@ -266,9 +269,42 @@ def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
         assert weights(parts.output)["iteration"] == moment
         if moment == 2:
             train(parts, resume=True, stop_after_it=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("det_plugin.torchvision_engine.train.leave_result", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(parts, resume=True)
     train(parts, resume=True)
     assert (parts.output / "metrics.jsonl").read_text() == (whole.output / "metrics.jsonl").read_text()
     assert read_result(parts.output).metrics == read_result(whole.output).metrics
+
+
+def test_processes_that_see_other_folders_do_not_go_on(make, monkeypatch):
+    """Two machines without a shared folder: one would resume, the other begin again."""
+    run = make("run")
+    train(run, stop_after_it=2)
+    monkeypatch.setattr("det_plugin.torchvision_engine.train.gather_objects", lambda mine: [mine, (False, None)])
+    with pytest.raises(UserError, match="not every process finds the same run in .*; all machines must see one folder"):
+        train(run, resume=True)
+
+
+def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
+    """The backbone's file is gone by then; and the CPU was asked for where there is a GPU, so amp was off."""
+    file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
+    run, expected = replace(make("run"), weights=file, backbone_flags={}), file_hash(file)
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1])
+
+    def leave_on_a_gpu_machine(*given, **named):
+        with monkeypatch.context() as patch:
+            for name, told in (("hardware", {}), ("peak_memory_mib", 1.0)):  # they would ask the GPU
+                patch.setattr(sys.modules["pretrain.results.provenance"], name, lambda told=told: told)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return leave_result(*given, **named)
+
+    monkeypatch.setattr("det_plugin.torchvision_engine.train.leave_result", leave_on_a_gpu_machine)
+    result = read_result(train(run).parent)
+    assert (result.method, result.effective_epochs, result.weights_hash) == ("intertwined", 3.5, expected)
+    assert result.protocol.deviations["amp"] == [True, False]
 
 
 def test_deterministic_mode_is_given_back(make):
@@ -358,7 +394,7 @@ BAD = [
     (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
     (dict(accumulate=0), "accumulate=0"),
     (dict(iterations_it=2), r"milestones_it=\(3,\) must be rising and within iterations_it=2"),
-    (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\) for 5 levels"),
+    (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\)"),
     (dict(norm="GN"), "norm='GN'"),
     (dict(num_classes=80), "instances_train2017.json has 3 categories, but num_classes=80"),
     (dict(device="tpu"), "device: 'tpu'"),
@@ -432,7 +468,8 @@ def words_of(run, *more):
 
 
 def test_two_processes_train_stop_go_on_and_evaluate_together(make):
-    run = make("out", iterations_it=30, milestones_it=(), eval_period_it=30)
+    exhaustive = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is drawn at random
+    run = make("out", iterations_it=30, milestones_it=(), warmup_it=0, eval_period_it=30, **exhaustive)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = words_of(run, "--backbone", TINY, "--resume")
     assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
@@ -440,6 +477,12 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
     said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
     assert [line["iteration"] for line in lines(run.output)] == list(range(30))
+    one = Trainer(replace(run, accumulate=2), torch.device("cpu"))  # their gradients are the mean of two micro-batches
+    samples = TrainSamples(read_split(run.data, "train", num_classes=3, training=True), run.protocol, seed=0)
+    for it, line in enumerate(lines(run.output)[:3]):
+        assert one.step([samples[2 * it], samples[2 * it + 1]]) == pytest.approx(
+            {k: line[k] for k in line if k != "iteration"}, rel=1e-3
+        )
     alone = evaluate_folder(run.output, run.data, device="cpu", workers=0)  # one process finds what two found
     assert alone == read_result(run.output).metrics
 

@@ -14,8 +14,8 @@ from ade_fixture import write_ade
 from seg_fixture import ROOT, tiny, tiny_run
 
 from pretrain.errors import UserError
-from seg_plugin.figures import coloured, palette_of, save_labels
-from seg_plugin.predict import dataset_of_run, load_run, segment_dataset, segment_folder, spread
+from seg_plugin.figures import coloured, leave_page, palette_of, save_labels
+from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
 from seg_plugin.run import train
 
 
@@ -60,7 +60,13 @@ def test_own_images_get_the_labels_that_validation_gives(run, tool, tmp_path):
 
 
 def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):
-    with pytest.raises(UserError, match="must hold one config .*there are 0"):
+    with pytest.raises(UserError, match="holds no segmentation run: there is no checkpoint iter_N.pth$"):
+        tool(["--run", str(tmp_path)])
+    (tmp_path / "iter_1.pth").write_bytes((run.output / "iter_1.pth").read_bytes())
+    with pytest.raises(UserError, match="must hold one config, .*there is none$"):
+        tool(["--run", str(tmp_path)])
+    (tmp_path / "points").mkdir()
+    with pytest.raises(UserError, match="is a sweep; give one of its runs, .*points/lr_LR_wd_WD/seed_N$"):
         tool(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="split: 'test' is none of training, validation"):
         tool(["--run", str(run.output), "--split", "test", "--device", "cpu"])
@@ -69,6 +75,14 @@ def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match="bad.jpg is no readable image"):
         tool(["--run", str(run.output), "--images", str(tmp_path), "--device", "cpu"])
+
+
+def test_a_label_that_is_no_class_is_not_in_the_legend(tmp_path):
+    """Whichever number ``ignore_index`` gives it."""
+    labels = np.array([[0, 1], [200, 255]])
+    row = Segmented(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), labels)
+    leave_page(tmp_path / "page.png", [row], {"classes": ("a", "b")}, title="t", caption="c")
+    assert Image.open(tmp_path / "page.png").width > 500
 
 
 def test_colours(tmp_path):

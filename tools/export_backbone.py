@@ -32,32 +32,21 @@ def backbone_of_run(folder: Path) -> ViT:
     if (folder / "config.json").is_file():
         from det_plugin.torchvision_engine.train import load_model
 
-        adapter = load_model(folder)[0].backbone
+        adapter: Any = load_model(folder)[0].backbone
     elif (folder / "config_resolved.yaml").is_file():
-        adapter = detectron2_backbone(folder)
-    else:
+        from det_plugin.detector import load_detectron2
+
+        adapter = load_detectron2(folder)[0].backbone.net
+    elif list(folder.glob("*.py")):
         from seg_plugin.predict import load_run
 
         return load_run(folder, "cpu").backbone.vit
+    else:
+        raise UserError(f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it")
     ran = adapter.options
     if ran.window_size or not (ran.final_norm and ran.keep_special_tokens):
         raise UserError(f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT")
     return adapter.vit
-
-
-def detectron2_backbone(folder: Path) -> Any:
-    """The :class:`det_plugin.backbone.RegistryBackbone` of a Detectron2 run."""
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import instantiate
-
-    from det_plugin.saved_config import RESOLVED, load_config
-
-    model = instantiate(load_config(folder, RESOLVED).model)
-    checkpointer = DetectionCheckpointer(model, str(folder))
-    if not checkpointer.has_checkpoint():
-        raise UserError(f"--weights: {folder} holds no checkpoint (last_checkpoint and the file that it names)")
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    return model.backbone.net
 
 
 def main(arguments: list[str]) -> None:
@@ -78,7 +67,7 @@ def main(arguments: list[str]) -> None:
     else:
         vit = build_backbone(backbone_name(options.backbone, options.weights), weights=options.weights)
     difference = export(vit, options.format, (height, width), options.output)
-    print(f"{options.output}: {height} x {width} px, largest difference from the backbone {difference:.1e}")
+    print(f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}")
 
 
 if __name__ == "__main__":

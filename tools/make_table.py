@@ -28,10 +28,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     results = [read_result(path) for path in find_results(options.runs)]
-    text = render(comparison_table(results, table=options.tables), options.format)
-    for further in (segmentation_table(results), pretraining_table(results)):
-        if further is not None and options.format in ("md", "html"):
-            text += "\n" + render(further, options.format)
+    tables = [comparison_table(results, table=options.tables), segmentation_table(results), pretraining_table(results)]
+    first, *further = [table for table in tables if table is not None]
+    if options.format == "csv" and further:  # one table a file: their columns differ
+        print(f"left out of csv: {', '.join(table.title for table in further)}", file=sys.stderr)
+        further = []
+    text = "\n".join(render(table, options.format) for table in (first, *further))
     if options.output is None:
         sys.stdout.write(text)
     else:

@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import json
 import os
+import time
 from collections.abc import Iterator
 
 from PIL import Image
@@ -96,21 +97,24 @@ def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
 def predict(detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool) -> str:
     """One image after the other; what there is to say at the end."""
     results, broken, line = Results(output, detector.classes), 0, ProgressLine("predict", len(images), 0)
-    paths = picture_paths([name for _, name in images], output / "pictures")
-    for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
-        try:
-            image = decode(read_file(os.fsencode(path)))
-        except BrokenImage as error:
-            line.console.print(f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
-            broken += 1
-            continue
-        found = [prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score]
-        results.add(name, image.shape[:2], found)
-        if pictures:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw_prediction(image, found, detector.classes)).save(picture, quality=92)
-        line.update(done, f"{results.annotations} objects", 0)
-    line.close()
+    paths, started = picture_paths([name for _, name in images], output / "pictures"), time.monotonic()
+    try:
+        for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
+            try:
+                image = decode(read_file(os.fsencode(path)))
+            except BrokenImage as error:
+                line.console.print(f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
+                broken += 1
+                continue
+            found = [prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score]
+            results.add(name, image.shape[:2], found)
+            if pictures:
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draw_prediction(image, found, detector.classes)).save(picture, quality=92)
+            left_s = (time.monotonic() - started) / done * (len(images) - done)
+            line.update(done, f"{results.annotations} objects", left_s)
+    finally:
+        line.close()
     results.close()
     if not results.images:
         raise UserError(f"--images: none of {len(images)} files could be read as an image")

@@ -49,6 +49,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
         raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
+    for name in ("seed", "workers"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name}: {getattr(options, name)} is less than 0")
     if options.jobs < 1 or (options.jobs > 1 and options.sweep != "all"):
         raise UserError(f"--jobs {options.jobs}: how many runs of a --sweep go on at a time, at least 1")
     return options
@@ -62,6 +65,12 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
     kept.add_argument("--resume", action="store_true")
     _, words = kept.parse_known_args(arguments)
     return [sys.executable, str(Path(__file__).resolve()), *words, "--resume", "--sweep"]
+
+
+def say_where(result: Path) -> None:
+    """Where the result is; once for all ranks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"result: {result}")
 
 
 def main(arguments: list[str]) -> None:
@@ -79,16 +88,16 @@ def main(arguments: list[str]) -> None:
         backbone_flags=flags,
     )
     if options.sweep is None:
-        print(f"wrote {train(one, options.resume)}")
+        say_where(train(one, options.resume))
         return
     if swept := {"lr", "weight_decay"} & set(fields):
         raise UserError(f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid")
     if options.sweep == "status":
         print(status(one))
     elif options.sweep == "all":
-        print(f"wrote {sweep(one, command_of_a_run(arguments), options.jobs)}")
+        say_where(sweep(one, command_of_a_run(arguments), options.jobs))
     else:
-        print(f"wrote {run_point(one, int(options.sweep))}")
+        say_where(run_point(one, int(options.sweep)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python tools/visualize_det.py --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
 
-The predictions are those that the run's last evaluation left; where there are none (a training split, other images), the run's
+The predictions are those that the run's last evaluation left; where there are none (the training split, other images), the run's
 last checkpoint makes them.
 """
 
@@ -36,13 +36,21 @@ def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
     return [by_id[wanted.strip()] for wanted in ids.split(",")]
 
 
-def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str) -> list[Prediction]:
-    """Those that the run has left of this split, or new ones of these pictures."""
+def are_of(found: list[Prediction], split: CocoSplit) -> bool:
+    """Whether predictions can be of a split: each of a picture and a class of it, its mask of the picture's size. Other data may
+    have the same ids."""
+    sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
+    return bool(found) and all(
+        sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids for p in found
+    )
+
+
+def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool) -> list[Prediction]:
+    """Those that the run has left of this split, if it was evaluated on it, or new ones of these pictures."""
     left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
-    if left is not None:
+    if evaluated and left is not None:
         found: list[Prediction] = json.loads(left.read_text())
-        known = {picture.id for picture in split.pictures}
-        if found and all(p["image_id"] in known and p["category_id"] in split.category_ids for p in found):
+        if are_of(found, split):
             print(f"predictions: {left}")
             return found
     detector = load_detector(folder, device)
@@ -65,7 +73,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     split = read_split(options.data, options.split, num_classes=None, training=False)
     pictures = choose(split, max(options.count, 1), options.images)
-    predictions = predictions_of(options.run, split, pictures, options.device)
+    predictions = predictions_of(options.run, split, pictures, options.device, evaluated=options.split == "val")
     output = options.output or options.run / "figures"
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]

@@ -91,9 +91,14 @@ def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.
 
 
 def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry:
-    """Resize so that the long edge has ``image_size_px``; nothing is random."""
-    scale = image_size_px / max(source)
-    width, height = (max(int(side * scale + 0.5), 1) for side in source)
+    """Resize so that the long edge has ``image_size_px``; nothing is random.
+
+    In Detectron2's steps, the short edge first, then back: halves of a pixel are rounded as there.
+    """
+    scale = image_size_px / min(source)
+    sides = [float(image_size_px) if side == min(source) else side * scale for side in source]
+    back = min(image_size_px / max(sides), 1.0)
+    width, height = (max(int(side * back + 0.5), 1) for side in sides)
     return Geometry(source, False, (width, height), (0, 0, width, height))
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from det_plugin.torchvision_engine.coco import CocoSplit, read_truth
 from det_plugin.torchvision_engine.coco_api import CocoApi, coco_api
 from det_plugin.torchvision_engine.loader import EvalSamples, batches
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import gather_objects, rank, world_size
 
 Prediction = dict[str, Any]
 # What COCOeval.stats holds first, and our names; then the classes by name.
@@ -59,7 +58,7 @@ def predict(
 
     Args:
         model: detector of :func:`build_model`; in evaluation mode afterwards.
-        progress: is told (pictures done, of this rank's).
+        progress: is told (pictures done, of how many): of this rank's share.
     """
     model.eval()
     mine = list(range(rank(), len(split.pictures), world_size()))
@@ -73,10 +72,7 @@ def predict(
             found[sample["index"]] = [{"image_id": picture.id, **prediction} for prediction in own]
         if progress is not None:
             progress(len(found), len(mine))
-    if world_size() > 1:
-        shares: list[Any] = [None] * world_size()
-        dist.all_gather_object(shares, found)
-        found = {index: own for share in shares for index, own in share.items()}
+    found = {index: own for share in gather_objects(found) for index, own in share.items()}
     return [prediction for index in sorted(found) for prediction in found[index]]
 
 
@@ -182,7 +178,11 @@ def _results(truth: Any, predictions: list[Prediction], iou_type: str, api: Coco
     return results
 
 
-def mean_ap(metrics: Mapping[str, Any]) -> str:
-    """One line for people."""
-    parts = [f"{kind} AP {metrics.get(f'{kind}_ap', math.nan):.2f}" for kind in KINDS]
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """One line for people; what has no ground truth is ``nan``."""
+    parts = []
+    for kind in KINDS:
+        named = {name.removeprefix("ap_").replace("ap", "AP"): metrics.get(f"{kind}_{name}", math.nan) for name in SUMMARY}
+        mean, *others = (f"{name} {value:.2f}" for name, value in named.items())
+        parts.append(f"{kind} {mean} ({', '.join(others)})")
     return ", ".join(parts)

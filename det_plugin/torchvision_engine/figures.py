@@ -167,6 +167,7 @@ def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
 
 def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
     """Pictures with a line of text above each, in rows."""
+    columns = min(columns, len(cells))
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [HEADER_PX + max(image.shape[0] for _, image in row) + GAP_PX for row in rows]
     page = Image.new("RGB", (columns * (SIDE_PX + GAP_PX) + GAP_PX, sum(heights) + GAP_PX), "white")

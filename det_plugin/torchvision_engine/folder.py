@@ -27,6 +27,7 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
         "engine": ENGINE,
         **run.settings(),
         "backbone_flags": vit.flags,
+        "given_flags": dict(run.backbone_flags),  # some are no part of the network: drop_path, attention
         "weights_hash": file_hash(run.weights) if run.weights else None,
         "data": {
             "train_images": len(train.pictures),

@@ -67,7 +67,7 @@ def _msra_fill(module: nn.Module) -> None:
 
 
 def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy, and L1 of the objects' offsets over the number of **all** sampled boxes (Detectron2).
+    """Cross-entropy, and L1 of the objects' offsets, both over the number of **all** sampled boxes (Detectron2); 0 of none.
 
     Args:
         logits: [R, 1 + K], class 0 is background.
@@ -77,8 +77,9 @@ def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor)
     """
     objects = torch.where(labels > 0)[0]
     predicted = offsets.unflatten(1, (-1, 4))[objects, labels[objects]]  # [P, 4]
-    loss_box = F.l1_loss(predicted, targets[objects], reduction="sum") / max(len(labels), 1)
-    return F.cross_entropy(logits, labels), loss_box
+    number = max(len(labels), 1)
+    loss_box = F.l1_loss(predicted, targets[objects], reduction="sum") / number
+    return F.cross_entropy(logits, labels, reduction="sum") / number, loss_box
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Batches as a pure function of (seed, position in the stream): workers, ranks and resuming cannot change them."""
 
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, tee
 from typing import Any
 
 import numpy as np
@@ -80,20 +82,27 @@ def to_tensor(image: np.ndarray) -> Tensor:
 def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device) -> Iterator[list[Sample]]:
     """Lists of samples in the order of ``indices``.
 
+    Workers hand over one sample at a time, and are one batch ahead: a worker that made whole batches would let the first one wait
+    for all its pictures, and hold gigabytes of shared memory and a thousand open files where one process has a batch of 64.
+
     Raises:
         UserError: of a sample, also where a worker process met it.
     """
+    ahead, due = tee(indices)
+    first = next(ahead, [])
     loader = DataLoader(
         samples,
-        batch_sampler=indices,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=chain(first, chain.from_iterable(ahead)),  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=list,
+        prefetch_factor=max(2, math.ceil(len(first) / workers)) if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
     )
     iterator: Any = iter(loader)
     try:
-        yield from iterator
+        for batch in due:
+            yield [next(iterator) for _ in batch]
     except UserError as error:  # a worker's traceback stands before its message
         raise UserError(str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
     finally:

@@ -12,7 +12,7 @@ Where torchvision differs from Detectron2 and this engine follows Detectron2:
   where an image has an RLE (:mod:`masks`);
 * test: boxes without extent are dropped after the NMS and predicted masks sampled at sub-pixel positions (:mod:`heads`,
   :mod:`evaluate`);
-* pixels are padded with zeros after normalisation, to a square (:class:`SquarePad`).
+* pixels are padded with zeros after normalisation, to a square of whole strides of the coarsest map (:class:`SquarePad`).
 
 What still differs from Detectron2's ViTDet configuration:
 
@@ -21,6 +21,8 @@ What still differs from Detectron2's ViTDet configuration:
 * polygons that leave the picture are cut at its edge, also where the picture is smaller than the crop;
 * images are drawn in one shuffled order, not in two groups by aspect ratio (all are padded to the same square).
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +38,18 @@ from pretrain.backbones.vit import ViT
 
 
 class SquarePad(nn.Module):
-    """Images of any size up to the square -> one normalised batch; sizes are the data's business (:mod:`augment`)."""
+    """Images of any size up to the square -> one normalised batch; sizes are the data's business (:mod:`augment`).
+
+    Args:
+        stride: S, the square's side, is the protocol's ``image_size_px`` rounded up to a multiple of it, as Detectron2 does.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, protocol: DetectionProtocol) -> None:
+    def __init__(self, protocol: DetectionProtocol, stride: int = 1) -> None:
         super().__init__()
-        self.size = protocol.image_size_px
+        self.size = math.ceil(protocol.image_size_px / stride) * stride
         self.register_buffer("mean", torch.tensor(protocol.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(protocol.pixel_std).view(3, 1, 1), persistent=False)
 
@@ -79,4 +85,5 @@ def build_model(vit: ViT, protocol: DetectionProtocol, *, checkpointing: bool = 
     options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
     backbone = PyramidBackbone(vit, pyramid, options)
     rpn = ProposalNetwork(protocol, pyramid.strides)
-    return GeneralizedRCNN(backbone, rpn, DetectionHeads(protocol, pyramid.strides[:-1]), SquarePad(protocol))
+    heads, coarsest = DetectionHeads(protocol, pyramid.strides[:-1]), pyramid.strides[-2]  # what comes after it is max-pooled
+    return GeneralizedRCNN(backbone, rpn, heads, SquarePad(protocol, coarsest))

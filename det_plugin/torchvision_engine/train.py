@@ -1,17 +1,17 @@
 """One detection fine-tuning from start to ``result.json``, and the evaluation of one that is over."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from det_plugin.run import DetectionRun, leave_result
+from det_plugin.run import DetectionRun, leave_result, origin_of
 from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.evaluate import mean_ap
+from det_plugin.torchvision_engine.evaluate import in_words
 from det_plugin.torchvision_engine.figures import draw_detections
 from det_plugin.torchvision_engine.folder import (
     CHECKPOINT,
@@ -29,7 +29,7 @@ from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
-from pretrain.distributed import say
+from pretrain.distributed import gather_objects, say
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
 from pretrain.signals import StopSignals
@@ -58,27 +58,31 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     started = time.time()
     device = choose_device(run.device)
     distributed.start(device.type)
+    trainer = Trainer(run, device)  # first: settings are checked in seconds, data in minutes
     data = Data.read(run.data, run.protocol)
-    trainer = Trainer(run, device)
-    config = resolved_config(run, trainer.vit, data.train)
-    if enter(run.output, config, resume):
+    config, origin = resolved_config(run, trainer.vit, data.train), origin_of(run) if distributed.is_main() else {}
+    is_over = enter(run.output, config, resume)
+    state = load_checkpoint(run.output) if resume and not is_over else None
+    if len(set(gather_objects((is_over, state and state["iteration"])))) > 1:
+        raise UserError(f"output: not every process finds the same run in {run.output}; all machines must see one folder")
+    if is_over:
         say(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
         return run.output / RESULT
-    if run.protocol.amp and device.type == "cpu":
-        say("warning: amp has no effect on the CPU; the run is in float32")
+    if run.protocol.amp and trainer.amp_dtype is None:
+        say(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
         write_config(run.output, config)
-    state = load_checkpoint(run.output) if resume else None
+    terms = None
     if state is not None:
         trainer.restore(state)
-        started -= state["wall_time_s"]
+        started, terms = started - state["wall_time_s"], state["terms"]
+        del state  # gigabytes
     end_it = min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it)
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
-        metrics = _loop(trainer, data, state, started, end_it, signals)
+        metrics = _loop(trainer, data, terms, started, end_it, signals)
     if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
-        leave_result(run, metrics, engine=ENGINE, images=images, started=started)
-        say(f"{run.output / RESULT}: {mean_ap(metrics)}")
+        leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
     return run.output / RESULT
 
 
@@ -96,19 +100,14 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
-    started, line = time.monotonic(), ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None
-
-    def progress(done: int, share: int) -> None:  # of this rank's share
-        if line:
-            eta_s = (time.monotonic() - started) / done * (share - done)
-            line.update(round(done / share * len(split.pictures)), "", eta_s)
-
+    total, line = len(split.pictures), ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None
+    progress = _progress(lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
     try:
         metrics, _ = evaluate(model.to(on), split, protocol, workers=workers, device=on, output=output, progress=progress)
     finally:
         if line:
             line.close()
-    say(f"{output}, iteration {iteration}: {mean_ap(metrics)}")
+    say(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
 
 
@@ -127,17 +126,22 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
 
 
 def _loop(
-    trainer: Trainer, data: Data, state: dict[str, Any] | None, started: float, end_it: int, signals: StopSignals
+    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_it: int, signals: StopSignals
 ) -> dict[str, Any]:
-    """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found."""
+    """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found.
+
+    Args:
+        terms: what the last step of a resumed run gave; none at the start.
+    """
     p, first_it, metrics = trainer.protocol, trainer.iteration, dict[str, Any]()
     log_period = max(p.iterations_it // LOG_LINES, 1)
-    log = Log(trainer, started) if distributed.is_main() else None
+    is_behind = terms is not None and gather_objects(_lacks_evaluation(trainer))[0]
+    log = Log(trainer, started, first_it - is_behind) if distributed.is_main() else None
     try:
-        if state is not None and _lacks_evaluation(trainer):
-            metrics = _evaluate(trainer, data)
-            if log:
-                log.write(first_it - 1, state["terms"], metrics)
+        if is_behind:
+            metrics = _evaluate(trainer, data, log)
+            if log and terms:
+                log.write(first_it - 1, terms, metrics)
         rank, world = distributed.rank(), distributed.world_size()
         indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_it))
         samples = TrainSamples(data.train, p, trainer.run.seed)
@@ -155,7 +159,7 @@ def _loop(
                 raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}")
             if is_due:
                 with log.speed.paused() if log else nullcontext():
-                    metrics = _evaluate(trainer, data)
+                    metrics = _evaluate(trainer, data, log)
                 if log:
                     log.write(it, terms, metrics)
     finally:
@@ -177,15 +181,21 @@ def _is_due(trainer: Trainer) -> bool:
     return trainer.iteration % trainer.protocol.eval_period_it == 0 or trainer.iteration == trainer.protocol.iterations_it
 
 
-def _evaluate(trainer: Trainer, data: Data) -> dict[str, Any]:
-    run = trainer.run
+def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
+    run, progress = trainer.run, _progress(log.evaluated) if log else None
     metrics, predictions = evaluate(
-        trainer.model, data.val, trainer.protocol, workers=run.workers, device=trainer.device, output=run.output
+        trainer.model, data.val, trainer.protocol, workers=run.workers, device=trainer.device, output=run.output, progress=progress
     )
     if distributed.is_main():
         draw_detections(data.val, predictions, run.output / "figures")
-        say(f"iteration {trainer.iteration}: {mean_ap(metrics)}")
+        say(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
+
+
+def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
+    """For :func:`evaluate`: tells ``show`` which share of the pictures is done, and how many seconds are left."""
+    started = time.monotonic()
+    return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
 
 
 def _lacks_evaluation(trainer: Trainer) -> bool:
@@ -196,12 +206,12 @@ def _lacks_evaluation(trainer: Trainer) -> bool:
 
 
 class Log:
-    """What the main process writes down: metrics, speed, progress, checkpoints."""
+    """What the main process writes down: metrics, speed, progress, checkpoints; lines from iteration ``first_line_it`` on."""
 
-    def __init__(self, trainer: Trainer, started: float) -> None:
+    def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
         self.speed, self.saved_s = Speed(trainer.protocol.batch_size), time.monotonic()
-        self.metrics = MetricsLog(self.folder, trainer.iteration, tensorboard=True)
+        self.metrics = MetricsLog(self.folder, first_line_it, tensorboard=True)
         self.line = ProgressLine("detection", trainer.protocol.iterations_it, trainer.iteration)
 
     @property
@@ -216,6 +226,10 @@ class Log:
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         memory = f"{peak_memory_gb(trainer.device):.1f} GB"
         self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.iterations_it - trainer.iteration))
+
+    def evaluated(self, share: float, left_s: float) -> None:
+        """An evaluation goes on: a ``share`` of the pictures is done."""
+        self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
         """An iteration's lines: losses and lr; of an evaluation the headline alone; images a second, share of the time that was
