@@ -124,7 +124,6 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
         "backbone_flags": backbone_flags(trained),
         "protocol": dataclasses.asdict(recipe),
         "departures": changed,
-        "accumulate": trained.dataloader.evaluator.accumulate,
         "engine": "detectron2",
     }
     return Result(

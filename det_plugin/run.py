@@ -59,7 +59,6 @@ class DetectionRun:
             "backbone_flags": dict(self.backbone_flags),
             "protocol": dataclasses.asdict(self.protocol),
             "seed": self.seed,
-            "accumulate": self.accumulate,
         }
 
 

@@ -38,6 +38,7 @@ SURROUNDINGS = (
     "dataloader.root",
     "dataloader.train.num_workers",
     "dataloader.test.num_workers",
+    "dataloader.evaluator.accumulate",  # a run may go on with fewer GPUs, in more parts
     "model.backbone.net.weights",
     "model.backbone.net.checkpointing",
     "model.backbone.net.compile",

@@ -33,6 +33,8 @@ NUMBERS = dict(iterations_it=4, val_interval_it=2)
 # Runs a script in which iteration KILLED_IN is the last thing that happens.
 KILLER = f"""
 import os, runpy, signal, sys
+import mmengine.config.config
+mmengine.config.config.FormatCode = lambda text, **_: (text, True)  # see seg_fixture.py
 from seg_plugin.hooks import PosfieldRunHook
 original = PosfieldRunHook.after_train_iter
 def after_train_iter(hook, runner, batch_idx, *rest, **named):
@@ -46,6 +48,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 # Runs a script whose second process is asked to stop in the first iteration.
 ASKED = """
 import os, runpy, signal, sys
+import mmengine.config.config
+mmengine.config.config.FormatCode = lambda text, **_: (text, True)  # see seg_fixture.py
 from seg_plugin.hooks import PosfieldRunHook
 original = PosfieldRunHook.before_train_iter
 def before_train_iter(hook, *rest, **named):

@@ -41,6 +41,9 @@ RECIPE = with_overrides(
 )  # fmt: skip
 
 
+SHORT = dict(iterations_it=2, milestones_it=(1,), eval_period_it=2)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_coco(tmp_path_factory.mktemp("data") / "coco")
@@ -192,6 +195,16 @@ def test_resumed_equals_uninterrupted(make, stop):
         train(parts)
     train(parts, resume=True)
     assert_same_run(whole, parts)
+
+
+def test_a_run_goes_on_in_other_parts(make):
+    """With fewer GPUs a batch has more of them; everything else must be as it was."""
+    run = make("run", **SHORT)
+    train(run, stop_after_it=1)
+    with pytest.raises(UserError, match="other settings .seed 0 -> 1"):
+        train(replace(run, seed=1), resume=True)
+    train(replace(run, accumulate=run.protocol.batch_size), resume=True)
+    assert read_result(run.output).protocol == read_result(train(make("whole", **SHORT))).protocol
 
 
 @pytest.mark.parametrize("moment", [1, 2])

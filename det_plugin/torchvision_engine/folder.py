@@ -26,6 +26,7 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
     config = {
         "engine": ENGINE,
         **run.settings(),
+        "accumulate": run.accumulate,
         "backbone_flags": vit.flags,
         "given_flags": dict(run.backbone_flags),  # some are no part of the network: drop_path, attention
         "weights_hash": file_hash(run.weights) if run.weights else None,
@@ -46,7 +47,8 @@ def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
         UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
     """
     if (folder / CONFIG).is_file():
-        changed = differences(read_config(folder), config)
+        # A run may go on with fewer GPUs, in more parts.
+        changed = differences({**read_config(folder), "accumulate": config["accumulate"]}, config)
         if changed:
             raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(changed[:3])}); choose another folder")
     elif (folder / RESULT).is_file():
