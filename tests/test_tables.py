@@ -181,6 +181,16 @@ def test_full_and_scaled_down_never_share_a_row():
     assert [(bool(r.detection), bool(r.segmentation), len(r.scaled)) for r in rows] == [(1, 0, 0), (0, 1, 1)]
 
 
+def test_two_pre_trainings_of_one_name_are_no_seeds():
+    """Fine-tunings with the seeds 0 and 1 of either: two rows, each with its own segmentation."""
+    ap = {"one": (40.0, 42.0), "two": (30.0, 32.0)}
+    runs = [result(metrics={"box_ap": ap[w][seed]}, seed=seed, weights_hash=w) for seed in (0, 1) for w in ap]
+    runs += [result("segmentation", {"miou": ap[w][0]}, weights_hash=w) for w in ap]
+    rows = {row.run.weights_hash: row for row in merge(runs)}
+    assert {w: Score.of(row.detection, "box_ap").mean for w, row in rows.items()} == {"one": 41.0, "two": 31.0}
+    assert {w: Score.of(row.segmentation, "miou").mean for w, row in rows.items()} == {"one": 40.0, "two": 30.0}
+
+
 def test_a_copy_of_a_run_counts_once():
     run = result(metrics={"box_ap": 40.0})
     assert len(merge([run, replace(run)])[0].detection) == 1

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,8 @@ def seeds_of(runs: Sequence[Result]) -> str:
 def merge(results: Sequence[Result]) -> list[Measured]:
     """Detection and segmentation results as rows, sorted by backbone, method and epochs; other kinds only inform.
 
-    * Runs of equal protocol and config hash differ in their seed and are averaged. A copy of a run counts once.
+    * Runs of equal protocol and config hash differ in their seed and are averaged. A copy of a run counts once. Where the seeds are
+      the same too, they are of several pre-trainings of one name: each of these has rows of its own.
     * A detection group and a segmentation group of one method, backbone and number of epochs share a row when both are
       full or both are scaled down, so that a row is one or the other. Of several groups the best comes first.
     * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result.
@@ -102,25 +104,40 @@ def merge(results: Sequence[Result]) -> list[Measured]:
     results = list({to_json(result): result for result in results}.values())
     pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
     pretraining.pop(None, None)
-    rows: dict[tuple, dict[str, SeedGroups]] = {}
+    rows: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
         if r.kind in ("detection", "segmentation"):
             before = pretraining.get(r.weights_hash)
             epochs = -1.0 if r.effective_epochs is None else r.effective_epochs
             scaled = before is not None or bool(r.protocol.deviations)
             key = (backbone_label(r.backbone), r.method, epochs, scaled, before.identity if before else "")
-            groups = rows.setdefault(key, {"detection": {}, "segmentation": {}})[r.kind]
-            groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
+            rows.setdefault(key, []).append(r)
     merged = []
-    for key in sorted(rows):
-        detections = _ranked(rows[key]["detection"], "box_ap")
-        segmentations = _ranked(rows[key]["segmentation"], "miou")
+    for runs in (part for key in sorted(rows) for part in _apart(rows[key])):
+        detections = _ranked(_grouped(runs, "detection"), "box_ap")
+        segmentations = _ranked(_grouped(runs, "segmentation"), "miou")
         for i in range(max(len(detections), len(segmentations))):
             detection = detections[i] if i < len(detections) else []
             segmentation = segmentations[i] if i < len(segmentations) else []
             before = pretraining.get((detection or segmentation)[0].weights_hash)
             merged.append(Measured(detection, segmentation, before))
     return merged
+
+
+def _apart(runs: list[Result]) -> list[list[Result]]:
+    """Runs of one method, backbone and number of epochs; by their weights, where a seed occurs twice in one configuration."""
+    seen = Counter((r.kind, r.protocol.identity, r.config_hash, r.seed) for r in runs)
+    if max(seen.values()) == 1:
+        return [runs]
+    return [[r for r in runs if r.weights_hash == weights] for weights in dict.fromkeys(r.weights_hash for r in runs)]
+
+
+def _grouped(runs: list[Result], kind: str) -> SeedGroups:
+    groups: SeedGroups = {}
+    for r in runs:
+        if r.kind == kind:
+            groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
+    return groups
 
 
 def _ranked(groups: SeedGroups, metric: str) -> list[list[Result]]:
