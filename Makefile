@@ -31,7 +31,7 @@ ifneq ($(DETECTRON2_WHEEL),)
 else
 	@$(BIN)/python -c "import detectron2" 2>/dev/null || \
 		echo "Detectron2: no wheel in WHEELHOUSE ($(WHEELHOUSE)): the torchvision engine is used, and" \
-		"$$(cat tests/test_detectron2*.py | grep -c '^def test_') test functions of Detectron2 are skipped." \
+		"$$(cat tests/test_detectron2*.py | grep -c '^def test_') test functions in tests/test_detectron2*.py, with the comparisons elsewhere, are skipped." \
 		"To have it, follow Detectron2's own INSTALL guide, or put a wheel there."
 endif
 

@@ -1,10 +1,8 @@
 """COCO-format data as people have them: every layout, every oddity with a documented handling, every damage with a clear error."""
 
-import importlib
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,6 +11,7 @@ import pytest
 import torch
 from coco_fixture import annotation_file, edit, relayout, rle_of_box, write_coco
 from PIL import Image
+from tool_fixture import load_tool
 
 from det_plugin.coco_layout import LAYOUTS, locate
 from det_plugin.protocol import n_share, protocol, with_overrides
@@ -36,8 +35,7 @@ SMALL = dict(
     anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10,
 )  # fmt: skip
 RECIPE = with_overrides(protocol("coco-12ep", TINY), SMALL)
-sys.path.insert(0, str(ROOT / "tools"))
-tool = importlib.import_module("train_det")
+tool = load_tool("train_det")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tool_fixture import load_tool
 
 import pretrain.export
 from pretrain.backbones.vit import ViT
@@ -16,7 +17,6 @@ from pretrain.export import FORMATS, FixedSizeViT, export
 from pretrain.weights import save_backbone
 
 TINY = "vit_tiny_patch16"
-TOOL = Path(__file__).parents[1] / "tools" / "export_backbone.py"
 WITH_ALL = dict(pos_encoding="field", n_registers=4, layerscale=0.3)
 ABSENT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)} (pip install 'posfield[export]')")
@@ -126,13 +126,7 @@ def test_a_file_that_differs_is_not_left_behind(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    """tools/export_backbone.py as a module."""
-    first = sys.path[0]
-    spec = importlib.util.spec_from_file_location("export_backbone", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # puts the repository in place of the first entry
-    sys.path[0] = first
-    return module
+    return load_tool("export_backbone")
 
 
 def detection_run(train, folder, **changes):

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import shutil
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from coco_fixture import CATEGORIES, annotation_file, write_coco
 from PIL import Image
 from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
+from tool_fixture import load_tool
 
 from det_plugin.detector import load_detector
 from det_plugin.run import DetectionRun
@@ -116,11 +116,6 @@ def test_both_engines_find_the_same(trained, data, tmp_path):
             assert (masks[0] != masks[1]).sum() <= 2  # a probability at 1/2 may fall either way
     load_tool("visualize_det").main(["--run", str(tmp_path), "--data", str(data), "--images", "1001", "--device", "cpu"])
     assert (tmp_path / "figures" / "val_1.png").is_file()
-
-
-def load_tool(name):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # which a tool replaces by the root
-    return importlib.import_module(name)
 
 
 def predict(trained, *words):

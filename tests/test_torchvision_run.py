@@ -1,6 +1,5 @@
 """Runs of the torchvision engine: what they leave, exact resume, bad input, several processes, the command line."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import cv2
 import pytest
 import torch
 from coco_fixture import annotation_file, write_coco
+from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, leave_result
@@ -501,8 +501,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
 
 
 def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT / "tools"))
-    tool = importlib.import_module("train_det")
+    tool = load_tool("train_det")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run = replace(make("out", iterations_it=1, milestones_it=(), warmup_it=1), backbone_flags={})
     assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(run, weights=file)
