@@ -38,7 +38,7 @@ class Stage:
 
 
 def stages(folder: Path) -> list[Stage]:
-    """The demo, in order; the budgets add up to less than 15 minutes."""
+    """The demo, in order; the budgets add up to less than 18 minutes."""
     data = folder / "data"
     composed = _tool("make_toy_data", "--output", data, "--train", 480, "--val", 80, "--size", 128)
     steps = [Stage("compose photographs", 20, composed)]
@@ -47,7 +47,7 @@ def stages(folder: Path) -> list[Stage]:
         overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
         steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides)))
     for method in METHODS:
-        steps.append(_finetune("det", method, folder, data / "coco", 190, DETECTION, "--engine", "torchvision"))
+        steps.append(_finetune("det", method, folder, data / "coco", 280, DETECTION, "--engine", "torchvision"))
     for method in METHODS:
         steps.append(_finetune("seg", method, folder, data / "ade", 60, SEGMENTATION))
     for method in METHODS:
