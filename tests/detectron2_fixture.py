@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from backbone_fixture import randomise
 from detectron2.config import LazyConfig
 
 from det_plugin.departures import protocol_in
@@ -16,15 +17,6 @@ ROOT = Path(__file__).parents[1]
 TOY = ROOT / "configs" / "det" / "toy.py"
 TINY = "vit_tiny_patch16"
 FIELD = dict(depth=2, pos_encoding="field", n_registers=2, layerscale=1e-2)
-
-
-def randomise(model, seed=0):
-    """Weights of ordinary size everywhere, so that no term hides behind a zero initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def save_pretrained(path):

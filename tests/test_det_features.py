@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2_fixture import randomise
+from backbone_fixture import randomise
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
+from backbone_fixture import randomise
 from coco_fixture import annotation_file, rle_of_box, write_coco
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
@@ -24,7 +25,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from detectron2_fixture import FIELD, TINY, TOY, randomise, save_pretrained
+from detectron2_fixture import FIELD, TINY, TOY, save_pretrained
 
 from det_plugin.backbone import RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN

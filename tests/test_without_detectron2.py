@@ -20,3 +20,15 @@ def test_everything_else_works_without_detectron2():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_test_file_fails_for_want_of_it():
+    """They are collected, and skip what needs it."""
+    code = (
+        "import sys, pytest; sys.modules['detectron2'] = None\n"
+        "from pathlib import Path\n"
+        "files = [str(f) for f in sorted(Path('tests').glob('test_*.py')) if 'detectron2' in f.read_text()]\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *files]))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
