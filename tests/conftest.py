@@ -1,9 +1,34 @@
-"""Threads fixed, so that sums are added in one order."""
+"""Threads fixed, so that sums are added in one order; the small data sets that several files start from."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def all_cores():
+    """Two threads, for what takes minutes."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """A COCO root of a few pictures."""
+    from coco_fixture import write_coco
+
+    return write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory):
+    """The same in ADE20K's layout."""
+    from ade_fixture import write_ade
+
+    return write_ade(tmp_path_factory.mktemp("data") / "ade")

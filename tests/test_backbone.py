@@ -5,6 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
+from backbone_fixture import randomise
 
 from pretrain.backbones.attention import choose_attention
 from pretrain.backbones.vit import ViewGroup, ViT
@@ -13,15 +14,6 @@ from pretrain.errors import UserError
 from pretrain.weights import save_backbone
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=3)
-
-
-def randomise(model, seed=0):
-    """Weights of ordinary size everywhere, so that no term hides behind a zero initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def as_timm(ours: ViT, image_size):

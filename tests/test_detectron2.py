@@ -71,11 +71,6 @@ def weights(tmp_path_factory):
     return save_pretrained(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("data") / "coco")
-
-
 @pytest.fixture
 def toy():
     return LazyConfig.load(str(TOY))

@@ -38,11 +38,6 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("data") / "coco")
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, coco, weights):
     """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is high enough to matter."""
     run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_it=1)

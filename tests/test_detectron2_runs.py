@@ -18,7 +18,6 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
-from coco_fixture import write_coco
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
@@ -37,11 +36,6 @@ pytestmark = pytest.mark.detectron2
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return save_pretrained(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("data") / "coco")
 
 
 def config_file(name):

@@ -18,15 +18,7 @@ from pretrain.evaluation.probes import Probes
 from pretrain.methods.intertwined import build_student_backbone
 from pretrain.train import train
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def all_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
 
 
 @pytest.fixture(scope="module")

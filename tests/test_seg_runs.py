@@ -25,11 +25,6 @@ from seg_plugin.run import newest_checkpoint, train
 
 
 @pytest.fixture(scope="module")
-def ade(tmp_path_factory):
-    return write_ade(tmp_path_factory.mktemp("data") / "ade")
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return write_weights(tmp_path_factory.mktemp("weights"))
 

@@ -11,7 +11,6 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 import mmcv
-from ade_fixture import write_ade
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.apis import MMSegInferencer, inference_model, init_model
@@ -20,11 +19,6 @@ from seg_fixture import launch, stock_tool, write_config, write_weights
 
 from pretrain.errors import UserError
 from pretrain.results.schema import read_result
-
-
-@pytest.fixture(scope="module")
-def ade(tmp_path_factory):
-    return write_ade(tmp_path_factory.mktemp("data") / "ade")
 
 
 @pytest.fixture(scope="module")
