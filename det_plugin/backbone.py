@@ -12,7 +12,7 @@ from torch import Tensor
 
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
-from pretrain.build import build_backbone
+from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
 from pretrain.weights import read_checkpoint
@@ -21,7 +21,6 @@ with detectron2_installed():
     from detectron2.modeling import Backbone, SimpleFeaturePyramid
 
 FEATURE = "last_feat"
-PATCH_PX = 16  # what the pyramid's levels p2 ... p6 are made of
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ class RegistryBackbone(Backbone):
     later must hold every tensor of the backbone (Detectron2 alone would only warn).
 
     Args:
-        name, weights, flags: those of :func:`pretrain.build.build_backbone`.
+        name, weights, flags: those of :func:`pretrain.build.build_for_fine_tuning`.
         final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile: those of
             :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
-        UserError: as ``build_backbone``; patches of another size than 16 px; a detector's checkpoint that does not fit, by tensor.
+        UserError: as ``build_backbone``; `patch_size` other than 16; a detector's checkpoint that does not fit, by tensor.
     """
 
     def __init__(
@@ -74,13 +73,13 @@ class RegistryBackbone(Backbone):
         **flags: Any,
     ) -> None:
         super().__init__()
-        self.vit = build_backbone(name, weights, **flags)
-        if self.vit.patch_size != PATCH_PX:
+        self.vit = build_for_fine_tuning(name, weights, **flags)
+        if self.vit.patch_size != PROTOCOL_PATCH_PX:
             raise UserError(
-                f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PATCH_PX} px patches"
+                f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            _ORIGINS[str(weights)] = _origin(weights, self.vit.flags)
+            _ORIGINS[str(weights)] = _origin(weights, flags.get("source"), self.vit.flags)
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
@@ -106,8 +105,8 @@ class PaddedPyramid(SimpleFeaturePyramid):
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
 
-def _origin(weights: str | Path, flags: Mapping[str, Any]) -> Origin:
-    provenance = read_checkpoint(weights).provenance
+def _origin(weights: str | Path, source: str | None, flags: Mapping[str, Any]) -> Origin:
+    provenance = read_checkpoint(weights, source).provenance
     method = str(provenance.get("method", Path(weights).stem))
     return Origin(dict(flags), method, provenance.get("effective_epochs"), file_hash(weights))
 

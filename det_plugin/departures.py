@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from det_plugin.lazy import config
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.saved_config import NET_KEYS, SURROUNDINGS, backbone_flags, leaves
+from pretrain.build import network_flags
 
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
@@ -29,7 +30,7 @@ def departures(cfg: DictConfig) -> dict[str, list[Any]]:
     flags = {key: value for key, value in net.items() if key not in NET_KEYS}
     expected, found = leaves(config(made_from, net.name, backbone_flags=flags)), leaves(cfg)
     changed = deviations(made_from, net.name)
-    if given := backbone_flags(cfg):
+    if given := network_flags(backbone_flags(cfg)):
         changed["backbone_flags"] = [{}, given]
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key) and not key.startswith(NO_RECIPE):

@@ -83,9 +83,9 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
     if options.freeze:
         vit.eval()  # each time: the detector's train() reaches the ViT too
     with torch.set_grad_enabled(torch.is_grad_enabled() and not options.freeze):
-        tokens, grid = vit.embed(x)  # [B, 1 + R + N, D]
+        tokens, grid = vit.embed(x)  # [B, S + N, D]
         if not options.keep_special_tokens:
-            tokens = tokens[:, 1 + vit.n_registers :]
+            tokens = tokens[:, vit.n_prefix :]
         tokens = _run_blocks(vit, tokens, grid, options)
         if options.final_norm:
             tokens = vit.norm(tokens)

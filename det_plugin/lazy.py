@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from det_plugin.backbone import FEATURE, PATCH_PX, PaddedPyramid, RegistryBackbone
+from det_plugin.backbone import FEATURE, PaddedPyramid, RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
 from det_plugin.detectron2_checkpoint import last_whole
@@ -29,6 +29,7 @@ from det_plugin.torchvision_engine.coco import read_classes
 from det_plugin.torchvision_engine.trainer import Data
 from det_plugin.trainer import evaluate, fit
 from pretrain import distributed
+from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import say
 from pretrain.errors import UserError
@@ -211,7 +212,7 @@ def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
     """Mask R-CNN around the backbone."""
     if p.norm not in NORMS or (p.norm == "GN" and p.channels % 32):  # Detectron2's has 32 groups
         raise UserError(f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}, and channels={p.channels} of 32 with GN")
-    strides = [int(PATCH_PX / scale) for scale in p.pyramid_scales]
+    strides = [int(PROTOCOL_PATCH_PX / scale) for scale in p.pyramid_scales]
     levels = [f"p{int(log2(stride))}" for stride in strides]
     top = int(log2(strides[-1])) + 1  # the max-pooled level
     detector = BFloat16RCNN if p.amp and p.amp_dtype == "bfloat16" else GeneralizedRCNN

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, deviations, other_images
+from pretrain.build import network_flags
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash, provenance
@@ -67,7 +68,7 @@ def origin_of(run: DetectionRun) -> dict[str, Any]:
     training: at its end the file may be gone, or another one."""
     if run.weights is None:
         return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    said = read_checkpoint(run.weights).provenance
+    said = read_checkpoint(run.weights, run.backbone_flags.get("source")).provenance
     method, epochs = str(said.get("method", run.weights.stem)), said.get("effective_epochs")
     return {"method": method, "effective_epochs": epochs, "weights_hash": file_hash(run.weights)}
 
@@ -94,8 +95,8 @@ def leave_result(
     changed |= other_images(*images, run.protocol.train_share)
     if run.protocol.amp and choose_device(run.device).type != "cuda":
         changed["amp"] = [True, False]
-    if run.backbone_flags:
-        changed["backbone_flags"] = [{}, dict(run.backbone_flags)]
+    if flags := network_flags(run.backbone_flags):
+        changed["backbone_flags"] = [{}, flags]
     result = Result(
         kind="detection",
         backbone=run.backbone,

@@ -1,5 +1,6 @@
 """``build_backbone``: the one way from a name and a checkpoint to a backbone, for all three packages."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from pretrain.backbones.vit import SIZES, ViT
 from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
 from pretrain.weights import Checkpoint, load_into, read_checkpoint
+from pretrain.weights.patch import with_patch_size
 
+PROTOCOL_PATCH_PX = 16
 # Settings of a run, not of a network: an override never contradicts the file.
 RUN_FLAGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
 
@@ -18,14 +21,18 @@ def backbone_names() -> list[str]:
     return sorted(name for name, _ in BACKBONES)
 
 
-def build_backbone(name: str, weights: str | Path | None = None, **overrides: Any) -> ViT:
+def build_backbone(
+    name: str, weights: str | Path | None = None, *, source: str | None = None, subnet: str | None = None, **overrides: Any
+) -> ViT:
     """Build a backbone, with a checkpoint's weights if one is given.
 
     Args:
         name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
         weights: any supported checkpoint (:mod:`pretrain.weights`). Its flags (registers, LayerScale, position encoding, grid,
             depth, ...) build the network; nothing needs to be repeated.
-        overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...).
+        source, subnet: those of :func:`pretrain.weights.read_checkpoint`; none: found out from the file.
+        overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...). Another
+            ``patch_size`` than the file's resamples its patch projection (:mod:`pretrain.weights.patch`).
 
     Returns:
         the ViT, in training mode, on the CPU.
@@ -38,7 +45,9 @@ def build_backbone(name: str, weights: str | Path | None = None, **overrides: An
     flags = dict(overrides)
     checkpoint = None
     if weights is not None:
-        checkpoint = read_checkpoint(weights)
+        checkpoint = read_checkpoint(weights, source, subnet)
+        if "patch_size" in overrides:
+            checkpoint = with_patch_size(checkpoint, overrides["patch_size"])
         flags = _merge(name, checkpoint, overrides)
     try:
         model: ViT = BACKBONES.get(name)(**flags)
@@ -47,6 +56,17 @@ def build_backbone(name: str, weights: str | Path | None = None, **overrides: An
     if checkpoint is not None:
         load_into(model, checkpoint)
     return model
+
+
+def build_for_fine_tuning(name: str, weights: str | Path | None = None, **flags: Any) -> ViT:
+    """:func:`build_backbone` for the two protocols, which are of 16 px patches: a file of others is resampled,
+    unless ``patch_size`` is given."""
+    return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **flags})
+
+
+def network_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of :func:`build_backbone`'s arguments that change the network, and not only how its file is read."""
+    return {key: value for key, value in flags.items() if key != "source"}
 
 
 def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:

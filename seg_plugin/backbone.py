@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from pretrain.backbones.vit import ViewGroup
-from pretrain.build import build_backbone
+from pretrain.build import build_for_fine_tuning
 from pretrain.errors import UserError
 
 OF_THE_RUN = ("freeze", "checkpointing")  # arguments of PosfieldViT that are none of the ViT's
@@ -23,12 +23,12 @@ class PosfieldViT(BaseModule):
 
     Args:
         name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any checkpoint that ``build_backbone`` reads. It is read here, in the constructor, and stays as it was read:
+        weights: any checkpoint that ``build_for_fine_tuning`` reads. It is read here, in the constructor, and stays as it was read:
             mmengine's ``init_weights`` touches nothing in this module.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
         freeze: nothing in the ViT learns, and no path is dropped; its features are computed without a graph.
         checkpointing: compute the blocks again in the backward pass: less memory, the same numbers.
-        flags: further arguments of ``build_backbone`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
+        flags: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
@@ -50,7 +50,7 @@ class PosfieldViT(BaseModule):
     ) -> None:
         super().__init__(init_cfg=None)  # mmengine's own Pretrained reads no safetensors, and only warns on a mismatch
         self.weights = _one_source(weights, init_cfg)
-        self.vit = build_backbone(name, self.weights, **flags)
+        self.vit = build_for_fine_tuning(name, self.weights, **flags)
         self.vit.checkpointing = "full" if checkpointing else "none"
         self.freeze = freeze
         if freeze:

@@ -210,7 +210,7 @@ def _origin(weights: str | None, saved: Mapping[str, Any] | None, flags: Mapping
     flags = saved["backbone_flags"] if saved else flags
     if weights is None:
         return {"method": "from scratch", "effective_epochs": None, "weights_hash": None, **(saved or {}), "backbone_flags": flags}
-    told = read_checkpoint(weights).provenance
+    told = read_checkpoint(weights, flags.get("source")).provenance
     return {
         "method": str(told.get("method", Path(weights).stem)),
         "effective_epochs": told.get("effective_epochs"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from pretrain.build import network_flags
 from pretrain.overrides import with_overrides
 from pretrain.results.provenance import config_hash
 from seg_plugin import protocol as protocols
@@ -78,8 +79,8 @@ def deviations(cfg: Config, values: Mapping[str, Any], flags: Mapping[str, Any],
     for split, count in zip(SPLITS, dataset.counts or ()):
         if (here := len(images(cfg, split))) != count:
             changed[f"{split}_images"] = [count, here]
-    if flags:
-        changed["backbone_flags"] = [{}, dict(flags)]
+    if given := network_flags(flags):
+        changed["backbone_flags"] = [{}, given]
     return {**changed, **protocols.not_swept(declared)}
 
 

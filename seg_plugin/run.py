@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from pretrain import distributed
-from pretrain.build import build_backbone
+from pretrain.build import build_for_fine_tuning
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
 from pretrain.results.provenance import file_hash
@@ -161,7 +161,7 @@ def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
             raise UserError(f"output: {run.output} holds the result of another kind of run; choose another folder")
         return False
     flags = {key: value for key, value in run.backbone_flags.items() if key not in OF_THE_RUN}
-    vit = build_backbone(run.backbone, run.weights, **flags)
+    vit = build_for_fine_tuning(run.backbone, run.weights, **flags)
     weights_hash = file_hash(run.weights) if run.weights else None
     ours = identity(cfg, vit.flags, weights_hash, processes())
     difference = first_difference(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tool_fixture import load_tool
 
-import pretrain.export
+import pretrain.export.programs
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -103,7 +103,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             export(vit, format, size, tmp_path / name)
-    monkeypatch.setattr(pretrain.export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrain.export.programs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"format onnx needs onnx, onnxscript, onnxruntime: pip install 'posfield\[export\]'"):
         export(vit, "onnx", (32, 32), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from det_plugin.torchvision_engine.loader import Sample, to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
 from pretrain import distributed
-from pretrain.build import build_backbone
+from pretrain.build import build_for_fine_tuning
 from pretrain.errors import UserError
 
 EVAL_BATCH = 8  # images at a time in evaluation; the outcome does not depend on it
@@ -69,7 +69,7 @@ class Trainer:
             raise UserError(f"protocol: batch_size={protocol.batch_size} cannot be shared by {ranks}")
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
-        self.vit = build_backbone(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
+        self.vit = build_for_fine_tuning(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
         self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(device)
         self.optimizer = build_optimizer(self.model, protocol)
         self.amp_dtype = getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None

@@ -12,7 +12,7 @@ from pretrain.backbones.vit import ViT
 class LastLayer(NamedTuple):
     """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1; mean of the heads."""
 
-    cls: Tensor  # [B, N (key)]
+    cls: Tensor  # [B, N (key)]; of a ViT without [CLS] the mean over the patches
     patches: Tensor  # [B, N (query), N (key)]
     features: Tensor  # [B, N, D] patch tokens after the final norm
 
@@ -31,11 +31,12 @@ def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Ten
         tokens = block(tokens)
     assert isinstance(last, Block)
     weights = last.attn.attention_map(last.norm1(tokens))  # [B, heads, T, T]
-    first_patch = 1 + backbone.n_registers
+    first_patch = backbone.n_prefix
     to_patches = weights[..., first_patch:]
     rows = (to_patches / to_patches.sum(-1, keepdim=True)).mean(1)  # [B, T, N]
     features = backbone.split(backbone.norm(last(tokens))).patches
-    return LastLayer(rows[:, 0], rows[:, first_patch:], features)
+    patches = rows[:, first_patch:]
+    return LastLayer(rows[:, 0] if backbone.has_cls else patches.mean(1), patches, features)
 
 
 def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:

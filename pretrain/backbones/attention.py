@@ -75,7 +75,7 @@ class Attention(nn.Module):
             return memory_efficient_attention(q, k, v).flatten(2)  # type: ignore[no-any-return]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def attention_map(self, x: Tensor) -> Tensor:
-        """The softmax weights themselves, [B, heads, N (query), N (key)]: for pictures, not for training."""
+    def attention_map(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
+        """The softmax weights themselves, of some queries or all, [B, heads, M (query), N (key)]; for analysis."""
         q, k, _ = self.heads(x)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return (q[:, :, queries] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)

@@ -2,7 +2,7 @@
 
 Keys are timm's (cls_token, pos_embed, patch_embed.proj, blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2 /
 ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50, 50] and ``cls_pos`` [1, 1, D] stand in place of
-``pos_embed``.
+``pos_embed``. What other methods' networks lack can be left out: [CLS], the final norm, positions.
 """
 
 import math
@@ -25,13 +25,13 @@ from pretrain.backbones.position import (
 )
 from pretrain.registry import BACKBONES
 
-POS_ENCODINGS = ("field", "standard")
+POS_ENCODINGS = ("field", "standard", "none")
 
 
 class Tokens(NamedTuple):
     """What a ViT gives for a batch of images, after the final norm."""
 
-    cls: Tensor  # [B, D]
+    cls: Tensor  # [B, D]; of a ViT without [CLS] the mean of the patches (ours)
     registers: Tensor  # [B, R, D]
     patches: Tensor  # [B, N, D], row-major
 
@@ -70,6 +70,10 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     """
     if encoding not in POS_ENCODINGS:
         raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
+    if encoding == "none":
+        if grid or interpolation:
+            raise ValueError(f"pos_grid and pos_interpolation: pos_encoding 'none' has neither, not {grid} and {interpolation!r}")
+        return 0, "none"
     is_field = encoding == "field"
     interpolation = interpolation or ("bicubic" if is_field else "dinov2")
     allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
@@ -87,12 +91,14 @@ class ViT(nn.Module):
         n_registers: learned register tokens between [CLS] and the patches; they carry no position (DINOv2-reg).
         layerscale: initial value of LayerScale, none for no LayerScale.
         drop_path: stochastic depth of the last block; linear from 0 over the blocks.
-        pos_encoding: ``field`` (paper 3.2.1) or ``standard`` (one learned grid, resampled to other sizes).
+        pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes) or ``none``.
         pos_grid: side of the field (paper: 50) or of the learned grid (14 for 224 px).
         pos_interpolation: none for the encoding's default (``bicubic`` | ``dinov2``); see :mod:`pretrain.backbones.position`.
         mask_tokens: hold ``mask_token`` and ``pos_mask_token`` [1, D], which only pre-training and position probes use.
         attention: ``auto`` | ``sdpa`` | ``xformers``.
         ln_eps, gelu: LayerNorm's epsilon; ``erf`` | ``tanh``.
+        has_cls: there is a [CLS] token, with a position of its own.
+        final_norm: there is a norm after the last block.
 
     Raises:
         ValueError: an option that does not exist, by name.
@@ -116,6 +122,8 @@ class ViT(nn.Module):
         attention: str = "auto",
         ln_eps: float = 1e-6,
         gelu: str = "erf",
+        has_cls: bool = True,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         if gelu not in GELUS:
@@ -123,7 +131,7 @@ class ViT(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
-        self.embed_dim, self.patch_size, self.n_registers = embed_dim, patch_size, n_registers
+        self.embed_dim, self.patch_size, self.n_registers, self.has_cls = embed_dim, patch_size, n_registers, has_cls
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
         # Everything that a file must say so that the same network can be built again.
         self.flags: dict[str, Any] = dict(
@@ -140,6 +148,8 @@ class ViT(nn.Module):
             mask_tokens=mask_tokens,
             ln_eps=ln_eps,
             gelu=gelu,
+            has_cls=has_cls,
+            final_norm=final_norm,
         )
         self.drop_path = drop_path
         self.checkpointing = "none"  # of packed passes, see :mod:`pretrain.backbones.checkpointing`
@@ -150,20 +160,22 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend) for rate in rates
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=ln_eps)
+        self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
         self._init_weights()
 
     def _make_tokens(self, mask_tokens: bool) -> None:
         """[CLS], registers, positions and mask tokens; :meth:`_init_weights` fills them."""
         dim, side = self.embed_dim, self.pos_grid
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if self.has_cls:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         if self.n_registers:
             self.reg_token = nn.Parameter(torch.zeros(1, self.n_registers, dim))
         if self.pos_encoding == "field":
             self.pos_field = nn.Parameter(torch.zeros(1, dim, side, side))
-            self.cls_pos = nn.Parameter(torch.zeros(1, 1, dim))
-        else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, dim))
+            if self.has_cls:
+                self.cls_pos = nn.Parameter(torch.zeros(1, 1, dim))
+        elif self.pos_encoding == "standard":
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.has_cls + side**2, dim))
         if mask_tokens:
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
@@ -174,21 +186,25 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.n_registers:
-            nn.init.normal_(self.reg_token, std=1e-6)
-        if self.pos_encoding == "field":
-            nn.init.trunc_normal_(self.pos_field, std=0.02)
-            nn.init.trunc_normal_(self.cls_pos, std=0.02)
-        else:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for name, std in (("cls_token", 1e-6), ("reg_token", 1e-6)):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=std)
+        for name in ("pos_field", "cls_pos", "pos_embed"):
+            if hasattr(self, name):
+                nn.init.trunc_normal_(getattr(self, name), std=0.02)
         if self.flags["mask_tokens"]:
             nn.init.trunc_normal_(self.pos_mask_token, std=0.02)  # mask_token starts at zero, as DINOv2's
 
     @property
-    def cls_position(self) -> Tensor:
-        """What is added to the [CLS] token, [1, 1, D]: its own learned vector, whatever the crop."""
-        return self.cls_pos if self.pos_encoding == "field" else self.pos_embed[:, :1]
+    def n_prefix(self) -> int:
+        """Tokens before the first patch: [CLS], if there is one, and the registers."""
+        return self.has_cls + self.n_registers
+
+    def cls_input(self) -> Tensor:
+        """The [CLS] token with its position, [1, 1, D]: a learned vector of its own, whatever the crop."""
+        if self.pos_encoding == "none":
+            return self.cls_token
+        return self.cls_token + (self.cls_pos if self.pos_encoding == "field" else self.pos_embed[:, :1])
 
     def positions(self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
         """Position embeddings of the patches of a grid (h, w).
@@ -196,9 +212,12 @@ class ViT(nn.Module):
         Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4] (image units) and
         ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding knows no crops and ignores them (DINOv2's way).
         """
+        if self.pos_encoding == "none":
+            weight = self.patch_embed.proj.weight
+            return weight.new_zeros(1, grid[0] * grid[1], self.embed_dim)
         if self.pos_encoding == "standard":
             side = self.pos_grid
-            learned = self.pos_embed[:, 1:].unflatten(1, (side, side))  # [1, G, G, D]
+            learned = self.pos_embed[:, self.has_cls :].unflatten(1, (side, side))  # [1, G, G, D]
             return resample_grid(learned, grid, self.pos_interpolation)
         if boxes is None:
             boxes = full_image_box(self.pos_field.device)
@@ -220,7 +239,7 @@ class ViT(nn.Module):
             content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
 
         Returns:
-            [B, 1 + R + N, D] and (h, w).
+            [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first.
         """
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
@@ -231,8 +250,7 @@ class ViT(nn.Module):
             content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
         if position_mask is not None:
             position = torch.where(position_mask.unsqueeze(-1), self.pos_mask_token.to(position.dtype), position)
-        cls = (self.cls_token + self.cls_position).expand(len(x), -1, -1)
-        prefix = [cls]
+        prefix = [self.cls_input().expand(len(x), -1, -1)] if self.has_cls else []
         if self.n_registers:
             prefix.append(self.reg_token.expand(len(x), -1, -1))
         return torch.cat([*prefix, content + position], dim=1), grid
@@ -275,9 +293,10 @@ class ViT(nn.Module):
         return torch.cat([f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2).unsqueeze(-1)
 
     def split(self, tokens: Tensor) -> Tokens:
-        """[B, 1 + R + N, D] -> [CLS], registers, patches."""
-        first_patch = 1 + self.n_registers
-        return Tokens(tokens[:, 0], tokens[:, 1:first_patch], tokens[:, first_patch:])
+        """[B, S + N, D] -> [CLS], registers, patches."""
+        special, patches = tokens[:, : self.n_prefix], tokens[:, self.n_prefix :]
+        cls = special[:, 0] if self.has_cls else patches.mean(1)
+        return Tokens(cls, special[:, self.has_cls :], patches)
 
     def feature_map(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> normed patch tokens as a map, [B, D, ceil(H / p), ceil(W / p)]."""

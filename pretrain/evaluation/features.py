@@ -65,7 +65,7 @@ class Features:
             images: uint8 [n, 3, S, S], whole images.
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
-        dtype = self.backbone.cls_token.dtype
+        dtype = self.backbone.patch_embed.proj.weight.dtype
         for start in range(0, len(images), FORWARD_BATCH):
             part = slice(start, start + FORWARD_BATCH)
             pixels = normalise(images[part].to(self.device)).to(dtype)

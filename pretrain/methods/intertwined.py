@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.backbones.vit import Tokens, ViewGroup, ViT
 from pretrain.build import build_backbone
+from pretrain.errors import UserError
 from pretrain.heads import ProjectionHead
 from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
 from pretrain.prototypes import Projection
@@ -194,4 +195,7 @@ def build_student_backbone(config: DictConfig, drop_path: float) -> ViT:
     for key in ("depth", "n_registers"):
         if backbone[key]:  # 0: the name's own
             flags[key] = backbone[key]
-    return build_backbone(backbone.name, weights=backbone.weights or None, **flags)
+    vit = build_backbone(backbone.name, weights=backbone.weights or None, **flags)
+    if not vit.has_cls:
+        raise UserError(f"backbone.weights: {backbone.weights} has no [CLS] token, which the image loss needs")
+    return vit

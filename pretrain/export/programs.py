@@ -35,15 +35,15 @@ class FixedSizeViT(nn.Module):
         size: height, width in pixels; bottom and right are padded to whole patches inside, as the ViT does.
     """
 
-    prefix: Tensor  # [1, 1 + R, D]
+    prefix: Tensor  # [1, S, D]
     position: Tensor  # [1, N, D]
 
     def __init__(self, vit: ViT, size: tuple[int, int]) -> None:
         super().__init__()
         self.patch_embed, self.blocks, self.norm, self.split = vit.patch_embed, vit.blocks, vit.norm, vit.split
         with torch.no_grad():
-            tokens, self.grid = vit.embed(vit.cls_token.new_zeros(1, 3, *size))
-            self.register_buffer("prefix", tokens[:, : 1 + vit.n_registers].clone())
+            tokens, self.grid = vit.embed(_blank(vit, 1, size))
+            self.register_buffer("prefix", tokens[:, : vit.n_prefix].clone())
             self.register_buffer("position", vit.positions(self.grid).clone())
         self.eval()
 
@@ -149,12 +149,16 @@ def export_onnx(vit: ViT, size: tuple[int, int], path: Path) -> Run:
 
 def _trace(vit: ViT, size: tuple[int, int]) -> torch.export.ExportedProgram:
     """The graph at one size, for any batch."""
-    example = vit.cls_token.new_zeros(2, 3, *size)  # torch specialises a batch of 1
+    example = _blank(vit, 2, size)  # torch specialises a batch of 1
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.export.export(FixedSizeViT(vit, size), (example,), dynamic_shapes=shapes, strict=False)
     program.example_inputs = None  # else two images are saved with it
     return program
+
+
+def _blank(vit: ViT, n: int, size: tuple[int, int]) -> Tensor:
+    return vit.patch_embed.proj.weight.new_zeros(n, 3, *size)
 
 
 def _names(vit: ViT) -> list[str]:

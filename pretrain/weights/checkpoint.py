@@ -1,0 +1,27 @@
+"""What every source gives: a file's tensors under our names, and the flags of the network that they belong to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's tensors under our names, and what it says about the network they belong to.
+
+    Attributes:
+        state: {our name: tensor}, on the CPU.
+        flags: arguments of :class:`pretrain.backbones.vit.ViT`, all of them that the file determines.
+        backbone: registry name, where the file or its shapes say it.
+        provenance: JSON values that later stages report: ``source`` (a name of :data:`pretrain.weights.sources.SOURCES`),
+            ``method`` (as tables write it), ``effective_epochs`` where the file itself says so, ...
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    flags: Mapping[str, Any]
+    backbone: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,32 @@
+"""Our own file: ``backbone.safetensors``, with every build flag in its metadata (:mod:`pretrain.weights.write`)."""
+
+import json
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container
+from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.write import FORMAT, FORMAT_VERSION
+
+
+def recognise(file: Container) -> Evidence:
+    """By the format that the metadata names."""
+    return Evidence.MARKED if file.metadata.get("format") == FORMAT else Evidence.NONE
+
+
+def convert(file: Container, subnet: str | None) -> Checkpoint:
+    """The tensors as they are."""
+    path, metadata = file.path, file.metadata
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"weights: {path} is no file of posfield's: its metadata names no format {FORMAT}")
+    try:
+        version = int(metadata["format_version"])
+        if version > FORMAT_VERSION:
+            raise UserError(f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}")
+        flags, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
+        return Checkpoint(path, file.tensors() or {}, flags, metadata["backbone"], {"source": "posfield", **provenance})
+    except (KeyError, ValueError) as error:
+        raise UserError(f"weights: {path} has damaged metadata ({error})") from error
+
+
+SOURCES = (Source("posfield", "posfield", recognise, convert),)
