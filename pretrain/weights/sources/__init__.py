@@ -1,8 +1,20 @@
 """The sources: whose file it is, and what to take from it. One file a family; of equal evidence the first is taken."""
 
-from pretrain.weights.sources import posfield, timm
+from pretrain.weights.sources import dino, dinov2, huggingface, loca, lomar, mae, patchwise, posfield, refused, timm, tuned
 from pretrain.weights.sources.source import Evidence, Source
 
-SOURCES: tuple[Source, ...] = (*posfield.SOURCES, *timm.SOURCES)
+SOURCES: tuple[Source, ...] = (
+    *posfield.SOURCES,
+    *refused.SOURCES,
+    *lomar.SOURCES,
+    *mae.SOURCES,
+    *loca.SOURCES,
+    *huggingface.SOURCES,
+    *dinov2.SOURCES,
+    *patchwise.SOURCES,
+    *timm.SOURCES,  # before those whose flat files have its very layout: it makes no claim about the method
+    *tuned.SOURCES,
+    *dino.SOURCES,
+)
 
 __all__ = ["SOURCES", "Evidence", "Source"]

@@ -1,0 +1,5 @@
+"""(being written)"""
+
+from pretrain.weights.sources.source import Source
+
+SOURCES: tuple[Source, ...] = ()
