@@ -84,15 +84,17 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
         vit.eval()  # each time: the detector's train() reaches the ViT too
     with torch.set_grad_enabled(torch.is_grad_enabled() and not options.freeze):
         tokens, grid = vit.embed(x)  # [B, S + N, D]
+        buckets = vit.buckets(grid)
         if not options.keep_special_tokens:
             tokens = tokens[:, vit.n_prefix :]
-        tokens = _run_blocks(vit, tokens, grid, options)
+            buckets = None if buckets is None else buckets[vit.n_prefix :, vit.n_prefix :]
+        tokens = _run_blocks(vit, tokens, grid, buckets, options)
         if options.final_norm:
             tokens = vit.norm(tokens)
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
-def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], options: FeatureOptions) -> Tensor:
+def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor | None, options: FeatureOptions) -> Tensor:
     """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
     n_global = options.global_blocks if options.window_size else len(vit.blocks)
     everywhere = global_blocks(len(vit.blocks), n_global)
@@ -101,7 +103,7 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], options: Featur
     run = _compiled(COMPILER) if options.compile else run_block
     for i, block in enumerate(vit.blocks):
         windows = None if i in everywhere else Windows(grid, options.window_size)
-        arguments: tuple[Any, ...] = block, tokens, None if paths is None else paths[i].unsqueeze(-1), windows
+        arguments: tuple[Any, ...] = block, tokens, None if paths is None else paths[i].unsqueeze(-1), windows, buckets
         if options.checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -109,10 +111,10 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], options: Featur
     return tokens
 
 
-def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None) -> Tensor:
-    """One block, [B, S + N, D] -> [B, S + N, D]; without ``windows`` each token sees all others."""
+def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None) -> Tensor:
+    """One block, [B, S + N, D] -> [B, S + N, D]; without ``windows`` each token sees all others, by the grid's ``buckets``."""
     if windows is None:
-        return block(x, None, paths)  # type: ignore[no-any-return]
+        return block(x, None, paths, buckets)  # type: ignore[no-any-return]
     return windowed_block(block, x, paths, windows)
 
 

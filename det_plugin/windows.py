@@ -3,7 +3,8 @@
 Without special tokens a windowed block equals that of Detectron2's ViT (relative positions off). There, the normed map is padded
 with zeros to whole windows and then projected, so that a patch in a border window also attends to the projection's bias. Here the
 map is projected once and padded with that bias. [CLS] and registers, which Detectron2's ViT does not have (ours): every window
-sees them as keys and values, and they themselves see all tokens.
+sees them as keys and values, and they themselves see all tokens. Relative positions stay what they are: two patches of a window
+are as far apart in it as in the image.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pretrain.backbones.attention import Attention
 from pretrain.backbones.block import Block
+from pretrain.backbones.relative import SPECIAL, relative_buckets
 from pretrain.errors import UserError
 
 
@@ -55,12 +57,16 @@ def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Ten
     n_parts, n_special = parts.shape[1], special.shape[1]
     if n_special:
         parts = torch.cat([special.unsqueeze(1).expand(-1, n_parts, -1, -1), parts], dim=2)
+    near = far = None
+    if attention.rpe_k is not None:
+        near = relative_buckets((size, size), n_special, x.device)[n_special:]  # [size^2, S + size^2]
+        far = near.new_full((n_special, qkv.shape[1]), SPECIAL)  # a special token is as far from all
     q, k, v = attention.split(parts.flatten(0, 1))
-    seen = attention.look_up(q[:, :, n_special:], k, v).unflatten(0, (-1, n_parts))  # [B, n, size^2, D]
+    seen = attention.look_up(q[:, :, n_special:], k, v, near).unflatten(0, (-1, n_parts))  # [B, n, size^2, D]
     attended = unpartition(seen, windows).flatten(1, 2)  # [B, h * w, D]
     if n_special:
         q, k, v = attention.split(qkv)
-        attended = torch.cat([attention.look_up(q[:, :, :n_special], k, v), attended], dim=1)
+        attended = torch.cat([attention.look_up(q[:, :, :n_special], k, v, far), attended], dim=1)
     return attention.proj(attended)  # type: ignore[no-any-return]
 
 

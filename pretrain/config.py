@@ -16,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.backbones.attention import ATTENTIONS
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS
-from pretrain.backbones.vit import POS_ENCODINGS
 from pretrain.device import DEVICES
 from pretrain.errors import UserError
 from pretrain.views.boxes import REFERENCES, SCALES, SURROUNDED
@@ -29,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.deterministic": ("cpu", "always", "never"),
     "data.source": ("auto", *SOURCES),
     "data.path": ("auto", "cpu", "device"),
-    "positions.encoding": POS_ENCODINGS,
+    "positions.encoding": ("field", "standard"),
     "positions.interpolation": (*FIELD_INTERPOLATIONS, *GRID_INTERPOLATIONS[:1], GRID_INTERPOLATIONS[2]),
     "positions.scale": SCALES,
     "positions.reference": REFERENCES,

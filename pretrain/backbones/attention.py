@@ -7,22 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.backbones.relative import RelativePositions
+
 ATTENTIONS = ("auto", "sdpa", "xformers")
 Shapes = Sequence[tuple[int, int]]  # of packed sequences: (how many, how long) for each length
+Buckets = Tensor | Sequence[Tensor | None] | None  # of relative positions, [N, N]; of packed sequences one for each length
 
 
-def choose_attention(name: str) -> str:
+def choose_attention(name: str, relative_positions: bool = False) -> str:
     """Resolve the option ``attention``.
 
     ``auto`` is torch's SDPA: it has the same flash kernels and runs everywhere. ``xformers`` is taken at its word.
 
     Raises:
-        ValueError: unknown name, or ``xformers`` where it cannot run (not installed, or no CUDA device).
+        ValueError: unknown name, or ``xformers`` where it cannot run (not installed, no CUDA device, relative positions).
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention: {name!r} is none of {ATTENTIONS}")
     if name != "xformers":
         return "sdpa"
+    if relative_positions:
+        raise ValueError("attention: 'xformers' has no relative positions here; take attention='sdpa'")
     if importlib.util.find_spec("xformers") is None:
         raise ValueError("attention: 'xformers' is not installed; install it for your torch, or take attention='sdpa'")
     if not torch.cuda.is_available():
@@ -35,14 +40,18 @@ class Attention(nn.Module):
 
     Sequences of several lengths may be packed: the rows of all, one after the other, as [T, D], and ``shapes`` ((B, N), ...) says
     which belong together. The projections then run once over all rows, the kernel once a shape.
+
+    With ``relative_positions`` (key ``rpe_k``, :mod:`pretrain.backbones.relative`; SDPA only) every pass takes ``buckets`` too, the
+    :meth:`pretrain.backbones.vit.ViT.buckets` of its grid: they say where the tokens are, and nothing of it is remembered here.
     """
 
-    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
+    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa", relative_positions: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.rpe_k = RelativePositions(dim // num_heads) if relative_positions else None
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, D] -> query, key, value, each [B, heads, N, D / heads]."""
@@ -54,28 +63,56 @@ class Attention(nn.Module):
         q, k, v = qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes | None = None, buckets: Buckets = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; packed, with ``shapes``: [T, D] -> [T, D]."""
         qkv = self.qkv(x)
         if shapes is None:
-            return self.proj(self.attend(qkv))
+            assert buckets is None or isinstance(buckets, Tensor)
+            return self.proj(self.attend(qkv, buckets))
         parts = qkv.split([b * n for b, n in shapes])
-        return self.proj(torch.cat([self.attend(p.unflatten(0, shape)).flatten(0, 1) for p, shape in zip(parts, shapes)]))
+        of_each = [None] * len(shapes) if buckets is None else buckets
+        attended = [self.attend(p.unflatten(0, shape), i).flatten(0, 1) for p, shape, i in zip(parts, shapes, of_each)]
+        return self.proj(torch.cat(attended))
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, buckets: Tensor | None = None) -> Tensor:
         """[B, N, 3 D] -> the values that each query attends to, heads side by side, [B, N, D]."""
-        return self.look_up(*self.split(qkv))
+        return self.look_up(*self.split(qkv), buckets)
 
-    def look_up(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def look_up(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None = None) -> Tensor:
         """The kernel: query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> heads side by side, [B, M, D]."""
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, N, heads, D / heads]
             return memory_efficient_attention(q, k, v).flatten(2)  # type: ignore[no-any-return]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = self.relative_logits(q, buckets)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    def attention_map(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
-        """The softmax weights themselves, of some queries or all, [B, heads, M (query), N (key)]; for analysis."""
+    def relative_logits(self, q: Tensor, buckets: Tensor | None) -> Tensor | None:
+        """What relative positions add to the logits of queries [B, heads, M, D / heads], [B, heads, M, N]; none without them.
+
+        Raises:
+            ValueError: there are relative positions, but no ``buckets`` [M, N]: the sequence's length does not tell its grid.
+        """
+        if self.rpe_k is None:
+            return None
+        if buckets is None:
+            raise ValueError(
+                "attention: this ViT has relative positions; its blocks need the buckets of the grid, ViT.buckets(grid)"
+            )
+        return self.rpe_k(q, buckets)  # type: ignore[no-any-return]
+
+    def attention_map(self, x: Tensor, queries: slice = slice(None), buckets: Tensor | None = None) -> Tensor:
+        """The softmax weights themselves, of some queries or all, [B, heads, M (query), N (key)]; for analysis.
+
+        Args:
+            buckets: [N, N], of all queries.
+        """
         q, k, _ = self.heads(x)
-        return (q[:, :, queries] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return self.weights(q[:, :, queries], k, None if buckets is None else buckets[queries])
+
+    def weights(self, q: Tensor, k: Tensor, buckets: Tensor | None = None) -> Tensor:
+        """Softmax weights of queries [B, heads, M, D / heads] over keys [B, heads, N, D / heads], with ``buckets`` [M, N]."""
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        added = self.relative_logits(q, buckets)
+        return (logits if added is None else logits + added).softmax(-1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pretrain.backbones.attention import Attention, Shapes
+from pretrain.backbones.attention import Attention, Buckets, Shapes
 
 GELUS = {"erf": "none", "tanh": "tanh"}
 
@@ -63,23 +63,25 @@ class Block(nn.Module):
         ln_eps: float,
         gelu: str,
         attention: str,
+        relative_positions: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
-        self.attn = Attention(dim, num_heads, attention)
+        self.attn = Attention(dim, num_heads, attention, relative_positions)
         self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None, buckets: Buckets = None) -> Tensor:
         """[B, N, D] -> [B, N, D], or packed rows [T, D] -> [T, D].
 
         Args:
             shapes: of packed rows, see :class:`pretrain.backbones.attention.Attention`.
             paths: [2, T, 1], factors of the two branches (0: dropped), drawn outside; else :class:`DropPath` draws them.
+            buckets: of relative positions, see :meth:`pretrain.backbones.vit.ViT.buckets`; none where there are none.
         """
         drop1, drop2 = (self.drop_path, self.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
-        x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes)))
+        x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes, buckets)))
         return x + drop2(self.ls2(self.mlp(self.norm2(x))))

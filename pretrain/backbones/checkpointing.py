@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pretrain.backbones.attention import Shapes
+from pretrain.backbones.attention import Buckets, Shapes
 
 CHECKPOINTINGS = ("none", "full", "selective")
 
@@ -27,19 +27,20 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, buckets: Buckets = None) -> Tensor:
     """A block on packed rows [T, D].
 
     Args:
         paths: [2, T, 1] or none, as :class:`pretrain.backbones.block.Block` takes them: drawn outside, so nothing is drawn again.
         rule: ``none`` | ``full``: everything in the block is computed again in the backward pass | ``selective``: all but matrix
             products and attention.
+        buckets: of each length, as the block takes them.
     """
     assert rule in CHECKPOINTINGS, rule
     if rule == "none" or not torch.is_grad_enabled():
-        return block(x, shapes, paths)  # type: ignore[no-any-return]
+        return block(x, shapes, paths, buckets)  # type: ignore[no-any-return]
     context: dict[str, Any] = {}
     if rule == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    out: Tensor = checkpoint(block, x, shapes, paths, use_reentrant=False, preserve_rng_state=False, **context)
+    out: Tensor = checkpoint(block, x, shapes, paths, buckets, use_reentrant=False, preserve_rng_state=False, **context)
     return out

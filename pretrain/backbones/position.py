@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIELD_INTERPOLATIONS = ("bicubic", "bilinear")
-GRID_INTERPOLATIONS = ("dinov2", "bicubic", "bicubic_antialias")
+GRID_INTERPOLATIONS = ("dinov2", "bicubic", "bicubic_antialias", "bilinear_antialias")
 
 KEYS_A = -0.5  # the only cubic kernel of Keys that reproduces quadratics, hence linear fields, exactly
 
@@ -107,7 +107,8 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
         grid_embed: [1, G_h, G_w, D].
         grid: (h, w) wanted.
         interpolation: which public variant: ``dinov2`` (bicubic by scale factor (n + 0.1) / G; DINO and DINOv2),
-            ``bicubic`` (by size; Hugging Face), ``bicubic_antialias`` (by size; timm, DINOv2 with registers).
+            ``bicubic`` (by size; Hugging Face), ``bicubic_antialias`` (by size; timm, DINOv2 with registers),
+            ``bilinear_antialias`` (by size; LOCA: jax.image.resize).
 
     Returns:
         [1, h * w, D].
@@ -126,7 +127,8 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
             maps = F.interpolate(units, scale_factor=scale, mode="bicubic")
             assert tuple(maps.shape[2:]) == tuple(grid), (maps.shape, grid)
         else:
-            maps = F.interpolate(units, size=grid, mode="bicubic", antialias=interpolation == "bicubic_antialias")
+            mode, _, antialias = interpolation.partition("_")
+            maps = F.interpolate(units, size=grid, mode=mode, antialias=bool(antialias))
         weights = maps.flatten(2)[0]  # [G_h * G_w, h * w]
     with torch.autocast(device_type=grid_embed.device.type, enabled=False):
         return (weights.T @ _full(grid_embed).flatten(1, 2)).to(grid_embed.dtype)

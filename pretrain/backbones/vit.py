@@ -23,6 +23,7 @@ from pretrain.backbones.position import (
     resample_grid,
     sample_field,
 )
+from pretrain.backbones.relative import relative_buckets
 from pretrain.registry import BACKBONES
 
 POS_ENCODINGS = ("field", "standard", "none")
@@ -71,7 +72,7 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     if encoding not in POS_ENCODINGS:
         raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
     if encoding == "none":
-        if grid or interpolation:
+        if grid or interpolation not in (None, "none"):
             raise ValueError(f"pos_grid and pos_interpolation: pos_encoding 'none' has neither, not {grid} and {interpolation!r}")
         return 0, "none"
     is_field = encoding == "field"
@@ -83,7 +84,7 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
 
 
 class ViT(nn.Module):
-    """Plain ViT: no windows, no relative positions, any input size.
+    """Plain ViT: no windows, any input size.
 
     Args:
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
@@ -99,6 +100,8 @@ class ViT(nn.Module):
         ln_eps, gelu: LayerNorm's epsilon; ``erf`` | ``tanh``.
         has_cls: there is a [CLS] token, with a position of its own.
         final_norm: there is a norm after the last block.
+        relative_positions: attention adds LoMaR's contextual relative positions (:mod:`pretrain.backbones.relative`), with any
+            ``pos_encoding``, in LoMaR ``none``.
 
     Raises:
         ValueError: an option that does not exist, by name.
@@ -124,6 +127,7 @@ class ViT(nn.Module):
         gelu: str = "erf",
         has_cls: bool = True,
         final_norm: bool = True,
+        relative_positions: bool = False,
     ) -> None:
         super().__init__()
         if gelu not in GELUS:
@@ -150,15 +154,16 @@ class ViT(nn.Module):
             gelu=gelu,
             has_cls=has_cls,
             final_norm=final_norm,
+            relative_positions=relative_positions,
         )
         self.drop_path = drop_path
         self.checkpointing = "none"  # of packed passes, see :mod:`pretrain.backbones.checkpointing`
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self._make_tokens(mask_tokens)
-        backend = choose_attention(attention)
+        backend = choose_attention(attention, relative_positions)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend, relative_positions) for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
         self._init_weights()
@@ -223,6 +228,17 @@ class ViT(nn.Module):
             boxes = full_image_box(self.pos_field.device)
         return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
 
+    def buckets(self, grid: tuple[int, int]) -> Tensor | None:
+        """What the blocks must be told of a grid (h, w) of patches: ``block(tokens, buckets=vit.buckets(grid))``.
+
+        Returns:
+            [S + N, S + N] long, the relative position of each query and key, special tokens first; none where there are no
+            relative positions, and nothing needs to be told.
+        """
+        if not self.flags["relative_positions"]:
+            return None
+        return relative_buckets(grid, self.n_prefix, self.patch_embed.proj.weight.device)
+
     def embed(
         self,
         x: Tensor,
@@ -264,9 +280,10 @@ class ViT(nn.Module):
         position_mask: Tensor | None = None,
     ) -> Tokens:
         """Tokens after the final norm; the arguments are those of :meth:`embed`."""
-        tokens, _ = self.embed(x, boxes, flips, content_mask, position_mask)
+        tokens, grid = self.embed(x, boxes, flips, content_mask, position_mask)
+        buckets = self.buckets(grid)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, buckets=buckets)
         return self.split(self.norm(tokens))
 
     def forward_views(self, groups: Sequence[ViewGroup]) -> list[Tokens]:
@@ -274,12 +291,13 @@ class ViT(nn.Module):
 
         Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one group after the other.
         """
-        embedded = [self.embed(*group)[0] for group in groups]  # each [B, n, D]
+        embedded, grids = zip(*(self.embed(*group) for group in groups))  # each [B, n, D] and (h, w)
+        buckets = [self.buckets(grid) for grid in grids]
         shapes: Shapes = [(x.shape[0], x.shape[1]) for x in embedded]
         x = torch.cat([e.flatten(0, 1) for e in embedded])  # [T, D]
         paths = self.draw_paths(shapes, x.device)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, shapes, None if paths is None else paths[i], self.checkpointing)
+            x = run_block(block, x, shapes, None if paths is None else paths[i], self.checkpointing, buckets)
         packed = self.norm(x).split([b * n for b, n in shapes])
         return [self.split(rows.unflatten(0, shape)) for rows, shape in zip(packed, shapes)]
 

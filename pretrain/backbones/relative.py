@@ -1,0 +1,59 @@
+"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222), method "product", heads shared, ratio 1.9.
+
+Along rows and along columns apart, a distance is one of 7: 0, 1 patch, 2 or 3, farther, with their signs (paper eq. 18). A pair of
+patches thus falls into one of 7 * 7 buckets, and a pair with a special token into one more. Each bucket has a learned vector, and
+its product with the query is added to the logit. LoMaR (Chen et al., 2022, arXiv:2206.00790) differs from iRPE in one point that
+matters: the query is taken as it is, not divided by sqrt(d) first. So do we.
+
+Memory: SDPA takes the sum as a float mask [B, heads, N, N], so not its flash kernel, and training keeps one of every block unless
+blocks are checkpointed. ViT-B at 1024 px (N = 4097), by arithmetic: 403 MB an image and block in bfloat16, 4.8 GB an image for 12
+blocks; while one block is computed about 2 GB an image, as the gather is in float32. The buckets are 134 MB, once a pass.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RATIO = 1.9
+ALPHA, BETA, GAMMA = RATIO, 2 * RATIO, 8 * RATIO
+REACH = int(BETA)  # of the buckets along one side: -3 ... 3
+SIDE = 2 * REACH + 1
+SPECIAL = SIDE**2  # the bucket of pairs with a special token; LoMaR has one such token, [CLS], and registers join it (ours)
+N_BUCKETS = SPECIAL + 1
+
+
+def piecewise_index(distance: Tensor) -> Tensor:
+    """Signed distances in patches to -3 ... 3: up to ``ALPHA`` as they are, beyond by their logarithm (paper eq. 18); long."""
+    size = distance.abs().float()
+    far = (ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)).round().clamp(max=REACH)
+    return distance.sign() * torch.where(size <= ALPHA, size, far).long()
+
+
+def relative_buckets(grid: tuple[int, int], n_special: int, device: torch.device | None = None) -> Tensor:
+    """Bucket of each query (row) and key (column), [S + h * w, S + h * w] long.
+
+    Args:
+        grid: (h, w) of the patches, row-major.
+        n_special: S, tokens before the first patch.
+    """
+    sides = (torch.arange(side, device=device) for side in grid)
+    rows, columns = (piecewise_index(place[:, None] - place) + REACH for place in sides)  # [h, h], [w, w]
+    patches = SIDE * rows[:, None, :, None] + columns[None, :, None, :]  # [h, w, h, w]
+    return F.pad(patches.flatten(2).flatten(0, 1), (n_special, 0, n_special, 0), value=SPECIAL)
+
+
+class RelativePositions(nn.Module):
+    """What relative positions add to the logits (key ``lookup_table_weight`` [1, d, 50]); zero at first, as in iRPE."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_dim, N_BUCKETS))
+
+    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
+        """Query [B, heads, M, d], as projected, and buckets [M, N] -> [B, heads, M, N]."""
+        products = q @ self.lookup_table_weight  # [B, heads, M, 50]
+        # The gradient of a product is a sum over many keys, which CUDA adds up in the gathered precision: bfloat16 would lose it.
+        wide = products.to(torch.promote_types(products.dtype, torch.float32))
+        return wide.gather(-1, buckets.expand(*q.shape[:2], -1, -1)).to(q.dtype)
