@@ -16,7 +16,7 @@ from test_results import DEVIATIONS, PROTOCOLS, protocol, result
 from pretrain.errors import UserError
 from pretrain.results.merge import Score, backbone_label, merge
 from pretrain.results.published import published_rows, rows_of_tables
-from pretrain.results.render import FORMATS, latex_text, markdown_text, render
+from pretrain.results.render import FORMATS, latex_text, markdown_text, render, render_all
 from pretrain.results.runs import find_results
 from pretrain.results.schema import write_result
 from pretrain.results.tables import comparison_table, duration_text, epochs_text, pretraining_table
@@ -315,6 +315,14 @@ def test_csv_keeps_the_text_as_it_is():
 def test_an_unknown_format_is_refused():
     with pytest.raises(UserError, match="'pdf'"):
         render(comparison_table([]), "pdf")
+
+
+def test_several_tables_make_one_text_and_one_csv_of_like_columns():
+    runs = [result(metrics={"box_ap": 44.0}), result("pretrain", {"loss": 8.0})]
+    one, two, other = comparison_table(runs), comparison_table([], table="2"), pretraining_table(runs)
+    assert render_all([one, two, other], "md") == "\n".join(render(table, "md") for table in (one, two, other))
+    text = render_all([one, two, other], "csv")
+    assert text == render(one, "csv") + render(two, "csv").partition("\n")[2]
 
 
 def test_pretraining_table():

@@ -1,6 +1,7 @@
 """What a run leaves (schema, provenance) and what is made of it (tables, report). A leaf above pretrain.errors."""
 
 from pretrain.results.merge import merge
+from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import (
     config_hash,
     file_hash,
@@ -11,7 +12,7 @@ from pretrain.results.provenance import (
     provenance,
 )
 from pretrain.results.published import PublishedRow, published_rows
-from pretrain.results.render import render
+from pretrain.results.render import render, render_all
 from pretrain.results.schema import Protocol, Result, read_result, write_result
 from pretrain.results.tables import comparison_table, pretraining_table
 
@@ -26,11 +27,13 @@ __all__ = [
     "hardware",
     "merge",
     "packages_in_use",
+    "paper_tables",
     "peak_memory_mib",
     "pretraining_table",
     "provenance",
     "published_rows",
     "read_result",
     "render",
+    "render_all",
     "write_result",
 ]

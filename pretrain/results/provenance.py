@@ -38,6 +38,7 @@ _PACKAGES = (
     ("xformers", "xformers"),
 )
 # What says where a run reads and writes, or repeats it; `weights_hash` and `seed` say it better.
+_OF_A_NETWORK = (".safetensors", ".bin", ".json")  # in a folder; all else there is about it
 NOT_HASHED = ("seed", "weights", "output", "output_dir", "work_dir")
 
 
@@ -141,12 +142,20 @@ def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED
 
 
 def file_hash(path: str | Path) -> str:
-    """12 hex digits of the SHA-256 of a file's bytes. Raises UserError when it cannot be read."""
+    """12 hex digits of the SHA-256 of a file's bytes; of a folder of weights, of the files that a network is read from.
+
+    Raises UserError when it cannot be read.
+    """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            for block in iter(functools.partial(file.read, 1 << 20), b""):
-                digest.update(block)
+        files = [Path(path)]
+        if files[0].is_dir():
+            files = sorted(file for file in files[0].iterdir() if file.suffix in _OF_A_NETWORK and file.is_file())
+            digest.update(json.dumps([file.name for file in files]).encode())
+        for each in files:
+            with open(each, "rb") as file:
+                for block in iter(functools.partial(file.read, 1 << 20), b""):
+                    digest.update(block)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:12]

@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 from pretrain.errors import UserError
 from pretrain.results.tables import Line, Table
@@ -23,6 +25,10 @@ _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
     "→": r"$\rightarrow$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "Δ": r"$\Delta$",
+    "✓": r"$\checkmark$",
 }
 
 
@@ -35,6 +41,14 @@ def render(table: Table, format: str) -> str:
     if draw is None:
         raise UserError(f"format {format!r} is none of {', '.join(FORMATS)}")
     return draw(table)
+
+
+def render_all(tables: Sequence[Table], format: str) -> str:
+    """Several tables, one below the other. As csv, those with other columns than the first one are left out."""
+    if format == "csv":
+        records = [record for table in tables for record in table.records]
+        return render(replace(tables[0], records=tuple(r for r in records if r.keys() == records[0].keys())), format)
+    return "\n".join(render(table, format) for table in tables)
 
 
 def _bold(line: Line, i: int) -> bool:
@@ -76,16 +90,27 @@ def _latex(table: Table) -> str:
 
     alignment = "".join("r" if i in table.numeric else "l" for i in range(len(table.columns)))
     lines = [
-        "% needs \\usepackage{booktabs}, \\usepackage{graphicx} and \\usepackage[T1]{fontenc}",
+        "% needs \\usepackage{booktabs}, \\usepackage{graphicx}, \\usepackage{amssymb} and \\usepackage[T1]{fontenc}",
         rf"\begin{{table}}\caption{{{latex_text(table.title)}}}\centering",
-        rf"\resizebox{{\linewidth}}{{!}}{{\begin{{tabular}}{{{alignment}}}",
+        rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",  # shrinks alone
         r"\toprule",
+        *_latex_heads(table),
         " & ".join(latex_text(name) for name in table.columns) + r" \\",
     ]
     for group in table.groups:
         lines += [r"\midrule", *(" & ".join(cells(line)) + r" \\" for line in group)]
     lines += [r"\bottomrule", r"\end{tabular}}", *(rf"\par\footnotesize {latex_text(note)}" for note in table.notes)]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _latex_heads(table: Table) -> list[str]:
+    """The line above the columns, and a rule under each of its texts."""
+    first, rules = 1, ""
+    for text, span in table.heads:
+        rules += rf"\cmidrule(lr){{{first}-{first + span - 1}}}" if text else ""
+        first += span
+    cells = [rf"\multicolumn{{{span}}}{{c}}{{{latex_text(text)}}}" for text, span in table.heads]
+    return [" & ".join(cells) + r" \\", rules] if cells else []
 
 
 def latex_text(text: str) -> str:
@@ -96,14 +121,16 @@ def latex_text(text: str) -> str:
 def _html(table: Table) -> str:
     def cell(tag: str, i: int, text: str, bold: bool = False) -> str:
         kind = "number" if i in table.numeric else "long" if len(text) > 24 else ""
+        kind += " measured" * (i in table.measured)
         words = f"<b>{html.escape(text)}</b>" if bold else html.escape(text)
         return f'<{tag} class="{kind}">{words}</{tag}>' if kind else f"<{tag}>{words}</{tag}>"
 
+    above = "".join(f'<th class="over" colspan="{span}">{html.escape(text)}</th>' for text, span in table.heads)
     heads = "".join(cell("th", i, name) for i, name in enumerate(table.columns))
     lines = [
         '<div class="table-scroll"><table class="results">',
         f"<caption>{html.escape(table.title)}</caption>",
-        f"<thead><tr>{heads}</tr></thead>",
+        f"<thead>{f'<tr>{above}</tr>' * bool(above)}<tr>{heads}</tr></thead>",
     ]
     for group in table.groups:
         lines.append("<tbody>")

@@ -2,13 +2,14 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
 from pretrain.results.merge import backbone_label, seeds_of
-from pretrain.results.render import render
+from pretrain.results.paper import paper_tables
+from pretrain.results.render import render_all
 from pretrain.results.runs import Figure, Run, run_names
 from pretrain.results.schema import KINDS, Protocol
 from pretrain.results.tables import NONE, comparison_table, duration_text, epochs_text, pretraining_table, segmentation_table
@@ -37,21 +38,26 @@ _PAGE = """<!doctype html>
 """
 
 
-def build_report(runs: Sequence[Run], title: str = "Results", table: str = "1") -> str:
+def build_report(runs: Sequence[Run], title: str = "Results", table: str = "1", layout: str = "list") -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
     runs   in any order: they are sorted by kind, method, backbone and seed. `table`: the published tables to show
-    beside the measured rows ("1", "1,2,7" or "all"); an unknown one is a UserError.
+    beside the measured rows ("1", "1,2,7" or "all"); an unknown one is a UserError. `layout`: "list", or "paper" for the paper's.
     """
     runs = sorted(runs, key=lambda run: (KINDS.index(run.result.kind), *_order(run)))
     names = run_names([run.result for run in runs])
     sections = {
         "Summary": _summary(runs, names),
         "Curves": _curves(runs, names),
-        "Results": _results(runs, table),
+        "Results": _results(runs, table, layout),
         "Figures": _figures(runs, names),
         "Reproducibility": _reproducibility(runs, names),
     }
+    return page(title, sections)
+
+
+def page(title: str, sections: Mapping[str, str]) -> str:
+    """The frame of a page: its style, and the sections {head (one word): html}, the empty ones left out, with links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
     parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
@@ -84,14 +90,14 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
         for r, name in zip(results, names)
     ]  # fmt: skip
     heads = ["kind", "run", "backbone", "eff. epochs", "protocol", "wall time", "peak memory"]
-    lines.append(_table("What was run", heads, rows, numeric={3, 5, 6}))
+    lines.append(html_table("What was run", heads, rows, numeric={3, 5, 6}))
     stages = []
     for kind in KINDS:
         times = [result.wall_time_s for result in results if result.kind == kind]
         if times:
             stages.append([kind, str(len(times)), duration_text(sum(times))])
     stages.append(["all", str(len(results)), duration_text(sum(result.wall_time_s for result in results))])
-    lines.append(_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2}))
+    lines.append(html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2}))
     owners = [f"{r.kind}: {name}" for r, name in zip(results, names)]
     lines.append("<h3>Hardware</h3>" + _distinct([r.hardware for r in results], owners))
     lines.append("<h3>Versions</h3>" + _distinct([r.packages for r in results], owners))
@@ -157,17 +163,18 @@ def _grid(panels: Sequence[str]) -> str:
     return f'<div class="panels">{"".join(f"<div>{svg}</div>" for svg in panels)}</div>'
 
 
-def _results(runs: Sequence[Run], table: str) -> str:
+def _results(runs: Sequence[Run], table: str, layout: str) -> str:
     results = [run.result for run in runs]
-    tables = [comparison_table(results, table=table), segmentation_table(results), pretraining_table(results)]
-    return "\n".join(render(table, "html") for table in tables if table)
+    tables = paper_tables(results, table) if layout == "paper" else [comparison_table(results, table=table)]
+    further = [table for table in (segmentation_table(results), pretraining_table(results)) if table]
+    return render_all([*tables, *further], "html")
 
 
 def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Run by run: every number that it measured, and its pictures."""
     parts = []
     for run, name in zip(runs, names):
-        pictures = "".join(_picture(figure) for figure in run.figures)
+        pictures = "".join(picture(figure) for figure in run.figures)
         if pictures:
             head = f"{_KIND_TITLES[run.result.kind]}: {name}"
             parts.append(
@@ -177,7 +184,8 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _picture(figure: Figure) -> str:
+def picture(figure: Figure) -> str:
+    """A <figure> that holds its picture itself; title and caption are escaped."""
     data = base64.b64encode(figure.png).decode("ascii")
     title, caption = html.escape(figure.title), html.escape(figure.caption)
     return (
@@ -201,7 +209,7 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
             f"<p>{html.escape(_protocol_text(r.protocol))}</p>\n{metrics}</details>"
         )
     heads = ["kind", "run", "seed", "config hash", "weights hash", "commit", "created (UTC)"]
-    table = _table("Seeds, and the first 12 digits of each hash", heads, rows, numeric={2})
+    table = html_table("Seeds, and the first 12 digits of each hash", heads, rows, numeric={2})
     return "\n".join([table, "<h3>Protocol and every metric, run by run</h3>", *details])
 
 
@@ -223,7 +231,9 @@ def _words(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
+def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
+    """A <table> that scrolls; the cells are escaped, the caption is html. ``numeric``: columns set to the right."""
+
     def cells(tag: str, texts: Sequence[str]) -> str:
         return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
 

@@ -25,7 +25,7 @@ LOSS_TERMS = ("loss", "image", "content", "position", "koleo")
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its source ("published" or "measured"), whether anything in it was scaled down, its cells as text."""
+    """One row: its source ("published", "measured"; "heading" of the rows below), whether it was scaled down, its cells as text."""
 
     source: str
     scaled: bool
@@ -38,6 +38,8 @@ class Table:
 
     numeric  indices of the columns to align on the right.
     records  one dict a row, keys in column order, numbers not rounded to a decimal.
+    heads    (text, number of columns) of a line above the columns, all of them covered; latex and html have it.
+    measured indices of columns that hold measured values beside published ones.
     """
 
     title: str
@@ -46,6 +48,8 @@ class Table:
     notes: tuple[str, ...]
     numeric: frozenset[int]
     records: tuple[dict[str, str], ...]
+    heads: tuple[tuple[str, int], ...] = ()
+    measured: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -78,7 +82,7 @@ def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow
     Raises UserError for an unknown table.
     """
     printed = rows_of_tables(published_rows() if published is None else list(published), table)
-    measured = merge([r for r in results if not _is_elsewhere(r)])
+    measured = merge([r for r in results if not is_elsewhere(r)])
     twins = [row.identity for row in measured]
     families = dict.fromkeys([row.backbone for row in printed])
     families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
@@ -106,12 +110,18 @@ def _notes(printed: list[PublishedRow], measured: list[Measured]) -> list[str]:
     if printed:
         texts.append("Published: as printed in the paper, in the table that the note names.")
     if measured:
-        texts.append(f"{MEASURED} Measured with this code, by the runs given; every other row is published.")
-    if any(score is not None and score.n > 1 for row in measured for score in _scores(row).values()):
-        texts.append("a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed.")
+        others = "; every other row is published" if printed else ""
+        texts.append(f"{MEASURED} Measured with this code, by the runs given{others}.")
+    texts += seeds_note(measured)
     if len({row.identity for row in measured}) < len(measured):
         texts.append("Rows with a config in their note differ in their configuration and are not averaged.")
     return texts
+
+
+def seeds_note(measured: Sequence[Measured]) -> list[str]:
+    """What a ± b (n=c) means, where any of the rows has it."""
+    several = any(score is not None and score.n > 1 for row in measured for score in scores_of(row).values())
+    return ["a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed."] if several else []
 
 
 # --- cells: what md, latex and html show ------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
     pretraining, detection, segmentation = row.protocols
     epochs = epochs_text(row.run.effective_epochs) + notes.mark(pretraining)
     scores = []
-    for score, protocol in zip(_scores(row).values(), (detection, detection, segmentation)):
+    for score, protocol in zip(scores_of(row).values(), (detection, detection, segmentation)):
         scores.append(NONE if score is None else f"{score}{notes.mark(pretraining, protocol)}")
     method = (row.run.method, backbone_label(row.run.backbone), epochs)
     protocols = (notes.label(detection), notes.label(segmentation))
@@ -143,7 +153,8 @@ def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
     return Line("measured", bool(row.scaled), (f"measured {MEASURED}", *method, *scores, *protocols, row.seeds, note))
 
 
-def _scores(row: Measured) -> dict[str, Score | None]:
+def scores_of(row: Measured) -> dict[str, Score | None]:
+    """The scores of a measured row by the published csv's names."""
     return {
         "box_ap": Score.of(row.detection, "box_ap"),
         "mask_ap": Score.of(row.detection, "mask_ap"),
@@ -166,7 +177,7 @@ def _published_record(row: PublishedRow) -> dict[str, str]:
     }
     return (
         {"source": "published", "mark": "", "protocol_is_full": "true"}
-        | _who(row.method, row.backbone, row.effective_epochs)
+        | subject_fields(row.method, row.backbone, row.effective_epochs)
         | _numbers(scores, counted=False)
         | dict(zip(PROTOCOL_FIELDS, ("", *_published_protocols(row))))
         | {"deviations": "", "seeds": "", "config": "", "table": row.table, "note": row.note}
@@ -179,15 +190,16 @@ def _measured_record(row: Measured) -> dict[str, str]:
     mark = MEASURED + (SCALED if scaled else "")
     return (
         {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
-        | _who(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
-        | _numbers(_scores(row), counted=True)
+        | subject_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
+        | _numbers(scores_of(row), counted=True)
         | dict(zip(PROTOCOL_FIELDS, labels))
         | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs}
         | {"table": "", "note": ""}
     )
 
 
-def _who(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
+def subject_fields(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
+    """Of a record: what was pre-trained, and for how long."""
     return {"method": method, "backbone": backbone, "effective_epochs": "" if epochs is None else f"{epochs:g}"}
 
 
@@ -204,7 +216,8 @@ def _numbers(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
 # --- segmentation on other data sets ------------------------------------------------------------------------------------
 
 
-def _is_elsewhere(result: Result) -> bool:
+def is_elsewhere(result: Result) -> bool:
+    """Whether it is of segmentation on another data set than ADE20K."""
     return result.kind == "segmentation" and not result.protocol.name.startswith(ADE20K)
 
 
@@ -214,7 +227,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     They stand beside nothing published, whose mIoU is ADE20K's.
     """
     pretraining = [result for result in results if result.kind == "pretrain"]  # they say which weights are of a scaled-down one
-    rows = merge([*pretraining, *(result for result in results if _is_elsewhere(result))])
+    rows = merge([*pretraining, *(result for result in results if is_elsewhere(result))])
     if not rows:
         return None
     rows.sort(key=lambda row: row.run.protocol.name)  # stable: within one as merged
@@ -227,7 +240,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
         lines.append(Line("measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)))
         records.append(
             {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
-            | _who(run.method, backbone_label(run.backbone), run.effective_epochs)
+            | subject_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
             | _numbers({"miou": score}, counted=True)
             | {"seeds": row.seeds, "config": row.configs}
         )
@@ -260,7 +273,7 @@ def pretraining_table(results: Sequence[Result]) -> Table | None:
         numbers = tuple(NONE if value is None else f"{value:.4g}" for value in values)
         lines.append(Line("measured", bool(run.protocol.deviations), (*who, str(run.seed), *numbers, *cost)))
         records.append(
-            _who(run.method, run.backbone, run.effective_epochs)
+            subject_fields(run.method, run.backbone, run.effective_epochs)
             | {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
             | {"seed": str(run.seed)}
             | {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
