@@ -329,14 +329,43 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
     assert found["metrics"] == Probes(config_of(sets)).run(backbone, CPU) and found["backbone"] == "vit_tiny_patch16"
     assert "probe/knn_top1" in capsys.readouterr().out
 
-    save_backbone(sets / "plain.safetensors", *plain_state(), name="vit_tiny_patch16", flags=plain_flags())
-    for arguments, said in (
-        (["--weights", weights], "nothing to probe"),
-        (["--weights", sets / "plain.safetensors", *roots], "no pos_mask_token"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            tool(*arguments)
-        assert ended.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        tool("--weights", weights)
+    assert ended.value.code == 2 and "nothing to probe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["standard", "field", "none"])
+def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(sets, capsys, encoding):
+    plain = build_backbone("vit_tiny_patch16", depth=1, pos_encoding=encoding)
+    weights = save_backbone(sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", flags=plain.flags)
+    numbers = ["--image-px", 64, "--device", "cpu", "--json", sets / "probes.json"]
+    tool("--weights", weights, "--position-root", sets / "photos", *numbers)
+    told = "no positions that could be hidden" if encoding == "none" else "the mean of all positions stands for a hidden one"
+    assert told in capsys.readouterr().out
+    found = json.loads((sets / "probes.json").read_text())["metrics"]
+
+    probe = Probes(config_of(sets, "probes.knn_root=''", "probes.seg_root=''")).probes[0]
+    features, places = plain.eval().positions((4, 4)), centres(4)
+
+    class Hidden(ViT):
+        """The plain network, the positions of masked patches replaced by hand."""
+
+        def positions(self, grid, boxes=None, flips=None):
+            hidden = torch.where(self.now.unsqueeze(-1), features.mean(1, keepdim=True), features)
+            return hidden if encoding != "none" else torch.zeros_like(hidden)
+
+    plain.__class__ = Hidden
+    rows = []
+    with torch.no_grad():
+        for image, mask in zip(probe.images, probe.masks):
+            plain.now = mask[None]
+            tokens = next(features_of(plain)(image[None]))
+            rows.append((tokens.patches[0, mask], places[mask]))
+    moments = Moments(192, 2, CPU)
+    for x, y in rows[::2]:
+        moments.add(x, y)
+    errors = torch.cat([(ridge(moments)(x) - y).norm(dim=1) for x, y in rows[1::2]])
+    assert found["probe/position_error"] == pytest.approx(errors.mean().item(), rel=1e-4)
 
 
 def test_the_tool_probes_other_patch_sizes(sets):
@@ -346,14 +375,6 @@ def test_the_tool_probes_other_patch_sizes(sets):
     rest = ["--knn-k", 3, "--image-px", 56, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--knn-root", sets / "knn", *rest)
     assert list(json.loads((sets / "probes.json").read_text())["metrics"]) == ["probe/knn_top1"]
-
-
-def plain_state():
-    return (build_backbone("vit_tiny_patch16", depth=1).state_dict(),)
-
-
-def plain_flags():
-    return build_backbone("vit_tiny_patch16", depth=1).flags
 
 
 def tool(*arguments):

@@ -20,6 +20,7 @@ from pretrain.cli import run
 from pretrain.config import check, load_config
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes
 from pretrain.weights import backbone_name, read_checkpoint
 
@@ -45,12 +46,16 @@ def main(arguments: list[str]) -> None:
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
     has_token = "pos_mask_token" in read_checkpoint(options.weights).state
-    if options.position_root and not has_token:
-        raise UserError(f"--position-root: {options.weights} holds no pos_mask_token; pre-training with position masks leaves one")
     name = backbone_name(options.backbone, options.weights)
-    backbone = build_backbone(name, weights=options.weights, mask_tokens=has_token)
+    backbone = build_backbone(name, weights=options.weights, mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
     probes = Probes(settings(options, backbone.patch_size))
+    if options.position_root and not has_token:
+        hidden_by = hide_with(backbone, "mean", has_token, (options.image_px // backbone.patch_size,) * 2)
+        said = (
+            "the mean of all positions stands for a hidden one" if hidden_by == "mean" else "and no positions that could be hidden"
+        )
+        print(f"note: {options.weights} holds no pos_mask_token; {said}")
     values = probes.run(backbone.to(device), device, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16))
     for key, value in values.items():
         print(f"{key:24} {value:.4f}")

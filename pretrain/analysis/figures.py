@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from pretrain.analysis.attention import last_layer_attention
+from pretrain.analysis.attention import last_layer_attention, patch_at
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import PositionRule, Views, draw_s
 from pretrain.views.masks import Masks
@@ -29,10 +29,13 @@ from pretrain.views.pixels import MEAN, STD
 GLOBAL_COLOUR, LOCAL_COLOUR = "#d1495b", "#00798c"
 
 
-def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Path:
-    """Write ``folder/name`` (PNG) and its entry in ``folder/captions.json``; closes the figure."""
+def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
+    """Write ``folder/name`` (PNG), with ``svg`` the same as SVG beside it, and an entry in ``captions.json``; closes the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+    if svg:
+        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # the same bytes each time; text stays text
+            figure.savefig((folder / name).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     captions = folder / "captions.json"
     entries: dict[str, Any] = json.loads(captions.read_text()) if captions.is_file() else {}
@@ -169,8 +172,24 @@ def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[floa
 
 def attention_of_query(axis: Any, weights: Tensor, query: tuple[float, float], size_px: Sequence[int], patch_size: int) -> None:
     """The row of ``weights`` [N, N] of the patch at ``query`` (x, y in image units) as a map, and a red dot on that patch."""
-    height, width = size_px
-    rows, columns = height // patch_size, width // patch_size
-    i, j = min(int(query[1] * rows), rows - 1), min(int(query[0] * columns), columns - 1)
-    axis.imshow(weights[i * columns + j].unflatten(0, (rows, columns)), extent=(0, width, height, 0), cmap="viridis")
-    axis.plot((j + 0.5) * patch_size, (i + 0.5) * patch_size, "o", color="red", markersize=5)
+    grid = (size_px[0] // patch_size, size_px[1] // patch_size)
+    row, column = patch_at(query, grid)
+    heat_map(axis, weights[row * grid[1] + column].unflatten(0, grid), query, size_px)
+
+
+def heat_map(axis: Any, heat: Tensor, query: tuple[float, float], size_px: Sequence[int]) -> None:
+    """A map [h, w] over the place of an image (height, width), and a red dot on the patch at ``query`` (x, y in image units)."""
+    axis.imshow(heat, extent=(0, size_px[1], size_px[0], 0), cmap="viridis")
+    query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px)
+
+
+def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size_px: Sequence[int]) -> None:
+    """A red dot at the centre of the patch at ``query`` (x, y in image units)."""
+    row, column = patch_at(query, grid)
+    axis.plot((column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0], "o", color="red", markersize=5)
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib shows it to the letter: no mathematics, and never left out of a legend for its underscore."""
+    text = text.replace("$", r"\$")
+    return " " + text if text.startswith("_") else text

@@ -1,5 +1,7 @@
 """Principal components of patch features as colours: what belongs together gets the same colour, across pictures."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,57 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
 
 
 def pca_rgb(features: Tensor) -> Tensor:
-    """The first three components of the patches of several pictures, found over all of them together, as red, green and blue.
+    """:func:`pca_colours` of pictures of one size.
 
     Args:
         features: [B, N, D].
 
     Returns:
-        [B, N, 3] float32 in [0, 1] on the CPU; each channel runs from its 2nd to its 98th percentile.
+        [B, N, 3] float32 in [0, 1] on the CPU.
     """
-    scores = principal_components(features.flatten(0, 1))  # [B * N, 3]
+    return torch.stack(pca_colours(list(features)))
+
+
+def pca_colours(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The first three components of the patches of several pictures, found over all of them together, as red, green and blue.
+
+    Args:
+        features: [N, D] a picture; N may differ.
+        background: [N] bool a picture, patches that are left out and become black; at least three patches remain.
+
+    Returns:
+        [N, 3] float32 in [0, 1] on the CPU a picture; each channel runs from its 2nd to its 98th percentile.
+    """
+    rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
+    kept = torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
+    scores = principal_components(rows[kept])  # [M, 3]
     low, high = torch.quantile(scores, torch.tensor(PERCENTILES, dtype=scores.dtype), dim=0)
-    rgb = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return rgb.float().unflatten(0, features.shape[:2])
+    rgb = torch.zeros(len(rows), 3)
+    rgb[kept] = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    return list(rgb.split([len(part) for part in features]))
+
+
+def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Patches on the background's side of the first component, as DINOv2's authors show their features.
+
+    The threshold is 0, the mean of all patches. Which side is the background is not theirs to say, for the sign of a component
+    means nothing; ours: the side that has more of the pictures' border patches.
+
+    Args:
+        features: [N, D] a picture; grids: its (h, w), N = h * w.
+
+    Returns:
+        [N] bool a picture, on the CPU.
+    """
+    scores = principal_components(torch.cat([part.detach().cpu() for part in features]), 1)[:, 0]
+    above = scores > 0
+    border = torch.cat([_border(grid) for grid in grids])
+    is_background = above if above[border].double().mean() > 0.5 else ~above
+    return list(is_background.split([len(part) for part in features]))
+
+
+def _border(grid: tuple[int, int]) -> Tensor:
+    """[N] bool, the patches along the four sides."""
+    inner = torch.zeros(grid, dtype=torch.bool)
+    inner[1:-1, 1:-1] = True
+    return ~inner.flatten()

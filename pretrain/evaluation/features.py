@@ -1,19 +1,31 @@
 """What all probes share: pictures that stay in memory as small uint8 squares, and the features of a frozen backbone."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from pretrain.backbones.block import Block
 from pretrain.backbones.vit import Tokens, ViT
+from pretrain.config import load_config
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources import open_source
+from pretrain.data.sources.files import read_file
+from pretrain.errors import UserError
 from pretrain.views.pixels import normalise
 
 FORWARD_BATCH = 32  # pictures a forward pass: probes run beside a training that already fills the memory
+MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
+
+LayerVisitor = Callable[[slice, int, Tensor], None]
 
 
 def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
@@ -28,8 +40,69 @@ def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
         short = min(height, width)
         top, left = (height - short) // 2, (width - short) // 2
         pixels = pixels[top : top + short, left : left + short]
+    return resized(pixels, (side_px, side_px))
+
+
+def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
+    """A picture uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    return F.interpolate(image, size=(side_px, side_px), mode="bicubic", antialias=True)[0].contiguous()
+    return F.interpolate(image, size=size_px, mode="bicubic", antialias=True)[0].contiguous()
+
+
+def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
+    """A picture as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        short_px: about its shorter side.
+
+    Raises:
+        UserError: more than ``MAX_PATCHES`` patches.
+    """
+    scale = short_px / min(pixels.shape[:2])
+    rows, columns = (max(1, round(side * scale / patch_size)) for side in pixels.shape[:2])
+    check_grid(rows, columns, f"a picture of {pixels.shape[1]} x {pixels.shape[0]} at size {short_px}")
+    return resized(pixels, (rows * patch_size, columns * patch_size))
+
+
+def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
+    """(rows, columns), unless they are more than ``MAX_PATCHES``: a UserError that says ``what`` has them."""
+    if rows * columns > MAX_PATCHES:
+        raise UserError(f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size")
+    return rows, columns
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3]; one that cannot be read is a UserError that names it."""
+    try:
+        return decode(read_file(os.fsencode(file)))
+    except BrokenImage as error:
+        raise UserError(f"{file} cannot be read ({error})") from error
+
+
+def read_pictures(root: str, most: int) -> list[tuple[str, np.ndarray]]:
+    """Names and pixels, uint8 [H, W, 3], of at most ``most`` images of anything that ``data.root`` may be, at equal steps.
+
+    Raises:
+        UserError: a bad source, or an image that cannot be read, by name.
+    """
+    config = load_config()
+    OmegaConf.set_readonly(config, False)
+    config.data.root = root
+    source = open_source(config.data)
+    n = min(len(source), most)
+    found = []
+    for index in (i * len(source) // n for i in range(n)):
+        try:
+            found.append((source.name(index), decode(source.read(index))))
+        except BrokenImage as error:
+            raise UserError(f"{source.name(index)} of {root} cannot be read ({error})") from error
+    return found
+
+
+def layer_names(backbone: ViT) -> list[str]:
+    """What :meth:`Features.visit` counts: ``embedding``, ``block 1``, ..., and ``norm`` where there is a final one."""
+    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + ["norm"] * backbone.flags["final_norm"]
 
 
 @contextmanager
@@ -65,11 +138,70 @@ class Features:
             images: uint8 [n, 3, S, S], whole images.
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
-        dtype = self.backbone.patch_embed.proj.weight.dtype
         for start in range(0, len(images), FORWARD_BATCH):
             part = slice(start, start + FORWARD_BATCH)
-            pixels = normalise(images[part].to(self.device)).to(dtype)
-            masks = None if position_masks is None else position_masks[part].to(self.device)
-            with self.autocast:
-                tokens = self.backbone(pixels, position_mask=masks)
-            yield Tokens(*(t if t.dtype == torch.float64 else t.float() for t in tokens))
+            yield Tokens(*map(_full, self._forward(images[part], None if position_masks is None else position_masks[part])))
+
+    def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
+        """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one layer at a time is held.
+
+        The pass is the backbone's own, looked at through hooks.
+
+        Args:
+            images, position_masks: those of a call.
+            visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n, N, D].
+        """
+        backbone = self.backbone
+        last = len(backbone.blocks)
+
+        def show(layer: int, tokens: Tensor) -> None:
+            visitor(part, layer, _full(backbone.split(tokens).patches))
+
+        with ExitStack() as hooks:
+            hooks.enter_context(backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0])))
+            for i, block in enumerate(backbone.blocks):
+                hooks.enter_context(block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out)))
+            if backbone.flags["final_norm"]:
+                hooks.enter_context(backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out)))
+            for start in range(0, len(images), FORWARD_BATCH):
+                part = slice(start, start + FORWARD_BATCH)
+                self._forward(images[part], None if position_masks is None else position_masks[part])
+
+    def layer(self, images: Tensor, layer: int) -> Tensor:
+        """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the end).
+
+        Raises:
+            UserError: they are not finite; so do :meth:`keys`.
+        """
+        found: list[Tensor] = []
+        wanted = range(len(layer_names(self.backbone)))[layer]
+        self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
+        return _numbers(torch.cat(found))
+
+    def keys(self, images: Tensor) -> Tensor:
+        """Keys of the last attention layer, heads side by side, of the patches alone: [n, N, D]."""
+        found: list[Tensor] = []
+        last = self.backbone.blocks[-1]
+        assert isinstance(last, Block)
+        with last.attn.qkv.register_forward_hook(lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))):
+            for start in range(0, len(images), FORWARD_BATCH):
+                self._forward(images[start : start + FORWARD_BATCH], None)
+        return _numbers(torch.cat(found)[:, self.backbone.n_prefix :])
+
+    def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
+        dtype = self.backbone.patch_embed.proj.weight.dtype
+        pixels = normalise(images.to(self.device)).to(dtype)
+        with self.autocast:
+            tokens: Tokens = self.backbone(pixels, position_mask=None if position_masks is None else position_masks.to(self.device))
+        return tokens
+
+
+def _numbers(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise UserError("the backbone's features are not finite numbers")
+    return x
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

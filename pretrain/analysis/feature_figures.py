@@ -1,0 +1,163 @@
+"""Figures of what patch features hold: PCA colours, similarity to a query, places read layer by layer, objects found; and a page.
+
+Each function draws one matplotlib figure. :func:`keep` writes it as PNG and SVG, :func:`gallery` puts several into one html page.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from pretrain.analysis.attention import patch_at
+from pretrain.analysis.figures import bare, save
+from pretrain.analysis.similarity import Place
+from pretrain.results.report import page, picture
+from pretrain.results.runs import Figure as Shown
+
+COLOURS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
+TRUE_COLOUR, FOUND_COLOURS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
+MAX_WIDTH_IN = 24.0
+
+
+def keep(figure: Figure, folder: Path, stem: str, title: str, caption: str) -> Shown:
+    """Write ``folder/stem.png`` and ``.svg`` with their caption, and give what a page shows; closes the figure."""
+    return Shown(title, caption, save(figure, folder, f"{stem}.png", title, caption, svg=True).read_bytes())
+
+
+def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Shown]) -> str:
+    """One self-contained html page: lists of texts about the figures, and the figures; every text is escaped."""
+    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{'<br>'.join(map(html.escape, texts))}</dd>" for key, texts in about.items())
+    pictures = "".join(map(picture, figures))
+    return page(title, {"Settings": f"<dl>{items}</dl>", "Figures": f'<div class="pictures">{pictures}</div>'})
+
+
+def plain(text: str, most: int = 40) -> str:
+    """A text as matplotlib shows it literally, on one line, cut in the middle where it is long."""
+    text = " ".join(text.split())
+    text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
+    return text.replace("$", r"\$")
+
+
+def _panels(rows: int, widths: Sequence[float], height: float, colour_bars: bool = False) -> tuple[Figure, Any]:
+    """A grid of bare axes whose columns are as wide as their pictures are at one height (in inches)."""
+    wide = sum(widths) * height
+    shrink = min(1.0, MAX_WIDTH_IN / wide)
+    size = (wide * shrink + 0.5 + 0.8 * colour_bars, (height * shrink + 0.25) * rows)
+    figure, axes = plt.subplots(rows, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
+    for axis in axes.flat:
+        bare(axis).spines[:].set_visible(False)
+    return figure, axes
+
+
+def pca_figure(images: Sequence[Tensor], colours: Mapping[str, Sequence[Tensor]]) -> Figure:
+    """The images in the first row, and the colours of their patches in one row a checkpoint.
+
+    Args:
+        images: uint8 [3, H, W] each.
+        colours: {label: [h, w, 3] in [0, 1] an image}.
+    """
+    figure, axes = _panels(1 + len(colours), [image.shape[2] / image.shape[1] for image in images], 2.0)
+    for axis, image in zip(axes[0], images):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    for row, (label, maps) in zip(axes[1:], colours.items()):
+        row[0].set_ylabel(plain(label, 28), fontsize=9)
+        for axis, image, rgb in zip(row, images, maps):
+            axis.imshow(rgb.numpy(), interpolation="nearest", extent=(0, image.shape[2], image.shape[1], 0))
+    return figure
+
+
+def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str, Sequence[Tensor]]) -> Figure:
+    """One image: in each column a query patch, marked with a red dot; in each row a checkpoint and what is like that patch to it.
+
+    The colours of a row run from its least similarity, which the bar tells, to 1: features differ in how alike they all are.
+
+    Args:
+        image: uint8 [3, H, W]; maps: {label: cosine [h, w] a query}.
+    """
+    height, width = image.shape[1:]
+    figure, axes = _panels(1 + len(maps), [width / height] * len(queries), 2.2, colour_bars=True)
+    extent = (0, width, height, 0)
+    for axis, (x, y) in zip(axes[0], queries):
+        axis.imshow(image.permute(1, 2, 0).numpy(), extent=extent)
+        axis.plot(x * width, y * height, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+    for row, (label, cosines) in zip(axes[1:], maps.items()):
+        row[0].set_ylabel(plain(label, 28), fontsize=9)
+        low = min(float(cosine.min()) for cosine in cosines)
+        for axis, query, cosine in zip(row, queries, cosines):
+            rows, columns = cosine.shape
+            shown = axis.imshow(cosine.numpy(), extent=extent, interpolation="nearest", cmap="viridis", vmin=min(low, 0.99), vmax=1)
+            i, j = patch_at(query, (rows, columns))
+            centre = ((j + 0.5) / columns * width, (i + 0.5) / rows * height)
+            axis.plot(*centre, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+        figure.colorbar(shown, ax=row.tolist(), shrink=0.85, pad=0.01, aspect=14).ax.tick_params(labelsize=7)
+    return figure
+
+
+def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """The position probe against the layer, from the rows of its csv: error and R^2, the checkpoints overlaid.
+
+    Bands are one standard deviation over the draws of the masks; the square is the final norm.
+
+    Args:
+        rows: of ``position_layers.csv``, see :func:`pretrain.evaluation.position_layers.csv_rows`.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
+    for axis, field in zip(axes, ("error", "r2")):
+        for label, colour in zip(labels, COLOURS * len(labels)):
+            for patches, dash in (("hidden", "-"), ("given", ":")):
+                chosen = [row for row in rows if row["checkpoint"] == label and row["patches"] == patches]
+                x = [int(row["layer"]) for row in chosen]
+                y, std = (np.array([float(row[name]) for row in chosen]) for name in (field, f"{field}_std"))
+                name = plain(label) if patches == "hidden" else None
+                axis.plot(x, y, dash, color=colour, linewidth=1.7, marker="o", markersize=3, label=name)
+                axis.fill_between(x, y - std, y + std, color=colour, alpha=0.18, linewidth=0)
+                if chosen and chosen[-1]["after"] == "norm":
+                    axis.plot(x[-1], y[-1], "s", color=colour, markersize=5.5)
+        axis.set_xlabel("layer (0: embedding; k: after block k; square: after the final norm)", fontsize=9)
+        axis.grid(alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    chance = sorted({row["chance"] for row in rows if row["patches"] == "hidden"})
+    for level in {round(float(value), 3) for value in chance}:
+        axes[0].axhline(level, color="grey", linestyle="--", linewidth=1)
+    axes[1].axhline(0, color="grey", linestyle="--", linewidth=1)
+    axes[0].set(ylabel="mean distance from the true centre (sides are 1)", ylim=(0, None))
+    axes[1].set(ylabel="$R^2$", ylim=(min(-0.1, axes[1].get_ylim()[0]), 1.03))
+    axes[0].plot([], [], "-", color="black", label="position hidden")
+    axes[0].plot([], [], ":", color="black", label="position given")
+    axes[0].plot([], [], "--", color="grey", label="constant guess")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    return figure
+
+
+class Boxed(NamedTuple):
+    """An image uint8 [H, W, 3], its true boxes [n, 4] in pixels, and the box and hit of each method."""
+
+    name: str
+    pixels: np.ndarray
+    truth: np.ndarray
+    found: Mapping[str, tuple[np.ndarray, bool]]
+
+
+def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
+    """True boxes (green) and those that were found (LOST red, TokenCut blue), with what hit."""
+    n_rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(n_rows, columns, figsize=(3.0 * columns, 2.7 * n_rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, one in zip(axes.flat, pictures):
+        axis.imshow(one.pixels)
+        boxes = [(box, TRUE_COLOUR, "-") for box in one.truth]
+        boxes += [(box, FOUND_COLOURS[method], "--") for method, (box, _) in one.found.items()]
+        for (x0, y0, x1, y1), colour, dash in boxes:
+            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=dash, linewidth=1.8))
+        words = ", ".join(f"{method} {'hit' if hit else 'miss'}" for method, (_, hit) in one.found.items())
+        axis.set_title(f"{plain(one.name, 24)}: {words}", fontsize=8)
+    return figure

@@ -1,0 +1,190 @@
+"""Images with the boxes of their objects, whatever the class: Pascal VOC's folders and COCO's json.
+
+Both are read as public code for object discovery reads them (LOST, TokenCut): VOC's corners count pixels from 1 and include the
+last one, so 1 is taken off the first corner; objects that are difficult or truncated count unless they are asked to be dropped;
+COCO's crowds never count, and its boxes are rounded to whole pixels.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.errors import UserError
+
+MAX_XML_BYTES = 2**22
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class BoxedImage:
+    """An image file and the boxes of its objects, [n, 4] (x0, y0, x1, y1) in pixels, n at least 1."""
+
+    path: Path
+    boxes: NDArray[np.float64]
+
+
+def read_boxes(root: str | Path, split: str = "", no_hard: bool = False, names: str | Path | None = None) -> list[BoxedImage]:
+    """The images of a set that have a box.
+
+    Args:
+        root: a VOC folder (``Annotations/``, ``JPEGImages/``, ``ImageSets/Main/``; or one above ``VOCdevkit/VOC20xx``), or a COCO
+            root (``annotations/instances_SPLIT.json``, images in ``SPLIT/`` or ``images/SPLIT/``).
+        split: VOC: ``trainval`` without it; COCO: ``val2017`` without it.
+        no_hard: VOC: drop difficult and truncated objects, and the images that have no others.
+        names: a text file of image names, one a line, that are to be used alone, in its order; only the last part of a path
+            counts, with or without suffix (the 20,000 images of COCO's train2014 that discovery is measured on are such a list).
+
+    Raises:
+        UserError: neither layout; a file that is missing or malformed; a listed image that the set has not; no image with a box.
+    """
+    root = Path(root)
+    voc = _voc_root(root)
+    if voc is not None:
+        images = read_voc(voc, split or "trainval", no_hard, _listed(names))
+    elif (root / "annotations").is_dir():
+        if no_hard:
+            raise UserError(f"no_hard: {root} is a COCO set, which marks no object as difficult")
+        images = read_coco(root, split or "val2017", _listed(names))
+    else:
+        raise UserError(f"{root} holds neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)")
+    if not images:
+        raise UserError(f"no image of {root} has a box")
+    return images
+
+
+def _voc_root(root: Path) -> Path | None:
+    found = [folder for folder in (root, *sorted(root.glob("VOCdevkit/VOC2*"))) if (folder / "JPEGImages").is_dir()]
+    if len(found) > 1:
+        raise UserError(f"{root} holds several sets: name one of {', '.join(map(str, found))}")
+    return found[0] if found else None
+
+
+def _listed(names: str | Path | None) -> list[str] | None:
+    """Names of images without folder and suffix."""
+    if names is None:
+        return None
+    try:
+        lines = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{names}: no readable list of images ({error})") from error
+    found = [Path(line.split()[0]).stem for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"{names}: no image is named in this list")
+    return found
+
+
+# --- Pascal VOC -------------------------------------------------------------------------------------------------------
+
+
+def read_voc(root: Path, split: str, no_hard: bool = False, names: list[str] | None = None) -> list[BoxedImage]:
+    """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of :func:`read_boxes`."""
+    file = root / "ImageSets" / "Main" / f"{split}.txt"
+    known = _listed(file) or []
+    if names is not None and (absent := set(names) - set(known)):
+        raise UserError(f"{file} does not name {min(absent)!r}, which the list does")
+    images = []
+    for name in names or known:
+        boxes = read_voc_xml(root / "Annotations" / f"{name}.xml", no_hard)
+        if len(boxes):
+            images.append(BoxedImage(root / "JPEGImages" / f"{name}.jpg", boxes))
+    return images
+
+
+def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
+    """Boxes [n, 4] of one annotation file; the boxes of an object's parts (heads, hands) are none of them.
+
+    Raises:
+        UserError: a file that cannot be read, or a box that is none, by its number.
+    """
+    try:
+        content = file.read_bytes()
+        if len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities can expand without end
+            raise UserError(f"{file}: an annotation has no document type, and at most {MAX_XML_BYTES} bytes")
+        tree = ElementTree.fromstring(content)
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: no readable annotation ({error})") from error
+    boxes = []
+    for number, element in enumerate(tree.findall("object"), 1):
+        try:
+            box = [float(element.findtext(f"bndbox/{corner}", "")) for corner in CORNERS]
+        except ValueError as error:
+            raise UserError(f"{file}: object {number} has no bndbox of four numbers {', '.join(CORNERS)}") from error
+        if not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
+            raise UserError(f"{file}: object {number} has the bndbox {box}, which is no box")
+        hard = "1" in (element.findtext("difficult", "0").strip(), element.findtext("truncated", "0").strip())
+        if not (hard and no_hard):
+            boxes.append([box[0] - 1, box[1] - 1, *box[2:]])
+    return np.array(boxes, np.float64).reshape(-1, 4)
+
+
+# --- COCO -------------------------------------------------------------------------------------------------------------
+
+
+def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[BoxedImage]:
+    """The images of ``annotations/instances_SPLIT.json`` in its order, or those of ``names``; errors are :func:`read_boxes`'s."""
+    file = root / "annotations" / f"instances_{split}.json"
+    folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{root}: no folder {split}/ or images/{split}/")
+    content = _json(file)
+    files = {_whole(file, image, "images", "id"): folder / _name(file, image) for image in content["images"]}
+    boxes: dict[int, list[list[float]]] = {id: [] for id in files}
+    for entry in content["annotations"]:
+        image = _whole(file, entry, "annotations", "image_id")
+        if image not in boxes:
+            raise UserError(f"{file}: an annotation is of image {image}, which is none of its images")
+        box = _coco_box(file, entry)
+        if not entry.get("iscrowd"):
+            boxes[image].append(box)
+    chosen: Iterable[int] = files
+    if names is not None:
+        by_name = {path.stem: id for id, path in files.items()}
+        if absent := set(names) - set(by_name):
+            raise UserError(f"{file} has no image {min(absent)!r}, which the list names")
+        chosen = [by_name[name] for name in names]
+    return [BoxedImage(files[id], np.array(boxes[id], np.float64)) for id in chosen if boxes[id]]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: no readable annotation file ({error})") from error
+    for key in ("images", "annotations"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{file}: {key!r} is no list of objects")
+    return content  # type: ignore[no-any-return]
+
+
+def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
+    value = entry.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{file}: {where} has an entry whose {key} is {value!r}, no whole number")
+    return value
+
+
+def _name(file: Path, image: Mapping[str, Any]) -> str:
+    """A file's name inside its folder: a file from afar shall not name others of this machine."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{file}: image {image['id']} has the file_name {name!r}, which is no file of the set")
+    return name
+
+
+def _coco_box(file: Path, entry: Mapping[str, Any]) -> list[float]:
+    box = entry.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+    if not numbers or box[2] < 0 or box[3] < 0:  # type: ignore[index]
+        raise UserError(f"{file}: annotation {entry.get('id')} has the bbox {box!r}, which is no (x, y, width, height)")
+    x, y, width, height = box  # type: ignore[misc]
+    return [float(round(value)) for value in (x, y, x + width, y + height)]

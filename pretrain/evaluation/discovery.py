@@ -1,0 +1,178 @@
+"""Object discovery without labels: one box an image from a frozen ViT's patch features, and how often it is right (CorLoc).
+
+* LOST: Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels", BMVC 2021.
+* TokenCut: Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut", CVPR 2022.
+
+Both as their public code does it, on the keys of the last attention layer, heads side by side, of images at their own size. What
+the code leaves to chance is fixed here (ours): of patches that are equal, in degree or in their eigenvector's entry, the first in
+reading order is taken.
+
+Memory: a graph of N patches takes about 5 N^2 bytes in LOST, and 40 N^2 in TokenCut: 160 MB at N = 2,000.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.evaluation.features import Features, check_grid, whole
+
+LOST_PATCHES = 100  # k: patches of low degree that may join the seed
+TOKENCUT_TAU, TOKENCUT_EPS = 0.2, 1e-5  # patches more alike than tau are joined by 1, all others by eps
+TIED = 1e-6  # entries of an eigenvector closer than this differ by rounding: patches with the same edges have the same entry
+HIT_IOU = 0.5  # CorLoc counts boxes with more than this, by the papers' rule; their code has "at least"
+
+Grid = tuple[int, int]
+
+
+class Found(NamedTuple):
+    """What a method found: the object's patches [h, w] bool, and the patch that it started from, (row, column)."""
+
+    mask: NDArray[np.bool_]
+    seed: tuple[int, int]
+
+
+def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
+    """The patch that fewest others are like, and the low-degree patches like it; then all that is like these on the whole.
+
+    Args:
+        features: [N, D] of one image, row-major, not normalised.
+        grid: (h, w), N = h * w.
+        k: how many patches of lowest degree are asked to join the seed.
+    """
+    x = _at_home(features)
+    similarity = x @ x.T  # [N, N]
+    linked = similarity > 0
+    degree = linked.sum(1) - linked.diagonal().long()
+    order = degree.argsort(stable=True)
+    seed = int(order[0])
+    nearest = order[:k]
+    alike = nearest[linked[seed, nearest]]
+    towards = similarity[alike].sum(0) > 0  # [N]
+    towards[seed] = True  # already so unless its feature is zero
+    return _found(towards, seed, grid)
+
+
+def tokencut(features: Tensor, grid: Grid, tau: float = TOKENCUT_TAU, eps: float = TOKENCUT_EPS) -> Found:
+    """The normalised cut of the graph whose edges are 1 between alike patches and ``eps`` between all others.
+
+    The second smallest generalised eigenvector y of (D - W) y = lambda D y is split at its mean; the object is on the side of its
+    largest absolute value, in the connected component that holds it.
+
+    Args:
+        features: [N, D] of one image, row-major; compared by their cosine.
+        grid: (h, w), N = h * w.
+        tau: cosine above which patches are alike.
+    """
+    x = F.normalize(_at_home(features), dim=1)
+    linked = x @ x.T > tau
+    weights = linked.double().masked_fill_(~linked, eps)  # [N, N]
+    scale = weights.sum(1).rsqrt()  # D^-1/2
+    # The smallest of D - W are the largest of W: with z = D^1/2 y, D^-1/2 W D^-1/2 z = (1 - lambda) z.
+    vectors = torch.linalg.eigh(scale[:, None] * weights * scale)[1]
+    vector = vectors[:, -min(2, len(vectors))] * scale
+    size = vector.abs()
+    seed = int((size >= size.max() * (1 - TIED)).nonzero()[0])
+    above = vector > vector.mean()
+    side = above if above[seed] else ~above
+    side[seed] = True  # of a single patch
+    return _found(side, seed, grid)
+
+
+METHODS: Mapping[str, Callable[[Tensor, Grid], Found]] = {"lost": lost, "tokencut": tokencut}
+
+
+class Judged(NamedTuple):
+    """A found box [4] in pixels of the image, its best IoU with a true one, and whether that is a hit."""
+
+    box: NDArray[np.float64]
+    iou: float
+    hit: bool
+
+    def row(self) -> dict[str, float | int]:
+        """``x0``, ``y0``, ``x1``, ``y1``, ``iou`` and ``hit`` (0, 1), as a table holds them."""
+        corners = dict(zip(("x0", "y0", "x1", "y1"), (round(float(v), 2) for v in self.box)))
+        return {**corners, "iou": round(self.iou, 4), "hit": int(self.hit)}
+
+
+def discover(
+    features: Features,
+    pixels: NDArray[np.uint8],
+    truth: NDArray[np.float64],
+    methods: Sequence[str],
+    of: str = "keys",
+    short_px: int = 0,
+) -> dict[str, Judged]:
+    """One box by each method in one image, judged.
+
+    Args:
+        features: of a frozen backbone.
+        pixels: uint8 [H, W, 3].
+        truth: true boxes [n, 4] in pixels.
+        methods: names of :data:`METHODS`.
+        of: ``keys`` of the last attention layer | ``tokens``, the last features.
+        short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole patches.
+
+    Raises:
+        UserError: an image of too many patches, see :func:`pretrain.evaluation.features.whole`.
+    """
+    patch_size = features.backbone.patch_size
+    if short_px:
+        image = whole(pixels, short_px, patch_size)
+    else:
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+    height, width = image.shape[1:]
+    grid = check_grid(-(-height // patch_size), -(-width // patch_size), "an image")
+    x = features.keys(image[None]) if of == "keys" else features.layer(image[None], -1)
+    patch_px = (patch_size * pixels.shape[0] / height, patch_size * pixels.shape[1] / width)
+    found = {}
+    for method in methods:
+        box = box_of(METHODS[method](x[0], grid).mask, patch_px, pixels.shape[:2])
+        best = float(box_ious(box, truth).max())
+        found[method] = Judged(box, best, best > HIT_IOU)
+    return found
+
+
+def _at_home(features: Tensor) -> Tensor:
+    """Where float64 and eigenvectors are to be had."""
+    return features.cpu() if features.device.type == "mps" else features
+
+
+def _found(mask: Tensor, seed: int, grid: Grid) -> Found:
+    at = divmod(seed, grid[1])
+    return Found(component(mask.cpu().unflatten(0, grid).numpy(), at), at)
+
+
+def component(mask: NDArray[np.bool_], seed: tuple[int, int]) -> NDArray[np.bool_]:
+    """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column), which is in the mask."""
+    assert mask[seed]
+    labels = cv2.connectedComponents(np.ascontiguousarray(mask, np.uint8), connectivity=4)[1]
+    same: NDArray[np.bool_] = labels == labels[seed]
+    return same
+
+
+def box_of(mask: NDArray[np.bool_], patch_px: tuple[float, float], size_px: tuple[int, int]) -> NDArray[np.float64]:
+    """The box (x0, y0, x1, y1) in pixels around the patches of a mask [h, w], cut off at the image's border.
+
+    Args:
+        patch_px: height and width of a patch, in pixels of the image.
+        size_px: (height, width) of the image; the last row and column of patches may be padded beyond it.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    y0, y1 = rows[0] * patch_px[0], min((rows[-1] + 1) * patch_px[0], size_px[0])
+    x0, x1 = columns[0] * patch_px[1], min((columns[-1] + 1) * patch_px[1], size_px[1])
+    return np.array([x0, y0, x1, y1], np.float64)
+
+
+def box_ious(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of a box [4] with others [n, 4], all (x0, y0, x1, y1): [n]."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])  # [n, 2]
+    common = sides.clip(min=0).prod(1)
+    areas: NDArray[np.float64] = (others[:, 2:] - others[:, :2]).prod(1)
+    ious: NDArray[np.float64] = common / ((box[2:] - box[:2]).prod() + areas - common)
+    return ious

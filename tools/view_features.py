@@ -1,0 +1,123 @@
+"""Look at patch features: their principal components as colours, and what is like a query patch.
+
+python tools/view_features.py --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images photos --output views \\
+    --query 0.3,0.5 --query 0.7,0.5
+
+Leaves figures/ (pca and one similarity-N an image, each .png and .svg) and features.html, which holds them all. The components
+are those of all images together, for each checkpoint its own.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.analysis.attention import patch_at
+from pretrain.analysis.feature_figures import Shown, gallery, keep, pca_figure, similarity_figure
+from pretrain.analysis.pca import background_by_pca, pca_colours
+from pretrain.analysis.similarity import Place, read_place, similarity_to
+from pretrain.cli import run
+from pretrain.device import DEVICES, choose_device
+from pretrain.errors import UserError
+from pretrain.evaluation.features import Features, frozen, layer_names, read_pictures, resized, whole
+from pretrain.evaluation.subject import Subject, open_subjects
+
+QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
+Maps = dict[str, list[Tensor]]
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, look at one checkpoint after the other, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, nargs="+", metavar="FILE", help="any supported checkpoints")
+    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the methods; else what the files say")
+    parser.add_argument("--source", metavar="NAME", help="whose files they are; else found out from each file")
+    parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
+    parser.add_argument("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
+    parser.add_argument("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
+    parser.add_argument("--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)")
+    parser.add_argument("--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
+    options = parser.parse_args(arguments)
+    if options.size < 1 or options.max_images < 1:
+        raise UserError(f"--size {options.size} and --max-images {options.max_images} must be at least 1")
+    queries = [read_place(text) for text in options.query] or QUERIES
+    pictures = read_pictures(options.images, options.max_images)
+    subjects, device = (
+        open_subjects(options.weights, options.backbone, options.names, options.source),
+        choose_device(options.device),
+    )
+
+    colours: Maps = {}
+    cosines: list[Maps] = [{} for _ in pictures]
+    for subject in subjects:
+        grids, features = look(subject, [pixels for _, pixels in pictures], options, device)
+        hidden = background_by_pca(features, grids) if options.foreground else None
+        if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
+            raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
+        colours[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(pca_colours(features, hidden), grids)]
+        for maps, x, grid in zip(cosines, features, grids):
+            maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
+    images = [shown(pixels, options.size) for _, pixels in pictures]
+    found = draw(options, [name for name, _ in pictures], images, queries, colours, cosines)
+    about = {
+        "Images": [f"{len(images)}, shorter side {options.size} px"],
+        "Checkpoints": [s.label for s in subjects],
+        "Layer": [str(options.layer) if options.layer >= 0 else f"{options.layer}, counted from the last"],
+    }
+    file = options.output / "features.html"
+    file.write_text(gallery("Patch features", about, found), encoding="utf-8")
+    print(f"{file}: {len(subjects)} checkpoints, {len(images)} images")
+
+
+def shown(pixels: np.ndarray, short_px: int) -> Tensor:
+    """A picture as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
+    scale = short_px / min(pixels.shape[:2])
+    return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
+
+
+def look(
+    subject: Subject, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
+) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    """Grids (h, w) and patch features [N, D] of each picture, of the layer that is asked for."""
+    backbone = subject.build().to(device)
+    names = layer_names(backbone)
+    if not -len(names) <= options.layer < len(names):
+        raise UserError(f"--layer {options.layer}: {subject.label} has layers 0 to {len(names) - 1} ({names[-1]})")
+    features, patch = Features(backbone, device, nullcontext()), backbone.patch_size
+    grids, found = [], []
+    with frozen(backbone):
+        for pixels in pictures:
+            image = whole(pixels, options.size, patch)
+            grids.append((image.shape[1] // patch, image.shape[2] // patch))
+            found.append(features.layer(image[None], options.layer)[0].cpu())
+    return grids, found
+
+
+def draw(
+    options: argparse.Namespace, names: list[str], images: list[Tensor], queries: list[Place], colours: Maps, cosines: list[Maps]
+) -> list[Shown]:
+    """All figures, with the captions of the page."""
+    caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
+    if options.foreground:
+        caption += " Black: the background, one side of the first component of all patches."
+    found = [keep(pca_figure(images, colours), options.output / "figures", "pca", "Principal components", caption)]
+    for number, (name, image, maps) in enumerate(zip(names, images, cosines), 1):
+        figure = similarity_figure(image, queries, maps)
+        caption = "Cosine similarity of every patch to the one with the red dot; one row a checkpoint."
+        found.append(keep(figure, options.output / "figures", f"similarity-{number}", f"Similarity: {name}", caption))
+    return found
+
+
+if __name__ == "__main__":
+    run(main)
