@@ -9,7 +9,7 @@ import pytest
 import torch
 from tool_fixture import load_tool
 
-import pretrain.export.programs
+import pretrain.export.fixed_size
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -20,7 +20,7 @@ TINY = "vit_tiny_patch16"
 WITH_ALL = dict(pos_encoding="field", n_registers=4, layerscale=0.3)
 ABSENT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)} (pip install 'posfield[export]')")
-EACH_FORMAT = [pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in FORMATS]
+PROGRAMS = [pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in ("torch", "onnx")]
 
 
 def backbone(**flags) -> ViT:
@@ -43,14 +43,14 @@ def read(path: Path):
     return lambda image: dict(zip(names, map(torch.from_numpy, session.run(names, {"image": image.numpy()}))))
 
 
-@pytest.mark.parametrize("format", EACH_FORMAT)
+@pytest.mark.parametrize("format", PROGRAMS)
 @pytest.mark.parametrize(
     "flags, size",
     [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
 def test_a_file_equals_the_backbone(tmp_path, format, flags, size):
-    vit, path = backbone(**flags), tmp_path / "new" / f"backbone{FORMATS[format][0]}"
+    vit, path = backbone(**flags), tmp_path / "new" / f"backbone{FORMATS[format].suffix}"
     told = export(vit, format, size, path)
     run, generator = read(path), torch.Generator().manual_seed(1)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # one file, and nothing beside it
@@ -74,9 +74,9 @@ def test_nothing_is_resampled_inside():
     assert not {"pos_field", "cls_token", "reg_token"} & {name for name, _ in module.named_parameters()}
 
 
-@pytest.mark.parametrize("format", EACH_FORMAT)
+@pytest.mark.parametrize("format", PROGRAMS)
 def test_a_file_says_how_to_feed_it(tmp_path, format):
-    path = tmp_path / f"backbone{FORMATS[format][0]}"
+    path = tmp_path / f"backbone{FORMATS[format].suffix}"
     export(backbone(), format, (32, 48), path)
     if format == "torch":
         extra = {"posfield.json": ""}
@@ -103,18 +103,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             export(vit, format, size, tmp_path / name)
-    monkeypatch.setattr(pretrain.export.programs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrain.export.fixed_size.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"format onnx needs onnx, onnxscript, onnxruntime: pip install 'posfield\[export\]'"):
         export(vit, "onnx", (32, 32), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", EACH_FORMAT)
+@pytest.mark.parametrize("format", PROGRAMS)
 def test_large_features_are_rounded_more(tmp_path, format):
     """Public backbones have norm weights far from 1: rounding is a share of the output, and no error."""
     vit = backbone()
     vit.norm.weight.data *= 1e5
-    assert export(vit, format, (32, 32), tmp_path / f"a{FORMATS[format][0]}") < 1e-5
+    assert export(vit, format, (32, 32), tmp_path / f"a{FORMATS[format].suffix}") < 1e-5
 
 
 def test_a_file_that_differs_is_not_left_behind(tmp_path, monkeypatch):
@@ -163,6 +163,17 @@ def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     tool.main(["--weights", str(folder), "--size", "64", "--output", str(tmp_path / "tuned.pt2")])
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5)
+    card = tmp_path / "card.md"
+    common = ["--weights", str(folder), "--output", str(tmp_path / "tuned.safetensors")]
+    tool.main([*common, "--format", "safetensors", "--size", "64", "--card", str(card)])
+    told = card.read_text()
+    assert "| Fine-tuned | detection, coco-12ep, scaled down (" in told and "Detection" not in told.split("## Results")[0]
+    assert "‡1" in told.split("## Results")[1]  # its own result, as every table marks it
+    tool.main([*common, "--format", "posfield"])
+    again = build_backbone(TINY, tmp_path / "tuned.safetensors").eval()
+    assert torch.equal(again(image).patches, vit(image).patches)
+    with pytest.raises(UserError, match="--source: .*run is a run's folder, which says all that itself"):
+        tool.main([*common, "--source", "timm"])
 
 
 def test_a_detector_without_the_final_norm_is_no_plain_vit(tmp_path, tool):

@@ -1,10 +1,14 @@
-"""Write a backbone as a file that needs none of this code: a torch.export program (.pt2) or ONNX.
+"""Write a backbone as a file that needs none of this code, or as another library's own.
 
 python tools/export_backbone.py --weights run/backbone.safetensors --format onnx --size 1024 --output backbone.onnx
+python tools/export_backbone.py --weights run/backbone.safetensors --format huggingface --output vit_small     (a folder)
+python tools/export_backbone.py --weights dino_deitsmall16_pretrain.pth --format posfield --output dino.safetensors
 python tools/export_backbone.py --weights runs/det --size 1024 --output tuned.pt2     (the backbone of a fine-tuned run)
 
-Input: image [B, 3, H, W], RGB, normalised by the mean and std that the file holds; any batch. Outputs, after the final norm:
-feature_map [B, D, H / p, W / p], cls [B, D], registers [B, R, D] if there are any.
+Formats: torch (.pt2) and onnx, programs of one image size; timm and huggingface, folders with a model card; torchvision and
+safetensors, tensors; posfield, any other method's file as one of ours. What is written is read again by the library that it is for
+and compared with the network before it is kept; how to load it is printed. Features come after the final norm; images are RGB,
+normalised by the mean and std that the file holds.
 """
 
 import sys
@@ -16,11 +20,14 @@ import argparse
 from typing import Any
 
 from pretrain.backbones.vit import ViT
-from pretrain.build import build_backbone
 from pretrain.cli import run
 from pretrain.errors import UserError
-from pretrain.export import FORMATS, export
-from pretrain.weights import backbone_name
+from pretrain.export import FORMATS, export, model_card
+from pretrain.export.card import results_of
+from pretrain.export.converted import build_whole, file_in, given, weights_hash, write_whole
+from pretrain.results.schema import FILE_NAME, Result, read_result
+
+DEFAULT_SIZE_PX = 224
 
 
 def backbone_of_run(folder: Path) -> ViT:
@@ -49,25 +56,79 @@ def backbone_of_run(folder: Path) -> ViT:
     return adapter.vit
 
 
-def main(arguments: list[str]) -> None:
-    """Parse, build, export, print how exact it is."""
+def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
+    """A run's backbone, where it comes from, and what the run itself measured with it."""
+    extra = [name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)]
+    if extra:
+        raise UserError(f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself")
+    vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
+    if not file.is_file():  # it has not ended
+        return vit, {}, []
+    own = read_result(file)
+    told = {key: getattr(own, key) for key in ("method", "effective_epochs", "weights_hash", "config_hash", "seed")}
+    return vit, {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
+
+
+def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
+    """The same of a file of weights, of any supported source."""
+    file, names = options.weights, ("source", "subnet", "patch_size")
+    vit, told = build_whole(file, name=options.backbone, **{name: getattr(options, name) for name in names})
+    same = {weights_hash(file)} if "fine_tuned" in told else {weights_hash(file), told["weights_hash"]}
+    return vit, told, results_of(options.results, same) if options.results else []
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, of which ``size`` becomes (height, width)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="any supported checkpoint, or a run's folder")
+    parser.add_argument("--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ...")
+    parser.add_argument("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
     parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    parser.add_argument("--format", default="torch", help=f"{', '.join(FORMATS)} (%(default)s)")
-    parser.add_argument("--size", type=int, nargs="+", default=[224], metavar="PX", help="side, or height and width (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="*.pt2 or *.onnx")
+    parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)")
+    parser.add_argument("--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s")
+    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help=f"side, or height and width ({DEFAULT_SIZE_PX})")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors or a folder")
+    parser.add_argument("--method", help="what tables and cards call it (as the file says)")
+    parser.add_argument("--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of a format that is no folder")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="RUNS", help="measured with these weights, for the card"
+    )
     options = parser.parse_args(arguments)
-    if len(options.size) > 2:
+    if options.size is not None and len(options.size) > 2:
         raise UserError(f"--size: one side, or height and width; not {' '.join(map(str, options.size))}")
-    height, width = options.size[0], options.size[-1]
+    if options.format == "posfield":
+        for name in ("size", "card", "results"):
+            if getattr(options, name):
+                raise UserError(f"--{name}: has no effect on format posfield")
+    elif options.results and options.card is None and FORMATS[options.format].suffix:
+        raise UserError("--results: they stand in the card; name its file by --card")
+    side = options.size or [DEFAULT_SIZE_PX]
+    options.size = (side[0], side[-1])
+    return options
 
-    if options.weights.is_dir():
-        vit = backbone_of_run(options.weights)
-    else:
-        vit = build_backbone(backbone_name(options.backbone, options.weights), weights=options.weights)
-    difference = export(vit, options.format, (height, width), options.output)
-    print(f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}")
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, export, print how exact it is and how to load it."""
+    options = parse(arguments)
+    is_run = options.weights.is_dir() and file_in(options.weights) is None  # else a folder of another library's
+    vit, told, results = (of_run if is_run else of_file)(options)
+    told |= given(method=options.method, effective_epochs=options.effective_epochs)
+    if options.format == "posfield":
+        print(f"{write_whole(vit, options.output, told)}: every tool takes it as --weights")
+        return
+
+    def card(difference: float) -> str:
+        hashed = None if is_run else weights_hash(options.weights)
+        facts = {"file": options.output.name, "file_hash": hashed, "provenance": told, "results": results}
+        return model_card(vit, options.format, options.size, difference, **facts)
+
+    difference = export(vit, options.format, options.size, options.output, told, card)
+    if options.card is not None:
+        options.card.write_text(card(difference), encoding="utf-8")
+    height, width = options.size
+    print(f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n")
+    print(FORMATS[options.format].use(vit, options.size, str(options.output)).code)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,100 @@
 """Any supported file of weights as one of ours: ``backbone.safetensors``, with every build flag and its origin in the metadata."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
+from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
 from pretrain.weights import backbone_name, read_checkpoint, save_backbone
+from pretrain.weights.container import IN_FOLDER
+from pretrain.weights.layout import registry_name
+
+
+def weights_hash(weights: str | Path) -> str:
+    """:func:`pretrain.results.file_hash` of a file of weights, or of the one that is read of a folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return file_hash(file_in(weights) or weights)
+
+
+def file_in(folder: str | Path) -> Path | None:
+    """The file of weights in a folder as other libraries leave it; none where there is none, as in a fine-tuning run's."""
+    return next((Path(folder) / name for name in IN_FOLDER if (Path(folder) / name).exists()), None)
+
+
+def build_whole(
+    weights: str | Path,
+    *,
+    name: str | None = None,
+    source: str | None = None,
+    subnet: str | None = None,
+    patch_size: int | None = None,
+) -> tuple[ViT, dict[str, Any]]:
+    """The network of any supported weights, with its mask tokens if it has any, and what the file says of itself.
+
+    Args:
+        name, source, subnet, patch_size: those of :func:`pretrain.build.build_backbone`; none: as the file says.
+
+    Returns:
+        the ViT, and its provenance, with the hash of the file (of a converted file: the original's).
+
+    Raises:
+        UserError: all that :func:`pretrain.build.build_backbone` raises.
+    """
+    found = read_checkpoint(weights, source, subnet)
+    flags: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
+    if found.flags.get("mask_tokens"):
+        flags["mask_tokens"] = True  # pre-training goes on with them, and the position probe asks them
+    vit = build_backbone(backbone_name(name, weights, source), weights, source=source, subnet=subnet, **flags)
+    told: dict[str, Any] = {"weights_hash": weights_hash(weights), **found.provenance}
+    if subnet is not None:
+        told["subnet"] = subnet
+    if vit.patch_size != found.flags["patch_size"]:
+        told["patch_size_before"] = found.flags["patch_size"]
+    return vit, told
+
+
+def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> Path:
+    """A network as a file of ours, replaced in one step.
+
+    Raises:
+        UserError: an output of another suffix; a width that no registered backbone has.
+    """
+    if Path(output).suffix != ".safetensors":
+        raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
+    name = registry_name(vit.embed_dim, vit.n_registers)
+    if name is None:
+        raise UserError(f"output: {output} would be {vit.embed_dim} wide, as no registered backbone is")
+    return save_backbone(output, vit.state_dict(), name=name, flags=vit.flags, provenance=provenance)
 
 
 def convert(
     weights: str | Path,
     output: str | Path,
     *,
-    name: str | None = None,
-    source: str | None = None,
-    subnet: str | None = None,
-    patch_size: int | None = None,
     method: str | None = None,
     effective_epochs: float | None = None,
+    **asked: Any,
 ) -> Path:
     """Write ``weights`` as a file that every part of posfield reads without being told what it is.
 
     Args:
         output: ``*.safetensors``, replaced in one step.
-        name, source, subnet, patch_size: those of :func:`pretrain.build.build_backbone`; none: as the file says.
         method, effective_epochs: what tables write of it; none: what the source says.
+        asked: ``name``, ``source``, ``subnet``, ``patch_size``, see :func:`build_whole`.
 
     Raises:
-        UserError: all that :func:`pretrain.build.build_backbone` raises.
+        UserError: all that :func:`build_whole` and :func:`write_whole` raise.
     """
-    found = read_checkpoint(weights, source, subnet)
-    name = backbone_name(name, weights, source)
-    flags: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
-    vit = build_backbone(name, weights, source=source, subnet=subnet, **flags)
-    provenance = {**found.provenance, "weights_hash": file_hash(weights)}
-    if patch_size not in (None, found.flags["patch_size"]):
-        provenance["patch_size_before"] = found.flags["patch_size"]
-    if method is not None:
-        provenance["method"] = method
-    if effective_epochs is not None:
-        provenance["effective_epochs"] = effective_epochs
-    return save_backbone(output, vit.state_dict(), name=name, flags=vit.flags, provenance=provenance)
+    vit, told = build_whole(weights, **asked)
+    return write_whole(vit, output, told | given(method=method, effective_epochs=effective_epochs))
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not none."""
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,22 +1,33 @@
-"""Open a file of weights without running anything in it: safetensors, a pickle of plain tensors, or a folder that holds one.
+"""Open a file of weights without running anything in it: safetensors, torch's or Flax's, or a folder that holds one.
 
-What is inside stays as it is: which tensors they are is for the sources (:mod:`pretrain.weights.sources`) to say.
+What a file is, its first bytes say. What is inside stays as it is: which tensors they are is for the sources
+(:mod:`pretrain.weights.sources`) to say.
 """
 
-import argparse
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.weights import flax_file, torch_file
+from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 
 WRAPPERS = ("state_dict", "model")  # of a flat state dict, in files that hold no more than that
+INDEX = ".index.json"  # of files in several parts
+IN_FOLDER = (
+    "model.safetensors",
+    "model.safetensors" + INDEX,
+    "pytorch_model.bin",
+    "pytorch_model.bin" + INDEX,
+    "backbone.safetensors",
+)
+DESCRIBED = (".safetensors", ".bin", INDEX)  # files that may have a config.json beside them; one beside a .pth is another's
 
 
 @dataclass(frozen=True)
@@ -52,49 +63,97 @@ class Container:
 
 def is_state(content: Any) -> bool:
     """Whether this is a non-empty dictionary of names and tensors."""
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
 
 
 def open_container(path: str | Path) -> Container:
-    """Open ``path`` on the CPU.
+    """Open ``path`` on the CPU: a file, or a folder as Hugging Face's ``save_pretrained`` leaves it.
 
     Raises:
-        UserError: no such file, unreadable, or not of plain tensors.
+        UserError: no such file, unreadable, not of plain tensors, or beyond the bounds of :mod:`pretrain.weights.limits`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights: no file {path}")
-    if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
-        return Container(path, state, metadata, _json_beside(path, "config.json"), _json_beside(path, "preprocessor_config.json"))
-    return Container(path, _read_pickle(path))
+    file = _weights_in(path) if path.is_dir() else path
+    n_bytes = check_regular(file)
+    tree: Mapping[str, Any]
+    metadata: dict[str, str] = {}
+    if file.name.endswith(INDEX):
+        tree, n_bytes = _read_shards(file)
+    else:
+        tree, metadata = _read(file)
+    check_tensors(path, tree, n_bytes)
+    if not file.name.endswith(DESCRIBED):
+        return Container(path, tree, metadata)
+    beside = [_read_json(file.with_name(name)) for name in ("config.json", "preprocessor_config.json")]
+    return Container(path, tree, metadata, *beside)
 
 
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    beside = path.parent / name
-    if not beside.is_file():
-        return {}
+def _weights_in(folder: Path) -> Path:
+    for name in IN_FOLDER:
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"weights: folder {folder} holds none of {', '.join(IN_FOLDER)}")
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """One file's content, and its metadata."""
     try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"weights: {beside} is no readable JSON ({error})") from error
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise UserError(f"weights: {path} cannot be read ({error.strerror})") from error
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return _read_safetensors(path, head)
+    if head.startswith((torch_file.ZIP, torch_file.LEGACY)):
+        content = torch_file.read_torch_file(path)
+        if not isinstance(content, Mapping):
+            raise UserError(f"weights: {path} holds a {type(content).__name__}, no dictionary of tensors")
+        return content, {}
+    if head[0] in flax_file.STARTS:
+        return flax_file.read_flax_file(path), {}
+    raise UserError(f"weights: {path} is no file of weights: it begins neither as safetensors' nor torch's nor Flax's do")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A dictionary; empty without the file."""
+    if not path.exists():
+        return {}
+    if check_regular(path) > MAX_JSON_BYTES:
+        raise UserError(f"weights: {path} has more than {MAX_JSON_BYTES} bytes, no description of a network")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"weights: {path} is no readable JSON ({str(error)[:100]})") from error
     return content if isinstance(content, dict) else {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if len(head) >= 8 and struct.unpack("<Q", head[:8])[0] > MAX_HEADER_BYTES:
+        raise UserError(f"weights: {path} is no readable safetensors file (a header of more than {MAX_HEADER_BYTES} bytes)")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"weights: {path} is no readable safetensors file ({error})") from error
+    except Exception as error:  # SafetensorError, OSError; and where torch takes a type that it does not have, any
+        reason = error if isinstance(error, SafetensorError | OSError) else type(error).__name__
+        raise UserError(f"weights: {path} is no readable safetensors file ({str(reason)[:200]})") from error
 
 
-def _read_pickle(path: Path) -> Mapping[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes the unpickler fails in any way: KeyError, IndexError, struct.error, ...
-        raise UserError(f"weights: {path} is no checkpoint of plain tensors ({type(error).__name__})") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"weights: {path} holds no flat state dict")
-    return content
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors of all parts that an index names, each part in the same folder; and the bytes of the parts."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+        raise UserError(f"weights: {index} names no files of its own folder")
+    state: dict[str, Tensor] = {}
+    n_bytes = 0
+    for name in sorted(set(places.values())):
+        part = index.with_name(name)
+        n_bytes += check_regular(part)
+        tensors, _ = _read(part)
+        expected = {key for key, place in places.items() if place == name}
+        if expected != tensors.keys():
+            differing = ", ".join(sorted(map(str, expected ^ tensors.keys()))[:5])
+            raise UserError(f"weights: {part} is not the part that {index.name} describes: {differing}")
+        state.update(tensors)
+    return state, n_bytes

@@ -28,7 +28,7 @@ def without(state: Mapping[str, Tensor], *starts: str) -> dict[str, Tensor]:
 def depth_of(state: Mapping[str, Tensor]) -> int:
     """Number of blocks, by the highest ``blocks.N``; 0 without any."""
     numbers = [key.split(".")[1] for key in state if key.startswith("blocks.")]
-    return 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)
+    return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=-1)
 
 
 def registry_name(width: int, n_registers: int = 0) -> str | None:
@@ -50,19 +50,25 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
     Raises:
         UserError: tensors that no ViT can do without are absent, or have shapes that fit no ViT; by name.
     """
-    needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-    if absent := [key for key in needed if key not in state]:
-        raise UserError(f"weights: {path}, read as {source}: no tensor {', '.join(absent)}")
-    kernel = state["patch_embed.proj.weight"]
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
-        raise UserError(f"weights: {path}, read as {source}: patch_embed.proj.weight is {tuple(kernel.shape)}, no square patch")
+    read_as = f"weights: {path}, read as {source}"
+    kernel = _shaped(state, "patch_embed.proj.weight", 4, read_as)
+    if kernel.shape[2] != kernel.shape[3] or not kernel.shape[0]:
+        raise UserError(f"{read_as}: patch_embed.proj.weight is {tuple(kernel.shape)}, no square patch")
     width, has_cls = kernel.shape[0], "cls_token" in state
-    n_registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    depth = depth_of(state)
+    if len({key.split(".")[1] for key in state if key.startswith("blocks.")}) < max(depth, 1):
+        absent = next(i for i in range(max(depth, 1)) if not any(key.startswith(f"blocks.{i}.") for key in state))
+        raise UserError(f"{read_as}: no tensor of blocks.{absent}, but there are {depth} blocks")
+    _shaped(state, "blocks.0.attn.qkv.weight", 2, read_as)
+    hidden = _shaped(state, "blocks.0.mlp.fc1.weight", 2, read_as).shape[0]
+    if _shaped(state, "blocks.0.mlp.fc2.weight", 2, read_as).shape[1] * 2 == hidden:
+        raise UserError(f"{read_as}: its MLPs are gated (SwiGLU): a network that is none of ours")
+    n_registers = _shaped(state, "reg_token", 3, read_as).shape[1] if "reg_token" in state else 0
     found: dict[str, Any] = dict(
         embed_dim=width,
-        depth=depth_of(state),
+        depth=depth,
         num_heads=width // HEAD_DIM,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=hidden / width,
         patch_size=kernel.shape[2],
         n_registers=n_registers,
         has_cls=has_cls,
@@ -72,10 +78,19 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
         mask_tokens="mask_token" in state and "pos_mask_token" in state,
     )
     if "pos_embed" in state:
-        rows = state["pos_embed"].shape[1] - has_cls
-        if math.isqrt(rows) ** 2 != rows:
+        rows = _shaped(state, "pos_embed", 3, read_as).shape[1] - has_cls
+        if rows < 1 or math.isqrt(rows) ** 2 != rows:
             what = "1 + a square grid" if has_cls else "a square grid"
-            raise UserError(f"weights: {path}, read as {source}: pos_embed has {rows + has_cls} positions, not {what}")
+            raise UserError(f"{read_as}: pos_embed has {rows + has_cls} positions, not {what}")
         found["pos_grid"] = math.isqrt(rows)
     provenance = {"source": source, "method": method}
     return Checkpoint(path, state, {**found, **flags}, registry_name(width, n_registers), provenance)
+
+
+def _shaped(state: Mapping[str, Tensor], key: str, n_dims: int, read_as: str) -> Tensor:
+    """A tensor that a ViT cannot do without, of as many dimensions as it has there."""
+    if key not in state:
+        raise UserError(f"{read_as}: no tensor {key}")
+    if state[key].ndim != n_dims:
+        raise UserError(f"{read_as}: {key} is {tuple(state[key].shape)}, not of {n_dims} dimensions")
+    return state[key]

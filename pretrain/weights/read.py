@@ -4,14 +4,20 @@ Nothing in a file is executed, and nothing in it is dropped silently: a tensor t
 error that names it.
 """
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
-from pretrain.weights.container import Container, open_container
-from pretrain.weights.sources import SOURCES, Evidence, Source
+from pretrain.weights.container import Container, is_state, open_container
+from pretrain.weights.limits import sound
+from pretrain.weights.sources import SOURCES, Evidence, Source, refused
 
 TRAINING_ONLY = ("mask_token", "pos_mask_token")  # read by pre-training and position probes, dropped elsewhere
 
@@ -25,17 +31,28 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
         subnet: ``teacher`` | ``student``, where the file holds both; none: the one that its method evaluates.
 
     Raises:
-        UserError: no such file, unreadable, of no supported layout, or of an architecture that is not a plain ViT.
+        UserError: no such file, unreadable, of no supported layout, of an architecture that is not a plain ViT, or of numbers that
+            are no weights (integers, NaN, infinity).
     """
     if subnet not in (None, "teacher", "student"):
         raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
-    return find_source(file, source).convert(file, subnet)
+    checkpoint = find_source(file, source).convert(file, subnet)
+    return replace(checkpoint, state=sound(checkpoint), provenance={**checkpoint.provenance, **_exported(file)})
+
+
+def _exported(file: Container) -> dict[str, Any]:
+    """What an export of ours (:mod:`pretrain.export`) says of its weights: its class alone may be DINOv2's, and it none."""
+    try:
+        told = json.loads(file.metadata.get("posfield", "{}"))["provenance"]
+        return {key: value for key, value in told.items() if key != "source" and isinstance(value, str | int | float)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def source_names() -> list[str]:
-    """All that ``source=`` takes."""
-    return [source.name for source in SOURCES]
+    """All that ``source=`` takes and that can be read."""
+    return [source.name for source in SOURCES if source not in refused.SOURCES]
 
 
 def find_source(file: Container, name: str | None = None) -> Source:
@@ -52,9 +69,20 @@ def find_source(file: Container, name: str | None = None) -> Source:
     evidence = [source.recognise(file) for source in SOURCES]
     best = max(evidence)
     if best == Evidence.NONE:
-        shown = ", ".join(map(repr, list(file.tree)[:5]))
-        raise UserError(f"weights: {file.path} is of no supported layout; it holds {shown}, ...; see pretrain/weights/README.md")
+        names = ", ".join(source_names())
+        raise UserError(f"weights: {file.path} is of no supported layout; it holds {_shown(file)}; source= takes {names}")
     return SOURCES[evidence.index(best)]
+
+
+def _shown(file: Container, n: int = 6) -> str:
+    """The first names in a file, of dictionaries of tensors with the first names in them."""
+
+    def told() -> Iterator[str]:
+        for key, value in file.tree.items():
+            inner = f": {{{', '.join(map(str, islice(value, 3)))}, ...}}" if is_state(value) else ""
+            yield f"{str(key)[:60]!r}{inner[:200]}".replace("\n", " ")
+
+    return ", ".join(islice(told(), n)) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
 
 
 def backbone_name(name: str | None, weights: str | Path | None, source: str | None = None) -> str:

@@ -1,5 +1,245 @@
-"""(being written)"""
+"""DINO, and the methods whose code grew from it and kept its files: iBOT, Mugs, CrIBo, CrOC (:mod:`.patchwise` has two more).
 
-from pretrain.weights.sources.source import Source
+A full checkpoint (``main_dino.py``) is ``{student: module.*, teacher, optimizer, epoch, args, ...}``, each network ``backbone.*``
+and its heads; a backbone alone is flat, at the top (DINO) or under ``state_dict`` (iBOT, Mugs), and nothing in it says whose it
+is. All of them evaluate the teacher, and resample positions by scale factors (n + 0.1) / G.
+"""
 
-SOURCES: tuple[Source, ...] = ()
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container, is_state
+from pretrain.weights.layout import plain_vit, strip, without
+from pretrain.weights.sources.source import Evidence, Source
+
+State = dict[str, Tensor]
+NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
+# What tells the files apart: (the sources that have it, an entry of the full checkpoint or the start of a tensor's name).
+MARKS = (
+    (("ibot",), "ibot_loss"),
+    (("ibot",), "masked_embed"),
+    (("ibot",), "blocks.0.gamma_1"),
+    (("mugs",), "student_mem"),
+    (("mugs",), "relation_blocks."),
+    (("cribo",), "centroids_queue_cpu"),
+    (("croc",), "croc_loss"),
+    (("cribo", "croc"), "head.last_layer_c."),
+    (("selfpatch",), "ca_head."),
+    (("flsl",), "flsl_loss"),
+    (("dinov2",), "blocks.0.ls1."),
+    (("dinov2",), "register_tokens"),
+    (("dinov2",), "dino_head."),
+    (("dinov2", "mae", "droppos", "lomar"), "mask_token"),
+    (("timm",), "reg_token"),
+    (("posfield",), "pos_mask_token"),
+    (("neco", "leopart"), "projection_head."),
+    (("mae", "droppos"), "decoder_embed."),
+    (("droppos",), "mask_pos_token"),
+    (("lomar",), "blocks.0.attn.rpe_"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method whose full checkpoint is DINO's.
+
+    Attributes:
+        source, method: see :class:`pretrain.weights.sources.source.Source`.
+        file_name: pattern of the public files' names.
+        heads: starts of names beside ``backbone.*`` that are no part of it.
+        unused: likewise, inside the backbone.
+        needed: tensors that its backbone has, over what any ViT has.
+        lacking: starts of names that it has not.
+        renamed: from the backbone's name of a tensor to ours.
+    """
+
+    source: str
+    method: str
+    file_name: str
+    heads: tuple[str, ...] = ("head.",)
+    unused: tuple[str, ...] = ()
+    needed: tuple[str, ...] = NEEDED
+    lacking: tuple[str, ...] = ()
+    renamed: Callable[[str], str] = str
+
+
+def recognise(method: Method, file: Container) -> Evidence:
+    """By what only this method's files hold, else by the file's name; DINO's own full checkpoints are those without such marks."""
+    networks, marks = networks_of(file), marks_of(file)
+    if any((method.source,) == sources for sources, _ in marks):
+        return Evidence.MARKED
+    if any(method.source not in sources for sources, _ in marks) or not networks:
+        return Evidence.NONE
+    if method.source == "dino" and "dino_loss" in file.tree and not marks:
+        return Evidence.MARKED
+    if not all(fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
+        return Evidence.NONE
+    if is_named(file, method.file_name):
+        return Evidence.NAMED
+    return Evidence.POSSIBLE if "" in networks or (method.source == "dino" and not marks) else Evidence.NONE
+
+
+def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
+    """The teacher's backbone unless the student's is asked for; positions resampled as DINO does."""
+    read_as = f"weights: {file.path}, read as {method.source}"
+    for sources, mark in marks_of(file):
+        if method.source not in sources:
+            raise UserError(f"{read_as}: {mark} is found in files of {' and '.join(sources)}, not of {method.method}")
+    networks = {
+        name: {method.renamed(key): value for key, value in inside_of(state, method.heads, method.unused, read_as).items()}
+        for name, state in networks_of(file).items()
+    }
+    if not networks:
+        raise UserError(f"{read_as}: no teacher, no student and no flat state dict")
+    name, state = choose(networks, subnet, "teacher", read_as)
+    checkpoint = whole_vit(file, state, method.source, method.method, needed=method.needed, lacking=method.lacking)
+    if len(networks) == 2:
+        _agree(networks["teacher"], networks["student"], read_as)
+    return with_origin(checkpoint, file, name)
+
+
+def source_of(method: Method) -> Source:
+    """The method as a source."""
+    return Source(method.source, method.method, partial(recognise, method), partial(convert, method))
+
+
+def networks_of(file: Container) -> dict[str, State]:
+    """{teacher: ..., student: ...} of a full checkpoint, as far as they are there; {"": ...} of a flat state dict."""
+    found = {name: dict(file.tree[name]) for name in ("teacher", "student") if is_state(file.tree.get(name))}
+    return found or ({"": file.flat} if file.flat else {})
+
+
+def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
+    """Those of :data:`MARKS` that the file bears."""
+    names = {str(key) for key in file.tree} if not file.flat else set()
+    for state in networks_of(file).values():
+        names.update(re.sub(r"^(module\.)?(backbone\.)?", "", key) for key in state)
+    return [(sources, mark) for sources, mark in MARKS if any(name.startswith(mark) for name in names)]
+
+
+def is_named(file: Container, pattern: str) -> bool:
+    """Whether the file's name has a word of this pattern."""
+    return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", file.path.stem.lower()) is not None
+
+
+def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
+    """Whether a backbone has this method's tensors, and learned positions of a square grid."""
+    if not all(key in state for key in (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")):
+        return False
+    positions, has_cls = state["pos_embed"], "cls_token" in state
+    if positions.ndim != 3 or starts_with_zero(positions) or any(key.startswith(method.lacking) for key in state):
+        return False
+    rows = positions.shape[1] - has_cls
+    return rows > 0 and math.isqrt(rows) ** 2 == rows
+
+
+def starts_with_zero(positions: Tensor) -> bool:
+    """Whether the first position is exactly zero, as that of [CLS] in a fixed sin-cos table (MAE and its kin)."""
+    return positions.ndim == 3 and positions.shape[1] > 0 and not positions[:, 0].any()
+
+
+def backbone_of(state: Mapping[str, Tensor], unused: tuple[str, ...] = ()) -> tuple[State, State]:
+    """What is inside the backbone, without ``unused``, and what is beside it; the wrappers' prefixes are stripped."""
+    if all(key.startswith("module.") for key in state):
+        state = strip(state, "module.")
+    inside = strip(state, "backbone.")
+    if not inside:
+        return without(state, "head.", *unused), {}  # a backbone alone, perhaps with a classifier
+    return without(inside, *unused), without(state, "backbone.")
+
+
+def inside_of(state: State, heads: tuple[str, ...], unused: tuple[str, ...], read_as: str) -> State:
+    """The backbone; what is beside it has to be one of ``heads``.
+
+    Raises:
+        UserError: names what is not.
+    """
+    inside, beside = backbone_of(state, unused)
+    if unknown := list(without(beside, *heads)):
+        raise UserError(f"{read_as}: left over {', '.join(unknown[:8])}")
+    return inside
+
+
+def choose(networks: Mapping[str, State], subnet: str | None, default: str, read_as: str) -> tuple[str, State]:
+    """The network that is asked for, else ``default``, else the only one, with its name ("" where the file tells none).
+
+    Raises:
+        UserError: it is not there.
+    """
+    name = subnet or (default if default in networks else next(iter(networks)))
+    if name not in networks:
+        there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
+        raise UserError(f"{read_as}: subnet {name} is not there; the file holds {there}")
+    return name, networks[name]
+
+
+def whole_vit(
+    file: Container,
+    state: State,
+    source: str,
+    method: str,
+    *,
+    needed: tuple[str, ...],
+    lacking: tuple[str, ...] = (),
+    interpolation: str = "dinov2",
+) -> Checkpoint:
+    """:func:`pretrain.weights.layout.plain_vit` of a backbone that is all there.
+
+    What is missing would change the network that is built, so it is asked for here: a ViT without its ``norm`` is another ViT.
+
+    Args:
+        needed: tensors beside the blocks and the patch embedding.
+        lacking: starts of names that such a backbone has not.
+        interpolation: ``pos_interpolation``.
+
+    Raises:
+        UserError: a tensor is missing, too many, or of a shape that fits no such ViT; by name.
+    """
+    read_as = f"weights: {file.path}, read as {source}"
+    if absent := [key for key in needed if key not in state]:
+        raise UserError(f"{read_as}: no tensor {', '.join(absent)}")
+    if foreign := [key for key in state if key.startswith(lacking)]:
+        raise UserError(f"{read_as}: there is {', '.join(foreign[:8])}, which {method} has not")
+    if interpolation == "dinov2" and starts_with_zero(state["pos_embed"]):
+        raise UserError(f"{read_as}: the first position in pos_embed is zero, as in MAE's fixed table; {method}'s are learned")
+    return plain_vit(file.path, state, source, method, pos_interpolation=interpolation)
+
+
+def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpoint:
+    """With which network it is, and the file's own epoch counter, where it tells them."""
+    origin: dict[str, str | int] = {"subnet": subnet} if subnet else {}
+    if type(epoch := file.tree.get("epoch")) is int:
+        origin["epoch"] = epoch
+    return replace(checkpoint, provenance={**checkpoint.provenance, **origin})
+
+
+def _agree(teacher: State, student: State, read_as: str) -> None:
+    """Teacher and student are one network twice; only the student has a mask token."""
+    shapes = [{key: tuple(value.shape) for key, value in state.items() if key != "mask_token"} for state in (teacher, student)]
+    if differing := sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise UserError(f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}")
+
+
+def _ibot_name(key: str) -> str:
+    """LayerScale is ``gamma_1`` and ``gamma_2`` (``models/vision_transformer.py``), the mask token [1, D] the student's alone."""
+    if key == "masked_embed":
+        return "mask_token"
+    return re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
+
+
+MUGS_HEADS = ("instance_head.", "local_group_head.", "group_head.")
+METHODS = (
+    Method("dino", "DINO", "dino"),
+    Method("ibot", "iBOT", "ibot", renamed=_ibot_name),
+    Method("mugs", "Mugs", r"mugs|vit_(?:small|base|large)_backbone_\d+ep", heads=MUGS_HEADS, unused=("relation_blocks.",)),
+    Method("cribo", "CrIBo", "cribo"),
+    Method("croc", "CrOC", "croc"),
+)
+SOURCES = tuple(source_of(method) for method in METHODS)

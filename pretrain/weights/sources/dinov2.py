@@ -1,5 +1,78 @@
-"""(being written)"""
+"""DINOv2, with and without registers: the published backbones, and what its training leaves.
 
-from pretrain.weights.sources.source import Source
+Published: flat, with ``mask_token`` [1, D], a grid of 37 x 37 positions, patches of 14 px and LayerScale ``ls1/2.gamma``;
+``register_tokens`` [1, R, D] enter between [CLS] and the patches after positions are added, as ours. Training:
+``{teacher: {backbone.*, dino_head.*, ibot_head.*}}``, or ``{model: {student.*, teacher.*}}``, with blocks in chunks
+(``blocks.CHUNK.N.*``). Positions are resampled by scale factor; with registers by size, antialiased (``dinov2/hub/backbones.py``).
+"""
 
-SOURCES: tuple[Source, ...] = ()
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container, is_state
+from pretrain.weights.layout import plain_vit, strip
+from pretrain.weights.sources.source import Evidence, Source
+
+OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")  # all that is published
+NETWORKS = ("teacher", "student")
+HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
+CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
+
+
+def recognise(file: Container) -> Evidence:
+    """By the heads of its training; of a backbone alone, which others have tuned, by the file's name."""
+    if any(_training(file, name) and any(head in key for key in _network(file, name) for head in HEADS) for name in NETWORKS):
+        return Evidence.MARKED
+    state = file.flat
+    needed = ("mask_token", "cls_token", "pos_embed", "patch_embed.proj.weight")
+    if not all(key in state for key in needed) or not all(key.startswith(OWN) for key in state):
+        return Evidence.NONE
+    if state["mask_token"].ndim != 2 or "pos_mask_token" in state:
+        return Evidence.NONE
+    return Evidence.NAMED if file.path.name.startswith("dinov2") else Evidence.POSSIBLE
+
+
+def convert(file: Container, subnet: str | None) -> Checkpoint:
+    """The published backbone, or of a training the teacher's (default) or the student's."""
+    state = _training(file, subnet or "teacher")
+    if not state and subnet != "student":
+        state = file.flat
+    if not state:
+        raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {subnet or 'teacher'}, and no flat state dict")
+    if any(".mlp.w12." in key or ".mlp.w3." in key for key in state):
+        raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours")
+    state = {_unchunked(key): value for key, value in state.items()}
+    has_registers = "register_tokens" in state
+    if has_registers:
+        state["reg_token"] = state.pop("register_tokens")
+    rule, method = ("bicubic_antialias", "DINOv2-reg") if has_registers else ("dinov2", "DINOv2")
+    return plain_vit(file.path, state, "dinov2", method, pos_interpolation=rule)
+
+
+def _network(file: Container, network: str) -> dict[str, Tensor]:
+    """One network of a training, under a key of its own or among the keys."""
+    tree: Any = file.tree.get(network)
+    return dict(tree) if is_state(tree) else strip(file.flat, network + ".")
+
+
+def _training(file: Container, network: str) -> Mapping[str, Tensor]:
+    """Backbone of one network of a training, or nothing."""
+    state = _network(file, network)
+    if state and all(key.startswith("module.") for key in state):
+        state = strip(state, "module.")
+    unknown = {key: value for key, value in state.items() if not key.startswith(("backbone.", *HEADS))}
+    backbone = strip(state, "backbone.")
+    return {**backbone, **unknown} if backbone else {}
+
+
+def _unchunked(key: str) -> str:
+    """A block bears its number in the network inside its chunk, too."""
+    return CHUNK.sub(r"blocks.\1.", key)
+
+
+SOURCES = (Source("dinov2", "DINOv2", recognise, convert),)

@@ -1,5 +1,147 @@
-"""(being written)"""
+"""Hugging Face's ViTModel, ViTMAEModel, ViTMSNModel, Dinov2Model, Dinov2WithRegistersModel, alone or in a model with a head.
 
-from pretrain.weights.sources.source import Source
+As ``save_pretrained`` leaves them (``encoder.layer.N.attention.attention.query``, ...) or as transformers 5 names them in memory
+(``layers.N.attention.q_proj``, ...). ``config.json`` beside the file says what no tensor does; without it: LayerNorm's epsilon is
+1e-12 for ViT and MAE, 1e-6 for DINOv2, heads are of 64 channels, the activation is the exact GELU, pixels are ImageNet's.
+Positions are resampled bicubically by size, antialiased with registers (``interpolate_pos_encoding``).
+"""
 
-SOURCES: tuple[Source, ...] = ()
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container
+from pretrain.weights.layout import HEAD_DIM, plain_vit
+from pretrain.weights.normalisation import with_imagenet_pixels
+from pretrain.weights.sources.source import Evidence, Source
+
+MARK = "embeddings.patch_embeddings.projection.weight"
+PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone in a model with a head
+HEADS = ("pooler.", "classifier.", "decoder.")  # dropped
+METHODS = {
+    "vit": "ViT",
+    "vit_mae": "MAE",
+    "vit_msn": "MSN",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2-reg",
+}
+GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+RESCALED = 1 / 255
+RENAMED = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.mask_token", "mask_token"),
+    (r"embeddings\.register_tokens", "reg_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
+    (r"layernorm\.(weight|bias)", r"norm.\1"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.(.*)", r"blocks.\1.\2"),
+    (r"(blocks\.\d+)\.(?:layernorm_before|norm1)\.(.*)", r"\1.norm1.\2"),
+    (r"(blocks\.\d+)\.(?:layernorm_after|norm2)\.(.*)", r"\1.norm2.\2"),
+    (r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.(.*)", r"\1.attn.\2.\3"),
+    (r"(blocks\.\d+)\.attention\.q_proj\.(.*)", r"\1.attn.query.\2"),
+    (r"(blocks\.\d+)\.attention\.k_proj\.(.*)", r"\1.attn.key.\2"),
+    (r"(blocks\.\d+)\.attention\.v_proj\.(.*)", r"\1.attn.value.\2"),
+    (r"(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\.(.*)", r"\1.attn.proj.\2"),
+    (r"(blocks\.\d+)\.intermediate\.dense\.(.*)", r"\1.mlp.fc1.\2"),
+    (r"(blocks\.\d+)\.output\.dense\.(.*)", r"\1.mlp.fc2.\2"),
+    (r"(blocks\.\d+)\.layer_scale([12])\.lambda1", r"\1.ls\2.gamma"),
+)
+
+
+def recognise(file: Container) -> Evidence:
+    """By the name of the patch projection, which is Hugging Face's alone."""
+    return Evidence.MARKED if any(prefix + MARK in file.flat for prefix in PREFIXES) else Evidence.NONE
+
+
+def convert(file: Container, subnet: str | None) -> Checkpoint:
+    """The backbone of the model; its heads are dropped."""
+    prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
+    if prefix is None:
+        raise UserError(f"weights: {file.path}, read as huggingface: no tensor {MARK}")
+    state = {_ours(key.removeprefix(prefix)): value for key, value in file.flat.items() if not key.startswith(HEADS)}
+    state = {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    model_type = _model_type(file, state)
+    _refuse_others(file, state, model_type)
+    for block in [key.removesuffix("attn.query.weight") for key in state if key.endswith("attn.query.weight")]:
+        _fuse(file, state, block)
+    if "mask_token" in state:
+        state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT
+    checkpoint = plain_vit(
+        file.path,
+        state,
+        "huggingface",
+        METHODS[model_type],
+        num_heads=file.config.get("num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM),
+        ln_eps=file.config.get("layer_norm_eps", 1e-6 if model_type.startswith("dinov2") else 1e-12),
+        gelu=GELUS[file.config.get("hidden_act", "gelu")],
+        pos_interpolation="bicubic_antialias" if "reg_token" in state else "bicubic",
+    )
+    return _with_pixels(file, checkpoint)
+
+
+def _ours(key: str) -> str:
+    for pattern, name in RENAMED:
+        key = re.sub(f"^{pattern}$", name, key)
+    return key
+
+
+def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
+    """What the config says, else the tensors."""
+    told = file.config.get("model_type")
+    if told is None:
+        return "dinov2_with_registers" if "reg_token" in state else "dinov2" if "blocks.0.ls1.gamma" in state else "vit"
+    if not isinstance(told, str) or told not in METHODS:
+        raise UserError(f"weights: {file.path} is a network of type {told!r}; read are {', '.join(METHODS)}")
+    return told
+
+
+def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str) -> None:
+    """Networks that differ where no tensor's name shows it."""
+    config = file.config
+    if config.get("use_swiglu_ffn") or any(".mlp.weights_in." in key for key in state):
+        raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant: a network that is none of ours")
+    activation = config.get("hidden_act", "gelu")
+    if not isinstance(activation, str) or activation not in GELUS:
+        raise UserError(f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}")
+    eps, heads = config.get("layer_norm_eps", 1e-6), config.get("num_attention_heads", 1)
+    if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(heads, int):
+        raise UserError(
+            f"weights: {file.path}: layer_norm_eps {eps!r}, num_attention_heads {heads!r} in config.json are no numbers of a ViT"
+        )
+    kernel = state.get("patch_embed.proj.weight")
+    if "patch_size" in config and kernel is not None and kernel.ndim == 4 and config["patch_size"] != kernel.shape[-1]:
+        raise UserError(f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}")
+
+
+def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
+    """Query, key and value of a block in one projection; without biases (``qkv_bias: false``) with zeros."""
+    names = [f"{block}attn.{part}" for part in ("query", "key", "value")]
+    weights = [state.pop(f"{name}.weight", None) for name in names]
+    biases = [state.pop(f"{name}.bias", None) for name in names]
+    if file.config.get("qkv_bias") is False and biases == [None] * 3 and weights[0] is not None:
+        biases = [weights[0].new_zeros(weights[0].shape[0])] * 3
+    for kind, parts in (("weight", weights), ("bias", biases)):
+        if absent := [f"{name}.{kind}" for name, part in zip(names, parts) if part is None]:
+            raise UserError(f"weights: {file.path}, read as huggingface: no tensor {absent[0]}")
+        if len({part.shape for part in parts if part is not None}) > 1:
+            raise UserError(f"weights: {file.path}, read as huggingface: {names[0]}.{kind}, key and value are of several shapes")
+        state[f"{block}attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
+
+
+def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:
+    """The normalisation that preprocessor_config.json says."""
+    told = file.preprocessor
+    if "image_mean" not in told or "image_std" not in told:
+        return checkpoint
+    if told.get("do_rescale") is False or abs(told.get("rescale_factor", RESCALED) - RESCALED) > 1e-8:
+        raise UserError(f"weights: {file.path}: preprocessor_config.json does not scale pixels to [0, 1]")
+    if told.get("do_normalize") is False:
+        return with_imagenet_pixels(checkpoint, 0.0, 1.0)
+    return with_imagenet_pixels(checkpoint, told["image_mean"], told["image_std"])
+
+
+SOURCES = (Source("huggingface", "Hugging Face", recognise, convert),)

@@ -1,5 +1,108 @@
-"""(being written)"""
+"""MAE, and DropPos on its code: encoders whose positions are a fixed sin-cos table with a zero for [CLS].
 
-from pretrain.weights.sources.source import Source
+MAE: ``{model: encoder}``, or with ``decoder_*`` and a mask token of the decoder's width (``models_mae.py``). DropPos:
+``{state_dict: module.*, model: a name, ...}`` or ``{model}``, and ``ema_state_dict`` in runs with a teacher, which its authors
+evaluate on demand only (``main_finetune.py``); its ``mask_pos_token`` stands for a position that was dropped. Both resample
+positions bicubically by size (``util/pos_embed.py``).
+"""
 
-SOURCES: tuple[Source, ...] = ()
+import math
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container, is_state
+from pretrain.weights.layout import strip, without
+from pretrain.weights.sources.dino import NEEDED, State, choose, is_named, marks_of, whole_vit, with_origin
+from pretrain.weights.sources.source import Evidence, Source
+
+MAE_UNUSED = ("decoder_", "mask_token")
+DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
+
+
+def recognise_mae(file: Container) -> Evidence:
+    """By the decoder of pixels; of an encoder alone, by the fixed positions under ``model``."""
+    state = file.flat if is_state(file.tree.get("model")) else {}
+    if any("mae" not in sources for sources, _ in marks_of(file)):
+        return Evidence.NONE
+    if "decoder_pred.weight" in state and "decoder_pos_embed" in state:
+        return Evidence.MARKED
+    if not is_fixed(state):
+        return Evidence.NONE
+    return Evidence.NAMED if is_named(file, "mae") else Evidence.POSSIBLE
+
+
+def recognise_droppos(file: Container) -> Evidence:
+    """By the token of dropped positions; an encoder alone, which could be any descendant of MAE's, by the file's name."""
+    state = next(iter(_droppos_networks(file).values()), {})
+    if "mask_pos_token" in state:
+        return Evidence.MARKED
+    return Evidence.NAMED if is_fixed(state) and is_named(file, "droppos") else Evidence.NONE
+
+
+def convert_mae(file: Container, subnet: str | None) -> Checkpoint:
+    """The encoder."""
+    return _encoder(file, {"": file.flat} if file.flat else {}, subnet, ("mae", "MAE"), MAE_UNUSED)
+
+
+def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
+    """The encoder that was trained, or ``teacher``, its moving average."""
+    networks = _droppos_networks(file)
+    if any("decoder_pos_embed" in state for state in networks.values()):
+        raise UserError(
+            f"weights: {file.path}, read as droppos: its decoder knows positions (decoder_pos_embed), DropPos's does not"
+        )
+    return _encoder(file, networks, subnet, ("droppos", "DropPos"), DROPPOS_UNUSED)
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: one half for the column, one for the row."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    columns, rows = axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1)  # [side, side, width / 2]
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
+def is_fixed(state: State, has_cls: bool = True) -> bool:
+    """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there is a row for it."""
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3 or len(positions) != 1 or positions.shape[2] % 4 or positions.shape[1] <= has_cls:
+        return False
+    side = math.isqrt(positions.shape[1] - has_cls)
+    table = sincos_table(side, positions.shape[2])
+    if has_cls:
+        table = torch.cat([torch.zeros_like(table[:1]), table])
+    return table.shape == positions.shape[1:] and torch.allclose(positions[0].double(), table, atol=1e-3)
+
+
+def _droppos_networks(file: Container) -> dict[str, State]:
+    """The run's networks without the prefix of DDP; a file of one gives it no name."""
+    found = {"": file.flat} if file.flat else {}
+    if found and is_state(file.tree.get("ema_state_dict")):
+        found = {"student": file.flat, "teacher": dict(file.tree["ema_state_dict"])}
+    stripped = {name: strip(state, "module.") for name, state in found.items()}
+    return {name: stripped[name] if len(stripped[name]) == len(state) else state for name, state in found.items()}
+
+
+def _encoder(
+    file: Container, networks: dict[str, State], subnet: str | None, names: tuple[str, str], unused: tuple[str, ...]
+) -> Checkpoint:
+    """A network's encoder; its positions have to be the fixed ones."""
+    source, method = names
+    read_as = f"weights: {file.path}, read as {source}"
+    if not networks:
+        raise UserError(f"{read_as}: no state dict under model or state_dict")
+    name, state = choose(networks, subnet, "student", read_as)
+    checkpoint = whole_vit(file, without(state, *unused), source, method, needed=NEEDED, interpolation="bicubic")
+    if not is_fixed(state):
+        raise UserError(f"{read_as}: pos_embed is not {method}'s fixed sin-cos table")
+    return with_origin(checkpoint, file, name)
+
+
+SOURCES = (
+    Source("mae", "MAE", recognise_mae, convert_mae),
+    Source("droppos", "DropPos", recognise_droppos, convert_droppos),
+)

@@ -25,7 +25,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
             raise UserError(f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}")
         flags, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
         return Checkpoint(path, file.tensors() or {}, flags, metadata["backbone"], {"source": "posfield", **provenance})
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
 
 

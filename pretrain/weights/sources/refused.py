@@ -1,5 +1,126 @@
-"""(being written)"""
+"""Networks that people will try and that are no plain ViT: recognised, so that the error says why."""
 
-from pretrain.weights.sources.source import Source
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
-SOURCES: tuple[Source, ...] = ()
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container, is_state
+from pretrain.weights.sources.source import Evidence, Source
+
+ROPE = "rotary positions (RoPE) in every attention"
+RELATIVE = "a bias of relative positions in every attention"
+WINDOWS = "windowed attention with relative positions"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A network that is refused.
+
+    Attributes:
+        name: what ``source=`` takes.
+        method: as tables would write it.
+        marks: ways to know it, each some patterns that all have to be found among the names of a file's tensors; one that begins
+            with ``!`` must not be found.
+        reason: what it has that no ViT of ours has.
+    """
+
+    name: str
+    method: str
+    marks: tuple[tuple[str, ...], ...]
+    reason: str
+
+
+NO_POSITIONS = "!^(.*\\.)?(pos_embed|position_embeddings)$"
+REFUSED = (
+    Refusal(
+        "dinov3",
+        "DINOv3",
+        (
+            (r"rope_embed\.periods$",),
+            (r"(^|\.)storage_tokens$",),
+            (r"embeddings\.patch_embeddings\.weight$", r"(^|\.)layer\.0\.attention\.q_proj\.weight$"),
+            (r"^reg_token$", r"^blocks\.0\.gamma_1$", NO_POSITIONS),
+        ),
+        ROPE + " and no table of positions",
+    ),
+    Refusal("franca", "Franca", ((r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",)), "gated MLPs (SwiGLU)"),
+    Refusal("swin", "Swin", ((r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),), WINDOWS + " in a pyramid"),
+    Refusal(
+        "beit",
+        "BEiT or data2vec",
+        (
+            (r"relative_position_bias(_table)?[.\w]*$", r"!layers\.0\.blocks\.0"),
+            (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",),
+        ),
+        RELATIVE,
+    ),
+    Refusal(
+        "eva",
+        "EVA or EVA-02",
+        (
+            (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", "!^reg_token$"),
+            (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$",),
+            (r"(^|\.)rope\.freqs",),
+        ),
+        ROPE + ", or gated MLPs",
+    ),
+    Refusal(
+        "clip",
+        "CLIP or SigLIP",
+        (
+            (r"(^|\.)visual\.(transformer\.resblocks\.0|trunk\.blocks\.0|layer1\.0)\.",),
+            (r"(^|\.)vision_model\.(encoder\.layers\.0|embeddings)\.",),
+            (r"^norm_pre\.weight$", r"^blocks\.0\."),
+            (r"^attn_pool\.latent$",),
+        ),
+        "a norm before its blocks, other activations or attention pooling",
+    ),
+    Refusal("sam", "SAM or ViTDet", ((r"\.attn\.rel_pos_h$",),), WINDOWS),
+    Refusal(
+        "deit_distilled", "distilled DeiT", ((r"(^|\.)(dist_token|embeddings\.distillation_token)$",),), "a second [CLS] token"
+    ),
+    Refusal(
+        "convnext",
+        "ConvNeXt",
+        ((r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",), (r"encoder\.stages\.0\.layers\.0\.dwconv\.",)),
+        "convolutions and no patches",
+    ),
+    Refusal(
+        "resnet",
+        "ResNet",
+        ((r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."), (r"encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.",)),
+        "convolutions and no patches",
+    ),
+)
+
+
+def recognise(refusal: Refusal, file: Container) -> Evidence:
+    """By the names of the tensors."""
+    names = "\n".join(_names(file))
+    found = any(all(_holds(names, pattern) for pattern in patterns) for patterns in refusal.marks)
+    return Evidence.MARKED if found else Evidence.NONE
+
+
+def convert(refusal: Refusal, file: Container, subnet: str | None) -> Checkpoint:
+    """Raises UserError: the network has what ours has not."""
+    raise UserError(f"weights: {file.path} is of {refusal.method}, which has {refusal.reason}: a network that is none of ours")
+
+
+def _names(file: Container) -> Iterator[str]:
+    """Names of all tensors, those of a network in a dictionary after its name."""
+    for key, value in file.tree.items():
+        if is_state(value):
+            yield from (f"{key}.{name}" if key not in ("model", "state_dict") else name for name in value)
+        else:
+            yield str(key)
+
+
+def _holds(names: str, pattern: str) -> bool:
+    wanted = not pattern.startswith("!")
+    return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
+
+
+SOURCES = tuple(Source(refusal.name, refusal.method, partial(recognise, refusal), partial(convert, refusal)) for refusal in REFUSED)

@@ -1,32 +1,110 @@
 """timm's state dicts: the names that ours are made of, so that most public files are of this layout once unwrapped.
 
-``vit_*_patch16_224.*``, ``vit_*_patch14_dinov2.lvd142m``, ``*_reg4_*`` (``reg_token``; ``no_embed_class``: the position of [CLS] is
-already inside ``cls_token``). A classifier (``head.*``) is not the backbone's.
+``vit_*_patch16_224.*``, ``vit_*_patch14_dinov2.lvd142m``, ``*_reg4_*``, ``deit3_*``, ``*_gap_*``: with or without [CLS] and
+registers, LayerScale, and positions for the prefix (``no_embed_class``: that of [CLS] is inside ``cls_token``, or there is none).
+From timm's hub, ``config.json`` beside the file says the architecture and the pixels' mean and standard deviation.
+
+A classifier is not the backbone's. One that pools patches brings ``fc_norm`` and leaves the backbone without a final norm; then
+features are those before it, as of timm's ``forward_features``.
 """
 
 import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import plain_vit, without
+from pretrain.weights.normalisation import with_imagenet_pixels
 from pretrain.weights.sources.source import Evidence, Source
 
-NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
+NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+NORMS = ("norm.weight", "fc_norm.weight")
+HEADS = ("head.", "fc_norm.", "pre_logits.")  # dropped
+GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
+DEPARTURES = {
+    r"norm_pre\.": "a norm before the first block",
+    r"blocks\.\d+\.attn\.[qk]_norm\.": "normalised queries and keys",
+    r"blocks\.\d+\.(attn|mlp)\.norm\.": "norms inside its blocks",
+    r"attn_pool\.": "attention pooling (SigLIP)",
+    r"patch_embed\.(backbone|norm)\.": "more than a projection before its blocks",
+    r"blocks\.\d+\.(attns|ffns)\.": "parallel branches in its blocks",
+    r"blocks\.\d+\.attn\.rel_pos|rope": "relative positions",
+}
+OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")  # networks whose departures no tensor shows
 
 
 def recognise(file: Container) -> Evidence:
-    """By the names alone, which many sources share."""
-    return Evidence.POSSIBLE if all(key in file.flat for key in NEEDED) else Evidence.NONE
+    """By the hub's description; without it by the names alone, which many sources share."""
+    if not all(key in file.flat for key in NEEDED):
+        return Evidence.NONE
+    if _described(file):
+        return Evidence.MARKED
+    return Evidence.POSSIBLE if any(key in file.flat for key in NORMS) else Evidence.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """Resampled as timm does: bicubic by size, antialiased."""
-    state = without(file.flat, "head.", "fc_norm.")
-    if "reg_token" in state and math.isqrt(state["pos_embed"].shape[1]) ** 2 == state["pos_embed"].shape[1]:
-        state["pos_embed"] = torch.cat([torch.zeros_like(state["pos_embed"][:, :1]), state["pos_embed"]], dim=1)
-    return plain_vit(file.path, state, "timm", file.path.stem, pos_interpolation="bicubic_antialias")
+    state, described = dict(file.flat), _described(file)
+    architecture, pretrained = str(file.config.get("architecture", "")), file.config.get("pretrained_cfg", {})
+    for pattern, what in DEPARTURES.items():
+        if any(re.match(pattern, key) for key in state):
+            raise UserError(f"weights: {file.path}, read as timm, has {what}: a network that is none of ours")
+    if described and OTHER_NAMES.search(architecture):
+        raise UserError(f"weights: {file.path} is timm's {architecture}, a network that is none of ours")
+    state = without(state, *(HEADS if "norm.weight" not in state else (HEADS[0], HEADS[2])))
+    arguments = _arguments(file) if described else {}
+    _move_positions(file, state, arguments)
+    tag = pretrained.get("tag") if described else None
+    method = f"{architecture}.{tag}" if tag else architecture or file.path.stem
+    gelu = GELUS[str(arguments.get("act_layer", "gelu"))]
+    checkpoint = plain_vit(file.path, state, "timm", method, pos_interpolation="bicubic_antialias", gelu=gelu)
+    if described and "mean" in pretrained and "std" in pretrained:
+        return with_imagenet_pixels(checkpoint, pretrained["mean"], pretrained["std"])
+    return checkpoint
+
+
+def _described(file: Container) -> bool:
+    return isinstance(file.config.get("architecture"), str) and isinstance(file.config.get("pretrained_cfg"), Mapping)
+
+
+def _arguments(file: Container) -> Mapping[str, Any]:
+    """The arguments that the description says beside the architecture: what no tensor shows."""
+    arguments = file.config.get("model_args") or {}
+    if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
+        raise UserError(f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}")
+    sides = arguments.get("img_size", 0)
+    if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
+        raise UserError(f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
+    return arguments
+
+
+def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mapping[str, Any]) -> None:
+    """Positions of the patches, and of [CLS] where there is one; those of registers go into the registers."""
+    positions: Any = state.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return
+    n_cls = int("cls_token" in state)
+    n_registers = state["reg_token"].shape[1] if "reg_token" in state and state["reg_token"].ndim == 3 else 0
+    allowed = (0,) if arguments.get("no_embed_class") else (0, n_cls, n_cls + n_registers)
+    n_prefix = next((n for n in allowed if _is_square(positions.shape[1] - n)), None)
+    if n_prefix is None:
+        raise UserError(f"weights: {file.path}, read as timm: pos_embed has {positions.shape[1]} positions, for no square grid")
+    cls, patches = positions[:, :n_cls], positions[:, n_prefix:]
+    if not n_prefix:
+        cls = torch.zeros_like(cls)
+    elif n_prefix > n_cls:
+        state["reg_token"] = state["reg_token"] + positions[:, n_cls:n_prefix]
+    state["pos_embed"] = torch.cat([cls, patches], dim=1)
+
+
+def _is_square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n
 
 
 SOURCES = (Source("timm", "timm", recognise, convert),)

@@ -1,5 +1,108 @@
-"""(being written)"""
+"""Backbones tuned further on dense tasks: NeCo, TimeT, Leopart.
 
-from pretrain.weights.sources.source import Source
+Flat, with the training wrapper's attribute names in front: ``feature_extractor.backbone.*`` (TimeT, ``time_tuning.py``),
+``model.*`` (Leopart, ``src/leopart.py``; NeCo's own runs, ``src/neco.py``); NeCo's published files have none. The moving average is
+``teacher.*`` where there is one; the authors evaluate the other. All start from DINO or DINOv2, and resample positions as DINO
+does, NeCo also those of DINOv2 with registers (``src/models/vit_v2.py``).
+"""
 
-SOURCES: tuple[Source, ...] = ()
+from collections.abc import Mapping
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.container import Container
+from pretrain.weights.layout import strip, without
+from pretrain.weights.sources.dino import NEEDED, State, choose, inside_of, is_named, whole_vit, with_origin
+from pretrain.weights.sources.source import Evidence, Source
+
+HEADS = ("projection_head.", "prototypes.")
+
+
+def recognise_neco(file: Container) -> Evidence:
+    """By a projection head without prototypes; of a backbone alone, by the file's name."""
+    names = _names(_networks(file, "model.") or _flat(file))
+    if any(name.startswith("prototypes.") for name in names):
+        return Evidence.NONE
+    return _evidence(names, "projection_head.", is_named(file, "neco"))
+
+
+def recognise_timet(file: Container) -> Evidence:
+    """By the names of its wrapper."""
+    return Evidence.MARKED if any(key.startswith("feature_extractor.backbone.") for key in file.flat) else Evidence.NONE
+
+
+def recognise_leopart(file: Container) -> Evidence:
+    """By its prototypes; without them, by the file's name."""
+    return _evidence(_names(_networks(file, "model.")), "prototypes.", is_named(file, "leopart"))
+
+
+def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
+    """A backbone of DINO's or of DINOv2's names."""
+    networks = _networks(file, "model.") or _flat(file)
+    if any(name.startswith("prototypes.") for name in _names(networks)):
+        raise UserError(f"weights: {file.path}, read as neco: there are prototypes, which NeCo has not")
+    networks = {
+        name: {"reg_token" if key == "register_tokens" else key: value for key, value in without(state, *HEADS).items()}
+        for name, state in networks.items()
+    }
+    return _convert(file, networks, subnet, "neco", "NeCo", "" if "" in networks else "model.")
+
+
+def convert_timet(file: Container, subnet: str | None) -> Checkpoint:
+    """The backbone of the feature extractor, or of its moving average."""
+    read_as = f"weights: {file.path}, read as timet"
+    networks = {name: inside_of(state, ("head.",), (), read_as) for name, state in _networks(file, "feature_extractor.").items()}
+    return _convert(file, networks, subnet, "timet", "TimeT", "feature_extractor.", "prototypes", "teacher_prototypes")
+
+
+def convert_leopart(file: Container, subnet: str | None) -> Checkpoint:
+    """The backbone that was tuned, or its moving average."""
+    networks = {name: without(state, *HEADS) for name, state in _networks(file, "model.").items()}
+    return _convert(file, networks, subnet, "leopart", "Leopart", "model.")
+
+
+def _networks(file: Container, student: str) -> dict[str, State]:
+    """The network behind this prefix and, where there is one, its moving average; none if the first is not there."""
+    if not (state := strip(file.flat, student)):
+        return {}
+    teacher = strip(file.flat, "teacher.")
+    return {"student": state, "teacher": teacher} if teacher else {"student": state}
+
+
+def _flat(file: Container) -> dict[str, State]:
+    return {"": file.flat} if file.flat else {}
+
+
+def _names(networks: Mapping[str, State]) -> list[str]:
+    return [key for state in networks.values() for key in state]
+
+
+def _evidence(names: list[str], mark: str, named: bool) -> Evidence:
+    """Of a network of these tensors: by the start of a name that marks it, else by the file's name."""
+    if not any(name.startswith("blocks.") for name in names):
+        return Evidence.NONE
+    if any(name.startswith(mark) for name in names):
+        return Evidence.MARKED
+    return Evidence.NAMED if named else Evidence.NONE
+
+
+def _convert(
+    file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, prefix: str, *beside: str
+) -> Checkpoint:
+    """The network that is asked for; every tensor of the file is behind ``prefix``, the teacher's, or one of ``beside``."""
+    read_as = f"weights: {file.path}, read as {source}"
+    if not networks:
+        raise UserError(
+            f"{read_as}: not the names of {method}'s files, but {', '.join(map(str, list(file.flat or file.tree)[:5]))}"
+        )
+    if stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]:
+        raise UserError(f"{read_as}: left over {', '.join(stray[:8])}")
+    name, state = choose(networks, subnet, "student", read_as)
+    return with_origin(whole_vit(file, state, source, method, needed=NEEDED), file, name)
+
+
+SOURCES = (
+    Source("neco", "NeCo", recognise_neco, convert_neco),
+    Source("timet", "TimeT", recognise_timet, convert_timet),
+    Source("leopart", "Leopart", recognise_leopart, convert_leopart),
+)

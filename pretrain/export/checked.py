@@ -1,0 +1,146 @@
+"""Any format: written beside its place, read again by the library it is for, held against the network, and only then kept."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+from pretrain.export.fixed_size import Run, Size, Usage, Write
+from pretrain.export.huggingface import export_huggingface, use_huggingface
+from pretrain.export.programs import export_onnx, export_program, use_onnx, use_program
+from pretrain.export.safetensors import export_safetensors, use_safetensors
+from pretrain.export.timm import export_timm, use_timm
+from pretrain.export.torchvision import export_torchvision, use_torchvision
+
+TOLERANCE = 1e-4  # of the largest value of an output
+CHECKED_BATCHES = (1, 3)  # neither is the batch of the example that is traced
+FOLDER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}  # all that an export ever leaves
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        suffix: of its file; empty where it is a folder.
+        write: writes it, reads it again and gives what runs it.
+        use: (vit, size, path) -> how to load it.
+    """
+
+    suffix: str
+    write: Write
+    use: Callable[[ViT, Size, str], Usage]
+
+
+FORMATS: Mapping[str, Format] = {
+    "torch": Format(".pt2", export_program, use_program),
+    "onnx": Format(".onnx", export_onnx, use_onnx),
+    "timm": Format("", export_timm, use_timm),
+    "huggingface": Format("", export_huggingface, use_huggingface),
+    "torchvision": Format(".safetensors", export_torchvision, use_torchvision),
+    "safetensors": Format(".safetensors", export_safetensors, use_safetensors),
+}
+
+
+def export(
+    vit: ViT,
+    format: str,
+    size: Size,
+    path: str | Path,
+    provenance: Mapping[str, Any] | None = None,
+    card: Callable[[float], str] | None = None,
+) -> float:
+    """Write a backbone in a format and hold what was written against it.
+
+    Args:
+        vit: on the CPU, in float32; goes into evaluation mode.
+        format: a key of :data:`FORMATS`.
+        size: height, width in pixels of the images that the file will take; any number at a time.
+        path: the file or folder, replaced in one step.
+        provenance: JSON values that travel inside: method, effective epochs, ...
+        card: the difference -> the text of ``README.md``, where the format is a folder.
+
+    Returns:
+        the largest difference between an output of the file and of ``vit`` on noise, as a share of the output's largest value.
+
+    Raises:
+        UserError: a format that does not exist, a size without a pixel, another suffix, a missing package, a folder of other files;
+            what the format cannot express, by name.
+        RuntimeError: the file does not do what the network does.
+    """
+    path = Path(path)
+    written = _checked_target(format, size, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{path.name}")
+    _remove(temporary)  # of a run that was killed
+    vit.eval()
+    try:
+        difference = largest_difference(vit, written.write(vit, size, temporary, provenance or {}), size)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{path}: outputs differ by {difference:.2g} of the backbone's, more than {TOLERANCE:.0e}")
+        if card is not None and not written.suffix:
+            (temporary / "README.md").write_text(card(difference), encoding="utf-8")
+        _replace(temporary, path)
+    finally:
+        _remove(temporary)
+    return difference
+
+
+@torch.no_grad()
+def largest_difference(vit: ViT, run: Run, size: Size) -> float:
+    """Over all outputs, batches of :data:`CHECKED_BATCHES` images of noise, and elements; in terms of an output's largest value,
+    as rounding is: a norm's weights may be far from 1."""
+    generator, differences = torch.Generator().manual_seed(0), []
+    grid = tuple(math.ceil(side / vit.patch_size) for side in size)
+    for batch in CHECKED_BATCHES:
+        image = torch.randn(batch, 3, *size, generator=generator)
+        outputs, (cls, registers, patches) = run(image), vit(image)
+        expected = {"feature_map": patches.transpose(1, 2).unflatten(2, grid), "cls": cls, "registers": registers}
+        differences += [(output - expected[name]).abs().max() / expected[name].abs().max() for name, output in outputs.items()]
+    return float(torch.stack(differences).max())
+
+
+def _checked_target(format: str, size: Size, path: Path) -> Format:
+    """The format, if it may be written there."""
+    if format not in FORMATS:
+        raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}")
+    wanted = FORMATS[format]
+    if wanted.suffix and path.suffix != wanted.suffix:
+        raise UserError(f"output: a file of format {format} ends in {wanted.suffix}, {path} does not")
+    if wanted.suffix and path.is_dir():
+        raise UserError(f"output: format {format} is a file, and {path} is a folder")
+    if not wanted.suffix and path.exists():
+        if not path.is_dir():
+            raise UserError(f"output: format {format} is a folder, and {path} is a file")
+        others = sorted(file.name for file in path.iterdir() if file.name not in FOLDER_FILES)
+        if others:
+            raise UserError(f"output: {path} holds {others[0]}, which no export left: it is not replaced")
+    if min(size) < 1:
+        raise UserError(f"size: {size[0]} x {size[1]} px is no image")
+    return wanted
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put a file or folder in its place; a folder that stands there steps aside first."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    old = path.with_name(f".replaced-{path.name}")
+    _remove(old)
+    os.replace(path, old)
+    os.replace(new, path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""A backbone at one image size, and what the formats share: its plain tensors there, and how a format gives what it wrote."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+from pretrain.views.pixels import MEAN, STD
+
+Size = tuple[int, int]  # height, width in pixels
+Outputs = dict[str, Tensor]
+Run = Callable[[Tensor], Outputs]
+Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]  # (vit, size, path, provenance) -> what runs the written file
+
+NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")  # ours alone, or of another grid
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How to use what was written.
+
+    Attributes:
+        library: as Hugging Face's hub names it.
+        code: Python that loads the file at ``path`` and computes features from ``image`` [B, 3, H, W].
+        notes: what the export changed, and what the reader has to know.
+    """
+
+    library: str
+    code: str
+    notes: tuple[str, ...] = ()
+
+
+class FixedSizeViT(nn.Module):
+    """A ViT at one image size: positions, [CLS] and registers are constants of it, and nothing is resampled when it runs.
+
+    Args:
+        vit: the network; its weights are shared.
+        size: height, width in pixels; bottom and right are padded to whole patches inside, as the ViT does.
+    """
+
+    prefix: Tensor  # [1, S, D]
+    position: Tensor  # [1, N, D]
+    buckets: Tensor | None  # [S + N, S + N], of relative positions
+
+    def __init__(self, vit: ViT, size: Size) -> None:
+        super().__init__()
+        self.patch_embed, self.blocks, self.norm, self.split = vit.patch_embed, vit.blocks, vit.norm, vit.split
+        with torch.no_grad():
+            tokens, self.grid = vit.embed(vit.patch_embed.proj.weight.new_zeros(1, 3, *size))
+            self.register_buffer("prefix", tokens[:, : vit.n_prefix].clone())
+            self.register_buffer("position", vit.positions(self.grid).clone())
+            self.register_buffer("buckets", vit.buckets(self.grid))
+        self.eval()
+
+    def forward(self, image: Tensor) -> Outputs:
+        """[B, 3, H, W] -> after the final norm: ``feature_map`` [B, D, h, w], ``cls`` [B, D], ``registers`` [B, R, D] if any."""
+        content = self.patch_embed(image).flatten(2).transpose(1, 2)  # [B, N, D]
+        tokens = torch.cat([self.prefix.expand(image.shape[0], -1, -1), content + self.position], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens, buckets=self.buckets)
+        cls, registers, patches = self.split(self.norm(tokens))
+        outputs = {"feature_map": patches.transpose(1, 2).unflatten(2, self.grid), "cls": cls}
+        return {**outputs, "registers": registers} if registers.shape[1] else outputs
+
+
+def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
+    """The grid of patches (h, w) of a size; other libraries do not pad.
+
+    Raises:
+        UserError: a side is no multiple of the patch.
+    """
+    if any(side % vit.patch_size for side in size):
+        raise UserError(
+            f"size: {size[0]} x {size[1]} px are not whole patches of {vit.patch_size} px, and this format does not pad"
+        )
+    return size[0] // vit.patch_size, size[1] // vit.patch_size
+
+
+@torch.no_grad()
+def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
+    """The tensors under timm's names, with the positions of one size as an ordinary ``pos_embed`` [1, (1 +) h * w, D].
+
+    [CLS], if there is one, has the first row. A network without positions gets zeros, which change nothing at any size. The tokens
+    of masked patches are left out.
+
+    Raises:
+        UserError: see :func:`whole_patches`.
+    """
+    rows = [vit.positions(whole_patches(vit, size))]
+    if vit.has_cls:
+        own = {"field": "cls_pos", "standard": "pos_embed"}.get(vit.pos_encoding)
+        rows.insert(0, getattr(vit, own)[:, :1] if own else torch.zeros_like(vit.cls_token))
+    state = {key: value.detach().clone() for key, value in vit.state_dict().items() if key not in NOT_PLAIN}
+    return {**state, "pos_embed": torch.cat(rows, dim=1)}
+
+
+def outputs_of(vit: ViT, tokens: Tensor, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
+    """A library's normed tokens [B, S + N, D] as :meth:`FixedSizeViT.forward` names them; ``cls``: its own, if it gives one."""
+    ours, registers, patches = vit.split(tokens)
+    outputs = {"feature_map": patches.transpose(1, 2).unflatten(2, grid), "cls": ours if cls is None else cls}
+    return {**outputs, "registers": registers} if vit.n_registers else outputs
+
+
+def refuse(library: str, departures: Mapping[str, bool]) -> None:
+    """Raise the UserError that names those of ``departures`` that hold: what ``library`` has no place for."""
+    found = [name for name, holds in departures.items() if holds]
+    if found:
+        raise UserError(f"format: {library} has no ViT {', nor one '.join(found)}; take another --format")
+
+
+def require(format: str, *packages: str) -> None:
+    """Raise a UserError if a format's packages are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"format {format} needs {', '.join(missing)}: pip install 'posfield[export]'")
+
+
+def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
+    """What a user of a file must know, as JSON: it travels inside."""
+    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1", "backbone": vit.flags}
+    return json.dumps({**told, "provenance": dict(provenance)}, sort_keys=True)
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
+    """A safetensors file; ``format`` "pt" is what other libraries look for."""
+    path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata}))
+
+
+def positions_note(vit: ViT, size: Size) -> str:
+    """What became of the positions, in a sentence."""
+    grid = tuple(math.ceil(side / vit.patch_size) for side in size)
+    here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
+    side = vit.pos_grid
+    if vit.pos_encoding == "none":
+        return "The network has no positions. Where the format must hold some, they are zeros."
+    if vit.pos_encoding == "field":
+        return f"Learned as a position field of {side} x {side} samples; the file holds the field's values at {here}."
+    if grid == (side, side):
+        return f"Learned for {side} x {side} patches, and stored as learned."
+    return f"Learned for {side} x {side} patches; the file holds them resampled ({vit.pos_interpolation}) to {here}."

@@ -1,0 +1,207 @@
+"""A backbone as a folder of Hugging Face's: ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+
+Without LayerScale and registers it is a ``ViTModel``; with LayerScale a ``Dinov2Model``; with registers a
+``Dinov2WithRegistersModel``. The names on disk are those that every version of transformers reads.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+from pretrain.export.fixed_size import (
+    Outputs,
+    Run,
+    Size,
+    Usage,
+    description,
+    outputs_of,
+    plain_state,
+    refuse,
+    require,
+    whole_patches,
+    write_tensors,
+)
+from pretrain.views.pixels import MEAN, STD
+
+ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
+BICUBIC = 3  # as Pillow numbers it
+TYPES = {"ViTModel": "vit", "Dinov2Model": "dinov2", "Dinov2WithRegistersModel": "dinov2_with_registers"}
+OUTSIDE = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+IN_VIT = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+IN_DINOV2 = {
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "ls1": "layer_scale1",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "ls2": "layer_scale2",
+}
+
+
+def model_class(vit: ViT) -> str:
+    """The class of transformers that is this network."""
+    if vit.n_registers:
+        return "Dinov2WithRegistersModel"
+    return "ViTModel" if vit.flags["layerscale"] is None else "Dinov2Model"
+
+
+def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
+    """The tensors under the names on disk; what the class has and this network lacks is filled with what changes nothing."""
+    is_vit = model_class(vit) == "ViTModel"
+    inside, state = IN_VIT if is_vit else IN_DINOV2, {}
+    for key, value in plain_state(vit, size).items():
+        state.update(_renamed(key, value, inside))
+    width = vit.embed_dim
+    if is_vit:  # the pooler gives [CLS] as it is
+        return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+    mask_token = vit.mask_token.detach().clone() if vit.flags["mask_tokens"] else torch.zeros(1, width)
+    if vit.flags["layerscale"] is None:
+        state |= {f"encoder.layer.{i}.layer_scale{n}.lambda1": torch.ones(width) for i in range(len(vit.blocks)) for n in (1, 2)}
+    return {**state, "embeddings.mask_token": mask_token}
+
+
+def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
+    """A folder that ``transformers.AutoModel.from_pretrained`` loads without a tensor missing or left over.
+
+    Raises:
+        UserError: transformers is not installed; a departure or size that its classes have no place for, by name.
+        RuntimeError: a tensor is missing or left over after all.
+    """
+    require("huggingface", "transformers")
+    departures = {
+        "with relative positions": vit.flags["relative_positions"],
+        "without [CLS]": not vit.has_cls,
+        "without a final norm": not vit.flags["final_norm"],
+    }
+    refuse("transformers", departures)
+    grid, name = whole_patches(vit, size), model_class(vit)
+    if name != "ViTModel":
+        if size[0] != size[1]:
+            raise UserError(
+                f"size: {size[0]} x {size[1]} px: the grid of positions of transformers' {name} is square; give one side"
+            )
+        refuse(f"transformers ({name})", {f"with mlp_ratio {vit.flags['mlp_ratio']:g}": vit.flags["mlp_ratio"] % 1 != 0})
+    path.mkdir()
+    write_tensors(path / "model.safetensors", huggingface_state(vit, size), posfield=description(vit, size, provenance))
+    for file, content in (("config.json", _config(vit, size)), ("preprocessor_config.json", _preprocessor(size))):
+        (path / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    model = _load(path)
+
+    @torch.no_grad()
+    def run(image: Tensor) -> Outputs:
+        found = model(image)
+        return outputs_of(vit, found.last_hidden_state, grid, found.pooler_output)
+
+    return run
+
+
+def use_huggingface(vit: ViT, size: Size, path: str) -> Usage:
+    """See :class:`Usage`."""
+    code = f"""from transformers import AutoModel
+
+model = AutoModel.from_pretrained({path!r}).eval()
+outputs = model(pixel_values=image)
+cls = outputs.pooler_output  # [B, D]
+patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
+    name = model_class(vit)
+    notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalises."]
+    if name == "ViTModel":
+        notes.append('The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.')
+        notes.append("At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only.")
+    elif vit.flags["layerscale"] is None:
+        notes.append("The network has no LayerScale; the class's is filled with ones.")
+    if name != "ViTModel" and not vit.flags["mask_tokens"]:
+        notes.append("`mask_token` is zeros: the class holds one, the weights did not.")
+    return Usage("transformers", code, tuple(notes))
+
+
+def _renamed(key: str, value: Tensor, inside: Mapping[str, str]) -> dict[str, Tensor]:
+    """One of timm's tensors under Hugging Face's names: three, of a fused projection."""
+    if not key.startswith("blocks."):
+        if key in OUTSIDE:
+            return {OUTSIDE[key]: value}
+        module, _, kind = key.rpartition(".")
+        return {f"{OUTSIDE[module]}.{kind}": value}
+    _, number, rest = key.split(".", 2)
+    module, _, kind = rest.rpartition(".")
+    layer = f"encoder.layer.{number}"
+    if module == "attn.qkv":
+        parts = zip(("query", "key", "value"), value.chunk(3))
+        return {f"{layer}.attention.attention.{name}.{kind}": part.clone() for name, part in parts}
+    return {f"{layer}.{inside[module]}.{'lambda1' if kind == 'gamma' else kind}": value}
+
+
+def _config(vit: ViT, size: Size) -> dict[str, Any]:
+    """``config.json``: what the class does not have by default, and what its defaults have not always been."""
+    flags, name = vit.flags, model_class(vit)
+    config: dict[str, Any] = {
+        "architectures": [name],
+        "model_type": TYPES[name],
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": flags["depth"],
+        "num_attention_heads": flags["num_heads"],
+        "hidden_act": ACTIVATIONS[flags["gelu"]],
+        "layer_norm_eps": flags["ln_eps"],
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "patch_size": vit.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "dtype": "float32",
+    }
+    if name == "ViTModel":
+        hidden = int(vit.embed_dim * flags["mlp_ratio"])
+        return {**config, "intermediate_size": hidden, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
+    config |= {"mlp_ratio": int(flags["mlp_ratio"]), "layerscale_value": flags["layerscale"] or 1.0, "use_swiglu_ffn": False}
+    return {**config, "num_register_tokens": vit.n_registers} if vit.n_registers else config
+
+
+def _preprocessor(size: Size) -> dict[str, Any]:
+    """``preprocessor_config.json``: the whole image at the size, bicubic, normalised."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+
+
+def _load(path: Path) -> Any:
+    """The folder, read as everyone will read it."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, found = AutoModel.from_pretrained(path, output_loading_info=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    wrong = {what: keys for what, keys in found.items() if keys}
+    if wrong:
+        raise RuntimeError(f"{path}: transformers reads it with {wrong}")
+    return model.eval()

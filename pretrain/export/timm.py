@@ -1,0 +1,145 @@
+"""A backbone as a folder in the layout of timm's hub: ``model.safetensors`` and ``config.json``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.backbones.vit import ViT
+from pretrain.export.fixed_size import (
+    Outputs,
+    Run,
+    Size,
+    Usage,
+    description,
+    outputs_of,
+    plain_state,
+    refuse,
+    require,
+    whole_patches,
+    write_tensors,
+)
+from pretrain.views.pixels import MEAN, STD
+from pretrain.weights.layout import WIDTHS
+
+LN_EPS = 1e-6  # timm's, fixed where its ViT is described by names alone
+
+
+def architecture(vit: ViT) -> str:
+    """timm's name of the nearest architecture; :func:`model_arguments` says the rest."""
+    return f"vit_{WIDTHS.get(vit.embed_dim, 'base')}_patch16_224"
+
+
+def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
+    """What ``timm.create_model(architecture, **arguments)`` needs for this network; JSON values."""
+    flags = vit.flags
+    arguments: dict[str, Any] = {"img_size": list(size)}
+    arguments |= {key: flags[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    if flags["layerscale"] is not None:
+        arguments["init_values"] = flags["layerscale"]
+    if vit.n_registers:
+        arguments["reg_tokens"] = vit.n_registers
+    if _embeds_patches_alone(vit):
+        arguments["no_embed_class"] = True
+    if not vit.has_cls:  # features then are the mean of the normed patches, as ours
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if not flags["final_norm"]:
+        arguments["final_norm"] = False
+    if flags["gelu"] == "tanh":
+        arguments["act_layer"] = "gelu_tanh"
+    return arguments
+
+
+def timm_state(vit: ViT, size: Size) -> dict[str, Tensor]:
+    """The tensors as timm's network of :func:`model_arguments` holds them."""
+    state = plain_state(vit, size)
+    if _embeds_patches_alone(vit):
+        state["pos_embed"] = state["pos_embed"][:, int(vit.has_cls) :]
+        if vit.has_cls:
+            state["cls_token"] = vit.cls_input().detach().clone()
+    return state
+
+
+def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
+    """A folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads strictly.
+
+    Raises:
+        UserError: timm is not installed; an epsilon that its description has no place for; see :func:`whole_patches`.
+    """
+    require("timm", "timm")
+    import timm
+
+    departures = {
+        "with relative positions": vit.flags["relative_positions"],
+        f"with ln_eps {vit.flags['ln_eps']:g} (its is {LN_EPS:g})": vit.flags["ln_eps"] != LN_EPS,
+    }
+    refuse("timm", departures)
+    grid, state = whole_patches(vit, size), timm_state(vit, size)
+    path.mkdir()
+    write_tensors(path / "model.safetensors", state, posfield=description(vit, size, provenance))
+    (path / "config.json").write_text(json.dumps(_config(vit, size), indent=2) + "\n", encoding="utf-8")
+    model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+    @torch.no_grad()
+    def run(image: Tensor) -> Outputs:
+        tokens = model.forward_features(image)
+        return outputs_of(vit, tokens, grid, model.forward_head(tokens))
+
+    return run
+
+
+def use_timm(vit: ViT, size: Size, path: str) -> Usage:
+    """See :class:`Usage`."""
+    code = f"""import timm
+
+model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+cls = model(image)  # [B, D]
+patches = model.forward_features(image)[:, {vit.n_prefix}:]  # [B, N, D]"""
+    told = ", ".join(f"{key}={value!r}" for key, value in model_arguments(vit, size).items())
+    notes = [
+        f"The same by hand: `timm.create_model({architecture(vit)!r}, num_classes=0, "
+        f"checkpoint_path={f'{path}/model.safetensors'!r}, {told})`. The arguments also stand in `config.json` as `model_args`.",
+        "For another size add `img_size=(height, width)`: timm then resamples `pos_embed` (bicubic, antialiased).",
+    ]
+    if vit.n_registers and vit.has_cls:
+        notes.append(
+            "The position of [CLS] is added into `cls_token`, as in timm's own networks with registers (`no_embed_class`)."
+        )
+    if not vit.has_cls:
+        notes.append("The network has no [CLS]: `cls` above is the mean of the normed patches.")
+    return Usage("timm", code, tuple(notes))
+
+
+def _embeds_patches_alone(vit: ViT) -> bool:
+    """Whether ``pos_embed`` has rows for patches alone: with registers timm would want rows for these, too."""
+    return bool(vit.n_registers) or not vit.has_cls
+
+
+def _config(vit: ViT, size: Size) -> dict[str, Any]:
+    """``config.json`` as timm's hub has it."""
+    arguments = model_arguments(vit, size)
+    pool = arguments.get("global_pool", "token")
+    pretrained = {
+        "input_size": [3, *size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",  # the whole image, as in our evaluation
+        "mean": list(MEAN),
+        "std": list(STD),
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return {
+        "architecture": architecture(vit),
+        "num_classes": 0,
+        "num_features": vit.embed_dim,
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }

@@ -1,0 +1,138 @@
+"""A backbone as a state dict of ``torchvision.models.VisionTransformer``: one image size, LayerScale folded in."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+from pretrain.export.fixed_size import (
+    Outputs,
+    Run,
+    Size,
+    Usage,
+    description,
+    outputs_of,
+    plain_state,
+    refuse,
+    whole_patches,
+    write_tensors,
+)
+
+LN_EPS = 1e-6  # torchvision's
+OUTSIDE = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj", "norm": "encoder.ln"}
+INSIDE = {
+    "norm1": "ln_1",
+    "attn.proj": "self_attention.out_proj",
+    "norm2": "ln_2",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.3",
+}
+
+
+def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
+    """What ``VisionTransformer(**arguments)`` needs for this network."""
+    return {
+        "image_size": size[0],
+        "patch_size": vit.patch_size,
+        "num_layers": vit.flags["depth"],
+        "num_heads": vit.flags["num_heads"],
+        "hidden_dim": vit.embed_dim,
+        "mlp_dim": int(vit.embed_dim * vit.flags["mlp_ratio"]),
+    }
+
+
+def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
+    """The tensors under torchvision's names, without a head: gamma * (W x + b) is (gamma W) x + gamma b."""
+    plain, state = plain_state(vit, size), {}
+    for key in [key for key in plain if ".ls" in key]:  # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
+        block, scale, _ = key.rsplit(".", 2)
+        gamma, module = plain.pop(key), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
+        plain[f"{module}.weight"] *= gamma[:, None]
+        plain[f"{module}.bias"] *= gamma
+    for key, value in plain.items():
+        state[_renamed(key)] = value
+    return state
+
+
+def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
+    """``*.safetensors`` with the arguments of the class in its metadata, as JSON under ``arguments``.
+
+    Raises:
+        UserError: what the class has no place for, by name; a size that is not square.
+    """
+    flags = vit.flags
+    departures = {
+        "with relative positions": flags["relative_positions"],
+        f"with registers (this one has {vit.n_registers})": vit.n_registers > 0,
+        "without [CLS]": not vit.has_cls,
+        "without a final norm": not flags["final_norm"],
+        "with the tanh GELU": flags["gelu"] != "erf",
+        f"with ln_eps {flags['ln_eps']:g} (its is {LN_EPS:g})": flags["ln_eps"] != LN_EPS,
+    }
+    refuse("torchvision", departures)
+    grid = whole_patches(vit, size)
+    if size[0] != size[1]:
+        raise UserError(f"size: {size[0]} x {size[1]} px: images of torchvision's VisionTransformer are square; give one side")
+    arguments = json.dumps(model_arguments(vit, size))
+    write_tensors(path, torchvision_state(vit, size), arguments=arguments, posfield=description(vit, size, provenance))
+    model = _load(path)
+
+    @torch.no_grad()
+    def run(image: Tensor) -> Outputs:
+        content = model._process_input(image)
+        tokens = model.encoder(torch.cat([model.class_token.expand(len(image), -1, -1), content], dim=1))
+        return outputs_of(vit, tokens, grid, model(image))
+
+    return run
+
+
+def use_torchvision(vit: ViT, size: Size, path: str) -> Usage:
+    """See :class:`Usage`."""
+    told = ", ".join(f"{key}={value}" for key, value in model_arguments(vit, size).items())
+    code = f"""import torch
+from safetensors.torch import load_file
+from torchvision.models import VisionTransformer
+
+model = VisionTransformer({told})
+model.heads = torch.nn.Identity()  # the file has no classifier; put your own here afterwards
+model.load_state_dict(load_file({path!r}))
+model.eval()
+cls = model(image)  # [B, D]
+tokens = torch.cat([model.class_token.expand(len(image), -1, -1), model._process_input(image)], dim=1)
+patches = model.encoder(tokens)[:, 1:]  # [B, N, D]"""
+    notes = [
+        "The image size is fixed; `torchvision.models.vision_transformer.interpolate_embeddings` makes a file for another one."
+    ]
+    if vit.flags["layerscale"] is not None:
+        notes.append("LayerScale is multiplied into `self_attention.out_proj` and `mlp.3`, which is exact.")
+    return Usage("torchvision", code, tuple(notes))
+
+
+def _renamed(key: str) -> str:
+    """timm's name as torchvision's."""
+    if key in OUTSIDE:
+        return OUTSIDE[key]
+    module, _, kind = key.rpartition(".")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.{kind}"
+    _, number, module = module.split(".", 2)
+    layer = f"encoder.layers.encoder_layer_{number}"
+    return f"{layer}.self_attention.in_proj_{kind}" if module == "attn.qkv" else f"{layer}.{INSIDE[module]}.{kind}"
+
+
+def _load(path: Path) -> Any:
+    """The file, read as everyone will read it."""
+    from torchvision.models import VisionTransformer
+
+    with safe_open(path, framework="pt") as file:
+        model = VisionTransformer(**json.loads((file.metadata() or {})["arguments"]))
+    model.heads = nn.Identity()
+    model.load_state_dict(load_file(path))
+    return model.eval()

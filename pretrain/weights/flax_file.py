@@ -1,0 +1,89 @@
+"""Flax's checkpoints (msgpack with arrays as an extension type), read without Flax or JAX.
+
+Format: flax.serialization. An array is extension 1 (a NumPy scalar 3): msgpack of (shape, name of the dtype, bytes, row-major); a
+native complex is 2. An array of more than 2^30 bytes is a dictionary that says ``__msgpack_chunked_array__``.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.limits import MAX_DEPTH
+
+STARTS = frozenset([*range(0x81, 0x90), 0xDE, 0xDF])  # first byte of a map that is not empty
+NDARRAY, COMPLEX, SCALAR = 1, 2, 3
+CHUNKED = "__msgpack_chunked_array__"
+SKIPPED = ("opt_state", "optimizer")  # half of a training state, and never read
+MAX_ITEMS = {"max_array_len": 1 << 10, "max_map_len": 1 << 16}  # msgpack makes room for what a file declares
+MAX_LEAF_BYTES = 2**31 - 1  # msgpack's own
+DTYPES = {
+    name: getattr(torch, name)
+    for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint32 uint16 bool complex64".split()
+}
+
+
+def read_flax_file(path: Path) -> dict[str, Any]:
+    """Nested dictionaries of tensors and plain values, without the optimizer's.
+
+    Raises:
+        UserError: damaged, or of arrays that are not what they declare.
+    """
+    tree: dict[str, Any] = {}
+    try:
+        with open(path, "rb") as file:
+            unpacker = msgpack.Unpacker(
+                file, raw=False, strict_map_key=False, ext_hook=_extension, max_buffer_size=MAX_LEAF_BYTES, **MAX_ITEMS
+            )
+            for _ in range(unpacker.read_map_header()):
+                key = str(unpacker.unpack())
+                if key in SKIPPED:
+                    unpacker.skip()
+                else:
+                    tree[key] = _whole(unpacker.unpack())
+            if unpacker.tell() != path.stat().st_size:
+                raise ValueError("more bytes follow")
+    except Exception as error:  # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
+        reason = str(error).splitlines()[:1] or [""]
+        raise UserError(f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})") from error
+    return tree
+
+
+def _extension(code: int, data: bytes) -> Any:
+    if code == COMPLEX:
+        return complex(*msgpack.unpackb(data, **MAX_ITEMS))
+    if code not in (NDARRAY, SCALAR):
+        return None
+    shape, dtype, buffer = msgpack.unpackb(data, raw=True, **MAX_ITEMS)
+    name = dtype.decode("ascii")
+    if name not in DTYPES:
+        raise ValueError(f"an array of {name[:32]}")
+    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * DTYPES[name].itemsize != len(buffer):
+        raise ValueError(f"{len(buffer)} bytes for an array {tuple(shape)}")
+    if not buffer:
+        return torch.empty(shape, dtype=DTYPES[name])
+    return torch.frombuffer(bytearray(buffer), dtype=DTYPES[name]).reshape(shape)
+
+
+def _whole(item: Any, depth: int = 0) -> Any:
+    """A tree with the arrays in one piece."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if not isinstance(item, Mapping):
+        return item
+    if CHUNKED not in item:
+        return {str(key): _whole(value, depth + 1) for key, value in item.items()}
+    shape, chunks = (_sequence(item[key]) for key in ("shape", "chunks"))
+    if not all(isinstance(chunk, Tensor) for chunk in chunks):
+        raise ValueError("a chunk that is no array")
+    return torch.cat(chunks).reshape(shape)
+
+
+def _sequence(numbered: Mapping[str, Any]) -> list[Any]:
+    """Flax writes a tuple as a dictionary of its places."""
+    return [numbered[str(i)] for i in range(len(numbered))]

@@ -1,0 +1,111 @@
+"""What a file of weights may ask for: bounds far above any honest file, so that a hostile one costs neither memory nor time."""
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.weights.checkpoint import Checkpoint
+
+MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
+MAX_HEADER_BYTES = 16 << 20  # of safetensors: about 100 bytes a tensor
+MAX_PICKLE_BYTES = 16 << 20  # the structure without the numbers: about 300 bytes a tensor, an optimizer's included
+MAX_DIRECTORY_BYTES = 16 << 20  # of a zip: about 100 bytes a record, one a tensor
+MAX_DEPTH = 64  # of nested dictionaries: training states have about 8
+MAX_SHARING = 4  # bytes of all tensors to bytes of their file: parameters that are views of a common buffer, and that buffer
+MAX_NAME = 200  # characters of a tensor's name, which errors repeat
+MAX_SIDE = 1 << 20  # of a network's sizes (width, depth, heads, ...)
+UNSTORED = 1 << 24  # parameters that a network may have beyond its file's: mask tokens, a grid of positions
+
+
+def check_regular(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        UserError: it is not there, cannot be looked at, is no regular file, or empty.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = getattr(error, "strerror", None) or str(error)
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise UserError(f"weights: no file {path}" if absent else f"weights: {path} cannot be read ({reason})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"weights: {path} is no regular file")
+    if found.st_size == 0:
+        raise UserError(f"weights: {path} is empty")
+    return found.st_size
+
+
+def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
+    """Hold every tensor of a tree against what its file can hold, whatever shape it declares.
+
+    Raises:
+        UserError: a tensor without a printable name, sparse, quantised, or larger than its storage; too many views of one storage.
+    """
+    total, seen = 0, {id(tree)}
+    left: list[tuple[str, int, Any]] = [("", 0, tree)]
+    while left:
+        name, depth, item = left.pop()
+        if isinstance(item, Tensor):
+            if len(name) > MAX_NAME or not name.isprintable():
+                raise UserError(f"weights: {path} names a tensor {name[:MAX_NAME]!r}")
+            if item.layout != torch.strided or item.is_quantized or item.device.type != "cpu":
+                raise UserError(f"weights: {path}: {name} is no plain tensor ({item.layout}, {item.dtype}, {item.device})")
+            n_bytes = item.numel() * item.element_size()
+            if n_bytes > item.untyped_storage().nbytes():
+                raise UserError(f"weights: {path}: {name} declares {tuple(item.shape)}, more than is stored for it")
+            total += n_bytes
+            continue
+        if depth > MAX_DEPTH:
+            raise UserError(f"weights: {path}: {name} is nested more than {MAX_DEPTH} deep")
+        pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
+        for key, value in pairs:
+            if isinstance(value, Tensor | Mapping | list | tuple) and id(value) not in seen:
+                seen.add(id(value))
+                left.append((f"{name}.{key}" if name else str(key), depth + 1, value))
+    if total > MAX_SHARING * file_bytes:
+        raise UserError(f"weights: {path} has {file_bytes} bytes and declares tensors of {total}")
+
+
+def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors in float32.
+
+    Raises:
+        UserError: names a tensor that holds integers, NaN or infinity; flags of a network that is larger than the file.
+    """
+    state = {}
+    for key, value in checkpoint.state.items():
+        if not value.is_floating_point():
+            raise UserError(f"weights: {checkpoint.path}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights")
+        state[key] = value.to(torch.float32)
+        if value.numel() and not all(bound.isfinite() for bound in torch.aminmax(state[key].detach())):
+            raise UserError(f"weights: {checkpoint.path}: {key} holds NaN or infinity")
+    _check_flags(checkpoint, sum(value.numel() for value in state.values()))
+    return state
+
+
+def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
+    """Flags come from the file's metadata or its keys: without a bound they would build a network of any size."""
+    flags = checkpoint.flags
+    if not isinstance(flags, Mapping):
+        raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
+    sides = {key: flags.get(key, 0) for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")}
+    for key, value in sides.items():
+        needed = key not in ("n_registers", "pos_grid")
+        if not isinstance(value, int) or not needed <= value <= MAX_SIDE:
+            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r} is no size of a network")
+    width, ratio = sides["embed_dim"], flags.get("mlp_ratio", 4.0)
+    if width % sides["num_heads"]:
+        raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
+    if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
+        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r} is no size of a network")
+    n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
+    n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
+    if n_wanted > 2 * n_stored + UNSTORED:
+        raise UserError(f"weights: {checkpoint.path} holds {n_stored} numbers, its flags build a network of {n_wanted:.2g}")
