@@ -1,5 +1,7 @@
 """Jobs of several commands each, run until they are done or the time is over; what is done is not run again."""
 
+import fcntl
+import os
 import shlex
 import signal
 import subprocess
@@ -9,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 
 from pretrain.cli import REQUEUE_CODE
-from pretrain.errors import Interrupted
+from pretrain.errors import Interrupted, UserError
 from pretrain.signals import SIGNALS
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
@@ -22,11 +25,15 @@ Launch = Callable[[Sequence[str], Path, float], int | None]  # command, log, sec
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a job, which leaves a ``result.json`` in its folder and goes on where it stopped when it is run again."""
+    """One command of a job, which leaves a ``result.json`` in its folder and goes on where it stopped when it is run again.
+
+    identity  what its result depends on, where that is less than all of the command; the number of its GPUs is none of it.
+    """
 
     kind: str
     folder: Path
     command: list[str]
+    identity: str = ""
 
     @property
     def log(self) -> Path:
@@ -36,7 +43,12 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether there is a result, and this very command left it."""
-        return self.has_result and self._left_by.is_file() and self._left_by.read_text() == shlex.join(self.command)
+        return self.has_result and self.signed == (self.identity or shlex.join(self.command))
+
+    @property
+    def is_of_another(self) -> bool:
+        """Whether the folder was begun by another command, or no one knows by which."""
+        return self.folder.exists() and self.signed != (self.identity or shlex.join(self.command))
 
     @property
     def has_result(self) -> bool:
@@ -44,12 +56,16 @@ class Stage:
         return (self.folder / "result.json").is_file()
 
     @property
-    def _left_by(self) -> Path:
-        return self.folder.with_suffix(".command")
+    def signed(self) -> str | None:
+        """What stands beside the folder: the command that it is of."""
+        note = self.folder.with_suffix(".command")
+        return note.read_text() if note.is_file() else None
 
-    def mark_done(self) -> None:
-        """Note the command that left the result."""
-        self._left_by.write_text(shlex.join(self.command))
+    def sign(self) -> None:
+        """Note that the folder is this command's."""
+        note = self.folder.with_suffix(".command")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(self.identity or shlex.join(self.command))
 
 
 class Processes:
@@ -90,6 +106,74 @@ class Processes:
             self._stopped = True
             running = list(self._running)
         end(running)
+
+
+def by_turns(launch: Launch, prefixes: Sequence[Sequence[str]]) -> Launch:
+    """``launch`` with one of the prefixes before each command, one that no other command has just now."""
+    free: SimpleQueue[Sequence[str]] = SimpleQueue()
+    for prefix in prefixes:
+        free.put(prefix)
+
+    def launch_on_free(command: Sequence[str], log: Path, seconds: float) -> int | None:
+        prefix = free.get()
+        try:
+            return launch([*prefix, *command], log, seconds)
+        finally:
+            free.put(prefix)
+
+    return launch_on_free
+
+
+def gpu_prefixes(n_at_once: int, n_each: int = 1) -> list[list[str]]:
+    """For each of so many commands at a time the words that give it ``n_each`` GPUs, by turns; none where there is no choice.
+
+    Raises:
+        UserError: there are fewer than a command needs.
+    """
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if n_each > max(1, len(names)):
+        raise UserError(f"a run on {n_each} GPUs: there are {len(names)} here")
+    if len(names) <= n_each:
+        return [[] for _ in range(n_at_once)]
+    groups = [",".join(names[i : i + n_each]) for i in range(0, len(names) - n_each + 1, n_each)]
+    return [["env", f"CUDA_VISIBLE_DEVICES={groups[slot % len(groups)]}"] for slot in range(n_at_once)]
+
+
+def recorded(launch: Launch) -> Launch:
+    """``launch``, with a file ``.run`` beside the log that is locked while the command runs and then holds its exit code. What
+    another process runs just now is left to it."""
+
+    def launch_alone(command: Sequence[str], log: Path, seconds: float) -> int | None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log.with_suffix(".run"), "a") as record:
+            try:
+                fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{log.with_suffix('')}: another process runs it", flush=True)
+                return REQUEUE_CODE
+            record.truncate(0)
+            code = launch(command, log, seconds)
+            record.write(str(REQUEUE_CODE if code is None else code))
+            return code
+
+    return launch_alone
+
+
+def recorded_code(log: Path) -> int | str | None:
+    """What :func:`recorded` knows of a command, by its log: its last exit code, ``running``, or None."""
+    record = log.with_suffix(".run")
+    if not record.is_file():
+        return None
+    with open(record) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "running"
+        said = file.read()
+    return int(said) if said else None
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -163,7 +247,7 @@ def run_jobs(
                 return "left"
             if code or not stage.has_result:
                 return "failed"
-            stage.mark_done()
+            stage.sign()
             took[stage.kind] = max(took.get(stage.kind, 0.0), needed)
         return "done"
 

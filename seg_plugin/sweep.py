@@ -10,13 +10,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import Processes, Stage, interruptible, run_jobs
+from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, run_jobs
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
@@ -87,19 +84,9 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     if n_at_once > 1:  # they share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     started = Processes()
-    devices: SimpleQueue[list[str]] = SimpleQueue()
-    for slot in range(n_at_once):
-        devices.put(_device(slot) if run.device != "cpu" else [])
-
-    def launch(words: Sequence[str], log: Path, seconds: float) -> int | None:
-        device = devices.get()
-        try:
-            return started.launch([*device, *words], log, seconds)
-        finally:
-            devices.put(device)
-
+    gpus: list[list[str]] = [[]] * n_at_once if run.device == "cpu" else gpu_prefixes(n_at_once)
     with interruptible():
-        ended = run_jobs(jobs, n_at_once, float("inf"), launch, started)
+        ended = run_jobs(jobs, n_at_once, float("inf"), by_turns(started.launch, gpus), started)
     failed = [name for name, how in ended.items() if how == "failed"]
     told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {Path(run.output) / POINTS}, RUN.log)"
     if left := [name for name, how in ended.items() if how == "left"]:
@@ -109,13 +96,6 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     result = conclude(run)
     assert result is not None, "every run has ended and left its result"
     return result
-
-
-def _device(slot: int) -> list[str]:
-    """The words that give a command one GPU, by turns; none where there is none, or one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return ["env", f"CUDA_VISIBLE_DEVICES={names[slot % len(names)]}"] if len(names) > 1 else []
 
 
 def _check_folder(run: SegmentationRun) -> None:

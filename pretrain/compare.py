@@ -1,0 +1,329 @@
+"""A comparison's runs: what its entries' weights become, which runs follow, and what has come of each.
+
+Every file of weights is made one of ours first (:func:`prepare`), so that a run needs no more than its path. The runs of
+:func:`plan` depend on nothing else and not on each other.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pretrain.cli import REQUEUE_CODE
+from pretrain.comparison import NONE, SWEEP, Comparison, Entry, name_of, words_of
+from pretrain.errors import UserError
+from pretrain.export.converted import convert
+from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, recorded, recorded_code, run_jobs
+from pretrain.results.paper import paper_tables
+from pretrain.results.provenance import file_hash
+from pretrain.results.render import render_all
+from pretrain.results.schema import FILE_NAME, Result, read_result
+from pretrain.weights.write import FORMAT
+
+DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"  # see :func:`state`
+TABLES = {"csv": "csv", "tex": "latex", "html": "html", "md": "md"}  # {suffix: format}
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An entry's weights.
+
+    Attributes:
+        file: what the runs read: one of our pre-trainings' as it is, any other converted.
+        source: the file that the entry names.
+        identity: what the runs depend on of it: ``key=value`` words.
+    """
+
+    file: Path
+    source: Path
+    identity: tuple[str, ...]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the runs read another file than the entry names."""
+        return self.file != self.source
+
+    def is_ready(self, note: Path) -> bool:
+        """Whether the runs can begin; ``note``: that of the entry's file (:func:`note_of`)."""
+        noted = note.is_file() and note.read_text() == shlex.join(self.identity)
+        return self.file.is_file() and noted
+
+
+def note_of(entry: Entry, output: Path) -> Path:
+    """The file that says of which file, and how, an entry's weights were made. Runs that are done need no more of them."""
+    return output / "weights" / f"{name_of(entry)}.command"
+
+
+def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights | None:
+    """Where an entry's weights are; None where its file is missing, and was when the entry was last asked for."""
+    source, note = Path(comparison.weights) / entry.file, note_of(entry, output)
+    if source.is_file():
+        digest = file_hash(source)
+        is_ours = _metadata(source).get("format") == FORMAT and entry.patch_size is None
+    elif note.is_file():
+        noted = shlex.split(note.read_text())
+        digest, is_ours = noted[0].removeprefix("weights="), len(noted) == 2
+    else:
+        return None
+    says: dict[str, Any] = {"weights": digest, "backbone": entry.backbone}
+    if not is_ours:
+        says |= {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
+    identity = tuple(f"{key}={value}" for key, value in says.items() if value is not None)
+    return Weights(source if is_ours else note.with_suffix(".safetensors"), source, identity)
+
+
+def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
+    """:func:`find_weights` of every entry of which there are weights, by name."""
+    found = {name_of(entry): find_weights(comparison, entry, output) for entry in comparison.entries}
+    return {name: weights for name, weights in found.items() if weights is not None}
+
+
+def prepare(entry: Entry, weights: Weights, output: Path) -> None:
+    """Make the file that an entry's runs read, where it is not there yet.
+
+    Raises:
+        UserError: what is wrong with the file that the entry names.
+    """
+    note = note_of(entry, output)
+    if weights.is_ready(note):
+        return
+    if weights.is_converted:
+        of_the_file = {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
+        convert(weights.source, weights.file, name=entry.backbone, **of_the_file)
+    elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
+        raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(shlex.join(weights.identity))
+
+
+def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry], output: Path) -> dict[str, str]:
+    """:func:`prepare` for every entry, once; {name: why} of those that failed."""
+    failed: dict[str, str] = {}
+    for name, entry in {name_of(entry): entry for entry in entries}.items():
+        try:
+            prepare(entry, weights[name], output)
+        except Exception as error:  # whatever a stranger's file does to its reader, the other rows go on
+            failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return failed
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """Of a safetensors file, without its tensors; of any other, none."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError):  # the conversion will say what is wrong with it
+        return {}
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One run of ``tools/train_{task}.py``, or its sweep.
+
+    Attributes:
+        task: ``det`` | ``seg``.
+        arguments: of the tool, whatever it is run on.
+        identity: what its result depends on.
+        is_sweep: whether it is the whole grid.
+    """
+
+    entry: Entry
+    task: str
+    folder: Path
+    arguments: tuple[str, ...]
+    identity: str
+    is_sweep: bool = False
+
+    @property
+    def name(self) -> str:
+        """``dino_vitb16/det_coco-12ep_seed0``."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def tool(self) -> str:
+        """Name of its tool's file."""
+        return f"train_{self.task}.py"
+
+    def stage(self, tools: Path, n_gpus: int = 1) -> Stage:
+        """It as a command on so many GPUs of this machine: torchrun starts a process for each; a sweep has a run on each."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)] * (n_gpus > 1)
+        sweep = ["--sweep", "--jobs", str(n_gpus)]
+        words = [str(tools / self.tool), *self.arguments]
+        command = [*words, *sweep] if self.is_sweep else [*launcher, *words]
+        return Stage(self.task, self.folder, [sys.executable, *command], self.identity)
+
+
+def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1) -> list[FineTuning]:
+    """The runs of all entries of which there are weights ({name: weights}), seed by seed, so that an unfinished comparison has
+    every row; a sweep comes with the first seed."""
+    runs: list[FineTuning] = []
+    for seed in comparison.seeds:
+        for task in (_detection, _segmentation):
+            for entry in comparison.entries:
+                if name_of(entry) in weights:
+                    runs += task(comparison, entry, weights[name_of(entry)], output / name_of(entry), seed, n_gpus)
+    return runs
+
+
+def _detection(
+    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
+) -> Iterator[FineTuning]:
+    protocol = entry.detection or comparison.detection
+    if protocol == NONE:
+        return
+    fields = words_of(comparison.detection_overrides)
+    folder = folder / f"det_{protocol}_seed{seed}"
+    accumulate = -(-comparison.accumulate // n_gpus)
+    where = ["--data", comparison.coco, "--accumulate", str(accumulate), *["--checkpointing"] * comparison.checkpointing]
+    recipe = ["--engine", comparison.engine, "--protocol", protocol, "--seed", str(seed)]
+    words = _arguments(comparison, weights, folder, [*recipe, *where, "--resume"], fields)
+    yield FineTuning(entry, "det", folder, words, shlex.join(["train_det", *recipe, *fields, *weights.identity]))
+
+
+def _segmentation(
+    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
+) -> Iterator[FineTuning]:
+    kind = entry.segmentation or comparison.segmentation
+    if kind == NONE or (kind == SWEEP and seed != comparison.seeds[0]):
+        return
+    fields = words_of(comparison.segmentation_overrides)
+    is_sweep = kind == SWEEP
+    folder = folder / ("seg_sweep" if is_sweep else f"seg_seed{seed}")
+    recipe = ["--dataset", "ade20k", "--seed", str(seed)]
+    rest = ["--data", comparison.ade, *["--resume"] * (not is_sweep)]
+    words = _arguments(comparison, weights, folder, [*recipe, *rest], fields)
+    identity = shlex.join(["train_seg", *recipe, *["--sweep"] * is_sweep, *fields, *weights.identity])
+    yield FineTuning(entry, "seg", folder, words, identity, is_sweep)
+
+
+def _arguments(comparison: Comparison, weights: Weights, folder: Path, options: list[str], overrides: list[str]) -> tuple[str, ...]:
+    workers = [] if comparison.workers is None else ["--workers", str(comparison.workers)]
+    shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device, *workers]
+    return (*overrides, *options, *shared)
+
+
+def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
+    """Before anything is begun.
+
+    Raises:
+        UserError: no such folder of data, by its key.
+    """
+    for task, key in (("det", "coco"), ("seg", "ade")):
+        if any(run.task == task for run in runs) and not Path(folder := getattr(comparison, key)).exists():
+            raise UserError(f"{key}: there is no {folder}")
+
+
+def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int, seconds: float, device: str) -> dict[str, str]:
+    """Run them on this machine, ``n_at_once`` at a time on ``n_gpus`` GPUs each.
+
+    Returns:
+        {name: ``done`` | ``left`` | ``failed``}.
+
+    Raises:
+        Interrupted: SIGTERM or SIGUSR1 came, and was passed on to what ran.
+        UserError: there are not so many GPUs.
+    """
+    until = time.monotonic() + seconds
+    if n_at_once > 1:  # they share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
+    gpus: list[list[str]] = [[]] * n_at_once if device == "cpu" else gpu_prefixes(n_at_once, n_gpus)
+    stages, processes = {run.name: [run.stage(tools, n_gpus)] for run in runs}, Processes()
+    for (stage,) in stages.values():
+        stage.sign()
+    with interruptible():
+        launch = recorded(by_turns(processes.launch, gpus))
+        return run_jobs(stages, n_at_once, until - time.monotonic(), launch, processes)
+
+
+# --- what has come of them --------------------------------------------------------------------------------------------
+
+
+def state(stage: Stage) -> str:
+    """``done`` | ``running`` | ``in the queue (job N)`` | ``other settings`` (the folder is another command's) |
+    ``failed (exit code N)`` | ``begun`` | ``left``."""
+    if stage.is_done:
+        return DONE
+    code = recorded_code(stage.log)
+    if code == RUNNING:
+        return RUNNING
+    if number := _queued(stage):
+        return f"{QUEUED} (job {number})"
+    if stage.is_of_another:
+        return OTHER
+    if code not in (None, REQUEUE_CODE):
+        return f"failed (exit code {code})"
+    return "begun" if stage.folder.exists() else LEFT
+
+
+def is_to_begin(how: str) -> bool:
+    """Whether a run of this :func:`state` is to be begun, or gone on with, by whoever asks."""
+    return how not in (DONE, RUNNING, OTHER) and not how.startswith(QUEUED)
+
+
+def _queued(stage: Stage) -> str | None:
+    """The number of the SLURM job that was to run it, while SLURM knows that job."""
+    note = job_note(stage)
+    if not note.is_file():
+        return None
+    number = note.read_text()
+    try:
+        asked = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
+    except OSError:  # no SLURM here
+        return None
+    return number if asked.returncode == 0 and asked.stdout.strip() else None
+
+
+def job_note(stage: Stage) -> Path:
+    """The file that holds the number of the SLURM job to which a run was handed."""
+    return stage.folder.with_suffix(".job")
+
+
+def difference(stage: Stage) -> str:
+    """In what the settings of a folder differ from those that are asked for, and what to do."""
+    before, now = shlex.split(stage.signed or "unknown settings"), shlex.split(stage.identity)
+    gone, new = [word for word in before if word not in now], [word for word in now if word not in before]
+    told = f"it was begun with {shlex.join(gone) or 'less'}, asked for is {shlex.join(new) or 'less'}"
+    return f"{stage.folder}: {told}; move it away, or give another --output"
+
+
+def results(runs: Sequence[FineTuning], weights: Mapping[str, Weights], tools: Path) -> list[Result]:
+    """The results of all runs that are done, under the comparison's names of the methods; and those of our own pre-trainings, where
+    they lie beside the weights: they tell whether they were scaled down."""
+    found = []
+    for run in runs:
+        if run.stage(tools).is_done:
+            result = read_result(run.folder)
+            found.append(replace(result, method=run.entry.method))
+            of_run = weights[name_of(run.entry)]
+            beside = of_run.source.with_name(FILE_NAME)
+            if not of_run.is_converted and beside.is_file() and (before := read_result(beside)).kind == "pretrain":
+                found.append(before)
+    return found
+
+
+def write_tables(results: Sequence[Result], tables: str, output: Path) -> str:
+    """``table.md``, ``.csv``, ``.tex`` and ``.html``: the published tables of these numbers, with what was measured beside them.
+
+    Returns:
+        the first of them.
+    """
+    shown = paper_tables(results, tables)
+    output.mkdir(parents=True, exist_ok=True)
+    for suffix, style in TABLES.items():
+        text = render_all(shown, style)
+        (output / f"table.{suffix}").write_text(text, encoding="utf-8")
+    return text

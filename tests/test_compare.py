@@ -1,0 +1,553 @@
+"""The comparison: what a yaml may say, the shipped ones against the published tables, and the runs: done once, and gone on with.
+
+One comparison at the end is real, of files in two layouts; elsewhere the tools that it starts are stand-ins.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from ade_fixture import write_ade
+from coco_fixture import write_coco
+from tool_fixture import load_tool
+
+from det_plugin.protocol import PROTOCOLS
+from pretrain import compare
+from pretrain.build import build_backbone
+from pretrain.comparison import Comparison, Entry, load_comparison, name_of
+from pretrain.errors import Interrupted, UserError
+from pretrain.jobs import gpu_prefixes
+from pretrain.results.merge import backbone_family
+from pretrain.results.published import published_rows, rows_of_tables
+from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
+from pretrain.weights import read_checkpoint, save_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "compare"
+TINY = "vit_tiny_patch16"
+TOOLS = ROOT / "tools"
+ROW = {"method": "DINO", "backbone": TINY, "file": "dino.pth"}
+
+
+def write_yaml(folder, *rows, **keys):
+    """``folder/c.yaml``; JSON is YAML."""
+    (folder / "c.yaml").write_text(json.dumps({**keys, "entries": [{**ROW, **row} for row in rows]}))
+    return folder / "c.yaml"
+
+
+def write_ours(file, seed=0, method="intertwined", epochs=3.5):
+    """A file as a pre-training leaves it."""
+    torch.manual_seed(seed)
+    vit = build_backbone(TINY, depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
+    origin = {"method": method, "effective_epochs": epochs}
+    return save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
+
+
+def write_timm(file, seed=0):
+    """A flat state dict under timm's names, with a classifier."""
+    torch.manual_seed(seed)
+    state = build_backbone(TINY, depth=2, pos_grid=4).state_dict()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, file)
+    return file
+
+
+# --- the yaml ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "message"),
+    [
+        ({}, {"seed": 0}, "c.yaml: unknown key 'seed'"),
+        ({"epochs": 3}, {}, r"c.yaml: entries\[0\]: unknown key 'epochs'"),
+        ({}, {"seeds": 0}, "c.yaml: seeds=0 should be a list"),
+        ({}, {"seeds": [0, "1"]}, r"c.yaml: seeds\[1\]='1' should be int"),
+        ({}, {"seeds": []}, r"seeds=\[\] should be one or more different"),
+        ({}, {"seeds": [1, 1]}, r"seeds=\[1, 1\] should be one or more different"),
+        ({}, {"accumulate": 0}, "accumulate is at least 1"),
+        ({}, {"tables": 1}, "c.yaml: tables=1 should be str"),
+        ({}, {"tables": "9"}, "c.yaml: tables: no published table '9'"),
+        ({}, {"checkpointing": "yes"}, "c.yaml: checkpointing='yes' should be bool"),
+        ({}, {"detection": "coco-11ep"}, "c.yaml: detection='coco-11ep' is none of coco-12ep"),
+        ({}, {"segmentation": "all"}, "c.yaml: segmentation='all' is none of sweep, point, none"),
+        ({}, {"detection_overrides": ["lr"]}, "c.yaml: detection_overrides=.* should be a mapping"),
+        ({"file": None}, {}, r"c.yaml: entries\[0\]: file=None should be str"),
+        ({"effective_epochs": "many"}, {}, r"entries\[0\]: effective_epochs='many' should be float"),
+        ({"patch_size": True}, {}, r"entries\[0\]: patch_size=True should be int"),
+        ({"backbone": "vit_s16"}, {}, r"entries\[0\]: backbone='vit_s16' is none of"),
+        ({"source": "dyno"}, {}, r"entries\[0\]: source='dyno' is none of"),
+        ({"subnet": "ema"}, {}, r"entries\[0\]: subnet='ema' is none of teacher, student"),
+        ({"name": "a/b"}, {}, "name='a/b' is no name of a folder"),
+        ({"method": "..", "name": "weights"}, {}, "name='weights' is no name"),
+        ({}, {"base": "c.yaml"}, "c.yaml: base: 'c.yaml' is no other file"),
+        ({}, {"base": "none.yaml"}, "none.yaml: no readable YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, row, keys, message):
+    with pytest.raises(UserError, match=message):
+        load_comparison(write_yaml(tmp_path, row, **keys), detections=PROTOCOLS)
+
+
+def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
+    with pytest.raises(UserError, match="two entries are called 'dino_vitt16'"):
+        load_comparison(write_yaml(tmp_path, {}, {"file": "other.pth"}))
+    (tmp_path / "c.yaml").write_text("entries: [{method: DINO, backbone: vit_tiny_patch16}]")
+    with pytest.raises(UserError, match=r"c.yaml: entries\[0\]: file is missing"):
+        load_comparison(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("weights: w")
+    with pytest.raises(UserError, match="c.yaml: entries is missing"):
+        load_comparison(tmp_path / "c.yaml")
+
+
+def test_a_base_and_words_change_single_keys(tmp_path):
+    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones_it": [3, 4]})
+    (tmp_path / "child.yaml").write_text("base: c.yaml\nweights: there\n")
+    words = ["coco=here", "seeds=0,2", "detection_overrides.lr=3e-4", "accumulate=4", "segmentation=none"]
+    read = load_comparison(tmp_path / "child.yaml", words, PROTOCOLS)
+    changed = {"lr": "3e-4", "amp": "false", "milestones_it": "3,4"}
+    told = dict(weights="there", coco="here", seeds=(0, 2), accumulate=4, segmentation="none", detection_overrides=changed)
+    assert read == Comparison(entries=(Entry(**ROW),), **told)
+    with pytest.raises(UserError, match="entries: name the rows"):
+        load_comparison(tmp_path / "child.yaml", ["entries=1"])
+    assert load_comparison(tmp_path / "child.yaml", ["weights=2026", "tables=2"]).weights == "2026"
+    with pytest.raises(UserError, match="workers='@' cannot be read"):
+        load_comparison(tmp_path / "child.yaml", ["workers=@"])
+    with pytest.raises(UserError, match="accumulate='x' should be int"):
+        load_comparison(tmp_path / "child.yaml", ["accumulate=x"])
+
+
+# --- the shipped ones -------------------------------------------------------------------------------------------------
+
+
+def shipped(name):
+    return load_comparison(CONFIGS / f"{name}.yaml", detections=PROTOCOLS)
+
+
+def test_every_shipped_file_can_be_read():
+    assert {path.stem for path in CONFIGS.iterdir()} == {
+        "table1_vitb16", "table1_vits16", "table2", "table7", "coco10pct", "toy",
+    }  # fmt: skip
+    for path in CONFIGS.iterdir():
+        assert all(entry.origin for entry in shipped(path.stem).entries), path
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "backbone"),
+    [
+        ("table1_vitb16", "1", "ViT-B/16"),
+        ("table1_vits16", "1", "ViT-S/16"),
+        ("coco10pct", "1", "ViT-S/16"),
+        ("table2", "2", "ViT-S/16"),
+        ("table7", "7", None),
+    ],
+)
+def test_every_published_row_has_an_entry(name, table, backbone):
+    """In the paper's order, under its label, with its number of epochs; a file of ours says its own, and the tables match those."""
+    read = shipped(name)
+    rows = [row for row in rows_of_tables(published_rows(), table) if backbone in (row.backbone, None)]
+    ours = {"Intertwined", "DINOv2 (ImageNet-1K)"}
+    expected = [(r.method, r.backbone, None if r.method in ours else r.effective_epochs) for r in rows]
+    assert [(e.method, backbone_family(e.backbone), e.effective_epochs) for e in read.entries] == expected
+    assert read.tables == table
+    for entry, row in zip(read.entries, rows):
+        segmented = (entry.segmentation or read.segmentation) != "none"
+        assert segmented == (row.ade20k_miou is not None and name != "coco10pct"), entry.method
+        assert ("tools/pretrain.py" in entry.origin) == (entry.method in ours)
+        if entry.method in ours:
+            config = entry.origin.split("--config ")[1].split()[0]
+            assert (ROOT / config).is_file() and entry.file == f"{Path(config).stem}/backbone.safetensors"
+
+
+def made_plan(comparison, output, **options):
+    """The plan with all weights there."""
+    weights = {name_of(e): compare.Weights(output / name_of(e), output / name_of(e), ("weights=0",)) for e in comparison.entries}
+    return compare.plan(comparison, weights, output, **options)
+
+
+def words_of(run):
+    return dict(zip(run.arguments, [*run.arguments[1:], ""]))
+
+
+def test_the_plans_of_the_shipped_files(tmp_path):
+    two = made_plan(shipped("table2"), tmp_path)
+    assert [run.name for run in two] == ["flsl_vits16/det_coco-50ep_seed0", "intertwined_vits16/det_coco-50ep_seed0"]
+    assert {words_of(run)["--protocol"] for run in two} == {"coco-50ep"}
+    rows = {name_of(e): (e.file, e.source, e.method, e.effective_epochs) for e in shipped("table1_vits16").entries}
+    assert all(rows[name_of(e)] == (e.file, e.source, e.method, e.effective_epochs) for e in shipped("table2").entries)  # shared
+    seven = made_plan(shipped("table7"), tmp_path)
+    assert {run.entry.patch_size for run in seven} == {16} and len(seven) == 8 and sum(run.is_sweep for run in seven) == 4
+    assert [run.entry.backbone for run in seven[:4]] == ["vit_base_patch16", "vit_base_patch16_reg4", "vit_small_patch16",
+                                                         "vit_small_patch16_reg4"]  # fmt: skip
+    base = made_plan(shipped("table1_vitb16"), tmp_path)
+    assert [run.task for run in base] == ["det"] * 10 + ["seg"] * 7 and all(run.is_sweep for run in base[10:])
+    several = made_plan(replace(shipped("table1_vitb16"), seeds=(2, 3)), tmp_path)
+    assert [run.task for run in several] == ["det"] * 10 + ["seg"] * 7 + ["det"] * 10  # a sweep has seeds of its own
+    cheap = made_plan(shipped("coco10pct"), tmp_path)
+    assert len(cheap) == 30 and {run.folder.name for run in cheap} == {f"det_coco10pct-12ep_seed{seed}" for seed in range(3)}
+    assert [words_of(run)["--seed"] for run in cheap] == ["0"] * 10 + ["1"] * 10 + ["2"] * 10
+
+
+def test_the_tools_understand_the_commands(tmp_path):
+    read = replace(shipped("table1_vits16"), seeds=(3,), detection_overrides={"lr": "2e-4"}, workers=0, checkpointing=True)
+    run = made_plan(read, tmp_path, n_gpus=4)[0]
+    options = load_tool("train_det").parse([*run.arguments])
+    assert (options.protocol, options.seed, options.accumulate, options.checkpointing) == ("coco-12ep", 3, 2, True)
+    assert (options.output, options.overrides, options.resume) == (tmp_path / "dino_vits16/det_coco-12ep_seed3", ["lr=2e-4"], True)
+    pytest.importorskip("mmseg")
+    tool = load_tool("train_seg")
+    swept, single = [made_plan(replace(read, segmentation=kind), tmp_path)[-1] for kind in ("sweep", "point")]
+    options = tool.parse(swept.stage(TOOLS, 2).command[2:])
+    assert (options.sweep, options.jobs, options.dataset, options.resume) == ("all", 2, "ade20k", False)
+    assert options.output == tmp_path / "intertwined_vits16/seg_sweep"
+    options = tool.parse([*single.arguments])
+    assert (options.sweep, options.seed, options.resume, options.output.name) == (None, 3, True, "seg_seed3")
+
+
+def test_a_run_on_several_gpus(tmp_path, monkeypatch):
+    run = made_plan(shipped("table2"), tmp_path)[0]
+    alone, spread = run.stage(TOOLS), run.stage(TOOLS, 4)
+    assert alone.command[1] == str(TOOLS / "train_det.py")
+    assert spread.command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    assert alone.identity == spread.identity and "accumulate" not in alone.identity  # the result does not depend on it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7,8")
+    pairs = ["CUDA_VISIBLE_DEVICES=2,5", "CUDA_VISIBLE_DEVICES=6,7"]  # the last one is no pair
+    assert gpu_prefixes(3, 2) == [["env", pair] for pair in (*pairs, pairs[0])]
+    assert gpu_prefixes(2, 1) == [["env", "CUDA_VISIBLE_DEVICES=2"], ["env", "CUDA_VISIBLE_DEVICES=5"]]
+    assert gpu_prefixes(2, 5) == [[], []]  # all of them
+    with pytest.raises(UserError, match="a run on 6 GPUs: there are 5 here"):
+        gpu_prefixes(1, 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpu_prefixes(2, 1) == [[], []]
+
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_file_becomes_one_of_ours_once(tmp_path):
+    file, out = write_timm(tmp_path / "w" / "dino.pth"), tmp_path / "out"
+    entry = Entry(**ROW, source="timm", effective_epochs=1600.0, patch_size=8)
+    read, note = Comparison(entries=(entry,), weights=str(tmp_path / "w")), compare.note_of(entry, out)
+    weights = compare.find_weights(read, entry, out)
+    assert weights.file == out / "weights/dino_vitt16.safetensors" and not weights.is_ready(note)
+    compare.prepare(entry, weights, out)
+    found = read_checkpoint(weights.file)
+    assert weights.is_ready(note) and (found.backbone, found.flags["patch_size"]) == (TINY, 8)
+    assert (found.provenance["method"], found.provenance["effective_epochs"]) == ("DINO", 1600)
+    before = weights.file.stat().st_mtime_ns
+    compare.prepare(entry, weights, out)
+    assert weights.file.stat().st_mtime_ns == before
+    file.unlink()  # what was made of it is enough; and of runs that are done, the note
+    assert compare.find_weights(read, entry, out) == weights and weights.is_ready(note)
+    weights.file.unlink()
+    assert compare.find_weights(read, entry, out) == weights and not weights.is_ready(note)
+    with pytest.raises(UserError, match="no file .*dino.pth"):
+        compare.prepare(entry, weights, out)
+    write_timm(file, seed=1)
+    other = compare.find_weights(read, entry, out)
+    assert other.file == weights.file and other.identity[0] != weights.identity[0] and other.identity[1:] == weights.identity[1:]
+    for changed in ({"patch_size": 16}, {"method": "iBOT", "name": "dino_vitt16"}, {"effective_epochs": 1.0}, {"source": None}):
+        assert compare.find_weights(read, replace(entry, **changed), out).identity != other.identity
+
+
+def test_a_file_of_ours_is_read_as_it_is(tmp_path):
+    file, out = write_ours(tmp_path / "ours.safetensors"), tmp_path / "out"
+    entry = Entry(**{**ROW, "file": "ours.safetensors"})
+    read = Comparison(entries=(entry,), weights=str(tmp_path))
+    weights = compare.find_weights(read, entry, out)
+    with pytest.raises(UserError, match="ours.safetensors: vit_tiny_patch16, not vit_small_patch16"):
+        compare.prepare(replace(entry, backbone="vit_small_patch16"), weights, out)
+    compare.prepare(entry, weights, out)
+    assert weights.file == file and not list(out.rglob("*.safetensors"))
+    resampled = compare.find_weights(read, replace(entry, patch_size=14), out)
+    assert resampled.file.parent == out / "weights"
+    file.unlink()
+    assert compare.find_weights(read, entry, out) == weights
+    with pytest.raises(UserError, match="ours.safetensors: no file"):
+        compare.prepare(entry, weights, out)
+
+
+# --- the runs, with stand-ins for the tools ---------------------------------------------------------------------------
+
+STAND_IN = """
+import json, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output") + 1])
+how = json.loads(Path(__file__).with_name("how.json").read_text()).get(f"{folder.parent.name}/{folder.name}", 0)
+folder.mkdir(parents=True, exist_ok=True)
+if how == "slow":
+    signal.signal(signal.SIGTERM, lambda *_: (folder.joinpath("saved").touch(), sys.exit(85)))
+    folder.joinpath("begun").touch()
+    time.sleep(60)
+if how:
+    sys.exit(how)
+with open(folder / "calls", "a") as calls:
+    calls.write("x")
+folder.joinpath("result.json").write_text(Path(__file__).with_name(Path(__file__).stem + ".json").read_text())
+"""
+DET, SEG = "det_coco-12ep_seed0", "seg_seed0"
+
+
+def result(kind, **changes):
+    fields = dict(
+        kind=kind, method="told", backbone=TINY, effective_epochs=None, metrics={"box_ap": 30.0, "mask_ap": 20.0},
+        protocol=Protocol(name="coco-12ep" if kind == "detection" else "ade20k-160k", version=1, full=True, deviations={}), seed=0,
+        config_hash="a", weights_hash=None, git_commit=None, packages={}, hardware={}, wall_time_s=1.0, peak_memory_mib=None,
+    )  # fmt: skip
+    return Result(**(fields | ({"metrics": {"miou": 40.0}} if kind == "segmentation" else {}) | changes))
+
+
+class Workplace:
+    """Two rows of ours, and the tool whose runs are stand-ins."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.out, self.tools = folder, folder / "out", folder / "tools"
+        for name, kind in (("train_det", "detection"), ("train_seg", "segmentation")):
+            self.tools.mkdir(exist_ok=True)
+            (self.tools / f"{name}.py").write_text(STAND_IN)
+            (self.tools / f"{name}.json").write_text(to_json(result(kind)))
+        self.happens()
+        for data in ("coco", "ade"):
+            (folder / data).mkdir()
+        for seed, name in enumerate(("one", "two")):
+            write_ours(folder / "w" / f"{name}.safetensors", seed)
+        self.rows = [{"method": name, "name": name, "file": f"{name}.safetensors"} for name in ("one", "two")]
+        self.module = load_tool("compare")
+        monkeypatch.setattr(self.module, "TOOLS", self.tools)
+
+    def happens(self, **how):
+        """{run with __ for /: exit code | "slow"}."""
+        (self.tools / "how.json").write_text(json.dumps({name.replace("__", "/"): code for name, code in how.items()}))
+
+    def __call__(self, *words, rows=(), **keys):
+        keys = dict(weights="w", coco="coco", ade="ade", segmentation="point", device="cpu") | keys
+        keys |= {key: str(self.folder / keys[key]) for key in ("weights", "coco", "ade")}
+        self.module.main([str(write_yaml(self.folder, *self.rows, *rows, **keys)), "--output", str(self.out), *map(str, words)])
+
+    def calls(self):
+        """How often each run came to its end."""
+        return {str(path.parent.relative_to(self.out)): len(path.read_text()) for path in sorted(self.out.rglob("calls"))}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    return Workplace(tmp_path, monkeypatch)
+
+
+def test_runs_are_done_once_and_a_failure_stops_no_other(work, capsys):
+    work.happens(**{f"one__{DET}": 3})
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"^failed: one/{DET}$"):
+            work()
+    assert f"failed: one/{DET}: its log is {work.out / 'one' / DET}.log" in capsys.readouterr().err
+    assert work.calls() == {f"one/{SEG}": 1, f"two/{DET}": 1, f"two/{SEG}": 1}
+    work("--status")
+    done = [f"done             {name}" for name in (f"two/{DET}", f"one/{SEG}", f"two/{SEG}")]
+    assert capsys.readouterr().out.splitlines() == [f"failed (exit code 3) one/{DET}", *done]
+    work.happens()
+    work("--jobs", 2)
+    work("--jobs", 2, "accumulate=4")  # no setting of the result
+    assert work.calls() == {f"one/{DET}": 1, f"one/{SEG}": 1, f"two/{DET}": 1, f"two/{SEG}": 1}
+
+
+def test_tables_are_written_of_what_is_done(work, capsys):
+    work.happens(**{f"one__{DET}": 3, f"one__{SEG}": 3})
+    with pytest.raises(UserError):
+        work()
+    for suffix in ("md", "csv", "tex", "html"):
+        text = (work.out / f"table.{suffix}").read_text()
+        assert "two" in text and "30.0" in text and "40.0" in text and "49.2" in text, suffix  # the last one is published
+        assert "told" not in text  # a file of ours stands under the comparison's name for it
+        (work.out / f"table.{suffix}").unlink()
+    capsys.readouterr()
+    work("--tables")
+    assert work.calls() == {f"two/{DET}": 1, f"two/{SEG}": 1} and (work.out / "table.tex").is_file()
+    assert capsys.readouterr().out.startswith("**Table 1a of the paper")
+    for file in (work.folder / "w").iterdir():
+        file.unlink()
+    for words in (
+        ["--only", "one", "--tables"],
+        ["--only", "two"],
+    ):  # all rows are in the tables, and what is done needs no weights
+        (work.out / "table.md").unlink()
+        work(*words)
+        assert "two" in (work.out / "table.md").read_text()
+
+
+def test_other_settings_never_replace_a_result(work, capsys):
+    work()
+    write_ours(work.folder / "w" / "two.safetensors", seed=7)
+    with pytest.raises(UserError, match=f"^failed: one/{DET}, two/{DET}, two/{SEG}$"):
+        work(detection_overrides={"lr": 1e-3})
+    said = capsys.readouterr().err
+    assert f"{work.out / 'one' / DET}: it was begun with less, asked for is lr=0.001; move it away, or give another" in said
+    assert f"{work.out / 'two' / SEG}: it was begun with weights=" in said
+    assert set(work.calls().values()) == {1}
+    work("--status", detection_overrides={"lr": 1e-3})
+    assert capsys.readouterr().out.splitlines()[0] == f"other settings   one/{DET}"
+    work("detection=coco-50ep", "--only", "one")  # another protocol has a folder of its own
+    assert (work.out / "one" / "det_coco-50ep_seed0" / "result.json").is_file()
+    (work.out / "two" / DET).rename(work.folder / "away")
+    work("--only", "two", "segmentation=none", detection_overrides={"lr": 1e-3})
+    assert work.calls()[f"two/{DET}"] == 1
+
+
+def test_missing_files_are_named_and_the_others_go_on(work, capsys):
+    absent = {"method": "MAE", "file": "mae.pth", "origin": "whoever made it"}
+    told = f"no weights       mae_vitt16: {work.folder / 'w' / 'mae.pth'} (whoever made it)"
+    work("segmentation=none", rows=[absent])
+    assert told in capsys.readouterr().out and work.calls() == {f"one/{DET}": 1, f"two/{DET}": 1}
+    with pytest.raises(UserError, match="--strict: 1 of 3 files are missing"):
+        work("--strict", rows=[absent])
+    work("--status", rows=[absent])
+    assert told in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no row 'three'; there are one, two"):
+        work("--only", "three")
+    with pytest.raises(UserError, match="no field 'rate'"):
+        work("detection_overrides.rate=3")
+    with pytest.raises(UserError, match="coco: there is no "):
+        work(coco="nowhere", detection="coco-50ep")
+
+
+def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
+    work.happens(**{f"one__{DET}": "slow"})
+    seen = []
+
+    def kill():
+        until = time.monotonic() + 30
+        while not (work.out / "one" / DET / "begun").is_file() and time.monotonic() < until:
+            time.sleep(0.02)
+        seen.append(compare.state(compare.Stage("det", work.out / "one" / DET, ["x"])))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(Interrupted, match="start it again"):
+        work("--jobs", 1)
+    thread.join()
+    assert seen == ["running"] and (work.out / "one" / DET / "saved").is_file() and work.calls() == {}
+    capsys.readouterr()
+    work("--status")
+    assert capsys.readouterr().out.splitlines()[:2] == [f"begun            one/{DET}", f"left             two/{DET}"]
+    work.happens(**{f"two__{DET}": 85})
+    with pytest.raises(Interrupted, match=r"1 of 4 runs are left: start it again$"):
+        work()
+    work.happens()
+    work()
+    assert set(work.calls().values()) == {1} and len(work.calls()) == 4
+
+
+def test_what_another_process_runs_is_left_to_it(work, capsys):
+    import fcntl
+
+    work.out.mkdir()
+    (work.out / "one").mkdir()
+    with open(work.out / "one" / f"{DET}.run", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Interrupted, match="1 of 4 runs are left"):
+            work()
+    assert f"one/{DET}" not in work.calls() and len(work.calls()) == 3
+
+
+def test_our_own_pretraining_says_whether_it_was_scaled_down(work):
+    hashed = "0123456789ab"
+    (work.tools / "train_det.json").write_text(to_json(result("detection", weights_hash=hashed)))
+    scaled = Protocol(name="intertwined-100ep", version=1, full=False, deviations={"optim.epochs": [100, 3]})
+    write_result(result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash=hashed), work.folder / "w")
+    work("segmentation=none", "--only", "one")
+    assert "optim.epochs 100 → 3" in (work.out / "table.md").read_text().replace("\\", "")
+
+
+def test_a_dry_run_shows_the_commands_and_writes_nothing(work, capsys):
+    work("--dry-run", "--gpus-per-run", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("--nproc-per-node 2" in line and f"--output {work.out}" in line for line in lines)
+    assert not work.out.exists()
+    with pytest.raises(UserError, match="what stands behind it is for --submit"):
+        work("--", "--hours", "3")
+
+
+# --- SLURM ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_jobs_that_would_be_submitted(work, capfd, monkeypatch):
+    pytest.importorskip("mmseg")
+    monkeypatch.setattr(work.module, "TOOLS", TOOLS)
+    grid = {"lr_grid": [1e-4, 1e-5], "seeds": 3}
+    words = ["--submit", "--dry-run", "--gpus-per-run", 4, "--only", "one", "--", "--hours", 3, "--partition", "fast"]
+    work(*words, segmentation="sweep", segmentation_overrides=grid, accumulate=8)
+    said = capfd.readouterr().out
+    detection, sweep = said.split("one/seg_sweep: ")
+    assert "#SBATCH --partition=fast" in detection and "#SBATCH --time=180" in detection and "--array" not in detection
+    assert "#SBATCH --gpus-per-node=4" in detection and "#SBATCH --ntasks-per-node=4" in detection
+    assert "#SBATCH --job-name=one.det_coco-12ep_seed0" in detection and "--accumulate 2" in detection
+    assert "#SBATCH --array=0-11" in sweep and "#SBATCH --gpus-per-node=1" in sweep and "job 11" in sweep  # 2 x 2 x 3
+    assert "--sweep 0" in sweep and not work.out.exists()
+
+
+def test_what_waits_in_the_queue_is_not_submitted_again(work, capfd, monkeypatch):
+    programs, record = work.folder / "bin", work.folder / "sbatch"
+    programs.mkdir()
+    bodies = {"sbatch": f"echo x >> {record}; echo Submitted batch job 4242", "srun": "", "squeue": f"cat {work.folder / 'queue'}"}
+    for name, body in bodies.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(work.module, "TOOLS", TOOLS)
+    monkeypatch.chdir(work.folder)
+    words = ["--only", "one", "segmentation=none", "device=auto"]
+    (work.folder / "queue").write_text("4242 PENDING\n")
+    for _ in range(2):
+        work(*words, "--submit")
+    assert record.read_text() == "x\n"
+    work(*words, "--status")
+    assert capfd.readouterr().out.splitlines()[-1] == f"in the queue (job 4242) one/{DET}"
+    with pytest.raises(Interrupted, match="1 of 1 runs are left"):  # nor is it run here
+        work(*words)
+    (work.folder / "queue").write_text("")  # it ended: without a result it may be submitted again, with one it is done
+    work(*words, "--submit")
+    assert record.read_text() == "x\nx\n"
+    write_result(result("detection"), work.out / "one" / DET)
+    work(*words, "--submit")
+    assert record.read_text() == "x\nx\n"
+
+
+# --- for real ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_layouts_side_by_side(tmp_path, capsys):
+    """A file of timm's layout and one of ours, through the shipped toy comparison; a third is cut off."""
+    pytest.importorskip("mmseg")
+    write_coco(tmp_path / "coco")
+    write_ade(tmp_path / "ade")
+    whole = write_timm(tmp_path / "w" / "dino.pth").read_bytes()
+    (tmp_path / "w" / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    write_ours(tmp_path / "w" / "ours.safetensors")
+    rows = [
+        {"source": "timm", "effective_epochs": 1600},
+        {"method": "MAE", "file": "cut.pth"},
+        {"method": "intertwined", "file": "ours.safetensors", "segmentation": "none"},
+    ]
+    config = write_yaml(tmp_path, *rows, base=str(CONFIGS / "toy.yaml"))
+    folders = [word for key in ("coco", "ade") for word in (f"--{key}", str(tmp_path / key))]
+    words = [str(config), "segmentation_overrides.num_classes=4", "--output", str(tmp_path / "out"), "--jobs", "2", *folders]
+    tool = load_tool("compare")
+    for _ in range(2):
+        with pytest.raises(UserError, match="^failed: mae_vitt16$"):
+            tool.main([*words, "--weights", str(tmp_path / "w")])
+    said = capsys.readouterr()
+    assert said.out.count("exit code 0") == 3  # in both calls together
+    assert said.err.count("failed: mae_vitt16: weights: ") == 2 and "cut.pth" in said.err
+    detection, segmentation = (read_result(tmp_path / "out" / "dino_vitt16" / name) for name in (DET, SEG))
+    ours = read_result(tmp_path / "out" / "intertwined_vitt16" / DET)
+    for found, origin in ((detection, ("DINO", 1600)), (segmentation, ("DINO", 1600)), (ours, ("intertwined", 3.5))):
+        assert (found.method, found.effective_epochs) == origin and found.backbone == TINY
+    assert asdict(detection)["protocol"]["name"] == "coco-12ep" and not detection.protocol.full
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "**DINO †**" in text and "**intertwined †**" in text and f"{segmentation.metrics['miou']:.1f}" in text
