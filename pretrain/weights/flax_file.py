@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.limits import MAX_DEPTH
+from pretrain.weights.limits import MAX_DEPTH, MAX_ITEMS
 
 STARTS = frozenset([*range(0x81, 0x90), 0xDE, 0xDF])  # first byte of a map that is not empty
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3
 CHUNKED = "__msgpack_chunked_array__"
 SKIPPED = ("opt_state", "optimizer")  # half of a training state, and never read
-MAX_ITEMS = {"max_array_len": 1 << 10, "max_map_len": 1 << 16}  # msgpack makes room for what a file declares
+LONGEST = {"max_array_len": 1 << 10, "max_map_len": 1 << 16}  # msgpack makes room for what a file declares
 MAX_LEAF_BYTES = 2**31 - 1  # msgpack's own
 DTYPES = {
     name: getattr(torch, name)
@@ -37,8 +37,16 @@ def read_flax_file(path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     try:
         with open(path, "rb") as file:
+            items = _Items()
             unpacker = msgpack.Unpacker(
-                file, raw=False, strict_map_key=False, ext_hook=_extension, max_buffer_size=MAX_LEAF_BYTES, **MAX_ITEMS
+                file,
+                raw=False,
+                strict_map_key=False,
+                ext_hook=_extension,
+                list_hook=items.counted,
+                object_pairs_hook=lambda pairs: dict(items.counted(pairs)),
+                max_buffer_size=MAX_LEAF_BYTES,
+                **LONGEST,
             )
             for _ in range(unpacker.read_map_header()):
                 key = str(unpacker.unpack())
@@ -54,12 +62,25 @@ def read_flax_file(path: Path) -> dict[str, Any]:
     return tree
 
 
+class _Items:
+    """Counts what is unpacked: an empty dictionary is one byte in a file and 60 in memory."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def counted(self, items: list[Any]) -> list[Any]:
+        self.n += len(items)
+        if self.n > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} items")
+        return items
+
+
 def _extension(code: int, data: bytes) -> Any:
     if code == COMPLEX:
-        return complex(*msgpack.unpackb(data, **MAX_ITEMS))
+        return complex(*msgpack.unpackb(data, **LONGEST))
     if code not in (NDARRAY, SCALAR):
         return None
-    shape, dtype, buffer = msgpack.unpackb(data, raw=True, **MAX_ITEMS)
+    shape, dtype, buffer = msgpack.unpackb(data, raw=True, **LONGEST)
     name = dtype.decode("ascii")
     if name not in DTYPES:
         raise ValueError(f"an array of {name[:32]}")

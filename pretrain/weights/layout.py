@@ -87,6 +87,14 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
     return Checkpoint(path, state, {**found, **flags}, registry_name(width, n_registers), provenance)
 
 
+def only_network(path: Path, source: str, subnet: str | None) -> None:
+    """Raises UserError: one of several networks is asked for of a file that holds one, and does not say which."""
+    if subnet is not None:
+        raise UserError(
+            f"weights: {path}, read as {source}: subnet {subnet} is not there; the file holds one network without a name"
+        )
+
+
 def _shaped(state: Mapping[str, Tensor], key: str, n_dims: int, read_as: str) -> Tensor:
     """A tensor that a ViT cannot do without, of as many dimensions as it has there."""
     if key not in state:

@@ -13,9 +13,10 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
-MAX_HEADER_BYTES = 16 << 20  # of safetensors: about 100 bytes a tensor
-MAX_PICKLE_BYTES = 16 << 20  # the structure without the numbers: about 300 bytes a tensor, an optimizer's included
-MAX_DIRECTORY_BYTES = 16 << 20  # of a zip: about 100 bytes a record, one a tensor
+MAX_HEADER_BYTES = 4 << 20  # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
+MAX_PICKLE_BYTES = 4 << 20  # the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
+MAX_DIRECTORY_BYTES = 4 << 20  # of a zip: about 100 bytes a record, one a tensor
+MAX_ITEMS = 1_000_000  # of all dictionaries and lists of a Flax file: training states have some thousands
 MAX_DEPTH = 64  # of nested dictionaries: training states have about 8
 MAX_SHARING = 4  # bytes of all tensors to bytes of their file: parameters that are views of a common buffer, and that buffer
 MAX_NAME = 200  # characters of a tensor's name, which errors repeat

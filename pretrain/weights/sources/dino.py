@@ -100,8 +100,7 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
         raise UserError(f"{read_as}: no teacher, no student and no flat state dict")
     name, state = choose(networks, subnet, "teacher", read_as)
     checkpoint = whole_vit(file, state, method.source, method.method, needed=method.needed, lacking=method.lacking)
-    if len(networks) == 2:
-        _agree(networks["teacher"], networks["student"], read_as)
+    check_agreement(networks, read_as)
     return with_origin(checkpoint, file, name)
 
 
@@ -180,6 +179,17 @@ def choose(networks: Mapping[str, State], subnet: str | None, default: str, read
     return name, networks[name]
 
 
+def check_agreement(networks: Mapping[str, State], read_as: str) -> None:
+    """Teacher and student are one network twice, but for iBOT's mask token, which is the student's alone.
+
+    Raises:
+        UserError: names what one has and the other has not, or in another shape.
+    """
+    shapes = [{(key, value.shape) for key, value in state.items() if key != "mask_token"} for state in networks.values()]
+    if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
+        raise UserError(f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}")
+
+
 def whole_vit(
     file: Container,
     state: State,
@@ -218,13 +228,6 @@ def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpo
     if type(epoch := file.tree.get("epoch")) is int:
         origin["epoch"] = epoch
     return replace(checkpoint, provenance={**checkpoint.provenance, **origin})
-
-
-def _agree(teacher: State, student: State, read_as: str) -> None:
-    """Teacher and student are one network twice; only the student has a mask token."""
-    shapes = [{key: tuple(value.shape) for key, value in state.items() if key != "mask_token"} for state in (teacher, student)]
-    if differing := sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()}):
-        raise UserError(f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}")
 
 
 def _ibot_name(key: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import plain_vit, strip
+from pretrain.weights.layout import only_network, plain_vit, strip
 from pretrain.weights.sources.source import Evidence, Source
 
 OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")  # all that is published
@@ -40,7 +40,8 @@ def recognise(file: Container) -> Evidence:
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The published backbone, or of a training the teacher's (default) or the student's."""
     state = _training(file, subnet or "teacher")
-    if not state and subnet != "student":
+    if not state and file.flat and not any(_network(file, name) for name in NETWORKS):
+        only_network(file.path, "dinov2", subnet)
         state = file.flat
     if not state:
         raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {subnet or 'teacher'}, and no flat state dict")

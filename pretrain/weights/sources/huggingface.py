@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
-from pretrain.weights.layout import HEAD_DIM, plain_vit
+from pretrain.weights.layout import HEAD_DIM, only_network, plain_vit
 from pretrain.weights.normalisation import with_imagenet_pixels
 from pretrain.weights.sources.source import Evidence, Source
 
@@ -59,6 +59,7 @@ def recognise(file: Container) -> Evidence:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone of the model; its heads are dropped."""
+    only_network(file.path, "huggingface", subnet)
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
     if prefix is None:
         raise UserError(f"weights: {file.path}, read as huggingface: no tensor {MARK}")
@@ -137,7 +138,8 @@ def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:
     told = file.preprocessor
     if "image_mean" not in told or "image_std" not in told:
         return checkpoint
-    if told.get("do_rescale") is False or abs(told.get("rescale_factor", RESCALED) - RESCALED) > 1e-8:
+    factor = told.get("rescale_factor", RESCALED)
+    if told.get("do_rescale") is False or not isinstance(factor, float) or abs(factor - RESCALED) > 1e-8:
         raise UserError(f"weights: {file.path}: preprocessor_config.json does not scale pixels to [0, 1]")
     if told.get("do_normalize") is False:
         return with_imagenet_pixels(checkpoint, 0.0, 1.0)

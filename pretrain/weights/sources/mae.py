@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
 from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import NEEDED, State, choose, is_named, marks_of, whole_vit, with_origin
+from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, is_named, marks_of, whole_vit, with_origin
 from pretrain.weights.sources.source import Evidence, Source
 
 MAE_UNUSED = ("decoder_", "mask_token")
@@ -95,10 +95,12 @@ def _encoder(
     read_as = f"weights: {file.path}, read as {source}"
     if not networks:
         raise UserError(f"{read_as}: no state dict under model or state_dict")
-    name, state = choose(networks, subnet, "student", read_as)
-    checkpoint = whole_vit(file, without(state, *unused), source, method, needed=NEEDED, interpolation="bicubic")
+    encoders = {name: without(state, *unused) for name, state in networks.items()}
+    name, state = choose(encoders, subnet, "student", read_as)
+    checkpoint = whole_vit(file, state, source, method, needed=NEEDED, interpolation="bicubic")
     if not is_fixed(state):
         raise UserError(f"{read_as}: pos_embed is not {method}'s fixed sin-cos table")
+    check_agreement(encoders, read_as)
     return with_origin(checkpoint, file, name)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
-from pretrain.weights.layout import plain_vit, without
+from pretrain.weights.layout import only_network, plain_vit, without
 from pretrain.weights.normalisation import with_imagenet_pixels
 from pretrain.weights.sources.source import Evidence, Source
 
@@ -50,6 +50,7 @@ def recognise(file: Container) -> Evidence:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """Resampled as timm does: bicubic by size, antialiased."""
+    only_network(file.path, "timm", subnet)
     state, described = dict(file.flat), _described(file)
     architecture, pretrained = str(file.config.get("architecture", "")), file.config.get("pretrained_cfg", {})
     for pattern, what in DEPARTURES.items():

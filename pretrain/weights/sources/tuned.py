@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import NEEDED, State, choose, inside_of, is_named, whole_vit, with_origin
+from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, inside_of, is_named, whole_vit, with_origin
 from pretrain.weights.sources.source import Evidence, Source
 
 HEADS = ("projection_head.", "prototypes.")
@@ -98,7 +98,9 @@ def _convert(
     if stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]:
         raise UserError(f"{read_as}: left over {', '.join(stray[:8])}")
     name, state = choose(networks, subnet, "student", read_as)
-    return with_origin(whole_vit(file, state, source, method, needed=NEEDED), file, name)
+    checkpoint = whole_vit(file, state, source, method, needed=NEEDED)
+    check_agreement(networks, read_as)
+    return with_origin(checkpoint, file, name)
 
 
 SOURCES = (

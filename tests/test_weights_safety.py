@@ -1,0 +1,147 @@
+"""Files from strangers: nothing in them runs, memory stays bounded, and each is read or refused in one line that names it.
+
+``python tests/test_weights_safety.py LIST`` reads the files of a list in a process of its own and prints what came of each.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile_weights import EITHER, NAME, READ, REFUSED, Pickled, flax, hexed, pickles, state_dict, write_hostile_files, zips
+from safetensors.torch import save_file
+
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.weights import read_checkpoint, save_backbone
+
+MAX_RESIDENT_MB = 400  # above the imported libraries; the largest hostile file has 64 MB
+MAX_ADDRESSED_MB = 2048  # likewise, by RLIMIT_AS
+HANG_S = 120  # a guard, not a speed
+
+
+def read_all(path):
+    """In a process of its own: what comes of every file of a list, and the memory that it takes, as JSON on stdout."""
+    folder, names = json.loads(Path(path).read_text())
+    outcomes = {}
+    build_backbone(NAME, weights=Path(folder, "good.pth"))  # what is loaded at the first use does not count
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "linux":
+        addressed = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (addressed + (MAX_ADDRESSED_MB << 20),) * 2)
+    for name in names:
+        try:
+            build_backbone(NAME, weights=Path(folder, name))
+            outcomes[name] = READ
+        except UserError as error:
+            outcomes[name] = f"{REFUSED}: {error}"
+        except Exception as error:
+            outcomes[name] = f"{type(error).__name__}: {error}"
+    peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024
+    print(json.dumps({"outcomes": outcomes, "peak_mb": peak_mb}))
+
+
+def in_a_process(folder, names, list_file):
+    list_file.write_text(json.dumps([str(folder), names]))
+    command = [sys.executable, "-W", "ignore", __file__, str(list_file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, cwd=list_file.parent)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantised tensors
+def test_hostile_files(tmp_path):
+    expected = write_hostile_files(tmp_path / "files")
+    assert len(expected) > 250
+    done = in_a_process(tmp_path / "files", list(expected), tmp_path / "list.json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
+    assert done.stdout.count("\n") == 1  # nothing in a file ran, nothing is said aside
+    told = json.loads(done.stdout)
+    outcomes = told["outcomes"]
+    wrong = {
+        name: outcomes[name] for name, e in expected.items() if not outcomes[name].startswith((READ, REFUSED) if e == EITHER else e)
+    }
+    assert not wrong
+    refusals = {name: outcome for name, outcome in outcomes.items() if outcome.startswith(REFUSED)}
+    assert not {name: outcome for name, outcome in refusals.items() if "\n" in outcome or len(outcome) > 1500}
+    assert not {name: outcome for name, outcome in refusals.items() if name.split("/")[-1] not in outcome and "\0" not in name}
+    assert not any("MemoryError" in outcome for outcome in outcomes.values())
+    if sys.platform == "linux":
+        assert told["peak_mb"] < MAX_RESIDENT_MB
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (Pickled(os.system, "echo ran"), r"posix\.system"),
+        (Pickled(bytearray, 8), "bytearray"),
+        (hexed(3), "encodes bytes as hex"),
+        (np.zeros(3), r"_reconstruct"),
+    ],
+)
+def test_what_is_no_data_is_named(tmp_path, content, named):
+    torch.save({"a": content}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"a\.pth.*{named}"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_numbers_become_float32(tmp_path, dtype):
+    state = {key: value.to(dtype) for key, value in state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        read = read_checkpoint(tmp_path / name).state
+        assert all(value.dtype == torch.float32 and torch.equal(value, state[key].float()) for key, value in read.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_zip_is_mapped_and_not_read(tmp_path):
+    """Of a full checkpoint only the network that is wanted costs memory: the rest is never touched."""
+    path = tmp_path / "full.pth"
+    torch.save({"model": state_dict(), "optimizer": {"exp_avg": torch.zeros(1 << 20)}}, path)
+    checkpoint = read_checkpoint(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del checkpoint
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "make, name, named",
+    [
+        (zips, "bomb.pth", "is compressed"),
+        (zips, "lying_directory.pth", "more bytes than it has"),
+        (zips, "twice.pth", "a record twice"),
+        (zips, "program.pt", "TorchScript"),
+        (pickles, "expanded.pth", r"blocks\.0\.extra declares \(1099511627776,\)"),
+        (pickles, "shared.pth", "declares tensors of 1048576000"),
+        (flax, "flax_arrays", "exceeds max_array_len"),
+        (flax, "flax_map", "exceeds max_map_len"),
+        (flax, "flax_items_of_items", "more than 1000000 items"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantised tensors
+def test_what_is_wrong_is_named(tmp_path, make, name, named):
+    content = next(content for found, content, _ in make() if found == name)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=named):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_file_of_ours_still_flows(tmp_path):
+    vit = build_backbone(NAME, depth=1, mask_tokens=True)
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path.rename(folder / "backbone.safetensors")
+    for place in (folder, folder / "backbone.safetensors"):
+        again = build_backbone(NAME, weights=place, mask_tokens=True)
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in vit.state_dict().items())
+
+
+if __name__ == "__main__":
+    read_all(sys.argv[1])
