@@ -1,5 +1,6 @@
 """``build_backbone``: the one way from a name and a checkpoint to a backbone, for all three packages."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,17 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
     width = SIZES.get(name.split("_")[1], flags)["embed_dim"]
     if flags["embed_dim"] != width:
         raise UserError(f"weights: {checkpoint.path} is {flags['embed_dim']} wide, but {name} is {width} wide")
+    _warn_of_depth(name, checkpoint, overrides)
     for key, value in overrides.items():
         if key in flags and key not in RUN_FLAGS and flags[key] != value:
             raise UserError(f"weights: {checkpoint.path} was made with {key}={flags[key]!r}, but {key}={value!r} is asked for")
     return {**flags, **overrides}
+
+
+def _warn_of_depth(name: str, checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> None:
+    """Where a file's depth is only counted, one that lost its last blocks looks whole."""
+    depth, usual = checkpoint.flags["depth"], SIZES.get(name.split("_")[1], checkpoint.flags)["depth"]
+    if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual:
+        warnings.warn(
+            f"weights: {checkpoint.path} has {depth} blocks where {name} has {usual}: blocks may be missing", stacklevel=4
+        )

@@ -143,5 +143,15 @@ def test_a_file_of_ours_still_flows(tmp_path):
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in vit.state_dict().items())
 
 
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, Pickled(os.system, "true")], ids=["read", "refused"])
+def test_what_others_allow_stays_allowed(tmp_path, content):
+    torch.serialization.add_safe_globals([np.dtype])  # as seg_plugin.compat does
+    before = set(torch.serialization.get_safe_globals())
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError):
+        read_checkpoint(tmp_path / "a.pth")
+    assert set(torch.serialization.get_safe_globals()) == before and np.dtype in before
+
+
 if __name__ == "__main__":
     read_all(sys.argv[1])

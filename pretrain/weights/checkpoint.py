@@ -18,6 +18,7 @@ class Checkpoint:
         backbone: registry name, where the file or its shapes say it.
         provenance: JSON values that later stages report: ``source`` (a name of :data:`pretrain.weights.sources.SOURCES`),
             ``method`` (as tables write it), ``effective_epochs`` where the file itself says so, ...
+        depth_is_counted: nothing but the highest number of a block says the depth; a file that lost its last blocks looks whole.
     """
 
     path: Path
@@ -25,3 +26,4 @@ class Checkpoint:
     flags: Mapping[str, Any]
     backbone: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    depth_is_counted: bool = False

@@ -84,7 +84,7 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
             raise UserError(f"{read_as}: pos_embed has {rows + has_cls} positions, not {what}")
         found["pos_grid"] = math.isqrt(rows)
     provenance = {"source": source, "method": method}
-    return Checkpoint(path, state, {**found, **flags}, registry_name(width, n_registers), provenance)
+    return Checkpoint(path, state, {**found, **flags}, registry_name(width, n_registers), provenance, "depth" not in flags)
 
 
 def only_network(path: Path, source: str, subnet: str | None) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
 KERNEL = "patch_embed.proj.weight"
@@ -39,6 +40,8 @@ def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
 def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
     """The same network for patches of ``new_px`` pixels; its grid of positions stays, to be resampled as ever."""
     old_px = checkpoint.flags["patch_size"]
+    if new_px < 1:
+        raise UserError(f"patch_size: {new_px} px is no patch")
     if old_px == new_px:
         return checkpoint
     state = {**checkpoint.state, KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}

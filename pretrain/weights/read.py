@@ -19,6 +19,7 @@ from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import sound
 from pretrain.weights.sources import SOURCES, Evidence, Source, refused
 
+TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # of a file's provenance, what tables and cards repeat
 TRAINING_ONLY = ("mask_token", "pos_mask_token")  # read by pre-training and position probes, dropped elsewhere
 
 
@@ -38,7 +39,12 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
         raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
     checkpoint = find_source(file, source).convert(file, subnet)
-    return replace(checkpoint, state=sound(checkpoint), provenance={**checkpoint.provenance, **_exported(file)})
+    provenance = {**checkpoint.provenance, **_exported(file)}
+    for key, kind in TOLD.items():
+        value = provenance.get(key)
+        if not isinstance(value, kind | None) or value != value:
+            raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
+    return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
 
 
 def _exported(file: Container) -> dict[str, Any]:

@@ -58,8 +58,12 @@ def read_torch_file(path: Path) -> Any:
 def _numpy_scalars() -> Iterator[None]:
     scalar: Any = numpy.float64(0).__reduce__()[0]
     named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    with torch.serialization.safe_globals([argparse.Namespace, *named, *SCALARS]):
-        yield
+    before = torch.serialization.get_safe_globals()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *named, *SCALARS]):
+            yield
+    finally:  # leaving it, torch takes away what others had added before, too: mmengine's
+        torch.serialization.add_safe_globals(before)
 
 
 class _Bounded(io.FileIO):

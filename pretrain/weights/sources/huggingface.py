@@ -71,11 +71,13 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         _fuse(file, state, block)
     if "mask_token" in state:
         state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT
+    stated = {"depth": file.config["num_hidden_layers"]} if "num_hidden_layers" in file.config else {}
     checkpoint = plain_vit(
         file.path,
         state,
         "huggingface",
         METHODS[model_type],
+        **stated,
         num_heads=file.config.get("num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM),
         ln_eps=file.config.get("layer_norm_eps", 1e-6 if model_type.startswith("dinov2") else 1e-12),
         gelu=GELUS[file.config.get("hidden_act", "gelu")],

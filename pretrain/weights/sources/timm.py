@@ -63,8 +63,10 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     _move_positions(file, state, arguments)
     tag = pretrained.get("tag") if described else None
     method = f"{architecture}.{tag}" if tag else architecture or file.path.stem
-    gelu = GELUS[str(arguments.get("act_layer", "gelu"))]
-    checkpoint = plain_vit(file.path, state, "timm", method, pos_interpolation="bicubic_antialias", gelu=gelu)
+    unseen = {"gelu": GELUS[str(arguments.get("act_layer", "gelu"))]}
+    if "num_heads" in arguments:
+        unseen["num_heads"] = arguments["num_heads"]
+    checkpoint = plain_vit(file.path, state, "timm", method, pos_interpolation="bicubic_antialias", **unseen)
     if described and "mean" in pretrained and "std" in pretrained:
         return with_imagenet_pixels(checkpoint, pretrained["mean"], pretrained["std"])
     return checkpoint
@@ -79,6 +81,9 @@ def _arguments(file: Container) -> Mapping[str, Any]:
     arguments = file.config.get("model_args") or {}
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
         raise UserError(f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}")
+    heads = arguments.get("num_heads", 1)
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"weights: {file.path}: num_heads {heads!r:.60} in config.json is no number of a ViT")
     sides = arguments.get("img_size", 0)
     if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
         raise UserError(f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
