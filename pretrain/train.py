@@ -289,6 +289,8 @@ class Run:
             "effective_epochs": round(epochs, 2),
             "seed": config.run.seed,
             "config_hash": config_hash(as_dict(config)),
+            "data": f"{len(self.dataset)} images",
+            "position_masks": bool(config.losses.position and config.masks.position_share),  # else pos_mask_token was never learned
         }
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"

@@ -16,7 +16,7 @@ from tool_fixture import load_tool
 
 from pretrain.analysis import attention_study
 from pretrain.analysis.attention_statistics import attention_statistics
-from pretrain.analysis.attention_study import folder_name, mask_runs
+from pretrain.analysis.attention_study import check_masks
 from pretrain.analysis.attention_tables import Measured, read_statistics
 from pretrain.build import build_backbone
 from pretrain.cli import REQUEUE_CODE, run
@@ -76,7 +76,7 @@ def analysed(setting):
 
 def undrawn(monkeypatch, tool):
     """Figures take seconds; what is not about them leaves them out."""
-    monkeypatch.setattr(tool, "draw", lambda *_: None)
+    monkeypatch.setattr(tool, "draw", lambda *_: [])
 
 
 def read_csv(path):
@@ -123,7 +123,7 @@ def test_results(analysed):
     result = read_result(output / "checkpoints" / "ours")
     assert (result.kind, result.method, result.backbone, result.effective_epochs) == (
         "analysis",
-        "<i>Method</i>",
+        "ours",
         "vit_tiny_patch16",
         12.5,
     )
@@ -131,7 +131,8 @@ def test_results(analysed):
     assert result.metrics["images"] == 3 and result.metrics["broken_images"] == 1 and result.weights_hash
     layers = [float(row["nmi_mean"]) for row in read_csv(output / "summary.csv")[:2]]
     assert list(result.metrics["nmi_by_layer"].values()) == layers and result.metrics["nmi"] == pytest.approx(np.mean(layers))
-    other = read_result(output / "checkpoints" / folder_name(HOSTILE.replace("\n", "\\n")))
+    (other,) = (read_result(file) for file in output.glob("checkpoints/_script_*/result.json"))
+    assert other.method == HOSTILE.replace("\n", "\\n")
     assert other.protocol.deviations["patch_px"] == [16, 8]
     assert any(line.startswith("left out: 001<b>.jpg: ") for line in lines)
     assert any(line.startswith("ours: 3 of 3 images, ") for line in lines)
@@ -147,7 +148,7 @@ def test_figures_and_the_page(analysed):
         ElementTree.parse(output / "figures" / f"{name}.svg")
     page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(names)
-    assert "<script" not in page and "<i>Method" not in page and "<b>.jpg" not in page
+    assert "<script" not in page and "<b>.jpg" not in page
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page and "001&lt;b&gt;.jpg" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "default-src 'none'" in page
     assert "size_px 480 → 48" in page and "images 100 → 3" in page
@@ -168,10 +169,19 @@ def test_what_is_measured_is_kept(setting, analysed, tmp_path, monkeypatch, caps
     tool.main(arguments(setting, tmp_path, "--crop"))
     assert "measured before" not in capsys.readouterr().out
     assert (tmp_path / "statistics.csv").read_bytes() != before
-    own = tmp_path / "checkpoints" / "ours" / "statistics.csv"
+    (own,) = tmp_path.glob("checkpoints/_i_Method_*/statistics.csv")
     own.write_text(own.read_text()[:-40])
-    with pytest.raises(UserError, match="ours/statistics.csv.*not whole"):
+    with pytest.raises(UserError, match="statistics.csv.*not whole"):
         tool.main(arguments(setting, tmp_path, "--crop"))
+
+
+def test_other_pixels_of_the_same_names_are_measured_again(setting, tmp_path, monkeypatch, capsys):
+    tool = load_tool("analyze_attention")
+    undrawn(monkeypatch, tool)
+    for seed in range(2):
+        photos = write_photos(tmp_path / "photos", n=1, seed=seed)
+        tool.main([*arguments(setting, tmp_path / "out"), "--images", str(photos)])
+        assert "measured before" not in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on(setting, tmp_path, monkeypatch):
@@ -186,9 +196,10 @@ def test_a_stopped_run_goes_on(setting, tmp_path, monkeypatch):
 
     undrawn(monkeypatch, tool)
     monkeypatch.setattr(attention_study, "attention_statistics", stopping)
-    with pytest.raises(Interrupted, match="other after 1 of 3 images"):
+    with pytest.raises(Interrupted, match="SIGTERM at other, after 1 of 3 images"):
         tool.main(arguments(setting, tmp_path))
-    assert (tmp_path / "checkpoints" / "ours" / "result.json").is_file() and not (tmp_path / "statistics.csv").exists()
+    (first,) = tmp_path.glob("checkpoints/*/result.json")
+    assert read_result(first).method == "<i>Method</i>" and not (tmp_path / "statistics.csv").exists()
     monkeypatch.setattr("sys.argv", ["analyze_attention.py", *arguments(setting, tmp_path)])
     run(tool.main)
     assert measured == [16] * 3 + [8] * 4 and (tmp_path / "report.html").is_file()
@@ -203,12 +214,13 @@ def test_a_stopped_run_goes_on(setting, tmp_path, monkeypatch):
     ("more", "message"),
     [
         (["--size", "56"], "size 56.*patches of 16 px; take 48 or 64 px"),
-        (["--names", "a"], "1 names for 2 weights"),
+        (["--names", "a"], "1 names for 2 files"),
         (["--names", "a", "a"], "'a' names 2 weights"),
         (["--names", "a", " "], "' ' names 1 weights"),
         (["--source", "nothing"], "source 'nothing' is none of"),
         (["--images", "/no/such/folder"], "/no/such/folder"),
-        (["--batch", "0"], "--batch 0"),
+        (["--size", "9600"], "patches, more than"),
+        (["--batch", "0"], "--batch: 0 is less than 1"),
     ],
 )
 def test_bad_input(setting, tmp_path, more, message):
@@ -240,13 +252,6 @@ def test_mask_runs_must_be_what_they_are_called(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"masks:\n  position_shape: {name}\n")
     box, cross = tmp_path / "box", tmp_path / "cross"
-    assert mask_runs(box, cross) == [box, cross]
+    check_masks(box, cross)
     with pytest.raises(UserError, match="cross has masks.position_shape=cross, not box"):
-        mask_runs(cross, box)
-
-
-def test_folders_of_any_names():
-    names = ["a", "a b", "a_b", "..", "", "x" * 200, "x" * 201, "ä", HOSTILE]
-    folders = [folder_name(name) for name in names]
-    assert len(set(folders)) == len(names) and folders[0] == "a" and folders[2] == "a_b"
-    assert all(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}", folder) for folder in folders)
+        check_masks(cross, box)

@@ -165,6 +165,14 @@ def test_an_object_in_a_picture_is_found_exactly(of, flags):
         assert judged.box.tolist() == [48, 32, 112, 96] and judged.iou == 1 and judged.hit
 
 
+@pytest.mark.parametrize(("right", "hit"), [(79, False), (80, False), (81, True)])
+def test_a_hit_is_more_than_half(right, hit):
+    features = Features(contrast_vit(has_cls=False), CPU, nullcontext())
+    with frozen(features.backbone):
+        (judged,) = discover(features, two_tone(), np.array([[48, 32, right, 96.0]]), ["lost"]).values()
+    assert judged.iou == (right - 48) / 64 and judged.hit == hit
+
+
 # --- sets -------------------------------------------------------------------------------------------------------------
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated><difficult>{difficult}</difficult>
@@ -315,10 +323,10 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     root, out = write_voc(tmp_path / "VOC2007"), tmp_path / "out"
     tool = load_tool("discover")
     tool.main(["--weights", str(weights), "--data", str(root), "--output", str(out), "--device", "cpu"])
-    result = read_result(out / "1-mine")
+    result = read_result(out / "checkpoints" / "mine")
     assert result.metrics == {"corloc_lost": 80.0, "corloc_tokencut": 80.0, "images": 5}  # all but the one whose truth is elsewhere
     assert result.kind == "analysis" and result.protocol.full and result.effective_epochs == 12
-    with open(out / "1-mine" / "boxes.csv", newline="") as file:
+    with open(out / "checkpoints" / "mine" / "boxes.csv", newline="") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}
     truths = {image.path.name: image.boxes for image in read_boxes(root)}
     for method in METHODS:
@@ -332,12 +340,12 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     table = (out / "corloc.csv").read_text().splitlines()
     assert table == ["checkpoint,images,corloc_lost,corloc_tokencut", "mine,5,80.00,80.00"]
     assert "corloc_lost 80.00, corloc_tokencut 80.00 (5 images)" in capsys.readouterr().out
-    picture = np.asarray(Image.open(out / "1-mine" / "figures" / "boxes.png"))
-    assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20 and (out / "1-mine/figures/boxes.svg").is_file()
+    picture = np.asarray(Image.open(out / "checkpoints" / "mine" / "figures" / "boxes.png"))
+    assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20 and (out / "checkpoints/mine/figures/boxes.svg").is_file()
 
     fewer = ["--method", "lost", "--max-images", "2", "--features", "tokens", "--show", "0", "--no-hard", "--size", "150"]
     tool.main(["--weights", str(weights), str(weights), "--data", str(root), "--output", str(out / "b"), "--device", "cpu", *fewer])
-    results = [read_result(file) for file in sorted((out / "b").glob("*/result.json"))]
+    results = [read_result(file) for file in sorted((out / "b").glob("checkpoints/*/result.json"))]
     assert len(results) == 2 and set(results[0].metrics) == {"corloc_lost", "images"}
     assert set(results[0].protocol.deviations) == {"size", "features", "max_images", "no_hard"}
 
@@ -359,18 +367,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, weights, monkeypatch)
         return real(*given)
 
     monkeypatch.setattr(tool, "discover", counted)
-    with pytest.raises(Interrupted, match="SIGTERM after 3 of 5 images of mine"):
+    with pytest.raises(Interrupted, match="SIGTERM at mine, after 3 of 5 images"):
         tool.main(arguments("parts"))
-    folder = tmp_path / "parts" / "1-mine"
+    folder = tmp_path / "parts" / "checkpoints" / "mine"
     (part,) = folder.glob(".boxes-*.part")
     with open(part, "a") as file:
         file.write('["cut o')  # and the next line goes on there
     assert not (folder / "result.json").exists()
     tool.main(arguments("parts"))
     assert len(calls) == 3 + 2 + 1  # the one that is drawn is seen again
-    for name in ("corloc.csv", "1-mine/boxes.csv", "1-mine/figures/boxes.png"):
+    tool.main(arguments("parts"))
+    assert len(calls) == 6  # a checkpoint that is done is not seen again
+    for name in ("corloc.csv", "checkpoints/mine/boxes.csv", "checkpoints/mine/figures/boxes.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert read_result(folder).metrics == read_result(tmp_path / "whole" / "1-mine").metrics
+    assert read_result(folder).metrics == read_result(tmp_path / "whole" / "checkpoints" / "mine").metrics
     assert not list(folder.glob(".boxes*"))
 
 
@@ -378,7 +388,7 @@ def test_the_tool_on_coco(tmp_path, weights):
     root = write_coco(tmp_path / "coco")
     arguments = ["--weights", weights, "--data", root, "--split", "train2017", "--output", tmp_path / "out", "--device", "cpu"]
     load_tool("discover").main(list(map(str, arguments)))
-    result = read_result(next((tmp_path / "out").glob("*/result.json")))
+    result = read_result(next((tmp_path / "out").glob("checkpoints/*/result.json")))
     assert result.metrics["images"] == 5 and 0 <= result.metrics["corloc_lost"] <= 100
 
 

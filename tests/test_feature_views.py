@@ -1,5 +1,6 @@
 """Views of features: layers through hooks, PCA over pictures of several sizes, similarity, figures and the page."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,13 +14,15 @@ from sklearn.decomposition import PCA
 from tool_fixture import load_tool
 
 from pretrain.analysis.attention import patch_at
-from pretrain.analysis.feature_figures import Boxed, Shown, boxes_figure, gallery, plain, similarity_figure
+from pretrain.analysis.feature_figures import Boxed, Shown, boxes_figure, gallery, similarity_figure
+from pretrain.analysis.figures import plain
 from pretrain.analysis.pca import background_by_pca, pca_colours, pca_rgb
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
+from pretrain.data.pictures import data_at, read_pictures, whole
 from pretrain.errors import UserError
-from pretrain.evaluation.features import Features, frozen, layer_names, whole
+from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.weights import save_backbone
 
 CPU = torch.device("cpu")
@@ -192,8 +195,29 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
         load_tool("view_features").main(["--weights", weights[0], *rest, *extra])
 
 
-def test_a_broken_image_is_named(tmp_path, weights):
+def test_pictures_at_equal_steps(tmp_path):
+    (write_photos(tmp_path, n=6) / "002.jpg").write_bytes(b"no")
+    found = read_pictures(data_at(str(tmp_path)), 3, lambda pixels: pixels.shape)
+    assert found.names == ["000.jpg", "004.jpg"] and found.pixels == [(70, 90, 3)] * 2
+    assert len(found.broken) == 1 and found.broken[0].startswith("002.jpg: ")
+
+
+def test_a_broken_image_is_left_out_by_name_and_figures_of_before_are_removed(tmp_path, weights, capsys):
+    out = tmp_path / "out"
+    rest = ["--images", str(tmp_path / "photos"), "--size", "64", "--output", str(out), "--device", "cpu"]
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "captions.json").write_text('{"views.png": {"title": "", "caption": ""}, "similarity-3.png": {}}')
+    for name in ("views.png", "similarity-3.png", "similarity-3.svg"):
+        (out / "figures" / name).touch()
     (tmp_path / "photos" / "000.jpg").write_bytes(b"no")
-    rest = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    with pytest.raises(UserError, match=r"000\.jpg of .* cannot be read"):
+    load_tool("view_features").main(["--weights", weights[0], *rest])
+    assert "left out: 000.jpg: " in capsys.readouterr().out
+    names = {"pca", "similarity-1", "similarity-2"}
+    assert {p.stem for p in (out / "figures").glob("*.svg")} == names
+    captions = json.loads((out / "figures" / "captions.json").read_text())
+    assert set(captions) == {"views.png", *(f"{name}.png" for name in names)}
+    assert {p.stem for p in (out / "figures").glob("*.png")} == {*names, "views"}  # those of a training stay
+    for file in (tmp_path / "photos").rglob("*.jpg"):
+        file.write_bytes(b"no")
+    with pytest.raises(UserError, match="none of the 3 images of .* can be read; the first: 000.jpg"):
         load_tool("view_features").main(["--weights", weights[0], *rest])

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from tool_fixture import load_tool
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.errors import UserError
+from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import PositionProbe, centres, draw_masks, hide_with
-from pretrain.evaluation.subject import open_subjects
+from pretrain.progress import Progress
 from pretrain.results.schema import read_result
+from pretrain.signals import StopSignals
+from pretrain.subject import open_subjects
 from pretrain.views.pixels import normalise
 from pretrain.weights import save_backbone
 
@@ -68,7 +72,9 @@ def test_every_layer_equals_a_plain_restatement(shape):
     masks = draw_masks(12, (3, 5), shape, draw=1)
     assert masks.shape == (12, 15) and masks.sum(1).tolist() == [8] * 12 and not torch.equal(masks, draw_masks(12, (3, 5), shape))
     with frozen(backbone):
-        scores = position_layers(features_of(backbone), images, draws=2, shape=shape)
+        told: list[int] = []
+        scores = position_layers(features_of(backbone), images, draws=2, shape=shape, tell=told.append)
+        assert told == [6, 12, 18, 24]
         tokens, _ = backbone.embed(normalise(images), position_mask=masks)
         layers = [tokens]
         for block in backbone.blocks:
@@ -187,12 +193,12 @@ def test_the_tool(tmp_path, weights, capsys):
     assert "hidden positions are replaced by the token" in said and "replaced by the mean" in said and "none to hide" in said
     with open(out / "position_layers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    labels = ["same <b>, ours/backbone", "same <b>, fourteen/backbone", "other"]
+    labels = ["same <b>, ours", "same <b>, fourteen", "other"]
     assert list(dict.fromkeys(row["checkpoint"] for row in rows)) == labels
     assert [row["hidden_by"] for row in rows if row["after"] == "norm" and row["patches"] == "hidden"] == ["token", "mean", "none"]
     ours = [row for row in rows if row["checkpoint"] == labels[0]]
     assert [row["after"] for row in ours] == ["embedding", "block 1", "norm"] * 2
-    results = [read_result(file) for file in sorted(out.glob("*/result.json"))]
+    results = [read_result(file) for file in (out / s.folder for s in open_subjects(weights))]
     assert [result.backbone for result in results] == ["vit_tiny_patch16"] * 3 and len({r.config_hash for r in results}) == 2
     first = results[0]
     assert first.kind == "analysis" and first.method == "same <b>" and first.effective_epochs == 350 and first.weights_hash
@@ -206,12 +212,14 @@ def test_the_tool(tmp_path, weights, capsys):
     before = (out / "position_layers.csv").read_bytes(), (out / "figures" / "position_layers.svg").read_bytes()
     tool.main(["--weights", *map(str, weights), *rest])
     assert ((out / "position_layers.csv").read_bytes(), (out / "figures" / "position_layers.svg").read_bytes()) == before
+    assert capsys.readouterr().out.count("measured before") == 3
 
 
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
         (["--mask", "token"], "no pos_mask_token"),
+        (["--size", "9999"], "patches, more than"),
         (["--draws", "0"], "--draws: 0"),
         (["--max-images", "1"], "--max-images: 1"),
         (["--images", "/nowhere"], "/nowhere"),
@@ -227,18 +235,54 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
 
 def test_checkpoints_are_named_apart(weights, tmp_path):
     subjects = open_subjects([weights[0], weights[0], weights[2]])
-    assert [s.label for s in subjects] == ["same <b>, ours/backbone, #1", "same <b>, ours/backbone, #2", "other"]
-    assert [s.folder for s in subjects] == ["1-same--b---ours-backbone---1", "2-same--b---ours-backbone---2", "3-other"]
-    named = open_subjects(weights, names=["x", "y", "x"])
-    assert [(s.label, s.method) for s in named] == [("x, ours/backbone", "x"), ("y", "y"), ("x, none/backbone", "x")]
+    assert [s.label for s in subjects] == ["same <b>, ours, #1", "same <b>, ours, #2", "other"] and subjects[
+        2
+    ].folder == "checkpoints/other"
+    named = open_subjects(weights, names=["x", "y", "..\n"])
+    assert [(s.label, s.method) for s in named] == [("x", "x"), ("y", "y"), ("..\\n", "..\\n")]
+    for names, said in ((["x", "y", "x"], "'x' names 2 weights"), (["x", "y", " "], "' ' names 1 weights")):
+        with pytest.raises(UserError, match=said):
+            open_subjects(weights, names=names)
     with pytest.raises(UserError, match="--names: 1 names for 3 files"):
         open_subjects(weights, names=["x"])
-    (of_run,) = open_subjects([weights[0].parent], source="posfield")
-    assert of_run.path == weights[0] and of_run.build().pos_encoding == "field"
+    (of_run,) = open_subjects([weights[0].parent], source="posfield", patch_px=8)
+    assert (
+        of_run.path == weights[0] and of_run.build().patch_size == of_run.patch_px == 8 and of_run.build().pos_encoding == "field"
+    )
     with pytest.raises(UserError, match="none of"):
         open_subjects(weights, source="nobody")
+    backbone = subjects[0].build(mask_tokens=True)
+    said = {"position_masks": False}  # a run without position masks: its token is as it was drawn
+    drawn = save_backbone(
+        tmp_path / "d.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags, provenance=said
+    )
+    assert not open_subjects([drawn])[0].has_token
+    assert [s.label for s in open_subjects([drawn, drawn])] == ["d, #1", "d, #2"]  # its name would tell nothing
     assert [s.has_token for s in subjects] == [True, True, False] and not subjects[0].build().training
     assert subjects[2].build(mask_tokens=True).flags["mask_tokens"] and not subjects[2].build().flags["mask_tokens"]
     subjects[0].write(tmp_path / "r", "p", {"a": (1, 1)}, {"m": 1.0}, 0.0)
+    assert subjects[0].found(tmp_path / "r", "p", {"a": (1, 1)}).metrics == {"m": 1.0}
+    assert not subjects[0].found(tmp_path / "r", "p", {"a": (1, 2)}) and not subjects[2].found(tmp_path / "r", "p", {"a": (1, 1)})
+    assert not replace(subjects[0], patch_px=8).found(tmp_path / "r", "p", {"a": (1, 1)})
     content = json.loads((tmp_path / "r" / "result.json").read_text())
     assert content["protocol"]["full"] and math.isfinite(content["wall_time_s"]) and content["peak_memory_mib"] > 0
+
+
+def test_progress_stops_where_something_is_left(capsys):
+    signals = StopSignals()
+    tell = Progress("x", 2, signals)
+    tell(1)
+    assert not capsys.readouterr().out
+    signals.received = "SIGTERM"
+    with pytest.raises(Interrupted, match="SIGTERM at x, after 1 of 2 images"):
+        tell(1)
+    tell(2)
+    assert capsys.readouterr().out.startswith("x: 2 of 2 images, ")
+
+
+def test_folders_of_any_labels(weights):
+    (one,) = open_subjects(weights[:1])
+    labels = ["a", "a b", "a_b", "..", "", "x" * 200, "x" * 201, "ä", '<script>alert("1")</script>\n../../figures']
+    folders = [replace(one, label=label).folder for label in labels]
+    assert len(set(folders)) == len(labels) and folders[0] == "checkpoints/a" and folders[2] == "checkpoints/a_b"
+    assert all(re.fullmatch(r"checkpoints/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}", folder) for folder in folders)

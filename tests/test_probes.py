@@ -19,10 +19,11 @@ from sklearn.linear_model import Ridge
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
+from pretrain.data.pictures import spread, square
 from pretrain.errors import UserError
-from pretrain.evaluation.features import Features, frozen, square
+from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import knn_predict, knn_votes
-from pretrain.evaluation.labelled import Labelled, nearest, read_classes, read_segmentation, spread
+from pretrain.evaluation.labelled import Labelled, nearest, read_classes, read_segmentation
 from pretrain.evaluation.linear import Moments, discriminant, ridge
 from pretrain.evaluation.position_probe import PositionProbe, centres
 from pretrain.evaluation.probes import Probes
@@ -299,7 +300,7 @@ def test_a_share_of_each_part(sets):
         (None, ["masks.position_share=0.0"], r"probes\.position=true, but masks\.position_share=0"),
         (None, ["losses.position=0.0"], r"probes\.position=true, but losses\.position=0"),
         (None, ["data.root=/nowhere"], r"data\.root"),
-        (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"probes\.position: .* 1 can be read"),
+        (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"needs 2 images.* 1 can be read"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:config. masks.position_share")

@@ -105,7 +105,8 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
     assert all(torch.equal(value, teacher[key]) for key, value in backbone.state_dict().items())
     assert any(not torch.equal(value, student[key]) for key, value in backbone.state_dict().items())
     assert {"pos_field", "cls_pos"} <= set(backbone.state_dict()) and backbone.flags["depth"] == 2
-    assert read_checkpoint(folder / "backbone.safetensors").provenance["method"] == "mine"
+    said = read_checkpoint(folder / "backbone.safetensors").provenance
+    assert said["method"] == "mine" and said["position_masks"] is True
     assert list((folder / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(6))

@@ -4,7 +4,7 @@ python tools/discover.py --weights runs/x/backbone.safetensors --data sets/VOC20
 python tools/discover.py --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method lost --output D
 
 --data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole patches, as in the public
-code of both; --size scales their shorter side. Leaves corloc.csv and, for each checkpoint, a folder with result.json, boxes.csv
+code of both; --size scales their shorter side. Leaves corloc.csv and checkpoints/NAME/ of each with result.json, boxes.csv
 (one row an image) and pictures of found and true boxes.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import csv
 import json
 import time
 from contextlib import nullcontext
@@ -22,17 +21,20 @@ from typing import Any
 
 import torch
 
-from pretrain.analysis.feature_figures import Boxed, boxes_figure, keep
+from pretrain.analysis.feature_figures import Boxed, boxes_figure
+from pretrain.analysis.figures import keep
 from pretrain.cli import run
 from pretrain.data.box_sets import BoxedImage, read_boxes
+from pretrain.data.pictures import spread
 from pretrain.device import DEVICES, choose_device
-from pretrain.errors import Interrupted, UserError
+from pretrain.errors import UserError
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import Features, frozen, read_picture
-from pretrain.evaluation.labelled import spread
-from pretrain.evaluation.subject import Subject, open_subjects
+from pretrain.progress import Progress
+from pretrain.results.csv_file import write_csv
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.signals import StopSignals
+from pretrain.subject import Subject, add_options, subjects_of
 
 PROTOCOL: dict[str, Any] = {"size": 0, "features": "keys", "max_images": 0, "no_hard": False}
 CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by TokenCut."
@@ -41,10 +43,7 @@ CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by Token
 def main(arguments: list[str]) -> None:
     """Parse, find, count, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, nargs="+", metavar="FILE", help="any supported checkpoints")
-    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the methods; else what the files say")
-    parser.add_argument("--source", metavar="NAME", help="whose files they are; else found out from each file")
+    add_options(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root")
     parser.add_argument("--split", default="", help="of the set (VOC: trainval; COCO: val2017)")
     parser.add_argument("--list", type=Path, metavar="FILE", help="use the images alone that this file names, one a line")
@@ -62,56 +61,62 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
     images = spread(images, options.max_images or len(images))
-    subjects, device = (
-        open_subjects(options.weights, options.backbone, options.names, options.source),
-        choose_device(options.device),
-    )
+    subjects, device = subjects_of(options), choose_device(options.device)
+    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
     table = []
-    for subject in subjects:
-        percents = measure(subject, images, options, device)
-        table.append({"checkpoint": subject.label, "images": len(images), **{k: f"{v:.2f}" for k, v in percents.items()}})
-        print(
-            f"{subject.label}: " + ", ".join(f"{name} {value:.2f}" for name, value in percents.items()), f"({len(images)} images)"
-        )
-    write_csv(options.output / "corloc.csv", table)
+    with StopSignals() as signals:
+        for subject in subjects:
+            percents = measure(subject, images, options, device, signals)
+            table.append([subject.label, len(images), *(f"{value:.2f}" for value in percents.values())])
+            said = ", ".join(f"{name} {value:.2f}" for name, value in percents.items())
+            print(f"{subject.label}: {said} ({len(images)} images)", flush=True)
+    write_csv(options.output / "corloc.csv", ["checkpoint", "images", *percents], table)
 
 
-def measure(subject: Subject, images: list[BoxedImage], options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(
+    subject: Subject, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
+) -> dict[str, float]:
     """CorLoc in percent by each method; leaves the folder of the checkpoint. Interrupted, it goes on where it was."""
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
     which = {"data": options.data.resolve().name, "split": options.split, "list": options.list and options.list.name}
+    which |= {"methods": methods, "boxes": boxes_hash(images)}
     settings |= {name: (value, value) for name, value in which.items()}  # of the set; no departure from the rule
+    before = subject.found(folder, "object-discovery", settings)
+    if before:
+        print(f"{subject.label}: measured before", flush=True)
+        return {name: value for name, value in before.metrics.items() if name.startswith("corloc_")}
     backbone = subject.build().to(device)
     features = Features(backbone, device, nullcontext())
-    weights = file_hash(subject.path) if subject.path.is_file() else str(subject.path)
-    part = folder / f".boxes-{config_hash({**settings, 'of': weights, 'methods': methods})}.part"
+    part = folder / f".boxes-{subject.settings_hash('object-discovery', settings)}-{file_hash(subject.path)}.part"
     rows, shown, chosen, done = [], [], set(spread(range(len(images)), options.show)), read_part(part)
-    with frozen(backbone), StopSignals() as stop, open(part, "a", encoding="utf-8") as file:
-        for number, image in enumerate(images, 1):
+    tell = Progress(subject.label, len(images), signals)
+    with frozen(backbone), open(part, "a", encoding="utf-8") as file:
+        for number, image in enumerate(images):
             row = done.get(str(image.path))
-            if row is None or number - 1 in chosen:
+            if row is None or number in chosen:
                 pixels = read_picture(image.path)
                 found = discover(features, pixels, image.boxes, methods, options.features, options.size)
                 row = {"image": image.path.name} | {f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()}
                 file.write(json.dumps([str(image.path), row]) + "\n")
-                if number - 1 in chosen:
+                file.flush()
+                if number in chosen:
                     shown.append(Boxed(image.path.name, pixels, image.boxes, {m: (f.box, f.hit) for m, f in found.items()}))
             rows.append(row)
-            if number % 500 == 0:
-                print(f"{subject.label}: {number} of {len(images)} images", file=sys.stderr)
-            if stop.received and number < len(images):
-                raise Interrupted(
-                    f"{stop.received} after {number} of {len(images)} images of {subject.label}; run it again to go on"
-                )
+            tell(number + 1)
     percents = {f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods}
-    write_csv(folder / "boxes.csv", rows)
+    write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
     if shown:
         keep(boxes_figure(shown), folder / "figures", "boxes", "Objects found", CAPTION)
     subject.write(folder, "object-discovery", settings, {**percents, "images": len(images)}, started)
     part.unlink()
     return percents
+
+
+def boxes_hash(images: list[BoxedImage]) -> str:
+    """Of the images' names and boxes."""
+    return config_hash({str(i): [image.path.name, image.boxes.tolist()] for i, image in enumerate(images)})
 
 
 def read_part(file: Path) -> dict[str, dict[str, Any]]:
@@ -124,15 +129,6 @@ def read_part(file: Path) -> dict[str, dict[str, Any]]:
         except ValueError:  # a line that was cut off
             continue
     return found
-
-
-def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """One line a row, under the names of the first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import json
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pretrain.build import build_backbone
 from pretrain.cli import run
 from pretrain.config import check, load_config
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes
-from pretrain.weights import backbone_name, read_checkpoint
+from pretrain.subject import open_subjects
 
 
 def main(arguments: list[str]) -> None:
@@ -30,6 +29,8 @@ def main(arguments: list[str]) -> None:
     defaults = load_config().probes
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
+    parser.add_argument("--source", metavar="NAME", help="whose file it is (dino, mae, ...); else found out from the file")
+    parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
     parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
     parser.add_argument("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
     parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbours (%(default)s)")
@@ -45,13 +46,12 @@ def main(arguments: list[str]) -> None:
     if not (options.knn_root or options.seg_root or options.position_root):
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
-    has_token = "pos_mask_token" in read_checkpoint(options.weights).state
-    name = backbone_name(options.backbone, options.weights)
-    backbone = build_backbone(name, weights=options.weights, mask_tokens=bool(options.position_root))
+    (subject,) = open_subjects([options.weights], (), options.source, options.backbone, options.patch_size)
+    backbone = subject.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
     probes = Probes(settings(options, backbone.patch_size))
-    if options.position_root and not has_token:
-        hidden_by = hide_with(backbone, "mean", has_token, (options.image_px // backbone.patch_size,) * 2)
+    if options.position_root and not subject.has_token:
+        hidden_by = hide_with(backbone, "mean", False, (options.image_px // backbone.patch_size,) * 2)
         said = (
             "the mean of all positions stands for a hidden one" if hidden_by == "mean" else "and no positions that could be hidden"
         )
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"backbone": name, "options": used, "metrics": values}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"backbone": subject.backbone, "options": used, "metrics": values}, indent=2) + "\n")
 
 
 def settings(options: argparse.Namespace, patch_size: int) -> DictConfig:

@@ -3,7 +3,8 @@
 python tools/probe_position.py --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images sets/coco/val2017 \\
     --output analysis/position
 
-Leaves position_layers.csv and figures/position_layers.png and .svg of all weights, and a folder with result.json for each. --mask
+Leaves position_layers.csv and figures/position_layers.png and .svg of all weights, and checkpoints/NAME/ with the table and the
+result.json of each, from where the same command again takes what is measured already. --mask
 says what stands for a hidden position: "token", the learned mask token of the file; "mean", the mean of the grid's positions;
 "zero"; "auto", the token where the file has one, else the mean.
 """
@@ -14,23 +15,27 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import csv
 import time
 
 import torch
-from omegaconf import OmegaConf
 
-from pretrain.analysis.feature_figures import keep, layers_figure
+from pretrain.analysis.feature_figures import layers_figure
+from pretrain.analysis.figures import keep
 from pretrain.cli import run
-from pretrain.config import load_config
+from pretrain.data.pictures import check_grid, content_hash, data_at
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import HIDDEN_BY, hide_with, read_squares
-from pretrain.evaluation.subject import Subject, open_subjects
+from pretrain.progress import Progress
+from pretrain.results.csv_file import read_csv, write_csv
+from pretrain.results.schema import FILE_NAME
+from pretrain.signals import StopSignals
+from pretrain.subject import Subject, add_options, subjects_of
 from pretrain.views.masks import SHAPES
 
+TABLE = "position_layers.csv"
 PROTOCOL = {"size": 224, "max_images": 2000, "draws": 3, "shape": "cross", "mask": "auto", "bf16": False}
 CAPTION = "How well a linear read-out finds a patch's centre: solid, its position was hidden; dotted, it was given."
 
@@ -38,10 +43,7 @@ CAPTION = "How well a linear read-out finds a patch's centre: solid, its positio
 def main(arguments: list[str]) -> None:
     """Parse, probe one file after the other, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, nargs="+", metavar="FILE", help="any supported checkpoints")
-    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the methods; else what the files say")
-    parser.add_argument("--source", metavar="NAME", help="whose files they are; else found out from each file")
+    add_options(parser)
     parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--mask", default=PROTOCOL["mask"], choices=HIDDEN_BY, help="what stands for a position (%(default)s)")
@@ -56,51 +58,60 @@ def main(arguments: list[str]) -> None:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
     device = choose_device(options.device)
-    subjects = open_subjects(options.weights, options.backbone, options.names, options.source)
-    images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
-    rows: list[dict[str, str]] = []
+    subjects = subjects_of(options)
     for subject in subjects:
-        rows += probe(subject, options, images, device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with open(options.output / "position_layers.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        if options.mask == "token" and not subject.has_token:
+            raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
+    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
+    with StopSignals() as signals:
+        rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]
+    write_csv(options.output / TABLE, list(rows[0]), [list(row.values()) for row in rows])
     keep(layers_figure(rows), options.output / "figures", "position_layers", "Position probe, layer by layer", CAPTION)
-    print(f"{options.output}: position_layers.csv, figures/position_layers.png and .svg of {len(subjects)} checkpoints")
+    print(f"{options.output}: {TABLE}, figures/position_layers.png and .svg of {len(subjects)} checkpoints")
 
 
 def probe(
-    subject: Subject, options: argparse.Namespace, images: dict[int, torch.Tensor], device: torch.device
+    subject: Subject,
+    options: argparse.Namespace,
+    by_side: dict[int, torch.Tensor],
+    device: torch.device,
+    signals: StopSignals,
 ) -> list[dict[str, str]]:
-    """The curve of one checkpoint as rows of the csv; leaves its result.json."""
-    started = time.perf_counter()
+    """The curve of one checkpoint as rows of the csv; leaves its folder, or takes it from there."""
+    started, folder = time.perf_counter(), options.output / subject.folder
+    side = max(2, round(options.size / subject.patch_px)) * subject.patch_px
+    check_grid(side // subject.patch_px, side // subject.patch_px, f"--size {options.size}: an image")
+    if side not in by_side:
+        read = read_squares(data_at(options.images), side, options.max_images)
+        print("".join(f"left out: {line}\n" for line in read.broken), end="", flush=True)
+        by_side[side] = torch.stack(read.pixels)
+    images = by_side[side]
+    used = {**{name: getattr(options, name) for name in PROTOCOL}, "size": side}
+    seen = content_hash(images)
+    settings = {**{name: (value, used[name]) for name, value in PROTOCOL.items()}, "pixels": (seen, seen)}
+    if (folder / TABLE).is_file() and subject.found(folder, "position-probe", settings):
+        print(f"{subject.label}: measured before", flush=True)
+        return read_csv(folder / TABLE)
     backbone = subject.build(mask_tokens=True)
-    side = max(2, round(options.size / backbone.patch_size)) * backbone.patch_size
-    if side not in images:
-        config = load_config()
-        OmegaConf.set_readonly(config, False)
-        config.data.root = options.images
-        images[side] = read_squares(config.data, side, options.max_images)
-    grid = (side // backbone.patch_size,) * 2
-    hidden_by = hide_with(backbone, options.mask, subject.has_token, grid)
+    hidden_by = hide_with(backbone, options.mask, subject.has_token, (side // subject.patch_px,) * 2)
     if hidden_by == "none":
         print(f"{subject.label}: no position is added to its patches, so there is none to hide; it is probed as it is")
     elif hidden_by != options.mask:
         print(f"{subject.label}: hidden positions are replaced by the {hidden_by}")
     backbone = backbone.to(device)
     features = Features(backbone, device, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16))
+    tell = Progress(subject.label, options.draws * len(images), signals, "images of all draws")
     with frozen(backbone):
-        scores = position_layers(features, images[side], options.draws, options.shape)
-    used = {**{name: getattr(options, name) for name in PROTOCOL}, "size": side}
-    settings = {name: (value, used[name]) for name, value in PROTOCOL.items()}
-    found = {**metrics(scores), "images": len(images[side])}
-    subject.write(options.output / subject.folder, "position-probe", settings, found, started)
+        scores = position_layers(features, images, options.draws, options.shape, tell)
+    rows, found = list(csv_rows(subject.label, hidden_by, scores)), {**metrics(scores), "images": len(images)}
+    (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for the table that is about to be replaced
+    write_csv(folder / TABLE, list(rows[0]), [list(row.values()) for row in rows])
+    subject.write(folder, "position-probe", settings, found, started)
     r2, std = found["position_r2"], found["position_r2_std"]
-    print(
-        f"{subject.label}: R^2 {r2:.3f} +- {std:.3f}, error {found['position_error']:.3f} (chance {found['position_chance']:.3f})"
-    )
-    return list(csv_rows(subject.label, hidden_by, scores))
+    error, chance = found["position_error"], found["position_chance"]
+    print(f"{subject.label}: R^2 {r2:.3f} +- {std:.3f}, error {error:.3f} (chance {chance:.3f})")
+    return rows
 
 
 if __name__ == "__main__":

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from pretrain.analysis.attention import patch_at
-from pretrain.analysis.feature_figures import Shown, gallery, keep, pca_figure, similarity_figure
+from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, similarity_figure
+from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colours
 from pretrain.analysis.similarity import Place, read_place, similarity_to
 from pretrain.cli import run
+from pretrain.data.pictures import data_at, read_pictures, resized, whole
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
-from pretrain.evaluation.features import Features, frozen, layer_names, read_pictures, resized, whole
-from pretrain.evaluation.subject import Subject, open_subjects
+from pretrain.evaluation.features import Features, frozen, layer_names
+from pretrain.subject import Subject, add_options, subjects_of
 
 QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 Maps = dict[str, list[Tensor]]
@@ -36,10 +38,7 @@ Maps = dict[str, list[Tensor]]
 def main(arguments: list[str]) -> None:
     """Parse, look at one checkpoint after the other, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, nargs="+", metavar="FILE", help="any supported checkpoints")
-    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the methods; else what the files say")
-    parser.add_argument("--source", metavar="NAME", help="whose files they are; else found out from each file")
+    add_options(parser)
     parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
@@ -52,24 +51,24 @@ def main(arguments: list[str]) -> None:
     if options.size < 1 or options.max_images < 1:
         raise UserError(f"--size {options.size} and --max-images {options.max_images} must be at least 1")
     queries = [read_place(text) for text in options.query] or QUERIES
-    pictures = read_pictures(options.images, options.max_images)
-    subjects, device = (
-        open_subjects(options.weights, options.backbone, options.names, options.source),
-        choose_device(options.device),
-    )
+    subjects, device = subjects_of(options), choose_device(options.device)
+    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    pictures = read_pictures(data_at(options.images), options.max_images, lambda pixels: pixels)
+    for line in pictures.broken:
+        print(f"left out: {line}", flush=True)
 
     colours: Maps = {}
-    cosines: list[Maps] = [{} for _ in pictures]
+    cosines: list[Maps] = [{} for _ in pictures.names]
     for subject in subjects:
-        grids, features = look(subject, [pixels for _, pixels in pictures], options, device)
+        grids, features = look(subject, pictures.pixels, options, device)
         hidden = background_by_pca(features, grids) if options.foreground else None
         if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
             raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
         colours[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(pca_colours(features, hidden), grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
-    images = [shown(pixels, options.size) for _, pixels in pictures]
-    found = draw(options, [name for name, _ in pictures], images, queries, colours, cosines)
+    images = [shown(pixels, options.size) for pixels in pictures.pixels]
+    found = draw(options, pictures.names, images, queries, colours, cosines)
     about = {
         "Images": [f"{len(images)}, shorter side {options.size} px"],
         "Checkpoints": [s.label for s in subjects],
@@ -111,6 +110,7 @@ def draw(
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
     if options.foreground:
         caption += " Black: the background, one side of the first component of all patches."
+    forget(options.output / "figures", r"similarity-\d+")
     found = [keep(pca_figure(images, colours), options.output / "figures", "pca", "Principal components", caption)]
     for number, (name, image, maps) in enumerate(zip(names, images, cosines), 1):
         figure = similarity_figure(image, queries, maps)

@@ -57,14 +57,9 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
         axis.plot(layers, heads.mean(1), color=colour, linewidth=1.2)
         axis.scatter(layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=colour, alpha=0.55, linewidths=0)
         _layer_axis(axis, METRICS[metric] if axis in axes[:, 0] else "")
-        axis.set_title(_short(m.name), fontsize=8)
+        axis.set_title(plain(m.name, LONGEST_NAME), fontsize=8)
     axes[0, 0].set_ylim(bottom=0)  # of all, now that all is drawn
     return figure
-
-
-def _short(name: str) -> str:
-    """A name that fits beside or above a panel."""
-    return plain(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
 
 
 def _layer_axis(axis: Any, label: str) -> None:
@@ -91,7 +86,7 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
         axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
     axes[0, 0].set_ylabel("image", fontsize=8)
     for row, (name, heats) in zip(axes[1:], maps):
-        row[0].set_ylabel(_short(name), fontsize=7)
+        row[0].set_ylabel(plain(name, LONGEST_NAME), fontsize=7)
         for axis, query, heat in zip(row, queries, heats):
             heat_map(bare(axis), heat, query, (height, width))
     return figure

@@ -1,7 +1,6 @@
 """One self-contained html page of an attention analysis: the numbers by checkpoint and layer, the figures, what was left out."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +14,10 @@ from pretrain.analysis.attention_figures import (
     statistics_figure,
 )
 from pretrain.analysis.attention_tables import METRICS, Measured
-from pretrain.analysis.figures import save, scales_figure
+from pretrain.analysis.figures import Shown, forget, keep, scales_figure
 from pretrain.results.report import html_table, page, picture
-from pretrain.results.runs import read_figures
 from pretrain.results.schema import Result
 from pretrain.views.boxes import PositionRule
-
-BOX, CROSS = "box-wise", "cross-wise"  # names of the two checkpoints of Fig. 7
 
 
 def draw(
@@ -31,18 +27,16 @@ def draw(
     pictures: Tensor,
     maps: Mapping[str, Tensor],
     queries: Sequence[Place],
-) -> None:
+    compared: tuple[str, str] | None = None,
+) -> list[Shown]:
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
 
     Args:
         names, pictures: of the n images shown, [n, 3, S, S].
-        maps: {checkpoint: [n, Q, h, w]} of the Q queries; Fig. 7 is drawn where there are :data:`BOX` and :data:`CROSS`.
+        maps: {checkpoint: [n, Q, h, w]} of the Q queries.
+        compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """
-    if (folder / "captions.json").is_file():
-        for name in json.loads((folder / "captions.json").read_text(encoding="utf-8")):
-            for path in (folder / Path(name).name, (folder / Path(name).name).with_suffix(".svg")):
-                path.unlink(missing_ok=True)
-        (folder / "captions.json").unlink()
+    forget(folder, r"queries_\d+|masks")
     heads = "Each dot is a head, mean over the images; the line is the mean of the heads."
     figures = {
         "statistics": (
@@ -60,9 +54,9 @@ def draw(
             f"What query patches attend to: {name}",
             "Last-layer attention of the patch under the red dot, mean of the heads; each map has its own scale (paper Fig. 6).",
         )
-    if BOX in maps and CROSS in maps:
+    if compared:
         figures["masks"] = (
-            masks_comparison_figure(pictures, maps[BOX], maps[CROSS], queries),
+            masks_comparison_figure(pictures, maps[compared[0]], maps[compared[1]], queries),
             "Position masks: box-wise and cross-wise",
             "Last-layer attention of the patch under the red dot after training with either; vertical lines in a map are spikes on "
             "the right (paper Fig. 7).",
@@ -72,19 +66,18 @@ def draw(
         "Scale s",
         "Distributions of s as drawn in training with the default settings (paper Fig. 3).",
     )
-    for name, (figure, title, caption) in figures.items():
-        save(figure, folder, f"{name}.png", title, caption, svg=True)
+    return [keep(figure, folder, name, title, caption) for name, (figure, title, caption) in figures.items()]
 
 
-def build_page(measured: Sequence[Measured], results: Sequence[Result], figures: Path, broken: Sequence[str]) -> str:
+def build_page(measured: Sequence[Measured], results: Sequence[Result], figures: Sequence[Shown], broken: Sequence[str]) -> str:
     """The page; every name in it is escaped, and nothing is loaded from afar.
 
     Args:
         results: of the same checkpoints.
-        figures: folder of PNG files with ``captions.json``.
+        figures: as :func:`draw` gives them.
         broken: images that could not be read, with the reason.
     """
-    pictures = "".join(map(picture, read_figures(figures)))
+    pictures = "".join(map(picture, figures))
     sections = {
         "Summary": _summary(measured, results, broken),
         "Figures": f'<div class="pictures">{pictures}</div>',

@@ -1,6 +1,5 @@
 """Statistics of attention as numbers on disk: csv of every head and image, a summary by layer, and what ``result.json`` holds."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.errors import UserError
+from pretrain.results.csv_file import read_csv, write_csv
 
 METRICS = {"nmi": "NMI", "mad_px": "MAD (px)"}
 COLUMNS = ("weights", "image", "layer", "head", *METRICS)
@@ -45,12 +45,12 @@ def metrics_of(measured: Measured) -> dict[str, Any]:
 
 def write_statistics(path: Path, measured: Iterable[Measured], images: Sequence[str]) -> None:
     """One row for each checkpoint, image, layer and head; layers and heads count from 1, numbers are exact."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for m in measured:
-            for (i, layer, head), nmi in np.ndenumerate(m.nmi):
-                writer.writerow([m.name, images[i], layer + 1, head + 1, repr(float(nmi)), repr(float(m.mad_px[i, layer, head]))])
+    rows = (
+        (m.name, images[i], layer + 1, head + 1, float(nmi), float(m.mad_px[i, layer, head]))
+        for m in measured
+        for (i, layer, head), nmi in np.ndenumerate(m.nmi)
+    )
+    write_csv(path, COLUMNS, rows)
 
 
 def read_statistics(path: Path, name: str) -> Measured:
@@ -60,8 +60,7 @@ def read_statistics(path: Path, name: str) -> Measured:
         UserError: the file is none of these, or not whole.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path)
         n_layers, n_heads = (max(int(row[column]) for row in rows) for column in ("layer", "head"))
         nmi, mad_px = (np.array([float(row[c]) for row in rows]).reshape(-1, n_layers, n_heads) for c in METRICS)
     except (KeyError, TypeError, ValueError) as error:
@@ -71,10 +70,9 @@ def read_statistics(path: Path, name: str) -> Measured:
 
 def write_summary(path: Path, measured: Iterable[Measured]) -> None:
     """One row for each checkpoint and layer: mean of the heads, its mean and standard deviation over the images."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std"])
-        for m in measured:
-            columns = [*m.by_layer("nmi"), *m.by_layer("mad_px")]
-            for layer, values in enumerate(zip(*columns), 1):
-                writer.writerow([m.name, layer, len(m.nmi), *(repr(float(value)) for value in values)])
+    rows = (
+        (m.name, layer, len(m.nmi), *map(float, values))
+        for m in measured
+        for layer, values in enumerate(zip(*m.by_layer("nmi"), *m.by_layer("mad_px")), 1)
+    )
+    write_csv(path, ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std"), rows)

@@ -1,11 +1,10 @@
 """Figures of what patch features hold: PCA colours, similarity to a query, places read layer by layer, objects found; and a page.
 
-Each function draws one matplotlib figure. :func:`keep` writes it as PNG and SVG, :func:`gallery` puts several into one html page.
+Each function draws one matplotlib figure. :func:`gallery` puts several into one html page.
 """
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -15,19 +14,14 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from pretrain.analysis.attention import patch_at
-from pretrain.analysis.figures import bare, save
+from pretrain.analysis.figures import bare, plain
 from pretrain.analysis.similarity import Place
+from pretrain.results.curves import style_of
 from pretrain.results.report import page, picture
 from pretrain.results.runs import Figure as Shown
 
-COLOURS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
 TRUE_COLOUR, FOUND_COLOURS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
 MAX_WIDTH_IN = 24.0
-
-
-def keep(figure: Figure, folder: Path, stem: str, title: str, caption: str) -> Shown:
-    """Write ``folder/stem.png`` and ``.svg`` with their caption, and give what a page shows; closes the figure."""
-    return Shown(title, caption, save(figure, folder, f"{stem}.png", title, caption, svg=True).read_bytes())
 
 
 def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Shown]) -> str:
@@ -35,13 +29,6 @@ def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Sh
     items = "".join(f"<dt>{html.escape(key)}</dt><dd>{'<br>'.join(map(html.escape, texts))}</dd>" for key, texts in about.items())
     pictures = "".join(map(picture, figures))
     return page(title, {"Settings": f"<dl>{items}</dl>", "Figures": f'<div class="pictures">{pictures}</div>'})
-
-
-def plain(text: str, most: int = 40) -> str:
-    """A text as matplotlib shows it literally, on one line, cut in the middle where it is long."""
-    text = " ".join(text.split())
-    text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
-    return text.replace("$", r"\$")
 
 
 def _panels(rows: int, widths: Sequence[float], height: float, colour_bars: bool = False) -> tuple[Figure, Any]:
@@ -110,7 +97,8 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
     for axis, field in zip(axes, ("error", "r2")):
-        for label, colour in zip(labels, COLOURS * len(labels)):
+        for label in labels:
+            colour, _ = style_of(label, labels, 0)
             for patches, dash in (("hidden", "-"), ("given", ":")):
                 chosen = [row for row in rows if row["checkpoint"] == label and row["patches"] == patches]
                 x = [int(row["layer"]) for row in chosen]
@@ -123,15 +111,16 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
         axis.set_xlabel("layer (0: embedding; k: after block k; square: after the final norm)", fontsize=9)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    chance = sorted({row["chance"] for row in rows if row["patches"] == "hidden"})
-    for level in {round(float(value), 3) for value in chance}:
-        axes[0].axhline(level, color="grey", linestyle="--", linewidth=1)
+    for patches, dash in (("hidden", "--"), ("given", ":")):  # they lie elsewhere, so that their guesses differ, too
+        for level in {round(float(row["chance"]), 3) for row in rows if row["patches"] == patches}:
+            axes[0].axhline(level, color="grey", linestyle=dash, linewidth=1)
     axes[1].axhline(0, color="grey", linestyle="--", linewidth=1)
     axes[0].set(ylabel="mean distance from the true centre (sides are 1)", ylim=(0, None))
     axes[1].set(ylabel="$R^2$", ylim=(min(-0.1, axes[1].get_ylim()[0]), 1.03))
     axes[0].plot([], [], "-", color="black", label="position hidden")
     axes[0].plot([], [], ":", color="black", label="position given")
-    axes[0].plot([], [], "--", color="grey", label="constant guess")
+    axes[0].plot([], [], "--", color="grey", label="hidden: constant guess")
+    axes[0].plot([], [], ":", color="grey", label="given: constant guess")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
     return figure

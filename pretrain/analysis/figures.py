@@ -5,6 +5,7 @@ report finds it; :func:`as_array` gives its pixels. The pictures of a running tr
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pretrain.analysis.attention import last_layer_attention, patch_at
 from pretrain.backbones.vit import ViT
+from pretrain.results.runs import Figure as Shown
 from pretrain.views.boxes import PositionRule, Views, draw_s
 from pretrain.views.masks import Masks
 from pretrain.views.pixels import MEAN, STD
@@ -42,6 +44,23 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg:
     entries[name] = {"title": title, "caption": caption}
     captions.write_text(json.dumps(entries, indent=2) + "\n")
     return folder / name
+
+
+def keep(figure: Figure, folder: Path, stem: str, title: str, caption: str) -> Shown:
+    """:func:`save` as PNG and SVG, and give what a page shows."""
+    return Shown(title, caption, save(figure, folder, f"{stem}.png", title, caption, svg=True).read_bytes())
+
+
+def forget(folder: Path, pattern: str) -> None:
+    """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier analysis, no others."""
+    captions = folder / "captions.json"
+    entries: dict[str, Any] = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    for name in [name for name in entries if re.fullmatch(rf"({pattern})\.png", name)]:
+        del entries[name]
+        for path in (folder / name, (folder / name).with_suffix(".svg")):
+            path.unlink(missing_ok=True)
+    if captions.is_file():
+        captions.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
@@ -189,7 +208,10 @@ def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size
     axis.plot((column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0], "o", color="red", markersize=5)
 
 
-def plain(text: str) -> str:
-    """A name as matplotlib shows it to the letter: no mathematics, and never left out of a legend for its underscore."""
+def plain(text: str, most: int = 40) -> str:
+    """A name as matplotlib shows it to the letter, on one line, cut in the middle where it is long: no mathematics, and never left
+    out of a legend for its underscore."""
+    text = " ".join(text.split())
+    text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
     text = text.replace("$", r"\$")
     return " " + text if text.startswith("_") else text

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.evaluation.features import Features, check_grid, whole
+from pretrain.data.pictures import check_grid, whole
+from pretrain.evaluation.features import Features
 
 LOST_PATCHES = 100  # k: patches of low degree that may join the seed
 TOKENCUT_TAU, TOKENCUT_EPS = 0.2, 1e-5  # patches more alike than tau are joined by 1, all others by eps
@@ -119,7 +120,7 @@ def discover(
         short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole patches.
 
     Raises:
-        UserError: an image of too many patches, see :func:`pretrain.evaluation.features.whole`.
+        UserError: an image of too many patches, see :func:`pretrain.data.pictures.whole`.
     """
     patch_size = features.backbone.patch_size
     if short_px:
@@ -127,7 +128,7 @@ def discover(
     else:
         image = torch.from_numpy(pixels).permute(2, 0, 1)
     height, width = image.shape[1:]
-    grid = check_grid(-(-height // patch_size), -(-width // patch_size), "an image")
+    grid = check_grid(-(-height // patch_size), -(-width // patch_size), f"an image of {width} x {height} px")
     x = features.keys(image[None]) if of == "keys" else features.layer(image[None], -1)
     patch_px = (patch_size * pixels.shape[0] / height, patch_size * pixels.shape[1] / width)
     found = {}

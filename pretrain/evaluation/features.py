@@ -1,4 +1,4 @@
-"""What all probes share: pictures that stay in memory as small uint8 squares, and the features of a frozen backbone."""
+"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 pictures."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,67 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.config import load_config
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources import open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.views.pixels import normalise
 
 FORWARD_BATCH = 32  # pictures a forward pass: probes run beside a training that already fills the memory
-MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
 
 LayerVisitor = Callable[[slice, int, Tensor], None]
-
-
-def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
-    """A picture as uint8 [3, side, side], by antialiased bicubic resizing.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        crop: the central square of the picture; else all of it, squeezed.
-    """
-    height, width = pixels.shape[:2]
-    if crop:
-        short = min(height, width)
-        top, left = (height - short) // 2, (width - short) // 2
-        pixels = pixels[top : top + short, left : left + short]
-    return resized(pixels, (side_px, side_px))
-
-
-def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
-    """A picture uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    return F.interpolate(image, size=size_px, mode="bicubic", antialias=True)[0].contiguous()
-
-
-def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
-    """A picture as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
-
-    Args:
-        pixels: uint8 [h, w, 3].
-        short_px: about its shorter side.
-
-    Raises:
-        UserError: more than ``MAX_PATCHES`` patches.
-    """
-    scale = short_px / min(pixels.shape[:2])
-    rows, columns = (max(1, round(side * scale / patch_size)) for side in pixels.shape[:2])
-    check_grid(rows, columns, f"a picture of {pixels.shape[1]} x {pixels.shape[0]} at size {short_px}")
-    return resized(pixels, (rows * patch_size, columns * patch_size))
-
-
-def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
-    """(rows, columns), unless they are more than ``MAX_PATCHES``: a UserError that says ``what`` has them."""
-    if rows * columns > MAX_PATCHES:
-        raise UserError(f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size")
-    return rows, columns
 
 
 def read_picture(file: Path) -> np.ndarray:
@@ -78,26 +29,6 @@ def read_picture(file: Path) -> np.ndarray:
         return decode(read_file(os.fsencode(file)))
     except BrokenImage as error:
         raise UserError(f"{file} cannot be read ({error})") from error
-
-
-def read_pictures(root: str, most: int) -> list[tuple[str, np.ndarray]]:
-    """Names and pixels, uint8 [H, W, 3], of at most ``most`` images of anything that ``data.root`` may be, at equal steps.
-
-    Raises:
-        UserError: a bad source, or an image that cannot be read, by name.
-    """
-    config = load_config()
-    OmegaConf.set_readonly(config, False)
-    config.data.root = root
-    source = open_source(config.data)
-    n = min(len(source), most)
-    found = []
-    for index in (i * len(source) // n for i in range(n)):
-        try:
-            found.append((source.name(index), decode(source.read(index))))
-        except BrokenImage as error:
-            raise UserError(f"{source.name(index)} of {root} cannot be read ({error})") from error
-    return found
 
 
 def layer_names(backbone: ViT) -> list[str]:

@@ -1,13 +1,8 @@
 """The small labelled sets of the probes, read once at a run's start: whatever is wrong with them is told then, by key and file."""
 
 import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
-from pretrain.evaluation.features import square
-
-READ_AHEAD = 64  # encoded files in memory at a time
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -31,20 +21,6 @@ class Labelled:
 
     images: Tensor
     labels: Tensor
-
-
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most ``most`` of the items, at equal steps from the first one."""
-    n = min(len(items), most)
-    return [items[i * len(items) // n] for i in range(n)]
-
-
-def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """``function`` of each item, in order; the items themselves are drawn one by one, few at a time."""
-    items = iter(items)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(items, READ_AHEAD)):
-            yield from pool.map(function, chunk)
 
 
 def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[Labelled, Labelled]:

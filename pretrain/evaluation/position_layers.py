@@ -5,7 +5,7 @@ norm: of the patches whose position was hidden, and, for comparison, of the othe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,7 +35,9 @@ class LayerScore:
         return math.sqrt(math.fsum((getattr(score, field) - mean) ** 2 for score in self.scores) / max(n - 1, 1))
 
 
-def position_layers(features: Features, images: Tensor, draws: int = 3, shape: str = "cross") -> list[LayerScore]:
+def position_layers(
+    features: Features, images: Tensor, draws: int = 3, shape: str = "cross", tell: Callable[[int], None] = lambda done: None
+) -> list[LayerScore]:
     """Probe every layer, fitted on every second image and judged on the others, for several draws of the masks.
 
     Draw 0 has the masks of :class:`pretrain.evaluation.position_probe.PositionProbe`, whose numbers the last layer's are. The
@@ -45,13 +47,17 @@ def position_layers(features: Features, images: Tensor, draws: int = 3, shape: s
         features: of a backbone that holds a position mask token (see :func:`pretrain.evaluation.position_probe.hide_with`), frozen.
         images: uint8 [n, 3, H, W], whole images, both sides multiples of the patch size.
         shape: of the masks, ``cross`` | ``box``.
+        tell: how many of the images of all draws went through, after each batch.
 
     Returns:
         all layers of the hidden patches, then all of the others.
     """
     patch_size = features.backbone.patch_size
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    by_draw = [_one_draw(features, images, draw_masks(len(images), grid, shape, draw), grid) for draw in range(draws)]
+    by_draw = []
+    for draw in range(draws):
+        masks, before = draw_masks(len(images), grid, shape, draw), draw * len(images)
+        by_draw.append(_one_draw(features, images, masks, grid, before, tell))
     names = layer_names(features.backbone)
     return [
         LayerScore(patches, layer, names[layer], tuple(readers[which][layer].score() for readers in by_draw))
@@ -60,10 +66,13 @@ def position_layers(features: Features, images: Tensor, draws: int = 3, shape: s
     ]
 
 
-def _one_draw(features: Features, images: Tensor, masks: Tensor, grid: tuple[int, int]) -> list[list[PlaceReader]]:
-    """Readers of the hidden and of the given patches, one a layer."""
+def _one_draw(
+    features: Features, images: Tensor, masks: Tensor, grid: tuple[int, int], done: int, tell: Callable[[int], None]
+) -> list[list[PlaceReader]]:
+    """Readers of the hidden and of the given patches, one a layer; ``done``: images of the draws before."""
     dim, device, places = features.backbone.embed_dim, features.device, centres(*grid)
     readers = [[PlaceReader(dim, device) for _ in layer_names(features.backbone)] for _ in PATCHES]
+    last = len(readers[0]) - 1
     for half, learn in ((slice(0, None, 2), PlaceReader.fit), (slice(1, None, 2), PlaceReader.judge)):
         hidden = masks[half]
 
@@ -71,6 +80,10 @@ def _one_draw(features: Features, images: Tensor, masks: Tensor, grid: tuple[int
             mask = hidden[part]
             for row, chosen in zip(readers, (mask, ~mask)):
                 learn(row[layer], patches[chosen.to(device)], places.expand(len(chosen), -1, -1)[chosen])
+            if layer == last:
+                nonlocal done
+                done += len(patches)
+                tell(done)
 
         features.visit(images[half], visit, hidden)
     return readers

@@ -7,7 +7,6 @@ Files of other methods hold no such token: :func:`hide_with` puts the mean of al
 :mod:`pretrain.evaluation.position_layers`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,11 +16,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources import open_source
+from pretrain.data.pictures import Pictures, read_pictures, square
 from pretrain.errors import UserError
-from pretrain.evaluation.features import FORWARD_BATCH, Features, square
-from pretrain.evaluation.labelled import in_threads, spread
+from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.linear import Moments, ReadOut, ridge
 from pretrain.views.masks import MaskRule, mask_of_shape
 
@@ -52,7 +49,7 @@ class PositionProbe:
         Raises:
             UserError: a bad source (by its own key), or fewer than two images that can be read.
         """
-        return PositionProbe.of(read_squares(data, side_px, max_images), patch_size)
+        return PositionProbe.of(torch.stack(read_squares(data, side_px, max_images).pixels), patch_size)
 
     @staticmethod
     def of(images: Tensor, patch_size: int) -> "PositionProbe":
@@ -152,29 +149,9 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
     return mask if backbone.pos_encoding != "none" else "none"
 
 
-def read_squares(data: DictConfig, side_px: int, max_images: int) -> Tensor:
-    """Images of the training data, uint8 [n, 3, S, S]; the arguments and errors are those of :meth:`PositionProbe.read`."""
-    images = list(_squares(data, side_px, max_images))
-    if len(images) < 2:
-        raise UserError(f"probes.position: of the images of data.root={data.root}, {len(images)} can be read; it needs 2")
-    return torch.stack(images)
-
-
-def _squares(data: DictConfig, side_px: int, max_images: int) -> Iterator[Tensor]:
-    """Images of the training data, uint8 [3, S, S] each."""
-    source = open_source(data)
-
-    def encoded() -> Iterator[bytes]:
-        for index in spread(range(len(source)), max_images):
-            try:
-                yield source.read(index)
-            except BrokenImage:
-                continue
-
-    def made(content: bytes) -> Tensor | None:
-        try:
-            return square(decode(content, max_mpx=data.max_mpx), side_px, crop=False)
-        except BrokenImage:
-            return None
-
-    return (image for image in in_threads(made, encoded()) if image is not None)
+def read_squares(data: DictConfig, side_px: int, max_images: int) -> Pictures[Tensor]:
+    """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of :meth:`PositionProbe.read`."""
+    found = read_pictures(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
+    if len(found.names) < 2:
+        raise UserError(f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read")
+    return found

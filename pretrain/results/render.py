@@ -72,7 +72,7 @@ def _markdown(table: Table) -> str:
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
 
 
 def _csv(table: Table) -> str:

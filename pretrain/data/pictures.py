@@ -1,0 +1,152 @@
+"""A few pictures of a set, all in memory, as probes and analyses look at them: whole, each time the same ones."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from pretrain.config import load_config
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources import open_source
+from pretrain.errors import UserError
+
+MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
+READ_AHEAD = 64  # pictures whose encoded content is held at a time
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Pictures(Generic[Made]):
+    """The pictures that could be read.
+
+    Attributes:
+        names: n names.
+        pixels: n of what was made of them.
+        broken: those that could not be read, with the reason.
+    """
+
+    names: list[str]
+    pixels: list[Made]
+    broken: list[str]
+
+
+def data_at(root: str) -> DictConfig:
+    """The config group ``data`` with the defaults of training and this root."""
+    config = load_config()
+    OmegaConf.set_readonly(config, False)
+    config.data.root = root
+    data: DictConfig = config.data
+    return data
+
+
+def read_pictures(data: DictConfig, most: int, make: Callable[[np.ndarray], Made]) -> Pictures[Made]:
+    """At most ``most`` images of ``data.root``, at equal steps from the first.
+
+    Args:
+        make: of the pixels of one, uint8 [H, W, 3], what is kept of it; called in threads.
+
+    Raises:
+        UserError: a bad source (by its own key), or no image that can be read.
+    """
+    source = open_source(data)
+
+    def encoded() -> Iterator[tuple[str, bytes | BrokenImage]]:
+        for index in spread(range(len(source)), most):
+            try:
+                yield source.name(index), source.read(index)
+            except BrokenImage as error:
+                yield source.name(index), error
+
+    def made(image: tuple[str, bytes | BrokenImage]) -> tuple[str, Made | None, str]:
+        name, content = image
+        if isinstance(content, BrokenImage):
+            return name, None, str(content)
+        try:
+            return name, make(decode(content, max_mpx=data.max_mpx)), ""
+        except BrokenImage as error:
+            return name, None, str(error)
+
+    found: Pictures[Made] = Pictures([], [], [])
+    for name, picture, reason in in_threads(made, encoded()):
+        if picture is None:
+            found.broken.append(f"{name}: {reason}")
+        else:
+            found.names.append(name)
+            found.pixels.append(picture)
+    if not found.names:
+        raise UserError(f"none of the {len(found.broken)} images of {data.root} can be read; the first: {found.broken[0]}")
+    return found
+
+
+def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
+    """A picture as uint8 [3, side, side], by antialiased bicubic resizing.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        crop: the central square of the picture; else all of it, squeezed.
+    """
+    height, width = pixels.shape[:2]
+    if crop:
+        short = min(height, width)
+        top, left = (height - short) // 2, (width - short) // 2
+        pixels = pixels[top : top + short, left : left + short]
+    return resized(pixels, (side_px, side_px))
+
+
+def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
+    """A picture uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    return F.interpolate(image, size=size_px, mode="bicubic", antialias=True)[0].contiguous()
+
+
+def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
+    """A picture as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        short_px: about its shorter side.
+
+    Raises:
+        UserError: more than ``MAX_PATCHES`` patches.
+    """
+    scale = short_px / min(pixels.shape[:2])
+    rows, columns = (max(1, round(side * scale / patch_size)) for side in pixels.shape[:2])
+    check_grid(rows, columns, f"a picture of {pixels.shape[1]} x {pixels.shape[0]} at size {short_px}")
+    return resized(pixels, (rows * patch_size, columns * patch_size))
+
+
+def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
+    """(rows, columns), unless they are more than ``MAX_PATCHES``: a UserError that says ``what`` has them."""
+    if rows * columns > MAX_PATCHES:
+        raise UserError(f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size")
+    return rows, columns
+
+
+def content_hash(images: Tensor) -> str:
+    """12 hex digits of the SHA-256 of uint8 pixels on the CPU: whether two analyses saw the same ones."""
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:12]
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most ``most`` of the items, at equal steps from the first one."""
+    n = min(len(items), most)
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """``function`` of each item, in order; the items themselves are drawn one by one, few at a time."""
+    items = iter(items)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        while chunk := list(islice(items, READ_AHEAD)):
+            yield from pool.map(function, chunk)

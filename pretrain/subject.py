@@ -1,0 +1,179 @@
+"""The checkpoints that an analysis compares: read one after the other, named apart, and what each leaves in its ``result.json``."""
+
+import argparse
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.backbones.vit import ViT
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+from pretrain.results.provenance import config_hash, file_hash, provenance
+from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
+from pretrain.weights import backbone_name, read_checkpoint
+
+FOLDER = "checkpoints"  # of an analysis' output: one folder a checkpoint
+OF_RUN = "backbone.safetensors"
+
+Settings = Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint.
+
+    Attributes:
+        label: its method, with the file's name or a number where several are of one method; one line.
+        path: a file or a folder of weights; of the folder of a pre-training run, the backbone in it.
+        backbone: registry name.
+        patch_px: side of its patches, as it is built.
+        has_token: the file holds a position mask token, and does not say that no loss ever read it.
+        source: that of :func:`pretrain.build.build_backbone`.
+    """
+
+    label: str
+    path: Path
+    backbone: str
+    patch_px: int
+    method: str
+    effective_epochs: float | None = None
+    has_token: bool = False
+    source: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """``checkpoints/NAME``, another one for each label: of letters, digits, ``-``, ``_`` and ``.``."""
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.label).strip(".")[:60]
+        exact = safe and safe == self.label
+        return f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
+
+    def build(self, mask_tokens: bool = False) -> ViT:
+        """The backbone, in evaluation mode, on the CPU; with ``mask_tokens``, fresh ones where the file holds none."""
+        vit = build_backbone(self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens)
+        return vit.eval()
+
+    def settings_hash(self, protocol: str, settings: Settings) -> str:
+        """The ``config_hash`` of :meth:`write`."""
+        return config_hash(self._used(protocol, settings))
+
+    def found(self, folder: Path, protocol: str, settings: Settings) -> Result | None:
+        """What :meth:`write` left before, of the same weights and settings; none if there is no such thing."""
+        if not (folder / FILE_NAME).is_file():
+            return None
+        before = read_result(folder)
+        same = (before.config_hash, before.weights_hash) == (self.settings_hash(protocol, settings), file_hash(self.path))
+        return before if same else None
+
+    def write(
+        self, folder: Path, protocol: str, settings: Settings, metrics: Mapping[str, Any], started: float, seed: int = 0
+    ) -> None:
+        """Leave ``folder/result.json``, of kind ``analysis``.
+
+        Args:
+            protocol: its name; version 1.
+            settings: {name: (value of the protocol, value of this run)}; where they differ the run is no full one.
+            started: ``time.perf_counter()`` at its beginning.
+        """
+        changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
+        result = Result(
+            kind="analysis",
+            method=self.method,
+            backbone=self.backbone,
+            effective_epochs=self.effective_epochs,
+            protocol=Protocol(name=protocol, version=1, full=not changed, deviations=changed),
+            metrics=dict(metrics),
+            seed=seed,
+            wall_time_s=time.perf_counter() - started,
+            **provenance(self._used(protocol, settings), self.path),
+        )
+        write_result(result, folder)
+
+    def _used(self, protocol: str, settings: Settings) -> dict[str, Any]:
+        built = {"backbone": self.backbone, "patch_px": self.patch_px, "source": self.source}
+        return {"protocol": protocol, **built, **{name: pair[1] for name, pair in settings.items()}}
+
+
+def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options that say which checkpoints, the same in every tool: those of :func:`open_subjects`."""
+    add = parser.add_argument
+    add("--weights", type=Path, nargs="+", required=required, default=[], metavar="FILE", help="any checkpoints, or run folders")
+    add("--names", nargs="+", default=[], metavar="NAME", help="of their methods, one each; else what the files say")
+    add("--source", metavar="NAME", help="whose files they all are (dino, mae, ...); else found out from each file")
+    add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
+    add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
+
+
+def subjects_of(options: argparse.Namespace) -> list[Subject]:
+    """:func:`open_subjects` for :func:`add_options`."""
+    return open_subjects(options.weights, options.names, options.source, options.backbone, options.patch_size)
+
+
+def open_subjects(
+    paths: Sequence[Path],
+    names: Sequence[str] = (),
+    source: str | None = None,
+    backbone: str | None = None,
+    patch_px: int | None = None,
+) -> list[Subject]:
+    """The checkpoints of these files, in order; every file is read once now, so that a bad one is told before the first hour.
+
+    Args:
+        paths: files or folders of weights; the folder of a pre-training run stands for its backbone.
+        names: of their methods, one a file; none: what the files say, else the files' names.
+        source, backbone, patch_px: of all files, ``backbone`` where they do not say it.
+
+    Raises:
+        UserError: a file that cannot be read, or is of no registered size; names that are not as many as the files, empty or
+            not unique.
+    """
+    if names and len(names) != len(paths):
+        raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            raise UserError(f"--names: {name!r} names {names.count(name)} weights; give each a name of its own")
+    if patch_px is not None and patch_px < 1:
+        raise UserError(f"--patch-size: {patch_px} is less than 1")
+    paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
+    subjects = []
+    for i, path in enumerate(paths):
+        checkpoint = read_checkpoint(path, source)
+        said = checkpoint.provenance
+        epochs = said.get("effective_epochs")
+        subjects.append(
+            Subject(
+                label="",
+                path=path,
+                backbone=backbone or checkpoint.backbone or backbone_name(None, path, source),
+                patch_px=patch_px or int(checkpoint.flags["patch_size"]),
+                method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
+                effective_epochs=None if epochs is None else float(epochs),
+                has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
+                source=source,
+            )
+        )
+    return named_apart(subjects)
+
+
+def named_apart(subjects: Sequence[Subject]) -> list[Subject]:
+    """The same with labels of their own: the method; of several of one method with the file's name, of several such numbered."""
+    labels = [subject.method for subject in subjects]
+    for texts in ([_stem(subject.path) for subject in subjects], [f"#{i}" for i in range(1, len(subjects) + 1)]):
+        counts = Counter(labels)
+        labels = [f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in zip(labels, texts)]
+    return [replace(subject, label=label) for subject, label in zip(subjects, map(_printable, labels))]
+
+
+def _stem(path: Path) -> str:
+    """A file's name, a folder's, and of ``backbone.safetensors`` its folder's: all runs' backbones have one name."""
+    path = path.absolute()
+    return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
+
+
+def _printable(name: str) -> str:
+    """Control characters, and bytes of a file's name that are no UTF-8, as ``\\x..``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
