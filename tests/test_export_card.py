@@ -93,7 +93,7 @@ def test_a_card_tells_what_the_file_says(tmp_path, weights, tool, capsys):
         "The licence of the weights",
     ):
         assert fact in card, fact
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "Made from a file" not in card  # it is that file
 
 
 @pytest.mark.parametrize("format", ["timm", "huggingface"])
@@ -146,6 +146,47 @@ def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
         tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs" / "c")])
 
 
+def test_results_of_a_folder_are_known_by_the_hash_that_its_runs_report(tmp_path, weights, tool):
+    """A folder of another library's: not that of its one file, which may be an index of parts."""
+    folder, card = tmp_path / "theirs", tmp_path / "new" / "card.md"
+    export(backbone(), "timm", (32, 32), folder)
+    measured(tmp_path / "runs", file_hash(folder), box_ap=41.25)
+    arguments = ["--weights", str(folder), "--format", "safetensors", "--size", "32", "--output", str(folder / "a.safetensors")]
+    told = file_hash(folder)
+    tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs")])
+    assert "41.2" in card.read_text() and told in card.read_text()  # as it was read, without what was written into it
+
+
+def test_what_was_measured_before_a_fine_tuning_is_not_its_result(tmp_path, tool):
+    vit, file, told = backbone(), tmp_path / "a.safetensors", {"weights_hash": "ffffffffffff"}
+    measured(tmp_path / "runs", "ffffffffffff", box_ap=41.25)
+    arguments = ["--weights", str(file), "--format", "timm", "--size", "32", "--results", str(tmp_path / "runs"), "--output"]
+    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance=told)  # only converted
+    tool.main([*arguments, str(tmp_path / "b")])
+    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance={**told, "fine_tuned": "detection"})
+    with pytest.raises(UserError, match="none of the 1 there was measured with these weights"):
+        tool.main([*arguments, str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("told", [{"effective_epochs": "abc"}, {"effective_epochs": [1]}, {"method": ["x"]}, {"weights_hash": {}}])
+def test_what_a_file_says_of_itself_may_be_nonsense(tmp_path, told):
+    vit = backbone()
+    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, flags=vit.flags, provenance=told)
+    with pytest.raises(UserError, match=rf"a\.safetensors has damaged metadata \({[*told][0]} "):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_the_weights_are_never_replaced_by_their_export(tmp_path, weights, tool):
+    export(backbone(), "timm", (32, 32), tmp_path / "theirs")
+    for file, format, output in [
+        (weights, "safetensors", weights),
+        (tmp_path / "theirs", "huggingface", tmp_path / "theirs"),
+        (tmp_path / "theirs" / "model.safetensors", "timm", tmp_path / "theirs"),
+    ]:
+        with pytest.raises(UserError, match=f"--output: {output} would replace the weights themselves"):
+            tool.main(["--weights", str(file), "--format", format, "--size", "32", "--output", str(output)])
+
+
 def test_text_from_files_is_escaped():
     told = {"method": "a | b\n# c <script>"}
     card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors", provenance=told)
@@ -166,6 +207,8 @@ def test_any_file_as_one_of_ours(tmp_path, tool, capsys):
     assert all(torch.equal(found.state[key], value) for key, value in vit.state_dict().items())
     for extra, message in [
         (["--size", "32", "--output", "a.safetensors"], "--size: has no effect on format posfield"),
+        (["--effective-epochs", "nan", "--output", "a.safetensors"], "effective_epochs: nan is no positive number"),
+        (["--patch-size", "0", "--output", "a.safetensors"], "patch_size: 0 px is no patch"),
         (["--output", "a.pth"], r"a converted file ends in \.safetensors, a\.pth does not"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -1,11 +1,12 @@
 """Folders for timm: its own loader reads them strictly, and its network gives our features."""
 
 import json
+import os
 
 import pytest
 import torch
 from backbone_fixture import randomise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -25,6 +26,7 @@ CASES = {
     "no final norm": (dict(final_norm=False, pos_grid=2), (32, 32)),
     "neither, no positions, tanh": (dict(final_norm=False, has_cls=False, pos_encoding="none", gelu="tanh"), (32, 48)),
     "no positions, registers": (dict(pos_encoding="none", n_registers=4), (32, 48)),
+    "heads of 32 channels": (dict(num_heads=6, pos_grid=2), (32, 32)),
     "patch of 14": (dict(patch_size=14, pos_grid=2, mask_tokens=True), (42, 28)),
 }
 
@@ -67,6 +69,7 @@ def test_timm_finds_what_it_needs_beside_the_weights(tmp_path):
     data = timm.data.resolve_model_data_config(model)
     assert list(data["mean"]) == [0.485, 0.456, 0.406] and list(data["std"]) == [0.229, 0.224, 0.225]
     assert tuple(data["input_size"]) == (3, 32, 48) and data["interpolation"] == "bicubic"
+    assert data["crop_mode"] == "squash" and data["crop_pct"] == 1  # the whole image
     assert timm.data.create_transform(**data) is not None
     classifier = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True, num_classes=5)
     assert classifier(torch.zeros(1, 3, 32, 48)).shape == (1, 5)
@@ -117,12 +120,24 @@ def test_a_folder_replaces_an_export_and_nothing_else(tmp_path):
     export(backbone(), "timm", (64, 32), folder)
     assert json.loads((folder / "config.json").read_text())["model_args"]["img_size"] == [64, 32]
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    os.replace(folder, tmp_path / ".replaced-a")  # killed in the middle of a replacement
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "theirs")
+    export(backbone(), "timm", (32, 32), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "theirs"] and not folder.is_symlink()
+    assert not list((tmp_path / "theirs").iterdir())
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="a holds thesis.tex, which no export left: it is not replaced"):
         export(backbone(), "timm", (32, 32), folder)
     with pytest.raises(UserError, match="format timm is a folder, and .*thesis.tex is a file"):
         export(backbone(), "timm", (32, 32), folder / "thesis.tex")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (folder / "thesis.tex").exists()
+    (folder / "thesis.tex").rename(tmp_path / "theirs" / "thesis.tex")
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")  # of the same names, but none of ours
+    with pytest.raises(UserError, match="a holds config.json, which no export left"):
+        export(backbone(), "timm", (32, 32), folder)
+    with pytest.raises(UserError, match=r"output: \. is where you are"):
+        export(backbone(), "timm", (32, 32), ".")
+    assert (tmp_path / "theirs" / "thesis.tex").exists() and (folder / "config.json").exists()
 
 
 def test_a_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):

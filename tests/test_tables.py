@@ -292,7 +292,7 @@ def test_markdown_is_escaped():
     assert "<script" not in text and r"&lt;script&gt;alert('x')&lt;/script&gt; a\_b &amp; 5% \#1" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
     assert widths == {12}  # 11 columns: no cell opens another
-    assert markdown_text("a\nb") == "a b"
+    assert markdown_text("a\nb $x$") == r"a b \$x\$"
 
 
 def test_latex_is_escaped():
@@ -364,6 +364,8 @@ def test_make_table(tmp_path):
     assert [row["source"] for row in rows].count("measured") == 1 and len(rows) == 21
     assert "Pre-training runs" in make_table(tmp_path / "runs").stdout
     assert make_table(tmp_path / "runs", "--format", "latex").stdout.count(r"\begin{table}") == 2
+    html = make_table("--tables", "2", "--format", "html").stdout  # a page of its own, with its style
+    assert html.startswith("<!doctype html>") and render(comparison_table([], table="2"), "html") in html and "<style>" in html
     (tmp_path / "empty").mkdir()
     failed = make_table(tmp_path / "empty")
     assert failed.returncode == 2 and failed.stdout == ""

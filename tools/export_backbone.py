@@ -24,8 +24,10 @@ from pretrain.cli import run
 from pretrain.errors import UserError
 from pretrain.export import FORMATS, export, model_card
 from pretrain.export.card import results_of
-from pretrain.export.converted import build_whole, file_in, given, weights_hash, write_whole
+from pretrain.export.converted import build_whole, given, write_whole
+from pretrain.results.provenance import file_hash
 from pretrain.results.schema import FILE_NAME, Result, read_result
+from pretrain.weights.container import IN_FOLDER
 
 DEFAULT_SIZE_PX = 224
 
@@ -73,7 +75,7 @@ def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resu
     """The same of a file of weights, of any supported source."""
     file, names = options.weights, ("source", "subnet", "patch_size")
     vit, told = build_whole(file, name=options.backbone, **{name: getattr(options, name) for name in names})
-    same = {weights_hash(file)} if "fine_tuned" in told else {weights_hash(file), told["weights_hash"]}
+    same = {file_hash(file)} if "fine_tuned" in told else {file_hash(file), told["weights_hash"]}
     return vit, told, results_of(options.results, same) if options.results else []
 
 
@@ -103,6 +105,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                 raise UserError(f"--{name}: has no effect on format posfield")
     elif options.results and options.card is None and FORMATS[options.format].suffix:
         raise UserError("--results: they stand in the card; name its file by --card")
+    weights = options.weights.resolve()
+    if options.output.resolve() in (weights, *weights.parents):
+        raise UserError(f"--output: {options.output} would replace the weights themselves")
     side = options.size or [DEFAULT_SIZE_PX]
     options.size = (side[0], side[-1])
     return options
@@ -111,20 +116,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Parse, build, export, print how exact it is and how to load it."""
     options = parse(arguments)
-    is_run = options.weights.is_dir() and file_in(options.weights) is None  # else a folder of another library's
+    is_run = options.weights.is_dir() and not any((options.weights / name).exists() for name in IN_FOLDER)
     vit, told, results = (of_run if is_run else of_file)(options)
-    told |= given(method=options.method, effective_epochs=options.effective_epochs)
+    told |= given(options.method, options.effective_epochs)
     if options.format == "posfield":
         print(f"{write_whole(vit, options.output, told)}: every tool takes it as --weights")
         return
 
+    hashed = None if is_run else file_hash(options.weights)
+
     def card(difference: float) -> str:
-        hashed = None if is_run else weights_hash(options.weights)
         facts = {"file": options.output.name, "file_hash": hashed, "provenance": told, "results": results}
         return model_card(vit, options.format, options.size, difference, **facts)
 
     difference = export(vit, options.format, options.size, options.output, told, card)
     if options.card is not None:
+        options.card.parent.mkdir(parents=True, exist_ok=True)
         options.card.write_text(card(difference), encoding="utf-8")
     height, width = options.size
     print(f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n")

@@ -17,6 +17,7 @@ import argparse
 from pretrain.cli import run
 from pretrain.results.paper import paper_tables
 from pretrain.results.render import FORMATS, render_all
+from pretrain.results.report import page
 from pretrain.results.runs import find_results
 from pretrain.results.schema import read_result
 from pretrain.results.tables import comparison_table, pretraining_table, segmentation_table
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> None:
         print(f"left out of csv: {', '.join(table.title for table in further)}", file=sys.stderr)
         further = []
     text = render_all([*tables, *further], options.format)
+    if options.format == "html":
+        text = page("Tables", {"Results": text})
     if options.output is None:
         sys.stdout.write(text)
     else:

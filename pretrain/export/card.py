@@ -174,9 +174,7 @@ def _limits(vit: ViT, size: Size, told: Mapping[str, Any]) -> list[str]:
             f"- The patch projection was resampled from {told['patch_size_before']} to {vit.patch_size} px: features are not those "
             "of the original network on the same image."
         )
-    if told.get("data") is None:
-        lines.append("- The images of the pre-training are not known here, and neither are their biases.")
-    return lines
+    return [*lines, "- The images of the pre-training are not described here, and neither are their biases."]
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
-from pretrain.export.fixed_size import Run, Size, Usage, Write
+from pretrain.export.fixed_size import TENSORS, Run, Size, Usage, Write, is_export
 from pretrain.export.huggingface import export_huggingface, use_huggingface
 from pretrain.export.programs import export_onnx, export_program, use_onnx, use_program
 from pretrain.export.safetensors import export_safetensors, use_safetensors
@@ -21,7 +21,7 @@ from pretrain.export.torchvision import export_torchvision, use_torchvision
 
 TOLERANCE = 1e-4  # of the largest value of an output
 CHECKED_BATCHES = (1, 3)  # neither is the batch of the example that is traced
-FOLDER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}  # all that an export ever leaves
+FOLDER_FILES = {"config.json", TENSORS, "preprocessor_config.json", "README.md"}  # all that an export ever leaves
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def _checked_target(format: str, size: Size, path: Path) -> Format:
     if format not in FORMATS:
         raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}")
     wanted = FORMATS[format]
+    if not path.name:
+        raise UserError(f"output: {path} is where you are; name a file or folder in it")
     if wanted.suffix and path.suffix != wanted.suffix:
         raise UserError(f"output: a file of format {format} ends in {wanted.suffix}, {path} does not")
     if wanted.suffix and path.is_dir():
@@ -119,7 +121,8 @@ def _checked_target(format: str, size: Size, path: Path) -> Format:
     if not wanted.suffix and path.exists():
         if not path.is_dir():
             raise UserError(f"output: format {format} is a folder, and {path} is a file")
-        others = sorted(file.name for file in path.iterdir() if file.name not in FOLDER_FILES)
+        held = sorted(file.name for file in path.iterdir())
+        others = [name for name in held if name not in FOLDER_FILES or not is_export(path / TENSORS)]
         if others:
             raise UserError(f"output: {path} holds {others[0]}, which no export left: it is not replaced")
     if min(size) < 1:
@@ -129,18 +132,16 @@ def _checked_target(format: str, size: Size, path: Path) -> Format:
 
 def _replace(new: Path, path: Path) -> None:
     """Put a file or folder in its place; a folder that stands there steps aside first."""
-    if not path.is_dir():
-        os.replace(new, path)
-        return
     old = path.with_name(f".replaced-{path.name}")
-    _remove(old)
-    os.replace(path, old)
+    _remove(old)  # of a run that was killed
+    if path.is_dir():
+        os.replace(path, old)
     os.replace(new, path)
     _remove(old)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Any supported file of weights as one of ours: ``backbone.safetensors``, with every build flag and its origin in the metadata."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,7 @@ from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
 from pretrain.weights import backbone_name, read_checkpoint, save_backbone
-from pretrain.weights.container import IN_FOLDER
 from pretrain.weights.layout import registry_name
-
-
-def weights_hash(weights: str | Path) -> str:
-    """:func:`pretrain.results.file_hash` of a file of weights, or of the one that is read of a folder.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return file_hash(file_in(weights) or weights)
-
-
-def file_in(folder: str | Path) -> Path | None:
-    """The file of weights in a folder as other libraries leave it; none where there is none, as in a fine-tuning run's."""
-    return next((Path(folder) / name for name in IN_FOLDER if (Path(folder) / name).exists()), None)
 
 
 def build_whole(
@@ -51,7 +37,7 @@ def build_whole(
     if found.flags.get("mask_tokens"):
         flags["mask_tokens"] = True  # pre-training goes on with them, and the position probe asks them
     vit = build_backbone(backbone_name(name, weights, source), weights, source=source, subnet=subnet, **flags)
-    told: dict[str, Any] = {"weights_hash": weights_hash(weights), **found.provenance}
+    told: dict[str, Any] = {"weights_hash": file_hash(weights), **found.provenance}
     if subnet is not None:
         told["subnet"] = subnet
     if vit.patch_size != found.flags["patch_size"]:
@@ -92,9 +78,16 @@ def convert(
         UserError: all that :func:`build_whole` and :func:`write_whole` raise.
     """
     vit, told = build_whole(weights, **asked)
-    return write_whole(vit, output, told | given(method=method, effective_epochs=effective_epochs))
+    return write_whole(vit, output, told | given(method, effective_epochs))
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """Those that are not none."""
-    return {key: value for key, value in values.items() if value is not None}
+def given(method: str | None, effective_epochs: float | None) -> dict[str, Any]:
+    """What is to be told instead of the file's own, by the names of its provenance.
+
+    Raises:
+        UserError: epochs that are no positive number.
+    """
+    if effective_epochs is not None and not 0 < effective_epochs < math.inf:
+        raise UserError(f"effective_epochs: {effective_epochs} is no positive number")
+    told = {"method": method, "effective_epochs": effective_epochs}
+    return {key: value for key, value in told.items() if value is not None}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ Outputs = dict[str, Tensor]
 Run = Callable[[Tensor], Outputs]
 Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]  # (vit, size, path, provenance) -> what runs the written file
 
+TENSORS = "model.safetensors"  # in a folder
 NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")  # ours alone, or of another grid
 
 
@@ -133,6 +135,15 @@ def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """A safetensors file; ``format`` "pt" is what other libraries look for."""
     path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata}))
+
+
+def is_export(file: Path) -> bool:
+    """Whether an export left this file of tensors; other libraries' folders hold one of the same name."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "posfield" in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def positions_note(vit: ViT, size: Size) -> str:

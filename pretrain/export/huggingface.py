@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
 from pretrain.export.fixed_size import (
+    TENSORS,
     Outputs,
     Run,
     Size,
@@ -101,7 +102,7 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
             )
         refuse(f"transformers ({name})", {f"with mlp_ratio {vit.flags['mlp_ratio']:g}": vit.flags["mlp_ratio"] % 1 != 0})
     path.mkdir()
-    write_tensors(path / "model.safetensors", huggingface_state(vit, size), posfield=description(vit, size, provenance))
+    write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
     for file, content in (("config.json", _config(vit, size)), ("preprocessor_config.json", _preprocessor(size))):
         (path / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     model = _load(path)

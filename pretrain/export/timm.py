@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.export.fixed_size import (
+    TENSORS,
     Outputs,
     Run,
     Size,
@@ -79,7 +80,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     refuse("timm", departures)
     grid, state = whole_patches(vit, size), timm_state(vit, size)
     path.mkdir()
-    write_tensors(path / "model.safetensors", state, posfield=description(vit, size, provenance))
+    write_tensors(path / TENSORS, state, posfield=description(vit, size, provenance))
     (path / "config.json").write_text(json.dumps(_config(vit, size), indent=2) + "\n", encoding="utf-8")
     model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
@@ -95,13 +96,13 @@ def use_timm(vit: ViT, size: Size, path: str) -> Usage:
     """See :class:`Usage`."""
     code = f"""import timm
 
-model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+model = timm.create_model({f"local-dir:{path}"!r}, pretrained=True).eval()
 cls = model(image)  # [B, D]
 patches = model.forward_features(image)[:, {vit.n_prefix}:]  # [B, N, D]"""
     told = ", ".join(f"{key}={value!r}" for key, value in model_arguments(vit, size).items())
     notes = [
         f"The same by hand: `timm.create_model({architecture(vit)!r}, num_classes=0, "
-        f"checkpoint_path={f'{path}/model.safetensors'!r}, {told})`. The arguments also stand in `config.json` as `model_args`.",
+        f"checkpoint_path={f'{path}/{TENSORS}'!r}, {told})`. The arguments also stand in `config.json` as `model_args`.",
         "For another size add `img_size=(height, width)`: timm then resamples `pos_embed` (bicubic, antialiased).",
     ]
     if vit.n_registers and vit.has_cls:
