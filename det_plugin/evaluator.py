@@ -19,6 +19,7 @@ from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
+from pretrain.build import network_flags
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 
@@ -121,7 +122,7 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
     changed |= other_images(*images, recipe.train_share)
     settings = {
         "backbone": name,
-        "backbone_flags": backbone_flags(trained),
+        "backbone_flags": network_flags(backbone_flags(trained)),
         "protocol": dataclasses.asdict(recipe),
         "departures": changed,
         "engine": "detectron2",

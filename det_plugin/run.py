@@ -57,7 +57,7 @@ class DetectionRun:
         """What defines the outcome, as plain values: no folder of this machine."""
         return {
             "backbone": self.backbone,
-            "backbone_flags": dict(self.backbone_flags),
+            "backbone_flags": network_flags(self.backbone_flags),
             "protocol": dataclasses.asdict(self.protocol),
             "seed": self.seed,
         }

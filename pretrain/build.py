@@ -53,7 +53,8 @@ def build_backbone(
     try:
         model: ViT = BACKBONES.get(name)(**flags)
     except (TypeError, ValueError) as error:
-        raise UserError(f"backbone {name}: {error}") from error
+        where = f"backbone {name}" if weights is None else f"weights: {weights}, as {name}"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     if checkpoint is not None:
         load_into(model, checkpoint)
     return model

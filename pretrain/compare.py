@@ -4,6 +4,7 @@ Every file of weights is made one of ours first (:func:`prepare`), so that a run
 :func:`plan` depend on nothing else and not on each other.
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.cli import REQUEUE_CODE
 from pretrain.comparison import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.errors import UserError
@@ -24,7 +26,9 @@ from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptibl
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
+from pretrain.results.report import page
 from pretrain.results.schema import FILE_NAME, Result, read_result
+from pretrain.results.tables import Line, Table
 from pretrain.weights.write import FORMAT
 
 DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"  # see :func:`state`
@@ -38,7 +42,7 @@ class Weights:
     """An entry's weights.
 
     Attributes:
-        file: what the runs read: one of our pre-trainings' as it is, any other converted.
+        file: what the runs read: one of our own of which the entry says no more as it is, any other converted.
         source: the file that the entry names.
         identity: what the runs depend on of it: ``key=value`` words.
     """
@@ -51,6 +55,11 @@ class Weights:
     def is_converted(self) -> bool:
         """Whether the runs read another file than the entry names."""
         return self.file != self.source
+
+    @property
+    def digest(self) -> str:
+        """Hash of the file that the entry names."""
+        return self.identity[0].removeprefix("weights=")
 
     def is_ready(self, note: Path) -> bool:
         """Whether the runs can begin; ``note``: that of the entry's file (:func:`note_of`)."""
@@ -66,19 +75,23 @@ def note_of(entry: Entry, output: Path) -> Path:
 def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights | None:
     """Where an entry's weights are; None where its file is missing, and was when the entry was last asked for."""
     source, note = Path(comparison.weights) / entry.file, note_of(entry, output)
-    if source.is_file():
+    asked = {key: value for key, value in _asked(entry).items() if value is not None}
+    if os.access(source, os.R_OK):  # a file, or a folder of Hugging Face's
         digest = file_hash(source)
-        is_ours = _metadata(source).get("format") == FORMAT and entry.patch_size is None
+        is_ours = _metadata(source).get("format") == FORMAT and asked.keys() == {"method"}
     elif note.is_file():
         noted = shlex.split(note.read_text())
         digest, is_ours = noted[0].removeprefix("weights="), len(noted) == 2
     else:
         return None
-    says: dict[str, Any] = {"weights": digest, "backbone": entry.backbone}
-    if not is_ours:
-        says |= {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
-    identity = tuple(f"{key}={value}" for key, value in says.items() if value is not None)
+    says = {"weights": digest, "backbone": entry.backbone, **({} if is_ours else asked)}
+    identity = tuple(f"{key}={value}" for key, value in says.items())
     return Weights(source if is_ours else note.with_suffix(".safetensors"), source, identity)
+
+
+def _asked(entry: Entry) -> dict[str, Any]:
+    """What an entry says of its file: options of :func:`convert`."""
+    return {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
 
 
 def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
@@ -97,8 +110,7 @@ def prepare(entry: Entry, weights: Weights, output: Path) -> None:
     if weights.is_ready(note):
         return
     if weights.is_converted:
-        of_the_file = {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
-        convert(weights.source, weights.file, name=entry.backbone, **of_the_file)
+        convert(weights.source, weights.file, name=entry.backbone, **_asked(entry))
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -300,30 +312,52 @@ def difference(stage: Stage) -> str:
     return f"{stage.folder}: {told}; move it away, or give another --output"
 
 
-def results(runs: Sequence[FineTuning], weights: Mapping[str, Weights], tools: Path) -> list[Result]:
-    """The results of all runs that are done, under the comparison's names of the methods; and those of our own pre-trainings, where
+def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[Result]:
+    """The results of runs that are done, under the comparison's names of the methods; and those of our own pre-trainings, where
     they lie beside the weights: they tell whether they were scaled down."""
     found = []
-    for run in runs:
-        if run.stage(tools).is_done:
-            result = read_result(run.folder)
-            found.append(replace(result, method=run.entry.method))
-            of_run = weights[name_of(run.entry)]
-            beside = of_run.source.with_name(FILE_NAME)
-            if not of_run.is_converted and beside.is_file() and (before := read_result(beside)).kind == "pretrain":
-                found.append(before)
+    for run in done:
+        result, of_run = read_result(run.folder), weights[name_of(run.entry)]
+        found.append(replace(result, method=run.entry.method))
+        beside = of_run.source.with_name(FILE_NAME)
+        if beside.is_file() and (before := read_result(beside)).kind == "pretrain" and before.weights_hash == of_run.digest:
+            found.append(replace(before, weights_hash=result.weights_hash))  # the run may have read a converted file
     return found
 
 
-def write_tables(results: Sequence[Result], tables: str, output: Path) -> str:
-    """``table.md``, ``.csv``, ``.tex`` and ``.html``: the published tables of these numbers, with what was measured beside them.
+def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> Table:
+    """Of which files the rows of these runs are, and how they were read."""
+    lines = []
+    for name, entry in {name_of(run.entry): run.entry for run in done}.items():
+        metadata = _metadata(weights[name].file)
+        flags, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        patch = told.get("patch_size_before", flags.get("patch_size", PROTOCOL_PATCH_PX))
+        read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
+        resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
+        lines.append(
+            Line("weights", False, (name, entry.method, entry.file, weights[name].digest, read_as, f"{patch} px{resampled}"))
+        )
+    return Table(
+        title="The files of weights",
+        columns=("row", "method", "file", "hash", "read as", "patches"),
+        groups=(tuple(lines),),
+        notes=(),
+        numeric=frozenset(),
+        records=(),
+    )
+
+
+def write_tables(done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str) -> str:
+    """``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables of these numbers, with what was measured beside them, and
+    the files of weights.
 
     Returns:
         the first of them.
     """
-    shown = paper_tables(results, tables)
+    shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
+    texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
+    texts["html"] = page(name, {"Results": texts["html"]})
     output.mkdir(parents=True, exist_ok=True)
-    for suffix, style in TABLES.items():
-        text = render_all(shown, style)
-        (output / f"table.{suffix}").write_text(text, encoding="utf-8")
-    return text
+    for suffix, text in texts.items():
+        (output / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+    return texts["md"]

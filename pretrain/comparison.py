@@ -4,11 +4,13 @@ An unknown key, a value of another type and a name that nothing has are errors t
 """
 
 import json
+import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ class Entry:
     """One row of the comparison.
 
     Attributes:
-        method, effective_epochs: as tables write them; a file that one of our pre-trainings left says its epochs itself.
+        method, effective_epochs: as tables write them; a file that one of our pre-trainings left says its epochs itself, if these
+            are none.
         backbone: registry name.
-        file: in the comparison's folder of weights.
+        file: in the comparison's folder of weights; or a folder there, as Hugging Face leaves it.
         name: the folder of its runs; "": made of method and backbone.
         source, subnet, patch_size: those of :func:`pretrain.build.build_backbone`; none: as the file says.
         detection, segmentation: those of :class:`Comparison`, where this row's are others.
@@ -92,7 +95,8 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
 
     Args:
         path: a yaml file; ``base: OTHER.yaml`` in it stands for all keys of the other, of which it changes some.
-        words: ``key=value``, of any key but ``entries``; ``detection_overrides.KEY=VALUE`` sets one of a group.
+        words: ``key=value``, of any key but ``entries``; ``detection_overrides.KEY=VALUE`` sets one of a group. ``detection`` and
+            ``segmentation`` are then those of every row.
         detections: names of detection protocols; none given: any.
 
     Raises:
@@ -108,6 +112,8 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
         else:
             values[key] = text if typing.get_type_hints(Comparison).get(key) is str else _value(key, text)
     comparison = _record(Comparison, values, str(path))
+    of_all = {key: None for key in ("detection", "segmentation") if any(word.startswith(f"{key}=") for word in words)}
+    comparison = replace(comparison, entries=tuple(replace(entry, **of_all) for entry in comparison.entries))
     _check(comparison, str(path), detections)
     return comparison
 
@@ -116,8 +122,8 @@ def _value(key: str, text: str) -> Any:
     """A word's value, as YAML reads it; ``0,1`` is a list of seeds."""
     try:
         return yaml.safe_load(f"[{text}]" if key == "seeds" and "[" not in text else text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}={text!r} cannot be read") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{key}={text!r:.60} cannot be read") from error
 
 
 def words_of(settings: Mapping[str, str]) -> list[str]:
@@ -128,21 +134,21 @@ def words_of(settings: Mapping[str, str]) -> list[str]:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, a date of month 13
         raise UserError(f"{path}: no readable YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: no mapping of keys")
     if (base := values.pop("base", None)) is None:
         return values
     if not isinstance(base, str) or path.resolve() in seen:
-        raise UserError(f"{path}: base: {base!r} is no other file")
+        raise UserError(f"{path}: base: {_shown(base)} is no other file")
     return {**_read(path.parent / base, (*seen, path.resolve())), **values}
 
 
 def _record(kind: type, values: Any, where: str) -> Any:
     """A dataclass from a mapping: its keys are the fields, and the annotations the types."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: must be a mapping of keys, not {values!r}")
+        raise UserError(f"{where}: must be a mapping of keys, not {_shown(values)}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -161,20 +167,26 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if kind is Entry:
         return _record(Entry, value, where)
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): _text(item) for key, item in value.items()}
+        return {str(key): _text(item, where) for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
     what = {tuple: "a list", dict: "a mapping of keys"}.get(origin) or kind.__name__  # type: ignore[arg-type]
-    raise UserError(f"{where}={value!r} should be {what}")
+    raise UserError(f"{where}={_shown(value)} should be {what}")
 
 
-def _text(value: Any) -> str:
-    """As on a command line."""
-    if isinstance(value, list):
-        return ",".join(map(_text, value))
-    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+def _text(value: Any, where: str) -> str:
+    """As on a command line: a number or a word, or a list of them."""
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, list | dict) for item in items):
+        raise UserError(f"{where}: {_shown(value)} is no number, no word and no list of them")
+    return ",".join(json.dumps(item) if isinstance(item, bool) or item is None else str(item) for item in items)
+
+
+def _shown(value: Any) -> str:
+    """For an error; what refers to itself, or to one thing a billion times, is cut short."""
+    return f"{reprlib.repr(value):.120}"
 
 
 def _check(comparison: Comparison, path: str, detections: Collection[str]) -> None:
@@ -197,16 +209,21 @@ def _check(comparison: Comparison, path: str, detections: Collection[str]) -> No
             "subnet": (None, "teacher", "student"),
             "segmentation": (None, SWEEP, POINT, NONE),
         }
+        if entry.effective_epochs is not None and not 0 <= entry.effective_epochs < math.inf:
+            raise UserError(f"{path}: entries[{i}]: effective_epochs={entry.effective_epochs} should be a number, at least 0")
+        if not entry.method.strip():
+            raise UserError(f"{path}: entries[{i}]: method is empty")
         if detections:
             allowed["detection"] = (None, *detections, NONE)
         demands += [(f"entries[{i}]: {key}", getattr(entry, key), values) for key, values in allowed.items()]
     for where, value, values in demands:
         if value not in values:
-            raise UserError(f"{path}: {where}={value!r} is none of {', '.join(str(v) for v in values if v is not None)}")
+            raise UserError(f"{path}: {where}={_shown(value)} is none of {', '.join(str(v) for v in values if v is not None)}")
     if comparison.accumulate < 1 or not comparison.entries:
         raise UserError(f"{path}: accumulate is at least 1, and there is at least one entry")
-    if not comparison.seeds or min(comparison.seeds) < 0 or len(set(comparison.seeds)) < len(comparison.seeds):
-        raise UserError(f"{path}: seeds={list(comparison.seeds)} should be one or more different numbers, at least 0")
+    seeds = comparison.seeds
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds={_shown([*seeds])} should be one or more different numbers, at least 0, below 2 ** 32")
     names = [name_of(entry) for entry in comparison.entries]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or name in ("weights", "jobs"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
+from typing import IO
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
@@ -77,10 +78,11 @@ class Processes:
         self._lock = Lock()  # nothing starts once all that runs is being ended
 
     def launch(self, command: Sequence[str], log: Path, seconds: float) -> int | None:
-        """Run a command, what it says appended to ``log``. When its time is over it is asked to save and leave, then made to.
+        """Run a command, what it says appended to ``log``. When its time is over it is asked to save and leave, then made to. What
+        another process runs just now, by its log, is left to it.
 
         Returns:
-            its exit code; None where its time was over, or all were stopped before it began.
+            its exit code; None where its time was over, or all were stopped.
 
         Raises:
             OSError: the command or its log cannot be opened.
@@ -89,10 +91,14 @@ class Processes:
         with open(log, "a") as file, self._lock:
             if self._stopped:
                 return None
+            if not locked(file, fcntl.LOCK_EX):
+                print(f"{log.with_suffix('')}: another process runs it", flush=True)
+                return REQUEUE_CODE
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
             self._running.add(process)
         try:
-            return process.wait(max(seconds, 0.0))
+            code = process.wait(max(seconds, 0.0))
+            return None if self._stopped and code else code  # it could not save any more, or torchrun says 1 of all
         except subprocess.TimeoutExpired:
             end([process])
             return None
@@ -143,37 +149,39 @@ def gpu_prefixes(n_at_once: int, n_each: int = 1) -> list[list[str]]:
 
 
 def recorded(launch: Launch) -> Launch:
-    """``launch``, with a file ``.run`` beside the log that is locked while the command runs and then holds its exit code. What
-    another process runs just now is left to it."""
+    """``launch``, with a file ``.run`` beside the log that holds the command's last exit code."""
 
-    def launch_alone(command: Sequence[str], log: Path, seconds: float) -> int | None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log.with_suffix(".run"), "a") as record:
-            try:
-                fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{log.with_suffix('')}: another process runs it", flush=True)
-                return REQUEUE_CODE
-            record.truncate(0)
-            code = launch(command, log, seconds)
-            record.write(str(REQUEUE_CODE if code is None else code))
-            return code
+    def launch_and_note(command: Sequence[str], log: Path, seconds: float) -> int | None:
+        record = log.with_suffix(".run")
+        record.unlink(missing_ok=True)
+        code = launch(command, log, seconds)
+        record.write_text(str(REQUEUE_CODE if code is None else code))
+        return code
 
-    return launch_alone
+    return launch_and_note
 
 
 def recorded_code(log: Path) -> int | str | None:
-    """What :func:`recorded` knows of a command, by its log: its last exit code, ``running``, or None."""
+    """What is known of a command by its log: ``running``, its last exit code (:func:`recorded`), or None."""
+    if log.is_file():
+        with open(log) as file:
+            if not locked(file, fcntl.LOCK_SH):
+                return "running"
     record = log.with_suffix(".run")
-    if not record.is_file():
-        return None
-    with open(record) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "running"
-        said = file.read()
+    said = record.read_text() if record.is_file() else ""
     return int(said) if said else None
+
+
+def locked(log: IO[str], how: int) -> bool:
+    """Lock a log, unless another process has. A command's output is its log, so the lock lasts as long as the command, even where
+    whoever began it was killed. On a file system without locks nobody has one."""
+    try:
+        fcntl.flock(log, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -318,14 +318,20 @@ class Run:
 def in_parts(loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
     """An iteration's batch in its parts, the images that could not be read, and how long the data was waited for (s)."""
     parts, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
-    for batch, names in loader:
-        waited_s += time.perf_counter() - since
-        parts.append(batch)
-        unreadable += names
-        if len(parts) == n_parts:
-            yield parts, unreadable, waited_s
-            parts, unreadable, waited_s = [], [], 0.0
-        since = time.perf_counter()
+    batches = iter(loader)
+    try:
+        for batch, names in batches:
+            waited_s += time.perf_counter() - since
+            parts.append(batch)
+            unreadable += names
+            if len(parts) == n_parts:
+                yield parts, unreadable, waited_s
+                parts, unreadable, waited_s = [], [], 0.0
+            since = time.perf_counter()
+    finally:
+        # Workers ignore SIGTERM: whatever holds an iterator that broke off (a traceback) would keep the process from ending.
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -113,7 +114,28 @@ def hexed(times):
     return call
 
 
+def structured(pickled):
+    """A zip whose structure is this pickle."""
+    return rewritten(torch_bytes({}), lambda name, old: pickled if name.endswith("data.pkl") else old)
+
+
+def doubled(levels):
+    """Pairs of the same pair, again and again, as a key: 4 bytes a level, and 2^levels steps to hash."""
+    pairs = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(levels))
+    return b"\x80\x02})q\x00" + pairs + b"K\x01s."
+
+
+def numpy_scalar(dtype):
+    """Of no content: NumPy makes room for what the type declares."""
+    name = dtype.encode()
+    made = b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX%s%s\x89\x88\x87R\x85R" % (struct.pack("<I", len(name)), name)
+    return b"\x80\x02}X\x01\0\0\0a" + made + b"s."
+
+
 def pickles():
+    yield "doubled.pth", structured(doubled(100)), REFUSED
+    for dtype in ("V2000000000", "(1000000,1000)f8"):
+        yield f"numpy_{dtype[0]}.pth", structured(numpy_scalar(dtype)), REFUSED
     for protocol in (2, 4):
         yield f"plain{protocol}.pkl", pickle.dumps({"cls_token": [1.0]}, protocol=protocol), REFUSED
     for name, content in {
@@ -134,16 +156,16 @@ def pickles():
     views = torch.zeros(1 << 16)
     yield "views.pth", torch_bytes({f"tensor{i}": views[i:] for i in range(1000)}), REFUSED
     pickled = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
-    yield "deep.pth", rewritten(torch_bytes({}), lambda name, old: pickled if name.endswith("data.pkl") else old), REFUSED
+    yield "deep.pth", structured(pickled), REFUSED
     nested = b"\x80\x02}X\x01\0\0\0a" + b"]" * 20_000 + b"a" * 19_999 + b"s."
-    yield "nested.pth", rewritten(torch_bytes({}), lambda name, old: nested if name.endswith("data.pkl") else old), REFUSED
+    yield "nested.pth", structured(nested), REFUSED
     lists = b"\x80\x02" + b"]" * (MAX_PICKLE_BYTES - 100) + b"."
-    yield "lists.pth", rewritten(torch_bytes({}), lambda name, old: lists if name.endswith("data.pkl") else old), REFUSED
+    yield "lists.pth", structured(lists), REFUSED
     yield "list.pth", torch_bytes([torch.zeros(3)]), REFUSED
     yield "tensor.pth", torch_bytes(torch.zeros(3)), REFUSED
     full = {
         "model": state_dict(),
-        "args": argparse.Namespace(lr=0.1, out="."),
+        "args": argparse.Namespace(lr=0.1, out=Path("runs"), dtype=torch.uint8, device=torch.device("cuda:0")),
         "best": np.float64(3.5),
         "n": np.int64(3),
         "epoch": 3,
@@ -197,6 +219,11 @@ def ours():
         "no_heads": dict(num_heads=0),
         "text": dict(embed_dim="192"),
         "none": dict(depth=None),
+        "true": dict(depth=True),
+        "eps": dict(ln_eps=-1.0),
+        "eps_text": dict(ln_eps="small"),
+        "two_lines": dict(drop_path="a"),
+        "unknown": dict(surprise=1),
     }.items():
         yield f"ours_{name}.safetensors", our_metadata(**changes), REFUSED
     for name, flags in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
@@ -333,17 +360,13 @@ def write_special(folder):
         "list": [],
         "deep": {"weight_map": 3},
         "self": {"weight_map": {"a": "model.safetensors.index.json"}},
+        "outside": {"weight_map": {"a": "../good.pth"}},
+        "unnamed": {"weight_map": {"a": ""}},
+        "parent": {"weight_map": {"a": ".."}},
     }.items():
         (folder / f"index_{name}").mkdir()
         (folder / f"index_{name}" / "model.safetensors.index.json").write_text(json.dumps(index))
-    special = ["loop", "dangling", "endless", "pipe", "folder", "hole"]
-    folders = [
-        *(f"config_{name}" for name in ("large", "deep", "text", "binary", "pipe")),
-        "index_list",
-        "index_deep",
-        "index_self",
-    ]
-    return dict.fromkeys([*(f"{name}.pth" for name in special), *folders, "gone.pth", "null\x00.pth", "good.pth/x.pth"], REFUSED)
+    return dict.fromkeys([*os.listdir(folder), "gone.pth", "null\x00.pth", "good.pth/x.pth"], REFUSED)
 
 
 def damaged():

@@ -6,9 +6,12 @@ One comparison at the end is real, of files in two layouts; elsewhere the tools 
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from pretrain.comparison import Comparison, Entry, load_comparison, name_of
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import gpu_prefixes
 from pretrain.results.merge import backbone_family
+from pretrain.results.provenance import file_hash
 from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
 from pretrain.weights import read_checkpoint, save_backbone
@@ -49,10 +53,10 @@ def write_ours(file, seed=0, method="intertwined", epochs=3.5):
     return save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
 
 
-def write_timm(file, seed=0):
+def write_timm(file, seed=0, **flags):
     """A flat state dict under timm's names, with a classifier."""
     torch.manual_seed(seed)
-    state = build_backbone(TINY, depth=2, pos_grid=4).state_dict()
+    state = build_backbone(TINY, depth=2, pos_grid=4, **flags).state_dict()
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, file)
     return file
@@ -87,11 +91,36 @@ def write_timm(file, seed=0):
         ({"method": "..", "name": "weights"}, {}, "name='weights' is no name"),
         ({}, {"base": "c.yaml"}, "c.yaml: base: 'c.yaml' is no other file"),
         ({}, {"base": "none.yaml"}, "none.yaml: no readable YAML"),
+        ({"effective_epochs": -3}, {}, r"entries\[0\]: effective_epochs=-3.0 should be a number, at least 0"),
+        ({"method": " "}, {}, r"entries\[0\]: method is empty"),
+        ({}, {"seeds": [2**32]}, r"seeds=\[4294967296\] should be"),
+        ({}, {"detection_overrides": {"lr": [[1]]}}, r"detection_overrides: \[\[1\]\] is no number, no word"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, row, keys, message):
     with pytest.raises(UserError, match=message):
         load_comparison(write_yaml(tmp_path, row, **keys), detections=PROTOCOLS)
+
+
+BOMB = "[x, x, &a [y, y, y, y], " + ", ".join(f"&{b} [{', '.join(6 * [f'*{a}'])}]" for a, b in pairwise("abcdefghijklmn")) + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: " + 10000 * "[", "no readable YAML"),
+        ("weights: 2026-13-45", "no readable YAML"),
+        ("weights: !!python/object/apply:os.getcwd []", "no readable YAML"),
+        (f"{{weights: {BOMB}, entries: []}}", "weights=.* should be str"),
+        (f"{{detection_overrides: {{lr: {BOMB}}}, entries: []}}", "is no number, no word"),
+        ("{detection_overrides: {lr: &a [*a]}, entries: []}", "is no number, no word"),
+    ],
+)
+def test_yaml_that_does_harm_is_an_error_of_one_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"^{tmp_path}/c.yaml: .*{message}") as refused:
+        load_comparison(tmp_path / "c.yaml")
+    assert len(str(refused.value)) < 400
 
 
 def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
@@ -113,6 +142,9 @@ def test_a_base_and_words_change_single_keys(tmp_path):
     changed = {"lr": "3e-4", "amp": "false", "milestones_it": "3,4"}
     told = dict(weights="there", coco="here", seeds=(0, 2), accumulate=4, segmentation="none", detection_overrides=changed)
     assert read == Comparison(entries=(Entry(**ROW),), **told)
+    write_yaml(tmp_path, {"segmentation": "none", "detection": "none"})
+    (entry,) = load_comparison(tmp_path / "c.yaml", ["segmentation=sweep"], PROTOCOLS).entries
+    assert (entry.segmentation, entry.detection) == (None, "none")  # the word is for every row
     with pytest.raises(UserError, match="entries: name the rows"):
         load_comparison(tmp_path / "child.yaml", ["entries=1"])
     assert load_comparison(tmp_path / "child.yaml", ["weights=2026", "tables=2"]).weights == "2026"
@@ -273,17 +305,47 @@ def test_a_file_of_ours_is_read_as_it_is(tmp_path):
         compare.prepare(entry, weights, out)
 
 
+def test_the_tables_say_of_which_file_a_row_is(tmp_path):
+    """Its own hash, not the converted file's; whose layout; and patches of another size, which the runs resample."""
+    write_ours(tmp_path / "w" / "ours.safetensors")
+    files = {"timm": write_timm(tmp_path / "w" / "t.pth", patch_size=14), "ours": tmp_path / "w" / "ours.safetensors"}
+    rows = [{"name": "asked", "file": "t.pth", "patch_size": 16}, {"name": "silent", "file": "t.pth"},
+            {"name": "ours", "file": "ours.safetensors"}]  # fmt: skip
+    read, out = load_comparison(write_yaml(tmp_path, *rows, weights=str(tmp_path / "w"), segmentation="none")), tmp_path / "out"
+    weights = compare.find_all(read, out)
+    assert not compare.prepare_all(weights, read.entries, out)
+    (lines,) = compare.weights_table(compare.plan(read, weights, out), weights).groups
+    resampled = ("timm", "14 px, resampled to 16")
+    expected = {"asked": resampled, "silent": resampled, "ours": ("ours", "16 px")}
+    assert {line.cells[0]: line.cells[4:] for line in lines} == expected
+    assert [line.cells[3] for line in lines] == [file_hash(files[name]) for name in ("timm", "timm", "ours")]
+
+
+def test_a_folder_of_weights_is_there(tmp_path):
+    """As Hugging Face's save_pretrained leaves it; another network in it is another identity."""
+    entry, folder = Entry(**{**ROW, "file": "hub"}), tmp_path / "hub"
+    read = Comparison(entries=(entry,), weights=str(tmp_path))
+    assert compare.find_weights(read, entry, tmp_path / "out") is None
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    before = compare.find_weights(read, entry, tmp_path / "out")
+    assert before.is_converted and before.source == folder
+    (folder / "model.safetensors").write_bytes(b"y")
+    assert compare.find_weights(read, entry, tmp_path / "out").identity != before.identity
+
+
 # --- the runs, with stand-ins for the tools ---------------------------------------------------------------------------
 
 STAND_IN = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--output") + 1])
 how = json.loads(Path(__file__).with_name("how.json").read_text()).get(f"{folder.parent.name}/{folder.name}", 0)
 folder.mkdir(parents=True, exist_ok=True)
 if how == "slow":
     signal.signal(signal.SIGTERM, lambda *_: (folder.joinpath("saved").touch(), sys.exit(85)))
-    folder.joinpath("begun").touch()
+if how in ("slow", "rude"):
+    folder.joinpath("begun").write_text(str(os.getpid()))
     time.sleep(60)
 if how:
     sys.exit(how)
@@ -301,6 +363,12 @@ def result(kind, **changes):
         config_hash="a", weights_hash=None, git_commit=None, packages={}, hardware={}, wall_time_s=1.0, peak_memory_mib=None,
     )  # fmt: skip
     return Result(**(fields | ({"metrics": {"miou": 40.0}} if kind == "segmentation" else {}) | changes))
+
+
+def wait_for(file):
+    until = time.monotonic() + 30
+    while not (file.is_file() and file.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 class Workplace:
@@ -322,7 +390,7 @@ class Workplace:
         monkeypatch.setattr(self.module, "TOOLS", self.tools)
 
     def happens(self, **how):
-        """{run with __ for /: exit code | "slow"}."""
+        """{run with __ for /: exit code | "slow" | "rude": slow, and ends of a signal}."""
         (self.tools / "how.json").write_text(json.dumps({name.replace("__", "/"): code for name, code in how.items()}))
 
     def __call__(self, *words, rows=(), **keys):
@@ -361,13 +429,13 @@ def test_tables_are_written_of_what_is_done(work, capsys):
     with pytest.raises(UserError):
         work()
     for suffix in ("md", "csv", "tex", "html"):
-        text = (work.out / f"table.{suffix}").read_text()
+        text = (work.out / f"c.{suffix}").read_text()
         assert "two" in text and "30.0" in text and "40.0" in text and "49.2" in text, suffix  # the last one is published
         assert "told" not in text  # a file of ours stands under the comparison's name for it
-        (work.out / f"table.{suffix}").unlink()
+        (work.out / f"c.{suffix}").unlink()
     capsys.readouterr()
     work("--tables")
-    assert work.calls() == {f"two/{DET}": 1, f"two/{SEG}": 1} and (work.out / "table.tex").is_file()
+    assert work.calls() == {f"two/{DET}": 1, f"two/{SEG}": 1} and (work.out / "c.tex").is_file()
     assert capsys.readouterr().out.startswith("**Table 1a of the paper")
     for file in (work.folder / "w").iterdir():
         file.unlink()
@@ -375,9 +443,9 @@ def test_tables_are_written_of_what_is_done(work, capsys):
         ["--only", "one", "--tables"],
         ["--only", "two"],
     ):  # all rows are in the tables, and what is done needs no weights
-        (work.out / "table.md").unlink()
+        (work.out / "c.md").unlink()
         work(*words)
-        assert "two" in (work.out / "table.md").read_text()
+        assert "two" in (work.out / "c.md").read_text()
 
 
 def test_other_settings_never_replace_a_result(work, capsys):
@@ -420,9 +488,7 @@ def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
     seen = []
 
     def kill():
-        until = time.monotonic() + 30
-        while not (work.out / "one" / DET / "begun").is_file() and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_for(work.out / "one" / DET / "begun")
         seen.append(compare.state(compare.Stage("det", work.out / "one" / DET, ["x"])))
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -443,25 +509,51 @@ def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
     assert set(work.calls().values()) == {1} and len(work.calls()) == 4
 
 
-def test_what_another_process_runs_is_left_to_it(work, capsys):
-    import fcntl
-
-    work.out.mkdir()
-    (work.out / "one").mkdir()
-    with open(work.out / "one" / f"{DET}.run", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+def test_a_run_whose_comparison_was_killed_is_left_alone_while_it_lasts(work, capsys):
+    work.happens(**{f"one__{DET}": "slow"})
+    folder = work.out / "one" / DET
+    command = [sys.executable, str(work.tools / "train_det.py"), "--output", str(folder)]
+    begin = f"from pretrain.jobs import Processes, Path; Processes().launch({command!r}, Path({str(folder)!r} + '.log'), 60)"
+    comparison = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
+    wait_for(work.out / "one" / DET / "begun")
+    comparison.kill()
+    comparison.wait()
+    try:
+        work("--status")
+        assert f"running          one/{DET}" in capsys.readouterr().out.splitlines()
         with pytest.raises(Interrupted, match="1 of 4 runs are left"):
             work()
-    assert f"one/{DET}" not in work.calls() and len(work.calls()) == 3
+        assert f"one/{DET}" not in work.calls() and len(work.calls()) == 3
+    finally:
+        os.kill(int((work.out / "one" / DET / "begun").read_text()), signal.SIGKILL)
+
+
+def test_what_a_stop_ends_has_not_failed(work, capsys):
+    """Not even where it ends of the signal, before it could save."""
+    work.happens(**{f"one__{DET}": "rude"})
+    thread = threading.Thread(target=lambda: (wait_for(work.out / "one" / DET / "begun"), os.kill(os.getpid(), signal.SIGTERM)))
+    thread.start()
+    with pytest.raises(Interrupted, match="start it again"):
+        work()
+    thread.join()
+    work("--status")
+    assert f"begun            one/{DET}" in capsys.readouterr().out.splitlines()
 
 
 def test_our_own_pretraining_says_whether_it_was_scaled_down(work):
-    hashed = "0123456789ab"
-    (work.tools / "train_det.json").write_text(to_json(result("detection", weights_hash=hashed)))
+    hashed = file_hash(work.folder / "w" / "one.safetensors")
+    (work.tools / "train_det.json").write_text(to_json(result("detection", weights_hash="of what it read")))
     scaled = Protocol(name="intertwined-100ep", version=1, full=False, deviations={"optim.epochs": [100, 3]})
     write_result(result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash=hashed), work.folder / "w")
     work("segmentation=none", "--only", "one")
-    assert "optim.epochs 100 → 3" in (work.out / "table.md").read_text().replace("\\", "")
+    assert "optim.epochs 100 → 3" in (work.out / "c.md").read_text().replace("\\", "")
+    work.out = work.folder / "elsewhere"
+    converted = {"method": "one", "name": "converted", "file": "one.safetensors", "effective_epochs": 9}
+    work("segmentation=none", "--only", "converted", rows=[converted])
+    assert (work.out / "weights" / "converted.safetensors").is_file() and "epochs 100 → 3" in (work.out / "c.md").read_text()
+    write_result(result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash="another's"), work.folder / "w")
+    work("--tables", rows=[converted])
+    assert "epochs 100 → 3" not in (work.out / "c.md").read_text()
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(work, capsys):
@@ -549,5 +641,5 @@ def test_two_layouts_side_by_side(tmp_path, capsys):
     for found, origin in ((detection, ("DINO", 1600)), (segmentation, ("DINO", 1600)), (ours, ("intertwined", 3.5))):
         assert (found.method, found.effective_epochs) == origin and found.backbone == TINY
     assert asdict(detection)["protocol"]["name"] == "coco-12ep" and not detection.protocol.full
-    text = (tmp_path / "out" / "table.md").read_text()
+    text = (tmp_path / "out" / "c.md").read_text()
     assert "**DINO †**" in text and "**intertwined †**" in text and f"{segmentation.metrics['miou']:.1f}" in text

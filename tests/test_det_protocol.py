@@ -2,7 +2,8 @@
 
 import importlib.util
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from det_plugin.protocol import (
     protocol,
     with_overrides,
 )
+from det_plugin.run import DetectionRun
 from pretrain.errors import UserError
 
 
@@ -159,3 +161,10 @@ def test_layer_decay_table():
     free = ("norm.bias", "blocks.3.norm1.weight", "blocks.3.norm2.bias", "blocks.3.ls1.gamma", "pos_embed", "pos_field", "cls_pos")
     assert all(no_decay(name) for name in free)
     assert not any(no_decay(name) for name in ("cls_token", "reg_token", "blocks.3.attn.qkv.bias", "patch_embed.proj.bias"))
+
+
+def test_whose_file_it_is_read_as_is_no_setting():
+    """So that runs with and without ``backbone.source`` are seeds of one configuration."""
+    run = DetectionRun("vit_tiny_patch16", None, Path("coco"), Path("out"), DetectionProtocol())
+    assert replace(run, backbone_flags={"source": "dino"}).settings() == run.settings()
+    assert replace(run, backbone_flags={"depth": 2}).settings() != run.settings()

@@ -100,7 +100,8 @@ def test_a_full_checkpoint_without_its_loss_is_dinos_where_nothing_speaks_agains
         ("vit_small_backbone_800ep.pth", "state_dict", "mugs"),
         ("backbone.pth", None, "timm"),
         ("paladino_vits16.pth", None, "timm"),
-        ("checkpoint_teacher.pth", "state_dict", "timm"),
+        ("checkpoint_teacher.pth", "state_dict", "ibot"),  # what iBOT's published backbones of all sizes are called
+        ("checkpoint_teacher.pth", None, "timm"),
     ],
 )
 def test_a_backbone_alone_is_known_by_the_files_name_only(name, wrapper, source, tmp_path):
@@ -113,6 +114,14 @@ def test_a_backbone_alone_is_known_by_the_files_name_only(name, wrapper, source,
         assert (found.provenance["source"], found.flags["pos_interpolation"]) == (forced, "dinov2")
     ours = build_backbone("vit_tiny_patch16", path, source="dino")
     assert max(difference(teacher, ours, size) for size in SIZES) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone."])
+def test_a_wrapper_alone_is_nobodys(prefix, tmp_path):
+    state = {prefix + key: value for key, value in full("dino")[2].state_dict().items()}
+    path = saved(tmp_path, {"state_dict": state})
+    assert "no supported layout" in refusal(path)
+    assert read_checkpoint(path, "ibot").provenance["method"] == "iBOT"
 
 
 def test_mugs_relation_blocks_tell_and_are_dropped(tmp_path):

@@ -84,10 +84,12 @@ def test_a_backbone_and_names_in_memory(tmp_path):
         expected = model(x).feature_maps[-1].flatten(2).transpose(1, 2)
     torch.testing.assert_close(features(saved(model, tmp_path / "hub"), x)[:, 1:], expected, atol=1e-5, rtol=1e-5)
     for name in ("ViTForImageClassification", "Dinov2WithRegistersModel"):
-        model = tiny(name, layer_norm_eps=1e-12 if name.startswith("ViT") else 1e-6)
+        eps = 1e-12 if name.startswith("ViT") else 1e-6
+        model = tiny(name, layer_norm_eps=eps)
         torch.save(model.state_dict(), tmp_path / f"{name}.pth")
         x = images((3, 7), model.config.patch_size)
         torch.testing.assert_close(features(tmp_path / f"{name}.pth", x), theirs(model, x), atol=1e-5, rtol=1e-5)
+        assert read_checkpoint(tmp_path / f"{name}.pth").flags["ln_eps"] == eps
 
 
 def test_parts_and_pickles(tmp_path):

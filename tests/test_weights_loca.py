@@ -137,7 +137,7 @@ def test_features_equal(tmp_path, grid):
         given = features(path, x, subnet=subnet)[:, 1:]  # the first is the mean of the patches
         torch.testing.assert_close(given, reference(params, x), atol=1e-5, rtol=1e-5)
     checkpoint = read_checkpoint(path)
-    assert checkpoint.provenance == {"source": "loca", "method": "LOCA"} and checkpoint.backbone == NAME
+    assert checkpoint.provenance == {"source": "loca", "method": "LOCA", "subnet": "teacher"} and checkpoint.backbone == NAME
     wanted = dict(has_cls=False, gelu="tanh", ln_eps=1e-6, pos_interpolation="bilinear_antialias", pos_grid=SIDE, num_heads=HEADS)
     assert {key: checkpoint.flags[key] for key in wanted} == wanted
 

@@ -118,6 +118,8 @@ def test_a_zip_is_mapped_and_not_read(tmp_path):
         (zips, "twice.pth", "a record twice"),
         (zips, "program.pt", "TorchScript"),
         (pickles, "expanded.pth", r"blocks\.0\.extra declares \(1099511627776,\)"),
+        (pickles, "doubled.pth", "a tuple of more than 1000 items"),
+        (pickles, "numpy_V.pth", r"no checkpoint of plain tensors \(KeyError\)"),
         (pickles, "shared.pth", "declares tensors of 1048576000"),
         (flax, "flax_arrays", "exceeds max_array_len"),
         (flax, "flax_map", "exceeds max_map_len"),
@@ -141,6 +143,18 @@ def test_a_file_of_ours_still_flows(tmp_path):
     for place in (folder, folder / "backbone.safetensors"):
         again = build_backbone(NAME, weights=place, mask_tokens=True)
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in vit.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["a\nb", "a" * 256, 3, None])
+def test_a_method_is_a_line(tmp_path, method):
+    vit = build_backbone(NAME, depth=1)
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags, provenance={"method": method})
+    if method is None:
+        assert read_checkpoint(path).provenance["method"] is None
+        return
+    with pytest.raises(UserError, match=r"b\.safetensors has damaged metadata \(method") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, Pickled(os.system, "true")], ids=["read", "refused"])

@@ -5,7 +5,7 @@ python tools/compare.py configs/compare/table1_vits16.yaml --output runs/compare
 python tools/compare.py configs/compare/table1_vits16.yaml --output runs/compare --weights W --submit -- --hours 24 --partition gpu
 
 What is done is not run again, what was stopped goes on (exit code 85: start it again), a run that fails stops no other. A row whose
-file is missing is named, and the others go on. The results are in OUTPUT/ROW/RUN, the tables in OUTPUT/table.*. Words with = set a
+file is missing is named, and the others go on. The results are in OUTPUT/ROW/RUN, the tables in OUTPUT/CONFIG.*. Words with = set a
 key of the yaml: detection=coco10pct-12ep segmentation=none seeds=0,1,2 accumulate=16 detection_overrides.batch_size=32.
 """
 
@@ -135,7 +135,8 @@ def main(arguments: list[str]) -> None:
         return print(*(f"{compare.state(each.stage(TOOLS)):<16} {each.name}" for each in runs), sep="\n")
     failed, left = ({}, []) if options.tables else go_on(comparison, weights, runs, options, further)
     if not options.dry_run:
-        print(compare.write_tables(compare.results(planned, weights, TOOLS), comparison.tables, options.output))
+        done = [each for each in planned if each.stage(TOOLS).is_done]
+        print(compare.write_tables(done, weights, comparison.tables, options.output, options.config.stem))
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     told = f"failed: {', '.join(failed)}"

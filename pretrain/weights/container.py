@@ -140,10 +140,15 @@ def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[
         raise UserError(f"weights: {path} is no readable safetensors file ({str(reason)[:200]})") from error
 
 
+def _is_plain(name: str) -> bool:
+    """Whether this is the name of a file of the same folder."""
+    return Path(name).name == name and name not in ("", "..")
+
+
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of all parts that an index names, each part in the same folder; and the bytes of the parts."""
     places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+    if not isinstance(places, dict) or not all(isinstance(name, str) and _is_plain(name) for name in places.values()):
         raise UserError(f"weights: {index} names no files of its own folder")
     state: dict[str, Tensor] = {}
     n_bytes = 0

@@ -15,11 +15,13 @@ from pretrain.weights.checkpoint import Checkpoint
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
 MAX_HEADER_BYTES = 4 << 20  # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
 MAX_PICKLE_BYTES = 4 << 20  # the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
+MAX_TUPLE = 1000  # items of a tuple in it, with those of the tuples inside; the state of Python's random numbers has 628
 MAX_DIRECTORY_BYTES = 4 << 20  # of a zip: about 100 bytes a record, one a tensor
 MAX_ITEMS = 1_000_000  # of all dictionaries and lists of a Flax file: training states have some thousands
 MAX_DEPTH = 64  # of nested dictionaries: training states have about 8
 MAX_SHARING = 4  # bytes of all tensors to bytes of their file: parameters that are views of a common buffer, and that buffer
 MAX_NAME = 200  # characters of a tensor's name, which errors repeat
+MAX_LABEL = 255  # characters of a method's name, as of a file's, which may be it
 MAX_SIDE = 1 << 20  # of a network's sizes (width, depth, heads, ...)
 UNSTORED = 1 << 24  # parameters that a network may have beyond its file's: mask tokens, a grid of positions
 
@@ -99,13 +101,16 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     sides = {key: flags.get(key, 0) for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")}
     for key, value in sides.items():
         needed = key not in ("n_registers", "pos_grid")
-        if not isinstance(value, int) or not needed <= value <= MAX_SIDE:
+        if type(value) is not int or not needed <= value <= MAX_SIDE:
             raise UserError(f"weights: {checkpoint.path}: {key} of {value!r} is no size of a network")
     width, ratio = sides["embed_dim"], flags.get("mlp_ratio", 4.0)
     if width % sides["num_heads"]:
         raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
     if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
         raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r} is no size of a network")
+    eps = flags.get("ln_eps", 1e-6)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
     if n_wanted > 2 * n_stored + UNSTORED:

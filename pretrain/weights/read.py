@@ -16,7 +16,7 @@ from torch import nn
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state, open_container
-from pretrain.weights.limits import sound
+from pretrain.weights.limits import MAX_LABEL, sound
 from pretrain.weights.sources import SOURCES, Evidence, Source, refused
 
 TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # of a file's provenance, what tables and cards repeat
@@ -42,7 +42,8 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
     provenance = {**checkpoint.provenance, **_exported(file)}
     for key, kind in TOLD.items():
         value = provenance.get(key)
-        if not isinstance(value, kind | None) or value != value:
+        is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
+        if not isinstance(value, kind | None) or value != value or not is_line:
             raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
     return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
 
@@ -76,7 +77,9 @@ def find_source(file: Container, name: str | None = None) -> Source:
     best = max(evidence)
     if best == Evidence.NONE:
         names = ", ".join(source_names())
-        raise UserError(f"weights: {file.path} is of no supported layout; it holds {_shown(file)}; source= takes {names}")
+        raise UserError(
+            f"weights: {file.path} is of no supported layout; it holds {_shown(file) or 'nothing'}; source= takes {names}"
+        )
     return SOURCES[evidence.index(best)]
 
 

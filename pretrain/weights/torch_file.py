@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import pathlib
 import pickletools
 import re
 import zipfile
@@ -14,7 +15,7 @@ import numpy
 import torch
 
 from pretrain.errors import UserError
-from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES
+from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, MAX_TUPLE
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, before version 1.6
@@ -22,14 +23,16 @@ RECORD_HEADER_BYTES = 30  # at the least
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
 # What a checkpoint of plain tensors is made of. torch's own list for weights_only is longer: a bytearray of any size,
-# sparse and quantised tensors. Namespace and numpy's scalars are in public full checkpoints (arguments, losses).
+# sparse and quantised tensors. Namespace, paths and numpy's scalars are in public full checkpoints (arguments, losses).
 ALLOWED = re.compile(
-    r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) set"
+    r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) set|pathlib(\._local)? (Posix|Windows)Path"
     r"|_codecs encode|numpy dtype|numpy\._?core\.multiarray scalar"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter|torch (Size|device)"
-    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|torch (float|int)(16|32|64)|torch bfloat16"
+    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+    r"|torch ((float|int)(16|32|64)|bfloat16|u?int8|bool)"
 )
-SCALARS: list[Any] = [numpy.dtype, *{type(numpy.dtype(kind)) for kind in "fdeilqILQbBhH?"}]
+DTYPES = {dtype.str[1:]: dtype for dtype in map(numpy.dtype, "fdeilqILQbBhH?")}
+PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}  # pure: of any system, and no file's
 # Codecs from bytes to bytes: encoding again and again would double a few bytes without end.
 BYTE_CODECS = {"hex", "base64", "base_64", "bz2", "quopri", "quoted_printable", "quotedprintable", "uu", "zip", "zlib"}
 
@@ -46,7 +49,7 @@ def read_torch_file(path: Path) -> Any:
         pickles = _zip_pickles(path) if is_zip else _legacy_pickles(path)
         for stream in pickles:
             _check_pickle(path, stream)
-        with _numpy_scalars():
+        with _only_ours():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
@@ -55,15 +58,29 @@ def read_torch_file(path: Path) -> Any:
 
 
 @contextmanager
-def _numpy_scalars() -> Iterator[None]:
+def _only_ours() -> Iterator[None]:
+    """torch's list of what may be built is of the process: others' entries, mmengine's, wait outside."""
     scalar: Any = numpy.float64(0).__reduce__()[0]
-    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    ours = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    ours += [(pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, pure in PATHS.items()]
     before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *named, *SCALARS]):
-            yield
-    finally:  # leaving it, torch takes away what others had added before, too: mmengine's
+        kinds: list[Any] = list({type(dtype) for dtype in DTYPES.values()})
+        torch.serialization.add_safe_globals([argparse.Namespace, (_dtype, "numpy.dtype"), *ours, *kinds])
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
+
+
+def _dtype(name: str, *_: Any) -> Any:
+    """A plain number's; a copy, for what a pickle then says of it would hold for all.
+
+    Raises:
+        KeyError: of no plain number: ``V1000000000`` is a scalar of a gigabyte.
+    """
+    return numpy.dtype(DTYPES[name], copy=True)
 
 
 class _Bounded(io.FileIO):
@@ -109,8 +126,10 @@ def _legacy_pickles(path: Path) -> Iterator[io.BufferedReader]:
 
 def _check_pickle(path: Path, stream: Any) -> None:
     """Refuse by name what is no data, before anything is built."""
-    encodes, codecs = False, set()
+    encodes, codecs, tuples = False, set(), _Tuples()
     for opcode, argument, _ in pickletools.genops(stream):
+        if tuples.largest_after(opcode, argument) > MAX_TUPLE:
+            raise UserError(f"weights: {path} is no checkpoint of plain tensors: a tuple of more than {MAX_TUPLE} items")
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             if argument is None or not ALLOWED.fullmatch(argument):
                 what = "code" if argument is None else argument.replace(" ", ".")
@@ -120,3 +139,42 @@ def _check_pickle(path: Path, stream: Any) -> None:
             codecs.add(re.sub(r"\W+", "_", argument.lower()).removesuffix("_codec"))
     if encodes and codecs & BYTE_CODECS:
         raise UserError(f"weights: {path} encodes bytes as {', '.join(sorted(codecs & BYTE_CODECS))}, as no checkpoint does")
+
+
+class _Tuples:
+    """Follows a pickle's stack by how many items each tuple on it has, with those of the tuples in it.
+
+    A tuple of twice the same tuple, and so on, is a few bytes a level; as a key it takes 2^levels steps, for a tuple does not
+    remember its hash.
+    """
+
+    MARK = 0
+
+    def __init__(self) -> None:
+        self.stack: list[int] = []
+        self.memo: dict[int, int] = {}
+
+    def largest_after(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
+        """Items of what one step leaves on top of the stack; 1 for what is no tuple."""
+        stack, name = self.stack, opcode.name
+        if name in ("BINPUT", "LONG_BINPUT"):  # torch knows no other ways to remember
+            self.memo[argument] = stack[-1] if stack else 1
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo.get(argument, 1))
+        elif name == "MARK":
+            stack.append(self.MARK)
+        else:
+            inside = self._popped(opcode.stack_before)
+            stack += [1 + inside if "TUPLE" in name else 1 for _ in opcode.stack_after]
+        return stack[-1] if stack else 1
+
+    def _popped(self, taken: list[pickletools.StackObject]) -> int:
+        """Takes from the stack what a step takes, all down to a mark if it takes one; their items."""
+        n_items, n_below = 0, len(taken)
+        if pickletools.markobject in taken:
+            while self.stack and (n := self.stack.pop()) != self.MARK:
+                n_items += n
+            n_below = taken.index(pickletools.markobject)
+        for _ in range(min(n_below, len(self.stack))):
+            n_items += self.stack.pop()
+        return n_items

@@ -39,7 +39,7 @@ def save_backbone(
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same just now
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     temporary.write_bytes(save(tensors, metadata=metadata))  # save_file would leave a file that nobody else can read
     os.replace(temporary, path)

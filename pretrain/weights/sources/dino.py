@@ -81,9 +81,11 @@ def recognise(method: Method, file: Container) -> Evidence:
         return Evidence.MARKED
     if not all(fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
         return Evidence.NONE
-    if is_named(file, method.file_name):
+    if is_named(file, method.file_name) or (method.source == "ibot" and is_ibots_backbone(file)):
         return Evidence.NAMED
-    return Evidence.POSSIBLE if "" in networks or (method.source == "dino" and not marks) else Evidence.NONE
+    if "" in networks:  # with all that timm's have, it is anybody's
+        return Evidence.POSSIBLE if method.needed != NEEDED else Evidence.NONE
+    return Evidence.POSSIBLE if method.source == "dino" and not marks else Evidence.NONE
 
 
 def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
@@ -126,6 +128,11 @@ def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
 def is_named(file: Container, pattern: str) -> bool:
     """Whether the file's name has a word of this pattern."""
     return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", file.path.stem.lower()) is not None
+
+
+def is_ibots_backbone(file: Container) -> bool:
+    """Whether the file is named as iBOT's published backbones of all sizes are, and has nothing but their one entry."""
+    return set(file.tree) == {"state_dict"} and is_named(file, "checkpoint_(?:teacher|student)")
 
 
 def fits(method: Method, state: Mapping[str, Tensor]) -> bool:

@@ -15,10 +15,13 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import only_network, plain_vit, strip
+from pretrain.weights.layout import only_network, strip
+from pretrain.weights.sources.dino import NEEDED as DINOS
+from pretrain.weights.sources.dino import whole_vit, with_origin
 from pretrain.weights.sources.source import Evidence, Source
 
 OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")  # all that is published
+NEEDED = (*DINOS, "blocks.0.ls1.gamma")
 NETWORKS = ("teacher", "student")
 HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
@@ -39,12 +42,13 @@ def recognise(file: Container) -> Evidence:
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The published backbone, or of a training the teacher's (default) or the student's."""
-    state = _training(file, subnet or "teacher")
-    if not state and file.flat and not any(_network(file, name) for name in NETWORKS):
+    name = subnet or "teacher"
+    state = _training(file, name)
+    if not state and file.flat and not any(_network(file, network) for network in NETWORKS):
         only_network(file.path, "dinov2", subnet)
-        state = file.flat
+        name, state = "", file.flat
     if not state:
-        raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {subnet or 'teacher'}, and no flat state dict")
+        raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {name}, and no flat state dict")
     if any(".mlp.w12." in key or ".mlp.w3." in key for key in state):
         raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours")
     state = {_unchunked(key): value for key, value in state.items()}
@@ -52,7 +56,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     if has_registers:
         state["reg_token"] = state.pop("register_tokens")
     rule, method = ("bicubic_antialias", "DINOv2-reg") if has_registers else ("dinov2", "DINOv2")
-    return plain_vit(file.path, state, "dinov2", method, pos_interpolation=rule)
+    return with_origin(whole_vit(file, state, "dinov2", method, needed=NEEDED, interpolation=rule), file, name)
 
 
 def _network(file: Container, network: str) -> dict[str, Tensor]:

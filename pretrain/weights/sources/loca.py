@@ -15,6 +15,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import plain_vit, without
+from pretrain.weights.sources.dino import with_origin
 from pretrain.weights.sources.source import Evidence, Source
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
@@ -43,9 +44,8 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     heads = state.heads()
     renamed = state.network(heads)
     renamed.update(state.left)  # an error by name
-    return plain_vit(
-        file.path, renamed, "loca", "LOCA", num_heads=heads, gelu="tanh", ln_eps=1e-6, pos_interpolation="bilinear_antialias"
-    )
+    unseen = {"num_heads": heads, "gelu": "tanh", "ln_eps": 1e-6, "pos_interpolation": "bilinear_antialias"}
+    return with_origin(plain_vit(file.path, renamed, "loca", "LOCA", **unseen), file, subnet)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
+from pretrain.weights.layout import only_network
 from pretrain.weights.sources.source import Evidence, Source
 from pretrain.weights.write import FORMAT, FORMAT_VERSION
 
@@ -19,6 +20,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     path, metadata = file.path, file.metadata
     if metadata.get("format") != FORMAT:
         raise UserError(f"weights: {path} is no file of posfield's: its metadata names no format {FORMAT}")
+    only_network(path, "posfield", subnet)
     try:
         version = int(metadata["format_version"])
         if version > FORMAT_VERSION:
