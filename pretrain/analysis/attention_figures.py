@@ -31,7 +31,7 @@ def statistics_figure(measured: Sequence[Measured]) -> Figure:
             axis.plot(layers, mean, color=colour, linestyle=dash, marker="o", markersize=3.5, label=plain(m.name))
             axis.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         _layer_axis(axis, label)
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -58,7 +58,7 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
         axis.scatter(layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=colour, alpha=0.55, linewidths=0)
         _layer_axis(axis, METRICS[metric] if axis in axes[:, 0] else "")
         axis.set_title(plain(m.name, LONGEST_NAME), fontsize=8)
-    axes[0, 0].set_ylim(bottom=0)  # of all, now that all is drawn
+    from_zero(axes[0, 0], *axes.flat)  # of all, now that all is drawn
     return figure
 
 
@@ -119,6 +119,11 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
         row[3].set_title("attention to each column, left to right (1: even)", fontsize=8)
         row[3].set_xlim(0, 1)
         row[3].tick_params(labelsize=7)
-        row[3].set_ylim(bottom=0)
+        from_zero(row[3])
         row[3].legend(frameon=False, fontsize=7)
     return figure
+
+
+def from_zero(axis: Any, *sharing: Any) -> None:
+    """The y axis from 0 to a little above all that is drawn, on it and on those that share it: an even curve is not at the edge."""
+    axis.set_ylim(0, 1.1 * max(each.dataLim.y1 for each in (axis, *sharing)) or 1)
