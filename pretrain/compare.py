@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.cli import REQUEUE_CODE
-from pretrain.comparison import NONE, SWEEP, Comparison, Entry, name_of, words_of
+from pretrain.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
 from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, recorded, recorded_code, run_jobs

@@ -2,12 +2,14 @@
 
 import math
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from backbone_fixture import randomise
 
 from pretrain.build import build_backbone
+from pretrain.errors import UserError
 
 NAME, TINY = "vit_tiny_patch16", dict(embed_dim=192, depth=2, num_heads=3, num_classes=0)
 
@@ -68,3 +70,11 @@ def features(path, x, **options):
 @torch.no_grad()
 def theirs(model, x):
     return model.forward_features(x)
+
+
+def refusal(path, **options):
+    """What a user is told, the file's own name left out; it has to be there."""
+    with pytest.raises(UserError) as error:
+        build_backbone("vit_tiny_patch16", path, **options)
+    before, after = str(error.value).split(str(path))
+    return before + after

@@ -23,7 +23,7 @@ from tool_fixture import load_tool
 from det_plugin.protocol import PROTOCOLS
 from pretrain import compare
 from pretrain.build import build_backbone
-from pretrain.comparison import Comparison, Entry, load_comparison, name_of
+from pretrain.compare_config import Comparison, Entry, load_comparison, name_of
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import gpu_prefixes
 from pretrain.results.merge import backbone_family

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from public_fixture import refusal
 from reference_vit import (
     DinoHead,
     DinoViT,
@@ -53,14 +54,6 @@ def full(source):
     )
     entries = {"cribo": QUEUES, "mugs": MEMORY}.get(source, {})
     return full_checkpoint(*wrappers, loss, **entries), student, teacher
-
-
-def refusal(path, **options):
-    """What a user is told, the file's own name left out; it has to be there."""
-    with pytest.raises(UserError) as error:
-        build_backbone("vit_tiny_patch16", path, **options)
-    before, after = str(error.value).split(str(path))
-    return before + after
 
 
 @pytest.mark.parametrize("source", ["dino", "ibot", "ibot_scaled", "mugs", "cribo", "croc"])
@@ -260,7 +253,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
     data = path.read_bytes()
     for share in (0.1, 0.5, 0.999):
         path.write_bytes(data[: int(len(data) * share)])
-        refusal(path)
+        assert refusal(path).startswith("weights: ")
 
 
 class Trap:

@@ -25,7 +25,7 @@ from det_plugin.protocol import with_overrides as detection_with
 from pretrain import compare
 from pretrain.cli import run
 from pretrain.compare import FineTuning, Weights
-from pretrain.comparison import Comparison, Entry, load_comparison, name_of, words_of
+from pretrain.compare_config import Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import GRACE_S
 from pretrain.overrides import fields_and_flags
