@@ -20,6 +20,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "pip>=23" "setuptools<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[det,seg,dev]"
+	# yapf (of mmengine) caches its grammar without a lock: ranks that import it first at one time would read a half-written file.
+	$(BIN)/python -c "import yapf"
 	touch $@
 
 # Never by name from an index: detectron2 is not on PyPI, and its name there is free for anyone.

@@ -1,5 +1,6 @@
 """Threads fixed, so that sums are added in one order; the small data sets that several files start from."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,6 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """One process imports yapf (of mmengine) before the workers do: where its grammar is not cached yet it writes the file in
+    place, and a second process that imports it in that moment reads an empty one (EOFError)."""
+    if not hasattr(config, "workerinput") and importlib.util.find_spec("yapf"):
+        importlib.import_module("yapf")
 
 
 @pytest.fixture
