@@ -14,11 +14,12 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.alignment import KERNELS, LOSSES
 from pretrain.backbones.attention import ATTENTIONS
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS
 from pretrain.device import DEVICES
 from pretrain.errors import UserError
-from pretrain.views.boxes import REFERENCES, SCALES, SURROUNDED
+from pretrain.views.boxes import LOCAL_RULES, REFERENCES, SCALES, SURROUNDED
 from pretrain.views.masks import KINDS_OVER, SHAPES
 
 SOURCES = ("folder", "list", "coco", "tar", "parquet", "huggingface")
@@ -26,8 +27,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": DEVICES,
     "run.precision": ("auto", "float32", "bf16", "float64"),
     "run.deterministic": ("cpu", "always", "never"),
+    "run.algorithm": ("intertwined", "dense"),
+    "run.leaves": ("teacher", "student"),
     "data.source": ("auto", *SOURCES),
     "data.path": ("auto", "cpu", "device"),
+    "crops.local_rule": LOCAL_RULES,
     "positions.encoding": ("field", "standard"),
     "positions.interpolation": (*FIELD_INTERPOLATIONS, *GRID_INTERPOLATIONS[:1], GRID_INTERPOLATIONS[2]),
     "positions.scale": SCALES,
@@ -39,6 +43,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backbone.attention": ATTENTIONS,
     "losses.koleo_scope": ("global", "local"),
     "losses.centering": ("softmax_center", "sinkhorn_knopp"),
+    "dense.loss": LOSSES,
+    "dense.kernel": KERNELS,
+    "dense.pairs": ("all", "parent"),
     "optim.lr_rule": ("sqrt_1024", "none"),
     "step.checkpointing": ("none", "full", "selective"),
     "step.parallel": ("ddp", "fsdp2"),
@@ -59,6 +66,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "crops.local_scale": (1e-6, 1),
     "crops.ratio": (1e-3, 1e3),
     "crops.flip_p": (0, 1),
+    "crops.local_inside": (0, 1),
     "positions.grid": (2, 4096),
     "positions.beta": (1e-6, math.inf),
     "positions.s_min": (1e-6, 1),
@@ -97,6 +105,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.batch_size": (1, math.inf),
     "optim.epoch_length_it": (0, math.inf),
     "optim.base_lr": (0, math.inf),
+    "dense.bandwidth": (1e-6, math.inf),
+    "dense.region_grid": (2, 64),
+    "dense.region_samples": (1, 16),
+    "dense.min_overlap_patches": (1e-6, math.inf),
+    "optim.head_lr_factor": (0, math.inf),
     "optim.min_lr": (0, math.inf),
     "optim.warmup_epochs": (0, math.inf),
     "optim.weight_decay": (0, math.inf),

@@ -19,15 +19,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, n_layers: int) -> None:
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (n_layers - 1), bottleneck_dim]
-        layers: list[nn.Module] = []
-        for width, following in zip(widths[:-1], widths[1:]):
-            layers += [nn.Linear(width, following), nn.GELU()]
-        self.mlp = nn.Sequential(*layers[:-1])
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        self.mlp = mlp(in_dim, hidden_dim, bottleneck_dim, n_layers)
         self.last_layer = nn.Linear(bottleneck_dim, n_prototypes, bias=False)
 
     def forward(self, x: Tensor) -> Projection:
@@ -36,6 +28,18 @@ class ProjectionHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             rows = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
             return Projection(rows, unit_rows(self.last_layer.weight))
+
+
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, n_layers: int) -> nn.Sequential:
+    """Linear layers with GELU between them, no batch norm: [..., in_dim] -> [..., out_dim]. The whole head of PaKA."""
+    widths = [in_dim, *[hidden_dim] * (n_layers - 1), out_dim]
+    layers: list[nn.Module] = []
+    for width, following in zip(widths[:-1], widths[1:]):
+        linear = nn.Linear(width, following)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def unit_rows(weight: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ def decays(name: str) -> bool:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups by (weight decay, last layer of a head); each carries ``decays`` and ``is_last_layer``."""
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    """Groups by (weight decay, head, last layer of a head); each carries ``decays``, ``is_head`` and ``is_last_layer``."""
+    groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((decays(name), "last_layer" in name), []).append(parameter)
-    return [{"params": p, "decays": decay, "is_last_layer": last} for (decay, last), p in groups.items()]
+            kind = decays(name), not name.startswith("backbone."), "last_layer" in name
+            groups.setdefault(kind, []).append(parameter)
+    return [{"params": p, "decays": decay, "is_head": head, "is_last_layer": last} for (decay, head, last), p in groups.items()]
 
 
 def empty_state(optimizer: torch.optim.Optimizer) -> None:
@@ -34,10 +35,12 @@ def empty_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def set_schedules(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
-    """This iteration's values into the groups."""
+def set_schedules(
+    optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float, head_lr_factor: float = 1.0
+) -> None:
+    """This iteration's values into the groups; ``head_lr_factor`` multiplies the lr of all that is not the backbone."""
     for group in optimizer.param_groups:
-        group["lr"] = last_layer_lr if group["is_last_layer"] else lr
+        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * (head_lr_factor if group["is_head"] else 1.0)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 

@@ -245,7 +245,7 @@ class Run:
         period_it = self.config.log.pictures_period_it
         if not period_it or it % period_it:
             return
-        teacher = self.trainer.teacher_backbone()
+        teacher = self.trainer.kept_backbone()
         if self.log and self.log.shows_pictures and teacher is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
@@ -255,7 +255,7 @@ class Run:
         """Ask the probes about the teacher, where it is time."""
         if not self.probes.is_due(done, self.trainer.length.total_it):
             return
-        backbone = self.trainer.teacher_backbone()
+        backbone = self.trainer.kept_backbone()
         if self.log and backbone is not None:
             found = self.probes.run(backbone, self.trainer.device, self.trainer.autocast)
             self.now = Progress(**{**asdict(self.now), "probes": found})
@@ -271,7 +271,7 @@ class Run:
 
     def finish(self) -> None:
         """Leave the teacher's backbone, the result, the list of broken images, and the last checkpoint in one file."""
-        backbone = self.trainer.teacher_backbone()
+        backbone = self.trainer.kept_backbone()
         if not distributed.is_main() or backbone is None:
             return
         config, crops, now = self.config, self.config.crops, self.now

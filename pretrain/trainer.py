@@ -15,7 +15,8 @@ from pretrain import distributed
 from pretrain.backbones.vit import ViT
 from pretrain.device import choose_device, keep_freed_memory
 from pretrain.errors import UserError
-from pretrain.methods.intertwined import Centers, Intertwined, Neighbours, Targets
+from pretrain.methods import build_method
+from pretrain.methods.method import Neighbours
 from pretrain.optim import clip_gradients, ema_update, empty_state, parameter_groups, set_schedules
 from pretrain.parallel import Ranks
 from pretrain.schedules import cosine, scaled_lr, warmup_cosine
@@ -98,7 +99,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.run.seed)
-        self.method = Intertwined(config).to(self.device, self.dtype)
+        self.method = build_method(config).to(self.device, self.dtype)
         self.ranks = Ranks(self.method, config.step.parallel, compiled=config.step.compile)
         groups = parameter_groups(self.method.student)
         self.optimizer = torch.optim.AdamW(groups, betas=tuple(config.optim.betas), fused=True)
@@ -110,21 +111,21 @@ class Trainer:
 
         Args:
             parts: this rank's share of the batch, in ``step.accumulate`` parts; still on the host.
-            examine: also look for collapse (:meth:`Intertwined.health`).
+            examine: also look for collapse (:meth:`Method.health`).
 
         Returns:
             the loss terms and the norm of the backbone's gradient, still on the device, and what the schedules said.
         """
         values = Values.at(self.iteration, self.config, self.length)
-        set_schedules(self.optimizer, values.lr, values.last_layer_lr, values.weight_decay)
+        set_schedules(self.optimizer, values.lr, values.last_layer_lr, values.weight_decay, self.config.optim.head_lr_factor)
         here = [part.to(self.device, self.dtype) for part in parts]
         before = self.centers()
         with self.autocast:
             targets = [self.method.teacher_targets(part) for part in here]
-            centers = self.method.centers(targets)
-            health = self.method.health(targets[0], centers) if examine else {}
+            statistics = self.method.statistics(targets)
+            health = self.method.health(targets[0], statistics) if examine else {}
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.backward(here, targets, centers)
+        terms = self.backward(here, targets, statistics)
         self.ranks.reshard()
         terms["grad_norm"] = clip_gradients(self.method.student, self.config.optim.clip_grad)
         if self.config.step.on_nan == "skip" and not self.is_finite(terms):
@@ -137,7 +138,7 @@ class Trainer:
         self.iteration += 1
         return terms | health, values
 
-    def backward(self, parts: Sequence[Batch], targets: Sequence[Targets], centers: Centers) -> dict[str, Tensor]:
+    def backward(self, parts: Sequence[Batch], targets: Sequence[Any], statistics: Any) -> dict[str, Tensor]:
         """Gradients of the batch's loss, one part after the other; returns its terms."""
         neighbours = self.neighbours(parts)
         total: dict[str, Tensor] = {}
@@ -145,7 +146,7 @@ class Trainer:
             self.seed(i)
             with self.ranks.averaging(i == len(parts) - 1):
                 with self.autocast:
-                    terms = self.ranks(part, target, centers, neighbours[i])
+                    terms = self.ranks(part, target, statistics, neighbours[i])
                 (terms["loss"] / len(parts)).backward()
             for name, term in terms.items():
                 total[name] = total.get(name, 0.0) + term.detach() / len(parts)
@@ -154,12 +155,8 @@ class Trainer:
         return total
 
     def neighbours(self, parts: Sequence[Batch]) -> list[Neighbours | None]:
-        """For KoLeo over a batch that comes in parts: the [CLS] tokens of all of them, for one more pass without gradient.
-
-        With ``koleo_scope: local`` neighbours are looked for within a part, which costs nothing more.
-        """
-        losses = self.config.losses
-        if len(parts) == 1 or losses.koleo == 0 or losses.koleo_scope == "local":
+        """For KoLeo over a batch that comes in parts: the [CLS] tokens of all of them, for one more pass without gradient."""
+        if len(parts) == 1 or not self.method.has_neighbours:
             return [None] * len(parts)
         cls = []
         for i, part in enumerate(parts):
@@ -199,9 +196,10 @@ class Trainer:
         """The part of :meth:`tensors` that another run can start from: networks, heads and centres."""
         return {name: tensor for name, tensor in self.tensors().items() if name.startswith("method.")}
 
-    def teacher_backbone(self) -> ViT | None:
-        """The teacher's backbone, whole; of a sharded one a copy, on the main process only. Every rank must call this."""
-        backbone = self.method.backbone_of("teacher")
+    def kept_backbone(self) -> ViT | None:
+        """The backbone that the run leaves (``run.leaves``), whole; of a sharded one a copy, on the main process only. Every rank
+        must call this."""
+        backbone = self.method.backbone_of(self.config.run.leaves)
         if not self.ranks.is_sharded:
             return backbone
         state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}

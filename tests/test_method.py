@@ -31,7 +31,7 @@ def cross_entropy(logits, probabilities, temperature):
 
 def terms_of(method, batch):
     targets = method.teacher_targets(batch)
-    return method(batch, targets, method.centers([targets]))
+    return method(batch, targets, method.statistics([targets]))
 
 
 def double_method(config):
@@ -79,7 +79,7 @@ def test_a_steps_loss_is_equation_6(folder, extra):
         if is_global:
             tokens_t.append(teacher["backbone"](pixels, boxes, flips))
 
-    centers = method.centers([method.teacher_targets(batch)])
+    centers = method.statistics([method.teacher_targets(batch)])
     all_cls = teacher["image"](torch.cat([t.cls for t in tokens_t]))
     all_cls = distribution(all_cls, centers["image"], 0.04).split(n_images)
     pairs = [(t, s) for t in range(2) for s in range(len(crops)) if s != t]

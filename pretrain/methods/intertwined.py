@@ -9,7 +9,6 @@ tokens of all parts (:meth:`Intertwined.student_cls`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -20,6 +19,7 @@ from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.heads import ProjectionHead
 from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.methods.method import Method, Neighbours
 from pretrain.prototypes import Projection
 from pretrain.views.batch import Batch
 
@@ -28,24 +28,7 @@ Targets = dict[str, Projection]  # head -> the teacher's rows: ``image`` [G, B, 
 Centers = dict[str, Tensor]  # head -> [1, K]
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """[CLS] tokens of a rank's whole batch, among which KoLeo looks while one part of it is computed.
-
-    Attributes:
-        parts: the student's global [CLS] of each part, [G, b, D], without gradient.
-        own: which part is being computed.
-    """
-
-    parts: Sequence[Tensor]
-    own: int
-
-    def around(self, cls: Tensor) -> Tensor:
-        """All parts' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the gradient goes."""
-        return torch.cat([cls if i == self.own else part for i, part in enumerate(self.parts)], dim=1)
-
-
-class Intertwined(nn.Module):
+class Intertwined(Method):
     """Teacher and student, each a backbone and a head a loss.
 
     Children: ``student`` and ``teacher`` (ModuleDicts with ``backbone``, ``image``, and ``content`` / ``position`` where that loss
@@ -82,11 +65,10 @@ class Intertwined(nn.Module):
             }
         )
 
-    def backbone_of(self, network: str) -> ViT:
-        """The backbone of ``student`` or ``teacher``."""
-        backbone = getattr(self, network)["backbone"]
-        assert isinstance(backbone, ViT)
-        return backbone
+    @property
+    def has_neighbours(self) -> bool:
+        """With KoLeo, unless ``koleo_scope: local`` looks within a part, which costs nothing more."""
+        return bool(self.config.losses.koleo > 0 and self.config.losses.koleo_scope == "global")
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch) -> Targets:
@@ -98,7 +80,7 @@ class Intertwined(nn.Module):
         return {"image": heads["image"](tokens.cls.unflatten(0, (batch.views.n_global, -1))), **targets}
 
     @torch.no_grad()
-    def centers(self, parts: Sequence[Targets]) -> Centers:
+    def statistics(self, parts: Sequence[Targets]) -> Centers:
         """The centres for a batch, given the targets of all its parts; the running ones move on for the next step (DINOv2)."""
         losses, centers = self.config.losses, {}
         for name in self.head_names:
@@ -130,13 +112,15 @@ class Intertwined(nn.Module):
         (tokens,) = self.backbone_of("student").forward_views([ViewGroup(batch.global_crops, boxes, flips, **masks)])
         return tokens.cls.unflatten(0, (batch.views.n_global, -1))
 
-    def forward(self, batch: Batch, targets: Targets, centers: Centers, neighbours: Neighbours | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, targets: Targets, statistics: Centers, neighbours: Neighbours | None = None
+    ) -> dict[str, Tensor]:
         """The weighted loss terms of a batch, or of a part of it, and their sum under ``loss``.
 
         Args:
             batch: what the student sees.
             targets: :meth:`teacher_targets` of the same images.
-            centers: :meth:`centers` of the whole batch.
+            statistics: :meth:`statistics` of the whole batch.
             neighbours: for a part of a batch: KoLeo is then that of the whole batch (its value the same for every part), times the
                 number of parts, so that the mean of the parts' losses is the loss of the batch.
         """
@@ -144,12 +128,12 @@ class Intertwined(nn.Module):
         tokens = self.student_tokens(batch)
         global_cls = tokens[0].cls.unflatten(0, (batch.views.n_global, -1))  # [G, B, D]
         cls = torch.cat([group.cls for group in tokens]).unflatten(0, (-1, batch.n_images))  # [G + L, B, D]
-        image = image_loss(student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows)
+        image = image_loss(student["image"](cls), targets["image"], statistics["image"], self.temperatures, n_rows)
         terms = {"image": losses.image * image}
         for kind in self.patch_kinds:
             weights, n_crops = getattr(batch.masks, f"{kind}_weight"), len(tokens[0].cls)
             projection = student[kind](masked_patches(tokens[0], batch, kind))
-            value = patch_loss(projection, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows)
+            value = patch_loss(projection, targets[kind], statistics[kind], weights, n_crops, self.temperatures, n_rows)
             terms[kind] = losses[kind] * value
         if losses.koleo > 0:
             n_parts = len(neighbours.parts) if neighbours else 1
@@ -161,7 +145,7 @@ class Intertwined(nn.Module):
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
     @torch.no_grad()
-    def health(self, targets: Targets, centers: Centers) -> dict[str, Tensor]:
+    def health(self, targets: Targets, statistics: Centers) -> dict[str, Tensor]:
         """Signs of collapse, for the logs: entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
 
         ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all
@@ -169,7 +153,7 @@ class Intertwined(nn.Module):
         """
         rows = targets["image"].rows.flatten(0, -2)[:256]
         teacher = Projection(rows, targets["image"].prototypes)
-        entropy, mean_entropy = teacher_entropies(teacher, centers["image"], self.temperatures[1])
+        entropy, mean_entropy = teacher_entropies(teacher, statistics["image"], self.temperatures[1])
         return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "feature_std": rows.std(0).mean()}
 
 

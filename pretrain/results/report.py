@@ -18,6 +18,7 @@ _KIND_TITLES = {
     "pretrain": "Pre-training",
     "detection": "Detection and instance segmentation",
     "segmentation": "Semantic segmentation",
+    "dense": "Dense evaluation without fine-tuning",
     "analysis": "Analysis",
 }
 _PAGE = """<!doctype html>

@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.errors import UserError
 
 SCHEMA_VERSION = 1
-KINDS = ("pretrain", "detection", "segmentation", "analysis")
+KINDS = ("pretrain", "detection", "segmentation", "dense", "analysis")
 FILE_NAME = "result.json"
 PERCENT_METRICS = ("box_ap", "mask_ap", "miou")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pretrain.views.records import Record
 
+LOCAL_RULES = ("image", "inside", "same")
 TRIES = 10  # torchvision's, before it falls back to a central crop
 SCALES = ("beta", "uniform", "constant")
 REFERENCES = ("crops", "image")
@@ -33,6 +34,9 @@ class CropRule:
     local_scale: tuple[float, float] = (0.05, 0.32)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5
+    plain_globals: bool = False  # no flips and colours of the global crops
+    local_rule: str = "image"  # where local crops lie
+    local_inside: float = 0.9  # ``inside``: least share of a local crop within its global one
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""Dense evaluation without fine-tuning: what a frozen backbone's patch features are worth. One file an evaluation."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: as ``result.json`` holds them: numbers in percent, or one a class by its name.
+        maps: for pictures, by the evaluation's name: what it predicts for the first images of the validation part, [S, S] each, in
+            1 .. C (of clusters: 1 .. K).
+    """
+
+    metrics: dict[str, float | dict[str, float]]
+    maps: dict[str, list[NDArray[np.int32]]] = field(default_factory=dict)
