@@ -1,26 +1,28 @@
 """How alike two sets of patch features are: the losses of dense post-training, pure functions of features alone.
 
 * CKA, centred kernel alignment (Kornblith et al., 2019), PaKA's: the geometry of a region's patches in student and teacher.
+* The Frobenius distance of the same kernels, which also sees how far the student's patches are apart.
 * Gram anchoring (DINOv3): the mean squared difference of the cosines between all patches.
 
 A region's features are [n, d]; regions come stacked, [R, n, d], and every Gram matrix is of one region. All is computed in float32
-(float64 stays float64), autocast or not.
+(float64 stays float64), autocast or not. No guard is a fixed number: nothing depends on the scale of the features, within what the
+squares of float32 hold (1e-12 to 1e12 and more). What has no size, such as the spread of features that are all alike, is left out
+of both passes; what is no number stays none.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOSSES = ("cka", "frobenius", "gram")
 KERNELS = ("linear", "rbf")
-EPS = 1e-6  # of a region's own size: what is smaller is rounding
+ROUNDING = 32  # units in the last place: a spread this small, relative to the features themselves, is their mean's rounding
 
 
 def alignment_loss(name: str, student: Tensor, teacher: Tensor, kernel: str = "linear", bandwidth: float = 1.0) -> Tensor:
     """The loss of each region, [R]; 0 where the regions agree.
 
     Args:
-        name: ``cka`` | ``frobenius`` | ``gram``.
+        name: ``cka`` (1 - CKA) | ``frobenius`` | ``gram``.
         student, teacher: [R, n, d] and [R, n, e], the same places in the same order. The gradient goes to both.
         kernel, bandwidth: of ``cka`` and ``frobenius``, see :func:`centred_kernel`.
     """
@@ -28,52 +30,67 @@ def alignment_loss(name: str, student: Tensor, teacher: Tensor, kernel: str = "l
         s, t = _full(student), _full(teacher)
         if name == "gram":
             return gram_distance(s, t)
-        kernels = centred_kernel(s, kernel, bandwidth), centred_kernel(t, kernel, bandwidth)
-        return 1 - alignment(*kernels) if name == "cka" else frobenius_distance(*kernels)
+        of_teacher = centred_kernel(t, kernel, bandwidth)
+        if name == "cka":
+            return 1 - alignment(centred_kernel(s, kernel, bandwidth), of_teacher)
+        return frobenius_distance(centred_kernel(s, kernel, bandwidth, unit=t), of_teacher)
 
 
-def centred_kernel(x: Tensor, kernel: str = "linear", bandwidth: float = 1.0) -> Tensor:
+def centred_kernel(x: Tensor, kernel: str = "linear", bandwidth: float = 1.0, unit: Tensor | None = None) -> Tensor:
     """H K H of the features of each region, K being their kernel and H = 1 - 1/n.
 
-    Features are centred and scaled to norm 1 first, which CKA does not see and float32 needs. The guard against dividing by
-    nothing is relative to the features' own norm, so nothing depends on their scale (an absolute one would count small features
-    as none); features that are all alike give a kernel of zeros.
+    The features are centred and measured in units of their size |H X| first: CKA does not see it, and float32 needs it. Features
+    that are all alike give zeros.
 
     Args:
         x: [R, n, d].
         kernel: ``linear``: <x_i, x_j> | ``rbf``: exp(-|x_i - x_j|^2 / (2 (bandwidth * rms)^2)), rms the root mean square
-            distance between two of the region's features.
+            distance of two of the region's features, over all n^2 pairs: sqrt(2 / n) in units of the size.
+        unit: [R, n, e], features whose size (and rms) is taken instead of ``x``'s own.
 
     Returns:
         [R, n, n].
     """
-    spread = x - x.mean(1, keepdim=True)  # H x
-    size = torch.maximum(_norm(spread), EPS * _norm(x))  # relative: a region of one feature only has rounding for a spread
-    unit = spread / size.where(size > 0, torch.ones_like(size))
-    k = unit @ unit.mT  # [R, n, n]
+    centred, size = _spread(x)
+    centred = _divided(centred, size if unit is None else _spread(unit)[1])
+    k = centred @ centred.mT  # [R, n, n]
     if kernel == "rbf":
         square = k.diagonal(dim1=1, dim2=2)  # [R, n]
-        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(min=0)  # squared
-        mean = distance.mean((1, 2), keepdim=True)
-        k = (-distance / (2 * bandwidth**2 * mean.where(mean > 0, torch.ones_like(mean)))).exp()
+        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(min=0)  # squared, in units of the size
+        k = torch.expm1(-distance * (x.shape[1] / (4 * bandwidth**2)))  # K - 1: the centring does not see the 1, float32 does
     k = k - k.mean(1, keepdim=True)
     return k - k.mean(2, keepdim=True)
 
 
 def alignment(k: Tensor, l: Tensor) -> Tensor:
-    """<K, L> / (|K| |L|) of centred kernels [R, n, n]: CKA, [R], 0 where one of them is nothing."""
-    return (_unit(k) * _unit(l)).sum((1, 2))
+    """<K, L> / (|K| |L|) of centred kernels [R, n, n]: CKA, [R]; 0 where one of them is nothing."""
+    return (_divided(k, _norm(k)) * _divided(l, _norm(l))).sum((1, 2))
 
 
-def frobenius_distance(k: Tensor, l: Tensor) -> Tensor:
-    """PaKA's Frobenius variant (ours in detail), [R]."""
-    return (_unit(k) - _unit(l)).square().sum((1, 2)).clamp(min=EPS**2).sqrt()
+def frobenius_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """|K_s - K_t|^2 / |K_t|^2 of centred kernels [R, n, n] in the teacher's units, [R]; 0 where the teacher's is nothing.
+
+    PaKA names a Frobenius variant and prints none; this is **ours**. Unlike CKA it tells c X from X: (c^2 - 1)^2 with the linear
+    kernel. Without bound: where the teacher's features are nearly alike, those of the student had better be, too.
+    """
+    return _divided(student - teacher, _norm(teacher)).square().sum((1, 2))
 
 
 def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Gram anchoring (DINOv3): the mean over all pairs of patches of the squared difference of their cosines, [R]."""
-    s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    """Gram anchoring (DINOv3): the mean over all pairs of patches of the squared difference of their cosines, [R].
+
+    Args:
+        student, teacher: [R, n, d] and [R, n, e], of any norm. A patch of zeros has the cosine 0 with all.
+    """
+    s, t = (_divided(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True)) for x in (student, teacher))
     return (s @ s.mT - t @ t.mT).square().mean((1, 2))
+
+
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """H X [R, n, d], and its norm [R, 1, 1]: 0 where it is nothing but rounding."""
+    centred = x - x.mean(1, keepdim=True)
+    size = _norm(centred)
+    return centred, size.masked_fill(size <= ROUNDING * torch.finfo(x.dtype).eps * _norm(x), 0)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -81,9 +98,10 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
 
 
-def _unit(k: Tensor) -> Tensor:
-    """Kernels of norm 1; that of features which are all alike stays near 0."""
-    return k / _norm(k).clamp(min=1e-3)  # of unit features: 1 / sqrt(n) at least, unless they are only rounding
+def _divided(x: Tensor, size: Tensor) -> Tensor:
+    """x / size; where the size is 0: zeros, without a gradient."""
+    nothing = size == 0
+    return x.masked_fill(nothing, 0) / size.masked_fill(nothing, 1)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ makes the crops beside the step, when the batch is moved there (:mod:`pretrain.v
 import math
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -57,6 +57,8 @@ class Rules:
         global_px, local_px = crops.pop("global_px"), crops.pop("local_px")
         encoding = positions.pop("encoding")
         positions["enabled"] = positions.pop("augment") and encoding == "field"
+        # A post-trained file may hold a field, and be trained as it is used; DINOv2's learned grid knows no crops anyway.
+        positions["tied"] = config.run.algorithm != "dense" or encoding == "field"
         del positions["grid"], positions["interpolation"]
         side = global_px // config.backbone.patch_size
         return Rules(
@@ -107,7 +109,7 @@ def draw(rules: Rules, seed: int, positions: Sequence[int], sizes_px: NDArray[np
     """Views and colours of the images at some positions, [B, V]; ``sizes_px`` is [B, 2], height and width."""
     views = draw_views(sizes_px, rules.crops, rules.positions, [generator(seed, VIEWS, p) for p in positions])
     rngs = [generator(seed, COLOURS, p) for p in positions]
-    return views, draw_colours(views.flips.shape[1], views.n_global, rules.colour, rngs)
+    return views, draw_colours(views.flips.shape[1], views.n_global, rules.colour, rngs, rules.crops.plain_globals)
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
@@ -175,14 +177,13 @@ class Collate:
 
     def crops(self, samples: Sequence[Sample]) -> Batch:
         """Of crops that the worker made."""
-        first = samples[0].views
         boxes, flips, positions = (
             torch.cat([getattr(s.views, name) for s in samples]) for name in ("boxes", "flips", "position_boxes")
         )
         return Batch(
             view_major([s.global_crops for s in samples]),
             view_major([s.local_crops for s in samples]),
-            Views(boxes, flips, positions, first.n_global),
+            replace(samples[0].views, boxes=boxes, flips=flips, position_boxes=positions),
             self.masks(samples),
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain.views.records import Record
 
-LOCAL_RULES = ("image", "inside", "same")
+LOCAL_RULES = ("image", "inside", "same")  # local crops lie anywhere in the image, in a global crop each, or on it
 TRIES = 10  # torchvision's, before it falls back to a central crop
 SCALES = ("beta", "uniform", "constant")
 REFERENCES = ("crops", "image")
@@ -26,23 +26,27 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CropRule:
-    """How boxes are drawn: torchvision's RandomResizedCrop with DINOv2's scales, and a flip."""
+    """How boxes are drawn: torchvision's RandomResizedCrop with DINOv2's scales, and a flip.
+
+    With a ``local_rule`` other than ``image``, local crop l belongs to the global crop l mod G, its parent.
+    """
 
     n_global: int = 2
     n_local: int = 8
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
-    local_scale: tuple[float, float] = (0.05, 0.32)
+    local_scale: tuple[float, float] = (0.05, 0.32)  # ``inside``: of its parent's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5
     plain_globals: bool = False  # no flips and colours of the global crops
-    local_rule: str = "image"  # where local crops lie
-    local_inside: float = 0.9  # ``inside``: least share of a local crop within its global one
+    local_rule: str = "image"
+    local_inside: float = 0.9  # ``inside``: least share of a local crop within its parent
 
 
 @dataclass(frozen=True)
 class PositionRule:
-    """Position and scale augmentation t_s (paper 3.2.2; METHOD.md 3)."""
+    """Which positions a view reads: those of its crop, after position and scale augmentation t_s (paper 3.2.2; METHOD.md 3)."""
 
+    tied: bool = True  # False: those of a whole image, unflipped, whatever the crop, as at inference
     enabled: bool = True
     scale: str = "beta"  # distribution of s
     beta: tuple[float, float] = (2.0, 5.0)
@@ -61,16 +65,19 @@ class Views(Record):
         flips: [B, V] bool, horizontal.
         position_boxes: [B, V, 4] after position and scale augmentation, in units of the field.
         n_global: number of global views.
+        tied: positions are those of the crops; else position boxes are all the whole field, and a flip does not mirror them.
     """
 
     boxes: Tensor
     flips: Tensor
     position_boxes: Tensor
     n_global: int
+    tied: bool = True
 
     def of(self, views: slice) -> tuple[Tensor, Tensor]:
-        """Position boxes [n * B, 4] and flips [n * B] of some views, view-major, as the crops are collated."""
-        return self.position_boxes[:, views].transpose(0, 1).flatten(0, 1), self.flips[:, views].T.flatten()
+        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major, as the crops are collated."""
+        flips = self.flips[:, views].T.flatten()
+        return self.position_boxes[:, views].transpose(0, 1).flatten(0, 1), flips if self.tied else torch.zeros_like(flips)
 
     @property
     def globals(self) -> tuple[Tensor, Tensor]:
@@ -127,6 +134,31 @@ def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> t
     return left, top, left + w, top + h
 
 
+def draw_inside(parents: Array, sizes_px: Array, rule: CropRule, u: Array) -> Array:
+    """Local crops (left, top, right, bottom) in whole pixels, [B, L, 4], each nearly inside its parent.
+
+    Global-local intersection maximisation (PaKA): the area is a share of the parent's, the ratio is as ever, and at least
+    ``local_inside`` of the crop lies within the parent, all of it in the image. **Ours**, without trying again: a crop may stick
+    out by the same part of its width and of its height, at a uniform place, and is cut to its parent's sides if it is longer.
+
+    Args:
+        parents: [B, L, 4], each local crop's global one, in whole pixels.
+        sizes_px: [B, 2], height and width of each image.
+        u: [B, L, 22] uniform numbers, as for :func:`draw_crops`: of the ten tries it takes the first.
+    """
+    corner, parent = parents[..., :2], parents[..., 2:] - parents[..., :2]  # [B, L, 2], (x, y)
+    share = rule.local_scale[0] + (rule.local_scale[1] - rule.local_scale[0]) * u[..., 0]
+    aspect = np.exp(math.log(rule.ratio[0]) + math.log(rule.ratio[1] / rule.ratio[0]) * u[..., TRIES])
+    area = parent.prod(-1) * share
+    size = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)
+    size = np.rint(size).clip(1, parent)
+    slack = np.floor(size * (1 - math.sqrt(rule.local_inside)))  # sticking out by it on both axes leaves local_inside
+    low = np.maximum(corner - slack, 0)
+    high = np.minimum(corner + parent + slack, sizes_px[:, None, ::-1]) - size
+    place = low + np.floor(u[..., -2:] * (high - low + 1))
+    return np.concatenate([place, place + size], -1)
+
+
 def draw_s(rule: PositionRule, rng: np.random.Generator) -> float:
     """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper 4.3)."""
     if rule.scale == "constant":
@@ -172,18 +204,23 @@ def augment_positions(boxes: Array, rule: PositionRule, n_global: int, moves: Ar
 def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: Sequence[np.random.Generator]) -> Views:
     """All views of some images, each image from a generator of its own; every box is a whole number of pixels of its image.
 
-    The augmentation of positions is drawn last: boxes and flips are the same with and without it.
+    The augmentation of positions is drawn last: boxes and flips are the same with and without it. Every rule takes the same
+    random numbers: one that concerns the local crops, or the positions, changes nothing else.
 
     Args:
         sizes_px: [B, 2], height and width of each image.
         rngs: one an image.
     """
-    scales = np.array([crops.global_scale] * crops.n_global + [crops.local_scale] * crops.n_local)
-    u = np.stack([rng.random((len(scales), 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
+    n_views = crops.n_global + crops.n_local
+    u = np.stack([rng.random((n_views, 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
     flips = u[..., 0] < crops.flip_p
-    boxes = draw_crops(sizes_px, scales, crops.ratio, u[..., 1:]) / sizes_px[:, None, [1, 0, 1, 0]]
+    if crops.plain_globals:
+        flips[:, : crops.n_global] = False
+    boxes = draw_boxes(sizes_px, crops, u[..., 1:]) / sizes_px[:, None, [1, 0, 1, 0]]
     position_boxes = boxes
-    if positions.enabled:
+    if not positions.tied:
+        position_boxes = np.broadcast_to([0.0, 0.0, 1.0, 1.0], boxes.shape)
+    elif positions.enabled:
         moves = np.array([draw_move(positions, rng) for rng in rngs])
         position_boxes = augment_positions(boxes, positions, crops.n_global, moves)
     return Views(
@@ -191,7 +228,20 @@ def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: 
         torch.from_numpy(flips),
         torch.from_numpy(position_boxes.astype(np.float32)),
         crops.n_global,
+        positions.tied,
     )
+
+
+def draw_boxes(sizes_px: Array, rule: CropRule, u: Array) -> Array:
+    """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
+    n_global = rule.n_global
+    if rule.local_rule == "image":
+        scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)
+        return draw_crops(sizes_px, scales, rule.ratio, u)
+    global_crops = draw_crops(sizes_px, np.array([rule.global_scale] * n_global), rule.ratio, u[:, :n_global])
+    parents = global_crops[:, np.arange(rule.n_local) % n_global]
+    local_crops = parents if rule.local_rule == "same" else draw_inside(parents, sizes_px, rule, u[:, n_global:])
+    return np.concatenate([global_crops, local_crops], 1)
 
 
 def pixel_boxes(boxes: Tensor, height_px: int | Tensor, width_px: int | Tensor) -> Tensor:

@@ -68,21 +68,24 @@ class Colours(Record):
         return self.map(lambda tensor: tensor[:, views])
 
 
-def draw_colours(n_views: int, n_global: int, rule: ColourRule, rngs: Sequence[np.random.Generator]) -> Colours:
+def draw_colours(
+    n_views: int, n_global: int, rule: ColourRule, rngs: Sequence[np.random.Generator], plain_globals: bool = False
+) -> Colours:
     """The colours of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
-    and solarize."""
+    and solarize. With ``plain_globals`` the global views keep their colours; those of the locals are the same."""
     kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
     u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
     spread = np.array(rule.jitter)
     low = np.array([*np.maximum(1 - spread[:HUE], 0), -spread[HUE]])
     high = np.array([1, 1, 1, 0]) + spread
     sigma = rule.blur_sigma[0] + (rule.blur_sigma[1] - rule.blur_sigma[0]) * u[..., 8]
+    changed = np.arange(n_views) >= (n_global if plain_globals else 0)
     drawn = (
-        u[..., 9] < rule.jitter_p,
+        changed & (u[..., 9] < rule.jitter_p),
         u[..., :4].argsort(-1),  # of four uniform numbers: every order is equally likely
         (low + (high - low) * u[..., 4:8]).astype(np.float32),
-        u[..., 10] < rule.grey_p,
-        np.where(u[..., 11] < np.array(rule.blur_p)[kinds], sigma, 0).astype(np.float32),
-        u[..., 12] < np.array(rule.solarize_p)[kinds],
+        changed & (u[..., 10] < rule.grey_p),
+        np.where(changed & (u[..., 11] < np.array(rule.blur_p)[kinds]), sigma, 0).astype(np.float32),
+        changed & (u[..., 12] < np.array(rule.solarize_p)[kinds]),
     )
     return Colours(*(torch.from_numpy(values) for values in drawn))

@@ -3,7 +3,10 @@
 A view's patch features stand at the centres of its patches. Between the centres they are interpolated linearly; beyond the
 outermost ones there is nothing to interpolate. So the overlap of two views is that of the rectangles through their outermost
 centres (each view inset by half a patch): no bin ever reads a repeated border, and features that are linear in the image's
-coordinates come out the same from both views, flips included.
+coordinates come out the same from both views, flips included, in every bin, the border ones too.
+
+Two crops of one box (``crops.local_rule=same``) need no inset as long as no point lies beyond their outermost centres, which is so
+for n_bins * n_samples <= h: read in all of the box, h bins of one point are the patches themselves.
 """
 
 import torch
@@ -13,12 +16,13 @@ from pretrain.views.boxes import Views
 
 Grid = tuple[int, int]
 
+TOLERANCE = 1e-3  # patches: float32 boxes; a local crop of 3 x 3 patches inside its global one overlaps it by 2, not by 1.9999999
+
 
 def inset(boxes: Tensor, grid: Grid) -> Tensor:
     """Boxes [..., 4] shrunk by half a patch of a view of ``grid`` (h, w) patches, on each side."""
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    dx, dy = (x1 - x0) / (2 * grid[1]), (y1 - y0) / (2 * grid[0])
-    return torch.stack([x0 + dx, y0 + dy, x1 - dx, y1 - dy], -1)
+    half = _patch(boxes, grid) / 2
+    return torch.cat([boxes[..., :2] + half, boxes[..., 2:] - half], -1)
 
 
 def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: float) -> tuple[Tensor, Tensor]:
@@ -27,29 +31,30 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
     Args:
         views: of B images.
         global_grid, local_grid: (h, w), patches of a crop.
-        min_patches: sides that are narrower, in patches of either view, are no overlap.
+        min_patches: sides that are narrower, in patches of either view, are no overlap; more than 0.
 
     Returns:
         boxes [B, G, L, 4] in image units (where there is no overlap: that of the whole image), and which of them are
         overlaps, [B, G, L] bool.
     """
     boxes = views.boxes
-    first = inset(boxes[:, : views.n_global], global_grid).unsqueeze(2)  # [B, G, 1, 4]
-    second = inset(boxes[:, views.n_global :], local_grid).unsqueeze(1)  # [B, 1, L, 4]
+    first, second = boxes[:, : views.n_global].unsqueeze(2), boxes[:, views.n_global :].unsqueeze(1)  # [B, G, 1, 4], [B, 1, L, 4]
+    patch = torch.maximum(_patch(first, global_grid), _patch(second, local_grid))  # [B, G, L, 2], the larger of the two
+    first, second = inset(first, global_grid), inset(second, local_grid)
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
-    patch = torch.maximum(
-        _patch(boxes[:, : views.n_global], global_grid).unsqueeze(2), _patch(boxes[:, views.n_global :], local_grid).unsqueeze(1)
-    )
-    are = ((high - low) >= min_patches * patch).all(-1)
-    regions = torch.cat([low, high], -1)
-    return torch.where(are.unsqueeze(-1), regions, regions.new_tensor([0.0, 0.0, 1.0, 1.0])), are
+    are = ((high - low) >= (min_patches - TOLERANCE) * patch).all(-1)
+    whole = torch.cat([boxes.new_zeros(2), boxes.new_ones(2)])  # filled there: no copy to wait for
+    return torch.where(are.unsqueeze(-1), torch.cat([low, high], -1), whole), are
 
 
 def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regions: Tensor, n_bins: int, n_samples: int) -> Tensor:
     """Patch features of views at regions of the image, averaged over a regular grid of points in each bin.
 
     Equal to torchvision's ``roi_align(aligned=True, sampling_ratio=n_samples)`` on the view's feature map, and deterministic in
-    the backward pass. The bins of a flipped view are turned back: rows and columns are the image's.
+    the backward pass. The bins of a flipped view are turned back: rows and columns are the image's. Regions outside a view read
+    its border. Products are of float32 (float64) also for bfloat16 maps, whose eight bits are too few for a bin's weights; kept
+    for the backward pass are the weights alone, and what exists for a moment is a copy of maps that are not float32, and
+    V * K * n_bins * w * D values.
 
     Args:
         patches: [V, N, D], row-major.
@@ -85,4 +90,5 @@ def _bin_weights(low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patche
 
 def _patch(boxes: Tensor, grid: Grid) -> Tensor:
     """Width and height of a patch, [..., 2], in image units."""
-    return (boxes[..., 2:] - boxes[..., :2]) / boxes.new_tensor([grid[1], grid[0]])
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+    return torch.stack([width / grid[1], height / grid[0]], -1)
