@@ -160,12 +160,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def from_dict(values: dict[str, Any]) -> DictConfig:
-    """A config that an earlier run saved (every key may be there)."""
+    """A config that an earlier run saved; keys that its code did not know yet have their defaults."""
     config = _defaults()
     _merge(config, OmegaConf.create(values), "saved config")
     check(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def completed(values: Any) -> Any:
+    """The plain values of a config that an earlier run saved, with the defaults of the keys that its code did not know yet. Nothing
+    is checked: what is damaged stays so."""
+    if not isinstance(values, dict):
+        return values
+    defaults = as_dict(_defaults())
+    groups = {name: {**defaults[name], **keys} for name, keys in values.items() if name in defaults and isinstance(keys, dict)}
+    return {**defaults, **values, **groups}
 
 
 def as_dict(config: DictConfig) -> dict[str, Any]:
@@ -267,14 +277,40 @@ def _check_together(config: DictConfig) -> None:
         raise UserError(f"config: colour.jitter={list(config.colour.jitter)}: hue, the last one, is at most 0.5")
     if config.colour.blur_kernel_px % 2 == 0:
         raise UserError(f"config: colour.blur_kernel_px={config.colour.blur_kernel_px} should be odd")
-    if positions.encoding == "standard":
-        if positions.augment:
-            warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
-        if positions.grid != crops.global_px // patch_size:
-            side = crops.global_px // patch_size
-            warnings.warn(f"config: positions.grid={positions.grid}, but a global crop has {side} x {side} patches", stacklevel=2)
+    if positions.encoding == "standard" and positions.augment:
+        warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
     if config.step.compile and config.step.checkpointing == "selective":
         warnings.warn("config: step.checkpointing=selective may act as full with step.compile=true", stacklevel=2)
+    (_check_dense if config.run.algorithm == "dense" else _check_intertwined)(config)
+
+
+def _check_intertwined(config: DictConfig) -> None:
+    """A pre-training: positions and masks that fit, and nothing of a post-training."""
+    masks, positions, side = config.masks, config.positions, config.crops.global_px // config.backbone.patch_size
+    if positions.encoding == "standard" and positions.grid != side:
+        warnings.warn(f"config: positions.grid={positions.grid}, but a global crop has {side} x {side} patches", stacklevel=2)
+    for key, default in _defaults().dense.items():
+        if config.dense[key] != default:
+            warnings.warn(f"config: dense.{key} has no effect with run.algorithm=intertwined", stacklevel=2)
     for kind in ("content", "position"):
         if (masks[f"{kind}_share"] > 0) != (config.losses[kind] > 0):
             warnings.warn(f"config: masks.{kind}_share and losses.{kind} act only together, and one is 0", stacklevel=2)
+
+
+def _check_dense(config: DictConfig) -> None:
+    """A post-training: a start, crops that can overlap, a network that moves; it masks nothing."""
+    crops, dense, optim, patch_size = config.crops, config.dense, config.optim, config.backbone.patch_size
+    if not config.backbone.weights:
+        raise UserError("config: backbone.weights is empty, but a post-training (run.algorithm=dense) starts from a backbone")
+    if not crops.n_local:
+        raise UserError("config: crops.n_local=0, but the student of run.algorithm=dense sees local crops")
+    for name in ("global_px", "local_px"):
+        n = crops[name] // patch_size
+        if crops.local_rule != "same" and dense.min_overlap_patches >= n - 1:
+            least = f"dense.min_overlap_patches={dense.min_overlap_patches:g}"
+            raise UserError(f"config: {least} leaves no overlap: the centres of crops.{name}={crops[name]} span {n - 1} patches")
+    if config.run.leaves == "teacher" and optim.teacher_momentum == optim.teacher_momentum_end == 1:
+        raise UserError("config: run.leaves=teacher, but with optim.teacher_momentum=1 it stays what backbone.weights is")
+    for kind in ("content", "position"):
+        if config.masks[f"{kind}_share"]:
+            warnings.warn(f"config: masks.{kind}_share has no effect with run.algorithm=dense", stacklevel=2)

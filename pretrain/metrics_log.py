@@ -28,7 +28,7 @@ from pretrain.errors import UserError
 NAMES = ("metrics", "speed", "probes")
 QUIET_S = 20  # between progress lines where there is no terminal
 WINDOW_IT = 50  # iterations that the speed is a mean over
-TERMS = ("image", "content", "position", "koleo")  # of the loss, as the terminal shows them; all else is in the files
+TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram")  # of the loss, on the terminal; all else: in files
 WARM_IT = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain import checkpoints, distributed
 from pretrain.analysis.pictures import training_pictures
-from pretrain.config import as_dict
+from pretrain.config import as_dict, completed
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
@@ -23,12 +23,12 @@ from pretrain.evaluation.probes import Probes
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, peak_memory_gb
 from pretrain.prototypes import at_least_float32
 from pretrain.recipe import pretraining_protocol
-from pretrain.results.provenance import config_hash, provenance
+from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
 from pretrain.schedules import effective_epochs
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, Trainer, Values
-from pretrain.weights import save_backbone
+from pretrain.weights import read_checkpoint, save_backbone
 
 
 def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None) -> Path:
@@ -41,7 +41,7 @@ def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None
         stop_after_it: save and leave at this iteration, as an interruption would.
 
     Returns:
-        the folder, with ``backbone.safetensors`` (the teacher), ``result.json``, logs and the last checkpoints.
+        the folder, with ``backbone.safetensors`` (``run.leaves``), ``result.json``, logs and the last checkpoints.
 
     Raises:
         UserError: bad settings, no images, too many broken ones, a folder that holds another run.
@@ -139,7 +139,7 @@ def check_same_run(found: checkpoints.Found, config: DictConfig, n_images: int) 
     """
     if not {"config", "n_images", "progress"} <= found.meta.keys():
         raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
-    changed = changed_keys(found.meta["config"], as_dict(config))
+    changed = changed_keys(completed(found.meta["config"]), as_dict(config))
     if changed:
         raise UserError(f"resume: {found.path} was made with other settings: {', '.join(changed)}")
     if found.meta["n_images"] != n_images:
@@ -166,6 +166,8 @@ class Run:
         self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
         self.pending: list[tuple[int, dict[str, Tensor]]] = []  # loss terms not looked at yet, still on the device
         self.probes = Probes(config, reads=distributed.is_main())
+        weights = config.backbone.weights if distributed.is_main() else ""
+        self.started_from = told_of(weights) if weights else {}  # looked at now: at the end of the run the file may be gone
         self.folder.mkdir(parents=True, exist_ok=True)
         log = config.log
         self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints)
@@ -245,14 +247,14 @@ class Run:
         period_it = self.config.log.pictures_period_it
         if not period_it or it % period_it:
             return
-        teacher = self.trainer.kept_backbone()
-        if self.log and self.log.shows_pictures and teacher is not None:
+        backbone = self.trainer.kept_backbone()
+        if self.log and self.log.shows_pictures and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
-            self.log.pictures(it, training_pictures(teacher, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
+            self.log.pictures(it, training_pictures(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
 
     def probe(self, done: int) -> None:
-        """Ask the probes about the teacher, where it is time."""
+        """Ask the probes about the network that the run leaves, where it is time."""
         if not self.probes.is_due(done, self.trainer.length.total_it):
             return
         backbone = self.trainer.kept_backbone()
@@ -270,11 +272,11 @@ class Run:
         self.writer.save(done, self.trainer.tensors(), meta)
 
     def finish(self) -> None:
-        """Leave the teacher's backbone, the result, the list of broken images, and the last checkpoint in one file."""
+        """Leave the backbone (``run.leaves``), the result, the list of broken images, and the last checkpoint in one file."""
         backbone = self.trainer.kept_backbone()
         if not distributed.is_main() or backbone is None:
             return
-        config, crops, now = self.config, self.config.crops, self.now
+        config, now = self.config, self.now
         self.broken.write(self.folder)
         for line in self.broken.told():
             distributed.say(line)
@@ -282,16 +284,7 @@ class Run:
             last, _ = checkpoints.newest(self.folder)
             assert last is not None
             checkpoints.consolidate(last, self.folder)
-        seen = self.trainer.length.total_it * config.optim.batch_size / len(self.dataset)
-        epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
-        origin = {
-            "method": config.run.method,
-            "effective_epochs": round(epochs, 2),
-            "seed": config.run.seed,
-            "config_hash": config_hash(as_dict(config)),
-            "data": f"{len(self.dataset)} images",
-            "position_masks": bool(config.losses.position and config.masks.position_share),  # else pos_mask_token was never learned
-        }
+        origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"
         save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
@@ -313,6 +306,29 @@ class Run:
             **provenance(as_dict(config), path),
         )
         write_result(result, self.folder)
+
+    def origin(self) -> dict[str, Any]:
+        """What the backbone says of itself. Epochs and images are this run's alone; ``started_from`` tells of those before."""
+        config, crops = self.config, self.config.crops
+        seen = self.trainer.length.total_it * config.optim.batch_size / len(self.dataset)
+        epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
+        learned = config.run.algorithm == "intertwined" and config.losses.position and config.masks.position_share
+        origin = {
+            "method": config.run.method,
+            "effective_epochs": round(epochs, 2),
+            "seed": config.run.seed,
+            "config_hash": config_hash(as_dict(config)),
+            "data": f"{len(self.dataset)} images",
+            "position_masks": bool(learned),  # whether pos_mask_token was ever learned
+        }
+        return {**origin, "started_from": self.started_from} if self.started_from else origin
+
+
+def told_of(weights: str) -> dict[str, Any]:
+    """What a run starts from: the file's name, its hash, and its method and effective epochs where it says them."""
+    said = read_checkpoint(weights).provenance
+    known = {key: said[key] for key in ("method", "effective_epochs") if said.get(key) is not None}
+    return {"file": Path(weights).name, "hash": file_hash(weights), **known}
 
 
 def in_parts(loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int) -> Iterator[tuple[list[AnyBatch], list[str], float]]:

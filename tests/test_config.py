@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from dense_fixture import DENSE, write_start
 from omegaconf import DictConfig, OmegaConf
 from photos import TINY, write_photos
 
@@ -39,6 +40,8 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     sinkhorn = load_config(
         None, ["losses.centering=sinkhorn_knopp", *TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / 's'}"]
     )
+    start = f"backbone.weights={write_start(tmp_path / 'start.safetensors')}"
+    dense = load_config(None, [*DENSE, start, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / 'd'}"])
     monkeypatch.setattr(DictConfig, "__getitem__", getitem)
     monkeypatch.setattr(DictConfig, "__getattr__", getattribute)
     # as_dict and load_config walk over all keys: only what a run asks for by name counts
@@ -46,6 +49,7 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.data.loader._plain", plain_with(read))
     train(config, stop_after_it=1)
     train(sinkhorn, stop_after_it=1)
+    train(dense, stop_after_it=1)
     monkeypatch.undo()
     leaves = {f"{group}.{key}" for group, keys in as_dict(load_config()).items() for key in keys}
     assert leaves - read == set()

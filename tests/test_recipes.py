@@ -84,6 +84,8 @@ DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, t
     "optim.clip_grad": 3.0,
     "optim.freeze_last_layer_epochs": 1,
     "optim.teacher_momentum_end": 1.0,
+    "optim.head_lr_factor": 1.0,
+    "crops.local_rule": "image",
 }
 OURS = {  # METHOD.md
     "positions.interpolation": "bicubic",
@@ -91,10 +93,23 @@ OURS = {  # METHOD.md
     "colour.blur_p": [1.0, 0.1, 0.5],
     "masks.kinds_over": "batch",
     "losses.koleo_scope": "global",
+    "dense.bandwidth": 1.0,
+    "dense.pairs": "all",
+    "dense.region_samples": 2,
+    "dense.min_overlap_patches": 2.0,
+}
+PAKA = {  # what is published of it; plain globals are off in a pre-training
+    "crops.plain_globals": False,
+    "crops.local_inside": 0.9,
+    "dense.loss": "cka",
+    "dense.kernel": "linear",
+    "dense.region_grid": 7,
+    "dense.head": True,
 }
 UNSET = {"backbone.weights": "", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
 UNSET["optim.epoch_length_it"] = 0
-SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO\b|eq\. |ours")
+SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO\b|eq\. |PaKA|DINOv3|NeCo|ours")
+POST_TRAINING, START = ("paka", "gram"), ["backbone.weights=start.pth"]
 # Each row of the paper's ablations that is not the full method: {key: its value there}.
 NO_SAMPLING = {"positions.encoding": "standard", "positions.augment": False}
 NO_L_POS = {"masks.position_share": 0.0, "losses.position": 0.0}
@@ -137,7 +152,7 @@ def effective(config, epochs):
 
 
 def test_every_value_of_the_recipe_is_the_papers_dinov2s_or_ours():
-    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | UNSET
+    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | PAKA | UNSET
     config = flat(load_config())
     recipe_keys = {key for key in config if key.split(".")[0] not in ("run", "data", "step", "probes", "log")}
     assert recipe_keys == set(known)
@@ -167,9 +182,9 @@ def test_every_setting_says_where_its_value_comes_from():
 
 
 def test_the_named_source_is_the_right_one():
-    """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of ours says ours."""
+    """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of PaKA says PaKA, one of ours says ours."""
     said = said_of_settings()
-    for keys, source in ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (OURS, "ours")):
+    for keys, source in ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (PAKA, "PaKA"), (OURS, "ours")):
         assert [key for key in keys if source not in said[key]] == []
 
 
@@ -346,8 +361,8 @@ def test_continued_pretraining_starts_from_a_run_of_ours():
 
 def test_every_config_is_read_and_writes_to_its_own_folder():
     paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith(("toy", "proof"))]
-    configs = [load_config(path) for path in paths]
+    configs = [load_config(path, START if path.name.startswith(POST_TRAINING) else []) for path in paths]
     folders = [config.run.output for config in configs]
-    assert len(set(folders)) == len(folders) == 4 + 6 + len(ROWS)
+    assert len(set(folders)) == len(folders) == 4 + 6 + len(ROWS) + 10
     for path, folder in zip(paths, folders):
         assert folder.split("/")[-1] == path.stem and yaml.safe_load(path.read_text())["run"]["output"] == folder

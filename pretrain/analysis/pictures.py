@@ -30,7 +30,7 @@ def training_pictures(
     n_images: int = 3,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pictures of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``masks``, ``attention``, ``pca``.
+    """Pictures of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
 
     The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random number is drawn.
 
@@ -51,12 +51,13 @@ def training_pictures(
     grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
     figures = {
         "views": crops_figure(big, small[:LOCALS_SHOWN], views, teacher.pos_encoding == "field"),
-        "masks": masks_figure(global_crops, masks.to(torch.device("cpu")), grid),
         "attention": teacher_attention_figure(
             big[0], seen.cls[:n].float().cpu(), seen.patches[:n].float().cpu(), teacher.patch_size
         ),
         "pca": pca_figure(big[:2], pca_rgb(seen.features).unflatten(1, grid).unflatten(0, (-1, n))),
     }
+    if masks.content.any() or masks.position.any():  # a post-training masks nothing
+        figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)
     return {name: as_array(figure) for name, figure in figures.items()}
 
 

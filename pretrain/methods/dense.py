@@ -20,6 +20,7 @@ from pretrain.heads import mlp
 from pretrain.methods.method import Method, Neighbours
 from pretrain.methods.start import build_started_backbone
 from pretrain.views.batch import Batch
+from pretrain.views.boxes import Views
 from pretrain.views.regions import overlaps, read_regions
 
 
@@ -47,54 +48,62 @@ class Dense(Method):
         backbone, heads = build_started_backbone(self.config, drop_path), self.config.heads
         network = nn.ModuleDict({"backbone": backbone})
         if self.config.dense.head:
-            network["head"] = mlp(backbone.embed_dim, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
+            head = mlp(backbone.embed_dim, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
+            # Centred kernels do not see a common shift: the gradient would be rounding alone, which AdamW makes a whole step of.
+            head.get_parameter(f"{len(head) - 1}.bias").requires_grad_(self.config.dense.loss == "gram")
+            network["head"] = head
         return network
 
     @torch.no_grad()
     def teacher_targets(self, batch: Batch) -> Targets:
         """The teacher's features in every overlap of a global and a local crop."""
-        dense, views = self.config.dense, batch.views
-        global_grid, local_grid = self._grid(batch.global_crops), self._grid(batch.local_crops)
-        regions, are = overlaps(views, global_grid, local_grid, dense.min_overlap_patches)
-        if dense.pairs == "parent":
-            are = are & parents(views.n_global, are.shape[2], are.device)
-        features = self._features("teacher", batch.global_crops, views.globals, views.boxes[:, : views.n_global], regions)
+        regions, are = self._regions(batch)
+        features = self._features("teacher", batch.global_crops, batch.views, slice(0, batch.views.n_global), regions)
         return Targets(regions, are, features)
 
     @torch.no_grad()
     def statistics(self, parts: Sequence[Targets]) -> Tensor:
         """Overlaps of an average part and rank: of sums divided by it, the mean over parts and ranks is the mean over overlaps."""
-        n = torch.stack([part.are.sum() for part in parts]).sum().to(parts[0].regions.dtype)
+        n = torch.stack([part.are.sum() for part in parts]).sum()
+        n = n.to(torch.promote_types(parts[0].features.dtype, torch.float32))
         return sum_over_ranks(n) / (len(parts) * world_size())
 
     def forward(
         self, batch: Batch, targets: Targets, statistics: Tensor, neighbours: Neighbours | None = None
     ) -> dict[str, Tensor]:
         """``loss``: the mean over all overlaps of the batch; one without any overlap has the loss 0."""
-        dense, views = self.config.dense, batch.views
+        dense, local = self.config.dense, slice(batch.views.n_global, None)
         regions = targets.regions.transpose(1, 2)  # [B, L, G, 4]
-        features = self._features("student", batch.local_crops, views.locals, views.boxes[:, views.n_global :], regions)
+        features = self._features("student", batch.local_crops, batch.views, local, regions)
         student = features.transpose(1, 2).flatten(0, 2)  # [B G L, n, d]
         losses = alignment_loss(dense.loss, student, targets.features.flatten(0, 2), dense.kernel, dense.bandwidth)
         loss = (losses * targets.are.flatten()).sum() / statistics.clamp(min=1e-6)
         return {"loss": loss, dense.loss: loss}
 
-    def _features(self, network: str, crops: Tensor, views: tuple[Tensor, Tensor], boxes: Tensor, regions: Tensor) -> Tensor:
+    def _regions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where each global and each local crop of an image are compared, [B, G, L, 4], and whether they are, [B, G, L]."""
+        views, dense = batch.views, self.config.dense
+        n_local = views.boxes.shape[1] - views.n_global
+        own = parents(views.n_global, n_local, views.boxes.device)
+        if self.config.crops.local_rule == "same":  # the crop itself: with a bin a patch and one point a bin, its very patches
+            whole = views.boxes[:, None, views.n_global :].expand(-1, views.n_global, -1, -1)
+            return whole, own.expand(len(whole), -1, -1)
+        regions, are = overlaps(views, self._grid(batch.global_crops), self._grid(batch.local_crops), dense.min_overlap_patches)
+        return regions, are & own if dense.pairs == "parent" else are
+
+    def _features(self, network: str, crops: Tensor, views: Views, which: slice, regions: Tensor) -> Tensor:
         """Head(ROI-Align(patches)) of some views: [B, V, K, n, d].
 
         Args:
-            crops: [V * B, 3, S, S] view-major; views: their position boxes and flips.
-            boxes: [B, V, 4] in image units; regions: [B, V, K, 4].
+            crops: [V * B, 3, S, S] of ``views.boxes[:, which]``, view-major.
+            regions: [B, V, K, 4] in image units, of each of them.
         """
-        dense, modules = self.config.dense, getattr(self, network)
-        position_boxes, flips = views
-        (tokens,) = self.backbone_of(network).forward_views([ViewGroup(crops, position_boxes, flips)])
-        boxes, regions = boxes.transpose(0, 1).flatten(0, 1), regions.transpose(0, 1)  # view-major, as the crops
-        n_views, n_images = regions.shape[:2]
-        grid = self._grid(crops)
-        x = read_regions(tokens.patches, grid, boxes, flips, regions.flatten(0, 1), dense.region_grid, dense.region_samples)
-        x = modules["head"](x) if "head" in modules else x
-        return x.unflatten(0, (n_views, n_images)).transpose(0, 1)
+        dense, modules, grid = self.config.dense, getattr(self, network), self._grid(crops)
+        (tokens,) = self.backbone_of(network).forward_views([ViewGroup(crops, *views.of(which))])
+        boxes, flips, of_views = (x.transpose(0, 1).flatten(0, 1) for x in (views.boxes[:, which], views.flips[:, which], regions))
+        x = read_regions(tokens.patches, grid, boxes, flips, of_views, dense.region_grid, dense.region_samples)
+        x = modules["head"](x) if "head" in modules else x  # [V * B, K, n, d]
+        return x.unflatten(0, (-1, len(views.boxes))).transpose(0, 1)
 
     def _grid(self, crops: Tensor) -> tuple[int, int]:
         patch_size = self.backbone_of("student").patch_size

@@ -64,7 +64,7 @@ class Method(nn.Module, ABC):
 
     def student_cls(self, batch: Batch) -> Tensor:
         """[CLS] of the student's global crops, [G, B, D], for :class:`Neighbours`."""
-        raise NotImplementedError
+        raise AssertionError("only a method whose samples meet in the loss is asked")
 
     @abstractmethod
     def health(self, targets: Any, statistics: Any) -> dict[str, Tensor]:

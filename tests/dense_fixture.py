@@ -1,0 +1,39 @@
+"""A tiny backbone to start a post-training from, and the settings of one."""
+
+import torch
+from photos import TINY
+
+from pretrain.build import build_backbone
+from pretrain.weights import save_backbone
+
+DENSE = [
+    *TINY,
+    "run.algorithm=dense",
+    "run.leaves=student",
+    "crops.local_px=48",
+    "crops.local_rule=inside",
+    "crops.local_scale=[0.2,0.6]",
+    "crops.plain_globals=true",
+    "positions.encoding=standard",
+    "positions.augment=false",
+    "masks.content_share=0.0",
+    "masks.position_share=0.0",
+    "dense.region_grid=3",
+    "dense.min_overlap_patches=0.5",
+    "optim.head_lr_factor=10.0",
+    "optim.lr_rule=none",
+    "optim.base_lr=1e-3",
+]
+TIED = ["positions.encoding=field", "positions.augment=true"]
+GRAM = ["dense.loss=gram", "dense.head=false", "optim.teacher_momentum=1.0"]
+
+
+def write_start(path, name="vit_tiny_patch16", **flags):
+    """A backbone of random weights, larger than at a fresh start, so that patches differ; returns its file."""
+    torch.manual_seed(5)
+    vit = build_backbone(name, **{"depth": 2, "pos_encoding": "standard", "pos_grid": 4, **flags})
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    told = {"method": "earlier", "effective_epochs": 12.5}
+    return save_backbone(path, vit.state_dict(), name=name, flags=vit.flags, provenance=told)
