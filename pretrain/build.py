@@ -1,5 +1,6 @@
 """``build_backbone``: the one way from a name and a checkpoint to a backbone, for all three packages."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +24,19 @@ def backbone_names() -> list[str]:
 
 
 def build_backbone(
-    name: str, weights: str | Path | None = None, *, source: str | None = None, subnet: str | None = None, **overrides: Any
+    name: str,
+    weights: str | Path | Checkpoint | None = None,
+    *,
+    source: str | None = None,
+    subnet: str | None = None,
+    **overrides: Any,
 ) -> ViT:
     """Build a backbone, with a checkpoint's weights if one is given.
 
     Args:
         name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any supported checkpoint (:mod:`pretrain.weights`). Its flags (registers, LayerScale, position encoding, grid,
-            depth, ...) build the network; nothing needs to be repeated.
+        weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. Its flags (registers, LayerScale,
+            position encoding, grid, depth, ...) build the network; nothing needs to be repeated.
         source, subnet: those of :func:`pretrain.weights.read_checkpoint`; none: found out from the file.
         overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...). Another
             ``patch_size`` than the file's resamples its patch projection (:mod:`pretrain.weights.patch`).
@@ -46,14 +52,14 @@ def build_backbone(
     flags = dict(overrides)
     checkpoint = None
     if weights is not None:
-        checkpoint = read_checkpoint(weights, source, subnet)
+        checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
         if "patch_size" in overrides:
             checkpoint = with_patch_size(checkpoint, overrides["patch_size"])
         flags = _merge(name, checkpoint, overrides)
     try:
         model: ViT = BACKBONES.get(name)(**flags)
     except (TypeError, ValueError) as error:
-        where = f"backbone {name}" if weights is None else f"weights: {weights}, as {name}"
+        where = f"backbone {name}" if checkpoint is None else f"weights: {checkpoint.path}, as {name}"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     if checkpoint is not None:
         load_into(model, checkpoint)
@@ -77,6 +83,9 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
     width = SIZES.get(name.split("_")[1], flags)["embed_dim"]
     if flags["embed_dim"] != width:
         raise UserError(f"weights: {checkpoint.path} is {flags['embed_dim']} wide, but {name} is {width} wide")
+    named, registers = re.search(r"_reg(\d+)$", name), flags.get("n_registers", 0)  # a name without says nothing of them
+    if named and "n_registers" not in overrides and int(named[1]) != registers:
+        raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     _warn_of_depth(name, checkpoint, overrides)
     for key, value in overrides.items():
         if key in flags and key not in RUN_FLAGS and flags[key] != value:
