@@ -96,7 +96,7 @@ def _pixels(image: ImageFile.ImageFile, data: bytes, max_side_px: int) -> np.nda
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         return _jpeg_pixels(image, data, max_side_px)
     if isinstance(image, PngImagePlugin.PngImageFile):
-        _check_png(data)
+        check_png(data)
     if isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle":
         raise BrokenImage("run-length coded BMP")  # PIL decodes it byte by byte in Python: minutes for a large one
     if image.mode.startswith("I"):
@@ -158,8 +158,12 @@ def _ends_early(data: bytes, n_components: int) -> bool:
     return False
 
 
-def _check_png(data: bytes) -> None:
-    """Compare the checksums of all chunks up to the last one with pixels; PIL leaves those of the pixels out."""
+def check_png(data: bytes) -> None:
+    """Compare the checksums of all chunks up to the last one with pixels; PIL leaves those of the pixels out.
+
+    Raises:
+        BrokenImage: says where it is cut off or wrong.
+    """
     at = 8
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")

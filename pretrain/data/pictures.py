@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,7 @@ from pretrain.data.sources import open_source
 from pretrain.errors import UserError
 
 MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
-READ_AHEAD = 64  # pictures whose encoded content is held at a time
+READ_AHEAD = 64  # pictures that are held at a time, encoded or as what was made of them
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -144,9 +145,15 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """``function`` of each item, in order; the items themselves are drawn one by one, few at a time."""
+def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
+    """``function`` of each item, in order, ``READ_AHEAD`` of them at a time, whatever the caller does meanwhile."""
     items = iter(items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(items, READ_AHEAD)):
-            yield from pool.map(function, chunk)
+        waiting = deque(pool.submit(function, item) for item in islice(items, READ_AHEAD))
+        try:
+            while waiting:
+                made = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+                yield made
+        finally:
+            pool.shutdown(cancel_futures=True)

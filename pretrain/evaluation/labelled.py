@@ -1,15 +1,14 @@
 """The small labelled sets of the probes, read once at a run's start: whatever is wrong with them is told then, by key and file."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.label_sets.maps import nearest, read_map
 from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
@@ -85,23 +84,12 @@ def read_labels(file: Path, n_classes: int, key: str) -> np.ndarray:
         UserError: no such file, no label map, or a label beyond.
     """
     try:
-        with Image.open(io.BytesIO(file.read_bytes())) as image:
-            labels = np.array(image)  # a palette's indices, not its colours
-    except FileNotFoundError:
-        raise UserError(f"{key}: no label map {file}") from None
-    except Exception as error:  # PIL raises many kinds
-        raise UserError(f"{key}: {file} cannot be read ({type(error).__name__}: {error})") from error
-    if labels.ndim != 2:
-        raise UserError(f"{key}: {file} is no label map: it has {labels.shape[-1]} channels")
+        labels = read_map(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     if labels.max() > n_classes:
         raise UserError(f"{key}: {file} has the label {labels.max()}, but probes.seg_classes={n_classes}")
     return labels.astype(np.int32)
-
-
-def nearest(labels: np.ndarray, side_px: int) -> Tensor:
-    """[H, W] -> int32 [side, side]: the label at the centre of each pixel of the squeezed map."""
-    rows, columns = (((np.arange(side_px) + 0.5) * n / side_px).astype(int) for n in labels.shape)
-    return torch.from_numpy(labels[rows[:, None], columns[None]])
 
 
 def _folder(path: Path, key: str) -> Path:

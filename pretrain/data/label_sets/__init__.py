@@ -1,0 +1,64 @@
+"""Images with a label a pixel, read one by one from where they lie: Pascal VOC, ADE20K, COCO-Things and -Stuff, pairs of folders.
+
+Labels are 1 .. C, and 0 where a pixel is not counted, whatever the files hold. One file a data set, with what it looks for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.data.label_sets import ade20k, coco, folder, voc2012
+from pretrain.data.label_sets.label_set import LabelSet
+from pretrain.errors import UserError
+
+__all__ = ["KINDS", "LabelSet", "open_label_set"]
+
+# Of each kind: what it looks for, whether it is there, and how its parts are opened.
+_KINDS: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
+    "voc2012": (voc2012.LAYOUT, lambda root: voc2012.find(root) is not None, voc2012.open_part),
+    "ade20k": (ade20k.LAYOUT, ade20k.is_named, ade20k.open_part),
+    "coco_things": (coco.LAYOUT, lambda root: coco.has(root, "coco_things"), lambda r, p: coco.open_part(r, p, "coco_things")),
+    "coco_stuff": (coco.LAYOUT, lambda root: coco.has(root, "coco_stuff"), lambda r, p: coco.open_part(r, p, "coco_stuff")),
+    "folder": (folder.LAYOUT, folder.has, folder.open_part),
+}
+KINDS = tuple(_KINDS)
+
+
+def open_label_set(root: str | Path, part: str, kind: str = "auto", n_classes: int = 0) -> LabelSet:
+    """The ``train`` or ``val`` part of a set; its files are listed, none is read but for ``n_classes=0`` of a ``folder``.
+
+    Args:
+        root: the set's folder; those that it usually lies in are accepted as well.
+        kind: one of :data:`KINDS`; ``auto``: told from the folder's layout, pairs of folders last.
+        n_classes: ``folder``: labels 1 .. n; 0: as many as ``classes.txt`` names, or without it the largest that the maps of the
+            training part hold (each is read). Of the others, 0 or their number.
+
+    Raises:
+        UserError: names what is missing: a folder, a list, the map of an image, the image of a map.
+    """
+    root = Path(root)
+    if part not in ("train", "val"):
+        raise UserError(f"part {part!r} of {root}: it is train or val")
+    if not root.is_dir():
+        raise UserError(f"no folder {root}")
+    if kind == "auto":
+        kind = _kind_of(root)
+    if kind == "folder":
+        return folder.open_part(root, part, n_classes)
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
+    found = _KINDS[kind][2](root, part)
+    if n_classes not in (0, len(found.classes)):
+        raise UserError(f"n_classes={n_classes}: {kind} in {root} has {len(found.classes)}")
+    return found
+
+
+def _kind_of(root: Path) -> str:
+    found = [kind for kind, (_, is_there, _) in _KINDS.items() if is_there(root)]
+    if len(found) > 1 and "folder" in found:
+        found.remove("folder")
+    if not found:
+        layouts = "; ".join(dict.fromkeys(f"{layout}" for layout, _, _ in _KINDS.values()))
+        raise UserError(f"{root} holds no labelled set that is known: looked for {layouts}")
+    if len(found) > 1:
+        raise UserError(f"{root} holds several labelled sets: say which kind, {' or '.join(found)}")
+    return found[0]

@@ -1,0 +1,109 @@
+"""Which images have which label map: folders are listed once, no file in them is looked at."""
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+from pretrain.data.sources.files import SUFFIXES
+from pretrain.errors import UserError
+
+
+class Pairs(Sequence[tuple[Path, Path]]):
+    """Image and label map of each item. Paths are made of the strings when they are asked for: 118,287 pairs open in a second."""
+
+    def __init__(self, names: list[tuple[str, str]]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Path, Path]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Pairs": ...
+
+    def __getitem__(self, index: int | slice) -> "tuple[Path, Path] | Pairs":
+        if isinstance(index, slice):
+            return Pairs(self.names[index])
+        image, label_map = self.names[index]
+        return Path(image), Path(label_map)
+
+
+def first_folder(root: Path, names: Iterable[str]) -> Path | None:
+    """The first of these sub-folders that is there."""
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def by_stem(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
+    """The paths of a folder's files with one of these suffixes, by their names without it; hidden ones are none.
+
+    Raises:
+        UserError: no such folder or file in it, or two that differ by their suffix alone.
+    """
+    found: dict[str, str] = {}
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes and not name.startswith("."):
+            if stem in found:
+                twice = sorted((name, os.path.basename(found[stem])))
+                raise UserError(f"{folder} has two files {stem}: {' and '.join(twice)}")
+            found[stem] = os.path.join(folder, name)
+    if not found:
+        raise UserError(f"no {' or '.join('*' + suffix for suffix in suffixes)} in {folder}")
+    return found
+
+
+def maps_by_stem(folder: Path) -> dict[str, str]:
+    """The label maps of a folder, as :func:`by_stem`."""
+    return by_stem(folder, (".png",))
+
+
+def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] | None = None, listed: object = "") -> Pairs:
+    """Image and map of each stem; sorted without ``stems``, and then of all, neither without the other.
+
+    Args:
+        stems: those that are wanted, in this order.
+        listed: who names them, for the message.
+
+    Raises:
+        UserError: names the first image without a map, or map without an image, and says how many there are.
+    """
+    wanted = sorted(images.keys() | maps.keys()) if stems is None else stems
+    some_image, some_map = next(iter(images.values())), next(iter(maps.values()))
+    named = f" of {listed}" if listed else ""
+    if alone := [stem for stem in wanted if stem not in images]:
+        raise UserError(f"{len(alone)} label maps{named} have no image in {os.path.dirname(some_image)}; the first: {alone[0]}")
+    if alone := [stem for stem in wanted if stem not in maps]:
+        raise UserError(f"{len(alone)} images{named} have no label map in {os.path.dirname(some_map)}; the first: {alone[0]}")
+    return Pairs([(images[stem], maps[stem]) for stem in wanted])
+
+
+def listed_stems(file: Path) -> list[str]:
+    """The images that a text file names, one a line: the first word's last part, with or without a suffix of images.
+
+    Raises:
+        UserError: it cannot be read, names none, or one twice.
+    """
+    try:
+        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no readable list of images ({error})") from error
+    stems = [_stem(words[0]) for words in lines if words]
+    if not stems:
+        raise UserError(f"{file} names no image")
+    if len(set(stems)) < len(stems):
+        twice = next(stem for i, stem in enumerate(stems) if stem in stems[:i])
+        raise UserError(f"{file} names {twice} twice")
+    return stems
+
+
+def _stem(word: str) -> str:
+    name = word.rpartition("/")[2]
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
