@@ -1,5 +1,6 @@
 """Weighted k-nearest-neighbour classification on frozen features (DINO's protocol: temperature 0.07)."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,60 @@ from pretrain.errors import UserError
 from pretrain.evaluation.features import Features
 from pretrain.evaluation.labelled import Labelled, read_classes
 
+TEMPERATURE = 0.07  # DINO
+BANK_CHUNK = 2**16  # features of the bank compared at a time: with 1024 queries 268 MB of cosines
+VOTES_CHUNK = 2**24  # votes of single neighbours for all classes counted at a time: 67 MB
+
+
+def neighbours(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHUNK) -> tuple[Tensor, Tensor]:
+    """The k features of ``bank`` [M, D] that are most similar to each of ``queries`` [Q, D], exactly, the most similar first.
+
+    Memory: Q * bank_chunk cosines, and as many features of the bank as float32.
+
+    Returns:
+        cosines float32 [Q, k], rows of the bank int64 [Q, k].
+
+    Raises:
+        ValueError: ``k`` is larger than the bank.
+    """
+    if k > len(bank):
+        raise ValueError(f"k={k} is more than the {len(bank)} features to choose from")
+    queries = F.normalize(queries.float(), dim=1)
+    best, rows = queries.new_zeros(len(queries), 0), queries.new_zeros(len(queries), 0, dtype=torch.int64)
+    for first in range(0, len(bank), bank_chunk):
+        part = F.normalize(bank[first : first + bank_chunk].float(), dim=1)
+        cosines, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        best, rows = torch.cat([best, cosines], 1), torch.cat([rows, index + first], 1)
+        if best.shape[1] > k:
+            best, order = best.topk(k, dim=1)
+            rows = rows.gather(1, order)
+    return best, rows
+
+
+def class_votes(cosines: Tensor, labels: Tensor, ks: Sequence[int], n_classes: int, temperature: float = TEMPERATURE) -> Tensor:
+    """Votes of the first k neighbours for each k of ``ks``, each weighing exp(cosine / temperature).
+
+    Args:
+        cosines, labels: [Q, K] of :func:`neighbours`, and their classes in 0 .. n_classes - 1.
+        ks: at most K.
+
+    Returns:
+        [len(ks), Q, n_classes].
+    """
+    weights = (cosines / temperature).exp()
+    of_class = (labels[..., None] == torch.arange(n_classes, device=labels.device)).float()  # [Q, K, C]
+    return torch.stack([torch.einsum("qk,qkc->qc", weights[:, :k], of_class[:, :k]) for k in ks])
+
 
 def knn_votes(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, n_classes: int, temperature: float = 0.07, chunk: int = 1024
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, n_classes: int, temperature: float = TEMPERATURE, chunk: int = 1024
 ) -> Tensor:
     """Votes of the k nearest features of each query, each weighing exp(cosine / temperature).
 
     Args:
         bank: [M, D]; bank_labels: [M] in 0 .. n_classes - 1; queries: [Q, D].
         k: neighbours, at most M.
-        chunk: queries compared at a time, which bounds the memory to chunk * M similarities.
+        chunk: queries compared at a time, which bounds the memory (:func:`neighbours`).
 
     Returns:
         [Q, n_classes].
@@ -27,25 +72,44 @@ def knn_votes(
     Raises:
         ValueError: ``k`` is larger than the bank.
     """
-    if k > len(bank):
-        raise ValueError(f"k={k} is more than the {len(bank)} features to choose from")
-    bank = F.normalize(bank.float(), dim=1)
-    one_hot = F.one_hot(bank_labels, n_classes).float()  # [M, C]
-    votes = []
-    for part in queries.split(chunk):
-        similarity, index = (F.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1)  # [q, k]
-        votes.append(torch.einsum("qk,qkc->qc", (similarity / temperature).exp(), one_hot[index]))
-    return torch.cat(votes)
+    return torch.cat([votes[0] for votes in _votes(bank, bank_labels, queries, (k,), n_classes, temperature, chunk)])
 
 
 def knn_predict(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, n_classes: int, temperature: float = 0.07, chunk: int = 1024
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, n_classes: int, temperature: float = TEMPERATURE, chunk: int = 1024
 ) -> Tensor:
     """Class with the most :func:`knn_votes`, [Q] int64; the arguments are the same."""
-    return knn_votes(bank, bank_labels, queries, k, n_classes, temperature, chunk).argmax(1)
+    return knn_predict_each(bank, bank_labels, queries, (k,), n_classes, temperature, chunk)[0]
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float = 0.07) -> float:
+def knn_predict_each(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    ks: Sequence[int],
+    n_classes: int,
+    temperature: float = TEMPERATURE,
+    chunk: int = 1024,
+) -> Tensor:
+    """:func:`knn_predict` for each k of ``ks``, the neighbours found once: [len(ks), Q] int64."""
+    parts = _votes(bank, bank_labels, queries, ks, n_classes, temperature, chunk)
+    return torch.cat([votes.argmax(2) for votes in parts], 1)
+
+
+def _votes(
+    bank: Tensor, labels: Tensor, queries: Tensor, ks: Sequence[int], n_classes: int, temperature: float, chunk: int
+) -> Iterator[Tensor]:
+    """:func:`class_votes` of all queries in turn, a few at a time."""
+    few = max(1, VOTES_CHUNK // (max(ks) * n_classes))
+    for part in queries.split(chunk):
+        cosines, rows = neighbours(bank, part, max(ks))
+        for some, of_rows in zip(cosines.split(few), labels[rows].split(few)):
+            yield class_votes(some, of_rows, ks, n_classes, temperature)
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float = TEMPERATURE
+) -> float:
     """Share of queries whose class is predicted right, in percent; the arguments are those of :func:`knn_predict`."""
     n_classes = int(max(bank_labels.max(), labels.max())) + 1
     right = knn_predict(bank, bank_labels, queries, k, n_classes, temperature) == labels

@@ -1,0 +1,200 @@
+"""k-NN classification of whole pictures on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
+
+Pictures are read from disk as they are needed. Kept are features in float16, normalised: of ImageNet's 1.28 million training
+pictures 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
+chunk at a time (:func:`pretrain.evaluation.knn.neighbours`: 0.5 GB at D = 384).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pretrain.data.pictures import in_threads, spread
+from pretrain.data.sources.files import SUFFIXES, is_image
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation.features import FORWARD_BATCH, Features, read_picture
+from pretrain.evaluation.knn import knn_predict_each
+from pretrain.progress import Progress
+from pretrain.signals import StopSignals
+
+MAIN_K = 20  # DINO: usually the best
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """The protocol."""
+
+    resize_px: int = 256  # DINO: shorter side, bicubic
+    crop_px: int = 224  # DINO: the centre
+    k: tuple[int, ...] = (10, 20, 100, 200)  # DINO: nb_knn
+    temperature: float = 0.07  # DINO
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """One part of a folder of classes, ``PART/CLASS/*``: ImageNet's layout.
+
+    Attributes:
+        folder: of the part.
+        classes: of the training part, which both parts number alike.
+        files: (number of the class, file's name) of each picture, by class and name.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    files: Sequence[tuple[int, str]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def first(self, most: int) -> "ClassFolder":
+        """The same with at most ``most`` pictures, at equal steps from the first one."""
+        return replace(self, files=spread(self.files, most))
+
+    def labels(self) -> Tensor:
+        """Number of the class of each picture; [n] int64."""
+        return torch.tensor([number for number, _ in self.files])
+
+    def crops(self, settings: KnnSettings) -> Iterator[Tensor]:
+        """uint8 [b, 3, crop, crop], a batch at a time, in order, read ahead in threads.
+
+        Raises:
+            UserError: a file that cannot be read, by name.
+        """
+
+        def crop(item: tuple[int, str]) -> Tensor:
+            pixels = read_picture(self.folder / self.classes[item[0]] / item[1])
+            return centre_crop(pixels, settings.resize_px, settings.crop_px)
+
+        with closing(in_threads(crop, self.files)) as pictures:
+            while batch := list(islice(pictures, FORWARD_BATCH)):
+                yield torch.stack(batch)
+
+
+def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
+    """``train/CLASS/*`` and ``val/CLASS/*`` of a folder.
+
+    Raises:
+        UserError: a folder that is missing or holds no picture, a class of val without a picture in train.
+    """
+    train, val = (_list(Path(root) / part) for part in ("train", "val"))
+    classes = tuple(train)
+    if missing := [name for name in val if name not in train]:
+        raise UserError(f"{root}: class {missing[0]!r} of val has no picture in train")
+    parts = []
+    for part, found in (("train", train), ("val", val)):
+        files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
+        parts.append(ClassFolder(Path(root) / part, classes, files))
+    return parts[0], parts[1]
+
+
+def centre_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
+    """A picture as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the centre.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [3, crop, crop].
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
+    left, top = (round((side - crop_px) / 2) for side in size)
+    resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
+    return torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy()).permute(2, 0, 1).contiguous()
+
+
+def knn_classification(
+    features: Features,
+    root: str | Path,
+    settings: KnnSettings = KnnSettings(),
+    max_images: int = 0,
+    signals: StopSignals | None = None,
+) -> Outcome:
+    """Share of ``val`` whose class is predicted right by its k nearest in ``train``, in percent.
+
+    A k of more neighbours than training pictures is left out, with a warning.
+
+    Args:
+        root: of :func:`open_class_folders`.
+        max_images: of each part, at equal steps; 0: all.
+        signals: where it is told to stop.
+
+    Returns:
+        ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them.
+
+    Raises:
+        UserError: bad folders, a file that cannot be read, settings that make no sense, features that are not finite.
+        Interrupted: there was a signal; what was computed is lost.
+    """
+    parts = open_class_folders(root)
+    train, val = (part.first(max_images) for part in parts) if max_images else parts
+    ks = _possible(features, train, settings, root)
+    bank, queries = (_features(features, part, settings, signals) for part in (train, val))
+    labels, classes = train.labels().to(bank.device), val.labels().to(bank.device)
+    predicted = knn_predict_each(bank, labels, queries, ks, len(train.classes), settings.temperature)  # [len(ks), Q]
+    top1 = dict(zip(ks, (100.0 * (predicted == classes).double().mean(1)).tolist()))
+    main: dict[str, float | dict[str, float]] = {"knn_top1": top1[MAIN_K]} if MAIN_K in top1 else {}
+    return Outcome(main | {f"knn_top1_k{k}": value for k, value in top1.items()})
+
+
+def _possible(features: Features, train: ClassFolder, settings: KnnSettings, root: str | Path) -> list[int]:
+    """The k that the training part has pictures enough for; other settings are looked at too."""
+    patch_px = features.backbone.patch_size
+    if settings.crop_px < 1 or settings.crop_px % patch_px:
+        raise UserError(f"knn: crop_px={settings.crop_px} is no multiple of the patch size {patch_px}")
+    if settings.crop_px > settings.resize_px:
+        raise UserError(f"knn: crop_px={settings.crop_px} is more than resize_px={settings.resize_px}")
+    if settings.temperature <= 0:
+        raise UserError(f"knn: temperature={settings.temperature} is not above 0")
+    if not settings.k or min(settings.k) < 1:
+        raise UserError(f"knn: k={list(settings.k)} should be numbers of neighbours")
+    ks = sorted({k for k in settings.k if k <= len(train)})
+    if not ks:
+        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training pictures of {root}")
+    if left_out := sorted(set(settings.k) - set(ks)):
+        warnings.warn(f"knn: k={left_out} left out: {root} has {len(train)} training pictures", stacklevel=3)
+    return ks
+
+
+def _features(features: Features, part: ClassFolder, settings: KnnSettings, signals: StopSignals | None) -> Tensor:
+    """[CLS] after the final norm, normalised; float16 [n, D] on the backbone's device."""
+    kept = torch.empty(len(part), features.backbone.embed_dim, dtype=torch.float16, device=features.device)
+    tell, done = Progress(f"knn, {part.folder.name}", len(part), signals), 0
+    for images in part.crops(settings):
+        for tokens in features(images):
+            kept[done : done + len(tokens.cls)] = F.normalize(tokens.cls, dim=1)
+            done += len(tokens.cls)
+        tell(done)
+    if not kept.isfinite().all():
+        raise UserError("the backbone's features are not finite numbers")
+    return kept
+
+
+def _list(folder: Path) -> dict[str, list[str]]:
+    """Names of the pictures by class, both sorted; classes without one are left out."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    found = {}
+    for name in classes:
+        with os.scandir(folder / name) as entries:
+            files = sorted(entry.name for entry in entries if is_image(os.fsencode(entry.name)))
+        if files:
+            found[name] = files
+    if not found:
+        raise UserError(f"no picture CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
+    return found

@@ -1,0 +1,161 @@
+"""Unsupervised segmentation: K-means of the validation part's patches, each cluster then named after a class.
+
+The protocol is that of Leopart's fully unsupervised segmentation and overclustering, as NeCo's public code has it
+(eval_overcluster.py and experiments/utils.py there). Its features are standardised, reduced by PCA, clustered by faiss, whose
+defaults it keeps. **Ours**: the centres start from k-means++ (faiss: random rows); all seeds draw from one pool of patches; each
+label pixel takes the patch that its centre lies in (theirs: its upper left corner); a class that does not occur is left out of the
+mean, and label 0 (ADE20K's "other") is no class, where theirs counts 151 with one IoU that is always 0.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.label_sets import LabelSet
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation.dense.kmeans import kmeans, nearest_centres
+from pretrain.evaluation.dense.matching import count_pairs, greedy, hungarian, mean_iou
+from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation.linear import Moments, ReadOut
+
+PROJECTED_AT_ONCE = 2**13  # patches of the pool, in float64
+
+
+@dataclass(frozen=True)
+class ClusteringSettings:
+    """The protocol."""
+
+    image_px: int = 448  # Leopart, NeCo: size_crops of their configs
+    label_px: int = 100  # Leopart, NeCo: mask_eval_size
+    pca_dim: int = 50  # Leopart, NeCo: pca_dim; at least the features' width: they are standardised alone
+    overclusters: tuple[int, ...] = (500,)  # Leopart's configs, NeCo's table: K beside the number of classes
+    seeds: int = 5  # Leopart, NeCo: num_seeds
+    restarts: int = 5  # Leopart, NeCo: nredo
+    max_iterations: int = 100  # Leopart, NeCo: niter
+    patches_per_cluster: int = 256  # faiss: max_points_per_centroid, left at its default
+    max_patches: int = 2**17  # ours: the pool they are drawn from; 256 for each of 500 clusters are 128,000
+    seed: int = 0  # Leopart, NeCo: the first of the seeds
+
+
+def clustering(
+    features: Features, train: LabelSet, val: LabelSet, settings: ClusteringSettings = ClusteringSettings(), n_shown: int = 0
+) -> Outcome:
+    """mIoU of clusters matched to classes: one to one for K = classes, many to one above.
+
+    Two passes over the images, the labels of which serve the matching alone; ``train`` is not used. Memory: the pool, max_patches
+    x D float32 (201 MB for D = 384, 537 MB for 1024) on the CPU, then its projection, max_patches x pca_dim (26 MB), on the device;
+    the patches of one batch; one chunk of distances (:mod:`.kmeans`). With the set grow 8 bytes a patch, for drawing the
+    pool. Features that are all equal are one cluster: the others are empty.
+
+    Returns:
+        ``clustering_miou``, ``clustering_k{K}_miou`` and, of several seeds, their sample deviations ``..._std``; maps of the first
+        seed, [label_px, label_px]: ``clustering`` (classes 1 .. C), ``clusters`` (the same unmatched, 1 .. K = C).
+
+    Raises:
+        UserError: a setting below 1, more clusters than patches, an overcluster number that is not above the number of classes, an
+            image size that is not whole patches, features that are not finite, a set without a labelled pixel.
+    """
+    n_classes = len(val.classes)
+    numbers = (n_classes, *settings.overclusters)
+    _check(features, val, settings, numbers)
+    project, pool = _projected_pool(features, val, settings)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    centres = {(n, seed): _fit(pool, n, seed, settings) for n in numbers for seed in seeds}
+    counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centres}
+    shown: list[Tensor] = []
+    for images, labels in val.squares(settings.image_px, settings.label_px, FORWARD_BATCH):
+        projected = torch.cat([project(tokens.patches) for tokens in features(images)]).float()  # [b, N, d]
+        labels = labels.to(pool.device)
+        for key, own in centres.items():
+            clusters = _at_pixels(nearest_centres(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px)
+            counts[key] += count_pairs(clusters, labels, key[0], n_classes)
+            if key == (n_classes, seeds[0]) and len(shown) < n_shown:
+                shown += clusters[: n_shown - len(shown)]
+    if not counts[n_classes, seeds[0]].any():
+        raise UserError(f"{val.name}: the {val.part} part has no labelled pixel")
+    metrics: dict[str, float | dict[str, float]] = {}
+    for n in numbers:
+        match, name = (hungarian, "clustering") if n == n_classes else (greedy, f"clustering_k{n}")
+        scores = [mean_iou(counts[n, seed], match(counts[n, seed])) for seed in seeds]
+        metrics[f"{name}_miou"] = statistics.fmean(scores)
+        if len(seeds) > 1:
+            metrics[f"{name}_miou_std"] = statistics.stdev(scores)
+    matched = hungarian(counts[n_classes, seeds[0]])
+    maps = {"clustering": [_map(matched[clusters]) for clusters in shown], "clusters": [_map(clusters) for clusters in shown]}
+    return Outcome(metrics, maps)
+
+
+def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numbers: tuple[int, ...]) -> None:
+    for name, value in vars(settings).items():
+        if name != "seed" and isinstance(value, int) and value < 1:
+            raise UserError(f"clustering: {name}={value} is less than 1")
+    patch_px = features.backbone.patch_size
+    if settings.image_px % patch_px:
+        raise UserError(f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}")
+    n_patches = min(len(val) * (settings.image_px // patch_px) ** 2, settings.max_patches)
+    for n in numbers:
+        if n > n_patches:
+            raise UserError(f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster")
+    for n in settings.overclusters:
+        if n <= len(val.classes):
+            raise UserError(f"clustering: overclusters K={n} is not more than the {len(val.classes)} classes of {val.name}")
+
+
+def _projected_pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tuple[ReadOut, Tensor]:
+    """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all where there are no more."""
+    backbone = features.backbone
+    n_patches = len(val) * (settings.image_px // backbone.patch_size) ** 2
+    drawn = torch.randperm(n_patches, generator=_generator(0, settings.seed))[: settings.max_patches].sort().values
+    moments, pool, seen = Moments(backbone.embed_dim, 0, features.device), torch.empty(len(drawn), backbone.embed_dim), 0
+    for images, _ in val.squares(settings.image_px, settings.label_px, FORWARD_BATCH):
+        for tokens in features(images):
+            patches = tokens.patches.flatten(0, 1)
+            moments.add(patches, patches.new_zeros(len(patches), 0))
+            first, end = torch.searchsorted(drawn, torch.tensor([seen, seen + len(patches)])).tolist()
+            pool[first:end] = patches[(drawn[first:end] - seen).to(patches.device)].cpu()
+            seen += len(patches)
+    assert seen == n_patches, (seen, n_patches)
+    if not moments.xx.isfinite().all():
+        raise UserError("the backbone's features are not finite numbers")
+    project = principal(moments, settings.pca_dim)
+    return project, torch.cat([project(part).float() for part in pool.split(PROJECTED_AT_ONCE)])
+
+
+def principal(moments: Moments, dim: int) -> ReadOut:
+    """Standardise features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)].
+
+    A direction that does not vary gives 0.
+    """
+    mean, std, correlation = moments.standard()
+    values, vectors = torch.linalg.eigh(correlation)  # ascending
+    components = (vectors * (values > 1e-9))[:, -dim:] / std[:, None]
+    return ReadOut(components, -mean @ components)
+
+
+def _fit(pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings) -> Tensor:
+    """Centres [K, d] of a part of the pool that this seed draws."""
+    generator = _generator(n_clusters, seed)
+    rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n_clusters]
+    x = pool[rows.sort().values.to(pool.device)]
+    return kmeans(x, n_clusters, generator, settings.restarts, settings.max_iterations).centres
+
+
+def _generator(n_clusters: int, seed: int) -> torch.Generator:
+    """On the CPU; the pool's is that of no cluster."""
+    return torch.Generator().manual_seed(n_clusters * 1_000_003 + seed)
+
+
+def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
+    """Of a square patch grid [b, N] to [b, side, side]: the patch that each pixel's centre lies in."""
+    grid = round(patches.shape[1] ** 0.5)
+    at = ((torch.arange(side_px, device=patches.device) + 0.5) * grid / side_px).long()
+    return patches.unflatten(1, (grid, grid))[:, at[:, None], at]
+
+
+def _map(numbers: Tensor) -> np.ndarray:
+    """0 .. to 1 .."""
+    return (numbers + 1).cpu().numpy().astype(np.int32)

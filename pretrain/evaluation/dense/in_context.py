@@ -1,0 +1,195 @@
+"""In-context segmentation: a patch takes the labels of those training patches whose features are nearest, nothing is trained.
+
+Balazevic et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023, as open-hummingbird-eval 2.0 measures it:
+the public code that NeCo reports with.
+
+The memory holds L2-normalised patch features of training images, and of each the shares of the classes in its pixels. A patch of a
+validation image attends to its k nearest by cosine: softmax(cosine / temperature) weighs their shares, which are enlarged
+bilinearly to the image's size; the largest is the class. mIoU is named twice: that of these classes, and that after Hungarian
+matching of predicted to true classes, which the public code reports.
+
+What may be held is drawn image by image: memory / images patches of each, those of the smallest u * score, where the score of a
+patch adds up, over the classes in it, the number of the image's patches that hold the class, and u is uniform in [0, 1): patches of
+rare classes are likelier.
+
+Ours: pixels that are not counted have no share in a patch, and a patch of them alone is not held (there they are the first class in
+memory); images are resized bicubically, as everywhere here; their blue is normalised by 0.225 (there 0.255); search is exact
+(there ScaNN) on features held in float16, products being float32; of equal neighbours at the k-th place torch chooses; k is at most
+the memory; a class that occurs nowhere is left out of the mean (there it counts 0).
+
+A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 classes. They are on the device if they fit into half of
+what is free there, else on the host, from where each chunk is copied anew for every ``QUERIES`` patches.
+"""
+
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice, product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.data.label_sets import LabelSet
+from pretrain.data.label_sets.maps import nearest
+from pretrain.data.pictures import in_threads, square
+from pretrain.data.sampler import VIEWS, generator
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation.dense.linear import confusion_of, cropped, patch_maps, whole_patches
+from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
+from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.views.pixels import ADJUST
+
+QUERIES = 8192  # patches compared at a time,
+CHUNK = 16_384  # with so many of the memory: 0.5 GiB of similarities
+
+
+@dataclass(frozen=True)
+class InContextSettings:
+    """The protocol; sources are of open-hummingbird-eval."""
+
+    image_px: int = 512  # README: 512, and 504 with patches of 14; ours: rounded down to whole patches
+    k: int = 30  # hbird_eval.py: n_neighbours
+    temperature: float = 0.02  # hbird_eval.py: beta
+    memory_size: int = 10_240_000  # README: the largest, of the published figures
+    passes: int = 2  # README: augmentation epochs, through all training images
+    augment: bool = True  # crops and colours of the training images; false (ours): the whole images
+    crop_scale: tuple[float, float] = (0.5, 2.0)  # transforms.py; shares above 1 never fit and are drawn again
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # image_transformations.py
+    jitter: float = 0.1  # transforms.py: brightness, contrast, saturation and hue, in this order, before the crop
+    jitter_p: float = 0.5  # transforms.py: of each
+    seed: int = 0  # ours: of crops, colours and the choice of patches
+    map_px: int = 224  # ours: side of the maps for pictures
+
+    def __post_init__(self) -> None:
+        for name in ("k", "temperature", "memory_size", "passes", "map_px"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"in_context.{name}={getattr(self, name)}: more than 0")
+
+
+def in_context(features: Features, train: LabelSet, val: LabelSet, settings: InContextSettings, n_shown: int = 0) -> Outcome:
+    """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in percent.
+
+    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
+
+    Args:
+        features: of a frozen backbone.
+        train, val: parts of one set.
+        n_shown: of how many of the first validation images there shall be a map ``in_context`` (before matching).
+
+    Raises:
+        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
+    """
+    side = whole_patches(settings.image_px, features)
+    memory = remember(features, train, settings, side)
+
+    def predict(patches: Tensor) -> Tensor:
+        parts = patches.flatten(0, 1).split(QUERIES)
+        shares = [memory.attend(part, settings.k, settings.temperature) for part in parts]
+        return torch.cat(shares).unflatten(0, patches.shape[:2])
+
+    confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
+    metrics: dict[str, float | dict[str, float]] = {
+        "in_context_miou": mean_iou(confusion),
+        "in_context_hungarian_miou": mean_iou(confusion, hungarian(confusion)),
+        "in_context_class_iou": named_ious(class_ious(confusion), val.classes),
+    }
+    return Outcome(metrics, {"in_context": maps})
+
+
+class Memory:
+    """Normalised features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches of at most 181 px)."""
+
+    def __init__(self, most: int, dim: int, n_classes: int, device: torch.device) -> None:
+        self.device, self.n = device, 0
+        home = device
+        if device.type == "cuda" and 2 * most * (dim + n_classes) > torch.cuda.mem_get_info(device)[0] // 2:
+            home = torch.device("cpu")
+        self.features = torch.empty(most, dim, dtype=torch.float16, device=home)
+        self.counts = torch.empty(most, n_classes, dtype=torch.int16, device=home)
+
+    def add(self, patches: Tensor, counts: Tensor) -> None:
+        """Patches [m, D] of any length and their pixels by class [m, C], at least one of each."""
+        rows = slice(self.n, self.n + len(patches))
+        self.features[rows] = F.normalize(patches.float(), dim=1).to(self.features)
+        self.counts[rows] = counts.to(self.counts)
+        self.n = rows.stop
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all M where k is more."""
+        queries = F.normalize(queries.float(), dim=1)
+        cosines = torch.empty(len(queries), 0, device=queries.device)
+        places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        for start in range(0, self.n, CHUNK):
+            chunk = self.features[start : min(start + CHUNK, self.n)].to(queries)
+            near, near_places = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)
+            cosines, places = torch.cat([cosines, near], 1), torch.cat([places, near_places + start], 1)
+            cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            places = places.gather(1, best)
+        return cosines, places
+
+    def attend(self, queries: Tensor, k: int, temperature: float) -> Tensor:
+        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches."""
+        cosines, places = self.nearest(queries, k)
+        counts = self.counts[places.to(self.counts.device)].to(cosines)  # [Q, k, C]
+        weights = (cosines / temperature).softmax(1)
+        return torch.einsum("qk,qkc->qc", weights, counts / counts.sum(-1, keepdim=True))
+
+
+def remember(features: Features, train: LabelSet, settings: InContextSettings, side: int) -> Memory:
+    """The memory of the training images, seen ``passes`` times; of more images than it has places for, those at equal steps.
+
+    Raises:
+        UserError: no pixel is counted.
+    """
+    passes, patch_px, n_classes = settings.passes, features.backbone.patch_size, len(train.classes)
+    train = train.first(max(1, settings.memory_size // passes))
+    each = min(max(1, settings.memory_size // (passes * len(train))), (side // patch_px) ** 2)
+
+    def item(turn: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        number, index = turn
+        pixels, labels = train.read(index)
+        rng = generator(settings.seed, VIEWS, number * len(train) + index)
+        if settings.augment:
+            pixels = jittered(rng, pixels, settings.jitter, settings.jitter_p)
+            pixels, labels = cropped(rng, pixels, labels, settings.crop_scale, settings.crop_ratio)
+        counts = patch_counts(nearest(labels, side).numpy(), patch_px, n_classes)
+        chosen = choose(rng, counts, each)
+        return square(pixels, side, crop=False), torch.from_numpy(chosen), torch.from_numpy(counts[chosen])
+
+    memory = Memory(passes * len(train) * each, features.backbone.embed_dim, n_classes, features.device)
+    with closing(in_threads(item, product(range(passes), range(len(train))))) as items:
+        while batch := list(islice(items, FORWARD_BATCH)):
+            images, chosen, counts = zip(*batch)
+            for patches in patch_maps(features, torch.stack(images)):  # once
+                own = [image[places.to(image.device)] for image, places in zip(patches, chosen)]
+                memory.add(torch.cat(own), torch.cat(counts))
+    if not memory.n:
+        raise UserError(f"{train.name}: no pixel of the training part is counted")
+    return memory
+
+
+def jittered(rng: np.random.Generator, pixels: NDArray[np.uint8], strength: float, p: float) -> NDArray[np.uint8]:
+    """Brightness, contrast and saturation by a factor in 1 +- strength, hue by a turn in +- strength, each with probability p."""
+    for adjust, middle, u, drawn in zip(ADJUST, (1.0, 1.0, 1.0, 0.0), rng.random(4), rng.random(4)):
+        if u < p:
+            pixels = adjust(pixels, middle + strength * (2 * drawn - 1))
+    return pixels
+
+
+def patch_counts(labels: NDArray[np.int32], patch_px: int, n_classes: int) -> NDArray[np.int64]:
+    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C], row-major."""
+    side, width = len(labels) // patch_px, n_classes + 1
+    place = np.arange(len(labels)) // patch_px
+    patches = place[:, None] * side + place  # [S, S]
+    return np.bincount((patches * width + labels).ravel(), minlength=side**2 * width).reshape(-1, width)[:, 1:]
+
+
+def choose(rng: np.random.Generator, counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most ``most`` patches of an image with a counted pixel, those of rare classes likelier; from :func:`patch_counts`."""
+    present = counts > 0  # [N, C]
+    scores = (present @ present.sum(0)) * rng.random(len(counts))
+    candidates = np.flatnonzero(present.any(1))
+    return candidates[scores[candidates].argsort(kind="stable")[:most]]

@@ -1,0 +1,245 @@
+"""Linear segmentation of frozen features, as Leopart and NeCo measure it.
+
+* Leopart: Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation", CVPR 2022; public code,
+  experiments/linear_probing.
+* NeCo: Pariza et al., "Near, far: Patch-ordering enhances vision foundation models' scene understanding", ICLR 2025; public code,
+  experiments/linear_segmentation. The same but for the batch and the order.
+
+A 1x1 convolution reads the classes off the patch tokens after the final norm, with neither batch norm nor dropout before it. Logits
+and labels meet at 100 x 100, in training and in validation: labels by the nearest neighbour, first at the image's size. (The public
+code enlarges the features instead; a 1x1 convolution commutes with that.)
+
+Ours: images are resized bicubically, as everywhere here; the order is drawn anew each epoch (so Leopart; NeCo keeps that of VOC and
+ADE20K); every validation image counts (their VOC loader drops the last ones); the network after the last epoch counts, not the best
+of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labelled" is
+no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pretrain.data.label_sets import LabelSet
+from pretrain.data.label_sets.maps import nearest
+from pretrain.data.pictures import in_threads, square
+from pretrain.data.sampler import VIEWS, Order, generator
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation.dense.matching import class_ious, count_pairs, mean_iou, named_ious
+from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation.segmentation import predict_pixels
+from pretrain.views.boxes import TRIES, draw_crops
+
+HELD_BYTES = 2**31  # features of the training part that stay in the host's memory where they are the same in each epoch
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """The protocol; sources are files of the two public codes."""
+
+    image_px: int = 448  # configs: size_crops; ours: rounded down to whole patches, where it is none
+    label_px: int = 100  # linear_finetune.py: train_mask_size, val_mask_size
+    epochs: int = 25  # configs: max_epochs
+    batch_size: int = 128  # NeCo's configs; Leopart's: 60 on each of 2 GPUs. The rest of an epoch is left out
+    lr: float = 0.01  # configs; SGD
+    momentum: float = 0.9  # linear_finetune.py: configure_optimizers
+    weight_decay: float = 1e-4  # there
+    drop_at: int = 20  # configs; epochs (StepLR)
+    drop_factor: float = 0.1  # linear_finetune.py: decay_rate
+    augment: bool = True  # crops and flips of the training images; false (ours): the whole images, in each epoch
+    crop_scale: tuple[float, float] = (0.8, 1.0)  # linear_finetune.py: RandomResizedCrop
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # linear_finetuning_transforms.py
+    flip_p: float = 0.5  # linear_finetune.py
+    seed: int = 0  # ours: of the first weights, the order and the crops
+    map_px: int = 224  # ours: side of the maps for pictures
+
+    def __post_init__(self) -> None:
+        for name in ("label_px", "epochs", "batch_size", "drop_at", "map_px"):
+            if getattr(self, name) < 1:
+                raise UserError(f"linear.{name}={getattr(self, name)}: at least 1")
+
+
+def linear(features: Features, train: LabelSet, val: LabelSet, settings: LinearSettings, n_shown: int = 0) -> Outcome:
+    """``linear_miou`` and ``linear_class_iou``, in percent, of a 1x1 convolution on frozen features.
+
+    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
+
+    Args:
+        features: of a frozen backbone.
+        train, val: parts of one set.
+        n_shown: of how many of the first validation images there shall be a map ``linear``.
+
+    Raises:
+        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
+    """
+    side = whole_patches(settings.image_px, features)
+    head = Head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
+    fit(head, features, train, settings, side)
+    confusion, maps = confusion_of(head, features, val, side, settings.label_px, settings.map_px, n_shown)
+    ious = named_ious(class_ious(confusion), val.classes)
+    return Outcome({"linear_miou": mean_iou(confusion), "linear_class_iou": ious}, {"linear": maps})
+
+
+class Head(nn.Module):
+    """A 1x1 convolution, initialised as torch's: uniform within 1 / sqrt(D)."""
+
+    def __init__(self, dim: int, n_classes: int, seed: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.weight, self.bias = (
+            nn.Parameter((2 * torch.rand(shape, generator=draw) - 1) / dim**0.5) for shape in ((n_classes, dim), (n_classes,))
+        )
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[b, N, D] -> logits [b, N, C]."""
+        return F.linear(patches, self.weight, self.bias)
+
+
+def fit(head: Head, features: Features, train: LabelSet, settings: LinearSettings, side: int) -> None:
+    """Train the head; ``side`` is that of the images in whole patches. Errors are those of :func:`linear`."""
+    held = _held(features, train, settings, side)
+    optimizer = torch.optim.SGD(head.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.drop_at, settings.drop_factor)
+    for epoch in range(settings.epochs):
+        counted = 0
+        for patches, labels in _batches(features, train, settings, side, epoch, held):
+            optimizer.zero_grad()
+            backward(head, patches, labels)
+            optimizer.step()
+            counted += int((labels > 0).sum())
+        if not counted:
+            raise UserError(f"{train.name}: no pixel of the training part is counted")
+        schedule.step()
+
+
+def backward(head: Head, patches: Iterable[Tensor], labels: Tensor) -> None:
+    """Gradients of a batch's mean cross-entropy over its counted pixels, a few images at a time.
+
+    Args:
+        patches: [b, N, D] each, ``FORWARD_BATCH`` images at a time.
+        labels: [B, L, L] in 0 (not counted) .. C.
+    """
+    counted = max(1, int((labels > 0).sum()))
+    for part, own in zip(patches, labels.split(FORWARD_BATCH)):
+        with torch.enable_grad():
+            maps = head(part).transpose(1, 2).unflatten(2, (round(part.shape[1] ** 0.5), -1))  # [b, C, h, w]
+            logits = F.interpolate(maps, size=own.shape[1:], mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
+            # As rows: torch has no deterministic cross-entropy of maps on CUDA, which a run may ask for.
+            target = own.to(logits.device).long().flatten() - 1
+            (F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / counted).backward()
+
+
+def _batches(
+    features: Features, train: LabelSet, settings: LinearSettings, side: int, epoch: int, held: tuple[Tensor, Tensor] | None
+) -> Iterator[tuple[Iterable[Tensor], Tensor]]:
+    """Patch features, ``FORWARD_BATCH`` images at a time, and labels [B, L, L] of each batch of an epoch."""
+    order = Order(len(train), settings.batch_size, settings.seed)
+    chosen = [order.image(epoch * order.epoch_size + place) for place in range(order.epoch_size)]
+
+    def item(index: int) -> tuple[Tensor, Tensor]:
+        pixels, labels = train.read(index)
+        flip = False
+        if settings.augment:
+            rng = generator(settings.seed, VIEWS, epoch * len(train) + index)
+            pixels, labels = cropped(rng, pixels, labels, settings.crop_scale, settings.crop_ratio)
+            flip = rng.random() < settings.flip_p
+        image, target = square(pixels, side, crop=False), nearest(labels, side)
+        if flip:
+            image, target = image.flip(-1), target.flip(-1)
+        return image, shrink(target, settings.label_px)
+
+    if held is not None:
+        for batch in torch.tensor(chosen).split(settings.batch_size):
+            yield (part.to(features.device) for part in held[0][batch].split(FORWARD_BATCH)), held[1][batch]
+        return
+    with closing(in_threads(item, chosen)) as items:
+        while batch := list(islice(items, settings.batch_size)):
+            images, labels = (torch.stack(some) for some in zip(*batch))
+            yield patch_maps(features, images), labels
+
+
+def _held(features: Features, train: LabelSet, settings: LinearSettings, side: int) -> tuple[Tensor, Tensor] | None:
+    """Features [n, N, D] and labels [n, L, L] of all training images, where they never change and are at most ``HELD_BYTES``."""
+    n_patches = (side // features.backbone.patch_size) ** 2
+    if settings.augment or 4 * len(train) * n_patches * features.backbone.embed_dim > HELD_BYTES:
+        return None
+    parts = [
+        (part.cpu(), shrink(labels, settings.label_px))
+        for images, labels in train.squares(side, side, FORWARD_BATCH)
+        for part in patch_maps(features, images)
+    ]
+    patches, labels = zip(*parts)
+    return torch.cat(patches), torch.cat(labels)
+
+
+def confusion_of(
+    predict: Callable[[Tensor], Tensor], features: Features, val: LabelSet, side: int, label_px: int, map_px: int, n_shown: int
+) -> tuple[Tensor, list[NDArray[np.int32]]]:
+    """Pixels of the validation part by prediction and label, and the predictions of the first images.
+
+    Args:
+        predict: patch features [b, N, D] -> scores of the classes [b, N, C], which are enlarged bilinearly.
+        side: of the images, squeezed.
+        label_px: side of the maps that are compared.
+
+    Returns:
+        int64 [C, C] of :func:`~pretrain.evaluation.dense.matching.count_pairs`, on the CPU, and ``n_shown`` maps [map_px, map_px].
+
+    Raises:
+        UserError: no pixel is counted.
+    """
+    n_classes = len(val.classes)
+    shown: list[NDArray[np.int32]] = []
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for images, labels in val.squares(side, side, FORWARD_BATCH):
+        for part in patch_maps(features, images):  # one
+            scores = predict(part)
+            confusion += count_pairs(predict_pixels(scores, label_px), shrink(labels, label_px), n_classes, n_classes).cpu()
+            if missing := n_shown - len(shown):
+                shown += [*(predict_pixels(scores[:missing], map_px) + 1).int().cpu().numpy()]
+    if not confusion.any():
+        raise UserError(f"{val.name}: no pixel of the validation part is counted")
+    return confusion, shown
+
+
+def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:
+    """Patch features [b, N, D] float32 of uint8 [n, 3, S, S], ``FORWARD_BATCH`` images at a time;
+    a UserError where they are not finite."""
+    for tokens in features(images):
+        if not tokens.patches.isfinite().all():
+            raise UserError("the backbone's features are not finite numbers")
+        yield tokens.patches.detach().float()
+
+
+def whole_patches(image_px: int, features: Features) -> int:
+    """``image_px`` rounded down to whole patches: 512 are 504 with patches of 14. A UserError where it is less than one."""
+    patch_px = features.backbone.patch_size
+    if image_px < patch_px:
+        raise UserError(f"image_px={image_px} is less than a patch of {patch_px}")
+    return image_px // patch_px * patch_px
+
+
+def cropped(
+    rng: np.random.Generator,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int32],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """A part of an image [H, W, 3] and of its labels [H, W], drawn as torchvision's RandomResizedCrop."""
+    size_px, u = np.array([labels.shape], np.float64), rng.random((1, 1, 2 * TRIES + 2))
+    left, top, right, bottom = draw_crops(size_px, np.array([scale]), ratio, u)[0, 0].astype(int)
+    return pixels[top:bottom, left:right], labels[top:bottom, left:right]
+
+
+def shrink(labels: Tensor, side: int) -> Tensor:
+    """[..., S, S] -> [..., side, side] by torch's ``nearest``: sample floor(i S / side)."""
+    places = torch.arange(side) * labels.shape[-1] // side
+    return labels[..., places[:, None], places]

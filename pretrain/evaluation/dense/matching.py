@@ -1,0 +1,79 @@
+"""Which cluster stands for which class, and the IoU after matching, all from counts of pixels.
+
+The rules are those of Leopart's public code, which NeCo's and open-hummingbird-eval's keep (class PredsmIoU there): one to one by
+the largest sum of IoUs; many to one by the largest precision of each cluster.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+UNMATCHED = -1
+
+
+def count_pairs(predicted: Tensor, labels: Tensor, n_predicted: int, n_classes: int) -> Tensor:
+    """Pixels by what was predicted and by their label: int64 [K, C], on the device of ``predicted``.
+
+    Args:
+        predicted: 0 .. K - 1, of any shape: clusters, or classes less one.
+        labels: the same shape, 1 .. C; 0 is not counted.
+    """
+    labels = labels.to(predicted.device)
+    counted = labels > 0
+    pairs = predicted[counted].long() * n_classes + labels[counted].long() - 1
+    return torch.bincount(pairs, minlength=n_predicted * n_classes).view(n_predicted, n_classes)
+
+
+def hungarian(confusion: Tensor) -> Tensor:
+    """The one-to-one assignment of the largest sum of IoUs.
+
+    Args:
+        confusion: int64 [K, C] of :func:`count_pairs`.
+
+    Returns:
+        [K] int64 on the same device: the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if K > C. (Leopart makes
+        background of those; no protocol matches one to one with K > C.)
+    """
+    both = confusion.double()
+    union = both.sum(0) + both.sum(1, keepdim=True) - both  # [K, C]
+    clusters, classes = linear_sum_assignment((both / union.clamp(min=1)).cpu().numpy(), maximize=True)
+    assignment = torch.full((len(confusion),), UNMATCHED)
+    assignment[torch.from_numpy(clusters)] = torch.from_numpy(classes)
+    return assignment.to(confusion.device)
+
+
+def greedy(confusion: Tensor) -> Tensor:
+    """Many to one: the class of most of each cluster's pixels (precision), the first of equals. [K, C] -> [K] int64."""
+    return confusion.argmax(1)
+
+
+def class_ious(confusion: Tensor, assignment: Tensor | None = None) -> Tensor:
+    """IoU of each class in percent, [C] float64; NaN for a class of no pixel in labels and predictions.
+
+    Args:
+        confusion: int64 [K, C] of :func:`count_pairs`.
+        assignment: [K], the class of each cluster; none: the identity (K = C).
+    """
+    n_clusters, n_classes = confusion.shape
+    if assignment is None:
+        assert n_clusters == n_classes, confusion.shape
+        assignment = torch.arange(n_classes, device=confusion.device)
+    stands_for = assignment[:, None] == torch.arange(n_classes, device=confusion.device)  # [K, C]
+    both = (confusion * stands_for).sum(0)
+    predicted = (confusion.sum(1, keepdim=True) * stands_for).sum(0)
+    return 100.0 * both.double() / (predicted + confusion.sum(0) - both)  # 0 / 0 is NaN
+
+
+def mean_iou(confusion: Tensor, assignment: Tensor | None = None) -> float:
+    """mIoU in percent over the classes that occur in labels or predictions; the arguments are those of :func:`class_ious`.
+
+    Of a whole benchmark, every class of which occurs, it is Leopart's; a class that does not occur counts 0 there.
+    """
+    return class_ious(confusion, assignment).nanmean().item()
+
+
+def named_ious(ious: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """IoUs [C] by the names of the classes, without those that do not occur (JSON has no NaN)."""
+    return {name: iou for name, iou in zip(classes, ious.tolist(), strict=True) if iou == iou}

@@ -1,0 +1,313 @@
+"""tools/evaluate_dense.py as users run it: the evaluators' numbers, departures by name, nothing done twice, bad input by name."""
+
+import json
+import os
+import runpy
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dense_fixture import write_start
+from label_set_fixture import write_folder, write_voc
+from photos import write_photos
+from reference_vit import DinoViT, filled, saved
+from tool_fixture import load_tool
+
+from pretrain.build import build_backbone
+from pretrain.cli import REQUEUE_CODE
+from pretrain.data.label_sets import open_label_set
+from pretrain.errors import Interrupted, UserError
+from pretrain.evaluation.dense import run as dense
+from pretrain.evaluation.dense.classification import knn_classification
+from pretrain.evaluation.dense.protocol import KNN, N_IMAGES, SETTINGS, departures_of_data, protocol_of, settings_of
+from pretrain.evaluation.features import Features, frozen
+from pretrain.results.provenance import file_hash
+from pretrain.results.runs import read_run
+from pretrain.results.schema import Protocol, Result, read_result, write_result
+from pretrain.signals import StopSignals
+
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
+LINEAR = ["linear.image_px=32", "linear.label_px=16", "linear.epochs=2", "linear.batch_size=2"]
+IN_CONTEXT = ["in_context.image_px=32", "in_context.memory_size=12", "in_context.passes=1", "in_context.k=3"]
+CLUSTERING = ["clustering.image_px=32", "clustering.label_px=16", "clustering.overclusters=6", "clustering.restarts=1"]
+OF_SET = [*LINEAR, *IN_CONTEXT, *CLUSTERING]
+OF_KNN = ["knn.resize_px=40", "knn.crop_px=32", "knn.k=1,3"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Weights of ours and of DINO's layout, a folder of masks, Pascal VOC without SBD, and a folder of classes."""
+    home = tmp_path_factory.mktemp("dense")
+    write_start(home / "ours.safetensors", depth=1)
+    saved(home, filled(DinoViT(depth=1, side=2), seed=3).state_dict(), "dino.pth")
+    write_folder(home / "toy", 4, 2)
+    write_voc(home / "voc", 3, 2, augmented=False)
+    for part in ("train", "val"):
+        for seed, name in enumerate(("bird", "cat")):
+            write_photos(home / "classes" / part / name, n=3, size=(60, 44), seed=2 * seed + (part == "val"))
+    return home
+
+
+def words(home, output, *extra, weights="ours.safetensors", data="toy"):
+    where = ["--data", home / data] if data else []
+    return list(map(str, ["--weights", home / weights, *where, "--output", output, "--device", "cpu", *extra]))
+
+
+def evaluate(*given, figures=False, **named):
+    tool = load_tool("evaluate_dense")
+    if not figures:
+        tool.draw = lambda *nothing: None
+    tool.main(words(*given, **named))
+
+
+def features_of(weights, **flags):
+    backbone = build_backbone("vit_tiny_patch16", weights, **flags).eval()
+    return Features(backbone, CPU, nullcontext())
+
+
+def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tmp_path, capsys):
+    knn = ["--knn-root", home / "classes", *OF_KNN]
+    evaluate(home, tmp_path / "out", *OF_SET, *knn, "--seed", 3, "--before", home / "dino.pth", figures=True)
+    weights, said = home / "ours.safetensors", capsys.readouterr().out
+    features, settings = features_of(weights), settings_of(list(SETTINGS), [*OF_SET, *OF_KNN], seed=3)
+    parts = [open_label_set(home / "toy", part) for part in ("train", "val")]
+    expected = {}
+    with frozen(features.backbone):
+        for task in dense.EVALUATORS:
+            expected |= dense.EVALUATORS[task](features, *parts, settings[task], 0).metrics
+        of_classes = knn_classification(features, home / "classes", settings[KNN]).metrics
+
+    run = read_run(tmp_path / "out" / "result.json")
+    result, other = run.result, read_result(tmp_path / "out" / "knn")
+    assert result.metrics == expected and other.metrics == of_classes
+    assert {"linear_miou", "in_context_miou", "in_context_hungarian_miou", "clustering_miou", "clustering_k6_miou"} <= set(expected)
+    assert set(of_classes) == {"knn_top1_k1", "knn_top1_k3"}
+    assert (result.kind, result.method, result.effective_epochs, result.seed) == ("dense", "earlier", 12.5, 3)
+    assert (result.backbone, result.weights_hash) == ("vit_tiny_patch16", file_hash(weights))
+    assert (result.protocol.name, other.protocol.name) == ("dense-toy", "dense-knn")
+    assert set(result.protocol.deviations) == {word.partition("=")[0] for word in OF_SET}
+    assert result.protocol.deviations["clustering.overclusters"] == [[500], [6]]
+    assert set(other.protocol.deviations) == {"train_images", "val_images", "knn.resize_px", "knn.crop_px", "knn.k"}
+    assert other.protocol.deviations["train_images"] == [1_281_167, 6]
+    assert 0 < result.wall_time_s < 120 and result.peak_memory_mib > 10
+    assert [figure.title for figure in run.figures] == ["Segmentation", "Clusters", "Principal components of the patches"]
+    assert "those of DINO" in run.figures[2].caption  # two rows, the one before first
+    assert f"linear_miou {expected['linear_miou']:.2f}" in said and "linear, train, pass 1: 4 of 4 images" in said
+
+
+def test_a_file_of_dinos_on_voc_says_all_departures(home, tmp_path):
+    some = ["--patch-size", 8, "--bf16", "--max-images", 2, "--tasks", "in_context", *IN_CONTEXT]
+    evaluate(home, tmp_path / "out", *some, weights="dino.pth", data="voc")  # --tasks takes the words after it, too
+    result = read_result(tmp_path / "out")
+    assert set(result.metrics) == {"in_context_miou", "in_context_hungarian_miou", "in_context_class_iou"}
+    assert (result.method, result.backbone, result.effective_epochs) == ("DINO", "vit_tiny_patch16", None)
+    changed = result.protocol.deviations
+    assert result.protocol.name == "dense-voc2012" and set(changed) == {
+        *("patch_size", "precision", "max_images", "train_images", "val_images", "train_set"),
+        *(word.partition("=")[0] for word in IN_CONTEXT),
+    }
+    assert changed["patch_size"] == [16, 8] and changed["precision"] == ["float32", "bf16"] and changed["max_images"] == ["all", 2]
+    assert changed["train_images"] == [10_582, 3] and changed["val_images"] == [1_449, 2]
+    assert changed["train_set"][0] == "as published" and "trainaug" in changed["train_set"][1]
+
+
+def test_k_nn_alone_is_one_result(home, tmp_path):
+    evaluate(home, tmp_path, "--knn-root", home / "classes", *OF_KNN, data=None)
+    assert read_result(tmp_path).protocol.name == "dense-knn" and not (tmp_path / "knn").exists()
+    assert not (tmp_path / "figures").exists()
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_configuration(home, tmp_path):
+    for output, *extra in (["a"], ["b", "--seed", 1], ["c", "linear.lr=0.02"], ["d", "--max-images", 3], ["e", "--seed", 0]):
+        evaluate(home, tmp_path / output, "--tasks", "linear", *LINEAR, *extra)
+    a, b, c, d, e = (read_result(tmp_path / name) for name in "abcde")
+    assert a.config_hash == b.config_hash and a.protocol == b.protocol and (a.seed, b.seed) == (0, 1)
+    assert a.metrics != b.metrics and a.metrics == e.metrics  # drawn from the seed, and from nothing else
+    assert len({a.config_hash, c.config_hash, d.config_hash}) == 3 and d.protocol.deviations["max_images"] == ["all", 3]
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tmp_path, monkeypatch, capsys):
+    evaluate(home, tmp_path / "whole", *OF_SET)
+    real, asked = dense.EVALUATORS["in_context"], []
+
+    def killed(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(dense.EVALUATORS, "in_context", killed)
+        with pytest.raises(SystemExit) as ended:
+            main(words(home, tmp_path / "parts", *OF_SET))
+    assert ended.value.code == REQUEUE_CODE
+    assert "SIGTERM at in_context, train; finished tasks are kept, --resume goes on with it" in capsys.readouterr().err
+    folder = tmp_path / "parts"
+    assert [file.name for file in folder.glob("tasks/*.json")] == ["linear.json"] and not (folder / "result.json").exists()
+    with pytest.raises(UserError, match="already holds an evaluation; go on with --resume"):
+        evaluate(home, folder, *OF_SET)
+    for task, evaluator in dense.EVALUATORS.items():
+        counted = lambda *given, task=task, evaluator=evaluator: asked.append(task) or evaluator(*given)  # noqa: E731
+        monkeypatch.setitem(dense.EVALUATORS, task, counted)
+    evaluate(home, folder, *OF_SET, "--resume")
+    evaluate(home, folder, *OF_SET, "--resume")
+    assert asked == ["in_context", "clustering"]
+    whole, parts = read_result(tmp_path / "whole"), read_result(folder)
+    assert (parts.metrics, parts.config_hash, parts.protocol) == (whole.metrics, whole.config_hash, whole.protocol)
+    for task in SETTINGS.keys() - {KNN}:  # their maps, for the figures
+        maps = [np.load(tmp_path / name / "tasks" / f"{task}.npz") for name in ("whole", "parts")]
+        assert maps[0].files and all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0].files)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["linear.epochs=3"], r"linear\.epochs \(2, now 3\)"),
+        (["--seed", 1], r"seed \(0, now 1\)"),
+        (["--bf16"], r'precision \("float32", now "bf16"\)'),
+        (["--max-images", 1], r"data\.train\.images \(4, now 1\)"),
+    ],
+)
+def test_another_evaluation_is_not_gone_on_with(home, finished, extra, named):
+    with pytest.raises(UserError, match=rf"linear\.json is of another evaluation: .*{named}.*choose another folder"):
+        evaluate(home, finished, "--tasks", "linear", *[w for w in LINEAR if w.split("=")[0] not in str(extra)], *extra, "--resume")
+
+
+def test_other_weights_or_another_set_are_not_gone_on_with(home, finished):
+    with pytest.raises(UserError, match=r"weights_hash \("):
+        evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume", weights="dino.pth")
+    with pytest.raises(UserError, match="holds a run of another kind, dense-toy"):
+        evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume", data="voc")
+    with pytest.raises(UserError, match=r"linear\.json is of another evaluation: weights_hash"):  # nor with another task
+        evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume", weights="dino.pth")
+
+
+def test_a_task_more_needs_the_settings_of_its_own_alone(home, finished, capsys):
+    linear = read_result(finished).metrics
+    evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume")
+    assert "linear: evaluated before, not asked for now" in capsys.readouterr().out
+    assert "linear_miou" not in read_result(finished).metrics  # a result holds what its command asks for
+    evaluate(home, finished, "--tasks", "in_context", "linear", *LINEAR, *IN_CONTEXT, "--resume")
+    both = read_result(finished).metrics
+    assert linear.items() <= both.items() and "in_context_miou" in both
+
+
+def test_a_damaged_task_is_named(home, finished):
+    file = finished / "tasks" / "linear.json"
+    for spoil in (lambda: file.write_text("{"), lambda: file.write_text("{}"), file.with_suffix(".npz").unlink):
+        before = file.read_text()
+        spoil()
+        with pytest.raises(UserError, match=r"linear\.json: no finished task can be read"):
+            evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume")
+        file.write_text(before)
+
+
+@pytest.fixture
+def finished(home, tmp_path):
+    evaluate(home, tmp_path / "finished", "--tasks", "linear", *LINEAR)
+    return tmp_path / "finished"
+
+
+def test_the_folder_of_another_run_is_not_written_into(home, tmp_path):
+    protocol = Protocol(name="intertwined-100ep", version=1, full=True, deviations={})
+    rest = dict(seed=0, config_hash="0", weights_hash=None, git_commit=None, packages={}, hardware={}, wall_time_s=1)
+    told = dict(method="mine", backbone="vit_tiny_patch16", effective_epochs=1, metrics={}, peak_memory_mib=None)
+    write_result(Result(kind="pretrain", protocol=protocol, **told, **rest), tmp_path)
+    for resume in ([], ["--resume"]):
+        with pytest.raises(UserError, match="holds a run of another kind, intertwined-100ep; choose another folder"):
+            evaluate(home, tmp_path, *resume)
+
+
+def test_a_watched_set_is_the_set_until_a_signal(home):
+    part = open_label_set(home / "toy", "train")
+    with StopSignals() as signals:
+        seen = dense.watched(part, "linear", signals)
+        for ours, theirs in zip(seen.first(3).squares(32, 16, 2), part.first(3).squares(32, 16, 2), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+        signals.received = "SIGTERM"
+        with pytest.raises(Interrupted, match="SIGTERM at linear, train"):
+            seen.read(0)
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", N_IMAGES)
+def test_the_public_protocol_has_no_departure(name):
+    tasks = [KNN] if name == KNN else list(dense.EVALUATORS)
+    protocol = protocol_of(name, settings_of(tasks, seed=5), departures_of_data(name, N_IMAGES[name], 0))
+    assert protocol.full and protocol.name == f"dense-{name}"
+    fewer = departures_of_data(name, (N_IMAGES[name][0] - 1, N_IMAGES[name][1]), 10**9)  # more than there are is no restriction
+    assert set(protocol_of(name, {}, fewer).deviations) == {"train_images"}
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_every_setting_of_a_task_can_be_changed_and_is_told(task):
+    (default,) = settings_of([task]).values()
+    for field in fields(default):
+        value = getattr(default, field.name)
+        other = not value if isinstance(value, bool) else (1,) if isinstance(value, tuple) and len(value) != 2 else value
+        other = (value[0] / 2, value[1]) if isinstance(value, tuple) and len(value) == 2 else other
+        other = value / 2 if isinstance(value, float) else value + 16 if other is value and isinstance(value, int) else other
+        used = replace(default, **{field.name: other})
+        told = protocol_of("toy", {task: used}, {}).deviations
+        silent = field.name in ("seed", "map_px")
+        assert told == ({} if silent else {f"{task}.{field.name}": json.loads(json.dumps([value, other]))})
+        if field.name != "seed":
+            text = str(other).lower() if isinstance(other, bool) else str(other)
+            assert settings_of([task], [f"{task}.{field.name}={text}"]) == {task: used}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def main(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "argv", ["evaluate_dense.py", *arguments])
+        runpy.run_path(str(ROOT / "tools" / "evaluate_dense.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--tasks", "linear", "knn"], "--tasks: 'knn' is none of linear, in_context, clustering"),
+        (["--tasks", "linear.epochs=2"], "--tasks names no task"),
+        (["linear.epoch=2"], "linear: no field 'epoch'"),
+        (["linear.epochs=two"], "linear: epochs='two' should be like 25"),
+        (["linear.epochs=0"], "linear.epochs=0"),
+        (["cluster.k=2"], "cluster.k=2: should be TASK.FIELD=VALUE"),
+        (["knn.k=5"], "knn.k=5 has no effect: knn is not asked for"),
+        (["linear.seed=2"], "linear.seed=2: give it as --seed"),
+        (["--tasks", "clustering", "clustering.image_px=40"], "image_px=40"),
+        (["--set", "ade20k"], "toy"),
+        (["--set", "voc2012"], "toy is no Pascal VOC 2012"),
+        (["--classes", "3"], "holds the value 4"),
+        (["--max-images", "-1"], "--max-images: -1 is less than 0"),
+        (["--patch-size", "0"], "--patch-size: 0 is less than 1"),
+        (["--knn-root", "/nowhere"], "/nowhere"),
+        (["--before", "/nowhere.pth"], "/nowhere.pth"),
+        (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--data", "/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(home, tmp_path, capsys, extra, named):
+    small = [word for word in OF_SET if word.split("=")[0] not in str(extra)] if "--tasks" not in extra else []
+    with pytest.raises(SystemExit) as ended:
+        main(words(home, tmp_path / "out", *small, *extra))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and named in said
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_nothing_to_evaluate_on(home, tmp_path):
+    with pytest.raises(UserError, match="give --data or --knn-root"):
+        evaluate(home, tmp_path, data=None)
+    with pytest.raises(UserError, match="--before has no effect without --data"):
+        evaluate(home, tmp_path, "--knn-root", home / "classes", "--before", home / "dino.pth", data=None)

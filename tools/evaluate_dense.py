@@ -1,0 +1,142 @@
+"""Evaluate the patch features of any weights without fine-tuning: linear and in-context segmentation, clustering, k-NN.
+
+python tools/evaluate_dense.py --weights runs/x/backbone.safetensors --data VOCdevkit --output runs/x_voc
+python tools/evaluate_dense.py --weights dinov2_vits14_reg4_pretrain.pth --data ADEChallengeData2016 --tasks in_context \\
+    --output ade linear.epochs=2 clustering.k=500
+python tools/evaluate_dense.py --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
+
+--data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root holds
+train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; whatever departs from the public protocol
+is named in the result. Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
+the same command with --resume goes on) and figures/, which tools/make_report.py shows; --before draws other weights beside these.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
+
+import argparse
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pretrain.analysis import dense_figures
+from pretrain.cli import run
+from pretrain.data.label_sets import KINDS, LabelSet, open_label_set
+from pretrain.data.label_sets.maps import nearest
+from pretrain.device import DEVICES, choose_device
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import run as dense
+from pretrain.evaluation.dense.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
+from pretrain.evaluation.features import Features, frozen
+from pretrain.signals import StopSignals
+from pretrain.subject import Subject, named_apart, open_subjects
+
+SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint, or the folder of a run")
+    add("--source", metavar="NAME", help="whose file it is (dino, mae, ...); else found out from the file")
+    add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    add("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
+    add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
+    add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
+    add("--set", default="auto", choices=("auto", *KINDS), help="which one; auto: what DIR looks like (%(default)s)")
+    add("--classes", type=int, default=0, metavar="N", help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)")
+    add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({' '.join(DENSE_TASKS)})")
+    add("--knn-root", type=Path, metavar="DIR", help="labelled folder for k-NN classification: ImageNet")
+    add("--output", type=Path, required=True, metavar="DIR")
+    add("--resume", action="store_true", help="keep the tasks that DIR holds; the result is of those that are asked for")
+    add("--seed", type=int, default=0, help="of all tasks (%(default)s)")
+    add("--max-images", type=int, default=0, metavar="N", help="of each part of a set, at equal steps; 0: all (%(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="%(default)s")
+    add("--bf16", action="store_true", help="bfloat16 forward passes")
+    add("overrides", nargs="*", metavar="TASK.FIELD=VALUE", help="settings of the tasks")
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides += [word for word in options.tasks if "=" in word]  # --tasks takes all the words that follow it
+    options.tasks = [word for word in options.tasks if "=" not in word]
+    for name in ("seed", "max_images", "classes"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
+    if options.data is None and options.knn_root is None:
+        raise UserError("nothing to evaluate on: give --data or --knn-root")
+    if options.data is None and options.before is not None:
+        raise UserError("--before has no effect without --data: k-NN leaves no figures")
+    if not options.tasks:
+        raise UserError("--tasks names no task")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    tasks = named_tasks(options.tasks, "--tasks") if options.data else ()
+    settings = settings_of([*tasks, *[KNN] * bool(options.knn_root)], options.overrides, options.seed)
+    subjects, others = checkpoints(options)
+    device = choose_device(options.device)
+    with StopSignals() as signals, ExitStack() as stack:
+        jobs = jobs_of(options, subjects[-1], settings, others, signals)
+        for folder, job in jobs.items():
+            dense.check_folder(job, folder, options.resume)
+            folder.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+        features = {}
+        for subject in subjects:
+            backbone = subject.build().to(device)
+            stack.enter_context(frozen(backbone))
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+            features[subject.label] = Features(backbone, device, autocast)
+        for folder, job in jobs.items():
+            finished = dense.run(job, features[subjects[-1].label], folder, signals)
+            print(f"result: {dense.write(job, finished, folder)}", flush=True)
+            if job.val is not None:
+                draw(job.val, finished, features, folder)
+
+
+def checkpoints(options: argparse.Namespace) -> tuple[list[Subject], dict[str, tuple[Any, Any]]]:
+    """The weights, after those of --before; and what of how they are used the protocol would have otherwise."""
+    if options.patch_size is not None and options.patch_size < 1:
+        raise UserError(f"--patch-size: {options.patch_size} is less than 1")
+    (subject,) = open_subjects([options.weights], (), options.source, options.backbone)
+    others = {
+        "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
+        "precision": ("float32", "bf16" if options.bf16 else "float32"),
+    }
+    before = open_subjects([options.before], (), None, options.backbone) if options.before else []
+    return named_apart([replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]), others
+
+
+def jobs_of(
+    options: argparse.Namespace,
+    subject: Subject,
+    settings: dict[str, Any],
+    others: dict[str, tuple[Any, Any]],
+    signals: StopSignals,
+) -> dict[Path, dense.Job]:
+    """What is asked for, by the folder of its result."""
+    jobs, of_all = {}, (options.seed, options.max_images)
+    if options.data:
+        parts = [open_label_set(options.data, part, options.set, options.classes) for part in ("train", "val")]
+        on_set = {task: used for task, used in settings.items() if task != KNN}
+        jobs[options.output] = dense.job_on_set(subject, *parts, on_set, others, signals, *of_all, SHOWN)
+    if options.knn_root:
+        folder = options.output / KNN if options.data else options.output
+        jobs[folder] = dense.job_on_classes(subject, options.knn_root, settings[KNN], others, signals, *of_all)
+    return jobs
+
+
+def draw(val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path) -> None:
+    """What the tasks predict for the first images, beside the truth, and the principal components of the images' patches."""
+    maps = {name: some for task in finished.values() for name, some in task.outcome.maps.items()}
+    images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
+    squares = [nearest(part, SHOWN_PX).numpy() for part in labels]
+    dense_figures.write(folder, images, squares, maps, val.classes, list(features.items()), SHOWN_PX)
+
+
+if __name__ == "__main__":
+    run(main)
