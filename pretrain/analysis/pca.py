@@ -51,11 +51,26 @@ def pca_colours(features: Sequence[Tensor], background: Sequence[Tensor] | None 
     """
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
     kept = torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
-    scores = principal_components(rows[kept])  # [M, 3]
-    low, high = torch.quantile(scores, torch.tensor(PERCENTILES, dtype=scores.dtype), dim=0)
     rgb = torch.zeros(len(rows), 3)
-    rgb[kept] = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    rgb[kept] = as_colours(principal_components(rows[kept]))
     return list(rgb.split([len(part) for part in features]))
+
+
+def as_colours(scores: Tensor) -> Tensor:
+    """Three components [M, 3] as red, green and blue in [0, 1], float32: each from its 2nd to its 98th percentile."""
+    low, high = torch.quantile(scores, torch.tensor(PERCENTILES, dtype=scores.dtype), dim=0)
+    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+
+
+def turned_like(scores: Tensor, like: Tensor) -> Tensor:
+    """Scores turned or mirrored as a whole so that they come nearest to others of the same patches: the colours of one place in two
+    pictures can be compared, which the order and signs of components otherwise forbid (orthogonal Procrustes problem).
+
+    Args:
+        scores, like: [M, 3], of mean 0.
+    """
+    u, _, v = torch.linalg.svd(scores.T @ like)
+    return scores @ (u @ v)
 
 
 def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -9,11 +9,12 @@ from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
 from pretrain.export.checked import FORMATS
 from pretrain.export.fixed_size import Size, Usage, positions_note
+from pretrain.results.dense import dense_table
 from pretrain.results.merge import backbone_label
 from pretrain.results.render import markdown_text, render
 from pretrain.results.runs import find_results
 from pretrain.results.schema import Result, read_result
-from pretrain.results.tables import comparison_table, epochs_text, pretraining_table, segmentation_table
+from pretrain.results.tables import comparison_table, epochs_text, posttraining_table, pretraining_table, segmentation_table
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.layout import registry_name
 
@@ -158,7 +159,7 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
 
 def _results(results: Sequence[Result]) -> list[str]:
     """The tables that every other place shows: a run that was scaled down says so in them."""
-    tables = [segmentation_table(results), pretraining_table(results)]
+    tables = [segmentation_table(results), dense_table(results, []), posttraining_table(results), pretraining_table(results)]
     comparison = comparison_table(results, published=[], table="all")
     if comparison.records:
         tables.insert(0, comparison)

@@ -1,5 +1,7 @@
 """What a run leaves (schema, provenance) and what is made of it (tables, report). A leaf above pretrain.errors."""
 
+from pretrain.results.choose import tables_of
+from pretrain.results.dense import dense_table
 from pretrain.results.merge import merge
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import (
@@ -22,6 +24,7 @@ __all__ = [
     "Result",
     "comparison_table",
     "config_hash",
+    "dense_table",
     "file_hash",
     "git_commit",
     "hardware",
@@ -35,5 +38,6 @@ __all__ = [
     "read_result",
     "render",
     "render_all",
+    "tables_of",
     "write_result",
 ]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.results.runs import Log
+from pretrain.results.tables import LOSS_TERMS
 
-FIRST_TERMS = ("loss", "image", "content", "position", "koleo", "box_ap", "mask_ap", "miou", "lr")
+FIRST_TERMS = (*LOSS_TERMS, "box_ap", "mask_ap", "miou", "lr")
 MOST_POINTS = 300
 _INK = "#010203"  # stands for currentColor until the SVG is written
 _COLOURS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")

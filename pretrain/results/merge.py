@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from pretrain.results.schema import Protocol, Result, to_json
 
-# {(protocol, config hash): the runs that differ in their seed}
-SeedGroups = dict[tuple[str, str], list[Result]]
+ALIGNMENT_LOSSES = ("cka", "frobenius", "gram")
 
 
 @dataclass(frozen=True)
@@ -95,33 +94,42 @@ def seeds_of(runs: Sequence[Result]) -> str:
 def merge(results: Sequence[Result]) -> list[Measured]:
     """Detection and segmentation results as rows, sorted by backbone, method and epochs; other kinds only inform.
 
-    * Runs of equal protocol and config hash differ in their seed and are averaged. A copy of a run counts once. Where the seeds are
-      the same too, they are of several pre-trainings of one name: each of these has rows of its own.
     * A detection group and a segmentation group of one method, backbone and number of epochs share a row when both are
       full or both are scaled down, so that a row is one or the other. Of several groups the best comes first.
-    * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result.
+    """
+    merged = []
+    for runs, before in alike(results, "detection", "segmentation"):
+        detections = ranked([run for run in runs if run.kind == "detection"], "box_ap")
+        segmentations = ranked([run for run in runs if run.kind == "segmentation"], "miou")
+        for i in range(max(len(detections), len(segmentations))):
+            detection = detections[i] if i < len(detections) else []
+            segmentation = segmentations[i] if i < len(segmentations) else []
+            merged.append(Measured(detection, segmentation, before))
+    return merged
+
+
+def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Protocol | None]]:
+    """The results of these kinds, together where they are of one method, backbone, number of epochs and pre-training, sorted by
+    these; each time with the protocol of the pre-training where that is known to have been scaled down.
+
+    * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result; full and scaled-down runs
+      are never together.
+    * A copy of a run counts once. Where runs of equal protocol and config hash have the same seed, they are of several
+      pre-trainings of one name: each of these is apart.
     """
     results = list({to_json(result): result for result in results}.values())
     pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
     pretraining.pop(None, None)
-    rows: dict[tuple, list[Result]] = {}
+    together: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
-        if r.kind in ("detection", "segmentation"):
+        if r.kind in kinds:
             before = pretraining.get(r.weights_hash)
             epochs = -1.0 if r.effective_epochs is None else r.effective_epochs
             scaled = before is not None or bool(r.protocol.deviations)
             key = (backbone_label(r.backbone), r.method, epochs, scaled, before.identity if before else "")
-            rows.setdefault(key, []).append(r)
-    merged = []
-    for runs in (part for key in sorted(rows) for part in _apart(rows[key])):
-        detections = _ranked(_grouped(runs, "detection"), "box_ap")
-        segmentations = _ranked(_grouped(runs, "segmentation"), "miou")
-        for i in range(max(len(detections), len(segmentations))):
-            detection = detections[i] if i < len(detections) else []
-            segmentation = segmentations[i] if i < len(segmentations) else []
-            before = pretraining.get((detection or segmentation)[0].weights_hash)
-            merged.append(Measured(detection, segmentation, before))
-    return merged
+            together.setdefault(key, []).append(r)
+    parts = [part for key in sorted(together) for part in _apart(together[key])]
+    return [(runs, pretraining.get(runs[0].weights_hash)) for runs in parts]
 
 
 def _apart(runs: list[Result]) -> list[list[Result]]:
@@ -132,22 +140,28 @@ def _apart(runs: list[Result]) -> list[list[Result]]:
     return [[r for r in runs if r.weights_hash == weights] for weights in dict.fromkeys(r.weights_hash for r in runs)]
 
 
-def _grouped(runs: list[Result], kind: str) -> SeedGroups:
-    groups: SeedGroups = {}
+def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
+    """Runs of equal protocol and config hash, which differ in their seed, together: by the protocol's label, within a protocol the
+    best mean of the metric first."""
+    groups: dict[tuple[str, str], list[Result]] = {}
     for r in runs:
-        if r.kind == kind:
-            groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
-    return groups
-
-
-def _ranked(groups: SeedGroups, metric: str) -> list[list[Result]]:
-    """By the protocol's label; within a protocol the best mean first."""
+        groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
 
     def rank(key: tuple[str, str]) -> tuple:
         score = Score.of(groups[key], metric)
         return groups[key][0].protocol.label, key[0], -score.mean if score else 0.0, key[1]
 
     return [groups[key] for key in sorted(groups, key=rank)]
+
+
+def stage_of(result: Result) -> str:
+    """Its kind, or "posttrain" for a pretrain result of an alignment loss: pretrain/alignment.py."""
+    return "posttrain" if result.kind == "pretrain" and alignment_terms(result) else result.kind
+
+
+def alignment_terms(result: Result) -> dict[str, float]:
+    """The losses of dense post-training among its metrics."""
+    return {name: result.metrics[name] for name in ALIGNMENT_LOSSES if name in result.metrics}
 
 
 def backbone_label(name: str) -> str:

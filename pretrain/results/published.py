@@ -1,6 +1,7 @@
-"""The numbers that the paper prints, as data: `published_results.csv`, one row a row of its tables."""
+"""Published numbers as data: the paper's tables (`published_results.csv`), and dense evaluations (`published_dense.csv`)."""
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
@@ -24,9 +25,37 @@ class PublishedRow:
     note: str
 
 
+@dataclass(frozen=True)
+class PublishedDense:
+    """What a method's authors, or those who compared it, report of its frozen features on one labelled set.
+
+    scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published. In-context mIoU is that
+            of the public Hummingbird evaluation, which matches classes (Hungarian) before it counts.
+    """
+
+    set: str
+    method: str
+    backbone: str
+    scores: Mapping[str, float]
+    note: str
+
+
+def published_dense() -> list[PublishedDense]:
+    """Every row of `published_dense.csv`, in its order; its columns beside set, method, backbone and note are metrics."""
+    return [
+        PublishedDense(
+            set=row.pop("set"),
+            method=row.pop("method"),
+            backbone=row.pop("backbone"),
+            note=row.pop("note"),
+            scores={name: float(text) for name, text in row.items() if text},
+        )
+        for row in _rows("published_dense.csv")
+    ]
+
+
 def published_rows() -> list[PublishedRow]:
-    """Every row of the csv that ships with the package, in its order."""
-    text = resources.files("pretrain.results").joinpath("published_results.csv").read_text(encoding="utf-8")
+    """Every row of `published_results.csv`, in its order."""
     return [
         PublishedRow(
             table=row["table"],
@@ -38,8 +67,14 @@ def published_rows() -> list[PublishedRow]:
             ade20k_miou=_number(row["ade20k_miou"]),
             note=row["note"],
         )
-        for row in csv.DictReader(text.splitlines())
+        for row in _rows("published_results.csv")
     ]
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    """Of a csv that ships with the package."""
+    text = resources.files("pretrain.results").joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from pretrain.results.choose import tables_of
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
-from pretrain.results.merge import backbone_label, seeds_of
-from pretrain.results.paper import paper_tables
+from pretrain.results.merge import backbone_label, seeds_of, stage_of
 from pretrain.results.render import render_all
 from pretrain.results.runs import Figure, Run, run_names
 from pretrain.results.schema import KINDS, Protocol
-from pretrain.results.tables import NONE, comparison_table, duration_text, epochs_text, pretraining_table, segmentation_table
+from pretrain.results.tables import NONE, duration_text, epochs_text
 
-_KIND_TITLES = {
+_TITLES = {  # by stage_of(result)
     "pretrain": "Pre-training",
+    "posttrain": "Post-training",
     "detection": "Detection and instance segmentation",
     "segmentation": "Semantic segmentation",
     "dense": "Dense evaluation without fine-tuning",
@@ -39,18 +40,19 @@ _PAGE = """<!doctype html>
 """
 
 
-def build_report(runs: Sequence[Run], title: str = "Results", table: str = "1", layout: str = "list") -> str:
+def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = "") -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
     runs   in any order: they are sorted by kind, method, backbone and seed. `table`: the published tables to show
-    beside the measured rows ("1", "1,2,7" or "all"); an unknown one is a UserError. `layout`: "list", or "paper" for the paper's.
+    beside the measured rows ("1", "1,2,7" or "all"; "": 1); an unknown one is a UserError. `layout` and `against`: of
+    :func:`pretrain.results.choose.tables_of`.
     """
-    runs = sorted(runs, key=lambda run: (KINDS.index(run.result.kind), *_order(run)))
+    runs = sorted(runs, key=lambda run: (list(_TITLES).index(stage_of(run.result)), *_order(run)))
     names = run_names([run.result for run in runs])
     sections = {
         "Summary": _summary(runs, names),
         "Curves": _curves(runs, names),
-        "Results": _results(runs, table, layout),
+        "Results": render_all(tables_of([run.result for run in runs], layout, table or "1" * (layout == "paper"), against), "html"),
         "Figures": _figures(runs, names),
         "Reproducibility": _reproducibility(runs, names),
     }
@@ -127,22 +129,22 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     methods = list(dict.fromkeys(sorted(run.result.method for run in runs)))
     parts = []
-    for kind in KINDS:
+    for stage, title in _TITLES.items():
         curves: list[Curve] = []
         seen: list[str] = []
         for run, name in zip(runs, names):
-            if run.result.kind == kind and run.log:
+            if stage_of(run.result) == stage and run.log:
                 method = run.result.method
                 curves.append(Curve(name, run.log, *style_of(method, methods, seen.count(method))))
                 seen.append(method)
         if curves:
-            parts.append(f"<h3>{_KIND_TITLES[kind]}</h3>\n{_curve_figure(kind, curves)}")
+            parts.append(f"<h3>{title}</h3>\n{_curve_figure(stage, curves)}")
     return "\n".join(parts)
 
 
-def _curve_figure(kind: str, curves: Sequence[Curve]) -> str:
+def _curve_figure(stage: str, curves: Sequence[Curve]) -> str:
     shown, others = terms_of(curves)
-    panels = {term: panel(term, curves, f"{kind}-{i}") for i, term in enumerate([*shown, *others])}
+    panels = {term: panel(term, curves, f"{stage}-{i}") for i, term in enumerate([*shown, *others])}
     lines = [
         f'<figure><ul class="legend">{"".join(map(_legend, curves))}</ul>',
         _grid([panels[term] for term in shown]),
@@ -164,20 +166,13 @@ def _grid(panels: Sequence[str]) -> str:
     return f'<div class="panels">{"".join(f"<div>{svg}</div>" for svg in panels)}</div>'
 
 
-def _results(runs: Sequence[Run], table: str, layout: str) -> str:
-    results = [run.result for run in runs]
-    tables = paper_tables(results, table) if layout == "paper" else [comparison_table(results, table=table)]
-    further = [table for table in (segmentation_table(results), pretraining_table(results)) if table]
-    return render_all([*tables, *further], "html")
-
-
 def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Run by run: every number that it measured, and its pictures."""
     parts = []
     for run, name in zip(runs, names):
         pictures = "".join(picture(figure) for figure in run.figures)
         if pictures:
-            head = f"{_KIND_TITLES[run.result.kind]}: {name}"
+            head = f"{_TITLES[stage_of(run.result)]}: {name}"
             parts.append(
                 f"<h3>{html.escape(head)}</h3>\n"
                 f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n<div class="pictures">{pictures}</div>'
@@ -206,7 +201,7 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append([r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")])
         metrics = _list({key: _words(value) for key, value in sorted(_flat(r.metrics).items())})
         details.append(
-            f"<details><summary>{html.escape(f'{_KIND_TITLES[r.kind]}: {name}')}</summary>\n"
+            f"<details><summary>{html.escape(f'{_TITLES[stage_of(r)]}: {name}')}</summary>\n"
             f"<p>{html.escape(_protocol_text(r.protocol))}</p>\n{metrics}</details>"
         )
     heads = ["kind", "run", "seed", "config hash", "weights hash", "commit", "created (UTC)"]

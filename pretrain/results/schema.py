@@ -7,6 +7,7 @@ protocol carries the list of departures, and :attr:`Protocol.label` is the only 
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
@@ -18,7 +19,7 @@ from pretrain.errors import UserError
 SCHEMA_VERSION = 1
 KINDS = ("pretrain", "detection", "segmentation", "dense", "analysis")
 FILE_NAME = "result.json"
-PERCENT_METRICS = ("box_ap", "mask_ap", "miou")
+PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ class Protocol:
 class Result:
     """One run. Wrong types, NaN and values out of range are a UserError that names the key.
 
-    metrics          {name: number or dict}. Detection: box_ap, mask_ap, box_ap50, ... and segmentation: miou, ... in
-                     percent; a metric that is undefined (no ground truth) is left out.
+    metrics          {name: number or dict}. Detection: box_ap, mask_ap, box_ap50, ..., segmentation: miou, ... and dense:
+                     linear_miou, ... in percent; a metric that is undefined (no ground truth) is left out.
     seed             of this run, not of the pre-training that it starts from.
     config_hash      `provenance.config_hash`; equal for runs that differ in the seed alone: only such are averaged.
     weights_hash     `provenance.file_hash` of the backbone file that a pretrain run left, or another run read.
@@ -111,9 +112,9 @@ class Result:
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}, below zero")
         _check_metrics(self.metrics, "metrics")
-        for name in PERCENT_METRICS:
-            if not 0 <= self.metrics.get(name, 0.0) <= 100:
-                raise UserError(f"metrics.{name} is {self.metrics[name]}, not a percentage")
+        for name, value in self.metrics.items():
+            if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
+                raise UserError(f"metrics.{name} is {value}, not a percentage")
         _check_utc(self.created)
 
 
@@ -217,7 +218,7 @@ def _plain(value: Any, key: str) -> Any:
 
 def _check_metrics(metrics: dict[str, Any], key: str) -> None:
     for name, value in metrics.items():
-        if isinstance(value, dict) and name not in PERCENT_METRICS:
+        if isinstance(value, dict) and not PERCENT_METRICS.fullmatch(name):
             _check_metrics(value, f"{key}.{name}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{key}.{name} must be a number, not {_type_name(value)} {value!r}")

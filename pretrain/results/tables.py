@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
+from pretrain.results.merge import (
+    ALIGNMENT_LOSSES,
+    Measured,
+    Score,
+    alignment_terms,
+    backbone_family,
+    backbone_label,
+    merge,
+    stage_of,
+)
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
 from pretrain.results.schema import Protocol, Result
 
@@ -20,7 +29,8 @@ COLUMNS = (
 )
 PROTOCOL_FIELDS = ("pretraining_protocol", "detection_protocol", "segmentation_protocol")
 ADE20K = "ade20k"  # how the names of its protocols begin: other data sets' mIoU has a table of its own
-LOSS_TERMS = ("loss", "image", "content", "position", "koleo")
+LOSS_TERMS = ("loss", "image", "content", "position", "koleo", *ALIGNMENT_LOSSES, "overlaps")
+SEEDS = "a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed."
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def _notes(printed: list[PublishedRow], measured: list[Measured]) -> list[str]:
 def seeds_note(measured: Sequence[Measured]) -> list[str]:
     """What a ± b (n=c) means, where any of the rows has it."""
     several = any(score is not None and score.n > 1 for row in measured for score in scores_of(row).values())
-    return ["a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed."] if several else []
+    return [SEEDS] if several else []
 
 
 # --- cells: what md, latex and html show ------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ def _published_record(row: PublishedRow) -> dict[str, str]:
     return (
         {"source": "published", "mark": "", "protocol_is_full": "true"}
         | subject_fields(row.method, row.backbone, row.effective_epochs)
-        | _numbers(scores, counted=False)
+        | numbers_of(scores, counted=False)
         | dict(zip(PROTOCOL_FIELDS, ("", *_published_protocols(row))))
         | {"deviations": "", "seeds": "", "config": "", "table": row.table, "note": row.note}
     )
@@ -191,7 +201,7 @@ def _measured_record(row: Measured) -> dict[str, str]:
     return (
         {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
         | subject_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
-        | _numbers(scores_of(row), counted=True)
+        | numbers_of(scores_of(row), counted=True)
         | dict(zip(PROTOCOL_FIELDS, labels))
         | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs}
         | {"table": "", "note": ""}
@@ -203,7 +213,7 @@ def subject_fields(method: str, backbone: str, epochs: float | None) -> dict[str
     return {"method": method, "backbone": backbone, "effective_epochs": "" if epochs is None else f"{epochs:g}"}
 
 
-def _numbers(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
+def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
     """Mean, standard deviation and count of each score; the count only where we know it."""
     row = {}
     for name, score in scores.items():
@@ -241,7 +251,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
         records.append(
             {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
             | subject_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
-            | _numbers({"miou": score}, counted=True)
+            | numbers_of({"miou": score}, counted=True)
             | {"seeds": row.seeds, "config": row.configs}
         )
     return Table(
@@ -258,12 +268,22 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
 
 
 def pretraining_table(results: Sequence[Result]) -> Table | None:
-    """Every pretrain result with its final loss terms and other plain metrics; None when there is none."""
-    runs = [result for result in results if result.kind == "pretrain"]
+    """Every pretrain result with its final loss terms and other plain metrics, but for post-trainings; None when there is none."""
+    return _training_table("Pre-training runs", [result for result in results if stage_of(result) == "pretrain"])
+
+
+def posttraining_table(results: Sequence[Result]) -> Table | None:
+    """The same of dense post-trainings, whose losses are others."""
+    return _training_table("Post-training runs", [result for result in results if stage_of(result) == "posttrain"])
+
+
+def _training_table(title: str, runs: list[Result]) -> Table | None:
     runs.sort(key=lambda r: (backbone_label(r.backbone), r.method, r.seed, r.created))
     if not runs:
         return None
     names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
+    if all(run.metrics["loss"] in alignment_terms(run).values() for run in runs if "loss" in run.metrics):
+        names.discard("loss")  # the one term, under its name
     metrics = [name for name in LOSS_TERMS if name in names] + sorted(names - set(LOSS_TERMS))
     notes, lines, records = FootNotes(), [], []
     for run in runs:
@@ -280,10 +300,10 @@ def pretraining_table(results: Sequence[Result]) -> Table | None:
         )
     columns = ("method", "backbone", "eff. epochs", "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
     return Table(
-        title="Pre-training runs",
+        title=title,
         columns=columns,
         groups=(tuple(lines),),
-        notes=tuple(notes.texts("Not the full pre-training.")),
+        notes=tuple(notes.texts(f"Not the full {title.split()[0].lower()}.")),
         numeric=frozenset({2, *range(4, len(columns))}),
         records=tuple(records),
     )

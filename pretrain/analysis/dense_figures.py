@@ -1,0 +1,259 @@
+"""Figures of a dense evaluation: labels over their images, cluster maps, and principal components of patch features.
+
+Classes and clusters have colours that differ for the eye with and without a deficiency of colour vision, as far as their number
+allows; pixels that are not counted are hatched in grey.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.analysis.feature_figures import pca_figure
+from pretrain.analysis.figures import bare, forget, plain, save
+from pretrain.analysis.pca import as_colours, principal_components, turned_like
+from pretrain.backbones.vit import Tokens, ViT
+from pretrain.data.pictures import resized
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int32]
+Colours = Mapping[int, tuple[float, float, float]]
+CLUSTERS = "clusters"  # the map whose numbers are no classes
+MOST_IN_LEGEND = 32
+COLUMN_IN, SIDE_PX = 2.6, 360  # of a picture: width in inches; longer side in pixels
+SHARE = 0.75  # of the colours over the grey image
+HATCHED = (0.62, 0.8)  # grey levels of pixels that are not counted
+# What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1: protan, deutan, tritan.
+DEFICIENT = np.array(
+    [
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+
+
+class Features(Protocol):
+    """:class:`pretrain.evaluation.features.Features`, held frozen by the caller."""
+
+    @property
+    def backbone(self) -> ViT:
+        """Whose features these are."""
+        ...
+
+    def __call__(self, images: Tensor) -> Iterator[Tokens]:
+        """Tokens of uint8 squares [n, 3, S, S], some at a time."""
+        ...
+
+
+def write(
+    folder: Path,
+    images: Sequence[Pixels],
+    labels: Sequence[Labels],
+    maps: Mapping[str, Sequence[Labels]],
+    classes: Sequence[str],
+    features: Sequence[tuple[str, Features]],
+    image_px: int,
+) -> None:
+    """Draw ``folder/figures/{segmentation,clusters,components}.png``, as far as there is something to draw, and their captions.
+
+    Figures of these names from an earlier evaluation go.
+
+    Args:
+        images: [H, W, 3] each; labels: [S, S] each, 0 .. C, of the whole image squeezed to a square.
+        maps: by the evaluation's name, :class:`~pretrain.evaluation.dense.Outcome`; one an image, at any side.
+        classes: names of the labels 1 .. C.
+        features: (name, features) of one checkpoint, or of several to compare: before and after a post-training. Held frozen.
+        image_px: side of the squares that the features are taken of.
+    """
+    figures = folder / "figures"
+    forget(figures, "segmentation|clusters|components")
+    shown = {name: found for name, found in maps.items() if found}
+    if images and any("cluster" not in name for name in shown):
+        chosen = {name: found for name, found in shown.items() if "cluster" not in name}
+        caption = f"Images of the validation part, their labels, and what was predicted from frozen features. {_grey(labels)}"
+        save(labels_figure(images, labels, chosen, classes), figures, "segmentation.png", "Segmentation", caption)
+    if images and any("cluster" in name for name in shown):
+        chosen = {name: found for name, found in shown.items() if "cluster" in name}
+        caption = f"Patches by K-means, without labels. {_grey(labels)}"
+        if CLUSTERS in chosen:
+            caption += " Clusters: a colour tells a cluster, the same in all images, no class; lines are the labels' outlines."
+        save(labels_figure(images, labels, chosen, classes), figures, "clusters.png", "Clusters", caption)
+    if images and features:
+        caption = "The first three principal components of the patches of all images together, as red, green and blue."
+        if len(features) > 1:
+            caption += f" Each row has its own, turned so that the colours come nearest to those of {features[0][0]}."
+        pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
+        figure = pca_figure(pictures, components(images, features, image_px))
+        save(figure, figures, "components.png", "Principal components of the patches", caption)
+
+
+def _grey(labels: Sequence[Labels]) -> str:
+    return "Hatched grey: not counted." if any((part == 0).any() for part in labels) else ""
+
+
+def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int) -> dict[str, list[Tensor]]:
+    """The colours of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
+
+    Args:
+        images: [H, W, 3] each, squeezed to squares of ``image_px``, rounded to whole patches.
+        features: (name, features).
+    """
+    first: Tensor | None = None
+    found: dict[str, list[Tensor]] = {}
+    for name, seen in features:
+        patch = seen.backbone.patch_size
+        side = max(1, round(image_px / patch))
+        squares = torch.stack([resized(image, (side * patch, side * patch)) for image in images])
+        with torch.no_grad():
+            rows = torch.cat([tokens.patches.flatten(0, 1).cpu() for tokens in seen(squares)])  # [n * N, D]
+        scores = principal_components(rows)
+        if first is None:
+            first = scores
+        elif first.shape == scores.shape:
+            scores = turned_like(scores, first)
+        found[name] = list(as_colours(scores).view(len(images), side, side, 3))
+    return found
+
+
+def labels_figure(
+    images: Sequence[Pixels], labels: Sequence[Labels], maps: Mapping[str, Sequence[Labels]], classes: Sequence[str]
+) -> Figure:
+    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur.
+
+    Args:
+        as of :func:`write`; the map :data:`CLUSTERS` has colours of its own, the others those of the classes.
+    """
+    in_labels, in_maps = _shares(labels), _shares([part for name, found in maps.items() if name != CLUSTERS for part in found])
+    # Those of the labels come first: they have the same colours in all figures of the same images, whatever was predicted.
+    colours = _colours([*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())])
+    clusters = _colours(sorted(_shares(maps.get(CLUSTERS, ()))))
+    columns = ["image", "labels", *maps]
+    width = COLUMN_IN * len(columns)
+    names = [Patch(facecolor=colours[k], label=plain(classes[k - 1], 28)) for k, _ in (in_labels + in_maps).most_common()]
+    if len(names) > MOST_IN_LEGEND:
+        names[MOST_IN_LEGEND:] = [Patch(alpha=0, label=f"and {len(names) - MOST_IN_LEGEND} more")]
+    n_columns = max(1, int(width / (0.5 + 0.075 * max((len(str(patch.get_label())) for patch in names), default=0))))
+    ratios = [min(image.shape[0] / image.shape[1], 1.0) for image in images]
+    size = (width, COLUMN_IN * sum(ratios) + 0.3 + 0.1 * len(images) + 0.2 * -(-len(names) // n_columns))
+    figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False, layout="constrained", height_ratios=ratios)
+    for i, (row, image, truth) in enumerate(zip(axes, images, labels)):
+        bare(row[0]).imshow(image)
+        bare(row[1]).imshow(painted(image, truth, colours))
+        for axis, (name, found) in zip(row[2:], maps.items()):
+            is_classes = name != CLUSTERS
+            bare(axis).imshow(painted(image, found[i], colours if is_classes else clusters, None if is_classes else truth))
+    for axis, title in zip(axes[0], columns):
+        axis.set_title(title.replace("_", " "), fontsize=10)
+    if names:
+        figure.legend(handles=names, loc="outside lower center", ncols=n_columns, fontsize=8, frameon=False)
+    return figure
+
+
+def _shares(maps: Sequence[Labels]) -> Counter[int]:
+    """{label: pixels, a map being one} over all maps, without 0."""
+    shares: Counter[int] = Counter()
+    for part in maps:
+        for label, count in zip(*np.unique(part[part > 0], return_counts=True)):
+            shares[int(label)] += count / part.size
+    return shares
+
+
+def _colours(labels: Sequence[int]) -> Colours:
+    return dict(zip(labels, distinct_colours(len(labels))))
+
+
+def painted(image: Pixels, labels: Labels, colours: Colours, outlined: Labels | None = None) -> NDArray[np.float64]:
+    """The image in grey under the colours of its labels, float [h, w, 3] in [0, 1]; label 0 hatched.
+
+    Args:
+        image: [H, W, 3]; labels: [S, S], of the whole image.
+        outlined: [T, T], labels whose outlines are drawn on top, in black on white.
+    """
+    scale = SIDE_PX / max(image.shape[:2])
+    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    pixels = resized(image, size).permute(1, 2, 0).numpy() / 255
+    here = _at_size(labels, size)
+    table = np.zeros((int(here.max()) + 1, 3))
+    for label, colour in colours.items():
+        if label < len(table):
+            table[label] = colour
+    rows, columns = np.indices(size)
+    hatch = np.where((rows + columns) // 5 % 2, *HATCHED)
+    coloured = np.where((here == 0)[..., None], hatch[..., None], table[here])
+    mixed = SHARE * coloured + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colours
+    if outlined is not None:
+        edges = _edges(_at_size(outlined, size))
+        mixed[_widened(edges)] = 1.0
+        mixed[edges] = 0.0
+    return mixed
+
+
+def _at_size(labels: Labels, size: tuple[int, int]) -> Labels:
+    """Nearest neighbours."""
+    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(size, labels.shape))
+    return labels[np.ix_(rows.astype(int), columns.astype(int))]
+
+
+def _edges(labels: Labels) -> NDArray[np.bool_]:
+    """Pixels whose neighbour to the right or below has another label."""
+    edges = np.zeros(labels.shape, bool)
+    edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
+    edges[:-1] |= labels[1:] != labels[:-1]
+    return edges
+
+
+def _widened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With the four neighbours of each pixel."""
+    wide = np.pad(mask, 1)
+    return wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+
+
+# --- colours ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def distinct_colours(count: int) -> tuple[tuple[float, float, float], ...]:
+    """Colours (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for any count.
+
+    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black, white or grey.
+    """
+    levels = np.linspace(0, 1, 15)
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    seen = _lab(candidates)  # [eyes, M, 3]
+    lightness, chroma = seen[0, :, 0], np.hypot(seen[0, :, 1], seen[0, :, 2])
+    keep = (lightness > 25) & (lightness < 92) & (chroma > 25)
+    candidates, seen = candidates[keep], seen[:, keep]
+    greys = _lab(np.repeat([[0.0], [0.45], [HATCHED[0]], [HATCHED[1]], [1.0]], 3, axis=1))
+    nearest = np.min([_distance(seen, greys[:, i : i + 1]) for i in range(greys.shape[1])], axis=0)
+    chosen: list[tuple[float, float, float]] = []
+    for _ in range(count):
+        best = int(nearest.argmax())  # more colours than candidates begin anew
+        red, green, blue = candidates[best].tolist()
+        chosen.append((red, green, blue))
+        nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))
+    return tuple(chosen)
+
+
+def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of colours [eyes, M, 3] and [eyes, 1, 3] to the worst eye, [M]."""
+    return np.sqrt(np.square(a - b).sum(-1)).min(0)
+
+
+def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    """sRGB [M, 3] as CIE Lab (D65) for four eyes, [4, M, 3]."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    eyes = np.stack([linear, *(np.clip(linear @ matrix.T, 0, 1) for matrix in DEFICIENT)])
+    to_xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+    xyz = eyes @ to_xyz.T / to_xyz.sum(1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
