@@ -12,9 +12,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is opt
 
 from det_plugin.benchmark import backbone as det
 from det_plugin.benchmark import step
-from det_plugin.benchmark.turns import Figures, in_turns, ratio
 from det_plugin.protocol import protocol, with_overrides
-from pretrain.errors import UserError
 
 pytestmark = pytest.mark.detectron2
 
@@ -23,28 +21,6 @@ SMALL = dict(
     image_size_px=64, channels=16, box_fc=16, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=8,
     rpn_pre_nms=(20, 20), rpn_post_nms=(10, 10), anchor_sizes_px=(4, 8, 16, 32, 64),
 )  # fmt: skip
-
-
-def hold(n_mib):
-    """Work that holds and lets go: a contender of known memory."""
-
-    def work():
-        torch.ones(n_mib, 2**18).sum()
-
-    return work
-
-
-def refuse(_):
-    raise UserError("nothing to measure")
-
-
-def test_ratios_and_peaks_are_those_of_each_process():
-    found = in_turns({"ours": (hold, (64,)), "theirs": (hold, (256,))}, "cpu", 2)
-    assert [len(f.seconds) for f in found.values()] == [2, 2]
-    assert 64 <= found["ours"].peak_mib < 128 and 256 <= found["theirs"].peak_mib < 320
-    assert ratio(Figures([1.0, 9.0, 2.0], 10.0), Figures([2.0, 1.0, 4.0], 40.0)) == {"time": 0.5, "memory": 0.25}
-    with pytest.raises(UserError, match="nothing to measure"):
-        in_turns({"ours": (refuse, (1,))}, "cpu", 1)
 
 
 def test_contenders_are_alike_or_the_measure_stops(monkeypatch):

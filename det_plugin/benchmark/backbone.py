@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from det_plugin.benchmark.turns import Work, in_turns, ratio
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from det_plugin.windows import global_blocks
 from pretrain.backbones.vit import ViT
+from pretrain.benchmark.turns import Work, in_turns, ratio
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 

@@ -162,7 +162,7 @@ def flops_an_image(config: DictConfig) -> float:
 
     def forward(px: int) -> float:
         n_patches = (px // backbone.patch_size) ** 2
-        n_tokens = n_patches + backbone.n_prefix
+        n_tokens = n_patches + 1 + backbone.n_registers
         embedding = 2 * n_patches * 3 * backbone.patch_size**2 * dim
         return depth * n_tokens * (24 * dim**2 + 4 * n_tokens * dim) + embedding
 
