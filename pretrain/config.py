@@ -311,6 +311,10 @@ def _check_dense(config: DictConfig) -> None:
             raise UserError(f"config: {least} leaves no overlap: the centres of crops.{name}={crops[name]} span {n - 1} patches")
     if config.run.leaves == "teacher" and optim.teacher_momentum == optim.teacher_momentum_end == 1:
         raise UserError("config: run.leaves=teacher, but with optim.teacher_momentum=1 it stays what backbone.weights is")
+    n, n_points = min(crops.global_px, crops.local_px) // patch_size, dense.region_grid * dense.region_samples
+    if crops.local_rule == "same" and crops.local_px != crops.global_px and n_points > n:
+        points = f"dense.region_grid * dense.region_samples={n_points} points"
+        warnings.warn(f"config: {points} of a whole crop (crops.local_rule=same) repeat the border of {n} patches", stacklevel=2)
     for kind in ("content", "position"):
         if config.masks[f"{kind}_share"]:
             warnings.warn(f"config: masks.{kind}_share has no effect with run.algorithm=dense", stacklevel=2)

@@ -34,6 +34,8 @@ class Subject:
         patch_px: side of its patches, as it is built.
         has_token: the file holds a position mask token, and does not say that no loss ever read it.
         source: that of :func:`pretrain.build.build_backbone`.
+        seed: of the training that left the file; 0 where it does not say one.
+        training: config hash of that training, equal for those that differ in their seed alone; None where it is not said.
     """
 
     label: str
@@ -44,6 +46,8 @@ class Subject:
     effective_epochs: float | None = None
     has_token: bool = False
     source: str | None = None
+    seed: int = 0
+    training: str | None = None
 
     @property
     def folder(self) -> str:
@@ -143,7 +147,7 @@ def open_subjects(
     for i, path in enumerate(paths):
         checkpoint = read_checkpoint(path, source)
         said = checkpoint.provenance
-        epochs = said.get("effective_epochs")
+        epochs, seed, training = (said.get(key) for key in ("effective_epochs", "seed", "config_hash"))
         subjects.append(
             Subject(
                 label="",
@@ -154,6 +158,8 @@ def open_subjects(
                 effective_epochs=None if epochs is None else float(epochs),
                 has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
                 source=source,
+                seed=seed if type(seed) is int and 0 <= seed < 2**32 else 0,
+                training=training if isinstance(training, str) else None,
             )
         )
     return named_apart(subjects)

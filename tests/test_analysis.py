@@ -85,6 +85,24 @@ def test_pictures_of_a_running_training(encoding, n_local):
     assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
 
 
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
+    """A post-training reads the field of its start over the whole of every crop: there is no place in P to show; or no [CLS]."""
+    shown = []
+    monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
+    boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
+    nothing = draw_masks(1, 2, (2, 2), MaskRule(0.0, 0.0), (0,))
+    backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
+    titles = []
+    for tied in (True, False):
+        shown.clear()
+        crops, small = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 16, 16)
+        training_pictures(backbone, crops, small, Views(boxes, flips, boxes, n_global=2, tied=tied), nothing)
+        titles.append({axis.get_title() for figure in shown for axis in figure.axes})
+    assert titles[0] - titles[1] == {"crops at their position boxes in P"} and titles[1] <= titles[0]
+    assert ("attention of [CLS]" in titles[0]) == has_cls
+
+
 def test_knn_equals_a_plain_loop():
     g = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(40, 6, generator=g), torch.randn(15, 6, generator=g)

@@ -13,11 +13,12 @@ from sklearn.preprocessing import StandardScaler
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.label_sets import LabelSet
-from pretrain.errors import UserError
+from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import clustering as module
 from pretrain.evaluation.dense.clustering import ClusteringSettings, clustering, principal
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.linear import Moments
+from pretrain.signals import StopSignals
 
 SIDE, PATCH, CLASSES = 64, 8, ("sky", "grass", "cow")
 SHADES = np.array([[230, 40, 40], [30, 0, 150], [40, 220, 40], [110, 50, 0], [40, 60, 240], [240, 230, 60]])  # two of each class
@@ -87,12 +88,9 @@ def test_equals_scikit_learn_and_scipy(features, squares):
     assert 30 < expected < over < 90  # nothing is trivial: each shade is a cluster, and three mix the classes
     assert outcome.metrics["clustering_miou_std"] == outcome.metrics["clustering_k6_miou_std"] == pytest.approx(0)
     assert list(outcome.metrics) == ["clustering_miou", "clustering_miou_std", "clustering_k6_miou", "clustering_k6_miou_std"]
-    assert outcome.maps.keys() == {"clustering", "clusters"}
+    assert outcome.maps.keys() == {"clustering"} and len(outcome.maps["clustering"]) == 3
     for i in range(3):
         assert outcome.maps["clustering"][i].dtype == np.int32 and np.array_equal(outcome.maps["clustering"][i], classes[i])
-        pairs = np.unique(np.stack([outcome.maps[name][i].ravel() for name in ("clustering", "clusters")]), axis=1)
-        assert pairs.shape[1] == 3 and set(pairs[0]) == set(pairs[1]) == {1, 2, 3}  # a renaming
-    assert len(outcome.maps["clusters"]) == 3
 
 
 def test_unlabelled_pixels_are_not_counted(features, squares, tmp_path):
@@ -119,7 +117,8 @@ def test_principal_components_are_scikit_learns():
     found = principal(moments, 4)(torch.from_numpy(x)).numpy()[:, ::-1]
     expected = PCA(4).fit_transform(StandardScaler().fit_transform(x))
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-7)
-    assert principal(moments, 50).weight.shape == (7, 7)
+    weight = principal(moments, 50).weight
+    assert weight.shape == (7, 7) and not weight[:, 0].any() and weight[:, 1:].any(0).all()  # what does not vary gives 0
 
 
 def test_seeds_and_pool(features, squares):
@@ -189,3 +188,32 @@ def test_features_that_are_no_numbers_and_sets_without_labels(features, squares)
         with pytest.raises(UserError, match="not finite"):
             clustering(features, squares, squares, SMALL)
         bias[0] = 0
+
+
+def test_a_signal_stops_k_means_and_hours_are_told_before(features, squares, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_seconds", lambda pool, n_clusters, settings: 3600.0 * n_clusters)
+    clustering(features, squares, squares, SMALL, signals=StopSignals())
+    said = capsys.readouterr().out
+    assert said.startswith("clustering, K-means: up to about 18.0 h on this device; less by clustering.overclusters, ")
+    assert "clustering, K-means: 4 of 4 fits" in said
+    clustering(features, squares, squares, SMALL)
+    assert not capsys.readouterr().out  # a probe
+
+    signals, asked = StopSignals(), []
+    real = module.check_signals
+
+    def later(signals, where):
+        asked.append(where)
+        signals.received = "SIGTERM" if len(asked) == 3 else None
+        real(signals, where)
+
+    monkeypatch.setattr(module, "check_signals", later)
+    with pytest.raises(Interrupted, match="SIGTERM at clustering, K-means"):
+        clustering(features, squares, squares, SMALL, signals=signals)
+    assert len(asked) == 3
+
+
+def test_what_k_means_takes_is_measured(features):
+    pool = torch.rand(3000, 6)
+    few, many = (module._seconds(pool, 5, ClusteringSettings(restarts=n)) for n in (1, 1000))
+    assert 0 < few < 60 < 1000 * many and many > 20 * few

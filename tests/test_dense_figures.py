@@ -167,17 +167,18 @@ def test_a_class_keeps_its_colour_whatever_was_predicted():
     plt.close(one), plt.close(other)
 
 
-def test_clusters_have_no_class_and_many_classes_are_counted():
+def test_clusters_are_in_the_colours_of_their_classes_and_many_classes_are_counted():
     names = [f"class {i}" for i in range(1, 61)]
     labels = [np.arange(1, 61, dtype=np.int32).repeat(60).reshape(60, 60)]
-    figure = labels_figure([photo(0)], labels, {"clusters": [labels[0] + 100]}, names)
+    figure = labels_figure([photo(0)], labels, {"clustering": [labels[0][::-1]]}, names)
     (legend,) = figure.legends
     words = [text.get_text() for text in legend.get_texts()]
     assert len(words) == MOST_IN_LEGEND + 1 and words[-1] == "and 28 more" and set(words[:-1]) <= set(names)
-    first, second = distinct_colours(2)  # colours of the clusters that occur, whatever the classes have
-    figure_of_two = labels_figure([photo(0)], [halves(2, 1)], {"clusters": [halves(1, 9)]}, names)
-    wanted = painted(photo(0), halves(1, 9), {1: first, 9: second}, outlined=halves(2, 1))
-    np.testing.assert_allclose(drawn(figure_of_two, 0, 2), wanted, atol=1e-6)
+    figure_of_two = labels_figure([photo(0)], [halves(2, 1)], {"clustering": [halves(1, 9)], "linear": [halves(1, 9)]}, names)
+    colours = {number: legend_of(figure_of_two)[f"class {number}"] for number in (1, 9)}
+    for column, outlined in ((2, halves(2, 1)), (3, None)):
+        wanted = painted(photo(0), halves(1, 9), colours, outlined=outlined)
+        np.testing.assert_allclose(drawn(figure_of_two, 0, column), wanted, atol=1e-6)
     plt.close(figure), plt.close(figure_of_two)
 
 
@@ -229,18 +230,21 @@ def test_components_before_and_after(two_features):
 
 def test_figures_of_a_run_and_its_page(tmp_path, two_features):
     images, labels = [photo(0), photo(1, (60, 40))], [halves(0, 2), halves(2, 3)]
-    maps = {name: [halves(1, 2, 20)] * 2 for name in ("linear", "in_context", "clustering", "clusters")}
+    maps = {name: [halves(1, 2, 20)] * 2 for name in ("linear", "in_context", "clustering")}
     write_result(dense(), tmp_path)
     write(tmp_path, images, labels, maps, CLASSES, two_features, 64)
     shown = read_figures(tmp_path / "figures")
-    assert [figure.title for figure in shown] == ["Segmentation", "Clusters", "Principal components of the patches"]
-    assert "Hatched grey: not counted." in shown[0].caption and "those of before" in shown[2].caption
+    assert [figure.title for figure in shown] == ["Segmentation and clusters", "Principal components of the patches"]
+    assert "Hatched grey: not counted." in shown[0].caption and "those of before" in shown[1].caption
     page = build_report([read_run(tmp_path / "result.json")])
-    assert page.count("<img ") == 3 and all(figure.title in page for figure in shown)
+    assert page.count("<img ") == 2 and all(figure.title in page for figure in shown)
     write(tmp_path, images, [halves(1, 2)] * 2, {"linear": maps["linear"]}, CLASSES, two_features[:1], 64)
     again = json.loads((tmp_path / "figures" / "captions.json").read_text())
-    assert list(again) == ["segmentation.png", "components.png"] and not (tmp_path / "figures" / "clusters.png").exists()
-    assert "grey" not in again["segmentation.png"]["caption"] and "turned" not in again["components.png"]["caption"]
+    assert list(again) == ["segmentation.png", "components.png"]
+    assert (
+        not set(again["segmentation.png"]["caption"].split()) & {"grey:", "Clustering:"}
+        and "turned" not in again["components.png"]["caption"]
+    )
 
 
 def test_nothing_to_draw_leaves_nothing(tmp_path):

@@ -16,17 +16,8 @@ from pretrain.data.sampler import Order
 from pretrain.errors import UserError
 from pretrain.evaluation import features as features_module
 from pretrain.evaluation.dense import linear as linear_module
-from pretrain.evaluation.dense.linear import (
-    Head,
-    LinearSettings,
-    backward,
-    confusion_of,
-    cropped,
-    fit,
-    linear,
-    shrink,
-    whole_patches,
-)
+from pretrain.evaluation.dense.linear import Head, LinearSettings, backward, drawn, fit, linear
+from pretrain.evaluation.dense.patches import confusion_of, cropped, shrink, whole_patches
 from pretrain.evaluation.features import Features, frozen
 from pretrain.views.pixels import normalise
 
@@ -252,20 +243,6 @@ def test_the_first_weights_are_a_convolutions():
         assert theirs.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
-@pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
-def test_the_backbone_stays_as_it_is(kind):
-    backbone = tiny_vit().train()
-    if kind == "bfloat16":
-        backbone = backbone.bfloat16()
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    autocast = torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else None
-    with frozen(backbone):
-        outcome = linear(features_of(backbone, autocast), random_set(6), random_set(3, "val"), WHOLE)
-    assert np.isfinite(outcome.metrics["linear_miou"])
-    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    assert all(parameter.grad is None for parameter in backbone.parameters()) and backbone.training
-
-
 def test_sides_that_are_no_whole_patches():
     train, val, features = random_set(6), random_set(3, "val"), features_of(tiny_vit())
     assert whole_patches(79, features) == SIDE and whole_patches(SIDE, features) == SIDE
@@ -291,3 +268,20 @@ def test_bad_settings_and_features():
         backbone.norm.weight[0] = float("nan")
         with pytest.raises(UserError, match="not finite"):
             linear(features_of(backbone), random_set(3), random_set(2, "val"), WHOLE)
+
+
+def test_of_coco_the_layer_sees_some_images_drawn_from_the_seed(monkeypatch):
+    train, features, settings = random_set(12), features_of(Colours()), replace(WHOLE, coco_images=5, label_px=4)
+    coco = replace(train, name="coco_stuff")
+    assert drawn(train, settings) is train and list(drawn(coco, replace(settings, coco_images=99)).files) == list(range(12))
+    for seed in range(3):
+        places = drawn(coco, replace(settings, seed=seed)).files
+        assert len(set(places)) == 5 and list(places) == sorted(places)
+    assert len({tuple(drawn(coco, replace(settings, seed=seed)).files) for seed in range(5)}) > 3
+    read = []
+    monkeypatch.setattr(InMemory, "read", lambda self, i: read.append(self.files[i]) or (self.images[i], self.labels[i]))
+    with torch.no_grad():
+        linear(features, coco, held(train.images, train.labels, "val"), settings)
+    assert read[:5] == drawn(coco, settings).files and read[5:] == list(range(12))  # all of the validation part
+    with pytest.raises(UserError, match="linear.coco_images=0"):
+        LinearSettings(coco_images=0)

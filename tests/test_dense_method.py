@@ -133,6 +133,14 @@ def test_equal_views_and_networks_agree(folder, extra):
     assert terms_of(method, unflipped)["loss"].abs() < 1e-9 < terms_of(method, batch)["loss"]
 
 
+def test_the_student_alone_drops_paths(folder):
+    config = settings(folder, "backbone.drop_path=0.5")
+    batch, method = first_batch(config), apart(config, torch.float32).train()
+    first, again = (method.teacher_targets(batch) for _ in range(2))
+    assert torch.equal(first.features, again.features)
+    assert len({terms_of(method, batch)["loss"].item() for _ in range(8)}) > 1
+
+
 def test_the_whole_crop_is_read_patch_by_patch(folder):
     """Gram anchoring as DINOv3 does it: the features of the regions are the patches themselves, turned back where flipped."""
     whole = ["crops.local_rule=same", "crops.local_px=64", "dense.region_grid=4", "dense.region_samples=1"]
@@ -273,6 +281,16 @@ def test_settings_that_contradict_each_other_are_named(folder, extra, named):
 def test_settings_without_effect_are_a_warning(folder, extra):
     with pytest.warns(UserWarning, match=f"{extra.partition('=')[0]} has no effect"):
         settings(folder, extra)
+
+
+def test_whole_crops_of_two_sizes_read_beyond_the_patches_of_the_smaller(folder, recwarn):
+    """There both repeat their borders, which are not the same: it is said."""
+    whole = ["crops.local_rule=same", "dense.region_grid=4"]
+    settings(folder, *whole, "crops.local_px=64")
+    settings(folder, *whole, "crops.local_px=48", "dense.region_samples=1", "dense.region_grid=3")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"region_samples=4 points .* border of 3 patches"):
+        settings(folder, *whole, "crops.local_px=48", "dense.region_samples=1")
 
 
 def test_dense_settings_of_a_pre_training_are_a_warning(recwarn):

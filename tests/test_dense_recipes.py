@@ -1,34 +1,13 @@
 """The recipes of post-training: the configs of PaKA and Gram anchoring follow pretrain/recipe.py, and departures are said."""
 
-import re
-from pathlib import Path
-
 import pytest
+from recipe_fixture import CONFIGS, comments, effective, flat, recipe
 
-from pretrain.config import as_dict, load_config
+from pretrain.config import load_config
 from pretrain.recipe import COCO_TRAIN, IMAGENET_1K, pretraining_protocol
-from pretrain.schedules import effective_epochs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.name.startswith(("paka", "gram")))
 START = ["backbone.weights=start.pth"]
-
-
-def flat(config):
-    return {f"{group}.{key}": value for group, keys in as_dict(config).items() for key, value in keys.items()}
-
-
-def recipe(name, *overrides):
-    return load_config(CONFIGS / f"{name}.yaml", overrides)
-
-
-def comments(name):
-    return re.sub(r"\s*\n#\s*", " ", (CONFIGS / f"{name}.yaml").read_text())
-
-
-def effective(config):
-    crops = config.crops
-    return effective_epochs(config.optim.epochs, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +20,7 @@ def test_a_post_training_follows_its_recipe(name):
     assert config.run.leaves == "student" and config.optim.batch_size == (16 if "vitb" in name else 64)
     assert config.crops.global_px // config.backbone.patch_size == (37 if "14" in name else 14)
     said = comments("paka") + comments(name)
-    assert f"{round(effective(config), 1)}" in said or name == "gram_whole_vits16"
+    assert f"{round(effective(config, config.optim.epochs), 1)}" in said or name == "gram_whole_vits16"
     if "reg" in name:
         assert config.backbone.name.endswith("_reg4")
 

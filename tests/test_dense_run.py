@@ -1,9 +1,6 @@
 """Dense post-training, whole runs: what they leave, exact resume, parts and ranks that equal one, and runs of before."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +8,10 @@ import pytest
 import torch
 from dense_fixture import DENSE, GRAM, TIED, write_start
 from photos import write_photos
+from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
-from pretrain.checkpoints import newest
 from pretrain.config import as_dict, load_config
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
@@ -25,7 +22,6 @@ from pretrain.results.schema import read_result
 from pretrain.train import check_same_run, train
 from pretrain.weights import read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_length_it=1", "optim.epochs=3"]
 ANYWHERE = ["crops.local_rule=image", "crops.local_scale=[0.1,0.4]", *EXACT]
 
@@ -51,25 +47,6 @@ def overrides(folder, output, *extra):
 
 def run(folder, output, *extra, **named):
     return train(load_config(None, overrides(folder, output, *extra)), **named)
-
-
-def tensors_of(folder):
-    found, _ = newest(folder)
-    return found.tensors()
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(one, two, tolerance=1e-9):
-    """Every tensor of the last checkpoints, and the losses of the logs."""
-    a, b = tensors_of(one), tensors_of(two)
-    assert a.keys() == b.keys() and len(lines_of(one)) == len(lines_of(two)) == 3
-    for key, value in a.items():
-        torch.testing.assert_close(b[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
-    for x, y in zip(lines_of(one), lines_of(two)):
-        assert (x["loss"], x["cka"]) == pytest.approx((y["loss"], y["cka"]), rel=tolerance)
 
 
 def state_of(tensors, network):
@@ -131,19 +108,37 @@ def test_parts_equal_the_whole_although_their_overlaps_differ_in_number(folder, 
     counts = [int(method.teacher_targets(batch).are.sum()) for batch in batches]
     assert any(one != two for one, two in zip(counts[::2], counts[1::2])), counts
     train(config)
-    assert_same(one_rank, tmp_path / "parts")
+    assert differences(one_rank, tmp_path / "parts", 3) == []
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder, tmp_path_factory):
+    """Runs on two gloo ranks, replicated and sharded, one after the other in the same processes."""
+    home = tmp_path_factory.mktemp("two_ranks")
+    configs = {rule: overrides(folder, home / rule, *ANYWHERE, f"step.parallel={rule}") for rule in ("ddp", "fsdp2")}
+    (home / "both.py").write_text(BOTH.format(root=str(ROOT), configs=[*configs.values()]))
+    torchrun(2, home / "both.py")
+    return home
+
+
+BOTH = """
+import sys
+sys.path.insert(0, {root!r})
+from pretrain import distributed
+from pretrain.config import load_config
+from pretrain.train import train
+for words in {configs!r}:
+    train(load_config(None, words))
+distributed.stop()
+"""
 
 
 @pytest.mark.parametrize("rule", ["ddp", "fsdp2"])
-def test_two_gloo_ranks_equal_one_at_double_batch(folder, one_rank, tmp_path, rule):
-    """Replicated or sharded, head and registers too; the ranks' overlaps differ in number."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tools" / "pretrain.py"), *overrides(folder, tmp_path / "two", *ANYWHERE, f"step.parallel={rule}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(one_rank, tmp_path / "two")
-    a, b = (read_checkpoint(path / "backbone.safetensors").state for path in (one_rank, tmp_path / "two"))
+def test_two_gloo_ranks_equal_one_at_double_batch(one_rank, two_ranks, rule):
+    """Head and registers too; the ranks' overlaps differ in number."""
+    assert differences(one_rank, two_ranks / rule, 3) == []
+    a, b = (read_checkpoint(path / "backbone.safetensors").state for path in (one_rank, two_ranks / rule))
+    assert a.keys() == b.keys()
     for key, value in a.items():  # of sharded ranks the student is gathered
         torch.testing.assert_close(b[key], value, rtol=1e-6, atol=1e-8)
 

@@ -172,6 +172,10 @@ def test_differences_to_the_method_that_it_started_from():
         ("PaKA", "ViT-S/16", "toy"): ("", ""),
     }
     assert {row["linear_miou_difference"] for row in rows if row["source"] == "published"} == {""}
+    shown = [(row["method"], row["set"]) for row in rows if row["source"] == "measured" and row["set"] == "voc2012"]
+    assert shown[0] == ("iBOT", "voc2012")  # what the others are compared with comes first
+    last = dense_table([*after, replace(before, method="zzz")], against="zzz").records
+    assert [row["method"] for row in last if row["source"] == "measured"] == ["zzz", "PaKA"]
     text = render(dense_table([before, *after], against="iBOT"), "md")
     assert "| +2.5 | 60.0 ± 0.0 (n=2) | 0.0 |" in text and "Δ" in text
     assert "Δ" not in render(dense_table([before, *after]), "md")

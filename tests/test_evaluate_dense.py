@@ -23,13 +23,15 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.data.label_sets import open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import run as dense
-from pretrain.evaluation.dense.classification import knn_classification
+from pretrain.evaluation.dense.classification import knn_classification, open_class_folders
 from pretrain.evaluation.dense.protocol import KNN, N_IMAGES, SETTINGS, departures_of_data, protocol_of, settings_of
 from pretrain.evaluation.features import Features, frozen
+from pretrain.results.dense import dense_table
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result
 from pretrain.signals import StopSignals
+from pretrain.weights import read_checkpoint, save_backbone
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 LINEAR = ["linear.image_px=32", "linear.label_px=16", "linear.epochs=2", "linear.batch_size=2"]
@@ -80,7 +82,7 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     with frozen(features.backbone):
         for task in dense.EVALUATORS:
             expected |= dense.EVALUATORS[task](features, *parts, settings[task], 0).metrics
-        of_classes = knn_classification(features, home / "classes", settings[KNN]).metrics
+        of_classes = knn_classification(features, *open_class_folders(home / "classes"), settings[KNN]).metrics
 
     run = read_run(tmp_path / "out" / "result.json")
     result, other = run.result, read_result(tmp_path / "out" / "knn")
@@ -92,11 +94,12 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     assert (result.protocol.name, other.protocol.name) == ("dense-toy", "dense-knn")
     assert set(result.protocol.deviations) == {word.partition("=")[0] for word in OF_SET}
     assert result.protocol.deviations["clustering.overclusters"] == [[500], [6]]
+    assert "published" not in (tmp_path / "out" / "tasks" / "linear.json").read_text()  # as a folder of one's own never was
     assert set(other.protocol.deviations) == {"train_images", "val_images", "knn.resize_px", "knn.crop_px", "knn.k"}
     assert other.protocol.deviations["train_images"] == [1_281_167, 6]
     assert 0 < result.wall_time_s < 120 and result.peak_memory_mib > 10
-    assert [figure.title for figure in run.figures] == ["Segmentation", "Clusters", "Principal components of the patches"]
-    assert "those of DINO" in run.figures[2].caption  # two rows, the one before first
+    assert [figure.title for figure in run.figures] == ["Segmentation and clusters", "Principal components of the patches"]
+    assert "those of DINO" in run.figures[1].caption  # two rows, the one before first
     assert f"linear_miou {expected['linear_miou']:.2f}" in said and "linear, train, pass 1: 4 of 4 images" in said
 
 
@@ -129,6 +132,33 @@ def test_runs_that_differ_in_their_seed_alone_are_one_configuration(home, tmp_pa
     assert a.config_hash == b.config_hash and a.protocol == b.protocol and (a.seed, b.seed) == (0, 1)
     assert a.metrics != b.metrics and a.metrics == e.metrics  # drawn from the seed, and from nothing else
     assert len({a.config_hash, c.config_hash, d.config_hash}) == 3 and d.protocol.deviations["max_images"] == ["all", 3]
+
+
+def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(home, tmp_path):
+    """Three post-trainings that differ in their seed, as the tool is called without a thought of seeds."""
+    start = read_checkpoint(home / "ours.safetensors")
+    for said in (0, 1, 2, True, -1, "x"):
+        told = {"method": "paka", "seed": said, "config_hash": "c"}
+        save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+        evaluate(
+            tmp_path, tmp_path / "out" / f"of_{said}", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy"
+        )
+    found = {path.parent.name: read_result(path) for path in sorted(tmp_path.glob("out/*/result.json"))}
+    assert {name: run.seed for name, run in found.items()} == {
+        **{f"of_{seed}": seed for seed in (0, 1, 2)},
+        **{f"of_{said}": 0 for said in (True, -1, "x")},
+    }
+    (row,) = dense_table([found[f"of_{seed}"] for seed in (0, 1, 2)]).records
+    values = [found[f"of_{seed}"].metrics["linear_miou"] for seed in (0, 1, 2)]
+    assert (row["seeds"], row["linear_miou_n"]) == ("0, 1, 2", "3") and len({run.weights_hash for run in found.values()}) == 6
+    assert float(row["linear_miou"]) == pytest.approx(np.mean(values)) and len(set(values)) == 3
+    told = {"method": "paka", "seed": 3, "config_hash": "of another recipe"}
+    save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+    evaluate(tmp_path, tmp_path / "out" / "other", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
+    rows = dense_table([*(found[f"of_{seed}"] for seed in (0, 1, 2)), read_result(tmp_path / "out" / "other")]).records
+    assert sorted(row["seeds"] for row in rows) == ["0, 1, 2", "3"]  # of one name, but no seed of that training
+    evaluate(tmp_path, tmp_path / "seven", "--seed", 7, "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
+    assert read_result(tmp_path / "seven").seed == 7
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -224,10 +254,12 @@ def test_the_folder_of_another_run_is_not_written_into(home, tmp_path):
             evaluate(home, tmp_path, *resume)
 
 
-def test_a_watched_set_is_the_set_until_a_signal(home):
+def test_a_watched_set_is_the_set_until_a_signal(home, capsys):
     part = open_label_set(home / "toy", "train")
     with StopSignals() as signals:
         seen = dense.watched(part, "linear", signals)
+        list(seen.first(2).squares(32, 16, 2))
+        assert "linear, train, pass 1: 2 of 2 images" in capsys.readouterr().out  # a task that takes some of them counts those
         for ours, theirs in zip(seen.first(3).squares(32, 16, 2), part.first(3).squares(32, 16, 2), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
         signals.received = "SIGTERM"
@@ -262,6 +294,13 @@ def test_every_setting_of_a_task_can_be_changed_and_is_told(task):
         if field.name != "seed":
             text = str(other).lower() if isinstance(other, bool) else str(other)
             assert settings_of([task], [f"{task}.{field.name}={text}"]) == {task: used}
+
+
+def test_a_folder_that_nothing_can_be_written_into_is_told_before_the_first_task(home, monkeypatch):
+    for task in dense.EVALUATORS:
+        monkeypatch.setitem(dense.EVALUATORS, task, lambda *given: pytest.fail("evaluated"))
+    with pytest.raises(OSError, match="/proc"):
+        evaluate(home, Path("/proc"), *OF_SET)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

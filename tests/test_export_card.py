@@ -187,6 +187,24 @@ def test_the_weights_are_never_replaced_by_their_export(tmp_path, weights, tool)
             tool.main(["--weights", str(file), "--format", format, "--size", "32", "--output", str(output)])
 
 
+@pytest.mark.parametrize(
+    ("start", "shown"),
+    [
+        (
+            {"method": "iBOT", "effective_epochs": 3200, "hash": "abcdef012345"},
+            "iBOT, 3200 effective epochs, file of SHA-256 abcdef012345",
+        ),
+        ({"file": "dino.pth", "hash": "abcdef012345"}, "method unknown, file of SHA-256 abcdef012345"),
+        (None, None),
+        ("nonsense", None),
+    ],
+)
+def test_a_post_trained_backbone_says_what_it_started_from(start, shown):
+    told = {"method": "paka", "effective_epochs": 25.0, "started_from": start}
+    card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors", provenance=told)
+    assert (f"| Started from | {shown} |" in card) if shown else ("Started from" not in card)
+
+
 def test_text_from_files_is_escaped():
     told = {"method": "a | b\n# c <script>"}
     card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors", provenance=told)

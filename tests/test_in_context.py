@@ -10,13 +10,16 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as T
 from ade_fixture import write_ade
 from test_dense_linear import CPU, PATCH, SIDE, Colours, blocks_set, features_of, held, random_set, tiny_vit
+from test_dense_linear import WHOLE as WHOLE_LINEAR
 
 from pretrain.data.label_sets import open_label_set
-from pretrain.errors import UserError
+from pretrain.errors import Interrupted, UserError
+from pretrain.evaluation.dense import check_signals
 from pretrain.evaluation.dense import in_context as in_context_module
 from pretrain.evaluation.dense.in_context import InContextSettings, Memory, choose, in_context, jittered, patch_counts, remember
 from pretrain.evaluation.dense.linear import LinearSettings, linear
 from pretrain.evaluation.features import frozen
+from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalise
 
 GRID = SIDE // PATCH
@@ -212,15 +215,16 @@ def test_a_seed_is_the_whole_of_chance():
 
 
 @pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
-def test_the_backbone_stays_as_it_is(kind):
+@pytest.mark.parametrize("evaluate, settings", [(linear, WHOLE_LINEAR), (in_context, WHOLE)], ids=["linear", "in_context"])
+def test_the_backbone_stays_as_it_is(evaluate, settings, kind):
     backbone = tiny_vit().train()
     if kind == "bfloat16":
         backbone = backbone.bfloat16()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     autocast = torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else None
     with frozen(backbone):
-        outcome = in_context(features_of(backbone, autocast), random_set(4), random_set(3, "val"), WHOLE)
-    assert np.isfinite(outcome.metrics["in_context_miou"])
+        outcome = evaluate(features_of(backbone, autocast), random_set(6), random_set(3, "val"), settings)
+    assert np.isfinite(outcome.metrics[f"{evaluate.__name__}_miou"])
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.parameters()) and backbone.training
 
@@ -259,3 +263,46 @@ def test_sides_that_are_no_whole_patches_and_bad_settings():
     for name in ("k", "temperature", "memory_size", "passes", "map_px"):
         with pytest.raises(UserError, match=f"in_context.{name}=0: more than 0"):
             InContextSettings(**{name: 0})
+
+
+def test_a_signal_stops_the_search_between_chunks(monkeypatch):
+    monkeypatch.setattr(in_context_module, "CHUNK", 16)
+    train, val, features, signals, seen = (
+        blocks_set(4, "train", (1, 2, 3)),
+        blocks_set(3, "val", (1, 2)),
+        features_of(Colours()),
+        StopSignals(),
+        [],
+    )
+
+    def interrupted(signals, where):
+        seen.append(where)
+        signals.received = "SIGTERM" if len(seen) == 2 else None
+        check_signals(signals, where)
+
+    monkeypatch.setattr(in_context_module, "check_signals", interrupted)
+    with pytest.raises(Interrupted, match="SIGTERM at in_context"):
+        in_context(features, train, val, WHOLE, signals=signals)
+    assert len(seen) == 2  # of four chunks
+
+
+def test_hours_of_search_are_told_before(monkeypatch, capsys):
+    train, val, features = blocks_set(4, "train", (1, 2, 3)), blocks_set(3, "val", (1, 2)), features_of(Colours())
+    monkeypatch.setattr(in_context_module, "search_seconds", lambda features, k: 3600 * 50 / (48 * 64))
+    in_context(features, train, val, WHOLE, signals=StopSignals())
+    assert " h on this device" not in capsys.readouterr().out  # too few to be worth a measurement
+    monkeypatch.setattr(in_context_module, "TIMED_FROM", 0)
+    in_context(features, train, val, WHOLE, signals=StopSignals())
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("in_context: 48 patches compared with up to 64 (0.0 GB): up to about 50.0 h on this device; less by ")
+    assert said[0].endswith(" in_context.memory_size")
+    assert "in_context, search: 1 of 1 batches of 32 images" in said[1]
+    in_context(features, train, val, WHOLE)
+    assert not capsys.readouterr().out  # a probe
+
+
+def test_a_comparison_is_timed(monkeypatch):
+    monkeypatch.setattr(in_context_module, "CHUNK", 64)
+    features, state = features_of(Colours()), torch.get_rng_state()
+    assert 0 < in_context_module.search_seconds(features, 5) < 1e-3
+    assert torch.equal(torch.get_rng_state(), state)

@@ -115,3 +115,12 @@ def test_as_many_clusters_as_rows_at_most(n_clusters):
     with pytest.raises(ValueError, match=f"{n_clusters} clusters of 5 rows"):
         kmeans(torch.rand(5, 2), n_clusters, generator())
     assert kmeans(torch.rand(5, 2), 5, generator()).inertia == pytest.approx(0, abs=1e-12)
+
+
+def test_it_can_be_stopped_after_each_centre_and_each_iteration():
+    x, ticks = blobs(), []
+    spread_centres(x, 9, generator(), lambda: ticks.append("centre"))
+    lloyd(x, x[:9], 3, tick=lambda: ticks.append("iteration"))
+    assert ticks == ["centre"] * 8 + ["iteration"] * 3
+    kmeans(x, 9, generator(), 2, 1, tick=lambda: ticks.append("both"))
+    assert ticks[11:] == ["both"] * 2 * (8 + 1)

@@ -151,11 +151,7 @@ def tall(file):
         (1, lambda f: f.unlink(), r"no label map .*1000\.png"),
         (1, cut, r"1000\.png cannot be read \(PNG: "),
         (1, flip, r"1000\.png cannot be read \(PNG: wrong checksum"),
-        (
-            1,
-            lambda f: put(f, grey_png(np.ones((1, 1)), 8, size=(2**31 - 1, 1))),
-            r"1000\.png cannot be read \(declares 1 x 2147483647 pixels",
-        ),
+        (1, tall, r"1000\.png cannot be read \(declares 1 x 2147483647 pixels"),
         (1, lambda f: put(f, b"\xff\xd8\xff\xe0 a JPEG"), r"1000\.png cannot be read"),
         (1, lambda f: put(f, b""), r"1000\.png cannot be read"),
         (1, lambda f: Image.new("RGB", (80, 64)).save(f), r"1000\.png is no label map: it has 3 channels"),

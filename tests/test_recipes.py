@@ -2,20 +2,19 @@
 
 import re
 from importlib import resources
-from pathlib import Path
 
 import pytest
 import yaml
 from photos import TINY
+from recipe_fixture import CONFIGS, comments, effective, flat, recipe
 
-from pretrain.config import as_dict, load_config
+from pretrain.config import load_config
 from pretrain.data.loader import DEVICE_SIDE_PX
 from pretrain.methods.intertwined import Intertwined
 from pretrain.recipe import IMAGENET_1K, pretraining_protocol
 from pretrain.results.published import published_rows
-from pretrain.schedules import effective_epochs, scaled_lr
+from pretrain.schedules import scaled_lr
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 FULL = "intertwined_vits16"
 DEFAULT_YAML = resources.files("pretrain").joinpath("default.yaml").read_text()
 # What the paper's Table 6 and appendix B.1 print.
@@ -127,25 +126,8 @@ ROWS = {
 }
 
 
-def flat(config):
-    return {f"{group}.{key}": value for group, keys in as_dict(config).items() for key, value in keys.items()}
-
-
-def recipe(name, *overrides):
-    return load_config(CONFIGS / f"{name}.yaml", overrides)
-
-
-def comments(name):
-    return re.sub(r"\s*\n#\s*", " ", (CONFIGS / f"{name}.yaml").read_text())
-
-
 def iterations(config, n_images):
     return config.optim.epoch_length_it or n_images // config.optim.batch_size
-
-
-def effective(config, epochs):
-    crops = config.crops
-    return effective_epochs(epochs, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
 
 
 # --- default.yaml -----------------------------------------------------------------------------------------------------

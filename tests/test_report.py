@@ -1,6 +1,7 @@
 """The report: run folders in, one self-contained page out."""
 
 import base64
+import io
 import json
 import re
 import struct
@@ -11,12 +12,15 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pretrain.errors import UserError
+from pretrain.results import report
 from pretrain.results.curves import MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
 from pretrain.results.report import build_report
-from pretrain.results.runs import find_results, read_figures, read_log, read_run, run_names
+from pretrain.results.runs import Figure, find_results, read_figures, read_log, read_run, run_names
 from pretrain.results.schema import Protocol, Result, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +145,36 @@ def test_every_section_is_there_in_order(folder):
     assert heads == ["Summary", "Curves", "Results", "Figures", "Reproducibility"]
     assert f"data:image/png;base64,{base64.b64encode(png()).decode()}" in page_of(folder)
     assert "<b>Position field</b> Of the teacher." in page_of(folder)
+
+
+def test_a_large_photograph_is_a_webp_and_a_large_drawing_is_not(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    smooth = np.asarray(Image.fromarray(noise[::20, ::20]).resize((320, 320), Image.Resampling.BICUBIC))
+    for pixels, kind in ((smooth, "webp"), (np.zeros((320, 320, 3), np.uint8), "png")):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        for least, shown_as in ((1, kind), (10**9, "png")):
+            monkeypatch.setattr(report, "LARGE_BYTES", least)
+            shown = report.picture(Figure("a", "", file.getvalue()))
+            held = base64.b64decode(re.search(rf'src="data:image/{shown_as};base64,([^"]+)"', shown)[1])
+            again = np.asarray(Image.open(io.BytesIO(held)).convert("RGB")).astype(float)
+            assert again.shape == pixels.shape and np.abs(again - pixels).mean() < 3
+
+
+def test_probes_are_curves_beside_the_losses(tmp_path):
+    log = [{"iteration": i, "loss": 2.0 - i / 10} for i in range(0, 10, 3)]
+    probes = [{"iteration": i, "probe/dense_linear_miou": 30.0 + i, "probe/position_error": 0.1} for i in (3, 8)]
+    write_run(tmp_path, result("pretrain"), log)
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in probes))
+    run = read_run(tmp_path / "result.json")
+    assert list(run.log) == [0, 3, 6, 8, 9] and run.log[3] == {
+        "loss": 1.7,
+        "probe/dense_linear_miou": 33.0,
+        "probe/position_error": 0.1,
+    }
+    page = build_report([run])
+    curves = page[page.index('<section id="curves">') : page.index('<section id="results">')]
+    assert ">probe/dense_linear_miou<" in curves and ">probe/position_error<" in curves and "Other terms" not in curves
 
 
 def test_sections_without_content_are_left_out(tmp_path):

@@ -1,5 +1,7 @@
 """A learned grid of positions as a field: the same network at the grid's own size, and a smooth field between its cells."""
 
+import math
+
 import pytest
 import torch
 from backbone_fixture import randomise
@@ -78,8 +80,8 @@ def test_nothing_rings(interpolation):
     def gain(side, size):
         return float(grid_to_field(side, size, interpolation).abs().sum(1).max())
 
-    assert max(gain(side, -(-side * 4 // 3)) for side in range(7, 65)) < 2.5
-    assert max(gain(side, 50) for side in range(7, 38)) < 2
+    assert max(gain(side, math.ceil(side * SAMPLES_A_CELL)) for side in range(7, 65)) < 2
+    assert max(gain(side, 50) for side in range(7, 38)) < 1.7
     assert gain(37, 38) > 20
 
 

@@ -7,7 +7,9 @@ python tools/evaluate_dense.py --weights dino_deitsmall16_pretrain.pth --knn-roo
 
 --data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root holds
 train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; whatever departs from the public protocol
-is named in the result. Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
+is named in the result. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that share a
+folder stand in one row.
+Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
 the same command with --resume goes on) and figures/, which tools/make_report.py shows; --before draws other weights beside these.
 """
 
@@ -20,6 +22,7 @@ import argparse
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -54,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--knn-root", type=Path, metavar="DIR", help="labelled folder for k-NN classification: ImageNet")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--resume", action="store_true", help="keep the tasks that DIR holds; the result is of those that are asked for")
-    add("--seed", type=int, default=0, help="of all tasks (%(default)s)")
+    add("--seed", type=int, help="of all tasks; else that of the training that left FILE, where FILE says it, or 0")
     add("--max-images", type=int, default=0, metavar="N", help="of each part of a set, at equal steps; 0: all (%(default)s)")
     add("--device", default="auto", choices=DEVICES, help="%(default)s")
     add("--bf16", action="store_true", help="bfloat16 forward passes")
@@ -63,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.overrides += [word for word in options.tasks if "=" in word]  # --tasks takes all the words that follow it
     options.tasks = [word for word in options.tasks if "=" not in word]
     for name in ("seed", "max_images", "classes"):
-        if getattr(options, name) < 0:
+        if (getattr(options, name) or 0) < 0:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
     if options.data is None and options.knn_root is None:
         raise UserError("nothing to evaluate on: give --data or --knn-root")
@@ -77,14 +80,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     tasks = named_tasks(options.tasks, "--tasks") if options.data else ()
-    settings = settings_of([*tasks, *[KNN] * bool(options.knn_root)], options.overrides, options.seed)
     subjects, others = checkpoints(options)
+    options.seed = subjects[-1].seed if options.seed is None else options.seed  # seeds of a training are seeds of a row
+    settings = settings_of([*tasks, *[KNN] * bool(options.knn_root)], options.overrides, options.seed)
     device = choose_device(options.device)
     with StopSignals() as signals, ExitStack() as stack:
         jobs = jobs_of(options, subjects[-1], settings, others, signals)
         for folder, job in jobs.items():
             dense.check_folder(job, folder, options.resume)
-            folder.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()  # told now where nothing can be written
         features = {}
         for subject in subjects:
             backbone = subject.build().to(device)

@@ -3,7 +3,7 @@
     python tools/make_report.py RUNS... --output report.html [--title TITLE] [--layout list|paper|dense] [--tables 1]
 
 RUNS are run folders, result.json files, or folders above them. A run folder holds result.json and, optionally,
-metrics.jsonl and figures/*.png with figures/captions.json.
+metrics.jsonl, probes.jsonl and figures/*.png with figures/captions.json.
 """
 
 import sys

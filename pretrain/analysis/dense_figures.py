@@ -1,6 +1,6 @@
-"""Figures of a dense evaluation: labels over their images, cluster maps, and principal components of patch features.
+"""Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch features.
 
-Classes and clusters have colours that differ for the eye with and without a deficiency of colour vision, as far as their number
+Classes have colours that differ for the eye with and without a deficiency of colour vision, as far as their number
 allows; pixels that are not counted are hatched in grey.
 """
 
@@ -27,7 +27,7 @@ from pretrain.data.pictures import resized
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Colours = Mapping[int, tuple[float, float, float]]
-CLUSTERS = "clusters"  # the map whose numbers are no classes
+OUTLINED = "clustering"  # the map over which the labels' outlines are drawn: it was made without labels
 MOST_IN_LEGEND = 32
 COLUMN_IN, SIDE_PX = 2.6, 360  # of a picture: width in inches; longer side in pixels
 SHARE = 0.75  # of the colours over the grey image
@@ -64,7 +64,7 @@ def write(
     features: Sequence[tuple[str, Features]],
     image_px: int,
 ) -> None:
-    """Draw ``folder/figures/{segmentation,clusters,components}.png``, as far as there is something to draw, and their captions.
+    """Draw ``folder/figures/{segmentation,components}.png``, as far as there is something to draw, and their captions.
 
     Figures of these names from an earlier evaluation go.
 
@@ -78,16 +78,16 @@ def write(
     figures = folder / "figures"
     forget(figures, "segmentation|clusters|components")
     shown = {name: found for name, found in maps.items() if found}
-    if images and any("cluster" not in name for name in shown):
-        chosen = {name: found for name, found in shown.items() if "cluster" not in name}
-        caption = f"Images of the validation part, their labels, and what was predicted from frozen features. {_grey(labels)}"
-        save(labels_figure(images, labels, chosen, classes), figures, "segmentation.png", "Segmentation", caption)
-    if images and any("cluster" in name for name in shown):
-        chosen = {name: found for name, found in shown.items() if "cluster" in name}
-        caption = f"Patches by K-means, without labels. {_grey(labels)}"
-        if CLUSTERS in chosen:
-            caption += " Clusters: a colour tells a cluster, the same in all images, no class; lines are the labels' outlines."
-        save(labels_figure(images, labels, chosen, classes), figures, "clusters.png", "Clusters", caption)
+    if images and shown:
+        caption = "Images of the validation part, their labels, and what was predicted from frozen features."
+        if OUTLINED in shown:
+            caption += (
+                " Clustering: patches by K-means without labels, each cluster in the colour of the class that it was matched to; "
+                "lines are the labels' outlines."
+            )
+        if any((part == 0).any() for part in labels):
+            caption += " Hatched grey: not counted."
+        save(labels_figure(images, labels, shown, classes), figures, "segmentation.png", "Segmentation and clusters", caption)
     if images and features:
         caption = "The first three principal components of the patches of all images together, as red, green and blue."
         if len(features) > 1:
@@ -95,10 +95,6 @@ def write(
         pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
         figure = pca_figure(pictures, components(images, features, image_px))
         save(figure, figures, "components.png", "Principal components of the patches", caption)
-
-
-def _grey(labels: Sequence[Labels]) -> str:
-    return "Hatched grey: not counted." if any((part == 0).any() for part in labels) else ""
 
 
 def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int) -> dict[str, list[Tensor]]:
@@ -131,12 +127,12 @@ def labels_figure(
     """One row an image: the image, its labels over it, and each map over it; below, the classes that occur.
 
     Args:
-        as of :func:`write`; the map :data:`CLUSTERS` has colours of its own, the others those of the classes.
+        as of :func:`write`.
     """
-    in_labels, in_maps = _shares(labels), _shares([part for name, found in maps.items() if name != CLUSTERS for part in found])
+    in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
     # Those of the labels come first: they have the same colours in all figures of the same images, whatever was predicted.
-    colours = _colours([*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())])
-    clusters = _colours(sorted(_shares(maps.get(CLUSTERS, ()))))
+    present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
+    colours = dict(zip(present, distinct_colours(len(present))))
     columns = ["image", "labels", *maps]
     width = COLUMN_IN * len(columns)
     names = [Patch(facecolor=colours[k], label=plain(classes[k - 1], 28)) for k, _ in (in_labels + in_maps).most_common()]
@@ -150,8 +146,7 @@ def labels_figure(
         bare(row[0]).imshow(image)
         bare(row[1]).imshow(painted(image, truth, colours))
         for axis, (name, found) in zip(row[2:], maps.items()):
-            is_classes = name != CLUSTERS
-            bare(axis).imshow(painted(image, found[i], colours if is_classes else clusters, None if is_classes else truth))
+            bare(axis).imshow(painted(image, found[i], colours, truth if name == OUTLINED else None))
     for axis, title in zip(axes[0], columns):
         axis.set_title(title.replace("_", " "), fontsize=10)
     if names:
@@ -166,10 +161,6 @@ def _shares(maps: Sequence[Labels]) -> Counter[int]:
         for label, count in zip(*np.unique(part[part > 0], return_counts=True)):
             shares[int(label)] += count / part.size
     return shares
-
-
-def _colours(labels: Sequence[int]) -> Colours:
-    return dict(zip(labels, distinct_colours(len(labels))))
 
 
 def painted(image: Pixels, labels: Labels, colours: Colours, outlined: Labels | None = None) -> NDArray[np.float64]:

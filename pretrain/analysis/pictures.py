@@ -50,9 +50,9 @@ def training_pictures(
     teacher.train(was_training)
     grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
     figures = {
-        "views": crops_figure(big, small[:LOCALS_SHOWN], views, teacher.pos_encoding == "field"),
+        "views": crops_figure(big, small[:LOCALS_SHOWN], views, teacher.pos_encoding == "field" and views.tied),
         "attention": teacher_attention_figure(
-            big[0], seen.cls[:n].float().cpu(), seen.patches[:n].float().cpu(), teacher.patch_size
+            big[0], seen.cls[:n].float().cpu(), seen.patches[:n].float().cpu(), teacher.patch_size, teacher.has_cls
         ),
         "pca": pca_figure(big[:2], pca_rgb(seen.features).unflatten(1, grid).unflatten(0, (-1, n))),
     }
@@ -61,8 +61,8 @@ def training_pictures(
     return {name: as_array(figure) for name, figure in figures.items()}
 
 
-def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, has_field: bool) -> Figure:
-    """One row an image: crops at their boxes, crops at their position boxes in the field (where there is one), single crops.
+def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool) -> Figure:
+    """One row an image: crops at their boxes, crops at their position boxes in the field (where they are tied to it), single crops.
 
     Args:
         global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
@@ -71,7 +71,7 @@ def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, has_fi
     n_global, n = global_crops.shape[:2]
     shown = [*range(n_global), *range(n_global, n_global + len(local_crops))]
     boxes = {"crops at their boxes in the image": views.boxes}
-    if has_field:
+    if is_tied:
         boxes["crops at their position boxes in P"] = views.position_boxes
     widths = [1.6] * len(boxes) + [1.0] * len(shown)
     size = (1.5 * sum(widths), 2.6 * n)
@@ -95,8 +95,9 @@ def _paste(axis: Any, crops: list[np.ndarray], flips: list[bool], boxes: Tensor,
     rectangles(axis, boxes, n_global)
 
 
-def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_size: int) -> Figure:
-    """One row a crop: the crop, last-layer attention of [CLS], and of some query patches, marked with a red dot.
+def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_size: int, has_cls: bool = True) -> Figure:
+    """One row a crop: the crop, last-layer attention of [CLS] (of a ViT without, the patches' mean), and of some query patches,
+    marked with a red dot.
 
     Args:
         crops: [n, 3, S, S]; cls: [n, N]; patches: [n, N, N].
@@ -107,7 +108,9 @@ def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_
     for row, crop, of_cls, of_patches in zip(axes, crops, cls, patches):
         bare(row[0], "global 1").imshow(displayable(crop))
         grid = (side // patch_size, side // patch_size)
-        bare(row[1], "attention of [CLS]").imshow(of_cls.unflatten(0, grid), extent=(0, side, side, 0), cmap="viridis")
+        bare(row[1], "attention of [CLS]" if has_cls else "mean attention").imshow(
+            of_cls.unflatten(0, grid), extent=(0, side, side, 0), cmap="viridis"
+        )
         for axis, query in zip(row[2:], QUERIES):
             attention_of_query(bare(axis, "attention of the red patch"), of_patches, query, (side, side), patch_size)
     return figure

@@ -154,6 +154,13 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
     for key, label in TOLD.items():
         if told.get(key) is not None and told[key] != file_hash:
             rows.append((label, str(told[key])))
+    start = told.get("started_from")
+    if isinstance(start, Mapping):  # a continued or post-trained one: method, epochs and data above are of its last training
+        epochs = start.get("effective_epochs")
+        trained = f", {epochs_text(epochs)} effective epochs" if isinstance(epochs, int | float) else ""
+        rows.append(
+            ("Started from", f"{start.get('method', 'method unknown')}{trained}, file of SHA-256 {start.get('hash', UNKNOWN)}")
+        )
     return [*rows, ("Format", format), ("posfield", version)]
 
 

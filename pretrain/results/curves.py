@@ -37,12 +37,12 @@ def style_of(method: str, methods: Sequence[str], nth: int) -> tuple[str, str]:
 def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     """The terms to show, and the others (times, memory, ...) in alphabetical order.
 
-    Shown are :data:`FIRST_TERMS`, every term with "loss" in its name, and those of evaluations (ap, top1, ...).
+    Shown are :data:`FIRST_TERMS`, every term with "loss" in its name, the probes, and those of evaluations (ap, top1, ...).
     """
     present = {term for curve in curves for terms in curve.log.values() for term in terms}
     first = [term for term in FIRST_TERMS if term in present]
     rest = sorted(present - set(first))
-    shown = [term for term in rest if re.search(r"loss|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)]
+    shown = [term for term in rest if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)]
     return first + shown, [term for term in rest if term not in shown]
 
 

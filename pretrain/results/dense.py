@@ -76,6 +76,7 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
         UserError: no result is of the method ``against``.
     """
     rows = [Evaluated(runs, before) for part, before in alike(results, "dense") for runs in ranked(part, "linear_miou")]
+    rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
         raise UserError(f"no dense result is of the method {against!r}; there are {', '.join(sorted(methods)) or 'none at all'}")
@@ -181,8 +182,8 @@ def _notes(rows: Sequence[Evaluated], printed: Sequence[PublishedDense], heads: 
         texts.append("K clusters, more than classes: each counts as the class that it fits best.")
     if printed:
         texts.append(
-            "Published: as the methods' authors or later comparisons report. In-context: by the public Hummingbird evaluation, "
-            "which matches classes before it counts."
+            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, for the "
+            "public Hummingbird evaluation matches classes before it counts."
         )
     if rows:
         others = "; every other row is published" if printed else ""

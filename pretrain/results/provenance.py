@@ -32,6 +32,7 @@ _PACKAGES = (
     ("pretrain", "posfield"),
     ("pycocotools", "pycocotools"),
     ("safetensors", "safetensors"),
+    ("scipy", "scipy"),
     ("timm", "timm"),
     ("torch", "torch"),
     ("torchvision", "torchvision"),

@@ -1,4 +1,4 @@
-"""A run folder as the report reads it: result.json, metrics.jsonl and figures/ with its captions.json."""
+"""A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl and figures/ with its captions.json."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run left: its result, its log (empty without metrics.jsonl) and its figures (possibly none)."""
+    """All that a run left: its result, its log (empty without metrics.jsonl and probes.jsonl) and its figures (possibly none)."""
 
     result: Result
     log: Log
@@ -62,13 +62,15 @@ def _is_swept(file: Path, above: Path) -> bool:
 
 def read_run(result_file: Path) -> Run:
     """The run whose `result.json` is given. Raises UserError for malformed files (see the readers below)."""
-    folder = result_file.parent
-    log = folder / "metrics.jsonl"
-    return Run(read_result(result_file), read_log(log) if log.exists() else {}, read_figures(folder / "figures"))
+    folder, log = result_file.parent, Log()
+    for file in (folder / "metrics.jsonl", folder / "probes.jsonl"):
+        for iteration, terms in read_log(file).items() if file.exists() else ():
+            log[iteration] = log.get(iteration, {}) | terms
+    return Run(read_result(result_file), dict(sorted(log.items())), read_figures(folder / "figures"))
 
 
 def read_log(path: Path) -> Log:
-    """A metrics.jsonl: one object a line, with "iteration" and numbers.
+    """A metrics.jsonl or probes.jsonl: one object a line, with "iteration" and numbers.
 
     Of lines of the same iteration (a resumed run repeats some) the last one counts; what is not a finite number is no
     term and is left out. A last line that was cut off, by a kill, is skipped with a warning; any other malformed line

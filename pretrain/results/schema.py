@@ -75,7 +75,7 @@ class Result:
 
     metrics          {name: number or dict}. Detection: box_ap, mask_ap, box_ap50, ..., segmentation: miou, ... and dense:
                      linear_miou, ... in percent; a metric that is undefined (no ground truth) is left out.
-    seed             of this run, not of the pre-training that it starts from.
+    seed             of this run, not of the pre-training that it starts from; a dense evaluation takes that one's, unless told.
     config_hash      `provenance.config_hash`; equal for runs that differ in the seed alone: only such are averaged.
     weights_hash     `provenance.file_hash` of the backbone file that a pretrain run left, or another run read.
     wall_time_s      seconds; `peak_memory_mib` MiB of the GPU where one was used, else of the process.

@@ -4,6 +4,7 @@ Labels are 1 .. C, and 0 where a pixel is not counted, whatever the files hold. 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain.data.label_sets import ade20k, coco, folder, voc2012
@@ -21,6 +22,7 @@ _KINDS: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], Label
     "folder": (folder.LAYOUT, folder.has, folder.open_part),
 }
 KINDS = tuple(_KINDS)
+RESERVED = (*KINDS, "knn")  # names of public protocols, which a folder of one's own must not take
 
 
 def open_label_set(root: str | Path, part: str, kind: str = "auto", n_classes: int = 0) -> LabelSet:
@@ -43,7 +45,8 @@ def open_label_set(root: str | Path, part: str, kind: str = "auto", n_classes: i
     if kind == "auto":
         kind = _kind_of(root)
     if kind == "folder":
-        return folder.open_part(root, part, n_classes)
+        own = folder.open_part(root, part, n_classes)
+        return replace(own, name=f"folder-{own.name}") if own.name in RESERVED else own
     if kind not in KINDS:
         raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
     found = _KINDS[kind][2](root, part)

@@ -24,7 +24,7 @@ class LabelSet:
     """One part of a labelled set.
 
     Attributes:
-        name: of the set: one of ``KINDS``; of a folder, the folder's name.
+        name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one that is named so).
         part: ``train`` | ``val``.
         classes: names of the labels 1 .. C.
         files: image and label map of each item.

@@ -118,9 +118,9 @@ def centre_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
 
 def knn_classification(
     features: Features,
-    root: str | Path,
+    train: ClassFolder,
+    val: ClassFolder,
     settings: KnnSettings = KnnSettings(),
-    max_images: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
     """Share of ``val`` whose class is predicted right by its k nearest in ``train``, in percent.
@@ -128,20 +128,17 @@ def knn_classification(
     A k of more neighbours than training pictures is left out, with a warning.
 
     Args:
-        root: of :func:`open_class_folders`.
-        max_images: of each part, at equal steps; 0: all.
+        train, val: of :func:`open_class_folders`.
         signals: where it is told to stop.
 
     Returns:
         ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them.
 
     Raises:
-        UserError: bad folders, a file that cannot be read, settings that make no sense, features that are not finite.
+        UserError: a file that cannot be read, settings that make no sense, features that are not finite.
         Interrupted: there was a signal; what was computed is lost.
     """
-    parts = open_class_folders(root)
-    train, val = (part.first(max_images) for part in parts) if max_images else parts
-    ks = _possible(features, train, settings, root)
+    ks = _possible(features, train, settings)
     bank, queries = (_features(features, part, settings, signals) for part in (train, val))
     labels, classes = train.labels().to(bank.device), val.labels().to(bank.device)
     predicted = knn_predict_each(bank, labels, queries, ks, len(train.classes), settings.temperature)  # [len(ks), Q]
@@ -150,7 +147,7 @@ def knn_classification(
     return Outcome(main | {f"knn_top1_k{k}": value for k, value in top1.items()})
 
 
-def _possible(features: Features, train: ClassFolder, settings: KnnSettings, root: str | Path) -> list[int]:
+def _possible(features: Features, train: ClassFolder, settings: KnnSettings) -> list[int]:
     """The k that the training part has pictures enough for; other settings are looked at too."""
     patch_px = features.backbone.patch_size
     if settings.crop_px < 1 or settings.crop_px % patch_px:
@@ -163,9 +160,9 @@ def _possible(features: Features, train: ClassFolder, settings: KnnSettings, roo
         raise UserError(f"knn: k={list(settings.k)} should be numbers of neighbours")
     ks = sorted({k for k in settings.k if k <= len(train)})
     if not ks:
-        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training pictures of {root}")
+        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training pictures of {train.folder}")
     if left_out := sorted(set(settings.k) - set(ks)):
-        warnings.warn(f"knn: k={left_out} left out: {root} has {len(train)} training pictures", stacklevel=3)
+        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training pictures", stacklevel=3)
     return ks
 
 

@@ -21,6 +21,8 @@ A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 clas
 what is free there, else on the host, from where each chunk is copied anew for every ``QUERIES`` patches.
 """
 
+import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, product
@@ -36,14 +38,16 @@ from pretrain.data.label_sets.maps import nearest
 from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.linear import confusion_of, cropped, patch_maps, whole_patches
+from pretrain.evaluation.dense import Outcome, check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
+from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
 
 QUERIES = 8192  # patches compared at a time,
 CHUNK = 16_384  # with so many of the memory: 0.5 GiB of similarities
+TIMED_FROM = 1e11  # comparisons of which it is found out before how long they take; fewer are minutes on a CPU
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,14 @@ class InContextSettings:
                 raise UserError(f"in_context.{name}={getattr(self, name)}: more than 0")
 
 
-def in_context(features: Features, train: LabelSet, val: LabelSet, settings: InContextSettings, n_shown: int = 0) -> Outcome:
+def in_context(
+    features: Features,
+    train: LabelSet,
+    val: LabelSet,
+    settings: InContextSettings,
+    n_shown: int = 0,
+    signals: StopSignals | None = None,
+) -> Outcome:
     """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in percent.
 
     The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
@@ -81,13 +92,25 @@ def in_context(features: Features, train: LabelSet, val: LabelSet, settings: InC
 
     Raises:
         UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
+        Interrupted: there was a signal, which the search looks at after each chunk of the memory.
     """
     side = whole_patches(settings.image_px, features)
+    n_patches = (side // features.backbone.patch_size) ** 2  # of an image
+    queries, held = len(val) * n_patches, min(settings.memory_size, settings.passes * len(train) * n_patches)
+    if signals is not None and queries * held > TIMED_FROM:
+        seconds = search_seconds(features, settings.k) * queries * held
+        bank_gb = 2 * held * (features.backbone.embed_dim + len(train.classes)) / 1e9
+        what = f"in_context: {queries:,} patches compared with up to {held:,} ({bank_gb:.1f} GB)"
+        tell_if_long(what, seconds, "in_context.memory_size")
     memory = remember(features, train, settings, side)
+    tell = steps("in_context, search", -(-len(val) // FORWARD_BATCH), signals, f"batches of {FORWARD_BATCH} images")
 
     def predict(patches: Tensor) -> Tensor:
-        parts = patches.flatten(0, 1).split(QUERIES)
-        shares = [memory.attend(part, settings.k, settings.temperature) for part in parts]
+        shares = []
+        for part in patches.flatten(0, 1).split(QUERIES):
+            check = lambda: check_signals(signals, "in_context")  # noqa: E731
+            shares.append(memory.attend(part, settings.k, settings.temperature, check))
+        tell()
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
     confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
@@ -117,8 +140,9 @@ class Memory:
         self.counts[rows] = counts.to(self.counts)
         self.n = rows.stop
 
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all M where k is more."""
+    def nearest(self, queries: Tensor, k: int, tick: Callable[[], object] = lambda: None) -> tuple[Tensor, Tensor]:
+        """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all M where k is more.
+        ``tick`` is called after each chunk."""
         queries = F.normalize(queries.float(), dim=1)
         cosines = torch.empty(len(queries), 0, device=queries.device)
         places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -128,14 +152,27 @@ class Memory:
             cosines, places = torch.cat([cosines, near], 1), torch.cat([places, near_places + start], 1)
             cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
             places = places.gather(1, best)
+            tick()
         return cosines, places
 
-    def attend(self, queries: Tensor, k: int, temperature: float) -> Tensor:
-        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches."""
-        cosines, places = self.nearest(queries, k)
+    def attend(self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None) -> Tensor:
+        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of :meth:`nearest`."""
+        cosines, places = self.nearest(queries, k, tick)
         counts = self.counts[places.to(self.counts.device)].to(cosines)  # [Q, k, C]
         weights = (cosines / temperature).softmax(1)
         return torch.einsum("qk,qkc->qc", weights, counts / counts.sum(-1, keepdim=True))
+
+
+def search_seconds(features: Features, k: int) -> float:
+    """How long the comparison of one patch with one of the memory takes here, from some random ones."""
+    draw = torch.Generator().manual_seed(0)
+    memory = Memory(CHUNK, features.backbone.embed_dim, 1, features.device)
+    memory.add(torch.randn(memory.features.shape, generator=draw), torch.ones(CHUNK, 1))
+    queries = torch.randn(QUERIES // 8, features.backbone.embed_dim, generator=draw).to(features.device)
+    memory.nearest(queries[:8], k)  # the first one takes longer
+    started = time.perf_counter()
+    memory.nearest(queries, k)[0].sum().item()
+    return (time.perf_counter() - started) / (CHUNK * len(queries))
 
 
 def remember(features: Features, train: LabelSet, settings: InContextSettings, side: int) -> Memory:

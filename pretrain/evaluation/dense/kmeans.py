@@ -5,6 +5,7 @@ leaves open. What is held beside the data is one chunk of distances.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,14 @@ def nearest_centres(x: Tensor, centres: Tensor, chunk: int = CHUNK) -> Tensor:
     return torch.cat([torch.addmm(norms, part, centres.T, alpha=-2).argmin(1) for part in _chunks(x, len(centres), chunk)])
 
 
-def lloyd(x: Tensor, centres: Tensor, max_iterations: int = 100, tolerance: float = 0.0, chunk: int = CHUNK) -> Clusters:
+def lloyd(
+    x: Tensor,
+    centres: Tensor,
+    max_iterations: int = 100,
+    tolerance: float = 0.0,
+    chunk: int = CHUNK,
+    tick: Callable[[], object] = lambda: None,
+) -> Clusters:
     """Lloyd's iterations from given centres [K, D], until no row changes its cluster. An empty cluster takes the row farthest from
     its centre (as scikit-learn's).
 
@@ -44,6 +52,7 @@ def lloyd(x: Tensor, centres: Tensor, max_iterations: int = 100, tolerance: floa
         tolerance: or until the centres move by no more: the sum of their squared distances in units of the mean variance of a
             feature (as scikit-learn's).
         chunk: distances held at a time, which bounds the memory.
+        tick: called after each iteration; what it raises ends them.
     """
     mean = x.mean(0, dtype=torch.float64).to(x.dtype)
     x, centres = x - mean, centres - mean
@@ -56,15 +65,17 @@ def lloyd(x: Tensor, centres: Tensor, max_iterations: int = 100, tolerance: floa
         labels = nearest_centres(x, centres, chunk)
         if torch.equal(labels, before) or shift <= enough:
             break
+        tick()
     return Clusters(centres + mean, labels, _distances(x, labels, centres, chunk).sum().item())
 
 
-def spread_centres(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+def spread_centres(x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to those taken before; of
     2 + ln K drawn at a time the one is taken that leaves the least inertia (as scikit-learn's).
 
     Args:
         generator: on the CPU.
+        tick: called after each centre.
 
     Returns:
         [K, D]; rows are taken twice only where there are fewer different ones.
@@ -80,6 +91,7 @@ def spread_centres(x: Tensor, n_clusters: int, generator: torch.Generator) -> Te
         best = int(left.sum(0).argmin())
         chosen.append(rows[best])
         nearest = left[:, best : best + 1]
+        tick()
     return x[chosen]
 
 
@@ -91,6 +103,7 @@ def kmeans(
     max_iterations: int = 100,
     tolerance: float = 0.0,
     chunk: int = CHUNK,
+    tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
     """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centres`; the arguments are theirs.
 
@@ -99,8 +112,8 @@ def kmeans(
     """
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
-    runs = (lloyd(x, spread_centres(x, n_clusters, generator), max_iterations, tolerance, chunk) for _ in range(n_restarts))
-    return min(runs, key=lambda run: run.inertia)
+    firsts = (spread_centres(x, n_clusters, generator, tick) for _ in range(n_restarts))
+    return min((lloyd(x, first, max_iterations, tolerance, chunk, tick) for first in firsts), key=lambda run: run.inertia)
 
 
 def _means(x: Tensor, labels: Tensor, centres: Tensor, chunk: int) -> Tensor:

@@ -15,27 +15,25 @@ of all epochs on the validation part; a class that occurs nowhere is left out of
 no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.data.label_sets.maps import nearest
 from pretrain.data.pictures import in_threads, square
-from pretrain.data.sampler import VIEWS, Order, generator
+from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.matching import class_ious, count_pairs, mean_iou, named_ious
+from pretrain.evaluation.dense import Outcome, check_signals
+from pretrain.evaluation.dense.matching import class_ious, mean_iou, named_ious
+from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, shrink, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features
-from pretrain.evaluation.segmentation import predict_pixels
-from pretrain.views.boxes import TRIES, draw_crops
+from pretrain.signals import StopSignals
 
 HELD_BYTES = 2**31  # features of the training part that stay in the host's memory where they are the same in each epoch
 
@@ -47,6 +45,7 @@ class LinearSettings:
     image_px: int = 448  # configs: size_crops; ours: rounded down to whole patches, where it is none
     label_px: int = 100  # linear_finetune.py: train_mask_size, val_mask_size
     epochs: int = 25  # configs: max_epochs
+    coco_images: int = 11_828  # linear_finetune.py: of COCO a tenth of train2017, drawn at random; of other sets all
     batch_size: int = 128  # NeCo's configs; Leopart's: 60 on each of 2 GPUs. The rest of an epoch is left out
     lr: float = 0.01  # configs; SGD
     momentum: float = 0.9  # linear_finetune.py: configure_optimizers
@@ -57,16 +56,23 @@ class LinearSettings:
     crop_scale: tuple[float, float] = (0.8, 1.0)  # linear_finetune.py: RandomResizedCrop
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # linear_finetuning_transforms.py
     flip_p: float = 0.5  # linear_finetune.py
-    seed: int = 0  # ours: of the first weights, the order and the crops
+    seed: int = 0  # ours: of the first weights, the order, the crops and COCO's images
     map_px: int = 224  # ours: side of the maps for pictures
 
     def __post_init__(self) -> None:
-        for name in ("label_px", "epochs", "batch_size", "drop_at", "map_px"):
+        for name in ("label_px", "epochs", "coco_images", "batch_size", "drop_at", "map_px"):
             if getattr(self, name) < 1:
                 raise UserError(f"linear.{name}={getattr(self, name)}: at least 1")
 
 
-def linear(features: Features, train: LabelSet, val: LabelSet, settings: LinearSettings, n_shown: int = 0) -> Outcome:
+def linear(
+    features: Features,
+    train: LabelSet,
+    val: LabelSet,
+    settings: LinearSettings,
+    n_shown: int = 0,
+    signals: StopSignals | None = None,
+) -> Outcome:
     """``linear_miou`` and ``linear_class_iou``, in percent, of a 1x1 convolution on frozen features.
 
     The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
@@ -78,13 +84,22 @@ def linear(features: Features, train: LabelSet, val: LabelSet, settings: LinearS
 
     Raises:
         UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
+        Interrupted: there was a signal, which is looked at before each epoch.
     """
     side = whole_patches(settings.image_px, features)
     head = Head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
-    fit(head, features, train, settings, side)
+    fit(head, features, drawn(train, settings), settings, side, signals)
     confusion, maps = confusion_of(head, features, val, side, settings.label_px, settings.map_px, n_shown)
     ious = named_ious(class_ious(confusion), val.classes)
     return Outcome({"linear_miou": mean_iou(confusion), "linear_class_iou": ious}, {"linear": maps})
+
+
+def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
+    """The training images that the head sees: of COCO ``coco_images``, in the set's order; of other sets all."""
+    if not train.name.startswith("coco_"):
+        return train
+    chosen = generator(settings.seed, ORDER, 0).permutation(len(train))[: settings.coco_images]
+    return replace(train, files=[train.files[i] for i in sorted(chosen.tolist())])
 
 
 class Head(nn.Module):
@@ -102,12 +117,15 @@ class Head(nn.Module):
         return F.linear(patches, self.weight, self.bias)
 
 
-def fit(head: Head, features: Features, train: LabelSet, settings: LinearSettings, side: int) -> None:
+def fit(
+    head: Head, features: Features, train: LabelSet, settings: LinearSettings, side: int, signals: StopSignals | None = None
+) -> None:
     """Train the head; ``side`` is that of the images in whole patches. Errors are those of :func:`linear`."""
     held = _held(features, train, settings, side)
     optimizer = torch.optim.SGD(head.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.drop_at, settings.drop_factor)
     for epoch in range(settings.epochs):
+        check_signals(signals, "linear")
         counted = 0
         for patches, labels in _batches(features, train, settings, side, epoch, held):
             optimizer.zero_grad()
@@ -177,69 +195,3 @@ def _held(features: Features, train: LabelSet, settings: LinearSettings, side: i
     ]
     patches, labels = zip(*parts)
     return torch.cat(patches), torch.cat(labels)
-
-
-def confusion_of(
-    predict: Callable[[Tensor], Tensor], features: Features, val: LabelSet, side: int, label_px: int, map_px: int, n_shown: int
-) -> tuple[Tensor, list[NDArray[np.int32]]]:
-    """Pixels of the validation part by prediction and label, and the predictions of the first images.
-
-    Args:
-        predict: patch features [b, N, D] -> scores of the classes [b, N, C], which are enlarged bilinearly.
-        side: of the images, squeezed.
-        label_px: side of the maps that are compared.
-
-    Returns:
-        int64 [C, C] of :func:`~pretrain.evaluation.dense.matching.count_pairs`, on the CPU, and ``n_shown`` maps [map_px, map_px].
-
-    Raises:
-        UserError: no pixel is counted.
-    """
-    n_classes = len(val.classes)
-    shown: list[NDArray[np.int32]] = []
-    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-    for images, labels in val.squares(side, side, FORWARD_BATCH):
-        for part in patch_maps(features, images):  # one
-            scores = predict(part)
-            confusion += count_pairs(predict_pixels(scores, label_px), shrink(labels, label_px), n_classes, n_classes).cpu()
-            if missing := n_shown - len(shown):
-                shown += [*(predict_pixels(scores[:missing], map_px) + 1).int().cpu().numpy()]
-    if not confusion.any():
-        raise UserError(f"{val.name}: no pixel of the validation part is counted")
-    return confusion, shown
-
-
-def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:
-    """Patch features [b, N, D] float32 of uint8 [n, 3, S, S], ``FORWARD_BATCH`` images at a time;
-    a UserError where they are not finite."""
-    for tokens in features(images):
-        if not tokens.patches.isfinite().all():
-            raise UserError("the backbone's features are not finite numbers")
-        yield tokens.patches.detach().float()
-
-
-def whole_patches(image_px: int, features: Features) -> int:
-    """``image_px`` rounded down to whole patches: 512 are 504 with patches of 14. A UserError where it is less than one."""
-    patch_px = features.backbone.patch_size
-    if image_px < patch_px:
-        raise UserError(f"image_px={image_px} is less than a patch of {patch_px}")
-    return image_px // patch_px * patch_px
-
-
-def cropped(
-    rng: np.random.Generator,
-    pixels: NDArray[np.uint8],
-    labels: NDArray[np.int32],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """A part of an image [H, W, 3] and of its labels [H, W], drawn as torchvision's RandomResizedCrop."""
-    size_px, u = np.array([labels.shape], np.float64), rng.random((1, 1, 2 * TRIES + 2))
-    left, top, right, bottom = draw_crops(size_px, np.array([scale]), ratio, u)[0, 0].astype(int)
-    return pixels[top:bottom, left:right], labels[top:bottom, left:right]
-
-
-def shrink(labels: Tensor, side: int) -> Tensor:
-    """[..., S, S] -> [..., side, side] by torch's ``nearest``: sample floor(i S / side)."""
-    places = torch.arange(side) * labels.shape[-1] // side
-    return labels[..., places[:, None], places]

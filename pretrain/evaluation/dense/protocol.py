@@ -25,7 +25,7 @@ DENSE_TASKS = tuple(name for name in SETTINGS if name != KNN)
 N_IMAGES = {
     "voc2012": (10_582, 1_449),  # "trainaug": with the masks of SBD
     "ade20k": (20_210, 2_000),
-    "coco_things": (118_287, 5_000),
+    "coco_things": (118_287, 5_000),  # of which the linear layer sees a tenth: linear.coco_images
     "coco_stuff": (118_287, 5_000),
     KNN: (1_281_167, 50_000),  # ImageNet-1K
 }

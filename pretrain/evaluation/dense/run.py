@@ -8,7 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.label_sets import LabelSet
-from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation.dense import Outcome
+from pretrain.errors import UserError
+from pretrain.evaluation.dense import Outcome, check_signals
 from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
 from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
@@ -31,7 +31,7 @@ from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
 from pretrain.signals import StopSignals
 from pretrain.subject import Subject
 
-Evaluator = Callable[[Features, LabelSet, LabelSet, Any, int], Outcome]
+Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
 EVALUATORS: Mapping[str, Evaluator] = {"linear": linear, "in_context": in_context, "clustering": clustering}
 TASKS_FOLDER = "tasks"
 KIND = "dense"
@@ -71,7 +71,10 @@ class Job:
     val: LabelSet | None = None
 
     def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """All that the numbers of some tasks (none: of all) depend on, but for the weights; of which the result holds the hash."""
+        """All that the numbers of some tasks (none: of all) depend on, but for the weights; of which the result holds the hash.
+
+        Of the weights only how they were trained: those of one training with several seeds are one configuration.
+        """
         subject = self.subject
         return {
             "set": self.set_name,
@@ -79,6 +82,7 @@ class Job:
             "backbone": subject.backbone,
             "patch_px": subject.patch_px,
             "source": subject.source,
+            "training": subject.training,
             **{name: pair[1] for name, pair in self.others.items()},
             "seed": self.seed,
             **as_plain({task: used for task, used in self.settings.items() if tasks is None or task in tasks}),
@@ -105,7 +109,7 @@ def job_on_set(
         n_shown: images of the validation part that maps are kept of.
     """
     others = {**others, **departures_of_data(train.name, (len(train), len(val)), max_images)}
-    others |= {f"{part.part}_set": ("as published", part.departure or "as published") for part in (train, val)}
+    others |= {f"{part.part}_set": ("as published", part.departure) for part in (train, val) if part.departure}
     if max_images:
         train, val = train.first(max_images), val.first(max_images)
     data: dict[str, Any] = {"classes": list(train.classes)}
@@ -115,7 +119,7 @@ def job_on_set(
 
     def evaluate(task: str, features: Features) -> Outcome:
         parts = watched(train, task, signals), watched(val, task, signals)
-        return EVALUATORS[task](features, parts[0], parts[1], settings[task], n_shown)
+        return EVALUATORS[task](features, parts[0], parts[1], settings[task], n_shown, signals)
 
     return Job(subject, train.name, data, settings, evaluate, others, seed, val)
 
@@ -130,13 +134,15 @@ def job_on_classes(
     max_images: int = 0,
 ) -> Job:
     """k-NN classification of a folder of classes; the arguments are those of :func:`job_on_set`."""
-    parts = open_class_folders(root)
-    others = {**others, **departures_of_data(KNN, (len(parts[0]), len(parts[1])), max_images)}
-    data = {part.folder.name: {"images": len(part), "names": _hash([name for _, name in part.files])} for part in parts}
-    data["classes"] = {"number": len(parts[0].classes), "names": _hash(parts[0].classes)}
+    train, val = open_class_folders(root)
+    others = {**others, **departures_of_data(KNN, (len(train), len(val)), max_images)}
+    data = {part.folder.name: {"images": len(part), "names": _hash([name for _, name in part.files])} for part in (train, val)}
+    data["classes"] = {"number": len(train.classes), "names": _hash(train.classes)}
+    if max_images:
+        train, val = train.first(max_images), val.first(max_images)
 
     def evaluate(task: str, features: Features) -> Outcome:
-        return knn_classification(features, root, settings, max_images, signals)
+        return knn_classification(features, train, val, settings, signals)
 
     return Job(subject, KNN, data, {KNN: settings}, evaluate, others, seed)
 
@@ -207,16 +213,6 @@ def numbers(outcome: Outcome) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in outcome.metrics.items() if not isinstance(value, dict))
 
 
-def check_signals(signals: StopSignals, where: str) -> None:
-    """Stop where the process was asked to.
-
-    Raises:
-        Interrupted: it was.
-    """
-    if signals.received:
-        raise Interrupted(f"{signals.received} at {where}; finished tasks are kept, --resume goes on with it")
-
-
 class Watch:
     """Counts the images that a task reads of a part of a set, says how far it is, and stops it when the process was asked to stop.
 
@@ -246,9 +242,14 @@ class Watch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Watched(LabelSet):
-    """A part of a set that tells a :class:`Watch` of each image that is read."""
+    """A part of a set that tells a :class:`Watch` of its own of each image that is read."""
 
-    watch: Watch
+    label: str
+    signals: StopSignals
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "watch", Watch(self.label, len(self), self.signals))
 
     def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """As the set itself.
@@ -264,8 +265,8 @@ class Watched(LabelSet):
 
 def watched(part: LabelSet, task: str, signals: StopSignals) -> LabelSet:
     """A part of a set, watched while a task reads it."""
-    watch = Watch(f"{task}, {part.part}", len(part), signals)
-    return Watched(**{field.name: getattr(part, field.name) for field in fields(part)}, watch=watch)
+    of_part = {member.name: getattr(part, member.name) for member in fields(part)}
+    return Watched(**of_part, label=f"{task}, {part.part}", signals=signals)
 
 
 def _hash(names: Sequence[str]) -> str:
