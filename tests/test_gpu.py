@@ -1,9 +1,11 @@
 """What only a CUDA device can show; skipped, with the reason, where there is none."""
 
 import json
+import math
 
 import pytest
 import torch
+from dense_fixture import DENSE, GRAM, TIED, write_start
 from photos import TINY, write_photos
 
 from det_plugin.protocol import protocol, with_overrides
@@ -12,9 +14,14 @@ from pretrain.backbones.position import sample_field
 from pretrain.benchmark.step import synthetic_batch
 from pretrain.build import build_backbone
 from pretrain.config import load_config
+from pretrain.evaluation.dense.in_context import Memory
+from pretrain.evaluation.dense.kmeans import kmeans
 from pretrain.train import train
 from pretrain.trainer import Length, Trainer
+from pretrain.views.regions import read_regions
 
+DEVICE = "cuda"
+BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -33,23 +40,65 @@ def test_positions_are_those_of_the_cpu_and_their_gradient_is_deterministic():
     assert torch.equal(*gradients)
 
 
-BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
+def logs_of_straight_and_resumed(folder, overrides):
+    """The lines of metrics of a run, and of one that stops after three of its six iterations and goes on."""
+    logs = []
+    for output, stops in (("straight", [None]), ("parts", [3, None])):
+        words = [
+            f"data.root={folder / 'photos'}",
+            f"run.output={folder / output}",
+            f"run.device={DEVICE}",
+            "run.deterministic=always",
+        ]
+        config = load_config(None, [*overrides, *words])
+        for stop in stops:
+            train(config, resume="auto" if stop is None else "", stop_after_it=stop)
+        logs.append([json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()])
+    return logs
 
 
 @pytest.mark.parametrize("extra", [[], ["run.precision=float32"], BASELINE], ids=["bf16", "float32", "baseline"])
 def test_pretraining_resumes_on_the_gpu(tmp_path, extra):
     write_photos(tmp_path / "photos")
-    logs = []
-    for output, stops in (("straight", [None]), ("parts", [3, None])):
-        overrides = [*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", "run.device=cuda"]
-        overrides += ["run.deterministic=always"]
-        config = load_config(None, [*overrides, *extra])
-        for stop in stops:
-            train(config, resume="auto" if stop is None else "", stop_after_it=stop)
-        logs.append([json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()])
-    assert len(logs[0]) == 6
-    for one, two in zip(*logs):
-        assert one == two
+    straight, resumed = logs_of_straight_and_resumed(tmp_path, [*TINY, *extra])
+    assert len(straight) == 6 and straight == resumed
+
+
+@pytest.mark.parametrize("extra", [[], TIED, GRAM], ids=["paka", "tied", "gram"])
+def test_post_training_resumes_on_the_gpu(tmp_path, extra):
+    write_photos(tmp_path / "photos")
+    start = f"backbone.weights={write_start(tmp_path / 'start.safetensors')}"
+    straight, resumed = logs_of_straight_and_resumed(tmp_path, [*DENSE, start, *extra])
+    assert len(straight) == 6 and straight == resumed
+    assert all(math.isfinite(value) for line in straight for value in line.values())
+
+
+def test_regions_are_those_of_the_cpu_and_their_gradient_is_deterministic():
+    patches, flips = torch.randn(8, 196, 32), torch.rand(8) < 0.5
+    corners = torch.rand(8, 1, 2) * 0.3
+    regions = torch.cat([corners, corners + 0.5], -1)
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(8, 4)
+    expected = read_regions(patches, (14, 14), boxes, flips, regions, 7, 2)
+    gradients = []
+    for _ in range(2):
+        on_gpu = patches.to(DEVICE, copy=True).requires_grad_()
+        got = read_regions(on_gpu, (14, 14), boxes.to(DEVICE), flips.to(DEVICE), regions.to(DEVICE), 7, 2)
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-4, rtol=1e-3)
+        got.square().sum().backward()
+        gradients.append(on_gpu.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_searches_of_dense_evaluation_are_those_of_the_cpu():
+    rows, queries = torch.randn(500, 16), torch.randn(40, 16)
+    found = []
+    for device in ("cpu", DEVICE):
+        memory = Memory(500, 16, 3, torch.device(device))
+        memory.add(rows.to(device), torch.ones(500, 3, dtype=torch.int64, device=device))
+        found.append(memory.nearest(queries.to(device), 30)[0].cpu())
+    torch.testing.assert_close(*found, atol=2e-3, rtol=0)
+    labels = [kmeans(rows.to(device), 8, torch.Generator().manual_seed(0)).labels.cpu() for device in ("cpu", DEVICE)]
+    assert (labels[0] == labels[1]).float().mean() > 0.9
 
 
 CHUNKED_AND_PLAIN = [[], ["step.checkpointing=full"], ["step.checkpointing=selective"], ["step.compile=true"], BASELINE]
