@@ -49,7 +49,7 @@ def test_dense_post_training_of_a_toy_backbone(toy, capsys):
             words = [f"backbone.weights={toy / 'start/backbone.safetensors'}", f"data.root={toy / 'data/images'}"]
             train(load_config(f"configs/pretrain/{recipe}.yaml", [*words, f"run.output={run}", f"run.seed={seed}"]))
             losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-            assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3]), f"{recipe}, seed {seed}: {losses}"
+            assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3]), f"{recipe}, seed {seed}: {losses}"
             found[recipe].append(evaluate(toy, run / "backbone.safetensors", toy / f"out/{recipe}_{seed}", seed))
 
     for recipe in RECIPES:
