@@ -105,11 +105,12 @@ def in_context(
     memory = remember(features, train, settings, side)
     tell = steps("in_context, search", -(-len(val) // FORWARD_BATCH), signals, f"batches of {FORWARD_BATCH} images")
 
+    def check() -> None:
+        check_signals(signals, "in_context")
+
     def predict(patches: Tensor) -> Tensor:
-        shares = []
-        for part in patches.flatten(0, 1).split(QUERIES):
-            check = lambda: check_signals(signals, "in_context")  # noqa: E731
-            shares.append(memory.attend(part, settings.k, settings.temperature, check))
+        parts = patches.flatten(0, 1).split(QUERIES)
+        shares = [memory.attend(part, settings.k, settings.temperature, check) for part in parts]
         tell()
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
