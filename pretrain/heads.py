@@ -35,10 +35,11 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int, n_layers: int) -> nn.Sequent
     widths = [in_dim, *[hidden_dim] * (n_layers - 1), out_dim]
     layers: list[nn.Module] = []
     for width, following in zip(widths[:-1], widths[1:]):
-        linear = nn.Linear(width, following)
-        nn.init.trunc_normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.GELU()]
+        layers += [nn.Linear(width, following), nn.GELU()]
+    for layer in layers[::2]:  # after all are made: a seed gives the weights that it always gave
+        assert isinstance(layer, nn.Linear)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers[:-1])
 
 
