@@ -20,7 +20,7 @@ from pretrain.heads import mlp
 from pretrain.methods.method import Method, Neighbours
 from pretrain.methods.start import build_started_backbone
 from pretrain.views.batch import Batch
-from pretrain.views.boxes import Views
+from pretrain.views.boxes import Views, parents
 from pretrain.views.regions import overlaps, read_regions
 
 
@@ -71,7 +71,7 @@ class Dense(Method):
     def forward(
         self, batch: Batch, targets: Targets, statistics: Tensor, neighbours: Neighbours | None = None
     ) -> dict[str, Tensor]:
-        """``loss``: the mean over all overlaps of the batch; one without any overlap has the loss 0."""
+        """``loss``, and the same by its own name: the mean over all overlaps of the batch, scalars; without any overlap 0."""
         dense, local = self.config.dense, slice(batch.views.n_global, None)
         regions = targets.regions.transpose(1, 2)  # [B, L, G, 4]
         features = self._features("student", batch.local_crops, batch.views, local, regions)
@@ -84,7 +84,8 @@ class Dense(Method):
         """Where each global and each local crop of an image are compared, [B, G, L, 4], and whether they are, [B, G, L]."""
         views, dense = batch.views, self.config.dense
         n_local = views.boxes.shape[1] - views.n_global
-        own = parents(views.n_global, n_local, views.boxes.device)
+        device = views.boxes.device
+        own = parents(views.n_global, n_local, device) == torch.arange(views.n_global, device=device)[:, None]  # [G, L]
         if self.config.crops.local_rule == "same":  # the crop itself: with a bin a patch and one point a bin, its very patches
             whole = views.boxes[:, None, views.n_global :].expand(-1, views.n_global, -1, -1)
             return whole, own.expand(len(whole), -1, -1)
@@ -116,8 +117,3 @@ class Dense(Method):
         x = targets.features.flatten(0, 2)[:256].float()
         spread = (x - x.mean(1, keepdim=True)).square().mean().sqrt() / x.square().mean().sqrt().clamp(min=1e-12)
         return {"overlaps": targets.are.float().mean(), "feature_std": spread}
-
-
-def parents(n_global: int, n_local: int, device: torch.device) -> Tensor:
-    """[G, L] bool: local crop l is drawn in global crop l mod G (``crops.local_rule``)."""
-    return torch.arange(n_local, device=device) % n_global == torch.arange(n_global, device=device)[:, None]

@@ -232,6 +232,11 @@ def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: 
     )
 
 
+def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> Tensor:
+    """[L] int64: the global crop that each local one is drawn in or on (``local_rule``), its parent."""
+    return torch.arange(n_local, device=device) % n_global
+
+
 def draw_boxes(sizes_px: Array, rule: CropRule, u: Array) -> Array:
     """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
     n_global = rule.n_global
@@ -239,8 +244,8 @@ def draw_boxes(sizes_px: Array, rule: CropRule, u: Array) -> Array:
         scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)
         return draw_crops(sizes_px, scales, rule.ratio, u)
     global_crops = draw_crops(sizes_px, np.array([rule.global_scale] * n_global), rule.ratio, u[:, :n_global])
-    parents = global_crops[:, np.arange(rule.n_local) % n_global]
-    local_crops = parents if rule.local_rule == "same" else draw_inside(parents, sizes_px, rule, u[:, n_global:])
+    own = global_crops[:, parents(n_global, rule.n_local).numpy()]
+    local_crops = own if rule.local_rule == "same" else draw_inside(own, sizes_px, rule, u[:, n_global:])
     return np.concatenate([global_crops, local_crops], 1)
 
 

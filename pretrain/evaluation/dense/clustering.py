@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.kmeans import kmeans, nearest_centres
+from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import count_pairs, greedy, hungarian, mean_iou
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.linear import Moments, ReadOut

@@ -38,7 +38,8 @@ from pretrain.data.label_sets.maps import nearest
 from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
 from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features

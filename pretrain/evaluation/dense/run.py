@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome, check_signals
+from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
 from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
 from pretrain.evaluation.dense.linear import linear
+from pretrain.evaluation.dense.long_work import check_signals
 from pretrain.evaluation.dense.protocol import KNN, SETTINGS, as_plain, departures_of_data, name_of, protocol_of
 from pretrain.evaluation.features import Features
 from pretrain.progress import Progress
@@ -53,7 +54,7 @@ class Job:
     Attributes:
         subject: the checkpoint.
         set_name: of the set, as the protocol is named after it.
-        data: what else tells the set from others: {"train_images": n, ...}.
+        data: what else tells the set from others: the classes, and of each part its source, number of images and hash of names.
         settings: by task, of those to be run.
         evaluate: (task, features) -> what the task finds.
         others: (the protocol's, this run's) values of what no task sets.
