@@ -1,0 +1,456 @@
+"""Typed settings: a model beside the code that reads it, and one way to load, check, change, compare and print it.
+
+All three packages use this module, for runs, protocols, comparisons and results. A field carries its default, its range, what it
+means and where its value comes from (:func:`setting`). Text never passes through YAML's guesses: a field's type reads its words, so
+``run.output=2024-10-01`` is a folder and ``run.seed=010`` is ten.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.errors import UserError
+
+NOTHING = ("null", "none", "None", "~", "")  # words for None, where a field allows it
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: immutable, no unknown key, no wrong type, no number that is not finite.
+
+    Class attributes:
+        renamed: {old dotted key: new one}, relative to this model. Old words, files and saved runs still load.
+        in_recipe: whether the group says what is learned; false: where and how a run computes it.
+        fixed: whether the group must stay as it is when a run is resumed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}
+    in_recipe: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
+
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    source: str,
+    in_recipe: bool = True,
+    fixed: bool = True,
+    settable: bool = True,
+    **limits: Any,
+) -> Any:
+    """A field of a :class:`Settings` model.
+
+    Args:
+        default: its default; ``...`` for none.
+        text: what it means, with its unit.
+        source: where the default comes from: a table of the paper, a public code, or "ours".
+        in_recipe, fixed: as :class:`Settings`' class attributes, of this field alone.
+        settable: whether words and files may change it.
+        limits: pydantic's ``ge``, ``gt``, ``le``, ``lt``, ``min_length``, ``pattern``, ...
+    """
+    extra: dict[str, Any] = {"source": source, "in_recipe": in_recipe, "fixed": fixed, "settable": settable}
+    return Field(default, description=f"{text} [{source}]", json_schema_extra=extra, **limits)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values that one file, or the command line, sets.
+
+    Attributes:
+        name: of the file, or ``command line``.
+        values: nested by group. A leaf is text, a list of texts, or a value that JSON can hold.
+        comments: {dotted key: the comment on its line}.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    comments: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML whose scalars stay text, without anchors and without a key that stands twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not allowed: write the value out")
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} is no text")
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+
+
+def read_yaml(path: str | Path) -> Layer:
+    """The values of a YAML file, their scalars as text.
+
+    Raises:
+        UserError: no file, no UTF-8, no YAML, no mapping, an alias, a key that stands twice; names the file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+        values = {} if node is None else yaml.load(text, _Loader)
+    except OSError as error:
+        raise UserError(f"config: no file {path}: {error.strerror}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"config: {path} is no readable YAML ({reason}); save it as UTF-8 YAML") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
+    return Layer(str(path), values, dict(_comments(node, text.splitlines())))
+
+
+def _comments(node: Any, lines: Sequence[str], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, comment at the end of its line)."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            yield from _comments(value, lines, f"{name}.")
+        elif value.start_mark.line < len(lines):
+            end = value.end_mark
+            rest = lines[end.line][end.column :] if end.line < len(lines) else ""
+            if match := re.search(r"#\s*(.*\S)", rest):
+                yield name, match[1]
+
+
+def read_words(words: Sequence[str]) -> Layer:
+    """``group.key=value`` words of a command line.
+
+    Raises:
+        UserError: a word without ``=``, a key that is given twice, or a word that is no UTF-8.
+    """
+    values: dict[str, Any] = {}
+    for key, text in split_words(words).items():
+        put(values, key, text)
+    return Layer("command line", values)
+
+
+def split_words(words: Sequence[str]) -> dict[str, str]:
+    """{key: text} of ``key=text`` words; errors as :func:`read_words`."""
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"config: {word!r} is not of the form key=value")
+        if key in given:
+            raise UserError(f"config: {key} is given twice: {given[key]!r} and {text!r}; give it once")
+        given[key] = text
+    return given
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested values."""
+    *groups, last = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise UserError(f"config: {key}: {group} is given as a value and as a group of keys; give one of them")
+    if isinstance(values.get(last), dict):
+        raise UserError(f"config: {key} is given as a value and as a group of keys; give one of them")
+    values[last] = value
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config") -> Model:
+    """A model from its defaults and some layers, each over those before it.
+
+    Args:
+        what: how an error calls the settings.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and file.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        values = upgraded(model, layer.values)
+        typed = _typed_group(model, values, f"{what}: {{key}} ({layer.name})", "")
+        origins |= dict.fromkeys(_flat(typed), layer.name)
+        _merge(merged, typed)
+    return _validated(model, merged, what, origins)
+
+
+def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") -> Model:
+    """The settings with some dotted keys changed, to values or their text; all is checked again. Errors as :func:`build`."""
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        put(values, key, value)
+    typed = _typed_group(type(settings), upgraded(type(settings), values), f"{what}: {{key}}", "")
+    merged = settings.model_dump()
+    _merge(merged, typed)
+    return _validated(type(settings), merged, what, {})
+
+
+def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with the keys that were renamed under their new names."""
+    new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for old, name in model.renamed.items():
+        group, _, key = old.rpartition(".")
+        holder = new.get(group) if group else new
+        if isinstance(holder, dict) and key in holder:
+            value = holder.pop(key)
+            if isinstance(value, Mapping):
+                for inner, item in value.items():
+                    put(new, f"{name}.{inner}", item)
+            else:
+                put(new, name, value)
+            if group and not holder:
+                new.pop(group)
+    for key, info in model.model_fields.items():
+        if _is_group(info.annotation) and isinstance(new.get(key), Mapping):
+            new[key] = upgraded(info.annotation, new[key])  # type: ignore[arg-type]
+    return new
+
+
+def _is_group(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _validated(model: type[Model], values: dict[str, Any], what: str, origins: Mapping[str, str]) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [str(part) for part in first["loc"]]
+        key = ".".join(names)
+        if first["type"] == "value_error":  # a rule of ours, which names its keys
+            raise UserError(f"{what}: {first['ctx']['error']}") from error
+        if first["type"] == "missing":
+            raise UserError(f"{what}: {key} is missing; set it") from error
+        origin = next((origins[name] for name in (key, ".".join(names[:-1])) if name in origins), "")
+        reason = re.sub(r"^Input should|^(String|Tuple) should", "should", first["msg"])
+        where = f" ({origin})" if origin else ""
+        raise UserError(f"{what}: {key}={shown(first['input'])} {reason}{where}") from error
+
+
+def _typed_group(model: type[Settings], values: Any, where: str, prefix: str) -> dict[str, Any]:
+    """Nested values in the types of a model's fields; ``where`` is an error's beginning, with a place for the key."""
+    if not isinstance(values, Mapping):
+        key = prefix.rstrip(".") or "it"
+        raise UserError(f"{where.format(key=key)} is a group of keys, not {shown(values)}; set {key}.KEY")
+    typed = {}
+    for key, value in values.items():
+        name, info = f"{prefix}{key}", model.model_fields.get(key)
+        if info is None or not _flag(info, "settable"):
+            known = [k for k, i in model.model_fields.items() if _flag(i, "settable")]
+            near = difflib.get_close_matches(str(key), known, 1)
+            group = f"{prefix}* has" if prefix else "there are"
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"{group} {', '.join(sorted(known))}"
+            raise UserError(f"{where.format(key=f'unknown key {name!r}')}; {hint}")
+        try:
+            typed[key] = typed_value(info.annotation, value, where, name)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where.format(key=f'{name}={shown(value)}')} should be {_kind_name(info.annotation)}") from error
+    return typed
+
+
+def _flag(info: Any, name: str) -> bool:
+    extra = info.json_schema_extra
+    return bool(extra.get(name, True)) if isinstance(extra, dict) else True
+
+
+def typed_value(kind: Any, value: Any, where: str = "{key}", name: str = "value") -> Any:
+    """A value, or its text, in the type of an annotation.
+
+    Raises:
+        TypeError, ValueError: it does not fit; UserError: a key of a group that does not.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if _is_group(kind):
+        return _typed_group(kind, value, where, f"{name}.")
+    if origin in (types.UnionType, typing.Union):
+        words = NOTHING[:4] if str in parts else NOTHING  # an empty text is a text
+        if type(None) in parts and (value is None or (isinstance(value, str) and value in words)):
+            return None
+        return typed_value(next(part for part in parts if part is not type(None)), value, where, name)
+    if origin is tuple:
+        return _typed_tuple(parts, value, where, name)
+    if origin is dict:
+        return {str(k): typed_value(parts[1], item, where, f"{name}.{k}") for k, item in _items(value)}
+    if kind is Any:
+        return plain(value) if isinstance(value, str) else value
+    return _typed_scalar(kind, value)
+
+
+def _items(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return value.items()
+
+
+def _typed_tuple(parts: tuple[Any, ...], value: Any, where: str, name: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        inner = value.strip()
+        if inner[:1] in ("[", "(") and inner[-1:] in ("]", ")"):
+            inner = inner[1:-1]
+        value = [item.strip() for item in inner.split(",")] if inner.strip() else []
+        value = value[:-1] if value and not value[-1] else value  # (1,)
+    elif not isinstance(value, list | tuple):
+        value = [value]
+    if parts[-1] is not Ellipsis and len(value) != len(parts):
+        raise ValueError
+    kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
+    return tuple(typed_value(kind, item, where, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
+
+
+def _typed_scalar(kind: Any, value: Any) -> Any:
+    """A number, a bool or a text; a Literal's check is pydantic's."""
+    if not isinstance(value, str):
+        if kind is str or isinstance(value, Mapping | list | tuple) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError
+        return float(value) if kind is float and isinstance(value, int) else value
+    value.encode()  # a lone surrogate: bytes of a command line that are no UTF-8
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError
+        return value.lower() == "true"
+    if kind is int:
+        if not re.fullmatch(r"[+-]?\d+", value):
+            raise ValueError
+        return int(value)
+    if kind is float:
+        return float(value)
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    """For people: ``a list of 2 numbers``."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if _is_group(kind) or origin is dict:
+        return "a group of keys"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if part is type(None) else _kind_name(part) for part in parts)
+    if origin is tuple:
+        count = "" if parts[-1] is Ellipsis else f"{len(parts)} "
+        return f"a list of {count}values, each {_kind_name(parts[0])}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "UTF-8 text"}
+    return names.get(kind, f"one of {', '.join(map(str, parts))}" if parts else str(kind))
+
+
+def plain(text: str) -> Any:
+    """A text where no type says how to read it: null, true, false, a number, a list of these, or the text itself."""
+    if text in NOTHING[:4]:
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"[+-]?(0|[1-9]\d*)", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    if text[:1] == "[" and text[-1:] == "]":
+        return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value in an error: one line, not longer than a line should be."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Plain values (tuples as lists), as JSON and YAML hold them."""
+    return settings.model_dump(mode="json")
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """{dotted key: plain value}."""
+    return _flat(as_dict(settings))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def differences(reference: Settings, settings: Settings) -> dict[str, list[Any]]:
+    """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one has no such key."""
+    a, b = flat(reference), flat(settings)
+    return {key: [a.get(key), b.get(key)] for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+
+
+def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any, type[Settings]]]:
+    """(dotted key, pydantic's field, the model that holds it) of every key, groups opened."""
+    for key, info in model.model_fields.items():
+        if _is_group(info.annotation):
+            yield from fields(info.annotation, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{key}", info, model
+
+
+def keys_where(model: type[Settings], flag: str, value: bool) -> frozenset[str]:
+    """Dotted keys whose ``in_recipe`` or ``fixed``, their own and their group's, is ``value``."""
+    return frozenset(key for key, info, holder in fields(model) if (getattr(holder, flag) and _flag(info, flag)) == value)
+
+
+def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
+    """The settings as YAML that loads again; each line ends with what the key means and where its value comes from."""
+    origins = {}
+    for layer in layers:
+        for key in _flat(upgraded(type(settings), layer.values)):
+            said = layer.comments.get(key, "")
+            origins[key] = f"{layer.name}{': ' if said else ''}{said}"
+    values, lines, group = flat(settings), list[str](), ""
+    for key, info, _ in sorted(fields(type(settings)), key=lambda item: "." in item[0]):  # keys without a group first
+        parent, _, name = key.rpartition(".")
+        if parent != group:
+            depth = parent.count(".")
+            lines += ["", f"{'  ' * depth}{parent.rpartition('.')[2]}:"]
+            group = parent
+        value = json.dumps(values.get(key, {}), ensure_ascii=False)
+        indent = "  " * (key.count("."))
+        origin = f"; here: {origins[key]}" if key in origins else ""
+        lines.append(f"{indent}{name}: {value}".ljust(40) + f"  # {info.description}{origin}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def json_schema(model: type[Settings]) -> dict[str, Any]:
+    """The JSON schema of a model, for editors that complete and check YAML files."""
+    return model.model_json_schema()
