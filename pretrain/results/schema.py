@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.results import renamed
 
 SCHEMA_VERSION = 1
 KINDS = ("pretrain", "detection", "segmentation", "dense", "analysis")
@@ -41,6 +42,7 @@ class Protocol:
         if not self.name.strip():
             raise UserError("protocol.name is empty")
         deviations = _plain(self.deviations, "protocol.deviations")
+        deviations = {renamed.DEVIATIONS.get(key, key): pair for key, pair in deviations.items()}
         object.__setattr__(self, "deviations", deviations)
         for key, pair in deviations.items():
             if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
