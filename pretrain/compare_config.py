@@ -18,8 +18,8 @@ import yaml
 
 from pretrain.build import backbone_names
 from pretrain.errors import UserError
-from pretrain.overrides import assignments
 from pretrain.results.published import published_rows, rows_of_tables
+from pretrain.settings import split_words
 from pretrain.weights import source_names
 
 NONE, SWEEP, POINT = "none", "sweep", "point"
@@ -103,7 +103,7 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
         UserError: names the file, and the key that is unknown, missing or of a wrong value.
     """
     values = _read(Path(path))
-    for key, text in assignments(words).items():
+    for key, text in split_words(words).items():
         group, dot, inner = key.partition(".")
         if dot and group in ("detection_overrides", "segmentation_overrides"):
             values[group] = {**(values.get(group) or {}), inner: text}

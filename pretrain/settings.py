@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -83,7 +83,7 @@ class Layer:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """YAML whose scalars stay text, without anchors and without a key that stands twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -101,7 +101,7 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))  # type: ignore[arg-type]
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -300,9 +300,8 @@ def typed_value(kind: Any, value: Any, where: str = "{key}", name: str = "value"
     Raises:
         TypeError, ValueError: it does not fit; UserError: a key of a group that does not.
     """
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:  # an item with a range
-        return typed_value(parts[0], value, where, name)
     if _is_group(kind):
         return _typed_group(kind, value, where, f"{name}.")
     if origin in (types.UnionType, typing.Union):
@@ -360,11 +359,15 @@ def _typed_scalar(kind: Any, value: Any) -> Any:
     return value
 
 
+def _bare(kind: Any) -> Any:
+    """An annotation without its ranges."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
 def _kind_name(kind: Any) -> str:
     """For people: ``a list of 2 numbers``."""
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _kind_name(parts[0])
     if _is_group(kind) or origin is dict:
         return "a group of keys"
     if origin in (types.UnionType, typing.Union):

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import KnnProbe
 from pretrain.evaluation.position_probe import PositionProbe
 from pretrain.evaluation.segmentation import SegmentationProbe
+from pretrain.settings import replaced
 
 Probe = Callable[[Features], dict[str, float]]
 
@@ -62,7 +63,7 @@ class DenseProbe:
         except UserError as error:
             raise UserError(f"probes.dense_root: {error}") from error
         changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
-        return DenseProbe(train, val, {task: replace(used, **changes[task]) for task, used in settings_of(named).items()})
+        return DenseProbe(train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()})
 
     def __call__(self, features: Features) -> dict[str, float]:
         """The probe's numbers for a backbone."""
