@@ -387,7 +387,7 @@ def plain(text: str) -> Any:
         return text == "true"
     if re.fullmatch(r"[+-]?(0|[1-9]\d*)", text):
         return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):  # 010 is a text
         return float(text)
     if text[:1] == "[" and text[-1:] == "]":
         return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
