@@ -14,7 +14,7 @@ import pytest
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE, fields_and_model_kwargs
+from pretrain.cli import REQUEUE_CODE, fields_and_kwargs
 from pretrain.config import as_dict, load_config
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
@@ -108,7 +108,7 @@ def test_quick_and_other_settings_come_last(tmp_path):
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
     words = second.command[second.command.index("--resume") + 1 :]
-    fields, model_kwargs = fields_and_model_kwargs(words)  # refuses a key that is given twice
+    fields, model_kwargs = fields_and_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
     assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 

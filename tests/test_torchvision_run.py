@@ -419,10 +419,9 @@ BAD = [
 
 @pytest.mark.parametrize("changes, message", BAD)
 def test_bad_settings_are_named(make, changes, message):
-    run = make("out", **changes)
     with pytest.raises(UserError, match=message):
-        train(run)
-    assert not run.output.exists()
+        train(make("out", **changes))
+    assert not make("out").output.exists()
 
 
 def test_splits_must_agree(make, tmp_path):
