@@ -102,8 +102,9 @@ def test_the_detection_is_the_demos(tmp_path):
     assert data[-6:] == TOOL["DATA"]
 
 
-def test_quick_and_other_settings_come_last(tmp_path):
-    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["max_iters=12"]))
+@pytest.mark.parametrize("word", ["max_iters=12", "iterations_it=12"])
+def test_quick_and_other_settings_come_last(tmp_path, word):
+    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=[word]))
     first, second = plan["method/seed_0"]
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
