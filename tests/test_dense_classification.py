@@ -114,13 +114,13 @@ def test_chunks_of_the_search_change_nothing():
 
 
 def test_too_many_neighbours_are_left_out_with_a_warning(features, root):
-    with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training pictures"):
+    with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training images"):
         metrics = knn_classification(features, root, KnnSettings(resize_px=40, crop_px=32)).metrics
     assert list(metrics) == ["knn_top1", "knn_top1_k10", "knn_top1_k20"]
     with pytest.warns(UserWarning, match=r"k=\[20\]"):
         metrics = knn_classification(features, root, SMALL, max_images=6).metrics  # of each part
     assert list(metrics) == ["knn_top1_k2", "knn_top1_k5"]
-    with pytest.raises(UserError, match="knn: k=2 is more than the 1 training pictures"):
+    with pytest.raises(UserError, match="knn: k=2 is more than the 1 training images"):
         knn_classification(features, root, SMALL, max_images=1)
 
 
@@ -157,7 +157,7 @@ def test_folders(root):
     assert train.labels().tolist() == [0] * 9 + [1] * 9 + [2] * 9 and val.first(3).labels().tolist() == [0, 1, 2]
     (root / "val" / "n09999999").mkdir()
     Image.new("RGB", (8, 8)).save(root / "val" / "n09999999" / "0.png")
-    with pytest.raises(UserError, match="class 'n09999999' of val has no picture in train"):
+    with pytest.raises(UserError, match="class 'n09999999' of val has no image in train"):
         open_class_folders(root)
 
 
@@ -171,7 +171,7 @@ def test_a_class_of_train_alone_is_one_that_can_be_wrong(features, root):
     "spoil, change, message",
     [
         (lambda r: (r / "val").rename(r / "test"), {}, "no folder .*val"),
-        (lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")], {}, r"no picture CLASS/\*.* in .*val"),
+        (lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")], {}, r"no image CLASS/\*.* in .*val"),
         (lambda r: (r / "val" / "n01443537" / "002.JPEG").write_bytes(b"no"), {}, r"n01443537/002\.JPEG cannot be read"),
         (None, {"crop_px": 30}, "crop_px=30 is no multiple of the patch size 16"),
     ],

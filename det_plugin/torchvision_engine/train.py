@@ -193,7 +193,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
 
 
 def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """For :func:`evaluate`: tells ``show`` which share of the pictures is done, and how many seconds are left."""
+    """For :func:`evaluate`: tells ``show`` which share of the images is done, and how many seconds are left."""
     started = time.monotonic()
     return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
 
@@ -228,7 +228,7 @@ class Log:
         self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
 
     def evaluated(self, share: float, left_s: float) -> None:
-        """An evaluation goes on: a ``share`` of the pictures is done."""
+        """An evaluation goes on: a ``share`` of the images is done."""
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
