@@ -140,7 +140,7 @@ def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
     tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs")])
     text = card.read_text()
     assert "41.2" in text and "36.5" in text and "99.0" not in text
-    assert re.search(r"37\.\d ‡1", text) and "iterations\\_it 160000 → 2000" in text
+    assert re.search(r"37\.\d ‡1", text) and "max\\_iters 160000 → 2000" in text
     assert "ade20k-160k, scaled down (1 change)" in text and "published" not in text.split("## Results")[1].split("- ")[0]
     with pytest.raises(UserError, match="results: none of the 1 there was measured with these weights"):
         tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs" / "c")])
