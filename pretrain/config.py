@@ -14,11 +14,11 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pretrain.alignment import KERNELS, LOSSES
 from pretrain.backbones.attention import ATTENTIONS
 from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS
 from pretrain.device import DEVICES
 from pretrain.errors import UserError
+from pretrain.losses.alignment import KERNELS, LOSSES
 from pretrain.views.boxes import LOCAL_RULES, REFERENCES, SCALES, SURROUNDED
 from pretrain.views.masks import KINDS_OVER, SHAPES
 

@@ -21,7 +21,7 @@ from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.probes import Probes
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, peak_memory_gb
-from pretrain.prototypes import at_least_float32
+from pretrain.precision import at_least_float32
 from pretrain.recipe import pretraining_protocol
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from pretrain import distributed
 from pretrain.backbones.vit import ViT
-from pretrain.device import choose_device, keep_freed_memory
+from pretrain.cpu_tuning import keep_freed_memory
+from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.methods import build_method
 from pretrain.methods.method import Neighbours

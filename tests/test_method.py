@@ -7,9 +7,10 @@ from photos import TINY, write_photos
 
 from pretrain.config import load_config
 from pretrain.data.loader import build_dataset, build_loader
+from pretrain.heads import HeadOutput
 from pretrain.losses import koleo_loss
+from pretrain.losses.chunked_cross_entropy import distribution
 from pretrain.methods.intertwined import Intertwined
-from pretrain.prototypes import Projection, distribution
 from pretrain.trainer import Length, Trainer
 
 BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
@@ -64,7 +65,7 @@ def test_a_steps_loss_is_equation_6(folder, extra):
     """The terms restated with loops over views and patches from the networks' own outputs."""
     config = load_config(None, [*TINY, f"data.root={folder}", "run.precision=float64", "backbone.drop_path=0.0", *extra])
     batch = first_batch(config, torch.float64)
-    method = double_method(config).eval()  # eval: the centres stay
+    method = double_method(config).eval()  # eval: the centers stay
     terms = terms_of(method, batch)
     n_images, views = batch.n_images, batch.views
     student, teacher = method.student, method.teacher
@@ -91,7 +92,7 @@ def test_a_steps_loss_is_equation_6(folder, extra):
     for kind in method.patch_kinds:
         mask = getattr(batch.masks, kind)
         masked = teacher[kind](torch.cat([t.patches for t in tokens_t])[mask])
-        probabilities = distribution(Projection(*masked), centers[kind], 0.04)
+        probabilities = distribution(HeadOutput(*masked), centers[kind], 0.04)
         logits = student[kind](torch.cat([t.patches for t in tokens_s[:2]])).logits
         loss, row = 0.0, 0
         for crop in range(2 * n_images):
@@ -116,7 +117,7 @@ def test_every_trainable_parameter_has_a_gradient(folder, extra):
     assert (method.backbone_of("student").pos_mask_token.grad is None) == (extra == BASELINE)
 
 
-def test_centres_follow_the_teacher_one_step_behind(folder):
+def test_centers_follow_the_teacher_one_step_behind(folder):
     config = load_config(None, [*TINY, f"data.root={folder}"])
     method, batch = Intertwined(config), first_batch(config)
     boxes, flips = batch.views.globals

@@ -17,7 +17,7 @@ from pretrain.benchmark.data import write_photographs
 from pretrain.config import load_config
 from pretrain.data.loader import Rules, build_dataset, build_loader, draw
 from pretrain.data.sampler import MASKS
-from pretrain.prototypes import product_dtype
+from pretrain.precision import product_dtype
 from pretrain.recipe import BASELINE
 from pretrain.train import in_parts
 from pretrain.trainer import Length, Trainer

@@ -13,10 +13,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pretrain.alignment import alignment_loss
 from pretrain.backbones.vit import ViewGroup
 from pretrain.distributed import sum_over_ranks, world_size
 from pretrain.heads import mlp
+from pretrain.losses import alignment_loss
 from pretrain.methods.method import Method, Neighbours
 from pretrain.methods.start import build_started_backbone
 from pretrain.views.batch import Batch

@@ -4,7 +4,7 @@ L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponent
 with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
 
 A rank's batch may come in parts (gradient accumulation). What couples the samples of a batch then still holds for the whole: the
-teacher goes first over all parts, so centres and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS]
+teacher goes first over all parts, so centers and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS]
 tokens of all parts (:meth:`Intertwined.student_cls`).
 """
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from pretrain.backbones.vit import Tokens, ViewGroup, ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
-from pretrain.heads import ProjectionHead
+from pretrain.heads import HeadOutput, ProjectionHead
 from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
 from pretrain.methods.method import Method, Neighbours
-from pretrain.prototypes import Projection
 from pretrain.views.batch import Batch
 
 PATCH_KINDS = ("content", "position")
-Targets = dict[str, Projection]  # head -> the teacher's rows: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+Targets = dict[str, HeadOutput]  # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
 Centers = dict[str, Tensor]  # head -> [1, K]
 
 
@@ -81,11 +80,11 @@ class Intertwined(Method):
 
     @torch.no_grad()
     def statistics(self, parts: Sequence[Targets]) -> Centers:
-        """The centres for a batch, given the targets of all its parts; the running ones move on for the next step (DINOv2)."""
+        """The centers for a batch, given the targets of all its parts; the running ones move on for the next step (DINOv2)."""
         losses, centers = self.config.losses, {}
         for name in self.head_names:
-            rows = torch.cat([part[name].rows.flatten(0, -2) for part in parts])
-            teacher = Projection(rows, parts[0][name].prototypes)
+            rows = torch.cat([part[name].bottleneck.flatten(0, -2) for part in parts])
+            teacher = HeadOutput(rows, parts[0][name].prototypes)
             if losses.centering == "sinkhorn_knopp":
                 centers[name] = sinkhorn_center(teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows)
                 continue
@@ -151,8 +150,8 @@ class Intertwined(Method):
         ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all
         images are one point (1 / sqrt(d) is that of directions at random).
         """
-        rows = targets["image"].rows.flatten(0, -2)[:256]
-        teacher = Projection(rows, targets["image"].prototypes)
+        rows = targets["image"].bottleneck.flatten(0, -2)[:256]
+        teacher = HeadOutput(rows, targets["image"].prototypes)
         entropy, mean_entropy = teacher_entropies(teacher, statistics["image"], self.temperatures[1])
         return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "feature_std": rows.std(0).mean()}
 
