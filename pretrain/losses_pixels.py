@@ -1,4 +1,4 @@
-"""Pixels as targets: the patches of an image, each normalized by itself, and the error where they are masked (MAE, He et al. 2022)."""
+"""Pixels as targets: patches of an image, each normalized by itself, and the error where they are masked (MAE)."""
 
 import torch
 import torch.nn.functional as F
