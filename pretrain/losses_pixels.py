@@ -1,4 +1,4 @@
-"""Pixels as targets: patches of an image, each normalized by itself, and the error where they are masked (MAE)."""
+"""Pixels as targets: an image's patches, each normalized by itself, and the error where they are masked (MAE)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +8,28 @@ EPS = 1e-6  # added to a patch's variance (MAE's code)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Images [B, 3, H, W] as patches [B, N, p * p * 3]: patches row-major, their pixels row-major, colors last (MAE's code).
+    """Images [B, 3, H, W] as patches [B, N, p * p * 3].
 
-    H and W are multiples of p = ``patch_size``.
+    Patches are row-major, pixels in a patch too, and a pixel's colors come last (MAE's code). H and W are multiples of
+    p = ``patch_size``.
     """
     cells = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, 3, h, p, w, p]
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def normalized(patches: Tensor) -> Tensor:
-    """Patches [..., P] with mean 0 and variance 1 each, in float32 or wider: MAE's targets (section 3, "normalized pixel values").
+    """Patches [..., P] with mean 0 and variance 1 each, in float32 or wider (MAE, section 3).
 
-    The variance is the unbiased one, and ``EPS`` is added to it, as in MAE's code.
+    The variance is unbiased, and ``EPS`` is added to it, as in MAE's code.
     """
     patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
     variance, mean = torch.var_mean(patches, -1, keepdim=True)
     return (patches - mean) / (variance + EPS).sqrt()
 
 
-def masked_pixel_loss(predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True) -> Tensor:
+def masked_pixel_loss(
+    predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True
+) -> Tensor:
     """Mean squared error of the masked patches' pixels, a scalar; visible patches do not count (MAE, section 3).
 
     Args:

@@ -1,4 +1,4 @@
-"""MAE: its loss against the paper's formulas, its encoder against a pass over the visible patches alone, its run and what it leaves."""
+"""MAE: its loss against the paper's formulas, what its encoder sees, its run and what that leaves."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from pretrain.backbones.vit import ViewGroup, ViT
 from pretrain.losses_pixels import masked_pixel_loss, normalized, patchify
-from pretrain.methods.mae import Decoder, fix_positions, initialize
+from pretrain.methods.mae import Decoder, initialize
 
 SIDE, PATCH = 4, 8
 
@@ -15,7 +15,9 @@ SIDE, PATCH = 4, 8
 def networks(dtype=torch.float64):
     """A small encoder and decoder, every weight of ordinary size."""
     torch.manual_seed(0)
-    backbone = ViT(embed_dim=24, depth=2, num_heads=3, patch_size=PATCH, pos_encoding="standard", pos_grid=SIDE)
+    backbone = ViT(
+        embed_dim=24, depth=2, num_heads=3, patch_size=PATCH, pos_encoding="standard", pos_grid=SIDE
+    )
     decoder = Decoder(24, SIDE, 3 * PATCH**2, 16, 2, 4)
     initialize(backbone, decoder)
     for parameter in (*backbone.parameters(), *decoder.parameters()):
@@ -35,7 +37,7 @@ def masked_images(n=3, n_masked=12, dtype=torch.float64):
 
 
 def sines(row, column, width):
-    """Half of the channels for the column, half for the row; of each half sines, then cosines, of place / 10000^(k / (width / 4))."""
+    """The column in half of the channels, then the row; in each sines, then cosines, of place / 10000^(k / (width / 4))."""
     values = []
     for place in (column, row):
         angles = [place / 10000 ** (k / (width / 4)) for k in range(width // 4)]
@@ -44,7 +46,9 @@ def sines(row, column, width):
 
 
 def layer_norm(x, state, name):
-    return (x - x.mean()) / (((x - x.mean()) ** 2).mean() + 1e-6).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (x - x.mean()) / (((x - x.mean()) ** 2).mean() + 1e-6).sqrt() * state[f"{name}.weight"] + state[
+        f"{name}.bias"
+    ]
 
 
 def linear(x, state, name):
@@ -55,7 +59,10 @@ def transformer(tokens, state, depth, heads):
     """Pre-norm blocks on a list of vectors."""
     for i in range(depth):
         name, size = f"blocks.{i}", len(tokens[0]) // heads
-        qkv = [linear(layer_norm(t, state, f"{name}.norm1"), state, f"{name}.attn.qkv").view(3, heads, size) for t in tokens]
+        qkv = [
+            linear(layer_norm(t, state, f"{name}.norm1"), state, f"{name}.attn.qkv").view(3, heads, size)
+            for t in tokens
+        ]
         mixed = []
         for q in qkv:
             of_heads = []
@@ -74,7 +81,9 @@ def pixels_of(image, patch):
     """A patch's pixels in reading order, the three colors of each side by side."""
     row, column = divmod(patch, SIDE)
     square = image[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-    return torch.stack([square[color, y, x] for y in range(PATCH) for x in range(PATCH) for color in range(3)])
+    return torch.stack(
+        [square[color, y, x] for y in range(PATCH) for x in range(PATCH) for color in range(3)]
+    )
 
 
 def restated_loss(encoder, decoder, images, masked):
@@ -115,7 +124,8 @@ def test_the_loss_is_the_papers():
     expected = restated_loss(backbone.state_dict(), decoder.state_dict(), images, order[:, n:].tolist())
     assert abs(loss - expected) < 1e-12 and expected > 0.5
     theirs = torch.autograd.grad(
-        restated_loss_of_parameters(backbone, decoder, images, order[:, n:].tolist()), learned(backbone, decoder)
+        restated_loss_of_parameters(backbone, decoder, images, order[:, n:].tolist()),
+        learned(backbone, decoder),
     )
     ours = torch.autograd.grad(loss, learned(backbone, decoder))
     assert all((a - b).abs().max() <= 1e-10 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
@@ -173,7 +183,10 @@ def test_gradients_flow_into_all_that_learns_and_nothing_else():
     images.requires_grad_()
     tokens = backbone(images, visible=order[:, :n])
     masked_pixel_loss(
-        decoder(torch.cat([tokens.cls.unsqueeze(1), tokens.patches], 1), order), images.detach(), order[:, n:], PATCH
+        decoder(torch.cat([tokens.cls.unsqueeze(1), tokens.patches], 1), order),
+        images.detach(),
+        order[:, n:],
+        PATCH,
     ).backward()
     assert backbone.pos_embed.grad is None and not backbone.pos_embed.requires_grad
     for name, parameter in (*backbone.named_parameters(), *decoder.named_parameters()):
@@ -188,7 +201,9 @@ def test_predictions_do_not_depend_on_the_order_of_the_patches():
     visible, masked = torch.randperm(n), torch.randperm(16 - n)
     again = torch.cat([order[:, :n][:, visible], order[:, n:][:, masked]], 1)
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, visible]], 1)
-    torch.testing.assert_close(decoder(shuffled, again), decoder(tokens, order)[:, masked], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        decoder(shuffled, again), decoder(tokens, order)[:, masked], atol=1e-12, rtol=0
+    )
 
 
 def test_positions_are_fixed_sines_with_zero_for_cls():
@@ -196,7 +211,9 @@ def test_positions_are_fixed_sines_with_zero_for_cls():
     table = torch.stack([sines(*divmod(patch, SIDE), 24) for patch in range(16)])
     assert torch.equal(backbone.pos_embed[0, 0], torch.zeros(24, dtype=torch.float64))
     torch.testing.assert_close(backbone.pos_embed[0, 1:], table, atol=1e-7, rtol=0)
-    torch.testing.assert_close(decoder.positions, torch.stack([sines(*divmod(p, SIDE), 16) for p in range(16)]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        decoder.positions, torch.stack([sines(*divmod(p, SIDE), 16) for p in range(16)]), atol=1e-7, rtol=0
+    )
     assert "positions" not in decoder.state_dict()
 
 

@@ -1,7 +1,7 @@
-"""MAE (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"): from a quarter of the patches to the pixels of the others.
+"""MAE (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"): the pixels of masked patches from the others.
 
-The encoder sees the visible patches alone; a small decoder sees their tokens, a mask token in place of each other patch, and the
-position of all of them, and predicts the pixels of the masked ones. No teacher. Positions are fixed sines and cosines.
+The encoder sees the visible patches alone. A small decoder sees their tokens, a mask token for each other patch and
+the positions of all, and predicts the pixels of the masked ones. There is no teacher. Positions are fixed.
 """
 
 import torch
@@ -17,7 +17,7 @@ from pretrain.backbones.vit import ViT
 class Decoder(nn.Module):
     """From the tokens of the visible patches to the pixels of the masked ones (MAE, section 3 and A.1).
 
-    Attention knows no order: patches stand as they come, visible ones first, and their positions say where they are.
+    Attention knows no order: visible patches come first, and positions say where each one is.
 
     Args:
         in_dim: width of the encoder.
@@ -34,7 +34,9 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", sincos_table(side, width).float(), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads, 4.0, None, 0.0, 1e-6, "erf", "sdpa") for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, 4.0, None, 0.0, 1e-6, "erf", "sdpa") for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pixels = nn.Linear(width, n_values)
 
@@ -56,11 +58,12 @@ class Decoder(nn.Module):
         rows = x.flatten(0, 1)  # packed, as checkpointed blocks take them
         for block in self.blocks:
             rows = run_block(block, rows, shapes, None, self.checkpointing)
-        return self.pixels(self.norm(rows.unflatten(0, shapes[0])[:, -n_masked:]))  # type: ignore[no-any-return]
+        masked = rows.unflatten(0, shapes[0])[:, -n_masked:]
+        return self.pixels(self.norm(masked))  # type: ignore[no-any-return]
 
 
 def initialize(backbone: ViT, decoder: Decoder) -> None:
-    """MAE's code: Xavier's uniform weights in every linear layer, the patch projection included; fixed positions of the encoder."""
+    """MAE's code: Xavier's uniform weights in linear layers and the patch projection; fixed positions of the encoder."""
     for module in (*backbone.modules(), *decoder.modules()):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -72,7 +75,7 @@ def initialize(backbone: ViT, decoder: Decoder) -> None:
 
 
 def fix_positions(backbone: ViT) -> None:
-    """Sines and cosines as a learned grid that does not learn: exports and fine-tuning see it as any other. Zero for [CLS]."""
+    """Sines and cosines, zero for [CLS], in the learned grid, which does not learn: all that reads the file knows it."""
     table = sincos_table(backbone.pos_grid, backbone.embed_dim)
     backbone.pos_embed.data = F.pad(table, (0, 0, 1, 0)).unsqueeze(0).to(backbone.pos_embed)
     backbone.pos_embed.requires_grad_(False)
