@@ -63,14 +63,14 @@ def test_pca_colours_are_joint_and_scaled_by_percentiles():
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
 
-@pytest.mark.parametrize(("encoding", "n_local"), [("field", 5), ("standard", 0)])
-def test_pictures_of_a_running_training(encoding, n_local):
+@pytest.mark.parametrize(("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)])
+def test_pictures_of_a_running_training(encoding, n_global, n_local):
     n_images, rng = 5, np.random.default_rng(0)
-    corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, 2 + n_local, 2))).float()
+    corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, n_global + n_local, 2))).float()
     boxes = torch.cat([corners, corners + 0.4], dim=-1)
-    views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global=2)
-    masks = draw_masks(n_images, 2, (2, 2), MaskRule(), (0,))
-    crops, small = torch.randn(2 * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
+    views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global)
+    masks = draw_masks(n_images, n_global, (2, 2), MaskRule(), (0,))
+    crops, small = torch.randn(n_global * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
     torch.manual_seed(0)
     teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
     state = torch.get_rng_state()
@@ -83,6 +83,8 @@ def test_pictures_of_a_running_training(encoding, n_local):
     assert all(p.grad is None for p in teacher.parameters())
     again = training_pictures(teacher, crops, small, views, masks, n_images=2)
     assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
+    unmasked = training_pictures(teacher, crops, small, views, None, n_images=2)
+    assert set(unmasked) == {"views", "attention", "pca"}
 
 
 @pytest.mark.parametrize("has_cls", [True, False])

@@ -1,6 +1,7 @@
 """From files to batches: streams of random numbers, parts of a batch, workers, both data paths; and the benchmark's measure."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pretrain.data.sampler import ORDER, PositionSampler, generator
 from pretrain.errors import UserError
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
+from pretrain.views.masks import MaskRule
 from pretrain.views.records import Record
 
 
@@ -54,6 +56,37 @@ def test_workers_change_nothing(photos, path):
         for (a, _), (b, _) in zip(alone, batches(settings(photos, f"data.path={path}", f"data.workers={n}")), strict=True):
             a, b = a.to(torch.device("cpu")), b.to(torch.device("cpu"))  # a canvas is undefined beside its images
             assert_equal(a, b)
+
+
+def one_crop_batches(config, masks):
+    """Of one global crop an image and no local ones, as MAE's."""
+    dataset = build_dataset(config)
+    dataset.rules = replace(dataset.rules, crops=replace(dataset.rules.crops, n_global=1, n_local=0), masks=masks)
+    return [batch for batch, _ in build_loader(config, dataset, 0, 2)]
+
+
+@pytest.mark.parametrize("path", ["cpu", "device"])
+@pytest.mark.parametrize(
+    "masks", [None, MaskRule(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")], ids=["none", "mae"]
+)
+def test_one_crop_an_image(photos, path, masks):
+    """Its box, flip and masks are the same in any number of workers and parts; without masks there are none."""
+    whole = one_crop_batches(settings(photos, f"data.path={path}"), masks)
+    workers = one_crop_batches(settings(photos, f"data.path={path}", "data.workers=2"), masks)
+    parts = one_crop_batches(settings(photos, f"data.path={path}", "step.accumulate=3"), masks)
+    assert len(whole) == len(workers) == 2 and len(parts) == 6
+    for it, (a, b) in enumerate(zip(whole, workers)):
+        a, b, *own = (batch.to(torch.device("cpu")) for batch in (a, b, *parts[3 * it : 3 * it + 3]))
+        assert a.global_crops.shape == (6, 3, 64, 64) and a.local_crops.shape == (0, 3, 32, 32) and a.views.boxes.shape == (6, 1, 4)
+        assert tensors(a).keys() == tensors(b).keys()
+        assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
+        assert torch.equal(torch.cat([part.views.boxes for part in own]), a.views.boxes)
+        torch.testing.assert_close(torch.cat([part.global_crops for part in own]), a.global_crops, rtol=0, atol=0)
+        if masks is None:
+            assert all(batch.masks is None for batch in (a, b, *own))
+        else:
+            assert (a.masks.content.sum(1) == 12).all()
+            assert torch.equal(torch.cat([part.masks.content for part in own]), a.masks.content)
 
 
 def test_a_batch_sends_few_shared_files(photos):

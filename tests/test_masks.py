@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.views.masks import MaskRule, box_mask, cross_mask, draw_kinds, draw_masks, draw_targets
+from pretrain.views.masks import MaskRule, box_mask, cross_mask, draw_kinds, draw_masks, draw_targets, mask_of_shape, random_mask
 
 GRID = (14, 14)
 
@@ -17,6 +17,7 @@ def test_every_mask_hits_its_target_exactly(grid):
             rng = np.random.default_rng([seed, target])
             assert box_mask(grid, target, MaskRule(), rng).sum() == target
             assert cross_mask(grid, target, rng).sum() == target
+            assert random_mask(grid, target, rng).sum() == target
 
 
 def test_one_cross_is_a_full_row_and_a_full_column():
@@ -186,3 +187,44 @@ def test_a_rank_draws_its_rows_of_the_global_batch():
             rows = getattr(whole, name).unflatten(0, (2, 8))[:, images].flatten(0, 1)
             assert torch.equal(getattr(part, name), rows)
     assert not torch.equal(draw_masks(8, 2, GRID, MaskRule(), (1, 3)).content, whole.content)
+
+
+MAE = MaskRule(content_share=1.0, position_share=0.0, ratio=(0.75, 0.75), content_shape="random")
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6, 0.9, 0.1, 1 / 3])
+def test_a_ratio_without_a_range_masks_as_many_patches_of_every_crop(ratio):
+    for n_patches in range(1, 400):
+        targets = draw_targets(37, n_patches, (ratio, ratio), np.random.default_rng(n_patches))
+        assert targets == [int(n_patches * ratio)] * 37
+    assert draw_targets(4096, 196, (0.75, 0.75), np.random.default_rng(0)) == [147] * 4096
+
+
+@pytest.mark.parametrize("n_images", [1, 3, 64])
+def test_maes_masks_hide_147_of_196_patches_of_every_crop(n_images):
+    for seed in range(20):
+        masks = draw_masks(n_images, 1, GRID, MAE, (seed, 3, 0))
+        assert masks.content.shape == (n_images, 196) and (masks.content.sum(1) == 147).all()
+        assert not masks.position.any() and len(masks.content_index) == 147 * n_images
+
+
+def test_random_masks_are_patches_of_the_smallest_numbers():
+    numbers = [0.9, 0.2, 0.8, 0.1, 0.7, 0.3]
+    assert random_mask((2, 3), 3, Scripted(*numbers)).tolist() == [[False, True, False], [True, False, True]]
+    assert mask_of_shape("random", (2, 3), 2, MAE, Scripted(*numbers)).ravel().tolist() == [False, True, False, True, False, False]
+
+
+def test_every_patch_and_every_pair_of_patches_is_masked_as_often_as_any_other():
+    """3,000 masks of 9 of 12 patches: shares 3/4 and 9 * 8 / (12 * 11), each within five standard deviations."""
+    masks = draw_masks(3000, 1, (3, 4), MAE, (11, 3, 0)).content.double()
+    pairs = masks.T @ masks / len(masks)  # [N, N], the shares of single patches on the diagonal
+    expected = torch.full((12, 12), 72 / 132, dtype=torch.float64).fill_diagonal_(0.75)
+    assert ((pairs - expected).abs() < 5 * (expected * (1 - expected) / len(masks)).sqrt()).all()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_every_rank_draws_its_rows_of_random_masks(n_ranks):
+    whole, size = draw_masks(8, 1, GRID, MAE, (1, 3, 2)), 8 // n_ranks
+    parts = [draw_masks(8, 1, GRID, MAE, (1, 3, 2), slice(rank * size, rank * size + size)) for rank in range(n_ranks)]
+    assert torch.equal(torch.cat([part.content for part in parts]), whole.content)
+    assert not torch.equal(draw_masks(8, 1, GRID, MAE, (1, 3, 3)).content, whole.content)

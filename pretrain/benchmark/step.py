@@ -116,7 +116,7 @@ def synthetic_batch(config: DictConfig, it: int) -> Batch:
     rules, n_images, seed = Rules.of(config), config.optim.batch_size, config.run.seed
     positions = range(it * n_images, (it + 1) * n_images)
     views, _ = draw(rules, seed, positions, np.tile(np.array(SIZE_PX), (n_images, 1)))
-    masks = draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it))
+    masks = draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it)) if rules.masks else None
     generator = torch.Generator().manual_seed(it)
     counts = {rules.global_px: rules.crops.n_global * n_images, rules.local_px: rules.crops.n_local * n_images}
     crops = [torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, generator=generator) for px, n in counts.items()]

@@ -45,7 +45,7 @@ class Rules:
     crops: CropRule
     positions: PositionRule
     colour: ColourRule
-    masks: MaskRule
+    masks: MaskRule | None  # none: the method masks nothing
     global_px: int
     local_px: int
     grid: tuple[int, int]  # patches of a global crop
@@ -195,11 +195,14 @@ class Collate:
         sizes = torch.from_numpy(sizes_px.astype(np.float32))
         return CanvasBatch(canvas, sizes, views, colours, self.masks(images), rules.colour, rules.global_px, rules.local_px)
 
-    def masks(self, items: Sequence[Sample | Decoded]) -> Masks:
-        """The items' rows of their iteration's masks."""
+    def masks(self, items: Sequence[Sample | Decoded]) -> Masks | None:
+        """The items' rows of their iteration's masks, where there are any."""
+        rules = self.rules
+        if rules.masks is None:
+            return None
         iteration, first = divmod(items[0].position, self.batch_size)
-        rows, n_global = slice(first, first + len(items)), self.rules.crops.n_global
-        return draw_masks(self.batch_size, n_global, self.rules.grid, self.rules.masks, (self.seed, MASKS, iteration), rows)
+        rows = slice(first, first + len(items))
+        return draw_masks(self.batch_size, rules.crops.n_global, rules.grid, rules.masks, (self.seed, MASKS, iteration), rows)
 
 
 def view_major(crops: Sequence[Tensor]) -> Tensor:

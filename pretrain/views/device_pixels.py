@@ -36,7 +36,7 @@ class CanvasBatch(Record):
         canvas: [B, H, W, 3] uint8, each image in the top left corner.
         sizes: [B, 2] float32, height and width of each image in pixels.
         views, colours: [B, G + L].
-        masks: of the global crops, [G * B, N].
+        masks: of the global crops, [G * B, N], or none.
         rule: the colours' kernel and threshold.
         global_px, local_px: sides of the crops.
     """
@@ -45,7 +45,7 @@ class CanvasBatch(Record):
     sizes: Tensor
     views: Views
     colours: Colours
-    masks: Masks
+    masks: Masks | None
     rule: ColourRule
     global_px: int
     local_px: int

@@ -1,7 +1,7 @@
 """Which patches of the student's global crops lose their content or their position (paper 3.3, METHOD.md 4).
 
 Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes, as DINOv2's;
-position masks are crosses: full row and column bands around drawn centres.
+position masks are crosses: full row and column bands around drawn centres. MAE's masks are patches at random.
 
 While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is that patch: to shift, unite and count these
 takes a fraction of a microsecond, arrays of 14 x 14 take several. So do single numbers of NumPy's generators, hence Python's.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pretrain.views.records import Record
 
-SHAPES = ("box", "cross")
+SHAPES = ("box", "cross", "random")
 KINDS_OVER = ("batch", "image")
 
 Mask = NDArray[np.bool_]
@@ -93,9 +93,18 @@ def box_mask(grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -
             break
         mask |= box
     if left_over > 0:
-        free = [place for place in range(grid[0] * grid[1]) if not mask >> place & 1]
-        mask |= sum(1 << place for place in sorted(free, key=lambda _: rng.random())[:left_over])
+        mask |= _some([place for place in range(grid[0] * grid[1]) if not mask >> place & 1], left_over, rng)
     return _array(mask, grid)
+
+
+def random_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
+    """Mask of exactly ``target`` patches, [h, w]; every set of so many is equally likely (MAE, section 3)."""
+    return _array(_some(range(grid[0] * grid[1]), target, rng), grid)
+
+
+def _some(places: Sequence[int], n: int, rng: Numbers) -> int:
+    """The bits of ``n`` of the places: of those with the smallest of one number each."""
+    return sum(1 << place for place in sorted(places, key=lambda _: rng.random())[:n])
 
 
 def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskRule, rng: Numbers) -> int:
@@ -179,14 +188,17 @@ def _array(bits: int, grid: tuple[int, int]) -> Mask:
 
 
 def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -> Mask:
-    """``box`` or ``cross`` mask of exactly ``target`` patches, [h, w]."""
+    """A mask of exactly ``target`` patches, [h, w], of one of :data:`SHAPES`."""
     if shape == "box":
         return box_mask(grid, target, rule, rng)
-    return cross_mask(grid, target, rng)
+    return (random_mask if shape == "random" else cross_mask)(grid, target, rng)
 
 
 def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator) -> list[int]:
-    """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate."""
+    """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate.
+
+    A ratio without a range, (r, r), gives every crop the same number, r times ``n_patches`` rounded down.
+    """
     edges = np.linspace(*ratio, n_crops + 1)
     targets = (n_patches * (edges[:-1] + np.diff(edges) * rng.random(n_crops))).astype(np.int64)
     # Crops come in the order of their views: the strata must not follow it.
