@@ -2,6 +2,8 @@
 
     python tests/safety_net.py --check [GROUP ...]     say what differs from safety_net.json (exit code 1)
     python tests/safety_net.py --record [GROUP ...]    write it anew
+    python tests/safety_net.py --spell [GROUP ...]     print it with what the hashes stand for: to be diffed with
+                                                       what a checkout of an earlier commit prints
 
 A deliberate change gets a commit of its own that says why and records the group anew. Losses and tensors of
 pre-training, draws of the loader, resolved configs, tables, features of every kind of weights, steps of the
@@ -458,6 +460,9 @@ def write_ade(root: Path) -> Path:
     return root
 
 
+SPELLED = False  # --spell
+
+
 # --- hashes ---------------------------------------------------------------------------------------
 
 
@@ -487,9 +492,19 @@ def described(tensors: Mapping[str, Tensor], group_of: Callable[[str], str]) -> 
     for name, tensor in tensors.items():
         groups.setdefault(group_of(name), {})[name] = tensor
     return {
-        name: {"count": len(group), "hash": tensors_hash(group), "sum": size_of(group.values())}
+        name: {"count": len(group), "hash": spelled_tensors(group), "sum": size_of(group.values())}
         for name, group in sorted(groups.items())
     }
+
+
+def spelled_tensors(tensors: Mapping[str, Tensor]) -> Any:
+    """Their hash, or each one's."""
+    return {name: tensor_hash(tensors[name]) for name in sorted(tensors)} if SPELLED else tensors_hash(tensors)
+
+
+def text_hash(text: str) -> Any:
+    """A text's hash, or its lines."""
+    return text.splitlines() if SPELLED else short_hash(text.encode())
 
 
 def by_name(logged: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -520,7 +535,7 @@ def config_record(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for section, content in sorted(config.items()):
         flat = {key: word(value) for key, value in leaves(content, section).items()}
-        found[section] = [len(flat), short_hash(json.dumps(flat, sort_keys=True).encode())]
+        found[section] = flat if SPELLED else [len(flat), text_hash(json.dumps(flat, sort_keys=True))]
     return found
 
 
@@ -676,12 +691,12 @@ def tables(folder: Path) -> dict[str, Any]:
             for published in ("", "all", "1,7"):
                 key = f"{kind}, {layout}, {published or 'usual'}"
                 texts = [rendered(chosen, layout, published, format) for format in ("md", "csv", "latex", "html")]
-                found[key] = [[len(text), short_hash(text.encode())] for text in texts]
-    found["against dinov2r"] = short_hash(rendered(results, "dense", "", "md", "dinov2r").encode())
+                found[key] = [[len(text), text_hash(text)] for text in texts]
+    found["against dinov2r"] = text_hash(rendered(results, "dense", "", "md", "dinov2r"))
     stages = [[r for r in results if r.kind == kind and r.seed == 0] for kind in ("pretrain", "detection")]
     pairs = [(a, b) for a in stages[0] for b in stages[1] if a.method == b.method != "dinov2"]
     for format in ("md", "csv", "latex", "html"):
-        found[f"ablation, {format}"] = short_hash(ablation_rendered(pairs, "intertwined", format).encode())
+        found[f"ablation, {format}"] = text_hash(ablation_rendered(pairs, "intertwined", format))
     found["merged"] = merged(results)
     return found
 
@@ -758,7 +773,7 @@ def weight_features(folder: Path) -> dict[str, Any]:
         outputs = {key: value for key, value in zip(("cls", "registers", "patches"), tokens) if value is not None}
         numbers = [float(x) for x in outputs["patches"].flatten()[:: max(1, outputs["patches"].numel() // 4)][:4]]
         said = {key: word(value) for key, value in said.items()}
-        found[name] = {"backbone": says, "says": said, "hash": tensors_hash(outputs), "numbers": numbers}
+        found[name] = {"backbone": says, "says": said, "hash": spelled_tensors(outputs), "numbers": numbers}
     return found
 
 
@@ -925,11 +940,17 @@ def main() -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--record", action="store_true")
     action.add_argument("--check", action="store_true")
+    action.add_argument("--spell", action="store_true")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     options = parser.parse_args()
     groups = options.groups or list(GROUPS)
     if options.record:
         write_record(groups)
+        return 0
+    if options.spell:
+        global SPELLED
+        SPELLED = True
+        print(json.dumps({group: measure(group) for group in groups}, indent=1, ensure_ascii=False))
         return 0
     wrong = 0
     for group in groups:
