@@ -7,6 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.precision import at_least_float32
+from pretrain.settings import Settings, setting
+
+
+class MLPSettings(Settings):
+    """The MLP of a head."""
+
+    hidden_dim: int = setting(2048, "width of the hidden layers", source="Table 6", ge=1)
+    bottleneck_dim: int = setting(256, "width of the output", source="Table 6", ge=1)
+    n_layers: int = setting(3, "linear layers", source="Table 6", ge=1, le=64)
+
+
+class HeadSettings(MLPSettings):
+    """A head of DINO; each loss has its own (Table 6: separate heads)."""
+
+    n_prototypes: int = setting(65536, "prototypes of a head", source="Table 6", ge=1)
 
 
 class HeadOutput(NamedTuple):
@@ -31,9 +46,7 @@ class ProjectionHead(nn.Module):
         hidden_dim, bottleneck_dim, n_layers: of the MLP.
     """
 
-    def __init__(
-        self, in_dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, n_layers: int
-    ) -> None:
+    def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, n_layers: int) -> None:
         super().__init__()
         self.mlp = mlp(in_dim, hidden_dim, bottleneck_dim, n_layers)
         self.last_layer = nn.Linear(bottleneck_dim, n_prototypes, bias=False)

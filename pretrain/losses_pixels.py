@@ -27,9 +27,7 @@ def normalized(patches: Tensor) -> Tensor:
     return (patches - mean) / (variance + EPS).sqrt()
 
 
-def masked_pixel_loss(
-    predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True
-) -> Tensor:
+def masked_pixel_loss(predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True) -> Tensor:
     """Mean squared error of the masked patches' pixels, a scalar; visible patches do not count (MAE, section 3).
 
     Args:

@@ -83,7 +83,7 @@ class Layer:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
     """YAML whose scalars stay text, without anchors and without a key that stands twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -101,7 +101,7 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))  # type: ignore[arg-type]
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -294,6 +294,7 @@ def typed_value(kind: Any, value: Any, where: str = "{key}", name: str = "value"
     Raises:
         TypeError, ValueError: it does not fit; UserError: a key of a group that does not.
     """
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if _is_group(kind):
         return _typed_group(kind, value, where, f"{name}.")
@@ -352,8 +353,14 @@ def _typed_scalar(kind: Any, value: Any) -> Any:
     return value
 
 
+def _bare(kind: Any) -> Any:
+    """An annotation without its ranges."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
 def _kind_name(kind: Any) -> str:
     """For people: ``a list of 2 numbers``."""
+    kind = _bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if _is_group(kind) or origin is dict:
         return "a group of keys"
@@ -385,6 +392,18 @@ def shown(value: Any) -> str:
     """A value in an error: one line, not longer than a line should be."""
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def rising(group: str, settings: Settings, *keys: str) -> None:
+    """Check ranges (from, to) of a group in its validator.
+
+    Raises:
+        ValueError: one falls; names it.
+    """
+    for key in keys:
+        low, high = getattr(settings, key)
+        if low > high:
+            raise ValueError(f"{group}.{key}={[low, high]} should rise")
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

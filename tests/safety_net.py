@@ -49,7 +49,7 @@ FLOOR = 1e-6
 SMALL = [
     "backbone.depth=2",
     "optim.batch_size=8",
-    "optim.epoch_length_it=1",  # warm-up ends after two steps, the last layer is frozen for one
+    "optim.epoch_iters=1",  # warm-up ends after two steps, the last layer is frozen for one
     "data.workers=0",
     "run.device=cpu",
     "heads.hidden_dim=128",
@@ -112,18 +112,22 @@ def steps_of(config: Any, n: int) -> tuple[list[dict[str, float]], dict[str, Ten
         logged = []
         for _ in range(n):
             parts = [next(loader)[0] for _ in range(config.step.accumulate)]
-            terms, values = trainer.step(parts, examine=True)
-            logged.append({name: float(term) for name, term in terms.items()} | values.logged())
+            logs = trainer.step(parts, examine=True)
+            logged.append({name: float(term) for name, term in logs.losses.items()} | logs.scheduled)
         return logged, trainer.tensors()
 
 
 def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
     """The draws of the loader's first n batches."""
     from pretrain.data.loader import build_dataset, build_loader
+    from pretrain.views import Masks
 
     found = []
     for batch, _ in build_loader(config, build_dataset(config), 0, n):
         views, masks, colors = batch.views, batch.masks, batch.colours
+        if masks is None:  # a post-training masks nothing; 2c21771 drew empty masks for it
+            nothing = np.zeros((views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool)
+            masks = Masks.of(nothing, nothing)
         found.append(
             {
                 "boxes": views.boxes,
@@ -827,18 +831,6 @@ def segmentation(folder: Path) -> dict[str, Any]:
     return engine_record(mmseg_run, write_ade(folder / "ade"), folder / "run")
 
 
-def resumed(name: str) -> Callable[[Path], dict[str, Any]]:
-    """An old run, gone on with (:mod:`old_runs`)."""
-
-    def group(folder: Path) -> dict[str, Any]:
-        import old_runs
-
-        return old_runs.resumed(old_runs.create(folder, name), name)
-
-    return group
-
-
-OLD_RUNS = ("pretrain", "posttrain", "torchvision", "detectron2", "segmentation")
 GROUPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pretraining": pretraining_steps,
     "batches": loader_batches,
@@ -851,7 +843,6 @@ GROUPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "torchvision_detection": torchvision_detection,
     "detectron2_detection": detectron2_detection,
     "segmentation": segmentation,
-    **{f"resumed_{name}": resumed(f"{name}_stopped") for name in OLD_RUNS},
 }
 EXACT = (
     "detectron2_protocols",
@@ -867,9 +858,6 @@ NEEDS = {
     "segmentation": ("mmseg",),
     "weights": ("timm", "transformers", "msgpack"),
     "torchvision_detection": ("pycocotools",),
-    "resumed_torchvision": ("pycocotools",),
-    "resumed_detectron2": ("detectron2",),
-    "resumed_segmentation": ("mmseg",),
 }
 
 # --- recording and comparing ----------------------------------------------------------------------

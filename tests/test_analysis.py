@@ -20,7 +20,7 @@ from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_accuracy, knn_predict
 from pretrain.train import train
 from pretrain.views.boxes import Views
-from pretrain.views.masks import MaskRule, draw_masks
+from pretrain.views.masks import MaskSettings, draw_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
     corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, n_global + n_local, 2))).float()
     boxes = torch.cat([corners, corners + 0.4], dim=-1)
     views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global)
-    masks = draw_masks(n_images, n_global, (2, 2), MaskRule(), (0,))
+    masks = draw_masks(n_images, n_global, (2, 2), MaskSettings(), (0,))
     crops, small = torch.randn(n_global * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
     torch.manual_seed(0)
     teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
@@ -93,7 +93,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     shown = []
     monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
-    nothing = draw_masks(1, 2, (2, 2), MaskRule(0.0, 0.0), (0,))
+    nothing = draw_masks(1, 2, (2, 2), MaskSettings(0.0, 0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
     titles = []
     for tied in (True, False):

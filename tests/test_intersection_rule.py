@@ -12,13 +12,13 @@ from photos import TINY, write_photos
 from pretrain.backbones.vit import ViewGroup, ViT
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, Rules, build_dataset
-from pretrain.views.boxes import TRIES, CropRule, PositionRule, augment_positions, draw_crops, draw_move, draw_views, pixel_boxes
-from pretrain.views.colour import ColourRule, draw_colours
+from pretrain.views.boxes import TRIES, CropSettings, PositionSettings, augment_positions, draw_crops, draw_move, draw_views, pixel_boxes
+from pretrain.views.colour import ColorSettings, draw_colours
 from pretrain.views.pixels import crop_resize, normalise
 
-PAKA = CropRule(2, 4, (0.4, 1.0), (0.05, 0.4), local_rule="inside")
+PAKA = CropSettings(2, 4, (0.4, 1.0), (0.05, 0.4), local_rule="inside")
 SIZES = [(480, 640), (640, 427), (100, 1000), (37, 41), (7, 8), (3, 2000), (1, 50), (50, 1), (1, 1)]
-FIXED = PositionRule(enabled=False)
+FIXED = PositionSettings(enabled=False)
 
 
 def draw(size, rule, n=1, positions=FIXED, seed=0):
@@ -107,7 +107,7 @@ def test_same_is_the_parents_box(size):
     assert (views.flips[:, 2] != views.flips[:, 0]).any()
 
 
-@pytest.mark.parametrize("positions", [FIXED, PositionRule(), PositionRule(tied=False)], ids=["fixed", "augmented", "untied"])
+@pytest.mark.parametrize("positions", [FIXED, PositionSettings(), PositionSettings(tied=False)], ids=["fixed", "augmented", "untied"])
 def test_rules_take_the_same_numbers(positions):
     """Whatever the rules, an image's global crops and flips are the same, and so is what is drawn after them."""
     plain = replace(PAKA, local_rule="image")
@@ -124,19 +124,19 @@ def test_rules_take_the_same_numbers(positions):
 
 def test_the_default_draw_is_what_it_was():
     """Restated from the stream: a flip and 22 numbers a view, then t_s."""
-    size, rule = np.array([[333.0, 517.0]]), CropRule()
-    views, _, _ = draw((333, 517), rule, 1, PositionRule())
+    size, rule = np.array([[333.0, 517.0]]), CropSettings()
+    views, _, _ = draw((333, 517), rule, 1, PositionSettings())
     rng = np.random.default_rng([0, 0])
     u = rng.random((1, 10, 2 * TRIES + 3))
     crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [517, 333, 517, 333]
-    moved = augment_positions(crops, PositionRule(), 2, np.array([draw_move(PositionRule(), rng)]))
+    moved = augment_positions(crops, PositionSettings(), 2, np.array([draw_move(PositionSettings(), rng)]))
     assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(views.flips, torch.from_numpy(u[..., 0] < 0.5))
     assert torch.equal(views.position_boxes, torch.from_numpy(moved).float()) and views.tied
 
 
 def test_plain_globals_keep_their_colours():
     def colours(plain):
-        return draw_colours(6, 2, ColourRule(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
+        return draw_colours(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
 
     on, off = colours(True), colours(False)
     for name in ("jitter", "grey", "sigma", "solarize"):
@@ -199,7 +199,7 @@ def test_untied_positions_are_those_of_inference():
     model = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="field", pos_grid=9).double()
     torch.nn.init.normal_(model.pos_field)
     crops = torch.randn(4, 3, 32, 48, dtype=torch.float64)  # two views of two images
-    views, _, _ = draw((90, 70), CropRule(2, 0), 2, PositionRule(tied=False))
+    views, _, _ = draw((90, 70), CropSettings(2, 0), 2, PositionSettings(tied=False))
     views = replace(views, flips=torch.tensor([[True, False], [True, True]]))
     (seen,) = model.forward_views([ViewGroup(crops, *views.globals)])
     torch.testing.assert_close(seen.patches, model(crops).patches, atol=1e-6, rtol=0)

@@ -15,7 +15,7 @@ from pretrain.data.sampler import ORDER, PositionSampler, generator
 from pretrain.errors import UserError
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
-from pretrain.views.masks import MaskRule
+from pretrain.views.masks import MaskSettings
 from pretrain.views.records import Record
 
 
@@ -67,7 +67,7 @@ def one_crop_batches(config, masks):
 
 @pytest.mark.parametrize("path", ["cpu", "device"])
 @pytest.mark.parametrize(
-    "masks", [None, MaskRule(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")], ids=["none", "mae"]
+    "masks", [None, MaskSettings(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")], ids=["none", "mae"]
 )
 def test_one_crop_an_image(photos, path, masks):
     """Its box, flip and masks are the same in any number of workers and parts; without masks there are none."""

@@ -13,7 +13,6 @@ NEEDED = {
 GROUPS = [
     pytest.param(group, marks=[pytest.mark.detectron2] if "detectron2" in safety_net.NEEDS.get(group, ()) else [])
     for group in safety_net.GROUPS
-    if not group.startswith("resumed_")  # test_old_runs.py
 ]
 
 

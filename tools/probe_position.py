@@ -22,7 +22,8 @@ import torch
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
-from pretrain.data.pictures import check_grid, content_hash, data_at
+from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen
@@ -83,7 +84,7 @@ def probe(
     side = max(2, round(options.size / subject.patch_px)) * subject.patch_px
     check_grid(side // subject.patch_px, side // subject.patch_px, f"--size {options.size}: an image")
     if side not in by_side:
-        read = read_squares(data_at(options.images), side, options.max_images)
+        read = read_squares(DataSettings(root=options.images), side, options.max_images)
         print("".join(f"left out: {line}\n" for line in read.broken), end="", flush=True)
         by_side[side] = torch.stack(read.pixels)
     images = by_side[side]

@@ -25,7 +25,8 @@ from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colours
 from pretrain.analysis.similarity import Place, read_place, similarity_to
 from pretrain.cli import run
-from pretrain.data.pictures import data_at, read_pictures, resized, whole
+from pretrain.data.pictures import read_pictures, resized, whole
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = subjects_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
-    pictures = read_pictures(data_at(options.images), options.max_images, lambda pixels: pixels)
+    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
 

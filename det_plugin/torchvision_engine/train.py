@@ -29,7 +29,7 @@ from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
-from pretrain.distributed import gather_objects, say
+from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
 from pretrain.signals import StopSignals
@@ -66,10 +66,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if len(set(gather_objects((is_over, state and state["iteration"])))) > 1:
         raise UserError(f"output: not every process finds the same run in {run.output}; all machines must see one folder")
     if is_over:
-        say(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
+        distributed.log(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
         return run.output / RESULT
     if run.protocol.amp and trainer.amp_dtype is None:
-        say(f"warning: amp has no effect on {device.type}; the run is in float32")
+        distributed.log(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
         write_config(run.output, config)
     terms = None
@@ -107,7 +107,7 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     finally:
         if line:
             line.close()
-    say(f"{output}, iteration {iteration}: {in_words(metrics)}")
+    distributed.log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
 
 
@@ -188,7 +188,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
     )
     if distributed.is_main():
         draw_detections(data.val, predictions, run.output / "figures")
-        say(f"iteration {trainer.iteration}: {in_words(metrics)}")
+        distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
 

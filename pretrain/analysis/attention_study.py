@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from pretrain.analysis.attention import query_attention
@@ -23,6 +22,7 @@ from pretrain.data.pictures import check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.progress import Progress
 from pretrain.results.schema import FILE_NAME
+from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
 from pretrain.subject import Subject
 from pretrain.views.pixels import normalise
@@ -52,7 +52,8 @@ def check_masks(box: Path, cross: Path) -> None:
     """
     for path, wanted in ((box, "box"), (cross, "cross")):
         if (path / "config.yaml").is_file():
-            shape = OmegaConf.select(OmegaConf.load(path / "config.yaml"), "masks.position_shape")
+            masks = read_yaml(path / "config.yaml").values.get("masks")
+            shape = masks.get("position_shape") if isinstance(masks, dict) else None
             if shape != wanted:
                 raise UserError(f"--compare-masks: {path} has masks.position_shape={shape}, not {wanted}")
 

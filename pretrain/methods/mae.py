@@ -34,9 +34,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", sincos_table(side, width).float(), persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, 4.0, None, 0.0, 1e-6, "erf", "sdpa") for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, num_heads, 4.0, None, 0.0, 1e-6, "erf", "sdpa") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pixels = nn.Linear(width, n_values)
 
