@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pretrain.backbones.vit import ViewGroup, ViT
-from pretrain.losses_pixels import masked_pixel_loss, normalized, patchify
+from pretrain.losses.pixels import masked_pixel_loss, normalized, patchify
 from pretrain.methods.mae import Decoder, initialize
 
 SIDE, PATCH = 4, 8
