@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Totals:
     n_skipped: int = 0  # steps that changed nothing, since a loss was not finite
     broken: dict[str, Any] = field(default_factory=dict)  # BrokenFiles.state()
     probes: dict[str, float] = field(default_factory=dict)
+    loss_terms: tuple[str, ...] = ()  # names of the loss's addends
 
 
 def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
@@ -120,7 +121,8 @@ def totals_of(found: checkpoints.Found) -> Totals:
         UserError: it says so in another form.
     """
     try:
-        return Totals(**found.meta["progress"])
+        saved = Totals(**found.meta["progress"])
+        return replace(saved, loss_terms=tuple(saved.loss_terms))
     except TypeError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: progress cannot be read ({error})") from error
 
@@ -170,7 +172,6 @@ class Run:
         self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
         self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
         self.pending: list[tuple[int, dict[str, Tensor]]] = []  # losses not looked at yet, still on the device
-        self.terms: tuple[str, ...] = ()  # names of the loss's terms
         self.probes = Probes(config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main())
         if config.probes.position and self.probes.is_wanted and not learns_positions(trainer):
             never = f"method={config.method} as it is set never learns a position mask token"
@@ -200,12 +201,11 @@ class Run:
                 is_logged, is_due = it % log.every == 0 or is_last, done % log.checkpoint_every == 0 or done == end
                 logs = trainer.step(micro_batches, examine=is_logged)
                 self.pending.append((it, logs.losses))
-                self.terms = logs.terms
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
                 self.speed.tick(waited_s)
                 stopping = self.signals.on_any_rank()
                 if is_logged or is_due or stopping:
-                    self.log_metrics(it, logs if is_logged else None)
+                    self.log_metrics(it, logs, is_logged)
                 with self.speed.paused():
                     self.log_images(it, micro_batches[0])
                     self.probe(done)
@@ -222,19 +222,27 @@ class Run:
                 self.log.close()
                 self.line.close()
 
-    def log_metrics(self, it: int, logs: StepLogs | None) -> None:
+    def log_metrics(self, it: int, logs: StepLogs, is_logged: bool) -> None:
         """Bring the losses since the last time to the host, refuse what is not finite, and log the last ones."""
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.time() - self.started
-        self.now = Totals(seconds, losses, self.speed.img_per_s, self.trainer.n_skipped, self.broken.state(), self.now.probes)
-        if self.log and self.line and logs is not None:
+        self.now = Totals(
+            wall_time_s=seconds,
+            losses=losses,
+            img_per_s=self.speed.img_per_s,
+            n_skipped=self.trainer.n_skipped,
+            broken=self.broken.state(),
+            probes=self.now.probes,
+            loss_terms=logs.terms,
+        )
+        if self.log and self.line and is_logged:
             self.log.write("metrics", it, {**losses, **logs.scheduled})
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait, "broken_images": len(self.broken.files)}
             speed["peak_memory_gb"] = peak_memory_gb(self.trainer.device)
             self.log.write("speed", it, speed)
             left = self.trainer.length.total_iters - it - 1
-            line = describe(losses, self.terms, self.speed, self.trainer.device)
+            line = describe(losses, logs.terms, self.speed, self.trainer.device)
             self.line.update(it + 1, line, self.speed.eta_s(left))
 
     def account(self) -> None:
@@ -271,7 +279,7 @@ class Run:
         backbone = self.trainer.exported_backbone()
         if self.log and backbone is not None:
             found = self.probes.run(backbone, self.trainer.device, self.trainer.autocast)
-            self.now = Totals(**{**asdict(self.now), "probes": found})
+            self.now = replace(self.now, probes=found)
             self.log.write("probes", done - 1, found)
         distributed.barrier()
 

@@ -831,6 +831,18 @@ def segmentation(folder: Path) -> dict[str, Any]:
     return engine_record(mmseg_run, write_ade(folder / "ade"), folder / "run")
 
 
+def resumed(name: str) -> Callable[[Path], dict[str, Any]]:
+    """An old run, gone on with (:mod:`old_runs`)."""
+
+    def group(folder: Path) -> dict[str, Any]:
+        import old_runs
+
+        return old_runs.resumed(old_runs.create(folder, name), name)
+
+    return group
+
+
+OLD_RUNS = ("pretrain", "posttrain", "torchvision", "detectron2", "segmentation")
 GROUPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pretraining": pretraining_steps,
     "batches": loader_batches,
@@ -843,6 +855,7 @@ GROUPS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "torchvision_detection": torchvision_detection,
     "detectron2_detection": detectron2_detection,
     "segmentation": segmentation,
+    **{f"resumed_{name}": resumed(f"{name}_stopped") for name in OLD_RUNS},
 }
 EXACT = (
     "detectron2_protocols",
@@ -858,6 +871,9 @@ NEEDS = {
     "segmentation": ("mmseg",),
     "weights": ("timm", "transformers", "msgpack"),
     "torchvision_detection": ("pycocotools",),
+    "resumed_torchvision": ("pycocotools",),
+    "resumed_detectron2": ("detectron2",),
+    "resumed_segmentation": ("mmseg",),
 }
 
 # --- recording and comparing ----------------------------------------------------------------------
