@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -318,10 +318,10 @@ def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[
     found = []
     for run in done:
         result, of_run = read_result(run.folder), weights[name_of(run.entry)]
-        found.append(replace(result, method=run.entry.method))
+        found.append(result.with_changes(method=run.entry.method))
         beside = of_run.source.with_name(FILE_NAME)
         if beside.is_file() and (before := read_result(beside)).kind == "pretrain" and before.weights_hash == of_run.digest:
-            found.append(replace(before, weights_hash=result.weights_hash))  # the run may have read a converted file
+            found.append(before.with_changes(weights_hash=result.weights_hash))  # the run may have read a converted file
     return found
 
 

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -231,9 +231,16 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
 
 
-def describe(losses: Mapping[str, float], speed: Speed, device: torch.device) -> str:
-    """One line: ``loss`` and its terms, img/s, share of data wait, memory."""
-    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in TERMS if name in losses)
+def describe(
+    losses: Mapping[str, float], speed: Speed, device: torch.device, names: Sequence[str] = TERMS
+) -> str:
+    """One line: ``loss`` and its terms, img/s, share of data wait, memory.
+
+    Args:
+        losses: what the method logged of a step.
+        names: of the loss's addends, in order, as the method calls them.
+    """
+    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in names if name in losses)
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
     loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
     return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"

@@ -5,7 +5,6 @@ import html
 import io
 import re
 import statistics
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -290,7 +289,7 @@ def test_each_config_is_the_row_that_it_says(name):
     assert places == CONFIGS[name]  # by its protocol
     paper = {(r["table"], r["method"]) for r in CSV} | {("7", r["method"]) for r in CSV if r["table"] == "1"}
     assert {(row["table"], row["method"]) for row in with_measured(records([run]))} == places  # by its name
-    other = [replace(pretraining, method="mine"), replace(run, method="mine")]
+    other = [pretraining.with_changes(method="mine"), run.with_changes(method="mine")]
     places = {(row["table"], row["method"]) for row in with_measured(records(other))}
     assert places == (CONFIGS[name] if CONFIGS[name] <= paper else {("1", "mine"), ("7", "mine")})
     if CONFIGS[name] <= paper:
@@ -351,11 +350,11 @@ def test_the_sources_of_public_weights_name_their_methods_as_the_tables_do():
 def test_50_epochs_and_12_never_meet():
     methods = {"FLSL": None, "intertwined": 346.9, "DINO": None, "intertwined, s constant": 346.9}
     base = result(metrics={"box_ap": 40.0}, protocol=protocol("coco-50ep"))
-    at_50 = [replace(base, method=name, effective_epochs=epochs, weights_hash=name) for name, epochs in methods.items()]
+    at_50 = [base.with_changes(method=name, effective_epochs=epochs, weights_hash=name) for name, epochs in methods.items()]
     found = {(row["table"], row["method"], row["box_ap_published"]) for row in with_measured(records(at_50))}
     alone = {("2", "DINO", ""), ("2", "intertwined, s constant", "")}  # the paper's Table 2 has no such row
     assert found == {("2", "FLSL", "48.0"), ("2", "Intertwined", "48.7")} | alone
-    at_12 = [replace(run, protocol=protocol()) for run in at_50]
+    at_12 = [run.with_changes(protocol=protocol()) for run in at_50]
     assert "2" not in {row["table"] for row in with_measured(records(at_12))}
 
 
@@ -375,7 +374,7 @@ def test_two_configurations_of_a_row_are_two_lines():
 
 def test_fine_tunings_of_two_recipes_under_one_name_are_no_seeds_of_a_row():
     ours, other = runs_of_config("intertwined_vits16", method="mine"), runs_of_config("dinov2_vits16", method="mine")
-    runs = [*ours, other[0], replace(other[1], seed=1)]
+    runs = [*ours, other[0], other[1].with_changes(seed=1)]
     assert {row["source"] for row in with_measured(records(runs))} == {"measured"}
 
 
@@ -398,7 +397,7 @@ def test_runs_without_a_place_are_in_a_last_table():
 def test_no_run_is_lost_and_their_order_does_not_matter():
     names = ("intertwined_vits16", "dinov2_vits16", "ablation/table3_lpos", "ablation/reference_image")
     runs = [run for name in names for run in runs_of_config(name)]
-    runs = [replace(r, metrics={"box_ap": 40.0 + i / 8}) if r.kind == "detection" else r for i, r in enumerate(runs)]
+    runs = [r.with_changes(metrics={"box_ap": 40.0 + i / 8}) if r.kind == "detection" else r for i, r in enumerate(runs)]
     for tables in ("1", "2", "3", "4", "7", "all"):
         shown = {row["box_ap_measured"] for row in records(runs, tables)} - {""}
         assert shown == {repr(r.metrics["box_ap"]) for r in runs if r.kind == "detection"}, tables
@@ -453,7 +452,7 @@ def test_a_setting_that_no_row_has_makes_a_row_of_its_own():
 
 def every_kind_of_row():
     nasty = result(metrics={"box_ap": 1.0}, method=NASTY, backbone=NASTY, deviations={NASTY: [NASTY, "<b>"]})
-    family = replace(nasty, backbone="vit_small_patch16")
+    family = nasty.with_changes(backbone="vit_small_patch16")
     return [*runs_of_config("ablation/table4a_constant"), result(metrics={"box_ap": 44.0}), nasty, family]
 
 

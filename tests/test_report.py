@@ -249,7 +249,7 @@ def test_published_tables_can_be_chosen(folder):
 
 def test_terms_are_ordered_and_the_rest_set_aside():
     log = {1: dict.fromkeys(("seconds", "lr", "loss_mask", "koleo", "loss", "mask_ap", "knn_top1", "grad_norm"), 1.0)}
-    shown, others = terms_of([Curve("a", log, "red", "solid")])
+    shown, others = terms_of([Curve(result("pretrain"), "a", log, "red", "solid")])
     assert shown == ["loss", "koleo", "mask_ap", "lr", "knn_top1", "loss_mask"] and others == ["grad_norm", "seconds"]
 
 
@@ -263,14 +263,14 @@ def test_long_curves_become_means_with_their_band():
     assert len(_thinned(points[:-1] + [(9999, 1.0)] * 5)[0]) <= MOST_POINTS
 
 
-def test_a_panel_overlays_the_runs_in_their_colours():
+def test_a_panel_overlays_the_runs_in_their_colors():
     log = {i: {"loss": float(i)} for i in range(20)}
-    curves = [Curve(name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
-    assert curves[1].colour == curves[2].colour != curves[0].colour
+    curves = [Curve(result(), name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
+    assert curves[1].color == curves[2].color != curves[0].color
     assert [curve.dash for curve in curves] == ["solid", "solid", "dashed"]
     svg = panel("loss", curves, "p1")
     Page(svg)
-    assert all(svg.count(f"stroke: {curve.colour}") >= 1 for curve in curves) and "stroke-dasharray" in svg
+    assert all(svg.count(f"stroke: {curve.color}") >= 1 for curve in curves) and "stroke-dasharray" in svg
     assert "currentColor" in svg and "#010203" not in svg and "xmlns" not in svg
     assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg))
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from pretrain.results.schema import Protocol, Result, to_json
 
-ALIGNMENT_LOSSES = ("cka", "frobenius", "gram")
-
 
 @dataclass(frozen=True)
 class Score:
@@ -25,7 +23,9 @@ class Score:
         values = [value for run in runs for value in by_seed(run, metric).values()]
         if not values:
             return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f} (n={self.n})")
@@ -50,11 +50,13 @@ class Measured:
     @property
     def protocols(self) -> list[Protocol | None]:
         """Of pre-training (if scaled down), detection and segmentation."""
-        return [self.pretraining] + [runs[0].protocol if runs else None for runs in (self.detection, self.segmentation)]
+        return [self.pretraining] + [
+            runs[0].protocol if runs else None for runs in (self.detection, self.segmentation)
+        ]
 
     @property
     def scaled(self) -> list[Protocol]:
-        """The protocols from which these runs depart; empty for a row that may stand beside the published ones."""
+        """The protocols from which these runs deviate; empty for a row that may stand beside the published ones."""
         return [protocol for protocol in self.protocols if protocol is not None and protocol.deviations]
 
     @property
@@ -81,9 +83,8 @@ def by_seed(run: Result, metric: str) -> dict[str, float]:
     """{seed: value}: of every seed of a sweep's best setting, else of the run's own; nothing without the metric."""
     if metric not in run.metrics:
         return {}
-    return {
-        seed: float(value) for seed, value in run.metrics.get(f"{metric}_by_seed", {str(run.seed): run.metrics[metric]}).items()
-    }
+    values = run.metrics.get(f"{metric}_by_seed", {str(run.seed): run.metrics[metric]})
+    return {seed: float(value) for seed, value in values.items()}
 
 
 def seeds_of(runs: Sequence[Result]) -> str:
@@ -118,7 +119,9 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
       pre-trainings of one name: each of these is apart.
     """
     results = list({to_json(result): result for result in results}.values())
-    pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
+    pretraining = {
+        r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations
+    }
     pretraining.pop(None, None)
     together: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
@@ -137,7 +140,10 @@ def _apart(runs: list[Result]) -> list[list[Result]]:
     seen = Counter((r.kind, r.protocol.identity, r.config_hash, r.seed) for r in runs)
     if max(seen.values()) == 1:
         return [runs]
-    return [[r for r in runs if r.weights_hash == weights] for weights in dict.fromkeys(r.weights_hash for r in runs)]
+    return [
+        [r for r in runs if r.weights_hash == weights]
+        for weights in dict.fromkeys(r.weights_hash for r in runs)
+    ]
 
 
 def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
@@ -152,16 +158,6 @@ def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
         return groups[key][0].protocol.label, key[0], -score.mean if score else 0.0, key[1]
 
     return [groups[key] for key in sorted(groups, key=rank)]
-
-
-def stage_of(result: Result) -> str:
-    """Its kind, or "posttrain" for a pretrain result of an alignment loss: pretrain/alignment.py."""
-    return "posttrain" if result.kind == "pretrain" and alignment_terms(result) else result.kind
-
-
-def alignment_terms(result: Result) -> dict[str, float]:
-    """The losses of dense post-training among its metrics."""
-    return {name: result.metrics[name] for name in ALIGNMENT_LOSSES if name in result.metrics}
 
 
 def backbone_label(name: str) -> str:

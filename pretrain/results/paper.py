@@ -26,9 +26,9 @@ from pretrain.results.tables import (
     comparison_table,
     epochs_text,
     is_elsewhere,
+    method_fields,
     scores_of,
     seeds_note,
-    subject_fields,
 )
 
 DIFFERENCE = "Δ"
@@ -57,7 +57,11 @@ class Entry:
         assert self.measured is not None
         _, detection, segmentation = self.measured.protocols
         tuning = segmentation if score == "ade20k_miou" else detection
-        return tuple(protocol for protocol in (self.pretraining, tuning) if protocol is not None and protocol.deviations)
+        return tuple(
+            protocol
+            for protocol in (self.pretraining, tuning)
+            if protocol is not None and protocol.deviations
+        )
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
@@ -87,7 +91,12 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
             if entry.measured is not None:
                 placed |= {to_json(run) for run in (*entry.measured.detection, *entry.measured.segmentation)}
         made += _panels(number, entries)
-    return [*made, *_further([result for result in results if result.kind == "pretrain" or to_json(result) not in placed])]
+    return [
+        *made,
+        *_further(
+            [result for result in results if result.kind == "pretrain" or to_json(result) not in placed]
+        ),
+    ]
 
 
 def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[Entry]:
@@ -100,15 +109,27 @@ def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[Publis
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
             continue
-        fitting = [i for i, measured in enumerate(found) if len(before[i]) == 1 and belongs(measured, before[i][0], row)]
+        fitting = [
+            i
+            for i, measured in enumerate(found)
+            if len(before[i]) == 1 and belongs(measured, before[i][0], row)
+        ]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
-        if RECIPES.get(row.method) is DEFAULT and own:  # the method's own run stands in for an ablation's last row
+        if (
+            RECIPES.get(row.method) is DEFAULT and own
+        ):  # the method's own run stands in for an ablation's last row
             fitting = own
         if row.table in dict(layout.parts).values():
-            entries += [Entry(row, found[i], further_departures(before[i][0])) for i in fitting] or [Entry(row, None)]
+            entries += [Entry(row, found[i], further_departures(before[i][0])) for i in fitting] or [
+                Entry(row, None)
+            ]
     if layout.own_rows:
-        entries += [Entry(None, measured, measured.pretraining) for i, measured in enumerate(found) if i not in matched]
+        entries += [
+            Entry(None, measured, measured.pretraining)
+            for i, measured in enumerate(found)
+            if i not in matched
+        ]
     return entries
 
 
@@ -126,7 +147,11 @@ def _panels(number: str, entries: Sequence[Entry]) -> list[Table]:
     tables = []
     for family in families:
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        where = f"Table {number}{letter} of the paper" if family in printed else f"Beside the paper's Table {number}"
+        where = (
+            f"Table {number}{letter} of the paper"
+            if family in printed
+            else f"Beside the paper's Table {number}"
+        )
         title = f"{where}: {layout.title}, {family}"
         tables.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
     return tables
@@ -146,7 +171,12 @@ def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
         if lines and heading and len(lines) < len(entries):
             lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
         groups += [tuple(lines)] if lines else []
-    heads = [("", n_keys), ("COCO", 2 * width), ("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
+    heads = [
+        ("", n_keys),
+        ("COCO", 2 * width),
+        ("ADE20K", width * (len(layout.scores) - 2)),
+        ("", int(beside)),
+    ]
     scores = range(n_keys, n_keys + width * len(layout.scores))
     return Table(
         title=title,
@@ -164,7 +194,9 @@ def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNot
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     if row is not None:
-        cells = [*layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])]
+        cells = [
+            *layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])
+        ]
     else:
         assert measured is not None
         epochs = epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
@@ -172,7 +204,11 @@ def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNot
     for name in layout.scores:
         printed, score = getattr(row, name, None), scores.get(name)
         text = "" if score is None else f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-        shown = [NONE if printed is None else f"{printed:.1f}", text, _signed(entry.difference(name), printed, score)]
+        shown = [
+            NONE if printed is None else f"{printed:.1f}",
+            text,
+            _signed(entry.difference(name), printed, score),
+        ]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
     scaled = any(entry.scaled(name) for name, score in scores.items() if score is not None)
@@ -208,7 +244,9 @@ def _runs(entry: Entry, alone: bool) -> str:
     run, seeds = entry.measured.run, entry.measured.seeds
     name = "" if entry.row is None or same_name(run.method, entry.row.method) else run.method
     word = "" if ";" in seeds else "seeds " if "," in seeds else "seed "
-    return "; ".join(text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text)
+    return "; ".join(
+        text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text
+    )
 
 
 def _notes(layout: Layout, entries: Sequence[Entry]) -> list[str]:
@@ -222,7 +260,9 @@ def _notes(layout: Layout, entries: Sequence[Entry]) -> list[str]:
     if "DINOv2" in shown:
         texts.append("On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.")
     if measured:
-        texts.append(f"{MEASURED} Measured with this code; every score without it is published, as printed in the paper.")
+        texts.append(
+            f"{MEASURED} Measured with this code; every score without it is published, as printed in the paper."
+        )
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
     return texts + seeds_note(measured)
 
@@ -243,10 +283,12 @@ def _record(number: str, entry: Entry) -> dict[str, str]:
     scores = {} if measured is None else scores_of(measured)
     record = {"table": number, "source": "measured" if row is None else "published"}
     if row is not None:
-        record |= subject_fields(row.method, row.backbone, row.effective_epochs)
+        record |= method_fields(row.method, row.backbone, row.effective_epochs)
     else:
         assert measured is not None
-        record |= subject_fields(measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs)
+        record |= method_fields(
+            measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs
+        )
     for name in SCORES:
         score = scores.get(name)
         record[f"{name}_published"] = _number(getattr(row, name, None))
@@ -263,9 +305,15 @@ def _origin(entry: Entry, scores: Mapping[str, Score | None]) -> dict[str, str]:
     if entry.measured is None:
         return dict.fromkeys((*names, "deviations", "seeds", "config"), "")
     run = entry.measured.run
-    scaled = {p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)}
+    scaled = {
+        p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)
+    }
     protocols = ["" if protocol is None else protocol.label for protocol in entry.measured.protocols[1:]]
-    values = (str(not scaled).lower(), *subject_fields(run.method, run.backbone, run.effective_epochs).values(), *protocols)
+    values = (
+        str(not scaled).lower(),
+        *method_fields(run.method, run.backbone, run.effective_epochs).values(),
+        *protocols,
+    )
     return dict(zip(names, values)) | {
         "deviations": " | ".join(f"{p.label}: {p.changes}" for p in scaled.values()),
         "seeds": entry.measured.seeds,

@@ -9,13 +9,13 @@ from typing import Any
 
 from pretrain.results.choose import tables_of
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
-from pretrain.results.merge import backbone_label, seeds_of, stage_of
+from pretrain.results.merge import backbone_label, seeds_of
 from pretrain.results.render import render_all
 from pretrain.results.runs import Figure, Run, run_names
 from pretrain.results.schema import KINDS, Protocol
 from pretrain.results.tables import NONE, duration_text, epochs_text
 
-_TITLES = {  # by stage_of(result)
+_TITLES = {  # by the stage of a result
     "pretrain": "Pre-training",
     "posttrain": "Post-training",
     "detection": "Detection and instance segmentation",
@@ -42,19 +42,24 @@ _PAGE = """<!doctype html>
 """
 
 
-def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = "") -> str:
+def build_report(
+    runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
+) -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
     runs   in any order: they are sorted by kind, method, backbone and seed. `table`: the published tables to show
     beside the measured rows ("1", "1,2,7" or "all"; "": 1); an unknown one is a UserError. `layout` and `against`: of
     :func:`pretrain.results.choose.tables_of`.
     """
-    runs = sorted(runs, key=lambda run: (list(_TITLES).index(stage_of(run.result)), *_order(run)))
+    runs = sorted(runs, key=lambda run: (list(_TITLES).index(run.result.stage), *_order(run)))
     names = run_names([run.result for run in runs])
     sections = {
         "Summary": _summary(runs, names),
         "Curves": _curves(runs, names),
-        "Results": render_all(tables_of([run.result for run in runs], layout, table or "1" * (layout == "paper"), against), "html"),
+        "Results": render_all(
+            tables_of([run.result for run in runs], layout, table or "1" * (layout == "paper"), against),
+            "html",
+        ),
         "Figures": _figures(runs, names),
         "Reproducibility": _reproducibility(runs, names),
     }
@@ -65,14 +70,26 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     """The frame of a page: its style, and the sections {head (one word): html}, the empty ones left out, with links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
-    parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
+    parts = [
+        f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>'
+        for head, body in sections.items()
+    ]
     style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
-    return _PAGE.format(title=html.escape(title), style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
+    return _PAGE.format(
+        title=html.escape(title), style=style, body="\n".join([f"<nav>{links}</nav>", *parts])
+    )
 
 
 def _order(run: Run) -> tuple:
     result = run.result
-    return result.method, result.backbone, result.protocol.label, result.seed, result.created, result.config_hash
+    return (
+        result.method,
+        result.backbone,
+        result.protocol.label,
+        result.seed,
+        result.created,
+        result.config_hash,
+    )
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
@@ -102,7 +119,9 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
         if times:
             stages.append([kind, str(len(times)), duration_text(sum(times))])
     stages.append(["all", str(len(results)), duration_text(sum(result.wall_time_s for result in results))])
-    lines.append(html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2}))
+    lines.append(
+        html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2})
+    )
     owners = [f"{r.kind}: {name}" for r, name in zip(results, names)]
     lines.append("<h3>Hardware</h3>" + _distinct([r.hardware for r in results], owners))
     lines.append("<h3>Versions</h3>" + _distinct([r.packages for r in results], owners))
@@ -122,7 +141,9 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
         shared.setdefault(text, []).append(owner)
     if len(shared) == 1:
         return next(iter(shared))
-    return "\n".join(f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items())
+    return "\n".join(
+        f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items()
+    )
 
 
 # --- curves, tables, figures ------------------------------------------------------------------------------------------
@@ -135,9 +156,11 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         curves: list[Curve] = []
         seen: list[str] = []
         for run, name in zip(runs, names):
-            if stage_of(run.result) == stage and run.log:
+            if run.result.stage == stage and run.log:
                 method = run.result.method
-                curves.append(Curve(name, run.log, *style_of(method, methods, seen.count(method))))
+                curves.append(
+                    Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method)))
+                )
                 seen.append(method)
         if curves:
             parts.append(f"<h3>{title}</h3>\n{_curve_figure(stage, curves)}")
@@ -155,12 +178,14 @@ def _curve_figure(stage: str, curves: Sequence[Curve]) -> str:
         grid = _grid([panels[term] for term in others])
         lines.append(f"<details><summary>Other terms ({len(others)})</summary>{grid}</details>")
     if max(len(curve.log) for curve in curves) > MOST_POINTS:
-        lines.append("<figcaption>Long curves: means of neighbouring values, in the band that they span.</figcaption>")
+        lines.append(
+            "<figcaption>Long curves: means of neighbouring values, in the band that they span.</figcaption>"
+        )
     return "\n".join([*lines, "</figure>"])
 
 
 def _legend(curve: Curve) -> str:
-    line = f'<span style="border-top-style:{curve.dash};border-color:{curve.colour}"></span>'
+    line = f'<span style="border-top-style:{curve.dash};border-color:{curve.color}"></span>'
     return f"<li>{line}{html.escape(curve.name)}</li>"
 
 
@@ -174,7 +199,7 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
     for run, name in zip(runs, names):
         pictures = "".join(picture(figure) for figure in run.figures)
         if pictures:
-            head = f"{_TITLES[stage_of(run.result)]}: {name}"
+            head = f"{_TITLES[run.result.stage]}: {name}"
             parts.append(
                 f"<h3>{html.escape(head)}</h3>\n"
                 f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n<div class="pictures">{pictures}</div>'
@@ -214,7 +239,7 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append([r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")])
         metrics = _list({key: _words(value) for key, value in sorted(_flat(r.metrics).items())})
         details.append(
-            f"<details><summary>{html.escape(f'{_TITLES[stage_of(r)]}: {name}')}</summary>\n"
+            f"<details><summary>{html.escape(f'{_TITLES[r.stage]}: {name}')}</summary>\n"
             f"<p>{html.escape(_protocol_text(r.protocol))}</p>\n{metrics}</details>"
         )
     heads = ["kind", "run", "seed", "config hash", "weights hash", "commit", "created (UTC)"]
@@ -244,7 +269,10 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
     """A <table> that scrolls; the cells are escaped, the caption is html. ``numeric``: columns set to the right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
-        return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
+        return "".join(
+            f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>"
+            for i, t in enumerate(texts)
+        )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
@@ -252,5 +280,7 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _list(entries: dict[str, str]) -> str:
-    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items())
+    items = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items()
+    )
     return f"<dl>{items}</dl>"

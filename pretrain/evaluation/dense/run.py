@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from pretrain.subject import Subject
 Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
 EVALUATORS: Mapping[str, Evaluator] = {"linear": linear, "in_context": in_context, "clustering": clustering}
 TASKS_FOLDER = "tasks"
-KIND = "dense"
+KIND: Final = "dense"
 
 
 @dataclass(frozen=True)
