@@ -9,19 +9,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from recipe_fixture import ABLATIONS, recipe
 from test_results import DEVIATIONS, protocol, result
 from test_tables import NASTY
 from tool_fixture import load_tool
 
-from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.recipe import IMAGENET_1K, pretraining_protocol
 from pretrain.results.layouts import LAYOUTS
-from pretrain.results.matching import RECIPES
+from pretrain.results.matching import METHOD, changed_settings, varied_keys
 from pretrain.results.paper import paper_tables
 from pretrain.results.published import published_rows
 from pretrain.results.render import _LATEX, FORMATS, latex_text, render_all
 from pretrain.results.schema import write_result
+from pretrain.settings import read_yaml
 from pretrain.weights.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,19 +268,32 @@ CONFIGS = {
 
 def runs_of_config(name, *overrides, images=IMAGENET_1K, **changes):
     """A pre-training by one of our configs and a fine-tuning of what it left."""
-    config = load_config(ROOT / "configs" / "pretrain" / f"{name}.yaml", overrides)
-    recipe = pretraining_protocol(config, images)
+    config = recipe(name, *overrides)
+    followed = pretraining_protocol(config, images)
     fields = {"method": config.run.method, "weights_hash": name, **changes}
-    return [result("pretrain", {"loss": 8.0}, protocol=recipe, **fields), result(metrics={"box_ap": 40.0}, **fields)]
+    return [result("pretrain", {"loss": 8.0}, protocol=followed, **fields), result(metrics={"box_ap": 40.0}, **fields)]
 
 
 def test_the_configs_of_the_ablations_are_all_here():
-    there = {f"ablation/{path.stem}" for path in (ROOT / "configs" / "pretrain" / "ablation").glob("*.yaml")}
+    there = {f"ablation/{path.stem}" for path in ABLATIONS.glob("*.yaml")}
     assert there == {name for name in CONFIGS if "/" in name}
     rows = {row for name in CONFIGS for row in CONFIGS[name]}
     assert rows >= {(r["table"], r["method"]) for r in CSV if r["table"] in ("3", "4a", "4b", "5a", "5b")}
-    assert set(RECIPES) <= {row.method for row in published_rows()}
+    named = {f"ablation/{row.changes}": row for row in published_rows() if row.changes}
+    assert {name: {(row.table, row.method)} for name, row in named.items()} == {
+        name: rows for name, rows in CONFIGS.items() if name.startswith("ablation/table")
+    }
+    assert all(read_yaml(ABLATIONS / f"{row.changes}.yaml").values["base"] == row.recipe for row in named.values())
     assert all(set(layout.cells) <= {row.method for row in published_rows()} for layout in LAYOUTS.values())
+
+
+def test_what_an_ablation_changes_stands_in_its_file_alone():
+    off = {"masks.position_share": 0.0, "losses.position": 0.0}
+    assert changed_settings("table3_none") == {"positions.encoding": "standard", "positions.augment": False, **off}
+    assert changed_settings("table4b_19") == {"positions.grid": 19} and changed_settings("") == {}
+    rows = [row for row in published_rows() if row.changes]
+    assert varied_keys() == {key for row in rows for key in changed_settings(row.changes)}
+    assert {row.recipe for row in rows} == {METHOD} and not [key for key in varied_keys() if key.startswith("run.")]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

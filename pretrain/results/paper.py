@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.results.layouts import ADE20K, LAYOUTS, SCORES, Layout
-from pretrain.results.matching import DEFAULT, RECIPES, belongs, further_departures, same_name
+from pretrain.results.matching import belongs, further_deviations, is_method, same_name
 from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
 from pretrain.results.schema import Protocol, Result, to_json
@@ -37,8 +37,8 @@ NOT_COMPARABLE = "Not comparable with the published numbers, so there is no diff
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One row of a table: published, measured or both. ``pretraining``: in what the measured one's departs from the row's."""
+class TableRow:
+    """One row of a table: published, measured or both. ``pretraining``: in what the measured one's deviates from the row's."""
 
     row: PublishedRow | None
     measured: Measured | None
@@ -53,7 +53,7 @@ class Entry:
         return backbone_family(self.measured.run.backbone)
 
     def scaled(self, score: str) -> tuple[Protocol, ...]:
-        """The protocols from which a measured score departs; none: it may be compared."""
+        """The protocols from which a measured score deviates; none: it may be compared."""
         assert self.measured is not None
         _, detection, segmentation = self.measured.protocols
         tuning = segmentation if score == "ade20k_miou" else detection
@@ -86,7 +86,7 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
     placed: set[str] = set()
     made = []
     for number in wanted:
-        entries = _entries(LAYOUTS[number], results, printed)
+        entries = _table_rows(LAYOUTS[number], results, printed)
         for entry in entries:
             if entry.measured is not None:
                 placed |= {to_json(run) for run in (*entry.measured.detection, *entry.measured.segmentation)}
@@ -99,7 +99,7 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
     ]
 
 
-def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[Entry]:
+def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
     """The published rows in their order, each with the measured ones that belong to it; then the other measured ones."""
     known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
     known.pop(None, None)
@@ -116,17 +116,14 @@ def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[Publis
         ]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
-        if (
-            RECIPES.get(row.method) is DEFAULT and own
-        ):  # the method's own run stands in for an ablation's last row
+        if is_method(row) and own:  # the method's own run stands in for an ablation's last row
             fitting = own
         if row.table in dict(layout.parts).values():
-            entries += [Entry(row, found[i], further_departures(before[i][0])) for i in fitting] or [
-                Entry(row, None)
-            ]
+            beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
+            entries += beside or [TableRow(row, None)]
     if layout.own_rows:
         entries += [
-            Entry(None, measured, measured.pretraining)
+            TableRow(None, measured, measured.pretraining)
             for i, measured in enumerate(found)
             if i not in matched
         ]
@@ -139,7 +136,7 @@ def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> l
     return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
 
 
-def _panels(number: str, entries: Sequence[Entry]) -> list[Table]:
+def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     """A table a backbone."""
     layout = LAYOUTS[number]
     families = list(dict.fromkeys(entry.family for entry in entries))
@@ -157,7 +154,7 @@ def _panels(number: str, entries: Sequence[Entry]) -> list[Table]:
     return tables
 
 
-def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
+def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     layout, notes, groups = LAYOUTS[number], FootNotes(), []
     beside = any(entry.measured is not None for entry in entries)
     n_keys, width = len(layout.keys), 3 if beside else 1
@@ -190,7 +187,9 @@ def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
     )
 
 
-def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNotes, beside: bool) -> Line:
+def _line(
+    layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool
+) -> Line:
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     if row is not None:
@@ -215,7 +214,7 @@ def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNot
     return Line("measured" if row is None else "published", scaled, tuple(cells))
 
 
-def _place(entry: Entry) -> object:
+def _place(entry: TableRow) -> object:
     """Equal for entries that only the configs of their runs set apart."""
     if entry.row is not None:
         return entry.row
@@ -237,7 +236,7 @@ def _signed(difference: float | None, printed: float | None, score: Score | None
     return f"{shown:+.1f}".replace("-", "−") if shown else "0.0"
 
 
-def _runs(entry: Entry, alone: bool) -> str:
+def _runs(entry: TableRow, alone: bool) -> str:
     """Which runs: their method, where the row has another name, their seeds, and their configs, where these set rows apart."""
     if entry.measured is None:
         return ""
@@ -249,7 +248,7 @@ def _runs(entry: Entry, alone: bool) -> str:
     )
 
 
-def _notes(layout: Layout, entries: Sequence[Entry]) -> list[str]:
+def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
     texts = ["AP and mIoU in percent."] if ADE20K in layout.protocols else ["AP in percent."]
     measured = [entry.measured for entry in entries if entry.measured is not None]
     shown = {entry.row.method for entry in entries if entry.row is not None}
@@ -273,11 +272,11 @@ def _further(results: Sequence[Result]) -> list[Table]:
     if not table.records:
         return []
     rows = merge([result for result in results if not is_elsewhere(result)])
-    records = tuple(_record("", Entry(None, row, row.pretraining)) for row in rows)
+    records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
     return [replace(table, title="Runs that have no row in these tables", records=records)]
 
 
-def _record(number: str, entry: Entry) -> dict[str, str]:
+def _record(number: str, entry: TableRow) -> dict[str, str]:
     """Of the csv. ``source`` is the row's: a published one has its measured numbers in columns of their own."""
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
@@ -299,7 +298,7 @@ def _record(number: str, entry: Entry) -> dict[str, str]:
     return record | _origin(entry, scores) | {"note": "" if row is None else row.note}
 
 
-def _origin(entry: Entry, scores: Mapping[str, Score | None]) -> dict[str, str]:
+def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, str]:
     """The part of a record that says what was measured; empty for a published row alone."""
     names = ("protocol_is_full", "run_method", "run_backbone", "run_effective_epochs", *PROTOCOL_FIELDS[1:])
     if entry.measured is None:

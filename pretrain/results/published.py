@@ -13,6 +13,11 @@ class PublishedRow:
     """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None where the paper prints none.
 
     All rows are 12-epoch COCO fine-tuning except those of Table 2 (50 epochs); mIoU is ADE20K with a linear decoder.
+
+    recipe     our pre-training recipe of the row; "" where there is none (the public files).
+    changes    the ablation, a file of `pretrain/recipes/ablation`, that makes the row from its recipe; "": none.
+    names      under which a run may report the row, beside `method`.
+    registers  of the backbone, where its label does not tell them.
     """
 
     table: str
@@ -23,6 +28,10 @@ class PublishedRow:
     mask_ap: float | None
     ade20k_miou: float | None
     note: str
+    recipe: str = ""
+    changes: str = ""
+    names: tuple[str, ...] = ()
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ def published_rows() -> list[PublishedRow]:
             mask_ap=_number(row["mask_ap"]),
             ade20k_miou=_number(row["ade20k_miou"]),
             note=row["note"],
+            recipe=row["recipe"],
+            changes=row["changes"],
+            names=tuple(name.strip() for name in row["names"].split(";") if name),
+            registers=int(row["registers"] or 0),
         )
         for row in _rows("published_results.csv")
     ]
