@@ -21,7 +21,7 @@ from pretrain.results.provenance import (
     peak_memory_mib,
     provenance,
 )
-from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
+from pretrain.results.schema import Protocol, Result, ordered_terms, read_result, to_json, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOLS = {"pretrain": "imagenet1k-100ep", "detection": "coco-12ep", "segmentation": "ade20k-160k"}
@@ -154,6 +154,76 @@ def test_a_file_that_is_no_json_object_is_refused_with_its_name(tmp_path, text):
 def test_an_absent_file_is_refused_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"result\.json"):
         read_result(tmp_path)
+
+
+OF_2C21771 = """{
+  "backbone": "vit_tiny_patch16",
+  "config_hash": "0123456789ab",
+  "created": "2026-01-31T12:00:00+00:00",
+  "effective_epochs": 350,
+  "git_commit": null,
+  "hardware": {
+    "cores": 2
+  },
+  "kind": "pretrain",
+  "method": "paka",
+  "metrics": {
+    "broken_images": 0,
+    "cka": 0.3,
+    "loss": 0.3,
+    "overlaps": 0.6
+  },
+  "packages": {
+    "torch": "2.10"
+  },
+  "peak_memory_mib": null,
+  "protocol": {
+    "deviations": {
+      "crops.global_scale": [
+        [
+          0.25,
+          1.0
+        ],
+        [
+          0.5,
+          1
+        ]
+      ]
+    },
+    "full": false,
+    "name": "paka-25ep",
+    "version": 1
+  },
+  "schema_version": 1,
+  "seed": 0,
+  "wall_time_s": 12.5,
+  "weights_hash": null
+}
+"""
+
+
+def test_a_file_of_before_the_runs_named_their_losses(tmp_path):
+    """Written by commit 2c21771: it reads, is written again byte by byte, and is a post-training by its metrics."""
+    (tmp_path / "result.json").write_text(OF_2C21771, encoding="utf-8")
+    old = read_result(tmp_path)
+    assert to_json(old) == OF_2C21771 and (old.loss_terms, old.post_training) == ((), False)
+    assert old.stage == "posttrain" and ordered_terms([old], ["overlaps", "a", "cka", "loss"]) == ["loss", "cka", "overlaps"]
+    assert old.with_changes(metrics={"loss": 1.0, "image": 1.0}).stage == "pretrain"
+    assert old.with_changes(loss_terms=("cka",)).stage == "pretrain"  # a run that names its losses says it itself
+
+
+def test_a_run_names_its_losses(tmp_path):
+    run = result("pretrain", {"loss": 3.0, "b": 1.0, "a": 2.0}, loss_terms=("b", "a"), post_training=True)
+    assert read_result(write_result(run, tmp_path)) == run and run.stage == "posttrain"
+    assert json.loads(to_json(run))["loss_terms"] == ["b", "a"]
+    assert ordered_terms([run], run.metrics) == ["loss", "b", "a"]
+    assert result(post_training=True).stage == "detection"  # no other kind has two stages
+
+
+@pytest.mark.parametrize("model", [Protocol, Result])
+def test_every_field_has_a_source(model):
+    assert [name for name, field in model.model_fields.items() if not field.json_schema_extra["source"]] == []
+    assert all(field.description.endswith("]") for field in model.model_fields.values())
 
 
 def test_nothing_is_written_when_a_number_became_nan(tmp_path):

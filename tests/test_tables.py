@@ -18,7 +18,7 @@ from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.render import FORMATS, latex_text, markdown_text, render, render_all
 from pretrain.results.runs import find_results
 from pretrain.results.schema import write_result
-from pretrain.results.tables import comparison_table, duration_text, epochs_text, pretraining_table
+from pretrain.results.tables import comparison_table, duration_text, epochs_text, posttraining_table, pretraining_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "pretrain" / "results" / "published_results.csv"
@@ -335,6 +335,19 @@ def test_pretraining_table():
     first, second = table.groups[0]
     assert first.cells[:1] + first.cells[5:] == ("dinov2_dagger", "9", "–", "–", "3 min 20 s", "–")
     assert second.cells[:1] + second.cells[5:] == ("intertwined", "8.31", "2.9", "61.4", "12 s", "100")
+
+
+def test_a_new_methods_losses_need_no_list():
+    """The sum, then the addends as the run names them, then the rest by name; beside another method's."""
+    metrics = {"loss": 3.0, "zeta": 1.0, "alpha": 2.0, "entropy": 0.5}
+    made_up = result("pretrain", metrics, method="made up", loss_terms=("zeta", "alpha"))
+    assert pretraining_table([made_up]).columns[5:-2] == ("loss", "zeta", "alpha", "entropy")
+    known = result("pretrain", {"loss": 8.0, "koleo": 0.1, "image": 2.0}, loss_terms=("image", "koleo"))
+    table = pretraining_table([made_up, known])
+    assert table.columns[5:-2] == ("loss", "image", "koleo", "zeta", "alpha", "entropy")
+    assert table.groups[0][1].cells[5:-2] == ("3", "–", "–", "1", "2", "0.5")
+    after = made_up.with_changes(post_training=True, metrics={"loss": 1.0, "zeta": 1.0}, loss_terms=("zeta",))
+    assert pretraining_table([after]) is None and posttraining_table([after]).columns[5:-2] == ("zeta",)
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------
