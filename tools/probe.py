@@ -19,9 +19,9 @@ from pretrain.cli import run
 from pretrain.config import check, load_config
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import open_models
 from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes
-from pretrain.subject import open_subjects
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     if not (options.knn_root or options.seg_root or options.position_root):
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone, options.patch_size)
+    (subject,) = open_models([options.weights], (), options.source, options.backbone, options.patch_size)
     backbone = subject.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
     probes = Probes(settings(options, backbone.patch_size))
