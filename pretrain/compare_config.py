@@ -117,9 +117,9 @@ def load_comparison(
     """Read a comparison.
 
     Args:
-        path: a YAML file; ``base: OTHER.yaml`` in it stands for all keys of the other, of which it changes some.
-        words: ``key=value``, of any key but ``entries``; ``detection_overrides.KEY=VALUE`` sets one of a group.
-            ``detection`` and ``segmentation`` are then those of every row.
+        path: a YAML file; ``base: OTHER.yaml`` in it stands for all keys of the other; it changes some.
+        words: ``key=value``, of any key but ``entries``; ``detection_overrides.KEY=VALUE`` sets one of a
+            group. ``detection`` and ``segmentation`` are then those of every row.
         detections: names of detection protocols; none given: any.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The checkpoints that an analysis compares: how they are read and named apart, and the ``result.json`` of each."""
+"""The checkpoints that an analysis compares: how they are read and named, and the ``result.json`` of each."""
 
 import argparse
 import hashlib
@@ -35,8 +35,8 @@ class EvalModel:
         has_token: the file holds a position mask token, and does not say that no loss ever read it.
         source: that of :func:`pretrain.build.build_backbone`.
         seed: of the training that left the file; 0 where it does not say one.
-        training: config hash of that training, equal for trainings that differ in their seed alone; None where the
-            file does not say it.
+        training: config hash of that training, equal for trainings that differ in their seed alone; None:
+            unknown.
     """
 
     label: str
@@ -60,7 +60,7 @@ class EvalModel:
         )
 
     def build(self, mask_tokens: bool = False) -> ViT:
-        """The backbone, in evaluation mode, on the CPU; with ``mask_tokens``, fresh ones where the file holds none."""
+        """The backbone in evaluation mode, on the CPU; ``mask_tokens``: new ones where the file has none."""
         vit = build_backbone(
             self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens
         )
@@ -71,7 +71,7 @@ class EvalModel:
         return config_hash(self._used(protocol, settings))
 
     def found(self, folder: Path, protocol: str, settings: UsedSettings) -> Result | None:
-        """What :meth:`write` left before, of the same weights and settings; none if there is no such thing."""
+        """What :meth:`write` left before, of the same weights and settings; None: no such result."""
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
@@ -156,7 +156,8 @@ def open_models(
     backbone: str | None = None,
     patch_px: int | None = None,
 ) -> list[EvalModel]:
-    """The checkpoints of these files, in order. Every file is read once now: a bad one fails before the first hour.
+    """The checkpoints of these files, in order. Every file is read now: a bad one fails before the first
+    hour.
 
     Args:
         paths: files or folders of weights; the folder of a pre-training run stands for its backbone.
@@ -164,8 +165,8 @@ def open_models(
         source, backbone, patch_px: of all files, ``backbone`` where they do not say it.
 
     Raises:
-        UserError: a file that cannot be read, or is of no registered size; names that are empty, not unique, or not
-            as many as the files.
+        UserError: a file that cannot be read, or is of no registered size; names that are empty, not unique,
+            or not as many as the files.
     """
     if names and len(names) != len(paths):
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
@@ -200,7 +201,7 @@ def open_models(
 
 
 def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
-    """The same with labels of their own: the method, then the file's name and a number where it takes these."""
+    """The same with unique labels: the method, then the file's name and a number where it takes these."""
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
@@ -212,7 +213,8 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
 
 
 def _stem(path: Path) -> str:
-    """A file's name, a folder's, and of ``backbone.safetensors`` its folder's: all runs' backbones have one name."""
+    """A file's or folder's name; of ``backbone.safetensors``, as every run calls its backbone, the
+    folder's."""
     path = path.absolute()
     return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
 

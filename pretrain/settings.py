@@ -148,8 +148,9 @@ def read_layers(path: str | Path, find: Callable[[str, Path], Path] | None = Non
         if at.resolve() in [before.resolve() for before in chain[:-1]]:
             raise UserError(f"config: base: {' -> '.join(map(str, chain))} is a circle; take one base out")
         layer = read_yaml(at)
-        base = layer.values.get("base", "")
-        layers.insert(0, replace(layer, values={key: item for key, item in layer.values.items() if key != "base"}))
+        values = dict(layer.values)
+        base = values.pop("base", "")
+        layers.insert(0, replace(layer, values=values))
         if not isinstance(base, str):
             raise UserError(f"config: base={shown(base)} ({at}) should be one file's name")
         if base in NOTHING:
@@ -299,7 +300,7 @@ def problem(error: ValidationError, origins: Mapping[str, str] = MappingProxyTyp
     first = error.errors()[0]
     loc = first["loc"]
     key = _dotted(loc)
-    if first["type"] == "value_error":  # a rule of ours, which names its keys, but not which item of a list it is of
+    if first["type"] == "value_error":  # a rule of ours: it names its keys, but not of which item of a list
         depth = max((i for i, part in enumerate(loc, 1) if isinstance(part, int)), default=0)
         return f"{_dotted(loc[:depth])}: {first['ctx']['error']}" if depth else str(first["ctx"]["error"])
     if first["type"] == "missing":

@@ -256,7 +256,8 @@ def test_terms_are_ordered_and_the_rest_set_aside():
 def test_a_new_methods_losses_are_shown_without_a_list(tmp_path):
     run = result("pretrain", metrics={"loss": 3.0, "zeta": 1.0}, method="made up", loss_terms=("zeta", "alpha"))
     log = [{"iteration": i, "alpha": 2.0, "entropy": 0.5, "loss": 3.0, "zeta": 1.0, "lr": 1e-3} for i in range(3)]
-    known = Curve(result("pretrain", loss_terms=("image", "koleo")), "b", {0: {"koleo": 1.0, "loss": 1.0}}, "red", "solid")
+    other = result("pretrain", loss_terms=("image", "koleo"))
+    known = Curve(other, "b", {0: {"koleo": 1.0, "loss": 1.0}}, "red", "solid")
     read = read_run(write_run(tmp_path, run, log) / "result.json")
     curve = Curve(read.result, "a", read.log, "red", "solid")
     assert terms_of([curve]) == (["loss", "zeta", "alpha", "lr"], ["entropy"])

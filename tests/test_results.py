@@ -203,13 +203,14 @@ OF_2C21771 = """{
 
 
 def test_a_file_of_before_the_runs_named_their_losses(tmp_path):
-    """Written by commit 2c21771: it reads, is written again byte by byte, and is a post-training by its metrics."""
+    """Written by commit 2c21771: it reads, is written again to the byte, and is a post-training by its metrics."""
     (tmp_path / "result.json").write_text(OF_2C21771, encoding="utf-8")
     old = read_result(tmp_path)
     assert to_json(old) == OF_2C21771 and (old.loss_terms, old.post_training) == ((), False)
-    assert old.stage == "posttrain" and ordered_terms([old], ["overlaps", "a", "cka", "loss"]) == ["loss", "cka", "overlaps"]
+    assert old.stage == "posttrain"
+    assert ordered_terms([old], ["overlaps", "a", "cka", "loss"]) == ["loss", "cka", "overlaps"]
     assert old.with_changes(metrics={"loss": 1.0, "image": 1.0}).stage == "pretrain"
-    assert old.with_changes(loss_terms=("cka",)).stage == "pretrain"  # a run that names its losses says it itself
+    assert old.with_changes(loss_terms=("cka",)).stage == "pretrain"  # a run that names its losses says it
 
 
 def test_a_run_names_its_losses(tmp_path):

@@ -1,6 +1,6 @@
-"""Curves of logged terms as inline SVG: one small panel a term, the runs overlaid, the iterations on one scale.
+"""Curves of logged terms as inline SVG: a small panel for each, the runs overlaid on one scale of iterations.
 
-The text and the axes take the color of the page (`currentColor`), so that a panel reads on light and dark alike.
+Text and axes take the color of the page (`currentColor`), so that a panel reads on light and dark alike.
 """
 
 import io
@@ -21,7 +21,7 @@ _DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
 @dataclass(frozen=True)
 class Curve:
-    """One run in a figure: its result, its name, its log, and a color and a dash ("solid", ...) that CSS knows, too."""
+    """One run in a figure: its result, name, log, color, and dash as CSS calls it ("solid", ...)."""
 
     result: Result
     name: str
@@ -31,15 +31,15 @@ class Curve:
 
 
 def style_of(method: str, methods: Sequence[str], nth: int) -> tuple[str, str]:
-    """Color and dash: the color tells the method (the same in every figure), the dash the nth run of the method."""
+    """Color and dash: the color tells the method, the same in every figure; the dash tells its nth run."""
     return _COLORS[methods.index(method) % len(_COLORS)], list(_DASHES)[nth % len(_DASHES)]
 
 
 def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     """The terms to show, and the others (times, memory, ...) in alphabetical order.
 
-    Shown are the runs' losses as they name them, :data:`SCORES`, every term with "loss" in its name, the probes, and
-    those of evaluations (ap, top1, ...).
+    Shown are the runs' losses as they name them, :data:`SCORES`, every term with "loss" in its name, the
+    probes, and those of evaluations (ap, top1, ...).
     """
     present = {term for curve in curves for terms in curve.log.values() for term in terms}
     losses = ordered_terms([curve.result for curve in curves], present)
@@ -56,8 +56,8 @@ def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
 def panel(term: str, curves: Sequence[Curve], name: str) -> str:
     """One term against the iteration, as an <svg> element whose ids begin with `name` (unique in the page).
 
-    A curve of more than :data:`MOST_POINTS` values is drawn as means over equal numbers of neighbours, with their
-    smallest and largest value as a band.
+    A curve of more than :data:`MOST_POINTS` values is drawn as means over equal numbers of neighbors, with
+    their smallest and largest value as a band.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The table of dense evaluations without fine-tuning: set by set, published numbers above measured ones.
 
-The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a scaled-down one a ‡ and a foot note.
+The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a scaled-down one ‡ and a foot note.
 """
 
 import re
@@ -44,7 +44,7 @@ OVERCLUSTERED = re.compile(r"clustering_k(\d+)_miou")
 
 
 class Evaluated(NamedTuple):
-    """A measured row: runs that differ in their seed, and the pre-training's protocol where that is known to be scaled down."""
+    """A measured row: runs that differ in their seed, and the protocol of their scaled-down pre-training."""
 
     runs: list[Result]
     pretraining: Protocol | None
@@ -61,7 +61,7 @@ class Evaluated(NamedTuple):
 
     @property
     def scaled(self) -> list[Protocol]:
-        """The protocols from which the runs depart."""
+        """The protocols from which the runs deviate."""
         return [
             protocol
             for protocol in (self.pretraining, self.run.protocol)
@@ -82,12 +82,12 @@ class Evaluated(NamedTuple):
 def dense_table(
     results: Sequence[Result], published: Sequence[PublishedDense] | None = None, against: str = ""
 ) -> Table | None:
-    """Dense results beside the published ones of the same sets; without any, all published ones; None when there is neither.
+    """Dense results beside the published ones of their sets; without any, all published ones; None: no row.
 
     Args:
         published: the rows to choose from; None: the package's own.
-        against: a method. Each score is followed by its difference to this method's, where the two have one backbone and were
-            evaluated alike: what a post-training brought, when this is where it started.
+        against: a method. Each score is followed by its difference to this method's, where the two have one
+            backbone and were evaluated alike: what a post-training brought, when this is where it started.
 
     Raises:
         UserError: no result is of the method ``against``.
@@ -100,9 +100,8 @@ def dense_table(
     rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
-        raise UserError(
-            f"no dense result is of the method {against!r}; there are {', '.join(sorted(methods)) or 'none at all'}"
-        )
+        there = ", ".join(sorted(methods)) or "none at all"
+        raise UserError(f"no dense result is of the method {against!r}; there are {there}")
     printed = [
         row
         for row in (published_dense() if published is None else published)
@@ -148,7 +147,7 @@ def _sets(rows: Sequence[Evaluated]) -> list[str]:
 
 
 def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict[str, str]:
-    """{metric: column} of those that any row has, the clusterings into more clusters than classes after the one into as many."""
+    """{metric: column} of those that any row has; after clustering its versions with more clusters."""
     present = {name for row in rows for run in row.runs for name in run.metrics} | {
         name for row in printed for name in row.scores
     }
@@ -167,7 +166,7 @@ def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict
 def _gains(
     row: Evaluated, rows: Sequence[Evaluated], heads: Mapping[str, str], against: str
 ) -> dict[str, float | None] | None:
-    """Differences of the means to those of the method ``against``, in points; of none in a table without it: None."""
+    """Differences of the means to those of the method ``against``, in points; None in a table without it."""
     if not against:
         return None
     like = (
@@ -189,7 +188,7 @@ def _gains(
     return gains
 
 
-# --- cells: what md, latex and html show ------------------------------------------------------------------------------
+# --- cells: what md, latex and html show --------------------------------------------------------------------
 
 
 def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> Line:
@@ -232,7 +231,8 @@ def _notes(
     texts = ["mIoU and accuracy in percent, of features that were not fine-tuned."]
     if "in_context_hungarian_miou" in heads:
         texts.append(
-            "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best."
+            "In-context mIoU: of the classes as retrieved; "
+            "Hungarian: after the one-to-one matching that suits it best."
         )
     if "clustering_miou" in heads:
         texts.append("Clustering: as many clusters as classes, matched one to one (Hungarian).")
@@ -240,8 +240,8 @@ def _notes(
         texts.append("K clusters, more than classes: each counts as the class that it fits best.")
     if printed:
         texts.append(
-            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, for the "
-            "public Hummingbird evaluation matches classes before it counts."
+            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under "
+            "Hungarian, for the public Hummingbird evaluation matches classes before it counts."
         )
     if rows:
         others = "; every other row is published" if printed else ""
@@ -249,9 +249,8 @@ def _notes(
     if any(score is not None and score.n > 1 for row in rows for score in map(row.score, heads)):
         texts.append(SEEDS)
     if against:
-        texts.append(
-            f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same."
-        )
+        alike_alone = "where backbone and evaluation are the same"
+        texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
     if len({row.identity for row in rows}) < len(rows):
         texts.append(
             "Rows with a config in their note differ in their configuration or weights and are not averaged."
@@ -259,7 +258,7 @@ def _notes(
     return texts
 
 
-# --- records: what csv holds ------------------------------------------------------------------------------------------
+# --- records: what csv holds --------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> dict[str, str]:

@@ -1,15 +1,15 @@
-"""Which row of the paper a run stands beside: by how its backbone was pre-trained where that is known, else by its name.
+"""Which row of the paper a run stands beside: by its pre-training's recipe where that is known, else by name.
 
-A pre-training is known where its own result is given, too: it left the weights (by their hash) that the run read. Then
-its protocol decides, whatever the run is called. Every setting that the paper's rows vary must be the row's; what else
-deviates is reported. ``published_results.csv`` names the recipe of a row, and the ablation that changes it: a file of
-``pretrain/recipes/ablation``, the same that a run of this row reads.
+A pre-training is known where its own result is given, too: it left the weights (by their hash) that the run
+read. Then its protocol decides, whatever the run is called. Every setting that the paper's rows vary must be
+the row's; what else deviates is reported. ``published_results.csv`` names the recipe of a row, and the
+ablation that changes it: a file of ``pretrain/recipes/ablation``, the same that a run of this row reads.
 
 Otherwise the names of the csv decide, and effective epochs that contradict the row's keep the two apart:
 
-* "dinov2" of as many effective epochs as the paper's baseline is that baseline; of none it is the official file, which
-  does not say them (Table 7, LVD-142M).
-* The baseline (Table 1: 41.9 / 37.7) and the method with both parts off (Table 3: 41.3 / 37.2) are two recipes.
+* "dinov2" of as many effective epochs as the paper's baseline is that baseline; of none it is the official
+  file, which does not say them (Table 7, LVD-142M).
+* The baseline (Table 1: 41.9 / 37.7) is not the method with both parts off (Table 3: 41.3 / 37.2).
 """
 
 import functools
@@ -55,7 +55,7 @@ def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow)
 
 
 def further_deviations(pretraining: Protocol | None) -> Protocol | None:
-    """In what a pre-training deviates beside what the paper's rows vary; None for nothing, or nothing known."""
+    """In what a pre-training deviates beside what the paper's rows vary; None: in nothing, or unknown."""
     if pretraining is None:
         return None
     rest = {key: pair for key, pair in pretraining.deviations.items() if key not in varied_keys()}
@@ -97,7 +97,7 @@ def _our_names() -> frozenset[str]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether it is a recipe's: such a run may fall short of the recipe. Any other name is a method of its own."""
+    """Whether it is a recipe's: such a run may fall short of it. Any other name is a method of its own."""
     return _folded(name) in _our_names()
 
 

@@ -1,11 +1,12 @@
-"""The paper's Tables 1, 2, 3, 4, 5 and 7 in its own layout, and in each row, beside every published number, what was measured.
+"""The paper's Tables 1, 2, 3, 4, 5 and 7 in its own layout, with measured numbers beside the published ones.
 
-A published number has a column under the paper's own name, and only published numbers stand there. Two columns follow it as soon
-as a table has anything measured: the mean over seeds, with its standard deviation and †, and the difference. A measured row that
-no published one is like (:mod:`pretrain.results.matching`) follows the others of its backbone, marked as measured.
+A published number has a column under the paper's own name, and only published numbers stand there. Two
+columns follow it as soon as a table has anything measured: the mean over seeds, with its standard deviation
+and †, and the difference. A measured row without a published one (:mod:`pretrain.results.matching`) follows
+the others of its backbone, marked as measured.
 
-A scaled-down run stands in its row with a ‡ and a foot note, and without a difference: there is nothing to compare. Where runs of
-several configurations belong to a published row, it is there once for each.
+A scaled-down run stands in its row with a ‡ and a foot note, and without a difference: there is nothing to
+compare. A published row stands once for each configuration of the runs that belong to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,10 @@ NOT_COMPARABLE = "Not comparable with the published numbers, so there is no diff
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table: published, measured or both. ``pretraining``: in what the measured one's deviates from the row's."""
+    """One row of a table: published, measured or both.
+
+    ``pretraining``: in what the pre-training of the measured one deviates from the published row's.
+    """
 
     row: PublishedRow | None
     measured: Measured | None
@@ -100,7 +104,7 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
 
 
 def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
-    """The published rows in their order, each with the measured ones that belong to it; then the other measured ones."""
+    """The published rows in their order, each with the measured ones that belong to it; then the others."""
     known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
     known.pop(None, None)
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
@@ -131,7 +135,7 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
 
 
 def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> list[Protocol | None]:
-    """Of the runs of a measured row: the protocols of those that are known, each once; [None] where none is."""
+    """The known protocols of the pre-trainings of a measured row, each once; [None] where none is known."""
     hashes = [run.weights_hash for run in (*measured.detection, *measured.segmentation)]
     return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
 
@@ -237,7 +241,7 @@ def _signed(difference: float | None, printed: float | None, score: Score | None
 
 
 def _runs(entry: TableRow, alone: bool) -> str:
-    """Which runs: their method, where the row has another name, their seeds, and their configs, where these set rows apart."""
+    """Which runs: their method if the row has another name, seeds, and configs if these set rows apart."""
     if entry.measured is None:
         return ""
     run, seeds = entry.measured.run, entry.measured.seeds
@@ -259,9 +263,8 @@ def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
     if "DINOv2" in shown:
         texts.append("On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.")
     if measured:
-        texts.append(
-            f"{MEASURED} Measured with this code; every score without it is published, as printed in the paper."
-        )
+        others = "every score without it is published, as printed in the paper"
+        texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
     return texts + seeds_note(measured)
 
@@ -277,7 +280,7 @@ def _further(results: Sequence[Result]) -> list[Table]:
 
 
 def _record(number: str, entry: TableRow) -> dict[str, str]:
-    """Of the csv. ``source`` is the row's: a published one has its measured numbers in columns of their own."""
+    """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     record = {"table": number, "source": "measured" if row is None else "published"}

@@ -1,4 +1,4 @@
-"""Published numbers as data: the paper's tables (`published_results.csv`), and dense evaluations (`published_dense.csv`)."""
+"""Published numbers as data: the paper's tables (`published_results.csv`) and dense evaluations."""
 
 import csv
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None where the paper prints none.
+    """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None: not printed.
 
-    All rows are 12-epoch COCO fine-tuning except those of Table 2 (50 epochs); mIoU is ADE20K with a linear decoder.
+    All rows are 12-epoch COCO fine-tuning but Table 2's (50 epochs); mIoU is ADE20K with a linear decoder.
 
     recipe     our pre-training recipe of the row; "" where there is none (the public files).
-    changes    the ablation, a file of `pretrain/recipes/ablation`, that makes the row from its recipe; "": none.
+    changes    the ablation that makes the row from its recipe (`pretrain/recipes/ablation`); "": none.
     names      under which a run may report the row, beside `method`.
     registers  of the backbone, where its label does not tell them.
     """
@@ -38,8 +38,9 @@ class PublishedRow:
 class PublishedDense:
     """What a method's authors, or those who compared it, report of its frozen features on one labelled set.
 
-    scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published. In-context mIoU is that
-            of the public Hummingbird evaluation, which matches classes (Hungarian) before it counts.
+    scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published.
+            In-context mIoU is that of the public Hummingbird evaluation, which matches classes (Hungarian)
+            before it counts.
     """
 
     set: str
@@ -50,7 +51,7 @@ class PublishedDense:
 
 
 def published_dense() -> list[PublishedDense]:
-    """Every row of `published_dense.csv`, in its order; its columns beside set, method, backbone and note are metrics."""
+    """Every row of `published_dense.csv`, in its order; its further columns are metrics."""
     return [
         PublishedDense(
             set=row.pop("set"),
@@ -91,7 +92,7 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 
 def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:
-    """The rows of a comma list of tables ("1,2,7"; "4" means 4a and 4b) or "all". UserError names an unknown one."""
+    """The rows of some tables ("1,2,7"; "4" means 4a and 4b) or "all". UserError names an unknown one."""
     if tables == "all":
         return list(rows)
     wanted = [name.strip() for name in tables.split(",")]

@@ -1,4 +1,4 @@
-"""One self-contained html page of a set of runs: no script, nothing loaded from afar, the same bytes each time."""
+"""One html page of some runs, self-contained: no script, nothing from afar, the same bytes each time."""
 
 import base64
 import html
@@ -24,12 +24,13 @@ _TITLES = {  # by the stage of a result
     "analysis": "Analysis",
 }
 LARGE_BYTES = 200_000
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>
 {style}</style>
@@ -47,9 +48,13 @@ def build_report(
 ) -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
-    runs   in any order: they are sorted by kind, method, backbone and seed. `table`: the published tables to show
-    beside the measured rows ("1", "1,2,7" or "all"; "": 1); an unknown one is a UserError. `layout` and `against`: of
-    :func:`pretrain.results.choose.tables_of`.
+    Args:
+        runs: in any order: they are sorted by kind, method, backbone and seed.
+        table: the published tables to show beside the measured rows: "1", "1,2,7" or "all"; "": 1.
+        layout, against: of :func:`pretrain.results.choose.tables_of`.
+
+    Raises:
+        UserError: an unknown table.
     """
     runs = sorted(runs, key=lambda run: (list(_TITLES).index(run.result.stage), *_order(run)))
     names = run_names([run.result for run in runs])
@@ -67,7 +72,7 @@ def build_report(
 
 
 def page(title: str, sections: Mapping[str, str]) -> str:
-    """The frame of a page: its style, and the sections {head (one word): html}, the empty ones left out, with links to them."""
+    """A page with its style: the sections {head (one word): html} that are not empty, and links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
     parts = [
@@ -76,7 +81,7 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     ]
     style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
     return _PAGE.format(
-        title=html.escape(title), style=style, body="\n".join([f"<nav>{links}</nav>", *parts])
+        title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts])
     )
 
 
@@ -92,7 +97,7 @@ def _order(run: Run) -> tuple:
     )
 
 
-# --- summary ----------------------------------------------------------------------------------------------------------
+# --- summary ------------------------------------------------------------------------------------------------
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -107,7 +112,8 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = [
         [
             r.kind, name, backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label,
-            duration_text(r.wall_time_s), NONE if r.peak_memory_mib is None else f"{r.peak_memory_mib:,.0f} MiB",
+            duration_text(r.wall_time_s),
+            NONE if r.peak_memory_mib is None else f"{r.peak_memory_mib:,.0f} MiB",
         ]
         for r, name in zip(results, names)
     ]  # fmt: skip
@@ -146,7 +152,7 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
     )
 
 
-# --- curves, tables, figures ------------------------------------------------------------------------------------------
+# --- curves, tables, figures --------------------------------------------------------------------------------
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -202,7 +208,8 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
             head = f"{_TITLES[run.result.stage]}: {name}"
             parts.append(
                 f"<h3>{html.escape(head)}</h3>\n"
-                f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n<div class="pictures">{pictures}</div>'
+                f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n'
+                f'<div class="pictures">{pictures}</div>'
             )
     return "\n".join(parts)
 
@@ -227,7 +234,7 @@ def _light(png: bytes) -> tuple[str, bytes]:
     return ("webp", file.getvalue()) if len(file.getvalue()) < len(png) / 2 else ("png", png)
 
 
-# --- what it takes to repeat the runs ---------------------------------------------------------------------------------
+# --- what it takes to repeat the runs -----------------------------------------------------------------------
 
 
 def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -266,7 +273,7 @@ def _words(value: Any) -> str:
 
 
 def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
-    """A <table> that scrolls; the cells are escaped, the caption is html. ``numeric``: columns set to the right."""
+    """A <table> that scrolls. Cells are escaped, the caption is html; ``numeric``: columns set right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         return "".join(
@@ -276,7 +283,8 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
-    return f'<div class="table-scroll"><table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table></div>'
+    table = f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
+    return f'<div class="table-scroll">{table}</div>'
 
 
 def _list(entries: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """`result.json`: what every run leaves behind, and the only thing that the tables read.
 
-The rule that this file guards: a run that deviates from a protocol in any field says so wherever it is shown. Its
-protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table or report prints.
+The rule that this file guards: a run that deviates from a protocol in any field says so wherever it is shown.
+Its protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table prints.
 """
 
 import json
@@ -31,13 +31,10 @@ Kind = Literal["pretrain", "detection", "segmentation", "dense", "analysis"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 FILE_NAME = "result.json"
 PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
-# Files without `loss_terms`: what the losses were called before the runs named them, and those of post-training.
+# Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
-NEW_KEYS = (
-    "loss_terms",
-    "post_training",
-)  # not written where they say nothing: older readers know no such key
+NEW_KEYS = ("loss_terms", "post_training")  # not written where empty: older readers do not know them
 
 
 class _Record(Settings):
@@ -125,8 +122,8 @@ class Result(_Record):
     protocol: Protocol = setting(..., "the recipe, and how the run deviates from it", source="ours")
     metrics: dict[str, Any] = setting(
         ...,
-        "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, ...; dense: "
-        "linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
+        "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
+        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
         source="ours",
     )
     seed: int = setting(
@@ -203,7 +200,7 @@ class Result(_Record):
 
 
 def ordered_terms(results: Iterable[Result], present: Iterable[str]) -> list[str]:
-    """Those of the names that are losses of these runs: their sum first, then its addends as the runs name them."""
+    """The names that are losses of these runs: their sum first, then its addends as the runs name them."""
     names = dict.fromkeys(["loss", *(term for result in results for term in result.terms)])
     return [name for name in names if name in set(present)]
 
@@ -228,7 +225,7 @@ def read_result(path: str | Path) -> Result:
     """Read a `result.json`, given the file or its folder.
 
     Raises:
-        UserError: no file, no JSON, a missing or unknown key, a wrong type or value; names the file and the key.
+        UserError: no file, no JSON, a missing or unknown key, a wrong type or value; names file and key.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path

@@ -1,8 +1,8 @@
 """Results and published numbers side by side, as text cells that `render.py` draws.
 
-Two rules hold in every table. A measured row is never mixed with the published ones without a mark (†, and the column
-`source`). A run that was scaled down, or whose pre-training was, never stands under the bare name of its protocol: the
-label says so, its numbers carry a ‡, and a foot note lists every deviation.
+Two rules hold in every table. A measured row is never mixed with the published ones without a mark (†, and
+the column `source`). A run that was scaled down, or whose pre-training was, never stands under the bare name
+of its protocol: the label says so, its numbers carry a ‡, and a foot note lists every deviation.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SEEDS = "a ± b (n=c): mean and sample standard deviation over c runs that diffe
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its source ("published", "measured"; "heading" of the rows below), whether it was scaled down, its cells as text."""
+    """One row: its source ("published", "measured", "heading"), whether it was scaled down, its cells."""
 
     source: str
     scaled: bool
@@ -38,7 +38,7 @@ class Table:
 
     numeric  indices of the columns to align on the right.
     records  one dict a row, keys in column order, numbers not rounded to a decimal.
-    heads    (text, number of columns) of a line above the columns, all of them covered; latex and html have it.
+    heads    (text, number of columns) of a line above the columns that covers all; latex and html have it.
     measured indices of columns that hold measured values beside published ones.
     """
 
@@ -81,7 +81,7 @@ class FootNotes:
 def comparison_table(
     results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
 ) -> Table:
-    """The published rows beside the measured results of detection and of segmentation on ADE20K, grouped by backbone.
+    """The published rows beside the measured detections and segmentations of ADE20K, grouped by backbone.
 
     published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
     Raises UserError for an unknown table.
@@ -129,7 +129,7 @@ def seeds_note(measured: Sequence[Measured]) -> list[str]:
     return [SEEDS] if several else []
 
 
-# --- cells: what md, latex and html show ------------------------------------------------------------------------------
+# --- cells: what md, latex and html show --------------------------------------------------------------------
 
 
 def _published_line(row: PublishedRow) -> Line:
@@ -176,7 +176,7 @@ def epochs_text(epochs: float | None) -> str:
     return NONE if epochs is None else f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
-# --- records: what csv holds ------------------------------------------------------------------------------------------
+# --- records: what csv holds --------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedRow) -> dict[str, str]:
@@ -230,7 +230,7 @@ def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]
     return row
 
 
-# --- segmentation on other data sets ------------------------------------------------------------------------------------
+# --- segmentation on other data sets ------------------------------------------------------------------------
 
 
 def is_elsewhere(result: Result) -> bool:
@@ -239,7 +239,8 @@ def is_elsewhere(result: Result) -> bool:
 
 
 def segmentation_table(results: Sequence[Result]) -> Table | None:
-    """The segmentation results on other data sets than ADE20K, one row a protocol and configuration; None when there is none.
+    """Segmentation on other data sets than ADE20K, one row a protocol and configuration; None when there is
+    none.
 
     They stand beside nothing published, whose mIoU is ADE20K's.
     """
@@ -280,11 +281,11 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     )
 
 
-# --- the pre-training runs --------------------------------------------------------------------------------------------
+# --- the pre-training runs ----------------------------------------------------------------------------------
 
 
 def pretraining_table(results: Sequence[Result]) -> Table | None:
-    """Every pretrain result but the post-trainings: its losses, then its other plain metrics; None when there is none."""
+    """Every pre-training but the post-trainings: its losses, then its other plain metrics; None: no run."""
     return _training_table("Pre-training runs", [result for result in results if result.stage == "pretrain"])
 
 
