@@ -6,7 +6,15 @@ from pathlib import Path
 from pretrain.config import as_dict, load_config
 from pretrain.schedules import effective_epochs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "pretrain"
+ABLATIONS = ROOT / "pretrain" / "recipes" / "ablation"
+
+
+def path_of(name):
+    """The file of a config, or of ``ablation/NAME``."""
+    folder, _, ablation = name.rpartition("/")
+    return ABLATIONS / f"{ablation}.yaml" if folder == "ablation" else CONFIGS / f"{name}.yaml"
 
 
 def flat(config):
@@ -15,12 +23,12 @@ def flat(config):
 
 
 def recipe(name, *overrides):
-    return load_config(CONFIGS / f"{name}.yaml", overrides)
+    return load_config(path_of(name), overrides)
 
 
 def comments(name):
     """What a recipe's file says, in one line."""
-    return re.sub(r"\s*\n#\s*", " ", (CONFIGS / f"{name}.yaml").read_text())
+    return re.sub(r"\s*\n#\s*", " ", path_of(name).read_text())
 
 
 def effective(config, epochs):

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from dense_fixture import DENSE, GRAM, TIED, write_start
 from photos import write_photos
+from pretrain.methods.dense import Dense
 from torchvision.ops import roi_align
 
 from pretrain.config import load_config
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.methods import build_method
-from pretrain.methods.dense import Dense
 from pretrain.trainer import Length, Trainer
 
 EXACT = ["run.precision=float64", "backbone.drop_path=0.0"]

@@ -12,7 +12,16 @@ from photos import TINY, write_photos
 from pretrain.backbones.vit import ViewGroup, ViT
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, Rules, build_dataset
-from pretrain.views.boxes import TRIES, CropSettings, PositionSettings, augment_positions, draw_crops, draw_move, draw_views, pixel_boxes
+from pretrain.views.boxes import (
+    TRIES,
+    CropSettings,
+    PositionSettings,
+    augment_positions,
+    draw_crops,
+    draw_move,
+    draw_views,
+    pixel_boxes,
+)
 from pretrain.views.colour import ColorSettings, draw_colours
 from pretrain.views.pixels import crop_resize, normalise
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from backbone_fixture import randomise
+from pretrain.methods.start import build_started_backbone
 from public_fixture import NAME, images
 from reference_vit import saved
 from test_weights_dinov2 import published
@@ -12,7 +13,6 @@ from test_weights_dinov2 import published
 from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.methods.start import build_started_backbone
 from pretrain.weights import save_backbone
 
 UNUSUAL = dict(n_registers=3, layerscale=0.5, gelu="tanh", ln_eps=1e-5, has_cls=False, pos_grid=6, pos_interpolation="bicubic")
