@@ -1,22 +1,24 @@
 """The recipes: every value of the paper and of DINOv2's code, every ablation row by its keys, every number in a comment."""
 
 import re
-from importlib import resources
 
 import pytest
 import yaml
-from photos import TINY
-from recipe_fixture import CONFIGS, comments, effective, flat, recipe
+from photos import TINY, last
+from recipe_fixture import ABLATIONS, CONFIGS, comments, effective, path_of, recipe
 
-from pretrain.config import load_config
+from pretrain.config import load_config, recipe_names, run_protocol
 from pretrain.data.loader import DEVICE_SIDE_PX
+from pretrain.methods import SHIPPED, find_method
 from pretrain.methods.intertwined import Intertwined
-from pretrain.recipe import IMAGENET_1K, pretraining_protocol
+from pretrain.methods.paka import PaKA
 from pretrain.results.published import published_rows
 from pretrain.schedules import scaled_lr
+from pretrain.settings import as_dict, fields, flat
 
 FULL = "intertwined_vits16"
-DEFAULT_YAML = resources.files("pretrain").joinpath("default.yaml").read_text()
+IMAGENET_1K = 1_281_167  # training images
+ENGINE = ("run", "data", "step", "probes", "log")  # groups that say where and how a run computes, not what
 # What the paper's Table 6 and appendix B.1 print.
 TABLE_6 = {
     "optim.epochs": 100,
@@ -60,16 +62,16 @@ DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, t
     "crops.local_scale": [0.05, 0.32],
     "crops.ratio": [3 / 4, 4 / 3],
     "crops.flip_p": 0.5,
-    "colour.jitter": [0.4, 0.4, 0.2, 0.1],
-    "colour.jitter_p": 0.8,
-    "colour.grey_p": 0.2,
-    "colour.blur_kernel_px": 9,
-    "colour.blur_sigma": [0.1, 2.0],
-    "colour.solarize_p": [0.0, 0.2, 0.0],
-    "colour.solarize_threshold": 128,
+    "color.jitter": [0.4, 0.4, 0.2, 0.1],
+    "color.jitter_p": 0.8,
+    "color.grayscale_p": 0.2,
+    "color.blur_kernel_px": 9,
+    "color.blur_sigma": [0.1, 2.0],
+    "color.solarize_p": [0.0, 0.2, 0.0],
+    "color.solarize_threshold": 128,
     "masks.min_box_patches": 4,
     "masks.min_aspect": 0.3,
-    "backbone.layerscale": 1e-5,
+    "backbone.layer_scale_init": 1e-5,
     "heads.hidden_dim": 2048,
     "heads.bottleneck_dim": 256,
     "heads.n_layers": 3,
@@ -89,24 +91,24 @@ DINOV2 = {  # its public code: ssl_default_config.yaml, data/augmentations.py, t
 OURS = {  # METHOD.md
     "positions.interpolation": "bicubic",
     "positions.surround": "all",
-    "colour.blur_p": [1.0, 0.1, 0.5],
+    "color.blur_p": [1.0, 0.1, 0.5],
     "masks.kinds_over": "batch",
     "losses.koleo_scope": "global",
-    "dense.bandwidth": 1.0,
-    "dense.pairs": "all",
-    "dense.region_samples": 2,
-    "dense.min_overlap_patches": 2.0,
+    "alignment.bandwidth": 1.0,
+    "alignment.pairs": "all",
+    "alignment.region_samples": 2,
+    "alignment.min_overlap_patches": 2.0,
 }
 PAKA = {  # what is published of it; plain globals are off in a pre-training
     "crops.plain_globals": False,
     "crops.local_inside": 0.9,
-    "dense.loss": "cka",
-    "dense.kernel": "linear",
-    "dense.region_grid": 7,
-    "dense.head": True,
+    "alignment.loss": "cka",
+    "alignment.kernel": "linear",
+    "alignment.region_grid": 7,
+    "alignment.head": True,
 }
 UNSET = {"backbone.weights": "", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
-UNSET["optim.epoch_length_it"] = 0
+UNSET["optim.epoch_iters"] = 0
 SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO\b|eq\. |PaKA|DINOv3|NeCo|ours")
 POST_TRAINING, START = ("paka", "gram"), ["backbone.weights=start.pth"]
 # Each row of the paper's ablations that is not the full method: {key: its value there}.
@@ -127,7 +129,7 @@ ROWS = {
 
 
 def iterations(config, n_images):
-    return config.optim.epoch_length_it or n_images // config.optim.batch_size
+    return config.optim.epoch_iters or n_images // config.optim.batch_size
 
 
 # --- default.yaml -----------------------------------------------------------------------------------------------------
@@ -182,8 +184,8 @@ def test_the_heads_are_separate_and_nothing_decays_by_layer():
 
 def test_an_epoch_of_the_recipe():
     config = recipe(FULL)
-    epoch_it = iterations(config, IMAGENET_1K)
-    assert epoch_it == 2502 and config.optim.epochs * epoch_it == 250_200
+    epoch_iters = iterations(config, IMAGENET_1K)
+    assert epoch_iters == 2502 and config.optim.epochs * epoch_iters == 250_200
     assert round(effective(config, 1), 3) == 3.469 and round(effective(config, 100)) == 347  # the paper rounds to 3.5 and 350
 
 
@@ -191,8 +193,8 @@ def test_an_epoch_of_the_recipe():
 def test_an_ablation_row_changes_its_keys_and_says_so(name, changes):
     full, row = flat(recipe(FULL)), flat(recipe(f"ablation/{name}"))
     assert {key: row[key] for key in row if row[key] != full[key] and not key.startswith("run.")} == changes
-    assert {key for key in row if row[key] != full[key] and key.startswith("run.")} == {"run.method", "run.output"}
-    protocol = pretraining_protocol(recipe(f"ablation/{name}"), IMAGENET_1K)
+    assert {key for key in row if row[key] != full[key] and key.startswith("run.")} == {"run.name", "run.output"}
+    protocol = run_protocol(recipe(f"ablation/{name}"), IMAGENET_1K)
     assert protocol.name == "intertwined-100ep" and not protocol.full
     assert protocol.deviations == {key: [full[key], value] for key, value in changes.items()}
     body = (CONFIGS / f"ablation/{name}.yaml").read_text()
@@ -228,8 +230,8 @@ def test_the_rows_are_those_of_the_paper():
 
 def test_methods_are_named_apart():
     """Rows of a table are told apart by their method's name."""
-    names = [recipe(f"ablation/{name}").run.method for name in ROWS] + [recipe(FULL).run.method, recipe("dinov2_vits16").run.method]
-    names += [recipe(name).run.method for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")]
+    names = [recipe(f"ablation/{name}").run.name for name in ROWS] + [recipe(FULL).run.name, recipe("dinov2_vits16").run.name]
+    names += [recipe(name).run.name for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")]
     assert len(set(names)) == len(names)
 
 
@@ -237,19 +239,19 @@ def test_methods_are_named_apart():
 def test_the_two_sizes_have_one_recipe(name):
     small, base = (flat(recipe(f"{name}_vit{size}16")) for size in "sb")
     differ = {key for key, value in small.items() if value != base[key]}
-    assert differ - {"run.start_from"} == {"run.output", "backbone.name"} and base["backbone.name"] == "vit_base_patch16"
+    assert differ - {"run.init_from"} == {"run.output", "backbone.name"} and base["backbone.name"] == "vit_base_patch16"
 
 
 def test_both_parts_off_is_not_the_baseline():
     none, baseline = recipe("ablation/table3_none"), recipe("dinov2_vits16")
-    assert pretraining_protocol(baseline, IMAGENET_1K).full
+    assert run_protocol(baseline, IMAGENET_1K).full
     differ = {key for key, value in flat(none).items() if value != flat(baseline)[key] and not key.startswith("run.")}
     assert differ == {"positions.grid", "positions.interpolation"}
 
 
 def test_one_gpu_follows_the_recipe_to_the_letter():
     config = recipe("intertwined_vits16_1gpu")
-    assert pretraining_protocol(config, IMAGENET_1K).full
+    assert run_protocol(config, IMAGENET_1K).full
     assert config.optim.batch_size % config.step.accumulate == 0 and config.optim.batch_size == 512
     same = flat(recipe(FULL))
     differ = {key for key, value in flat(config).items() if value != same[key]}
@@ -259,8 +261,8 @@ def test_one_gpu_follows_the_recipe_to_the_letter():
 def test_how_a_run_computes_is_no_departure():
     how = ["step.accumulate=4", "step.compile=true", "step.parallel=fsdp2", "step.loss_rows=0", "step.checkpointing=full"]
     where = ["data.path=cpu", "data.source=tar", "data.max_side_px=512", "run.precision=bf16", "backbone.attention=sdpa"]
-    where += ["probes.period_it=5", "log.period_it=1", "run.seed=3"]
-    assert pretraining_protocol(recipe(FULL, *how, *where), IMAGENET_1K).full
+    where += ["probes.every=5", "log.every=1", "run.seed=3"]
+    assert run_protocol(recipe(FULL, *how, *where), IMAGENET_1K).full
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_how_a_run_computes_is_no_departure():
         ("backbone.name=vit_small_patch16_reg4", ["vit_small_patch16 or vit_base_patch16", "vit_small_patch16_reg4"]),
         ("backbone.n_registers=4", [0, 4]),
         ("backbone.weights=some/where/dino.pth", ["from scratch", "dino.pth"]),
-        ("run.start_from=runs/earlier", ["from scratch", "earlier"]),
+        ("run.init_from=runs/earlier", ["from scratch", "earlier"]),
         ("data.max_side_px=256", [0, 256]),
         ("losses.centering=sinkhorn_knopp", ["softmax_center", "sinkhorn_knopp"]),
         ("optim.batch_size=256", [512, 256]),
@@ -278,7 +280,7 @@ def test_how_a_run_computes_is_no_departure():
 )
 def test_what_makes_another_recipe_is_said(override, deviation):
     for name in (FULL, "dinov2_vits16"):
-        assert pretraining_protocol(recipe(name, override), IMAGENET_1K).deviations == {override.partition("=")[0]: deviation}
+        assert run_protocol(recipe(name, override), IMAGENET_1K).deviations == {override.partition("=")[0]: deviation}
 
 
 def test_the_small_batch_keeps_its_averages_by_image():
@@ -288,7 +290,7 @@ def test_the_small_batch_keeps_its_averages_by_image():
     assert config.optim.teacher_momentum == round(0.992**share, 6) == 0.998996
     assert config.losses.center_momentum == round(0.9**share, 6) == 0.986916
     assert iterations(config, IMAGENET_1K) == 20_018 and config.optim.epochs * 20_018 == 2_001_800
-    deviations = pretraining_protocol(config, IMAGENET_1K).deviations
+    deviations = run_protocol(config, IMAGENET_1K).deviations
     assert set(deviations) == {"optim.batch_size", "optim.teacher_momentum", "losses.center_momentum"}
     for number in ("20,018", "2,001,800", "0.998996", "0.986916", "5.00e-4", "1.41e-3", "1.77e-4"):
         assert number in comments("intertwined_vits16_small")
@@ -305,39 +307,39 @@ def test_the_lr_rule_is_safe_at_small_batches():
 def test_coco_is_as_long_as_imagenet():
     config = recipe("coco_vits16")
     n_images = 118_287 + 123_403
-    epoch_it = iterations(config, n_images)
-    assert n_images == 241_690 and epoch_it == 472
+    epoch_iters = iterations(config, n_images)
+    assert n_images == 241_690 and epoch_iters == 472
     total, imagenet = config.optim.epochs * epoch_it, 250_200
-    assert total == 250_160 and abs(total - imagenet) < epoch_it
-    assert config.optim.warmup_epochs * epoch_it == 25_016 and config.optim.freeze_last_layer_epochs * epoch_it == 2_360
+    assert total == 250_160 and abs(total - imagenet) < epoch_iters
+    assert config.optim.warmup_epochs * epoch_iters == 25_016 and config.optim.freeze_last_layer_epochs * epoch_iters == 2_360
     assert round(effective(config, config.optim.epochs)) == 1_839
     for number in ("118,287", "123,403", "241,690", "250,160", "1,839", "25,016", "2,360"):
         assert number in comments("coco_vits16")
     assert set(config.data.split.split("+")) == {"train2017", "unlabeled2017"} and config.data.source == "coco"
-    deviations = pretraining_protocol(config, n_images).deviations
+    deviations = run_protocol(config, n_images).deviations
     assert set(deviations) == {"data.n_images", "optim.epochs", "optim.warmup_epochs", "optim.freeze_last_layer_epochs"}
 
 
 @pytest.mark.parametrize("size", ["s", "b"])
 def test_the_high_resolution_stage(size):
     config, first = recipe(f"highres_vit{size}16"), recipe(f"intertwined_vit{size}16")
-    assert config.run.start_from == first.run.output and config.backbone.name == first.backbone.name
+    assert config.run.init_from == first.run.output and config.backbone.name == first.backbone.name
     assert config.crops.global_px == 2 * first.crops.global_px and config.crops.local_px == 2 * first.crops.local_px
     assert config.data.max_side_px == 2 * DEVICE_SIDE_PX
-    assert config.optim.epochs * config.optim.epoch_length_it == 10_000
+    assert config.optim.epochs * config.optim.epoch_iters == 10_000
     epochs = 10_000 * config.optim.batch_size / IMAGENET_1K
     assert round(effective(config, 1), 2) == 13.88 and round(effective(config, epochs), 1) == 55.5
     for number in ("13.88", "10,000", "55.5"):
         assert number in comments(f"highres_vit{size}16")
-    changed = {"crops.global_px", "crops.local_px", "optim.base_lr", "optim.epoch_length_it", "optim.freeze_last_layer_epochs"}
-    assert set(pretraining_protocol(config, IMAGENET_1K).deviations) == changed | {"run.start_from"}
+    changed = {"crops.global_px", "crops.local_px", "optim.base_lr", "optim.epoch_iters", "optim.freeze_last_layer_epochs"}
+    assert set(run_protocol(config, IMAGENET_1K).deviations) == changed | {"run.init_from"}
 
 
 def test_continued_pretraining_starts_from_a_run_of_ours():
     config, first = recipe("continue_vitb16"), recipe("intertwined_vitb16")
     assert config.backbone.weights == f"{first.run.output}/backbone.safetensors"
     assert config.optim.base_lr == first.optim.base_lr / 10 and round(effective(config, config.optim.epochs)) == 69
-    deviations = pretraining_protocol(config, IMAGENET_1K).deviations
+    deviations = run_protocol(config, IMAGENET_1K).deviations
     assert deviations["backbone.weights"] == ["from scratch", "backbone.safetensors"]
 
 
