@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import distributed
+from pretrain.backbones.block import Block
 from pretrain.settings import Settings, setting
 
 
@@ -55,8 +56,9 @@ class Ranks:
         self.is_sharded = distributed.world_size() > 1 and rule == "fsdp2"
         if compiled:
             for network in self.networks:
-                for block in network["backbone"].blocks:
-                    block.compile()
+                for module in network.modules():
+                    if isinstance(module, Block):
+                        module.compile()
         self.call: nn.Module = method
         if self.is_sharded:
             for network in self.networks:

@@ -322,6 +322,8 @@ class Run:
             },
             seed=config.run.seed,
             wall_time_s=now.wall_time_s,
+            loss_terms=now.loss_terms,
+            post_training=self.trainer.method.stage == "posttrain",
             **provenance(as_dict(config), path),
         )
         write_result(result, self.folder)

@@ -2,19 +2,19 @@
 
     python tests/safety_net.py --check [GROUP ...]     say what differs from safety_net.json (exit code 1)
     python tests/safety_net.py --record [GROUP ...]    write it anew
-    python tests/safety_net.py --spell [GROUP ...]     print it with what the hashes stand for: to be diffed with
-                                                       what a checkout of an earlier commit prints
+    python tests/safety_net.py --spell [GROUP ...]     print it with what the hashes stand for, to be diffed
+                                                       with what a checkout of an earlier commit prints
 
-A deliberate change gets a commit of its own that says why and records the group anew. Losses and tensors of
-pre-training, draws of the loader, resolved configs, tables, features of every kind of weights, steps of the
-engines of fine-tuning.
+A deliberate change gets a commit of its own that says why and records the group anew. The groups: losses and
+tensors of pre-training, draws of the loader, resolved configs, tables, features of every kind of weights,
+steps of the engines of fine-tuning, old runs gone on with.
 
-On the machine of the record (same processor, torch and libraries) everything is compared to the bit. Elsewhere
-hashes of computed numbers say nothing, and floats must agree to a relative 1e-4. Words, configs and tables are
-compared exactly everywhere.
+On the machine of the record (same processor, torch and libraries) everything is compared to the bit.
+Elsewhere hashes of computed numbers say nothing, and floats must agree to a relative 1e-4. Words, configs
+and tables are compared exactly everywhere.
 
-The calls into the product stand in the first block. Where the product's interface changes, that block follows,
-and it translates new names back into those of the record: the names of losses and of tensors are its keys.
+The calls into the product stand in the first block. Where the product's interface changes, that block
+follows, and it translates new names back into those of the record: names of losses and tensors are its keys.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def segmentation_protocols() -> list[str]:
 
 
 def detectron2_config(name: str, backbone: str) -> dict[str, Any]:
-    """Model, solver, schedule and loaders as Detectron2 gets them, interpolations as written; not our evaluator."""
+    """Model, solver and loaders as Detectron2 gets them, interpolations as written; not our evaluator."""
     from omegaconf import OmegaConf
 
     from det_plugin.lazy import config
@@ -192,7 +192,7 @@ def mmengine_config(name: str, backbone: str) -> dict[str, Any]:
 
 
 def torchvision_objects(name: str, backbone: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float], list[Any]]:
-    """Detector (without weights) and optimizer of a protocol; learning rates; geometries of training and test."""
+    """Detector (without weights) and optimizer of a protocol; learning rates; lengths and geometries."""
     from det_plugin.protocol import protocol
     from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
     from det_plugin.torchvision_engine.model import build_model
@@ -292,14 +292,15 @@ def open_images(root: Path, kind: str, split: str = "") -> list[tuple[str, bytes
 
 
 DET_SMALL = dict(
-    iterations_it=4, milestones_it=(2,), warmup_it=1, batch_size=2, eval_period_it=4, image_size_px=64, channels=16, box_fc=32,
-    box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20),
-    anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10, lr=1e-3, amp=False,
+    iterations_it=4, milestones_it=(2,), warmup_it=1, batch_size=2, eval_period_it=4, image_size_px=64,
+    channels=16, box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, lr=1e-3,
+    rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), amp=False,
+    detections_per_image=10,
 )  # fmt: skip
 DET_FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
 SEG_SMALL = dict(
-    iterations_it=2, val_interval_it=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48, slide_stride_px=32, num_classes=4,
-    reduce_zero_label=True, batch_size=2,
+    iterations_it=2, val_interval_it=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48,
+    slide_stride_px=32, num_classes=4, reduce_zero_label=True, batch_size=2,
 )  # fmt: skip
 
 
@@ -643,11 +644,12 @@ def torchvision_protocols(folder: Path) -> dict[str, Any]:
 
 
 def some_results() -> list[Any]:
-    """Measured rows: seeds, an ablation, a scaled-down run, post-trainings, another backbone, dense evaluations."""
+    """Measured rows: seeds, an ablation, a scaled-down run, post-trainings, dense evaluations."""
     base = dict(
-        backbone="vit_small_patch16", effective_epochs=346.94, config_hash="0123456789ab", weights_hash="ba9876543210",
-        git_commit=None, packages={"torch": "2.15.0"}, hardware={"cpu": "a", "cores": 2, "gpus": []}, wall_time_s=3723.0,
-        peak_memory_mib=1234.5, created="2026-01-31T12:00:00+00:00",
+        backbone="vit_small_patch16", effective_epochs=346.94, config_hash="0123456789ab",
+        weights_hash="ba9876543210", git_commit=None, packages={"torch": "2.15.0"}, wall_time_s=3723.0,
+        hardware={"cpu": "a", "cores": 2, "gpus": []}, peak_memory_mib=1234.5,
+        created="2026-01-31T12:00:00+00:00",
     )  # fmt: skip
 
     def result(kind: str, method: str, protocol: str, metrics: Mapping[str, Any], **changes: Any) -> Any:
@@ -662,7 +664,7 @@ def some_results() -> list[Any]:
     toy = {"optim.epochs": [100, 14], "backbone.name": ["vit_small_patch16", "vit_tiny_patch16"]}
     own, box, dino = "intertwined", dict(weights_hash="b0x"), dict(weights_hash="d1n0")
     odd, post, big = "paka | a_b & <c>", dict(weights_hash="p0st"), dict(backbone="vit_base_patch16_reg4")
-    boxes = "intertwined, box-wise position masks"
+    boxes, low = "intertwined, box-wise position masks", {"box_ap": 12.3, "mask_ap": 11.1}
     paka, gram = {"loss": 0.3, "cka": 0.3, "overlaps": 0.6}, {"loss": 0.01, "gram": 0.01, "overlaps": 0.5}
     # fmt: off
     return [
@@ -672,7 +674,7 @@ def some_results() -> list[Any]:
         result("pretrain", boxes, "intertwined-100ep", losses, deviations=ablated, **box),
         result("detection", boxes, "coco-12ep", {"box_ap": 40.9, "mask_ap": 37.1}, **box),
         result("pretrain", "dinov2", "dinov2-100ep", {"loss": 9.75, "image": 5.25}, deviations=toy, **dino),
-        result("detection", "dinov2", "coco-12ep", {"box_ap": 12.3, "mask_ap": 11.1}, deviations=scaled, **dino),
+        result("detection", "dinov2", "coco-12ep", low, deviations=scaled, **dino),
         result("segmentation", "dinov2", "voc2012-40k", {"miou": 33.3}, **dino),
         result("pretrain", "paka", "paka-25ep", paka, **post),
         result("pretrain", "gram", "gram-25ep", gram, weights_hash="9ram", seed=1),
@@ -975,7 +977,8 @@ def main() -> int:
     wrong = 0
     for group in groups:
         lines = differences(group, measure(group))
-        print(f"{group}: {len(lines)} differences{'' if is_exact(group) else f' above {TOLERANCE:g}: another machine'}")
+        how = "" if is_exact(group) else f" above {TOLERANCE:g}: another machine"
+        print(f"{group}: {len(lines)} differences{how}")
         print("".join(f"  {line}\n" for line in lines), end="", flush=True)
         wrong += bool(lines)
     return int(wrong > 0)

@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pretrain.recipe import pretraining_protocol
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
@@ -19,7 +19,6 @@ from pretrain.config import as_dict, load_config
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
 from pretrain.overrides import fields_and_flags
-from pretrain.recipe import pretraining_protocol
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
 
@@ -284,11 +283,11 @@ def test_what_does_not_belong_together_is_refused():
     other = Trial(result("pretrain", "b"), result("detection", "b", deviations={}))
     with pytest.raises(UserError, match="2 fine-tuning protocols"):
         ablation_table([trial(), other], "intertwined")
-    fitting = [replace(run, weights_hash="a") for run in (result("pretrain"), result("detection"))]
+    fitting = [run.with_changes(weights_hash="a") for run in (result("pretrain"), result("detection"))]
     ablation_table([Trial(*fitting)], "intertwined")
     for read in ("b", None):
         with pytest.raises(UserError, match="the fine-tuning of 'intertwined', seed 0, read other weights"):
-            ablation_table([Trial(fitting[0], replace(fitting[1], weights_hash=read))], "intertwined")
+            ablation_table([Trial(fitting[0], fitting[1].with_changes(weights_hash=read))], "intertwined")
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """The recipes of post-training: the configs of PaKA and Gram anchoring follow pretrain/recipe.py, and departures are said."""
 
 import pytest
+from pretrain.recipe import COCO_TRAIN, IMAGENET_1K, pretraining_protocol
 from recipe_fixture import CONFIGS, comments, effective, flat, recipe
 
 from pretrain.config import load_config
-from pretrain.recipe import COCO_TRAIN, IMAGENET_1K, pretraining_protocol
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.name.startswith(("paka", "gram")))
 START = ["backbone.weights=start.pth"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dense_fixture import DENSE, GRAM, TIED, write_start
 from photos import write_photos
+from pretrain.methods.dense import Dense
 from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
 from tool_fixture import load_tool
 
@@ -16,7 +17,6 @@ from pretrain.config import as_dict, load_config
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.export.card import model_card
-from pretrain.methods.dense import Dense
 from pretrain.results.provenance import file_hash
 from pretrain.results.schema import read_result
 from pretrain.train import check_same_run, train

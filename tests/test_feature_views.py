@@ -20,8 +20,8 @@ from pretrain.analysis.pca import background_by_pca, pca_colours, pca_rgb
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.data.sources import DataSettings
 from pretrain.data.pictures import read_pictures, whole
+from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.weights import save_backbone

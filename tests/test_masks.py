@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.views.masks import MaskSettings, box_mask, cross_mask, draw_kinds, draw_masks, draw_targets, mask_of_shape, random_mask
+from pretrain.views.masks import (
+    MaskSettings,
+    box_mask,
+    cross_mask,
+    draw_kinds,
+    draw_masks,
+    draw_targets,
+    mask_of_shape,
+    random_mask,
+)
 
 GRID = (14, 14)
 

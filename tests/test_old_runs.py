@@ -1,4 +1,4 @@
-"""Folders of commit 2c21771: what stopped goes on and is evaluated, what is finished is left alone and stands in the tables."""
+"""Folders of commit 2c21771: stopped runs go on and are evaluated, finished ones stay and are tabulated."""
 
 import hashlib
 import importlib.util

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as on_tensors
 
 from pretrain.views.batch import Batch
 from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
-from pretrain.views.colour import OPERATIONS, Colour, ColorSettings, draw_colours
+from pretrain.views.colour import OPERATIONS, ColorSettings, Colour, draw_colours
 from pretrain.views.masks import MaskSettings, draw_masks
 from pretrain.views.pixels import ADJUST, MEAN, STD, apply_colour, blur, crop_resize, normalise, render, solarize, to_grey
 

@@ -197,7 +197,7 @@ def test_an_ablation_row_changes_its_keys_and_says_so(name, changes):
     protocol = run_protocol(recipe(f"ablation/{name}"), IMAGENET_1K)
     assert protocol.name == "intertwined-100ep" and not protocol.full
     assert protocol.deviations == {key: [full[key], value] for key, value in changes.items()}
-    body = (CONFIGS / f"ablation/{name}.yaml").read_text()
+    body = path_of(f"ablation/{name}").read_text()
     assert len([line for line in body.splitlines() if not line.startswith("#")]) <= 11
 
 
@@ -225,7 +225,7 @@ def test_the_rows_are_those_of_the_paper():
             if name.startswith(f"table{row.table}_") and f"{row.box_ap} / {row.mask_ap} AP" in comments(f"ablation/{name}")
         ]
         assert len(holders) == 1, row
-    assert {path.stem for path in (CONFIGS / "ablation").glob("*.yaml")} == set(ROWS)
+    assert {path.stem for path in ABLATIONS.glob("*.yaml")} == set(ROWS)
 
 
 def test_methods_are_named_apart():

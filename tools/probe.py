@@ -18,10 +18,10 @@ from pretrain.cli import run
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import open_models
 from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes, ProbeSettings
 from pretrain.settings import Layer, build
-from pretrain.subject import open_subjects
 
 
 def main(arguments: list[str]) -> None:
@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> None:
     if not (options.knn_root or options.seg_root or options.position_root):
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone, options.patch_size)
-    backbone = subject.build(mask_tokens=bool(options.position_root))
+    (model,) = open_models([options.weights], (), options.source, options.backbone, options.patch_size)
+    backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
     probes = Probes(settings(options), DataSettings(root=options.position_root), backbone.patch_size)
-    if options.position_root and not subject.has_token:
+    if options.position_root and not model.has_token:
         hidden_by = hide_with(backbone, "mean", False, (options.image_px // backbone.patch_size,) * 2)
         said = (
             "the mean of all positions stands for a hidden one" if hidden_by == "mean" else "and no positions that could be hidden"
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"backbone": subject.backbone, "options": used, "metrics": values}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"backbone": model.backbone, "options": used, "metrics": values}, indent=2) + "\n")
 
 
 def settings(options: argparse.Namespace) -> ProbeSettings:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel
 from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
 from pretrain.evaluation.dense.clustering import clustering
@@ -30,12 +31,11 @@ from pretrain.progress import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib, provenance
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject
 
 Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
 EVALUATORS: Mapping[str, Evaluator] = {"linear": linear, "in_context": in_context, "clustering": clustering}
 TASKS_FOLDER = "tasks"
-KIND = "dense"
+KIND: Final = "dense"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
         val: the validation part, of a set with a label a pixel.
     """
 
-    subject: Subject
+    subject: EvalModel
     set_name: str
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -91,7 +91,7 @@ class Job:
 
 
 def job_on_set(
-    subject: Subject,
+    subject: EvalModel,
     train: LabelSet,
     val: LabelSet,
     settings: Mapping[str, Any],
@@ -126,7 +126,7 @@ def job_on_set(
 
 
 def job_on_classes(
-    subject: Subject,
+    subject: EvalModel,
     root: Path,
     settings: KnnSettings,
     others: Mapping[str, tuple[Any, Any]],
