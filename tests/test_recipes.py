@@ -1,7 +1,5 @@
 """The recipes: every value of the paper and of DINOv2's code, every ablation row by its keys, every number in a comment."""
 
-import re
-
 import pytest
 import yaml
 from photos import TINY, last
@@ -11,10 +9,9 @@ from pretrain.config import load_config, recipe_names, run_protocol
 from pretrain.data.loader import DEVICE_SIDE_PX
 from pretrain.methods import SHIPPED, find_method
 from pretrain.methods.intertwined import Intertwined
-from pretrain.methods.paka import PaKA
 from pretrain.results.published import published_rows
 from pretrain.schedules import scaled_lr
-from pretrain.settings import as_dict, fields, flat
+from pretrain.settings import build, differences, fields, flat, read_words
 
 FULL = "intertwined_vits16"
 IMAGENET_1K = 1_281_167  # training images
@@ -104,13 +101,20 @@ PAKA = {  # what is published of it; plain globals are off in a pre-training
     "crops.local_inside": 0.9,
     "alignment.loss": "cka",
     "alignment.kernel": "linear",
-    "alignment.region_grid": 7,
     "alignment.head": True,
 }
-UNSET = {"backbone.weights": "", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
+NECO = {"alignment.region_grid": 7}
+MAE = {  # its paper, and its public code
+    "mae.mask_ratio": 0.75,
+    "mae.normalize_pixels": True,
+    "mae.decoder_width": 512,
+    "mae.decoder_depth": 8,
+    "mae.decoder_heads": 16,
+}
+START = ["backbone.weights=start.pth"]
+UNSET = {"backbone.weights": "start.pth", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
 UNSET["optim.epoch_iters"] = 0
-SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO\b|eq\. |PaKA|DINOv3|NeCo|ours")
-POST_TRAINING, START = ("paka", "gram"), ["backbone.weights=start.pth"]
+POST_TRAINING = ("paka", "gram")
 # Each row of the paper's ablations that is not the full method: {key: its value there}.
 NO_SAMPLING = {"positions.encoding": "standard", "positions.augment": False}
 NO_L_POS = {"masks.position_share": 0.0, "losses.position": 0.0}
@@ -132,54 +136,130 @@ def iterations(config, n_images):
     return config.optim.epoch_iters or n_images // config.optim.batch_size
 
 
-# --- default.yaml -----------------------------------------------------------------------------------------------------
+# --- the defaults of the methods --------------------------------------------------------------------------------------
 
 
-def test_every_value_of_the_recipe_is_the_papers_dinov2s_or_ours():
-    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | PAKA | UNSET
-    config = flat(load_config())
-    recipe_keys = {key for key in config if key.split(".")[0] not in ("run", "data", "step", "probes", "log")}
-    assert recipe_keys == set(known)
-    assert {key: config[key] for key in known} == known
-
-
-def said_of_settings():
-    """{key: the comments of its line and of its group's} in default.yaml."""
-    said, group, words = {}, "", ""
-    for line in DEFAULT_YAML.splitlines():
-        if head := re.match(r"(\w+):\s*(#.*)?$", line):
-            group, words = head[1], head[2] or ""
-        elif setting := re.match(r"  (\w+): [^#]*(#.*)?$", line):
-            said[f"{group}.{setting[1]}"] = f"{words} {setting[2] or ''}".strip()
-    assert set(said) == set(flat(load_config()))
-    return said
-
-
-def test_every_setting_says_where_its_value_comes_from():
-    """A value of a recipe has a source, beside it or beside its group's name; any other key says what it does."""
-    bare = []
-    for key, said in said_of_settings().items():
-        plumbing = key.split(".")[0] in ("run", "data", "step", "probes", "log") or key in UNSET
-        if not (said if plumbing else SOURCE.search(said)):
-            bare.append(key)
-    assert bare == []
+def test_every_default_is_the_papers_dinov2s_or_ours():
+    known = TABLE_6 | REST_OF_THE_PAPER | DINOV2 | OURS | PAKA | NECO | MAE | UNSET
+    found = set()
+    for name in SHIPPED:
+        defaults = flat(build(find_method(name).Settings, [read_words(START)]))
+        values = {key: value for key, value in defaults.items() if "." in key and key.split(".")[0] not in ENGINE}
+        assert values == {key: known[key] for key in values}, name
+        found |= set(values)
+    assert found == set(known)
 
 
 def test_the_named_source_is_the_right_one():
     """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of PaKA says PaKA, one of ours says ours."""
-    said = said_of_settings()
-    for keys, source in ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (PAKA, "PaKA"), (OURS, "ours")):
+    said = {key: info.description for name in SHIPPED for key, info, _ in fields(find_method(name).Settings)}
+    sources = ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (PAKA, "PaKA"), (OURS, "ours"), (NECO, "NeCo"), (MAE, "MAE"))
+    for keys, source in sources:
         assert [key for key in keys if source not in said[key]] == []
+    groups = ("sec. ", "footnote", "eq. ", "appendix B")
+    assert [key for key in REST_OF_THE_PAPER if not any(f"[{group}" in said[key] for group in groups)] == []
 
 
 def test_the_heads_are_separate_and_nothing_decays_by_layer():
     """Table 6: separate heads, no layer-wise decay, no lr factor of the patch embedding: no key could say otherwise."""
-    keys = set(flat(load_config()))
+    keys = {key for name in SHIPPED for key, _, _ in fields(find_method(name).Settings)}
     assert not [key for key in keys if "decay" in key and not key.startswith("optim.weight_decay")]
     assert not [key for key in keys if "separate" in key or "patch_embed" in key]
 
 
 # --- the recipes ------------------------------------------------------------------------------------------------------
+
+# What each recipe changes in its method's defaults, as its paper and its code have it (METHOD.md).
+DINOV2_BASELINE = {  # the paper's own baseline
+    "positions.encoding": "standard",
+    "positions.grid": 14,
+    "positions.interpolation": "dinov2",
+    "positions.augment": False,
+    "masks.position_share": 0.0,
+    "losses.position": 0.0,
+}
+PAKA_25 = {  # what PaKA says, and NeCo's public recipe where it is silent
+    "run.export_network": "student",
+    "data.source": "coco",
+    "data.split": "train2017",
+    "crops.n_local": 4,
+    "crops.global_scale": [0.25, 1.0],
+    "crops.local_scale": [0.05, 0.4],
+    "crops.plain_globals": True,
+    "crops.local_rule": "inside",
+    "positions.encoding": "standard",
+    "positions.augment": False,
+    "color.jitter": [0.8, 0.8, 0.8, 0.2],
+    "optim.epochs": 25,
+    "optim.batch_size": 64,
+    "optim.base_lr": 1e-5,
+    "optim.head_lr_factor": 10.0,
+    "optim.lr_rule": "none",
+    "optim.min_lr": 0.0,
+    "optim.warmup_epochs": 0,
+    "optim.weight_decay_end": 0.5,
+    "optim.clip_grad": 0.0,
+    "optim.teacher_momentum": 0.9995,
+}
+TIED = {"positions.encoding": "field", "positions.augment": True}  # ours: both seeds together
+GRAM = {"alignment.loss": "gram", "alignment.head": False, "optim.teacher_momentum": 1.0}
+WHOLE = {"crops.n_local": 2, "crops.local_px": 224, "crops.local_rule": "same"}
+WHOLE |= {"alignment.region_grid": 14, "alignment.region_samples": 1}
+MAE_800 = {  # He et al. 2022, Table 8, and its public code
+    "crops.n_global": 1,
+    "crops.n_local": 0,
+    "crops.global_scale": [0.2, 1.0],
+    "backbone.name": "vit_base_patch16",
+    "backbone.layer_scale_init": 0.0,
+    "backbone.drop_path": 0.0,
+    "optim.epochs": 800,
+    "optim.batch_size": 4096,
+    "optim.base_lr": 1.5e-4,
+    "optim.lr_rule": "linear_256",
+    "optim.min_lr": 0.0,
+    "optim.warmup_epochs": 40,
+    "optim.weight_decay": 0.05,
+    "optim.weight_decay_end": 0.05,
+    "optim.betas": [0.9, 0.95],
+    "optim.clip_grad": 0.0,
+}
+RECIPES = {
+    "intertwined-100ep": ("intertwined", {}),
+    "dinov2-100ep": ("intertwined", DINOV2_BASELINE),
+    "paka-25ep": ("paka", PAKA_25),
+    "paka-tied-25ep": ("paka", {key: value for key, value in PAKA_25.items() if key not in TIED}),
+    "gram-25ep": ("paka", PAKA_25 | GRAM),
+    "gram-whole-25ep": ("paka", PAKA_25 | GRAM | WHOLE),
+    "mae-800ep": ("mae", MAE_800),
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_changes_what_it_should_and_nothing_else(name):
+    method, changes = RECIPES[name]
+    config, defaults = load_config(name, START), build(find_method(method).Settings, [read_words(START)])
+    changed = differences(defaults, config)
+    labels = {"method", "recipe", "run.name"}
+    assert {key: value for key, (_, value) in changed.items() if key not in labels} == changes
+    assert (config.method, config.recipe) == (method, name) and config.run.name
+
+
+@pytest.mark.parametrize(
+    "words, changes",
+    [
+        (["backbone.name=vit_base_patch16"], {"optim.batch_size": 16}),
+        (["backbone.name=vit_base_patch16_reg4"], {"optim.batch_size": 16}),
+        (["backbone.patch_size=14"], {"crops.global_px": 518, "crops.local_px": 98}),
+        (["backbone.patch_size=14", "crops.local_px=196"], {"crops.global_px": 518}),  # what a config says stands
+    ],
+)
+def test_a_post_training_follows_the_size_of_its_network(words, changes):
+    """NeCo: batches of 64 for ViT-S and of 16 for ViT-B; 37 and 7 patches of 14 px, 14 and 6 of 16 px."""
+    usual, config = flat(load_config("paka-25ep", START)), flat(load_config("paka-25ep", [*START, *words]))
+    said = {word.partition("=")[0] for word in words}
+    assert {key: config[key] for key in config if config[key] != usual[key] and key not in said} == changes
+    whole = load_config("gram-whole-25ep", [*START, "backbone.patch_size=14"])
+    assert (whole.crops.global_px, whole.crops.local_px, whole.alignment.region_grid) == (518, 518, 37)
 
 
 def test_an_epoch_of_the_recipe():
@@ -204,7 +284,7 @@ def test_an_ablation_row_changes_its_keys_and_says_so(name, changes):
 @pytest.mark.parametrize("name", ROWS)
 def test_an_ablation_row_learns_with_the_heads_that_it_says(name):
     """Built at a tiny size: a loss that a row turns off has no head, and its mask token is not trained."""
-    method = Intertwined(recipe(f"ablation/{name}", *TINY, "positions.grid=9"))
+    method = Intertwined(recipe(f"ablation/{name}", *last([*TINY, "positions.grid=9"])))
     off = {key.split(".")[1] for key, value in ROWS[name].items() if key.startswith("losses.") and value == 0}
     assert set(method.student) == {"backbone", "image", "content", "position"} - off
     backbone = method.student["backbone"]
@@ -245,8 +325,8 @@ def test_the_two_sizes_have_one_recipe(name):
 def test_both_parts_off_is_not_the_baseline():
     none, baseline = recipe("ablation/table3_none"), recipe("dinov2_vits16")
     assert run_protocol(baseline, IMAGENET_1K).full
-    differ = {key for key, value in flat(none).items() if value != flat(baseline)[key] and not key.startswith("run.")}
-    assert differ == {"positions.grid", "positions.interpolation"}
+    differ = {key for key in differences(none, baseline) if not key.startswith("run.")}
+    assert differ == {"recipe", "positions.grid", "positions.interpolation"}
 
 
 def test_one_gpu_follows_the_recipe_to_the_letter():
@@ -309,7 +389,7 @@ def test_coco_is_as_long_as_imagenet():
     n_images = 118_287 + 123_403
     epoch_iters = iterations(config, n_images)
     assert n_images == 241_690 and epoch_iters == 472
-    total, imagenet = config.optim.epochs * epoch_it, 250_200
+    total, imagenet = config.optim.epochs * epoch_iters, 250_200
     assert total == 250_160 and abs(total - imagenet) < epoch_iters
     assert config.optim.warmup_epochs * epoch_iters == 25_016 and config.optim.freeze_last_layer_epochs * epoch_iters == 2_360
     assert round(effective(config, config.optim.epochs)) == 1_839
@@ -344,9 +424,9 @@ def test_continued_pretraining_starts_from_a_run_of_ours():
 
 
 def test_every_config_is_read_and_writes_to_its_own_folder():
-    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith(("toy", "proof"))]
-    configs = [load_config(path, START if path.name.startswith(POST_TRAINING) else []) for path in paths]
-    folders = [config.run.output for config in configs]
-    assert len(set(folders)) == len(folders) == 4 + 6 + len(ROWS) + 10
+    configs = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith(("toy", "proof"))]
+    paths = [*configs, *sorted(ABLATIONS.glob("*.yaml"))]
+    folders = [load_config(path, START if path.name.startswith(POST_TRAINING) else []).run.output for path in paths]
+    assert len(set(folders)) == len(folders) >= 4 + 6 + len(ROWS) + 10
     for path, folder in zip(paths, folders):
         assert folder.split("/")[-1] == path.stem and yaml.safe_load(path.read_text())["run"]["output"] == folder
