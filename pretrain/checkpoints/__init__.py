@@ -13,6 +13,7 @@ A checkpoint is written as ``it_00001000.tmp`` and renamed when every byte is on
 from pretrain.checkpoints.found import Found, find, newest, open_checkpoint
 from pretrain.checkpoints.sharded import load, save_sharded
 from pretrain.checkpoints.single import consolidate, save
+from pretrain.checkpoints.state import load_state, save_state
 from pretrain.checkpoints.store import clean, whole_directories
 from pretrain.checkpoints.writer import Writer
 
@@ -23,9 +24,11 @@ __all__ = [
     "consolidate",
     "find",
     "load",
+    "load_state",
     "newest",
     "open_checkpoint",
     "save",
     "save_sharded",
+    "save_state",
     "whole_directories",
 ]

@@ -65,20 +65,23 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """This rank's values of all tensors at this moment, contiguous and apart from each other.
+    """This rank's values of all tensors at this moment, contiguous and sharing no memory.
 
-    ``buffers``: pinned memory of CUDA tensors, kept from call to call (to pin takes longer than to copy); filled here.
+    Args:
+        tensors: of any device.
+        buffers: pinned memory for CUDA tensors, filled here and reused by the next call: pinning takes longer than
+            copying. None: pageable memory.
     """
-    buffers = {} if buffers is None else buffers
     copies: dict[str, Tensor] = {}
     on_cuda = False
     for name, tensor in tensors.items():
         values = local(tensor)
-        copy = buffers.get(name)
+        copy = buffers.get(name) if buffers is not None else None
         if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        if values.is_cuda:
-            on_cuda, buffers[name] = True, copy
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda and buffers is not None)
+        on_cuda |= values.is_cuda
+        if values.is_cuda and buffers is not None:
+            buffers[name] = copy
         copies[name] = copy.copy_(values, non_blocking=values.is_cuda)
     if on_cuda:
         torch.cuda.synchronize()
