@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -93,7 +93,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     shown = []
     monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
-    nothing = draw_masks(1, 2, (2, 2), MaskSettings(0.0, 0.0), (0,))
+    nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
     titles = []
     for tied in (True, False):
@@ -131,7 +131,7 @@ def test_a_runs_figures(tmp_path, capsys):
         "optim.epochs=1",
         "optim.warmup_epochs=0",
     ]
-    train(load_config(None, overrides))
+    train(load_config(None, last(overrides)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys, "argv", ["visualize_pretrain.py", str(tmp_path / "run"), "--images", "2"])

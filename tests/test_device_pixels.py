@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as on_tensors
 from pretrain.data.loader import lay_out
 from pretrain.views import device_pixels
 from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
-from pretrain.views.colour import OPERATIONS, ColorSettings, Colours, draw_colours
+from pretrain.views.colour import NO_COLOR, OPERATIONS, ColorSettings, Colours, draw_colours
 from pretrain.views.device_pixels import CanvasBatch, apply_colours
 from pretrain.views.masks import MaskSettings, draw_masks
 from pretrain.views.pixels import STD, normalise, render
@@ -118,7 +118,7 @@ def test_both_paths_make_the_same_pixels(working, monkeypatch):
 
 
 def test_without_colour_both_paths_agree_to_one_level():
-    plain = ColorSettings(jitter_p=0, grey_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+    plain = ColorSettings(**NO_COLOR)
     batch, images = canvas_batch(4, plain)
     made = batch.to(CPU)
     for ours, theirs in zip((made.global_crops, made.local_crops), on_the_cpu_path(batch, images)):

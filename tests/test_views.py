@@ -22,7 +22,7 @@ from pretrain.views.boxes import (
     draw_views,
     pixel_boxes,
 )
-from pretrain.views.colour import ColorSettings, draw_colours
+from pretrain.views.colour import NO_COLOR, ColorSettings, draw_colours
 from pretrain.views.pixels import render
 from pretrain.views.resample import resize_weights, sandwich
 
@@ -110,8 +110,8 @@ def test_drawn_views_carry_pixels_and_positions_together():
     y, x = np.indices((height, width))
     image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
     rule = CropSettings(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
-    views = draw_views(np.array([[height, width]]), rule, PositionSettings(enabled=False), [np.random.default_rng(3)])
-    off = ColorSettings(jitter_p=0, grey_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+    views = draw_views(np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)])
+    off = ColorSettings(**NO_COLOR)
     colours = draw_colours(5, 2, off, [np.random.default_rng(0)])
     views = replace(views, flips=torch.tensor([[True, False, True, False, False]]))  # among the global and the local ones
     pixels = torch.cat(render(image, views, colours, off, global_px=size, local_px=size)).float()  # [5, 3, s, s] levels
@@ -187,8 +187,8 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
 def test_boxes_and_flips_are_the_same_without_position_augmentation():
     on, off = (
-        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(enabled=enabled), [np.random.default_rng(0)])
-        for enabled in (True, False)
+        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(augment=augment), [np.random.default_rng(0)])
+        for augment in (True, False)
     )
     assert torch.equal(on.boxes, off.boxes) and torch.equal(on.flips, off.flips)
     assert torch.equal(off.position_boxes, off.boxes) and not torch.equal(on.position_boxes, on.boxes)
