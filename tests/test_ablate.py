@@ -10,17 +10,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from pretrain.recipe import pretraining_protocol
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE
-from pretrain.config import as_dict, load_config
+from pretrain.cli import REQUEUE_CODE, fields_and_model_kwargs
+from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
-from pretrain.overrides import fields_and_flags
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
+from pretrain.settings import as_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(ROOT / "tools" / "ablate.py"))
@@ -88,8 +87,8 @@ def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
 def test_the_rows_are_named_apart_and_say_what_they_change(tmp_path):
     plan = TOOL["plan"](options(tmp_path, seeds=1))
     configs = {name.split("/")[0]: pretraining_of(first) for name, (first, _) in plan.items()}
-    assert len({config.run.method for config in configs.values()}) == 5 and configs["method"].run.method == "intertwined"
-    protocols = {row: pretraining_protocol(config, 400) for row, config in configs.items()}
+    assert len({config.run.name for config in configs.values()}) == 5 and configs["method"].run.method == "intertwined"
+    protocols = {row: run_protocol(config, 400) for row, config in configs.items()}
     assert changes(protocols["method"], protocols["reference_image"]) == "positions.reference crops → image"
     assert changes(protocols["method"], protocols["table3_sampling"]) == "losses.position 1.0 → 0.0; masks.position_share 0.5 → 0.0"
     assert changes(protocols["method"], protocols["method"]) == ""
@@ -103,14 +102,14 @@ def test_the_detection_is_the_demos(tmp_path):
 
 
 def test_quick_and_other_settings_come_last(tmp_path):
-    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["iterations_it=12"]))
+    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["max_iters=12"]))
     first, second = plan["method/seed_0"]
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
     words = second.command[second.command.index("--resume") + 1 :]
-    fields, flags = fields_and_flags(words)  # refuses a key that is given twice
+    fields, model_kwargs = fields_and_model_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
-    assert (settings.iterations_it, settings.milestones_it, settings.batch_size, flags) == (12, (8, 9), 8, {})
+    assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 
 
 # --- how it is run ----------------------------------------------------------------------------------------------------
@@ -308,8 +307,8 @@ def fake_tools(tmp_path, monkeypatch):
             if machine.failing and machine.failing in str(folder):
                 return 1
             config = load_config(command[4], command[5:])
-            protocol = pretraining_protocol(config, 400)
-            write_result(result("pretrain", config.run.method, config.run.seed, deviations=protocol.deviations), folder)
+            protocol = run_protocol(config, 400)
+            write_result(result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder)
         else:
             before = json.loads((folder.parent / "pretrain" / "result.json").read_text())
             write_result(result("detection", before["method"], before["seed"], 10.0 + before["seed"]), folder)

@@ -77,10 +77,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         trainer.restore(state)
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
-    end_it = min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it)
+    end_it = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
         metrics = _loop(trainer, data, terms, started, end_it, signals)
-    if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
+    if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
         leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
     return run.output / RESULT
@@ -134,7 +134,7 @@ def _loop(
         terms: what the last step of a resumed run gave; none at the start.
     """
     p, first_it, metrics = trainer.protocol, trainer.iteration, dict[str, Any]()
-    log_period = max(p.iterations_it // LOG_LINES, 1)
+    log_period = max(p.max_iters // LOG_LINES, 1)
     is_behind = terms is not None and gather_objects(_lacks_evaluation(trainer))[0]
     log = Log(trainer, started, first_it - is_behind) if distributed.is_main() else None
     try:
@@ -178,7 +178,7 @@ def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float
 
 def _is_due(trainer: Trainer) -> bool:
     """Whether the iterations so far end in an evaluation."""
-    return trainer.iteration % trainer.protocol.eval_period_it == 0 or trainer.iteration == trainer.protocol.iterations_it
+    return trainer.iteration % trainer.protocol.eval_every == 0 or trainer.iteration == trainer.protocol.max_iters
 
 
 def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _lacks_evaluation(trainer: Trainer) -> bool:
     """Whether a checkpoint was left in the middle of its evaluation, or after the last one, which ``result.json`` needs."""
     path, start = trainer.run.output / "metrics.jsonl", f'{{"iteration": {trainer.iteration - 1},'
     is_written = path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
-    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.iterations_it)
+    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 
 class Log:
@@ -212,7 +212,7 @@ class Log:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
         self.speed, self.saved_s = Speed(trainer.protocol.batch_size), time.monotonic()
         self.metrics = MetricsLog(self.folder, first_line_it, tensorboard=True)
-        self.line = ProgressLine("detection", trainer.protocol.iterations_it, trainer.iteration)
+        self.line = ProgressLine("detection", trainer.protocol.max_iters, trainer.iteration)
 
     @property
     def is_old(self) -> bool:
@@ -225,7 +225,7 @@ class Log:
         trainer, speed = self.trainer, self.speed
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         memory = f"{peak_memory_gb(trainer.device):.1f} GB"
-        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.iterations_it - trainer.iteration))
+        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
 
     def evaluated(self, share: float, left_s: float) -> None:
         """An evaluation goes on: a ``share`` of the pictures is done."""
