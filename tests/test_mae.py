@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from photos import write_photos
+from photos import last, write_photos
 from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
 from torch import nn
 
@@ -40,8 +40,7 @@ TINY = [
 
 def tiny(*words):
     """:data:`TINY`, changed by some words."""
-    changed = {word.split("=")[0] for word in words}
-    return [*(word for word in TINY if word.split("=")[0] not in changed), *words]
+    return last([*TINY, *words])
 
 
 def method_of(*words, dtype=torch.float64):
