@@ -16,12 +16,13 @@ from pretrain.errors import UserError
 
 
 def save_state(folder: Path, iteration: int, state: Mapping[str, Any], keep: int | None) -> Path:
-    """Write ``state`` as a checkpoint of the run in ``folder``; for the main process alone.
+    """Write ``state`` as a checkpoint of the run in ``folder``; only the main process calls this.
 
     Args:
+        folder: of the run.
         iteration: steps done.
         state: nested mappings (string or integer keys), lists, tuples, tensors, strings, numbers and None.
-        keep: the newest checkpoints that stay; None: all.
+        keep: how many of the newest checkpoints stay; None: all.
 
     Raises:
         OSError: names the folder that cannot be written; earlier checkpoints stay whole.
