@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from pretrain.config import as_dict, load_config
+from pretrain import settings
+from pretrain.config import load_config
 from pretrain.schedules import effective_epochs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ def path_of(name):
 
 def flat(config):
     """{"group.key": value}."""
-    return {f"{group}.{key}": value for group, keys in as_dict(config).items() for key, value in keys.items()}
+    return settings.flat(config)
 
 
 def recipe(name, *overrides):

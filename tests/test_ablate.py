@@ -10,17 +10,17 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from pretrain.recipe import pretraining_protocol
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
 from pretrain.cli import REQUEUE_CODE
-from pretrain.config import as_dict, load_config
+from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
 from pretrain.overrides import fields_and_flags
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
+from pretrain.settings import differences
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(ROOT / "tools" / "ablate.py"))
@@ -68,16 +68,15 @@ def pretraining_of(stage):
 def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
     plan = TOOL["plan"](options(tmp_path))
     assert list(plan) == [f"{row}/seed_{seed}" for seed in range(3) for row in TOOL["ROWS"]] and len(plan) == 15
-    toy = as_dict(load_config(TOY))
+    toy = load_config(TOY)
     changed = {}
     for name, (first, second) in plan.items():
-        config = as_dict(pretraining_of(first))
-        assert Path(config["run"]["output"]) == first.folder == tmp_path / name / "pretrain"
-        assert str(config["run"]["seed"]) == name[-1] == second.command[second.command.index("--seed") + 1]
+        config = pretraining_of(first)
+        assert Path(config.run.output) == first.folder == tmp_path / name / "pretrain"
+        assert str(config.run.seed) == name[-1] == second.command[second.command.index("--seed") + 1]
         assert second.command[second.command.index("--weights") + 1] == str(first.folder / "backbone.safetensors")
-        differs = {
-            f"{g}.{k}": v for g, keys in config.items() for k, v in keys.items() if v != toy[g][k] and g not in ("run", "data")
-        }
+        differs = {key: pair[1] for key, pair in differences(toy, config).items()}
+        differs = {key: value for key, value in differs.items() if not key.startswith(("run.", "data."))}
         changed.setdefault(name.split("/")[0], []).append(differs)
     off = {"masks.position_share": 0.0, "losses.position": 0.0}
     fixed = {"positions.encoding": "standard", "positions.augment": False}
@@ -88,8 +87,8 @@ def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
 def test_the_rows_are_named_apart_and_say_what_they_change(tmp_path):
     plan = TOOL["plan"](options(tmp_path, seeds=1))
     configs = {name.split("/")[0]: pretraining_of(first) for name, (first, _) in plan.items()}
-    assert len({config.run.method for config in configs.values()}) == 5 and configs["method"].run.method == "intertwined"
-    protocols = {row: pretraining_protocol(config, 400) for row, config in configs.items()}
+    assert len({config.run.name for config in configs.values()}) == 5 and configs["method"].run.name == "intertwined"
+    protocols = {row: run_protocol(config, 400) for row, config in configs.items()}
     assert changes(protocols["method"], protocols["reference_image"]) == "positions.reference crops → image"
     assert changes(protocols["method"], protocols["table3_sampling"]) == "losses.position 1.0 → 0.0; masks.position_share 0.5 → 0.0"
     assert changes(protocols["method"], protocols["method"]) == ""
@@ -308,8 +307,8 @@ def fake_tools(tmp_path, monkeypatch):
             if machine.failing and machine.failing in str(folder):
                 return 1
             config = load_config(command[4], command[5:])
-            protocol = pretraining_protocol(config, 400)
-            write_result(result("pretrain", config.run.method, config.run.seed, deviations=protocol.deviations), folder)
+            protocol = run_protocol(config, 400)
+            write_result(result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder)
         else:
             before = json.loads((folder.parent / "pretrain" / "result.json").read_text())
             write_result(result("detection", before["method"], before["seed"], 10.0 + before["seed"]), folder)
