@@ -22,8 +22,6 @@ RUN_FLAGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "laye
 class BackboneSettings(Settings):
     """The network of a pre-training run."""
 
-    renamed = {"layerscale": "layer_scale_init"}
-
     name: str = setting("vit_small_patch16", "registry name", source="appendix B.1")
     weights: str = setting("", "start from this checkpoint instead of from scratch", source="ours", in_recipe=False)
     patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)

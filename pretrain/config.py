@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.methods import SHIPPED, TrainSettings, find_method
+from pretrain.results.renamed import PRETRAINING
 from pretrain.results.schema import Protocol
 from pretrain.settings import (
     Layer,
@@ -126,7 +127,7 @@ def recipe_names() -> list[str]:
 
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = read_words(words)
+    typed = _modern(read_words(words))
     chain = _Chain() if path is None else _read_chain(find_config(path))
     method = find_method(_method_in([*chain.layers, typed]))
     own = method.Settings.model_fields["recipe"].default
@@ -209,27 +210,21 @@ def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
 
 # --- configs of earlier versions --------------------------------------------------------------------------------------
 
-RENAMED = {"run.algorithm": "method", "colour": "color", "dense": "alignment"}
 METHODS = {"dense": "paka"}
-MASKED_NOTHING = ("masks", "losses")  # groups that a post-training held and did not read
+
+
+class _Renamed(Settings):
+    renamed = PRETRAINING
 
 
 def _modern(layer: Layer) -> Layer:
-    """A layer whose keys may be those of an earlier version, which had all methods' keys in one config, under today's names."""
-
-    class Old(Settings):
-        renamed = RENAMED
-
-    is_old = "algorithm" in layer.values.get("run", {}) if isinstance(layer.values.get("run"), Mapping) else False
-    if not is_old and not any(key in layer.values for key in RENAMED):
-        return layer
-    values = upgraded(Old, layer.values)
-    if is_old:
+    """A layer under today's names. A whole config of an earlier version held the keys of all methods and named no recipe."""
+    values = upgraded(_Renamed, layer.values)
+    if "method" in values:
         values["method"] = METHODS.get(values["method"], values["method"])
-        model = find_method(values["method"]).Settings
-        values = _known(model, upgraded(model, values))
-        if not values.get("recipe"):
-            values["recipe"] = _nearest_recipe(values)
+    if "method" in values and "recipe" not in values and all(isinstance(values.get(g), Mapping) for g in TrainSettings.groups()):
+        values = _known(find_method(values["method"]).Settings, values)
+        values["recipe"] = _nearest_recipe(values)
     return replace(layer, values=values)
 
 

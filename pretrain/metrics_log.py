@@ -37,12 +37,6 @@ class LogSettings(Settings):
 
     in_recipe = False
     fixed = False
-    renamed = {
-        "period_it": "every",
-        "checkpoint_period_it": "checkpoint_every",
-        "pictures_period_it": "images_every",
-    }
-
     every: int = setting(10, "iterations between lines of metrics.jsonl", source="ours", ge=1)
     checkpoint_every: int = setting(
         1000, "iterations between checkpoints; the last iteration always leaves one", source="ours", ge=1

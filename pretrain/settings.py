@@ -252,17 +252,23 @@ def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         holder = new.get(group) if group else new
         if isinstance(holder, dict) and key in holder:
             value = holder.pop(key)
-            if isinstance(value, Mapping):
-                for inner, item in value.items():
-                    put(new, f"{name}.{inner}", item)
-            else:
-                put(new, name, value)
+            items = {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {name: value}
+            for key, item in items.items():
+                if _holds(new, key):
+                    raise UserError(f"config: {old} is the old name of {key}, and both are given; give {key} alone")
+                put(new, key, item)
             if group and not holder:
                 new.pop(group)
     for key, info in model.model_fields.items():
         if _is_group(info.annotation) and isinstance(new.get(key), Mapping):
             new[key] = upgraded(info.annotation, new[key])  # type: ignore[arg-type]
     return new
+
+
+def _holds(values: Any, key: str) -> bool:
+    """Whether nested values hold a value, or a group, under a dotted key."""
+    group, dot, rest = key.partition(".")
+    return isinstance(values, Mapping) and group in values and (not dot or _holds(values[group], rest))
 
 
 def _is_group(annotation: Any) -> bool:
@@ -444,7 +450,7 @@ def plain(text: str) -> Any:
         return text == "true"
     if re.fullmatch(r"[+-]?(0|[1-9]\d*)", text):
         return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):  # 010 is a text
         return float(text)
     if text[:1] == "[" and text[-1:] == "]":
         return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
@@ -494,8 +500,24 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(reference: Settings, settings: Settings) -> dict[str, list[Any]]:
     """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one has no such key."""
-    a, b = flat(reference), flat(settings)
-    return {key: [a.get(key), b.get(key)] for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+    return compared(as_dict(reference), as_dict(settings))
+
+
+def compared(before: Mapping[Any, Any], now: Mapping[Any, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """:func:`differences` of nested plain values. Lists of mappings are compared item by item: ``hooks.2.type``."""
+    found: dict[str, list[Any]] = {}
+    for key in {**before, **now}:
+        a, b = _opened(before.get(key)), _opened(now.get(key))
+        if isinstance(a or b, Mapping) and all(isinstance(value, Mapping) or value in (None, []) for value in (a, b)):
+            found |= compared(a or {}, b or {}, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = [before.get(key), now.get(key)]
+    return found
+
+
+def _opened(value: Any) -> Any:
+    is_of_mappings = isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+    return dict(enumerate(value)) if is_of_mappings else value
 
 
 def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any, type[Settings]]]:

@@ -7,7 +7,7 @@ import torch
 from backbone_fixture import randomise
 from detectron2.config import LazyConfig
 
-from det_plugin.departures import protocol_in
+from det_plugin.deviations import protocol_in
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
 from pretrain.build import build_backbone
@@ -28,7 +28,7 @@ def save_pretrained(path):
 
 def toy_run(folder, coco, weights, **changes):
     """Four iterations of configs/det/toy.py on the fixture's three classes; ``changes`` are fields of the protocol."""
-    small = dict(iterations_it=4, milestones_it=(3,), eval_period_it=2, num_classes=3)
+    small = dict(max_iters=4, milestones=(3,), eval_every=2, num_classes=3)
     recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
     return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)
 

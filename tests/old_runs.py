@@ -24,8 +24,8 @@ from torch import Tensor
 
 RECORD = Path(__file__).with_name("old_runs.json")
 BACKBONE = "pretrain_finished/backbone.safetensors"
-SMALL_DET = {**safety_net.DET_SMALL, "eval_period_it": 2, "box_fc": 16}
-SMALL_SEG = {**safety_net.SEG_SMALL, "iterations_it": 4}
+SMALL_DET = {**safety_net.DET_SMALL, "eval_every": 2, "box_fc": 16}
+SMALL_SEG = {**safety_net.SEG_SMALL, "max_iters": 4}
 
 # --- making the folders -----------------------------------------------------------------------------------
 

@@ -3,28 +3,21 @@
 import re
 from pathlib import Path
 
-from pretrain import settings
-from pretrain.config import load_config
+from pretrain.config import RECIPES, load_config
 from pretrain.schedules import effective_epochs
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs" / "pretrain"
-ABLATIONS = ROOT / "pretrain" / "recipes" / "ablation"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+ABLATIONS = RECIPES / "ablation"
 
 
 def path_of(name):
-    """The file of a config, or of ``ablation/NAME``."""
-    folder, _, ablation = name.rpartition("/")
-    return ABLATIONS / f"{ablation}.yaml" if folder == "ablation" else CONFIGS / f"{name}.yaml"
+    """The file of a config, of ``ablation/NAME``, or of a recipe."""
+    path = CONFIGS / f"{name}.yaml"
+    return path if path.is_file() else RECIPES / f"{name}.yaml"
 
 
-def flat(config):
-    """{"group.key": value}."""
-    return settings.flat(config)
-
-
-def recipe(name, *overrides):
-    return load_config(path_of(name), overrides)
+def recipe(name, *words):
+    return load_config(path_of(name), words)
 
 
 def comments(name):

@@ -210,15 +210,15 @@ def torchvision_objects(name: str, backbone: str) -> tuple[torch.nn.Module, torc
         125,
         249,
         250,
-        *(it + k for it in recipe.milestones_it for k in (-1, 0)),
-        recipe.iterations_it - 1,
+        *(it + k for it in recipe.milestones for k in (-1, 0)),
+        recipe.max_iters - 1,
     ]
     sizes = [(640, 480), (333, 500), (1200, 800)]
     drawn = [jitter(size, recipe, np.random.default_rng([i, 5])) for i, size in enumerate(sizes)]
     drawn += [evaluation_geometry(size, recipe.image_size_px) for size in sizes]
     lengths = [
-        recipe.iterations_it,
-        recipe.eval_period_it,
+        recipe.max_iters,
+        recipe.eval_every,
         recipe.batch_size,
         recipe.train_share,
         recipe.amp,
@@ -292,14 +292,14 @@ def open_images(root: Path, kind: str, split: str = "") -> list[tuple[str, bytes
 
 
 DET_SMALL = dict(
-    iterations_it=4, milestones_it=(2,), warmup_it=1, batch_size=2, eval_period_it=4, image_size_px=64,
+    max_iters=4, milestones=(2,), warmup_iters=1, batch_size=2, eval_every=4, image_size_px=64,
     channels=16, box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, lr=1e-3,
     rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), amp=False,
     detections_per_image=10,
 )  # fmt: skip
 DET_FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
 SEG_SMALL = dict(
-    iterations_it=2, val_interval_it=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48,
+    max_iters=2, val_every=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48,
     slide_stride_px=32, num_classes=4, reduce_zero_label=True, batch_size=2,
 )  # fmt: skip
 
@@ -323,7 +323,7 @@ def torchvision_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tupl
         "cpu",
         workers=0,
         accumulate=accumulate,
-        backbone_flags=DET_FLAGS,
+        model_kwargs=DET_FLAGS,
     )
     with deterministic(True):
         trainer, data = Trainer(run, CPU), Data.read(coco, recipe)
@@ -344,7 +344,7 @@ def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)
-    flags = dict(data=coco, output=folder, backbone_flags=DET_FLAGS, seed=5, device="cpu", workers=0)
+    flags = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
     cfg = config(recipe, "vit_tiny_patch16", **flags)
     torch.manual_seed(5)
     np.random.seed(5)

@@ -26,12 +26,12 @@ FLAGS = dict(depth=2, pos_grid=6)
 
 def tiny(**overrides):
     """ADE20K's protocol, a few iterations on a few pixels."""
-    return with_overrides(protocol(), {**TINY, "iterations_it": 4, "val_interval_it": 4, **overrides})
+    return with_overrides(protocol(), {**TINY, "max_iters": 4, "val_every": 4, **overrides})
 
 
 def tiny_run(data, output, **changes):
     """A run of :func:`tiny` on the CPU."""
-    values = dict(data=data, output=output, protocol=tiny(), workers=0, device="cpu", backbone_flags=FLAGS)
+    values = dict(data=data, output=output, protocol=tiny(), workers=0, device="cpu", model_kwargs=FLAGS)
     return SegmentationRun(**{"backbone": "vit_tiny_patch16", "weights": None, **values, **changes})
 
 
@@ -58,7 +58,7 @@ def write_config(folder, data, *, backbone="vit_tiny_patch16", workers=0, flags=
         "from seg_plugin.config import segmenter_config\n"
         "from seg_plugin.protocol import protocol, with_overrides\n"
         f"globals().update(segmenter_config(with_overrides(protocol(), { ({**TINY, **numbers})!r}), {backbone!r}, "
-        f"backbone_flags={flags!r}, data_root={str(data)!r}, workers={workers}))\n"
+        f"model_kwargs={flags!r}, data_root={str(data)!r}, workers={workers}))\n"
     )
     return folder / "seg.py"
 

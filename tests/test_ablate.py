@@ -13,11 +13,10 @@ import pytest
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE
+from pretrain.cli import REQUEUE_CODE, fields_and_model_kwargs
 from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
-from pretrain.overrides import fields_and_flags
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
 from pretrain.settings import differences
@@ -102,14 +101,14 @@ def test_the_detection_is_the_demos(tmp_path):
 
 
 def test_quick_and_other_settings_come_last(tmp_path):
-    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["iterations_it=12"]))
+    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["max_iters=12"]))
     first, second = plan["method/seed_0"]
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
     words = second.command[second.command.index("--resume") + 1 :]
-    fields, flags = fields_and_flags(words)  # refuses a key that is given twice
+    fields, model_kwargs = fields_and_model_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
-    assert (settings.iterations_it, settings.milestones_it, settings.batch_size, flags) == (12, (8, 9), 8, {})
+    assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 
 
 # --- how it is run ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from pretrain.weights import save_backbone
 ROOT = Path(__file__).parents[1]
 TINY = "vit_tiny_patch16"
 SMALL = dict(
-    iterations_it=1, milestones_it=(), warmup_it=1, batch_size=2, image_size_px=64, channels=16, box_fc=32,
+    max_iters=1, milestones=(), warmup_iters=1, batch_size=2, image_size_px=64, channels=16, box_fc=32,
     box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20),
     anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10,
 )  # fmt: skip
@@ -408,7 +408,7 @@ IMAGES = [
 @pytest.mark.parametrize("damage, message", IMAGES)
 def test_bad_images_are_found_before_the_first_iteration(root, tmp_path, damage, message):
     damage(root / "train2017" / "000000000001.png")
-    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, backbone_flags=dict(depth=1))
+    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1))
     with pytest.raises(UserError, match=message):
         train(run)
     assert not run.output.exists()

@@ -170,7 +170,6 @@ def test_equal_features_are_one_cluster(features, squares):
         ({"overclusters": (769,)}, "K=769 is more than the 768 patches of squares"),
         ({"overclusters": (30,), "max_patches": 20}, "K=30 is more than the 20 patches of squares"),
         ({"overclusters": (3,)}, "overclusters K=3 is not more than the 3 classes of squares"),
-        ({"seeds": 0}, "seeds=0 is less than 1"),
     ],
 )
 def test_refusals(features, squares, change, message):

@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
 from det_plugin.lazy import train
-from det_plugin.protocol import deviations
+from det_plugin.protocol import deviations, with_overrides
 from det_plugin.saved_config import classes_in
 from det_plugin.trainer import AccumulatingTrainer
 from pretrain import distributed
@@ -40,7 +40,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, coco, weights):
     """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is high enough to matter."""
-    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_it=1)
+    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_iters=1)
     train(run)
     return run
 
@@ -201,7 +201,7 @@ def test_two_processes_are_one(tmp_path, whole):
 
 
 def test_the_tool_ends_a_stopped_run_with_the_code_for_requeuing(tmp_path, whole):
-    recipe = replace(whole.protocol, iterations_it=2000, eval_period_it=2000)
+    recipe = with_overrides(whole.protocol, dict(max_iters=2000, eval_every=2000))
     run = replace(whole, output=tmp_path / "run", protocol=recipe)
     process, log = start(replace(run, workers=1), start_new_session=True), run.output / "metrics.jsonl"
     for _ in range(600):

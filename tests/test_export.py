@@ -136,13 +136,13 @@ def detection_run(train, folder, **changes):
     from det_plugin.protocol import protocol, with_overrides
     from det_plugin.run import DetectionRun
 
-    small = dict(iterations_it=2, milestones_it=(1,), warmup_it=0, batch_size=1, eval_period_it=2, image_size_px=64, channels=16,
+    small = dict(max_iters=2, milestones=(1,), warmup_iters=0, batch_size=1, eval_every=2, image_size_px=64, channels=16,
                  box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), amp=False,
                  rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10, lr=0.1)  # fmt: skip
     recipe = with_overrides(protocol("coco-12ep", TINY), {**small, **changes})
     data = write_coco(folder.parent / "coco", n_train=2, n_val=2)
     flags = dict(depth=1, **WITH_ALL)
-    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, backbone_flags=flags))
+    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=flags))
     return folder
 
 
@@ -155,11 +155,12 @@ def is_in_checkpoint(vit, state, prefix):
 
 def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'posfield[det]')")
+    from det_plugin.torchvision_engine.checkpoint import load_checkpoint
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")
     vit = tool.backbone_of_run(folder)
-    assert is_in_checkpoint(vit, torch.load(folder / "checkpoint.pt", weights_only=True)["model"], "backbone.vit.")
+    assert is_in_checkpoint(vit, load_checkpoint(folder)["model"], "backbone.vit.")
     tool.main(["--weights", str(folder), "--size", "64", "--output", str(tmp_path / "tuned.pt2")])
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5)
@@ -212,11 +213,11 @@ def test_the_backbone_of_a_segmentation_run(tmp_path, tool):
     from seg_plugin.protocol import protocol, with_overrides
     from seg_plugin.run import SegmentationRun, train
 
-    small = dict(iterations_it=1, val_interval_it=1, batch_size=1, resize_px=(56, 40), crop_px=32, slide_crop_px=32,
+    small = dict(max_iters=1, val_every=1, batch_size=1, resize_px=(56, 40), crop_px=32, slide_crop_px=32,
                  slide_stride_px=32, num_classes=4, lr=0.1)  # fmt: skip
     data, folder = write_ade(tmp_path / "ade", n_train=2, n_val=2), tmp_path / "run"
     recipe, flags = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
-    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, backbone_flags=flags))
+    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=flags))
     state = torch.load(folder / "iter_1.pth", weights_only=False)["state_dict"]  # our own file, of this test
     assert is_in_checkpoint(tool.backbone_of_run(folder), state, "backbone.vit.")
 

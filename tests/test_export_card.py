@@ -18,7 +18,7 @@ from pretrain.weights import read_checkpoint, save_backbone
 TINY = "vit_tiny_patch16"
 PACKAGE = {"onnx": "onnxruntime", "timm": "timm", "huggingface": "transformers"}
 FULL = Protocol(name="coco-12ep", version=1, full=True, deviations={})
-SHORT = Protocol(name="ade20k-160k", version=1, full=False, deviations={"iterations_it": [160000, 2000]})
+SHORT = Protocol(name="ade20k-160k", version=1, full=False, deviations={"max_iters": [160000, 2000]})
 
 
 def backbone(**flags):

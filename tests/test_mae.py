@@ -1,15 +1,17 @@
 """MAE: its loss against the paper's formulas, what its encoder sees, its run and what that leaves."""
 
 import math
+import shutil
 import warnings
 
 import pytest
 import torch
-from photos import write_photos
+from photos import last, write_photos
 from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
 from torch import nn
 
 from det_plugin.features import FeatureOptions, detection_features, prepare
+from pretrain.backbones.block import Block
 from pretrain.backbones.vit import ViewGroup
 from pretrain.build import build_backbone, build_for_fine_tuning
 from pretrain.config import load_config, run_protocol
@@ -38,8 +40,7 @@ TINY = [
 
 def tiny(*words):
     """:data:`TINY`, changed by some words."""
-    changed = {word.split("=")[0] for word in words}
-    return [*(word for word in TINY if word.split("=")[0] not in changed), *words]
+    return last([*TINY, *words])
 
 
 def method_of(*words, dtype=torch.float64):
@@ -385,6 +386,16 @@ def test_micro_batches_give_the_loss_of_the_batch(tmp_path, photos):
     """float64: losses and tensors of two and four micro-batches after 6 steps are the whole batch's."""
     runs = [run(tmp_path, photos, f"run{n}", "run.precision=float64", f"step.accumulate={n}") for n in (1, 2, 4)]
     assert differences(runs[0], runs[1], 6) == differences(runs[0], runs[2], 6) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_give_the_same_losses(tmp_path, photos, monkeypatch):
+    """Those of the decoder are compiled too."""
+    compiled, compile = [], Block.compile
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block) or compile(block))
+    eager, fast = (run(tmp_path, photos, flag, f"step.compile={flag}") for flag in ("false", "true"))
+    assert len(compiled) == 2 + 1 and differences(eager, fast, 6, tolerance=1e-4) == []
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A run folder of the torchvision engine, and its model; the weights are random, of ordinary size everywhere."""
     folder, model = tmp_path_factory.mktemp("runs") / "torchvision", detector(**FLAGS).eval()
-    run = DetectionRun(TINY, None, data, folder, SMALL, device="cpu", backbone_flags=FLAGS)
+    run = DetectionRun(TINY, None, data, folder, SMALL, device="cpu", model_kwargs=FLAGS)
     split = read_split(data, "train", num_classes=3, training=True)
     write_config(folder, resolved_config(run, model.backbone.vit, split))
     save_checkpoint(folder, {"iteration": 1, "model": model.state_dict()})
@@ -90,7 +90,7 @@ def test_both_engines_find_the_same(trained, data, tmp_path):
     from det_plugin.saved_config import resolved
 
     folder, model = trained
-    cfg = config(SMALL, TINY, data=data, output=tmp_path, device="cpu", backbone_flags=FLAGS)
+    cfg = config(SMALL, TINY, data=data, output=tmp_path, device="cpu", model_kwargs=FLAGS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = instantiate(cfg.model)

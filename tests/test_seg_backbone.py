@@ -71,7 +71,7 @@ def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tm
 @pytest.mark.parametrize("size", [(40, 56), (48, 57), (17, 48)])
 def test_a_window_that_is_no_multiple_of_the_patch(size):
     """Its logits are exactly those of the padded picture, cropped: each at the pixel where it belongs."""
-    model = segmentor(backbone_flags=FLAGS).eval()
+    model = segmentor(model_kwargs=FLAGS).eval()
     image = torch.randn(1, 3, *size)
     padded = F.pad(image, (0, -size[1] % 16, 0, -size[0] % 16))
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_training_pass_equals_the_registrys(weights):
 
 
 def test_a_frozen_backbone_gives_its_features_and_learns_nothing(weights):
-    model = segmentor(tiny(drop_path=0.9), weights=weights, backbone_flags=dict(freeze=True))
+    model = segmentor(tiny(drop_path=0.9), weights=weights, model_kwargs=dict(freeze=True))
     x = torch.randn(2, 3, 48, 48)
     (features,) = model.train().backbone(x)
     assert not features.requires_grad and model.decode_head([features.clone()]).requires_grad

@@ -29,7 +29,7 @@ from seg_plugin.sampler import DrawnIndex, PosfieldSampler
 from seg_plugin.transforms import SeedFromPosition
 
 KILLED_IN = 3  # checkpoints are at 2 and 4
-NUMBERS = dict(iterations_it=4, val_interval_it=2)
+NUMBERS = dict(max_iters=4, val_every=2)
 # Runs a script in which iteration KILLED_IN is the last thing that happens.
 KILLER = f"""
 import os, runpy, signal, sys
@@ -133,7 +133,7 @@ def test_random_numbers_depend_on_seed_and_position_alone():
 
 def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, monkeypatch):
     """Checkpoint at 2, killed in 3: the images of 3 and 4 are those of a run without a break; no line is there twice."""
-    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_interval_it=2))
+    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     seen = []
     read = []
     original, prepare = PosfieldRunHook.after_train_iter, BaseSegDataset.prepare_data
@@ -151,7 +151,7 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
     monkeypatch.setattr(PosfieldRunHook, "after_train_iter", spy)
     monkeypatch.setattr(BaseSegDataset, "prepare_data", count)
     stop_in = None
-    train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_interval_it=2)))
+    train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_every=2)))
     whole, seen = seen, []
     stop_in = 2
     with pytest.raises(KeyboardInterrupt):
@@ -214,7 +214,7 @@ def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
 
     A signal to the second process alone, in the first iteration, stops both; the first one saves. Then they go on.
     """
-    numbers = dict(NUMBERS, iterations_it=2, drop_path=0.0, lr=1e-3)
+    numbers = dict(NUMBERS, max_iters=2, drop_path=0.0, lr=1e-3)
     run = tiny_run(ade, tmp_path / "one", protocol=tiny(**numbers))
     train(run)
     words = command_line("two", ade, "--resume", **numbers)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, leave_result
+from det_plugin.torchvision_engine.checkpoint import load_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
+from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
@@ -35,13 +38,13 @@ TINY = "vit_tiny_patch16"
 FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
 RECIPE = with_overrides(
     protocol("coco-12ep", TINY),
-    dict(iterations_it=4, milestones_it=(3,), warmup_it=2, batch_size=2, eval_period_it=2, image_size_px=64, channels=16,
+    dict(max_iters=4, milestones=(3,), warmup_iters=2, batch_size=2, eval_every=2, image_size_px=64, channels=16,
          box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50),
          rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10),
 )  # fmt: skip
 
 
-SHORT = dict(iterations_it=2, milestones_it=(1,), eval_period_it=2)
+SHORT = dict(max_iters=2, milestones=(1,), eval_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def make(data, tmp_path):
-    """Make a run: ``make("folder", weights=..., iterations_it=...)``."""
+    """Make a run: ``make("folder", weights=..., max_iters=...)``."""
 
     def made(folder, **changes):
         own = {field.name: changes.pop(field.name) for field in fields(DetectionRun) if field.name in changes}
         recipe = with_overrides(RECIPE, changes)
-        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, backbone_flags=FLAGS)
+        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS)
         return replace(run, **own)
 
     return made
@@ -75,9 +78,13 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(folder):
-    """A run's last checkpoint: tensors and plain values, nothing that could be executed."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+def newest(folder):
+    """The directory of a run's newest checkpoint."""
+    return checkpoints.whole_directories(folder)[0]
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def finished(data, tmp_path_factory):
     """A run of 20 iterations from a file of ours, and its settings."""
     folder = tmp_path_factory.mktemp("finished")
     file = backbone_file(folder / "backbone.safetensors", seed=1)
-    recipe = with_overrides(RECIPE, dict(iterations_it=20, milestones_it=(15,), eval_period_it=10, lr=1e-3))
+    recipe = with_overrides(RECIPE, dict(max_iters=20, milestones=(15,), eval_every=10, lr=1e-3))
     run = DetectionRun(TINY, file, data, folder / "run", recipe, seed=3, device="cpu", workers=0)
     assert train(run) == folder / "run" / "result.json"
     return run
@@ -98,7 +105,7 @@ def test_result(finished):
     result = read_result(finished.output)
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("detection", "intertwined", 3.5, 3)
     assert result.protocol.label.startswith("coco-12ep, scaled down") and result.weights_hash
-    assert result.protocol.deviations["iterations_it"] == [22_128, 20]
+    assert result.protocol.deviations["max_iters"] == [22_128, 20]
     for kind in ("box", "mask"):
         assert 0 <= result.metrics[f"{kind}_ap"] <= result.metrics[f"{kind}_ap50"] <= 100
         assert set(result.metrics[f"{kind}_ap_classes"]) <= {"rectangle", "disc", "bar"}
@@ -151,8 +158,8 @@ def test_finished_run_is_left_as_it_is(finished, capsys):
         train(replace(finished, protocol=with_overrides(finished.protocol, dict(lr=0.5))))
     with pytest.raises(UserError, match="weights_hash"):
         train(replace(finished, weights=backbone_file(finished.output.parent / "other.safetensors", seed=2)))
-    with pytest.raises(UserError, match=r"given_flags.drop_path None -> 0.3"):  # no part of the network
-        train(replace(finished, backbone_flags={"drop_path": 0.3}))
+    with pytest.raises(UserError, match=r"given_kwargs.drop_path None -> 0.3"):  # no part of the network
+        train(replace(finished, model_kwargs={"drop_path": 0.3}))
     assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*") if p.is_file()}
 
 
@@ -171,7 +178,7 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 
 def assert_same_run(whole, parts):
     """Bit for bit: weights, optimiser state, log, predictions and result."""
-    expected, found = weights(whole.output), weights(parts.output)
+    expected, found = load_checkpoint(whole.output), load_checkpoint(parts.output)
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
     for index, state in expected["optimizer"]["state"].items():
@@ -188,7 +195,7 @@ def test_resumed_equals_uninterrupted(make, stop):
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)
-    assert not (parts.output / "result.json").exists() and weights(parts.output)["iteration"] == stop
+    assert not (parts.output / "result.json").exists() and load_checkpoint(parts.output)["iteration"] == stop
     with open(parts.output / "metrics.jsonl", "a") as log:  # what a killed run wrote after its last checkpoint
         log.write('{"iteration": 3, "loss": 1.0}\n{"iterat')
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
@@ -223,7 +230,7 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
         patch.setattr(Trainer, "step", signalled)
         with pytest.raises(Interrupted, match=f"SIGUSR1; saved at iteration {moment}"):
             train(parts)
-    assert weights(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
+    assert load_checkpoint(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
     train(parts, resume=True)
     assert_same_run(whole, parts)
 
@@ -231,12 +238,12 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
 def test_killed_and_terminated_processes(make):
     """One is killed without warning (it loses what came after its last checkpoint), the next is asked to stop (code 85), the last
     ends; nothing of it is to be seen in the outcome."""
-    changes = dict(iterations_it=40, milestones_it=(30,), eval_period_it=20)
+    changes = dict(max_iters=40, milestones=(30,), eval_every=20)
     whole, parts = make("whole", **changes), make("parts", **changes)
     train(whole)
     words = words_of(parts, "--backbone", TINY, "--resume")
     call = [sys.executable, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
-    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and weights(parts.output)["iteration"] == 20
+    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and load_checkpoint(parts.output)["iteration"] == 20
     code, said = stopped(call, parts, 28, signal.SIGTERM)
     assert code == 85 and "stopped: SIGTERM; saved at iteration" in said
     assert not (parts.output / "result.json").exists()
@@ -244,18 +251,49 @@ def test_killed_and_terminated_processes(make):
     assert_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_was_cut_off_is_named(make, monkeypatch):
-    run = make("run")
+def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys):
+    """The run goes on from the one before and ends as if nothing had happened; without any whole one it stops."""
+    whole, run = make("whole"), make("run")
+    train(whole)
     train(run, stop_after_it=2)
-    before = (run.output / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:  # the disk is full: the old checkpoint stays whole
-        patch.setattr(torch, "save", lambda state, file: (file.write(before[:99]), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr("pretrain.checkpoints.tensors.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
             train(run, resume=True)
-    assert (run.output / "checkpoint.pt").read_bytes() == before
-    (run.output / "checkpoint.pt").write_bytes(before[: len(before) // 2])
-    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+    assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
+    train(run, resume=True, stop_after_it=3)
+    assert sorted(p.name for p in newest(run.output).iterdir()) == ["manifest.json", "meta.json", "state.safetensors"]
+    cut_off(newest(run.output) / "state.safetensors")
+    (newest(run.output).parent / "it_00000009.tmp").mkdir()  # of a process that was killed while it wrote
+    train(run, resume=True)
+    assert "passed over: checkpoint: " in capsys.readouterr().err
+    assert_same_run(whole, run)
+    assert sorted(path.name for path in newest(run.output).parent.iterdir()) == ["it_00000003", "it_00000004"]
+    (run.output / "result.json").unlink()
+    for path in checkpoints.whole_directories(run.output):
+        cut_off(path / "meta.json")
+    with pytest.raises(UserError, match="run has checkpoints, but no whole one; move them away to start anew"):
         train(run, resume=True)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_evaluated(make, data):
+    """``checkpoint.pt`` as commit 2c21771 wrote it: nested state dicts by torch.save."""
+    whole, old = make("whole"), make("old")
+    train(whole)
+    train(old, stop_after_it=2)
+    before = evaluate_folder(old.output, data, device="cpu", workers=0)
+    torch.save(load_checkpoint(old.output), old.output / "checkpoint.pt")
+    shutil.rmtree(old.output / "checkpoints")
+    assert evaluate_folder(old.output, data, device="cpu", workers=0) == before
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        train(old)
+    train(old, resume=True)
+    assert_same_run(whole, old)
+    shutil.rmtree(old.output / "checkpoints")
+    cut_off(old.output / "checkpoint.pt")
+    (old.output / "result.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+        train(old, resume=True)
 
 
 def test_checkpoints_between_evaluations(make, monkeypatch):
@@ -264,9 +302,9 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
     monkeypatch.setattr(
         "det_plugin.torchvision_engine.train.save_checkpoint", lambda folder, state: saved.append(state["iteration"])
     )
-    train(make("seldom", eval_period_it=4))
+    train(make("seldom", eval_every=4))
     monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
-    train(make("often", eval_period_it=4))
+    train(make("often", eval_every=4))
     assert saved == [4, 1, 2, 3, 4]
 
 
@@ -279,7 +317,7 @@ def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
             patch.setattr("det_plugin.torchvision_engine.train.evaluate", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(parts, resume=True)
-        assert weights(parts.output)["iteration"] == moment
+        assert load_checkpoint(parts.output)["iteration"] == moment
         if moment == 2:
             train(parts, resume=True, stop_after_it=3)
     with monkeypatch.context() as patch:
@@ -303,7 +341,7 @@ def test_processes_that_see_other_folders_do_not_go_on(make, monkeypatch):
 def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
     """The backbone's file is gone by then; and the CPU was asked for where there is a GPU, so amp was off."""
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
-    run, expected = replace(make("run"), weights=file, backbone_flags={}), file_hash(file)
+    run, expected = replace(make("run"), weights=file, model_kwargs={}), file_hash(file)
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1])
 
@@ -346,7 +384,7 @@ def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(make, data)
     samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
     batch = [samples[0], samples[1]]
     for changes in ({}, dict(clip_grad=0.01)):
-        plain, scaled = (Trainer(make("x", warmup_it=0, **changes), torch.device("cpu")) for _ in range(2))
+        plain, scaled = (Trainer(make("x", warmup_iters=0, **changes), torch.device("cpu")) for _ in range(2))
         start = {name: p.clone() for name, p in plain.model.named_parameters()}
         scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
         assert plain.step(batch) == scaled.step(batch)
@@ -406,7 +444,7 @@ def test_gradients_are_clipped(make, data):
 BAD = [
     (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
     (dict(accumulate=0), "accumulate=0"),
-    (dict(iterations_it=2), r"milestones_it=\(3,\) must be rising and within iterations_it=2"),
+    (dict(max_iters=2), r"milestones=\(3,\) must be rising and within max_iters=2"),
     (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\)"),
     (dict(norm="GN"), "norm='GN'"),
     (dict(num_classes=80), "instances_train2017.json has 3 categories, but num_classes=80"),
@@ -475,18 +513,18 @@ def words_of(run, *more):
     """A run's settings as a command line."""
     fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
-    flags = [f"backbone.{key}={value}" for key, value in run.backbone_flags.items()]
+    flags = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
     base = ["--engine", "torchvision", "--device", "cpu", "--workers", 0, "--data", run.data, "--output", run.output]
     return [*base, *more, *named, *flags]
 
 
 def test_two_processes_train_stop_go_on_and_evaluate_together(make):
     exhaustive = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is drawn at random
-    run = make("out", iterations_it=30, milestones_it=(), warmup_it=0, eval_period_it=30, **exhaustive)
+    run = make("out", max_iters=30, milestones=(), warmup_iters=0, eval_every=30, **exhaustive)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = words_of(run, "--backbone", TINY, "--resume")
     assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
-    assert 3 <= weights(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
+    assert 3 <= load_checkpoint(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
     said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
     assert [line["iteration"] for line in lines(run.output)] == list(range(30))
@@ -503,7 +541,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
 def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, monkeypatch, capsys):
     tool = load_tool("train_det")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
-    run = replace(make("out", iterations_it=1, milestones_it=(), warmup_it=1), backbone_flags={})
+    run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
     assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(run, weights=file)
     tool.main([*map(str, words_of(run, "--weights", file))])
     assert "engine: torchvision (as asked for)" in capsys.readouterr().out

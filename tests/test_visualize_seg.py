@@ -22,7 +22,7 @@ from seg_plugin.run import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seg")
-    run = tiny_run(write_ade(folder / "ade", n_val=5), folder / "run", protocol=tiny(iterations_it=1, val_interval_it=1))
+    run = tiny_run(write_ade(folder / "ade", n_val=5), folder / "run", protocol=tiny(max_iters=1, val_every=1))
     train(run)
     return run
 

@@ -2,13 +2,13 @@
 
 python tools/evaluate_dense.py --weights runs/x/backbone.safetensors --data VOCdevkit --output runs/x_voc
 python tools/evaluate_dense.py --weights dinov2_vits14_reg4_pretrain.pth --data ADEChallengeData2016 --tasks in_context \\
-    --output ade linear.epochs=2 clustering.k=500
+    --output ade linear.epochs=2 clustering.overclusters=300
 python tools/evaluate_dense.py --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
 
---data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root holds
-train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; whatever departs from the public protocol
-is named in the result. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that share a
-folder stand in one row.
+--data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root
+holds train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation
+from the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that
+share a folder stand in one row.
 Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
 the same command with --resume goes on) and figures/, which tools/make_report.py shows; --before draws other weights beside these.
 """

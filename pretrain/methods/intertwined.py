@@ -98,8 +98,6 @@ class Intertwined(EMATeacher):
         def _check(self) -> Self:
             check_crops(self.crops, self.backbone.patch_size, least_globals=2)
             positions, (side, _) = self.positions, self.view_settings().grid
-            if positions.encoding == "standard" and positions.augment:
-                warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
             if positions.encoding == "standard" and positions.grid != side:
                 size = f"a global crop has {side} x {side} patches"
                 warnings.warn(f"config: positions.grid={positions.grid}, but {size}", stacklevel=2)

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from pretrain.errors import UserError
+from pretrain.results import renamed
 from pretrain.settings import Settings, problem, setting, validated
 
 SCHEMA_VERSION = 1
@@ -67,7 +68,8 @@ class Protocol(_Record):
     @field_validator("deviations", mode="before")
     @classmethod
     def _as_json(cls, value: Any) -> Any:
-        return _plain(value, "deviations")
+        pairs = _plain(value, "deviations")
+        return {renamed.deviation(key): pair for key, pair in pairs.items()} if isinstance(pairs, dict) else pairs
 
     @model_validator(mode="after")
     def _agree(self) -> "Protocol":

@@ -5,6 +5,7 @@ box, which crops the position field. Without position and scale augmentation the
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -94,6 +95,8 @@ class PositionSettings(Settings):
     def _check(self) -> Self:
         if self.s_min > self.s_max:
             raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
+        if self.augment and not self.is_augmented:
+            warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
         return self
 
 

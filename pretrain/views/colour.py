@@ -24,8 +24,6 @@ Sigma = Annotated[float, Field(ge=1e-6)]
 class ColorSettings(Settings):
     """DINOv2's photometric augmentation; probabilities by view are (first global, second global, locals)."""
 
-    renamed = {"grey_p": "grayscale_p"}
-
     jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] = setting(
         (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation and hue (in turns)", source="DINOv2"
     )

@@ -1,4 +1,4 @@
-"""In what a config departs from the protocol that it is named after, whoever changed it: a protocol's override, a config file,
+"""Deviations of a config from the protocol that it is named after, whoever changed it: a protocol's override, a config file,
 or a ``key=value`` on a stock launcher's command line."""
 
 from typing import Any
@@ -7,8 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.lazy import config
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
-from det_plugin.saved_config import NET_KEYS, SURROUNDINGS, backbone_flags, leaves
+from det_plugin.saved_config import NET_KEYS, SURROUNDINGS, model_kwargs_in, plain
 from pretrain.build import network_flags
+from pretrain.settings import compared
 
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
@@ -20,19 +21,17 @@ def protocol_in(cfg: DictConfig) -> DetectionProtocol:
     return with_overrides(base, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
 
 
-def departures(cfg: DictConfig) -> dict[str, list[Any]]:
-    """``{field, "backbone_flags" or key of the config: [the protocol's value, the run's]}``; an absent key's value is None.
+def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
+    """``{field, "model_kwargs" or key of the config: [the protocol's value, the run's]}``; an absent key's value is None.
 
     Args:
         cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
     """
     made_from, net = protocol_in(cfg), cfg.model.backbone.net
-    flags = {key: value for key, value in net.items() if key not in NET_KEYS}
-    expected, found = leaves(config(made_from, net.name, backbone_flags=flags)), leaves(cfg)
+    model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}
     changed = deviations(made_from, net.name)
-    if given := network_flags(backbone_flags(cfg)):
-        changed["backbone_flags"] = [{}, given]
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key) and not key.startswith(NO_RECIPE):
-            changed[key] = [expected.get(key), found.get(key)]
-    return changed
+    if given := network_flags(model_kwargs_in(cfg)):
+        changed["model_kwargs"] = [{}, given]
+    expected = config(made_from, net.name, model_kwargs=model_kwargs)
+    different = compared(plain(expected), plain(cfg))
+    return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
