@@ -19,7 +19,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
-from pretrain.settings import differences
+from pretrain.settings import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(ROOT / "tools" / "ablate.py"))
@@ -67,15 +67,14 @@ def pretraining_of(stage):
 def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
     plan = TOOL["plan"](options(tmp_path))
     assert list(plan) == [f"{row}/seed_{seed}" for seed in range(3) for row in TOOL["ROWS"]] and len(plan) == 15
-    toy = load_config(TOY)
+    toy = flat(load_config(TOY))
     changed = {}
     for name, (first, second) in plan.items():
-        config = pretraining_of(first)
-        assert Path(config.run.output) == first.folder == tmp_path / name / "pretrain"
-        assert str(config.run.seed) == name[-1] == second.command[second.command.index("--seed") + 1]
+        config = flat(pretraining_of(first))
+        assert Path(config["run.output"]) == first.folder == tmp_path / name / "pretrain"
+        assert str(config["run.seed"]) == name[-1] == second.command[second.command.index("--seed") + 1]
         assert second.command[second.command.index("--weights") + 1] == str(first.folder / "backbone.safetensors")
-        differs = {key: pair[1] for key, pair in differences(toy, config).items()}
-        differs = {key: value for key, value in differs.items() if not key.startswith(("run.", "data."))}
+        differs = {key: v for key, v in config.items() if v != toy[key] and not key.startswith(("run.", "data."))}
         changed.setdefault(name.split("/")[0], []).append(differs)
     off = {"masks.position_share": 0.0, "losses.position": 0.0}
     fixed = {"positions.encoding": "standard", "positions.augment": False}

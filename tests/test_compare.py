@@ -507,7 +507,7 @@ def test_missing_files_are_named_and_the_others_go_on(work, capsys):
     assert told in capsys.readouterr().out
     with pytest.raises(UserError, match="has no row 'three'; there are one, two"):
         work("--only", "three")
-    with pytest.raises(UserError, match="no field 'rate'"):
+    with pytest.raises(UserError, match="unknown key 'rate'"):
         work("detection_overrides.rate=3")
     with pytest.raises(UserError, match="coco: there is no "):
         work(coco="nowhere", detection="coco-50ep")
