@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 
 from det_plugin.requires import detectron2_installed
-from pretrain.distributed import say
+from pretrain.distributed import log
 from pretrain.errors import UserError
 
 with detectron2_installed():
@@ -80,7 +80,7 @@ def last_whole(folder: Path) -> Path | None:
             torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             return file
         except Exception as error:  # on damaged bytes the unpickler fails in any way
-            say(f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before")
+            log(f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before")
     raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")
 
 

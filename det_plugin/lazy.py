@@ -31,7 +31,7 @@ from det_plugin.trainer import evaluate, fit
 from pretrain import distributed
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.device import choose_device, deterministic
-from pretrain.distributed import say
+from pretrain.distributed import log
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
 
@@ -149,7 +149,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     if eval_only:
         return _evaluate_last(run, device)
     if recipe.amp and device != "cuda":
-        say("warning: amp needs CUDA; the run is in float32")
+        log("warning: amp needs CUDA; the run is in float32")
         recipe = with_overrides(recipe, {"amp": False})
     cfg = config(
         recipe,
@@ -169,7 +169,7 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     model = instantiate(cfg.model).to(device)  # settings and weights are checked in seconds, data in minutes
     Data.read(run.data, recipe)  # what is wrong with them, before the first iteration
     if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:  # all look before any file is written, one decides
-        say(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
+        log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
         _start_logs(run.output)

@@ -76,7 +76,7 @@ def origin_of(run: DetectionRun) -> dict[str, Any]:
 
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the names that their keys had first: a renamed key must not change a run's config hash."""
-    first = {new: old for old, new in renamed.DEVIATIONS.items()} | {"deviations": "departures"}
+    first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
     return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 

@@ -4,18 +4,32 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pretrain.backbones  # noqa: F401  (registers the names)
 from pretrain.backbones.vit import SIZES, ViT
 from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
+from pretrain.settings import Settings, setting
 from pretrain.weights import Checkpoint, load_into, read_checkpoint
 from pretrain.weights.patch import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
 # Settings of a run, not of a network: an override never contradicts the file.
 RUN_FLAGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
+
+
+class BackboneSettings(Settings):
+    """The network of a pre-training run."""
+
+    name: str = setting("vit_small_patch16", "registry name", source="appendix B.1")
+    weights: str = setting("", "start from this checkpoint instead of from scratch", source="ours", in_recipe=False)
+    patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)
+    depth: int = setting(0, "blocks; 0: the name's own", source="ours", ge=0, le=1024)
+    n_registers: int = setting(0, "register tokens; 0: the name's own", source="ours", ge=0, le=1024)
+    layer_scale_init: float = setting(1.0e-5, "initial value of LayerScale; 0: none", source="DINOv2", ge=0)
+    drop_path: float = setting(0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9)
+    attention: Literal["auto", "sdpa", "xformers"] = setting("auto", "implementation", source="ours", in_recipe=False)
 
 
 def backbone_names() -> list[str]:

@@ -1,320 +1,300 @@
-"""The configuration of a pre-training run: ``default.yaml`` holds every key; children and ``key=value`` change some.
+"""From names, files and words to the typed settings of a pre-training run; its recipe, and in what it deviates from that.
 
-An unknown key, a value of another type and a value outside its choices are errors that name the key.
+A config names what it stands on: ``base: paka.yaml`` (a file beside it) or ``base: paka-25ep`` (a recipe, shipped in
+``pretrain/recipes``), or a list of these. One that names no recipe stands on its method's own. The recipe's YAML is the only place
+where its values stand; a block ``recipe:`` in it says what else belongs to it (:class:`RecipeInfo`).
 """
 
-import math
-import warnings
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from pretrain.alignment import KERNELS, LOSSES
-from pretrain.backbones.attention import ATTENTIONS
-from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS
-from pretrain.device import DEVICES
 from pretrain.errors import UserError
-from pretrain.views.boxes import LOCAL_RULES, REFERENCES, SCALES, SURROUNDED
-from pretrain.views.masks import KINDS_OVER, SHAPES
+from pretrain.methods import TrainSettings, find_method
+from pretrain.results.renamed import PRETRAINING
+from pretrain.results.schema import Protocol
+from pretrain.settings import (
+    Layer,
+    Settings,
+    as_dict,
+    build,
+    differences,
+    fields,
+    keys_where,
+    put,
+    read_words,
+    read_yaml,
+    setting,
+    upgraded,
+)
 
-SOURCES = ("folder", "list", "coco", "tar", "parquet", "huggingface")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "run.device": DEVICES,
-    "run.precision": ("auto", "float32", "bf16", "float64"),
-    "run.deterministic": ("cpu", "always", "never"),
-    "run.algorithm": ("intertwined", "dense"),
-    "run.leaves": ("teacher", "student"),
-    "data.source": ("auto", *SOURCES),
-    "data.path": ("auto", "cpu", "device"),
-    "crops.local_rule": LOCAL_RULES,
-    "positions.encoding": ("field", "standard"),
-    "positions.interpolation": (*FIELD_INTERPOLATIONS, *GRID_INTERPOLATIONS[:1], GRID_INTERPOLATIONS[2]),
-    "positions.scale": SCALES,
-    "positions.reference": REFERENCES,
-    "positions.surround": SURROUNDED,
-    "masks.content_shape": SHAPES,
-    "masks.position_shape": SHAPES,
-    "masks.kinds_over": KINDS_OVER,
-    "backbone.attention": ATTENTIONS,
-    "losses.koleo_scope": ("global", "local"),
-    "losses.centering": ("softmax_center", "sinkhorn_knopp"),
-    "dense.loss": LOSSES,
-    "dense.kernel": KERNELS,
-    "dense.pairs": ("all", "parent"),
-    "optim.lr_rule": ("sqrt_1024", "none"),
-    "step.checkpointing": ("none", "full", "selective"),
-    "step.parallel": ("ddp", "fsdp2"),
-    "step.on_nan": ("stop", "skip"),
-}
-# Ranges of numbers, both ends allowed; each item of a list must lie within.
-RANGES: dict[str, tuple[float, float]] = {
-    "run.seed": (0, 2**31),
-    "data.workers": (0, 1024),
-    "data.max_side_px": (0, 65536),
-    "data.max_mpx": (1e-6, math.inf),
-    "data.broken_share": (0, 1),
-    "crops.n_global": (2, 64),
-    "crops.n_local": (0, 1024),
-    "crops.global_px": (1, 65536),
-    "crops.local_px": (1, 65536),
-    "crops.global_scale": (1e-6, 1),
-    "crops.local_scale": (1e-6, 1),
-    "crops.ratio": (1e-3, 1e3),
-    "crops.flip_p": (0, 1),
-    "crops.local_inside": (0, 1),
-    "positions.grid": (2, 4096),
-    "positions.beta": (1e-6, math.inf),
-    "positions.s_min": (1e-6, 1),
-    "positions.s_max": (1e-6, 1),
-    "colour.jitter": (0, math.inf),
-    "colour.jitter_p": (0, 1),
-    "colour.grey_p": (0, 1),
-    "colour.blur_p": (0, 1),
-    "colour.blur_kernel_px": (1, 1023),
-    "colour.blur_sigma": (1e-6, math.inf),
-    "colour.solarize_p": (0, 1),
-    "colour.solarize_threshold": (0, 256),
-    "masks.content_share": (0, 1),
-    "masks.position_share": (0, 1),
-    "masks.ratio": (0, 1 - 1e-9),
-    "masks.min_box_patches": (1, 65536),
-    "masks.min_aspect": (1e-6, 1),
-    "backbone.patch_size": (1, 1024),
-    "backbone.depth": (0, 1024),
-    "backbone.n_registers": (0, 1024),
-    "backbone.layerscale": (0, math.inf),
-    "backbone.drop_path": (0, 1 - 1e-9),
-    "heads.n_prototypes": (1, math.inf),
-    "heads.hidden_dim": (1, math.inf),
-    "heads.bottleneck_dim": (1, math.inf),
-    "heads.n_layers": (1, 64),
-    "losses.image": (0, math.inf),
-    "losses.content": (0, math.inf),
-    "losses.position": (0, math.inf),
-    "losses.koleo": (0, math.inf),
-    "losses.center_momentum": (0, 1),
-    "losses.sinkhorn_iterations": (1, 1000),
-    "losses.teacher_temperature": (1e-6, math.inf),
-    "losses.student_temperature": (1e-6, math.inf),
-    "dense.bandwidth": (1e-6, math.inf),
-    "dense.region_grid": (2, 64),
-    "dense.region_samples": (1, 16),
-    "dense.min_overlap_patches": (1e-6, math.inf),
-    "optim.epochs": (1, math.inf),
-    "optim.batch_size": (1, math.inf),
-    "optim.epoch_length_it": (0, math.inf),
-    "optim.base_lr": (0, math.inf),
-    "optim.head_lr_factor": (0, math.inf),
-    "optim.min_lr": (0, math.inf),
-    "optim.warmup_epochs": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "optim.weight_decay_end": (0, math.inf),
-    "optim.betas": (0, 1 - 1e-9),
-    "optim.clip_grad": (0, math.inf),
-    "optim.freeze_last_layer_epochs": (0, math.inf),
-    "optim.teacher_momentum": (0, 1),
-    "optim.teacher_momentum_end": (0, 1),
-    "step.accumulate": (1, math.inf),
-    "step.loss_rows": (0, math.inf),
-    "probes.period_it": (0, math.inf),
-    "probes.knn_k": (1, math.inf),
-    "probes.seg_classes": (0, 65535),
-    "probes.image_px": (1, 65536),
-    "probes.max_images": (1, math.inf),
-    "log.period_it": (1, math.inf),
-    "log.checkpoint_period_it": (1, math.inf),
-    "log.keep_checkpoints": (1, math.inf),
-    "log.pictures_period_it": (0, math.inf),
-}
-RISING = ("crops.global_scale", "crops.local_scale", "crops.ratio", "colour.blur_sigma", "masks.ratio")
+RECIPES = Path(__file__).parent / "recipes"
+VERSION = 1
+SMALLEST_SIDE_PX = 512  # images scaled down to this before they are cropped are the data path's affair; below, they are other data
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> DictConfig:
-    """The defaults, changed by a child config (and the ``base:`` that it names) and by ``key=value`` arguments.
+class Variant(Settings):
+    """What a recipe changes for some sizes of the network."""
+
+    when: dict[str, Any] = setting(..., "{dotted key: value or pattern}, all of them", source="ours")
+    then: dict[str, Any] = setting(..., "{dotted key: value}", source="ours")
+
+
+class RecipeInfo(Settings):
+    """The block ``recipe:`` of a recipe's YAML."""
+
+    n_images: int = setting(0, "images of its data set; 0: any", source="ours", ge=0)
+    backbones: tuple[str, ...] = setting((), "registry names that follow it; none: any", source="ours")
+    from_scratch: bool = setting(True, "whether it starts from scratch, or from backbone.weights", source="ours")
+    free: tuple[str, ...] = setting((), "dotted keys that are no part of it", source="ours")
+    variants: tuple[Variant, ...] = setting((), "what it changes for some sizes", source="ours")
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What a config stands on: its layers, the most basic first; the recipe, and the layers up to it."""
+
+    layers: tuple[Layer, ...] = ()
+    recipe: str = ""
+    n_of_recipe: int = 0
+    info: RecipeInfo = RecipeInfo()
+
+    def over(self, other: "_Chain") -> "_Chain":
+        """``other`` after these layers, without those that are here already; its recipe, where it brings a new one, is that of the
+        whole."""
+        known = {layer.name for layer in self.layers}
+        new = [layer for layer in other.layers if layer.name not in known]
+        layers = (*self.layers, *new)
+        if not other.recipe or other.layers[other.n_of_recipe - 1].name in known:
+            return replace(self, layers=layers)
+        return _Chain(layers, other.recipe, len(layers) - len(other.layers) + other.n_of_recipe, other.info)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> Any:
+    """The settings of a run: its method's ``Settings``.
+
+    Args:
+        path: a YAML file, or the name of a recipe; none: the method's own recipe.
+        words: ``group.key=value``, each over all files.
 
     Raises:
-        UserError: names the file and the key.
+        UserError: names the file, the key and the value.
     """
-    config = _defaults()
-    if path is not None:
-        for source, values in _chain(Path(path)):
-            _merge(config, values, str(source))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"config: {override!r} is not of the form key=value")
-        try:
-            values = OmegaConf.create({})
-            OmegaConf.update(values, key, yaml.safe_load(value))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"config: {override!r} cannot be read") from error
-        _merge(config, values, "command line")
-    check(config)
-    OmegaConf.set_readonly(config, True)
-    return config
+    return build(*_resolved(path, words))
 
 
-def from_dict(values: dict[str, Any]) -> DictConfig:
-    """A config that an earlier run saved; keys that its code did not know yet have their defaults."""
-    config = _defaults()
-    _merge(config, OmegaConf.create(values), "saved config")
-    check(config)
-    OmegaConf.set_readonly(config, True)
-    return config
+def layers_of(path: str | Path | None = None, words: Sequence[str] = ()) -> list[Layer]:
+    """The layers that :func:`load_config` builds its settings of, the most basic first."""
+    return _resolved(path, words)[1]
 
 
-def completed(values: Any) -> Any:
-    """The plain values of a config that an earlier run saved, with the defaults of the keys that its code did not know yet. Nothing
-    is checked: what is damaged stays so."""
-    if not isinstance(values, dict):
-        return values
-    defaults = as_dict(_defaults())
-    groups = {name: {**defaults[name], **keys} for name, keys in values.items() if name in defaults and isinstance(keys, dict)}
-    return {**defaults, **values, **groups}
-
-
-def as_dict(config: DictConfig) -> dict[str, Any]:
-    """Plain values, for hashes and files."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
-def _defaults() -> DictConfig:
-    text = resources.files("pretrain").joinpath("default.yaml").read_text()
-    config = OmegaConf.create(text)
-    assert isinstance(config, DictConfig)
-    return config
-
-
-def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
-    """A child and the bases that it names, the most basic first."""
-    if not path.is_file():
-        raise UserError(f"config: no file {path}")
-    try:
-        values = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"config: {path} is no YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, DictConfig):
-        raise UserError(f"config: {path} is no mapping of keys")
-    base = values.pop("base", None)
-    before = [] if base is None else _chain(path.parent / str(base))
-    return [*before, (path, values)]
-
-
-def _merge(config: DictConfig, values: Any, source: str, prefix: str = "") -> None:
-    """Copy ``values`` into ``config`` in place, key by key."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in config:
-            raise UserError(f"config: unknown key {name!r} ({source})")
-        default = config[key]
-        if isinstance(default, DictConfig):
-            if not isinstance(value, DictConfig):
-                raise UserError(f"config: {name} is a group of keys, not {value!r} ({source})")
-            _merge(default, value, source, f"{name}.")
-        else:
-            config[key] = _typed(name, value, default, source)
-
-
-def _typed(name: str, value: Any, default: Any, source: str) -> Any:
-    """``value`` in the type of ``default``."""
-    if isinstance(default, ListConfig):
-        items = list(value) if isinstance(value, (list, ListConfig)) else None
-        if items is None or len(items) != len(default):
-            raise UserError(f"config: {name}={value!r} should be a list of {len(default)} values ({source})")
-        return [_typed(f"{name}[{i}]", item, default[i], source) for i, item in enumerate(items)]
-    if isinstance(default, str) and value is None:
-        value = ""  # `key=` on a command line
-    if isinstance(default, float) and isinstance(value, str):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(default):
-        raise UserError(f"config: {name}={value!r} should be of type {type(default).__name__} ({source})")
-    return value
-
-
-def check(config: DictConfig) -> None:
-    """Values that are of the right type and still wrong; a warning for those that have no effect.
+def from_saved(values: Mapping[str, Any]) -> Any:
+    """The settings that an earlier run saved; keys that its code did not know yet have their defaults.
 
     Raises:
-        UserError: names the key.
+        UserError: they cannot be read.
     """
-    for name, choices in CHOICES.items():
-        value = OmegaConf.select(config, name)
-        if value not in choices:
-            raise UserError(f"config: {name}={value!r} is none of {', '.join(choices)}")
-    for name, (low, high) in RANGES.items():
-        value = OmegaConf.select(config, name)
-        items = list(value) if isinstance(value, ListConfig) else [value]
-        if not all(low <= item <= high for item in items):  # NaN is in no range
-            raise UserError(f"config: {name}={items if len(items) > 1 else value!r} should lie in [{low:g}, {high:g}]")
-    for name in RISING:
-        low, high = OmegaConf.select(config, name)
-        if low > high:
-            raise UserError(f"config: {name}={[low, high]} should rise")
-    _check_together(config)
+    if not isinstance(values, Mapping):
+        raise UserError(f"saved config: {type(values).__name__} is no mapping of keys")
+    layer = _modern(Layer("saved config", values))
+    return build(find_method(_method_in([layer])).Settings, [layer])
 
 
-def _check_together(config: DictConfig) -> None:
-    """What two keys say of one another."""
-    masks, crops, positions, patch_size = config.masks, config.crops, config.positions, config.backbone.patch_size
-    if masks.content_share + masks.position_share > 1:
-        raise UserError("config: masks.content_share + masks.position_share is more than 1")
-    for name in ("global_px", "local_px"):
-        if crops[name] % patch_size:
-            raise UserError(f"config: crops.{name}={crops[name]} is no multiple of backbone.patch_size={patch_size}")
-    if positions.s_min > positions.s_max:
-        raise UserError(f"config: positions.s_min={positions.s_min} is more than positions.s_max={positions.s_max}")
-    if config.colour.jitter[3] > 0.5:
-        raise UserError(f"config: colour.jitter={list(config.colour.jitter)}: hue, the last one, is at most 0.5")
-    if config.colour.blur_kernel_px % 2 == 0:
-        raise UserError(f"config: colour.blur_kernel_px={config.colour.blur_kernel_px} should be odd")
-    if positions.encoding == "standard" and positions.augment:
-        warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
-    if config.step.compile and config.step.checkpointing == "selective":
-        warnings.warn("config: step.checkpointing=selective may act as full with step.compile=true", stacklevel=2)
-    (_check_dense if config.run.algorithm == "dense" else _check_intertwined)(config)
+def find_config(name: str | Path, beside: Path | None = None) -> Path:
+    """The YAML that a name stands for: a path (relative to ``beside``), or a recipe's name.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = (beside or Path()) / Path(name).expanduser()
+    if path.is_file():
+        return path
+    for folder in (RECIPES, RECIPES / "ablation"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise UserError(f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}")
 
 
-def _check_intertwined(config: DictConfig) -> None:
-    """A pre-training: positions and masks that fit, and nothing of a post-training."""
-    masks, positions, side = config.masks, config.positions, config.crops.global_px // config.backbone.patch_size
-    if positions.encoding == "standard" and positions.grid != side:
-        warnings.warn(f"config: positions.grid={positions.grid}, but a global crop has {side} x {side} patches", stacklevel=2)
-    for key, default in _defaults().dense.items():
-        if config.dense[key] != default:
-            warnings.warn(f"config: dense.{key} has no effect with run.algorithm=intertwined", stacklevel=2)
-    for kind in ("content", "position"):
-        if (masks[f"{kind}_share"] > 0) != (config.losses[kind] > 0):
-            warnings.warn(f"config: masks.{kind}_share and losses.{kind} act only together, and one is 0", stacklevel=2)
+def recipe_names() -> list[str]:
+    """The shipped recipes, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _check_dense(config: DictConfig) -> None:
-    """A post-training: a start, crops that can overlap, a network that moves; it masks nothing."""
-    crops, dense, optim, patch_size = config.crops, config.dense, config.optim, config.backbone.patch_size
-    if not config.backbone.weights:
-        raise UserError("config: backbone.weights is empty, but a post-training (run.algorithm=dense) starts from a backbone")
-    if not crops.n_local:
-        raise UserError("config: crops.n_local=0, but the student of run.algorithm=dense sees local crops")
-    for name in ("global_px", "local_px"):
-        n = crops[name] // patch_size
-        if crops.local_rule != "same" and dense.min_overlap_patches >= n - 1:
-            least = f"dense.min_overlap_patches={dense.min_overlap_patches:g}"
-            raise UserError(f"config: {least} leaves no overlap: the centres of crops.{name}={crops[name]} span {n - 1} patches")
-    if config.run.leaves == "teacher" and optim.teacher_momentum == optim.teacher_momentum_end == 1:
-        raise UserError("config: run.leaves=teacher, but with optim.teacher_momentum=1 it stays what backbone.weights is")
-    n, n_points = min(crops.global_px, crops.local_px) // patch_size, dense.region_grid * dense.region_samples
-    if crops.local_rule == "same" and crops.local_px != crops.global_px and n_points > n:
-        points = f"dense.region_grid * dense.region_samples={n_points} points"
-        warnings.warn(f"config: {points} of a whole crop (crops.local_rule=same) repeat the border of {n} patches", stacklevel=2)
-    for kind in ("content", "position"):
-        if config.masks[f"{kind}_share"]:
-            warnings.warn(f"config: masks.{kind}_share has no effect with run.algorithm=dense", stacklevel=2)
+def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
+    """The model and the layers of a config."""
+    typed = _modern(read_words(words))
+    chain = _Chain() if path is None else _read_chain(find_config(path))
+    method = find_method(_method_in([*chain.layers, typed]))
+    own = method.Settings.model_fields["recipe"].default
+    if not chain.recipe and own:
+        base = _read_chain(RECIPES / f"{own}.yaml")
+        chain = replace(base, layers=(*base.layers, *chain.layers))
+    layers = [*chain.layers, typed]
+    of_recipe = [Layer(f"recipe {chain.recipe}", {"recipe": chain.recipe})] if chain.recipe else []
+    varied = _variants(method.Settings, layers, chain.info)
+    n = chain.n_of_recipe
+    return method.Settings, [*layers[:n], *varied, *of_recipe, *layers[n:]]
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
+    """A file and what it stands on.
+
+    Raises:
+        UserError: a file that stands on itself; a base that is not there.
+    """
+    if path.resolve() in seen:
+        circle = " -> ".join(p.name for p in (*seen, path))
+        raise UserError(f"config: {path}: base: {circle} is a circle; remove one base")
+    layer = read_yaml(path)
+    values = dict(layer.values)
+    bases = values.pop("base", [])
+    info, chain = values.pop("recipe", {}), _Chain()
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not isinstance(base, str):
+            raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
+        chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
+    own = _modern(Layer(layer.name, _own_path(values, path), layer.comments))
+    if path.parent.resolve() == RECIPES.resolve():
+        info = {**as_dict(chain.info), **info} if chain.recipe else info
+        layers = (*chain.layers, own)
+        return _Chain(layers, path.stem, len(layers), build(RecipeInfo, [Layer(str(path), info)], "recipe"))
+    named = info if isinstance(info, str) else own.values.get("recipe", "")  # a run's config.yaml names its recipe
+    if info and not isinstance(info, str):
+        raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
+    if (RECIPES / f"{named}.yaml").is_file():
+        chain = chain.over(_read_chain(RECIPES / f"{named}.yaml"))
+    return chain.over(_Chain((own,)))
+
+
+def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A method that is a file is named relative to the config that names it."""
+    name = values.get("method")
+    if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
+        return {**values, "method": str((path.parent / name).resolve())}
+    return values
+
+
+def _method_in(layers: Iterable[Layer]) -> str:
+    """The method that layers name, the last one that does."""
+    named = [str(layer.values["method"]) for layer in layers if "method" in layer.values]
+    return named[-1] if named else str(TrainSettings.model_fields["method"].default)
+
+
+def _variants(model: type[TrainSettings], layers: Sequence[Layer], info: RecipeInfo) -> list[Layer]:
+    """What a recipe changes for the sizes that a config asks for: over the recipe, under all that the config says itself."""
+    found = []
+    for variant in info.variants:
+        values: dict[str, Any] = {}
+        if all(fnmatch(_said(model, layers, key), str(wanted)) for key, wanted in variant.when.items()):
+            for key, value in variant.then.items():
+                put(values, key, value)
+            found.append(Layer("recipe's variant", values))
+    return found
+
+
+def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
+    """What layers say of a key, as text; its default where they say nothing."""
+    text = next(str(info.default) for name, info, _ in fields(model) if name == key)
+    group, _, name = key.rpartition(".")
+    for layer in layers:
+        values = layer.values.get(group, {}) if group else layer.values
+        if isinstance(values, Mapping) and name in values:
+            text = str(values[name])
+    return text
+
+
+# --- configs of earlier versions --------------------------------------------------------------------------------------
+
+METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
+
+
+class _Renamed(Settings):
+    renamed = PRETRAINING
+
+
+def _modern(layer: Layer) -> Layer:
+    """A layer under today's names. A whole config of an earlier version held the keys of all methods and named no recipe."""
+    values = upgraded(_Renamed, layer.values)
+    if "method" in values:
+        values["method"] = METHODS.get(values["method"], values["method"])
+    if "method" in values and "recipe" not in values and all(isinstance(values.get(g), Mapping) for g in TrainSettings.groups()):
+        values = _known(find_method(values["method"]).Settings, values)
+        values["recipe"] = _nearest_recipe(values)
+    return replace(layer, values=values)
+
+
+def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without the keys that only the other methods of that time have."""
+    others = {key for name in METHODS.values() for key, _, _ in fields(find_method(name).Settings)}
+    others -= {key for key, _, _ in fields(model)}
+    kept: dict[str, Any] = {}
+    for group, keys in values.items():
+        if isinstance(keys, Mapping):
+            keys = {key: value for key, value in keys.items() if f"{group}.{key}" not in others}
+        if keys or not isinstance(keys, Mapping):
+            kept[group] = keys
+    return kept
+
+
+def _nearest_recipe(values: Mapping[str, Any]) -> str:
+    """Saved configs of earlier versions do not name their recipe: it is the one that they deviate from least."""
+    settings = build(find_method(values["method"]).Settings, [Layer("saved config", values)])
+    same = [name for name in recipe_names() if _method_in(_read_chain(RECIPES / f"{name}.yaml").layers) == values["method"]]
+    counts = {name: len(_deviations(settings, name)) for name in same}
+    return min(counts, key=lambda name: counts[name], default="")
+
+
+# --- the recipe of a run ----------------------------------------------------------------------------------------------
+
+
+def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
+    """The recipe that a run stands on, and every setting that differs from it; for a method without recipes its own defaults.
+
+    ``optim.batch_size`` is the number of images a step over all ranks and micro-batches, so neither the ranks nor
+    ``step.accumulate`` make another recipe.
+
+    Args:
+        n_images: size of the run's data set; for a recipe that names a data set, its size is part of it.
+    """
+    deviations = _deviations(settings, settings.recipe)
+    info = recipe_info(settings)
+    if 0 < settings.data.max_side_px < SMALLEST_SIDE_PX:
+        deviations["data.max_side_px"] = [0, settings.data.max_side_px]
+    if info.n_images and n_images != info.n_images:
+        deviations["data.n_images"] = [info.n_images, n_images]
+    name = settings.recipe or Path(settings.method).stem
+    return Protocol(name=name, version=VERSION, full=not deviations, deviations=deviations)
+
+
+def recipe_info(settings: TrainSettings) -> RecipeInfo:
+    """What the recipe of a run says of itself."""
+    return _read_chain(RECIPES / f"{settings.recipe}.yaml").info if settings.recipe else RecipeInfo()
+
+
+def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
+    """{dotted key: [the recipe's value, the run's]}."""
+    model = type(settings)
+    chain = _read_chain(RECIPES / f"{recipe}.yaml") if recipe else _Chain()
+    info = chain.info
+    said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
+    layers = [*chain.layers, *_variants(model, said, info)]
+    own = Layer("run", {"backbone": {"weights": settings.backbone.weights}})  # a post-training is none without
+    reference = build(model, [*layers, own])
+    no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}
+    found = {key: pair for key, pair in differences(reference, settings).items() if key not in no_part}
+    if info.backbones:
+        found.pop("backbone.name", None)
+        if settings.backbone.name not in info.backbones:
+            found["backbone.name"] = [" or ".join(info.backbones[:2]), settings.backbone.name]
+    starts = {"run.init_from": settings.run.init_from}
+    if info.from_scratch:
+        starts["backbone.weights"] = settings.backbone.weights
+    for key, start in starts.items():
+        if start:
+            found[key] = ["from scratch" if info.from_scratch else "from backbone.weights", Path(start).name]
+    return found

@@ -57,7 +57,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line on stderr, from the main process."""
     if is_main():
         print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,12 +24,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from pretrain.errors import UserError
+from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
 QUIET_S = 20  # between progress lines where there is no terminal
 WINDOW_IT = 50  # iterations that the speed is a mean over
-TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram")  # of the loss, on the terminal; all else: in files
 WARM_IT = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
+
+
+class LogSettings(Settings):
+    """What a run writes down, and how often."""
+
+    in_recipe = False
+    fixed = False
+    every: int = setting(10, "iterations between lines of metrics.jsonl", source="ours", ge=1)
+    checkpoint_every: int = setting(
+        1000, "iterations between checkpoints; the last iteration always leaves one", source="ours", ge=1
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints that stay", source="ours", ge=1)
+    async_checkpoints: bool = setting(True, "checkpoints are written while the training goes on", source="ours")
+    tensorboard: bool = setting(True, "scalars and images in run.output/tensorboard", source="ours")
+    images_every: int = setting(
+        1000, "iterations between images in TensorBoard: views, masks, attention, PCA; 0: none", source="ours", ge=0
+    )
+    wandb: str = setting("", "project in Weights & Biases, where it is installed; none without", source="ours")
 
 
 def truncate_lines(path: Path, before_it: int) -> None:
@@ -231,9 +249,9 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
 
 
-def describe(losses: Mapping[str, float], speed: Speed, device: torch.device) -> str:
-    """One line: ``loss`` and its terms, img/s, share of data wait, memory."""
-    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in TERMS if name in losses)
+def describe(losses: Mapping[str, float], names: Iterable[str], speed: Speed, device: torch.device) -> str:
+    """One line: ``loss`` and its terms (``names``), img/s, share of data wait, memory."""
+    terms = ", ".join(f"{name} {losses[name]:.3f}" for name in names if name in losses)
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
     loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
     return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"

@@ -1,11 +1,46 @@
-"""AdamW over the student: parameter groups and the schedules that drive them; clipping; the teacher's moving average."""
+"""AdamW: its settings, parameter groups and the schedules that drive them; clipping; a teacher's moving average."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from pretrain.settings import Settings, setting
+
+Beta = Annotated[float, Field(ge=0, le=1 - 1e-9)]
+
+
+class OptimSettings(Settings):
+    """AdamW and its schedules."""
+
+    epochs: int = setting(100, "length of the run in epochs", source="Table 6", ge=1)
+    batch_size: int = setting(512, "images of a step over all ranks", source="Table 6", ge=1)
+    epoch_iters: int = setting(0, "iterations of an epoch; 0: images / batch_size", source="ours", ge=0)
+    base_lr: float = setting(2.0e-3, "lr before lr_rule", source="Table 6", ge=0)
+    head_lr_factor: float = setting(
+        1.0, "lr of all that is not the backbone, in that of the backbone (NeCo: 10)", source="DINOv2", ge=0
+    )
+    lr_rule: Literal["sqrt_1024", "linear_256", "none"] = setting(
+        "sqrt_1024", "peak lr: base * sqrt(batch / 1024) | base * batch / 256 | base", source="DINOv2"
+    )
+    min_lr: float = setting(1.0e-6, "lr at the end of the cosine", source="DINOv2", ge=0)
+    warmup_epochs: int = setting(10, "linear warm-up in epochs", source="Table 6", ge=0)
+    weight_decay: float = setting(0.04, "weight decay at the start", source="Table 6", ge=0)
+    weight_decay_end: float = setting(0.4, "weight decay at the end, cosine", source="Table 6", ge=0)
+    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "of AdamW", source="DINOv2")
+    clip_grad: float = setting(3.0, "largest gradient norm of the backbone and of each head; 0: none", source="DINOv2", ge=0)
+
+
+class TeacherOptimSettings(OptimSettings):
+    """The same of a method whose teacher is a moving average of the student."""
+
+    teacher_momentum: float = setting(
+        0.992, "of the moving average, at the start; 1 to its end: the teacher stays what it is", source="Table 6", ge=0, le=1
+    )
+    teacher_momentum_end: float = setting(1.0, "at the end, cosine", source="DINOv2", ge=0, le=1)
 
 
 def decays(name: str) -> bool:
@@ -13,14 +48,28 @@ def decays(name: str) -> bool:
     return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups by (weight decay, head, last layer of a head); each carries ``decays``, ``is_head`` and ``is_last_layer``."""
-    groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+def parameter_groups(
+    network: nn.Module, head_lr_factor: float = 1.0, frozen_epochs: Callable[[str], int] = lambda name: 0
+) -> list[dict[str, Any]]:
+    """Groups of the parameters that learn, by weight decay, backbone or head, and how long they are frozen.
+
+    Args:
+        network: ``backbone`` and heads.
+        head_lr_factor: lr of all that is not the backbone, in that of the backbone.
+        frozen_epochs: of a parameter's name: epochs at the start during which its lr is 0.
+
+    Returns:
+        groups that :func:`set_schedules` reads: each carries ``decays``, ``lr_factor`` and ``frozen_epochs``.
+    """
+    groups: dict[tuple[bool, bool, int], list[Tensor]] = {}
+    for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            kind = decays(name), not name.startswith("backbone."), "last_layer" in name
+            kind = decays(name), not name.startswith("backbone."), frozen_epochs(name)
             groups.setdefault(kind, []).append(parameter)
-    return [{"params": p, "decays": decay, "is_head": head, "is_last_layer": last} for (decay, head, last), p in groups.items()]
+    return [
+        {"params": p, "decays": decay, "lr_factor": head_lr_factor if is_head else 1.0, "frozen_epochs": frozen}
+        for (decay, is_head, frozen), p in groups.items()
+    ]
 
 
 def empty_state(optimizer: torch.optim.Optimizer) -> None:
@@ -35,12 +84,10 @@ def empty_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def set_schedules(
-    optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float, head_lr_factor: float = 1.0
-) -> None:
-    """This iteration's values into the groups; ``head_lr_factor`` multiplies the lr of all that is not the backbone."""
+def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, epoch: int) -> None:
+    """This iteration's values into the groups of :func:`parameter_groups`; ``epoch`` is the number of whole epochs done."""
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * (head_lr_factor if group["is_head"] else 1.0)
+        group["lr"] = (0.0 if epoch < group["frozen_epochs"] else lr) * group["lr_factor"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 

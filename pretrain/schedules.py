@@ -18,8 +18,9 @@ def warmup_cosine(it: int, total_it: int, warmup_it: int, peak: float, end: floa
 
 
 def scaled_lr(base_lr: float, batch_size: int, rule: str) -> float:
-    """``sqrt_1024``: base * sqrt(batch / 1024) (DINOv2); ``none``: base."""
-    return base_lr * math.sqrt(batch_size / 1024) if rule == "sqrt_1024" else base_lr
+    """``sqrt_1024``: base * sqrt(batch / 1024) (DINOv2); ``linear_256``: base * batch / 256 (MAE); ``none``: base."""
+    factors = {"sqrt_1024": math.sqrt(batch_size / 1024), "linear_256": batch_size / 256, "none": 1.0}
+    return base_lr * factors[rule]
 
 
 def effective_epochs(epochs: float, n_global: int, n_local: int, global_px: int, local_px: int) -> float:

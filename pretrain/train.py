@@ -3,49 +3,49 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig
 from torch import Tensor
 
 from pretrain import checkpoints, distributed
 from pretrain.analysis.pictures import training_pictures
-from pretrain.config import as_dict, completed
+from pretrain.config import from_saved, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.probes import Probes
+from pretrain.methods import TrainSettings
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, peak_memory_gb
-from pretrain.prototypes import at_least_float32
-from pretrain.recipe import pretraining_protocol
+from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
 from pretrain.schedules import effective_epochs
+from pretrain.settings import as_dict, differences, keys_where
 from pretrain.signals import StopSignals
-from pretrain.trainer import Length, Trainer, Values
+from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
 
 
-def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None) -> Path:
+def train(config: TrainSettings, resume: str = "", stop_after: int | None = None) -> Path:
     """Run (or go on with) a pre-training.
 
     Args:
         config: all settings (:func:`pretrain.config.load_config`).
         resume: ``auto``: go on from the folder's newest whole checkpoint if there is one, a finished run is left as it is; or an
             iteration of it, or a checkpoint's directory; nothing: start.
-        stop_after_it: save and leave at this iteration, as an interruption would.
+        stop_after: save and leave at this iteration, as an interruption would.
 
     Returns:
-        the folder, with ``backbone.safetensors`` (``run.leaves``), ``result.json``, logs and the last checkpoints.
+        the folder, with ``backbone.safetensors``, ``result.json``, logs and the last checkpoints.
 
     Raises:
         UserError: bad settings, no images, too many broken ones, a folder that holds another run.
-        FloatingPointError: a loss is no number; names the iteration and the terms.
+        FloatingPointError: a loss is not finite; names the iteration and the terms.
         Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
@@ -54,31 +54,32 @@ def train(config: DictConfig, resume: str = "", stop_after_it: int | None = None
         dataset = build_dataset(config)
         trainer = Trainer(config, Length.of(config, len(dataset)))
         before = prepare(trainer, len(dataset), resume)
-        folder, total_it = Path(config.run.output), trainer.length.total_it
-        if trainer.iteration >= total_it and (folder / "result.json").is_file():
-            distributed.say(f"{folder} is finished ({read_result(folder).created})")
+        folder, total_iters = Path(config.run.output), trainer.length.total_iters
+        if trainer.iteration >= total_iters and (folder / "result.json").is_file():
+            distributed.log(f"{folder} is finished ({read_result(folder).created})")
             return folder
         with StopSignals() as signals:  # until here a signal simply ends the process: there is nothing to save
             run = Run(trainer, dataset, before, signals)
-            run.loop(min(total_it, stop_after_it or total_it))
-        if trainer.iteration == total_it:
+            run.loop(min(total_iters, stop_after or total_iters))
+        if trainer.iteration == total_iters:
             run.finish()
         return folder
 
 
 @dataclass(frozen=True)
-class Progress:
+class Totals:
     """What a run has come to, besides its state: for its logs and its result."""
 
     wall_time_s: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     img_per_s: float = 0.0
-    n_skipped: int = 0  # steps that changed nothing, since a loss was no number
+    n_skipped: int = 0  # steps that changed nothing, since a loss was not finite
     broken: dict[str, Any] = field(default_factory=dict)  # BrokenFiles.state()
     probes: dict[str, float] = field(default_factory=dict)
+    loss_terms: tuple[str, ...] = ()  # names of the loss's addends
 
 
-def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
+def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
     """Bring the trainer to where the run stands: its start, another run's networks, or a checkpoint.
 
     Raises:
@@ -89,85 +90,94 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Progress:
         raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
     found, messages = checkpoints.find(folder, resume) if resume else (None, [])
     for message in messages:
-        distributed.say(message)
+        distributed.log(message)
     if found is None and messages:
         raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
     if found is not None:
         check_same_run(found, config, n_images)
         checkpoints.load(found, trainer.tensors())
         trainer.iteration = found.iteration
-        progress = progress_of(found)
-        trainer.n_skipped = progress.n_skipped
-        distributed.say(f"going on from {found.path}")
-        return progress
-    if config.run.start_from:
-        earlier, messages = checkpoints.find(Path(config.run.start_from), config.run.start_from)
+        totals = totals_of(found)
+        trainer.n_skipped = totals.n_skipped
+        distributed.log(f"going on from {found.path}")
+        return totals
+    if config.run.init_from:
+        earlier, messages = checkpoints.find(Path(config.run.init_from), config.run.init_from)
         for message in messages:
-            distributed.say(message)
+            distributed.log(message)
         assert earlier is not None  # what is asked for by name is there, or find raises
         networks = trainer.networks()
         left = sorted(name for name in earlier.contents() if name.startswith("method.") and name not in networks)
         if left:
-            raise UserError(f"run.start_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}")
+            raise UserError(f"run.init_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}")
         checkpoints.load(earlier, networks)
-    return Progress()
+    return Totals()
 
 
-def progress_of(found: checkpoints.Found) -> Progress:
+def totals_of(found: checkpoints.Found) -> Totals:
     """What a checkpoint's run had come to.
 
     Raises:
         UserError: it says so in another form.
     """
     try:
-        return Progress(**found.meta["progress"])
+        saved = Totals(**found.meta["progress"])
+        return replace(saved, loss_terms=tuple(saved.loss_terms))
     except TypeError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: progress cannot be read ({error})") from error
 
 
-# Settings that may change between a run and its continuation. Of `step` only how often dropped paths are drawn (step.accumulate)
-# and where KoLeo looks under koleo_scope=local touch what is computed, as the number of ranks does.
-FREE_KEYS = ("run.output", "run.device", "data.root", "data.workers", "data.broken_share")
-FREE_GROUPS = ("step", "probes", "log")
-
-
-def check_same_run(found: checkpoints.Found, config: DictConfig, n_images: int) -> None:
+def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: int) -> None:
     """A checkpoint goes on under the settings and over the images that it was made with.
+
+    Settings that may change say so (``fixed=False``). Of ``step`` only how often dropped paths are drawn (``step.accumulate``) and
+    where KoLeo looks under ``koleo_scope=local`` touch what is computed, as the number of ranks does.
 
     Raises:
         UserError: names what differs.
     """
     if not {"config", "n_images", "progress"} <= found.meta.keys():
         raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
-    changed = changed_keys(completed(found.meta["config"]), as_dict(config))
+    try:
+        saved = from_saved(found.meta["config"])
+    except UserError as error:
+        raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
+    free = keys_where(type(config), "fixed", False)
+    changed = {key: pair for key, pair in differences(saved, config).items() if key not in free}
     if changed:
-        raise UserError(f"resume: {found.path} was made with other settings: {', '.join(changed)}")
+        pairs = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
+        raise UserError(f"resume: {found.path} was made with other settings: {pairs}; set them back, or choose another run.output")
     if found.meta["n_images"] != n_images:
         now = f"{config.data.root} has {n_images}"
         raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
 
 
-def changed_keys(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings that differ, those of no effect on the outcome left out."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = sorted(set(before) | set(after))
-        return [key for name in names for key in changed_keys(before.get(name), after.get(name), f"{prefix}{name}.")]
-    name = prefix.rstrip(".")
-    return [] if before == after or name in FREE_KEYS or name.split(".")[0] in FREE_GROUPS else [name]
+def run_name(config: TrainSettings) -> str:
+    """The name under which a run's results are reported."""
+    return config.run.name or Path(config.method).stem
+
+
+def learns_positions(trainer: Trainer) -> bool:
+    """Whether the run learns a position mask token, which position probes need."""
+    token = getattr(trainer.method.backbone, "pos_mask_token", None)
+    return token is not None and token.requires_grad
 
 
 class Run:
     """A run under way: its loader, logs, checkpoints and probes around the trainer."""
 
-    def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Progress, signals: StopSignals) -> None:
+    def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Totals, signals: StopSignals) -> None:
         config = trainer.config
         self.config, self.trainer, self.dataset, self.before, self.signals = config, trainer, dataset, before, signals
         self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
         self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
-        self.pending: list[tuple[int, dict[str, Tensor]]] = []  # loss terms not looked at yet, still on the device
-        self.probes = Probes(config, reads=distributed.is_main())
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []  # losses not looked at yet, still on the device
+        self.probes = Probes(config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main())
+        if config.probes.position and self.probes.is_wanted and not learns_positions(trainer):
+            never = f"method={config.method} as it is set never learns a position mask token"
+            raise UserError(f"probes.position=true, but {never}; set probes.position=false")
         weights = config.backbone.weights if distributed.is_main() else ""
-        self.started_from = told_of(weights) if weights else {}  # looked at now: at the end of the run the file may be gone
+        self.started_from = metadata(weights) if weights else {}  # looked at now: at the end of the run the file may be gone
         self.folder.mkdir(parents=True, exist_ok=True)
         log = config.log
         self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints)
@@ -177,27 +187,27 @@ class Run:
         if distributed.is_main():
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
-            self.line = ProgressLine(f"pretrain {config.run.method}", trainer.length.total_it, trainer.iteration)
+            self.line = ProgressLine(f"pretrain {run_name(config)}", trainer.length.total_iters, trainer.iteration)
 
-    def loop(self, end_it: int) -> None:
-        """Iterations up to ``end_it``, with logs, probes and checkpoints."""
+    def loop(self, end: int) -> None:
+        """Iterations up to ``end``, with logs, probes and checkpoints."""
         config, trainer, log = self.config, self.trainer, self.config.log
         pinned = trainer.device.type == "cuda"
-        loader = build_loader(config, self.dataset, trainer.iteration, end_it, pin_memory=pinned)
+        loader = build_loader(config, self.dataset, trainer.iteration, end, pin_memory=pinned)
         try:
-            for parts, unreadable, waited_s in in_parts(loader, config.step.accumulate):
+            for micro_batches, unreadable, waited_s in by_iteration(loader, config.step.accumulate):
                 it, done = trainer.iteration, trainer.iteration + 1
-                is_last = done == trainer.length.total_it
-                is_logged, is_due = it % log.period_it == 0 or is_last, done % log.checkpoint_period_it == 0 or done == end_it
-                terms, values = trainer.step(parts, examine=is_logged)
-                self.pending.append((it, terms))
+                is_last = done == trainer.length.total_iters
+                is_logged, is_due = it % log.every == 0 or is_last, done % log.checkpoint_every == 0 or done == end
+                logs = trainer.step(micro_batches, examine=is_logged)
+                self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
                 self.speed.tick(waited_s)
                 stopping = self.signals.on_any_rank()
                 if is_logged or is_due or stopping:
-                    self.look(it, values if is_logged else None)
+                    self.log_metrics(it, logs, is_logged)
                 with self.speed.paused():
-                    self.show(it, parts[0])
+                    self.log_images(it, micro_batches[0])
                     self.probe(done)
                     if is_due or stopping:
                         self.save(done)
@@ -212,19 +222,28 @@ class Run:
                 self.log.close()
                 self.line.close()
 
-    def look(self, it: int, values: Values | None) -> None:
-        """Bring the losses since the last look to the host, refuse what is no number, and log the last ones."""
+    def log_metrics(self, it: int, logs: StepLogs, is_logged: bool) -> None:
+        """Bring the losses since the last time to the host, refuse what is not finite, and log the last ones."""
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.time() - self.started
-        self.now = Progress(seconds, losses, self.speed.img_per_s, self.trainer.n_skipped, self.broken.state(), self.now.probes)
-        if self.log and self.line and values is not None:
-            self.log.write("metrics", it, {**losses, **values.logged()})
+        self.now = Totals(
+            wall_time_s=seconds,
+            losses=losses,
+            img_per_s=self.speed.img_per_s,
+            n_skipped=self.trainer.n_skipped,
+            broken=self.broken.state(),
+            probes=self.now.probes,
+            loss_terms=logs.terms,
+        )
+        if self.log and self.line and is_logged:
+            self.log.write("metrics", it, {**losses, **logs.scheduled})
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait, "broken_images": len(self.broken.files)}
             speed["peak_memory_gb"] = peak_memory_gb(self.trainer.device)
             self.log.write("speed", it, speed)
-            left_it = self.trainer.length.total_it - it - 1
-            self.line.update(it + 1, describe(losses, self.speed, self.trainer.device), self.speed.eta_s(left_it))
+            left = self.trainer.length.total_iters - it - 1
+            line = describe(losses, logs.terms, self.speed, self.trainer.device)
+            self.line.update(it + 1, line, self.speed.eta_s(left))
 
     def account(self) -> None:
         """Add up what the ranks could not read, and name each new image once.
@@ -233,7 +252,7 @@ class Run:
             UserError: they are more than the share that is allowed.
         """
         for name in self.broken.add(distributed.gather_objects(self.read.state())):
-            distributed.say(f"skipped, cannot be read: {name}")
+            distributed.log(f"skipped, cannot be read: {name}")
         self.read = BrokenFiles()
         allowed = self.config.data.broken_share
         if self.broken.over(allowed):
@@ -242,12 +261,12 @@ class Run:
             counts = self.broken.told(0)[0]
             raise UserError(f"data.root: {counts}, more than data.broken_share={allowed:g} allows; {self.folder} lists them")
 
-    def show(self, it: int, batch: AnyBatch) -> None:
-        """Pictures of what the run sees, now and then."""
-        period_it = self.config.log.pictures_period_it
-        if not period_it or it % period_it:
+    def log_images(self, it: int, batch: AnyBatch) -> None:
+        """Images of what the run sees, now and then."""
+        every = self.config.log.images_every
+        if not every or it % every:
             return
-        backbone = self.trainer.kept_backbone()
+        backbone = self.trainer.exported_backbone()
         if self.log and self.log.shows_pictures and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
@@ -255,12 +274,12 @@ class Run:
 
     def probe(self, done: int) -> None:
         """Ask the probes about the network that the run leaves, where it is time."""
-        if not self.probes.is_due(done, self.trainer.length.total_it):
+        if not self.probes.is_due(done, self.trainer.length.total_iters):
             return
-        backbone = self.trainer.kept_backbone()
+        backbone = self.trainer.exported_backbone()
         if self.log and backbone is not None:
             found = self.probes.run(backbone, self.trainer.device, self.trainer.autocast)
-            self.now = Progress(**{**asdict(self.now), "probes": found})
+            self.now = replace(self.now, probes=found)
             self.log.write("probes", done - 1, found)
         distributed.barrier()
 
@@ -272,14 +291,14 @@ class Run:
         self.writer.save(done, self.trainer.tensors(), meta)
 
     def finish(self) -> None:
-        """Leave the backbone (``run.leaves``), the result, the list of broken images, and the last checkpoint in one file."""
-        backbone = self.trainer.kept_backbone()
+        """Leave the backbone, the result, the list of broken images, and the last checkpoint in one file."""
+        backbone = self.trainer.exported_backbone()
         if not distributed.is_main() or backbone is None:
             return
         config, now = self.config, self.now
         self.broken.write(self.folder)
         for line in self.broken.told():
-            distributed.say(line)
+            distributed.log(line)
         if self.trainer.ranks.is_sharded:
             last, _ = checkpoints.newest(self.folder)
             assert last is not None
@@ -290,10 +309,10 @@ class Run:
         save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
         result = Result(
             kind="pretrain",
-            method=config.run.method,
+            method=run_name(config),
             backbone=config.backbone.name,
             effective_epochs=origin["effective_epochs"],
-            protocol=pretraining_protocol(config, len(self.dataset)),
+            protocol=run_protocol(config, len(self.dataset)),
             metrics={
                 **now.losses,
                 **now.probes,
@@ -303,46 +322,49 @@ class Run:
             },
             seed=config.run.seed,
             wall_time_s=now.wall_time_s,
+            loss_terms=now.loss_terms,
+            post_training=self.trainer.method.stage == "posttrain",
             **provenance(as_dict(config), path),
         )
         write_result(result, self.folder)
 
     def origin(self) -> dict[str, Any]:
         """What the backbone says of itself. Epochs and images are this run's alone; ``started_from`` tells of those before."""
-        config, crops = self.config, self.config.crops
-        seen = self.trainer.length.total_it * config.optim.batch_size / len(self.dataset)
+        config, crops = self.config, self.config.view_settings().crops
+        seen = self.trainer.length.total_iters * config.optim.batch_size / len(self.dataset)
         epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
-        learned = config.run.algorithm == "intertwined" and config.losses.position and config.masks.position_share
         origin = {
-            "method": config.run.method,
+            "method": run_name(config),
             "effective_epochs": round(epochs, 2),
             "seed": config.run.seed,
             "config_hash": config_hash(as_dict(config)),
             "data": f"{len(self.dataset)} images",
-            "position_masks": bool(learned),  # whether pos_mask_token was ever learned
+            "position_masks": learns_positions(self.trainer),  # whether pos_mask_token was ever learned
         }
         return {**origin, "started_from": self.started_from} if self.started_from else origin
 
 
-def told_of(weights: str) -> dict[str, Any]:
-    """What a run starts from: the file's name, its hash, and its method and effective epochs where it says them."""
+def metadata(weights: str) -> dict[str, Any]:
+    """Of what a run starts from: the file's name, its hash, and its method and effective epochs where it says them."""
     said = read_checkpoint(weights).provenance
     known = {key: said[key] for key in ("method", "effective_epochs") if said.get(key) is not None}
     return {"file": Path(weights).name, "hash": file_hash(weights), **known}
 
 
-def in_parts(loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_parts: int) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
-    """An iteration's batch in its parts, the images that could not be read, and how long the data was waited for (s)."""
-    parts, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
+def by_iteration(
+    loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_micro_batches: int
+) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
+    """An iteration's micro-batches, the images that could not be read, and how long the data was waited for (s)."""
+    micro_batches, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
     batches = iter(loader)
     try:
         for batch, names in batches:
             waited_s += time.perf_counter() - since
-            parts.append(batch)
+            micro_batches.append(batch)
             unreadable += names
-            if len(parts) == n_parts:
-                yield parts, unreadable, waited_s
-                parts, unreadable, waited_s = [], [], 0.0
+            if len(micro_batches) == n_micro_batches:
+                yield micro_batches, unreadable, waited_s
+                micro_batches, unreadable, waited_s = [], [], 0.0
             since = time.perf_counter()
     finally:
         # Workers ignore SIGTERM: whatever holds an iterator that broke off (a traceback) would keep the process from ending.
@@ -364,8 +386,8 @@ def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[s
         losses = dict(zip(terms, values.tolist()))
         wrong = [name for name, value in losses.items() if not math.isfinite(value)]
         if wrong and on_nan == "stop":
-            raise FloatingPointError(f"iteration {it}: {', '.join(wrong)} is no number: {losses}")
+            raise FloatingPointError(f"iteration {it}: {', '.join(wrong)} is not finite: {losses}")
         if wrong:
-            distributed.say(f"iteration {it} was skipped: {', '.join(wrong)} is no number")
+            distributed.log(f"iteration {it} was skipped: {', '.join(wrong)} is not finite")
             losses = {name: value for name, value in losses.items() if name not in wrong}
     return losses

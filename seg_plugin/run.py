@@ -147,7 +147,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in paths:
         if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
             return path
-        distributed.say(f"passed over: {path} was not written to its end")
+        distributed.log(f"passed over: {path} was not written to its end")
     if paths:
         raise UserError(f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew")
     return None

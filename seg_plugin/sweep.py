@@ -150,8 +150,7 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
     classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
     per_class = {name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"]) for name in classes}
-    return replace(
-        of_seeds[0],
+    return of_seeds[0].with_changes(
         protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
         metrics={
             **metrics,

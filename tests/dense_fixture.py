@@ -6,26 +6,20 @@ from photos import TINY
 from pretrain.build import build_backbone
 from pretrain.weights import save_backbone
 
+# On pretrain/recipes/paka-25ep.yaml.
 DENSE = [
-    *TINY,
-    "run.algorithm=dense",
-    "run.leaves=student",
+    *(word for word in TINY if not word.startswith("heads.n_prototypes")),
+    "method=paka",
+    "data.source=auto",
+    "data.split=",
     "crops.local_px=48",
-    "crops.local_rule=inside",
     "crops.local_scale=[0.2,0.6]",
-    "crops.plain_globals=true",
-    "positions.encoding=standard",
-    "positions.augment=false",
-    "masks.content_share=0.0",
-    "masks.position_share=0.0",
-    "dense.region_grid=3",
-    "dense.min_overlap_patches=0.5",
-    "optim.head_lr_factor=10.0",
-    "optim.lr_rule=none",
+    "alignment.region_grid=3",
+    "alignment.min_overlap_patches=0.5",
     "optim.base_lr=1e-3",
 ]
 TIED = ["positions.encoding=field", "positions.augment=true"]
-GRAM = ["dense.loss=gram", "dense.head=false", "optim.teacher_momentum=1.0"]
+GRAM = ["alignment.loss=gram", "alignment.head=false", "optim.teacher_momentum=1.0"]
 
 
 def write_start(path, name="vit_tiny_patch16", **flags):

@@ -29,7 +29,12 @@ TINY = [
     "optim.epochs=3",
     "optim.warmup_epochs=1",
     "run.device=cpu",
-    "log.period_it=1",
-    "log.checkpoint_period_it=100",
+    "log.every=1",
+    "log.checkpoint_every=100",
     "log.tensorboard=false",
 ]
+
+
+def last(words):
+    """``key=value`` words, the last of each key: a config refuses a key that is given twice."""
+    return list({word.partition("=")[0]: word for word in words}.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.alignment import KERNELS, LOSSES, alignment, alignment_loss, centred_kernel, gram_distance
+from pretrain.losses.alignment import KERNELS, LOSSES, alignment, alignment_loss, centered_kernel, gram_distance
 
 OPTIONS = [("cka", "linear"), ("cka", "rbf"), ("frobenius", "linear"), ("frobenius", "rbf"), ("gram", "linear")]
 
@@ -26,7 +26,7 @@ def patches(*shape, dtype=torch.float32):
 
 
 def plain_kernel(x, kernel, bandwidth=1.0, of=None):
-    """A region's centred kernel in NumPy's float64, with the matrix H written out."""
+    """A region's centered kernel in NumPy's float64, with the matrix H written out."""
     x, of = (np.asarray(y, np.float64) for y in (x, x if of is None else of))
     n = len(x)
     if kernel == "linear":
@@ -73,17 +73,17 @@ def test_a_scale_changes_neither_the_loss_nor_the_direction_of_its_gradient(scal
 
 @pytest.mark.parametrize("n, d, e", [(49, 16, 16), (49, 256, 256), (16, 64, 64), (49, 256, 32)])
 def test_cka_of_independent_gaussian_features(n, d, e):
-    """Centring costs one of n samples: E<K, L> = d e (n - 1) and E|K|^2 = d (n - 1) (d + n), so CKA = d / (d + n) for d = e.
+    """Centering costs one of n samples: E<K, L> = d e (n - 1) and E|K|^2 = d (n - 1) (d + n), so CKA = d / (d + n) for d = e.
 
     That is the ratio of expectations. A region's CKA scatters around it by std, the mean of 800 by std / sqrt(800); the expectation
     of the ratio lies beside it by less than 1 / n^2.
     """
-    a, b = torch.randn(800, n, d) + 5, torch.randn(800, n, e) - 3  # uncentred, the means would be all that the kernels see
+    a, b = torch.randn(800, n, d) + 5, torch.randn(800, n, e) - 3  # uncentered, the means would be all that the kernels see
     seen, expected = cka(a, b), math.sqrt(d * e / ((d + n) * (e + n)))
     error = seen.std().item() / math.sqrt(800)
     assert error < 0.01 * expected
     assert abs(seen.mean().item() - expected) < 4 * error + 1 / n**2
-    k, l = (centred_kernel(x, unit=x[:1].expand_as(x)) for x in (a, b))  # of one size for all
+    k, l = (centered_kernel(x, unit=x[:1].expand_as(x)) for x in (a, b))  # of one size for all
     of_means = (k * l).sum((1, 2)).mean() / ((k * k).sum((1, 2)).mean() * (l * l).sum((1, 2)).mean()).sqrt()
     assert abs(of_means.item() - expected) < 4 * error
 
@@ -113,7 +113,7 @@ def test_losses_equal_a_plain_restatement(name, kernel, bandwidth):
     torch.testing.assert_close(alignment_loss(name, s, t, kernel, bandwidth), expected)
     single = alignment_loss(name, s.float(), t.float(), kernel, bandwidth)
     torch.testing.assert_close(single, expected.float(), atol=1e-4, rtol=1e-4)  # wide kernels differ from 1 by little
-    k = centred_kernel(t, kernel, bandwidth)
+    k = centered_kernel(t, kernel, bandwidth)
     plain = np.stack([plain_kernel(b, kernel, bandwidth) for b in t.numpy()])
     scale = np.sum((t - t.mean(1, keepdim=True)).numpy() ** 2, axis=(1, 2), keepdims=True) if kernel == "linear" else 1
     torch.testing.assert_close(k, torch.from_numpy(plain / scale))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -20,7 +20,7 @@ from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_accuracy, knn_predict
 from pretrain.train import train
 from pretrain.views.boxes import Views
-from pretrain.views.masks import MaskRule, draw_masks
+from pretrain.views.masks import MaskSettings, draw_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,14 +63,14 @@ def test_pca_colours_are_joint_and_scaled_by_percentiles():
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
 
-@pytest.mark.parametrize(("encoding", "n_local"), [("field", 5), ("standard", 0)])
-def test_pictures_of_a_running_training(encoding, n_local):
+@pytest.mark.parametrize(("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)])
+def test_pictures_of_a_running_training(encoding, n_global, n_local):
     n_images, rng = 5, np.random.default_rng(0)
-    corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, 2 + n_local, 2))).float()
+    corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, n_global + n_local, 2))).float()
     boxes = torch.cat([corners, corners + 0.4], dim=-1)
-    views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global=2)
-    masks = draw_masks(n_images, 2, (2, 2), MaskRule(), (0,))
-    crops, small = torch.randn(2 * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
+    views = Views(boxes, torch.from_numpy(rng.random(boxes.shape[:2]) < 0.5), 0.5 * boxes + 0.3, n_global)
+    masks = draw_masks(n_images, n_global, (2, 2), MaskSettings(), (0,))
+    crops, small = torch.randn(n_global * n_images, 3, 32, 32), torch.randn(n_local * n_images, 3, 16, 16)
     torch.manual_seed(0)
     teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
     state = torch.get_rng_state()
@@ -83,6 +83,8 @@ def test_pictures_of_a_running_training(encoding, n_local):
     assert all(p.grad is None for p in teacher.parameters())
     again = training_pictures(teacher, crops, small, views, masks, n_images=2)
     assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
+    unmasked = training_pictures(teacher, crops, small, views, None, n_images=2)
+    assert set(unmasked) == {"views", "attention", "pca"}
 
 
 @pytest.mark.parametrize("has_cls", [True, False])
@@ -91,7 +93,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     shown = []
     monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
-    nothing = draw_masks(1, 2, (2, 2), MaskRule(0.0, 0.0), (0,))
+    nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
     titles = []
     for tied in (True, False):
@@ -129,7 +131,7 @@ def test_a_runs_figures(tmp_path, capsys):
         "optim.epochs=1",
         "optim.warmup_epochs=0",
     ]
-    train(load_config(None, overrides))
+    train(load_config(None, last(overrides)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys, "argv", ["visualize_pretrain.py", str(tmp_path / "run"), "--images", "2"])

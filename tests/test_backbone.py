@@ -245,6 +245,73 @@ def test_checkpointed_blocks_give_the_same_gradients(rule):
     assert all(torch.equal(one, two) for one, two in zip(plain, again))
 
 
+def some_patches(batch, n_patches, n, seed=0):
+    """Patches of each image, [B, n], in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, n_patches, generator=generator).argsort(1)[:, :n]
+
+
+def by_hand(model, group, visible):
+    """Tokens of the visible patches: each image alone, its sequence put together patch by patch, then blocks and norm."""
+    content, at = model.patch_embed(group.x), model.positions((4, 4), group.boxes, group.flips)
+    at = at.expand(len(group.x), -1, -1)
+    rows = []
+    for image, patches in enumerate(visible.tolist()):
+        chosen = [content[image, :, p // 4, p % 4] + at[image, p] for p in patches]
+        sequence = torch.cat([model.cls_input()[0], model.reg_token[0], torch.stack(chosen)]).unsqueeze(0)
+        for block in model.blocks:
+            sequence = block(sequence)
+        rows.append(model.norm(sequence))
+    return model.split(torch.cat(rows))
+
+
+@pytest.mark.parametrize("encoding", ["field", "standard"])
+@pytest.mark.parametrize("rule", ["none", "full", "selective"])
+def test_visible_patches_are_run_alone(encoding, rule):
+    """Tokens and gradients, in a pass of their own and packed with crops of another size, whose patches are all there."""
+    model = packed_model(pos_encoding=encoding, pos_grid=7)
+    visible = some_patches(4, 16, 5)
+
+    def gradients(forward):
+        return packed_gradients(model, lambda groups: forward(groups[0]._replace(content_mask=None), groups[1]))
+
+    expected = gradients(lambda large, small: [by_hand(model, large, visible), model(*small)])
+    alone = gradients(lambda large, small: [model(*large._replace(visible=visible)), model(*small)])
+    model.checkpointing = rule
+    packed = gradients(lambda large, small: model.forward_views([large._replace(visible=visible), small]))
+    assert expected[1].shape == (4, 5, 192) and len(expected) > 40
+    for wanted, *found in zip(expected, alone, packed, strict=True):
+        assert all((x - wanted).abs().max() <= 1e-9 * wanted.abs().max() for x in found)
+
+
+def test_patches_that_are_not_visible_are_nowhere():
+    """Neither their pixels nor their positions reach a token, and nothing flows back into them."""
+    model = packed_model(pos_encoding="standard", pos_grid=4)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    visible = torch.tensor([[0, 5, 10, 15], [3, 2, 1, 0]])
+    tokens = model(x, visible=visible)
+    (tokens.patches * ramp(tokens.patches)).sum().backward()
+    seen = x.grad.abs().sum(1).unflatten(2, (4, 16)).unflatten(1, (4, 16)).sum((2, 4)).flatten(1)  # [B, N]
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[0, 5, 10, 15], [0, 1, 2, 3]]
+    learned = model.pos_embed.grad[0, 1:].abs().sum(1).nonzero().flatten().tolist()
+    assert learned == [0, 1, 2, 3, 5, 10, 15]
+
+
+def test_every_patch_visible_in_order_is_the_usual_pass():
+    model = packed_model(torch.float32)
+    large, small = packed_inputs(torch.float32)
+    everything = torch.arange(16).expand(4, -1)
+    with torch.no_grad():
+        for one, two in zip(model.forward_views([large, small]), model.forward_views([large._replace(visible=everything), small])):
+            assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_relative_positions_are_those_of_whole_grids():
+    model = packed_model(relative_positions=True, pos_encoding="none", pos_grid=None)
+    with pytest.raises(AssertionError, match="whole grids"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.float64), visible=torch.tensor([[0, 1]]))
+
+
 def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
     model = packed_model(drop_path=0.5).train()
     torch.manual_seed(3)
@@ -262,9 +329,11 @@ def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_blocks_give_the_same_gradients():
     """torch.compile block by block, in a packed pass: tokens and gradients to 1e-5."""
-    model = packed_model(torch.float32)
-    eager = packed_gradients(model, model.forward_views)
+    model, visible = packed_model(torch.float32), some_patches(4, 16, 5)
+    passes = [model.forward_views, lambda groups: model.forward_views([groups[0]._replace(visible=visible), groups[1]])]
+    eager = [packed_gradients(model, forward) for forward in passes]
     for block in model.blocks:
         block.compile()
-    for one, two in zip(packed_gradients(model, model.forward_views), eager):
-        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
+    for forward, expected in zip(passes, eager):
+        for one, two in zip(packed_gradients(model, forward), expected):
+            assert (one - two).abs().max() <= 1e-5 * two.abs().max()

@@ -5,13 +5,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+from pretrain.recipe import COCO_TRAIN, pretraining_protocol
 from tool_fixture import load_tool
 
 from pretrain.benchmark.paka import full_run, measure, recipes, write_start
 from pretrain.benchmark.turns import Figures
 from pretrain.config import as_dict, load_config
 from pretrain.errors import UserError
-from pretrain.recipe import COCO_TRAIN, pretraining_protocol
 from pretrain.weights import read_checkpoint
 
 TINY, SMALL = "vit_tiny_patch16", ["backbone.depth=1", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16"]

@@ -6,11 +6,11 @@ import pytest
 from dense_fixture import DENSE, write_start
 from omegaconf import DictConfig, OmegaConf
 from photos import TINY, write_photos
+from pretrain.recipe import pretraining_protocol
 
 from pretrain import config as config_module
 from pretrain.config import as_dict, from_dict, load_config
 from pretrain.errors import UserError
-from pretrain.recipe import pretraining_protocol
 from pretrain.train import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"

@@ -1,4 +1,4 @@
-"""Dense post-training, one step: the loss restated pair by pair, its gradient, its edges, and the settings that it refuses."""
+"""PaKA and Gram anchoring, one step: the loss restated pair by pair, its gradient, its edges, and the settings that it refuses."""
 
 import re
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_fixture import DENSE, GRAM, TIED, write_start
-from photos import write_photos
+from photos import last, write_photos
 from torchvision.ops import roi_align
 
 from pretrain.config import load_config
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
-from pretrain.methods import build_method
-from pretrain.methods.dense import Dense
+from pretrain.methods.method import Progress
+from pretrain.methods.paka import PaKA
 from pretrain.trainer import Length, Trainer
+from pretrain.views.colour import NO_COLOR
 
 EXACT = ["run.precision=float64", "backbone.drop_path=0.0"]
 
@@ -28,7 +29,8 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, *extra, start="start.safetensors"):
-    return load_config(None, [*DENSE, f"data.root={folder / 'photos'}", f"backbone.weights={folder / start}", *extra])
+    places = [f"data.root={folder / 'photos'}", f"backbone.weights={folder / start}"]
+    return load_config(None, last([*DENSE, *places, *extra]))
 
 
 def first_batch(config, dtype=torch.float32):
@@ -38,7 +40,7 @@ def first_batch(config, dtype=torch.float32):
 def apart(config, dtype=torch.float64):
     """The method with a student that has left its teacher."""
     torch.manual_seed(0)
-    method = build_method(config).to(dtype)
+    method = PaKA(config).to(dtype)
     with torch.no_grad():
         for parameter in method.student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -46,8 +48,9 @@ def apart(config, dtype=torch.float64):
 
 
 def terms_of(method, batch):
-    targets = method.teacher_targets(batch)
-    return method(batch, targets, method.statistics([targets]))
+    """``loss`` and its terms, of a batch in one piece."""
+    loss = method.loss(batch, method.prepare([batch], Progress(0, 1, 1, 0)), 0)
+    return {"loss": loss.total, **loss.terms}
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------------
@@ -90,22 +93,22 @@ def gram(s, t):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], [*TIED, "crops.n_local=3"], [*GRAM, "dense.pairs=parent"], ["crops.local_rule=image", "dense.loss=gram"]],
+    [[], [*TIED, "crops.n_local=3"], [*GRAM, "alignment.pairs=parent"], ["crops.local_rule=image", "alignment.loss=gram"]],
     ids=["paka", "tied", "gram", "anywhere"],
 )
 def test_the_loss_is_the_mean_over_all_overlaps(folder, extra):
     config = settings(folder, *EXACT, *extra)
-    batch, method, dense = first_batch(config, torch.float64), apart(config), config.dense
+    batch, method, alignment = first_batch(config, torch.float64), apart(config), config.alignment
     views, n_images = batch.views, batch.n_images
     tied = config.positions.encoding == "field"
     losses = []
     for b in range(n_images):
         for g in range(2):
             for l in range(views.boxes.shape[1] - 2):
-                if dense.pairs == "parent" and l % 2 != g:
+                if alignment.pairs == "parent" and l % 2 != g:
                     continue
                 boxes = views.boxes[b, g], views.boxes[b, 2 + l]
-                region = overlap((boxes[0], 4), (boxes[1], 3), dense.min_overlap_patches)
+                region = overlap((boxes[0], 4), (boxes[1], 3), alignment.min_overlap_patches)
                 if region is None:
                     continue
                 found = []
@@ -114,22 +117,22 @@ def test_the_loss_is_the_mean_over_all_overlaps(folder, extra):
                     place = (views.position_boxes[b, v][None], flip[None]) if tied else ()
                     crop = crops[n * n_images + b]
                     found.append(patches_in(getattr(method, network), crop, place, views.boxes[b, v], flip, region, 3))
-                losses.append((gram if dense.loss == "gram" else one_minus_cka)(found[1], found[0]))
+                losses.append((gram if alignment.loss == "gram" else one_minus_cka)(found[1], found[0]))
     terms = terms_of(method, batch)
-    assert len(losses) > 3 and set(terms) == {"loss", dense.loss}
+    assert len(losses) > 3 and set(terms) == {"loss", alignment.loss}
     torch.testing.assert_close(terms["loss"], torch.stack(losses).mean(), rtol=1e-5, atol=1e-9)  # boxes are float32
     assert terms["loss"] > 1e-4
 
 
 @pytest.mark.parametrize("extra", [[], GRAM, TIED], ids=["paka", "gram", "tied"])
 def test_equal_views_and_networks_agree(folder, extra):
-    """The crop itself for both, no colours, student and teacher as they start."""
-    plain = ["crops.local_rule=same", "crops.local_px=64", "colour.jitter_p=0.0", "colour.grey_p=0.0", "colour.blur_p=[0,0,0]"]
-    config = settings(folder, *EXACT, *plain, "dense.region_grid=4", "dense.region_samples=1", *extra)
+    """The crop itself for both, no colors, student and teacher as they start."""
+    plain = ["crops.local_rule=same", "crops.local_px=64", *(f"color.{key}={value}" for key, value in NO_COLOR.items())]
+    config = settings(folder, *EXACT, *plain, "alignment.region_grid=4", "alignment.region_samples=1", *extra)
     batch = first_batch(config, torch.float64)
-    method = build_method(config).double()
+    method = PaKA(config).double()
     assert bool(batch.views.flips[:, 2:].any()) and not bool(batch.views.flips[:, :2].any())
-    unflipped = first_batch(settings(folder, *EXACT, *plain, "crops.flip_p=0.0", "dense.region_grid=4", *extra), torch.float64)
+    unflipped = first_batch(settings(folder, *EXACT, *plain, "crops.flip_p=0.0", "alignment.region_grid=4", *extra), torch.float64)
     assert terms_of(method, unflipped)["loss"].abs() < 1e-9 < terms_of(method, batch)["loss"]
 
 
@@ -143,7 +146,7 @@ def test_the_student_alone_drops_paths(folder):
 
 def test_the_whole_crop_is_read_patch_by_patch(folder):
     """Gram anchoring as DINOv3 does it: the features of the regions are the patches themselves, turned back where flipped."""
-    whole = ["crops.local_rule=same", "crops.local_px=64", "dense.region_grid=4", "dense.region_samples=1"]
+    whole = ["crops.local_rule=same", "crops.local_px=64", "alignment.region_grid=4", "alignment.region_samples=1"]
     config = settings(folder, *EXACT, *GRAM, *whole)
     batch, method = first_batch(config, torch.float64), apart(config)
     targets = method.teacher_targets(batch)
@@ -189,29 +192,31 @@ def test_checkpointing_changes_nothing(folder, rule):
 
 
 def step_of(config):
-    """A trainer after a step, and the step's terms."""
+    """A trainer after a step, its losses and its scheduled values."""
     trainer = Trainer(config, Length.of(config, 6))
     loader = build_loader(config, build_dataset(config), 0, 1)
-    terms, values = trainer.step([next(iter(loader))[0]], examine=True)
-    return trainer, terms, values
+    logs = trainer.step([next(iter(loader))[0]], examine=True)
+    return trainer, logs.losses, logs.scheduled
 
 
-@pytest.mark.parametrize("extra", [[], ["dense.loss=frobenius", "dense.kernel=rbf"], GRAM], ids=["paka", "frobenius rbf", "gram"])
+@pytest.mark.parametrize(
+    "extra", [[], ["alignment.loss=frobenius", "alignment.kernel=rbf"], GRAM], ids=["paka", "frobenius rbf", "gram"]
+)
 def test_a_step_in_bfloat16_is_finite(folder, extra):
     trainer, terms, _ = step_of(settings(folder, "run.precision=bf16", *extra))
-    assert set(terms) == {"loss", trainer.config.dense.loss, "grad_norm", "overlaps", "feature_std"}
+    assert set(terms) == {"loss", trainer.config.alignment.loss, "grad_norm", "overlaps", "feature_std"}
     assert all(bool(term.isfinite()) for term in terms.values())
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.method.parameters())
     assert 0 < terms["overlaps"] <= 1 and terms["feature_std"] > 0
 
 
 def test_heads_learn_ten_times_as_fast_and_nothing_is_frozen(folder):
-    trainer, _, values = step_of(settings(folder, "optim.warmup_epochs=0"))
-    rates = {group["is_head"]: group["lr"] for group in trainer.optimizer.param_groups}
-    assert rates == {False: values.lr, True: 10 * values.lr} and values.lr > 0
-    heads = {id(p) for group in trainer.optimizer.param_groups if group["is_head"] for p in group["params"]}
+    trainer, _, scheduled = step_of(settings(folder, "optim.warmup_epochs=0"))
+    rates, lr = {group["lr_factor"]: group["lr"] for group in trainer.optimizer.param_groups}, scheduled["lr"]
+    assert rates == {1.0: lr, 10.0: 10 * lr} and lr > 0
+    heads = {id(p) for group in trainer.optimizer.param_groups if group["lr_factor"] == 10 for p in group["params"]}
     assert heads == {id(p) for p in trainer.method.student["head"].parameters() if p.requires_grad}
-    start = Dense(trainer.config)
+    start = PaKA(trainer.config)
     for (name, moved), parameter in zip(trainer.method.student.named_parameters(), start.student.parameters()):
         assert name.startswith("head") or not torch.equal(moved, parameter), name
 
@@ -223,12 +228,12 @@ def test_heads_learn_ten_times_as_fast_and_nothing_is_frozen(folder):
 def test_a_batch_without_any_overlap_changes_nothing(folder, extra):
     tiny = ["crops.local_rule=image", "crops.local_scale=[0.01,0.02]", "crops.global_scale=[0.9,1.0]"]
     config = settings(
-        folder, *tiny, "dense.min_overlap_patches=1.9", "optim.weight_decay=0.0", "optim.weight_decay_end=0.0", *extra
+        folder, *tiny, "alignment.min_overlap_patches=1.9", "optim.weight_decay=0.0", "optim.weight_decay_end=0.0", *extra
     )
     trainer, terms, _ = step_of(config)
     assert terms["loss"] == terms["overlaps"] == terms["grad_norm"] == 0
     torch.manual_seed(config.run.seed)
-    before = Dense(config)
+    before = PaKA(config)
     for one, two in zip(trainer.method.parameters(), before.parameters()):
         assert torch.equal(one, two)
 
@@ -243,7 +248,7 @@ def test_weights_without_the_registers_that_are_asked_for_are_named(folder, tmp_
     path = write_start(tmp_path / "none.safetensors")
     for extra in ("backbone.name=vit_tiny_patch16_reg4", "backbone.n_registers=4"):
         with pytest.raises(UserError, match=f"{re.escape(str(path))}.*registers"):
-            Dense(settings(folder, extra, f"backbone.weights={path}"))
+            PaKA(settings(folder, extra, f"backbone.weights={path}"))
 
 
 def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
@@ -252,7 +257,7 @@ def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
         px = [f"backbone.patch_size={patch_size}", f"crops.global_px={sides[0]}", f"crops.local_px={sides[1]}"]
         config = settings(folder, *px, f"backbone.weights={path}", *EXACT)
         method = apart(config)
-        backbone = method.backbone_of("student")
+        backbone = method.backbone
         assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.flags["mask_tokens"]
         assert bool(terms_of(method, first_batch(config, torch.float64))["loss"] > 0)
 
@@ -265,11 +270,11 @@ def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
     [
         (["backbone.weights="], "backbone.weights"),
         (["crops.n_local=0"], "crops.n_local=0"),
-        (["crops.local_px=32", "dense.min_overlap_patches=1.0"], "crops.local_px=32 span 1 patches"),
-        (["run.leaves=teacher", "optim.teacher_momentum=1.0"], "run.leaves=teacher"),
-        (["dense.loss=mse"], "dense.loss"),
+        (["crops.local_px=32", "alignment.min_overlap_patches=1.0"], "crops.local_px=32 span 1 patches"),
+        (["run.export_network=teacher", "optim.teacher_momentum=1.0"], "run.export_network=teacher"),
+        (["alignment.loss=mse"], "alignment.loss"),
         (["crops.local_rule=outside"], "crops.local_rule"),
-        (["dense.region_grid=1"], "dense.region_grid"),
+        (["alignment.region_grid=1"], "alignment.region_grid"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(folder, extra, named):
@@ -277,30 +282,36 @@ def test_settings_that_contradict_each_other_are_named(folder, extra, named):
         settings(folder, *extra)
 
 
-@pytest.mark.parametrize("extra", ["masks.content_share=0.5", "masks.position_share=0.5", "positions.augment=true"])
-def test_settings_without_effect_are_a_warning(folder, extra):
-    with pytest.warns(UserWarning, match=f"{extra.partition('=')[0]} has no effect"):
+@pytest.mark.parametrize("extra", ["masks.content_share=0.5", "losses.position=0.5", "heads.n_prototypes=9"])
+def test_settings_of_a_pre_training_are_refused(folder, extra):
+    group, key = extra.partition("=")[0].split(".")
+    with pytest.raises(UserError, match=f"unknown key '({group}|{group}.{key})'"):
         settings(folder, extra)
+
+
+def test_settings_without_effect_are_a_warning(folder):
+    with pytest.warns(UserWarning, match="positions.augment has no effect"):
+        settings(folder, "positions.augment=true")
 
 
 def test_whole_crops_of_two_sizes_read_beyond_the_patches_of_the_smaller(folder, recwarn):
     """There both repeat their borders, which are not the same: it is said."""
-    whole = ["crops.local_rule=same", "dense.region_grid=4"]
+    whole = ["crops.local_rule=same", "alignment.region_grid=4"]
     settings(folder, *whole, "crops.local_px=64")
-    settings(folder, *whole, "crops.local_px=48", "dense.region_samples=1", "dense.region_grid=3")
+    settings(folder, *whole, "crops.local_px=48", "alignment.region_samples=1", "alignment.region_grid=3")
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"region_samples=4 points .* border of 3 patches"):
-        settings(folder, *whole, "crops.local_px=48", "dense.region_samples=1")
+        settings(folder, *whole, "crops.local_px=48", "alignment.region_samples=1")
 
 
-def test_dense_settings_of_a_pre_training_are_a_warning(recwarn):
+def test_settings_of_a_post_training_are_refused_by_a_pre_training(recwarn):
     load_config(None, [])
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="dense.loss has no effect"):
-        load_config(None, ["dense.loss=gram"])
+    with pytest.raises(UserError, match="unknown key 'alignment'"):
+        load_config(None, ["alignment.loss=gram"])
 
 
 def test_a_teacher_that_moves_may_be_gram_anchoring_s_and_a_head_too(folder, recwarn):
-    settings(folder, "dense.loss=gram")
-    settings(folder, "run.leaves=teacher", "optim.teacher_momentum=1.0", "optim.teacher_momentum_end=0.9")
+    settings(folder, "alignment.loss=gram")
+    settings(folder, "run.export_network=teacher", "optim.teacher_momentum=1.0", "optim.teacher_momentum_end=0.9")
     assert not recwarn.list

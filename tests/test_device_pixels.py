@@ -11,10 +11,10 @@ from torchvision.transforms.v2 import functional as on_tensors
 
 from pretrain.data.loader import lay_out
 from pretrain.views import device_pixels
-from pretrain.views.boxes import CropRule, PositionRule, draw_views
-from pretrain.views.colour import OPERATIONS, ColourRule, Colours, draw_colours
+from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
+from pretrain.views.colour import NO_COLOR, OPERATIONS, ColorSettings, Colours, draw_colours
 from pretrain.views.device_pixels import CanvasBatch, apply_colours
-from pretrain.views.masks import MaskRule, draw_masks
+from pretrain.views.masks import MaskSettings, draw_masks
 from pretrain.views.pixels import STD, normalise, render
 from pretrain.views.resample import blur_weights, resize_weights, sandwich
 
@@ -30,13 +30,13 @@ def photograph(height, width, seed):
 
 def canvas_batch(n_images=4, rule=None, n_local=3, global_px=64, local_px=32):
     """A batch of pictures of several sizes as a worker hands it over, and its pictures."""
-    rule = rule or ColourRule()
+    rule = rule or ColorSettings()
     images = [photograph(*SIZES[i % len(SIZES)], i) for i in range(n_images)]
     canvas, sizes = lay_out(images)
-    crops = CropRule(n_local=n_local)
-    views = draw_views(sizes, crops, PositionRule(), [np.random.default_rng([1, i]) for i in range(n_images)])
+    crops = CropSettings(n_local=n_local)
+    views = draw_views(sizes, crops, PositionSettings(), [np.random.default_rng([1, i]) for i in range(n_images)])
     colours = draw_colours(2 + n_local, 2, rule, [np.random.default_rng([2, i]) for i in range(n_images)])
-    masks = draw_masks(n_images, 2, (4, 4), MaskRule(), (0,))
+    masks = draw_masks(n_images, 2, (4, 4), MaskSettings(), (0,))
     return CanvasBatch(canvas, torch.from_numpy(sizes).float(), views, colours, masks, rule, global_px, local_px), images
 
 
@@ -90,7 +90,7 @@ def test_every_order_of_the_jitter_equals_torchvisions():
     on = torch.tensor([True, False]).expand(n, 2)
     colours = Colours(on, orders[:, None].expand(-1, 2, -1), factors, ~on, torch.zeros(n, 2), ~on)
     start = image.transpose(0, 1).expand(n, 2, -1, -1, -1)
-    ours = apply_colours(start, colours, ColourRule(solarize_threshold=100)).transpose(2, 3)  # [24, 2, 3, y, x]
+    ours = apply_colours(start, colours, ColorSettings(solarize_threshold=100)).transpose(2, 3)  # [24, 2, 3, y, x]
     grey = on_tensors.rgb_to_grayscale(image, 3)
     for order, (jittered, plain) in zip(orders.tolist(), ours):
         expected = image.double() / 255
@@ -118,7 +118,7 @@ def test_both_paths_make_the_same_pixels(working, monkeypatch):
 
 
 def test_without_colour_both_paths_agree_to_one_level():
-    plain = ColourRule(jitter_p=0, grey_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+    plain = ColorSettings(**NO_COLOR)
     batch, images = canvas_batch(4, plain)
     made = batch.to(CPU)
     for ours, theirs in zip((made.global_crops, made.local_crops), on_the_cpu_path(batch, images)):

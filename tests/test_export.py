@@ -155,11 +155,12 @@ def is_in_checkpoint(vit, state, prefix):
 
 def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'posfield[det]')")
+    from det_plugin.torchvision_engine.checkpoint import load_checkpoint
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")
     vit = tool.backbone_of_run(folder)
-    assert is_in_checkpoint(vit, torch.load(folder / "checkpoint.pt", weights_only=True)["model"], "backbone.vit.")
+    assert is_in_checkpoint(vit, load_checkpoint(folder)["model"], "backbone.vit.")
     tool.main(["--weights", str(folder), "--size", "64", "--output", str(tmp_path / "tuned.pt2")])
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5)

@@ -20,7 +20,8 @@ from pretrain.analysis.pca import background_by_pca, pca_colours, pca_rgb
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.data.pictures import data_at, read_pictures, whole
+from pretrain.data.pictures import read_pictures, whole
+from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.weights import save_backbone
@@ -197,7 +198,7 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
 
 def test_pictures_at_equal_steps(tmp_path):
     (write_photos(tmp_path, n=6) / "002.jpg").write_bytes(b"no")
-    found = read_pictures(data_at(str(tmp_path)), 3, lambda pixels: pixels.shape)
+    found = read_pictures(DataSettings(root=str(tmp_path)), 3, lambda pixels: pixels.shape)
     assert found.names == ["000.jpg", "004.jpg"] and found.pixels == [(70, 90, 3)] * 2
     assert len(found.broken) == 1 and found.broken[0].startswith("002.jpg: ")
 

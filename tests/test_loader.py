@@ -1,19 +1,22 @@
 """From files to batches: streams of random numbers, parts of a batch, workers, both data paths; and the benchmark's measure."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 
 from pretrain.benchmark.data import measure
 from pretrain.config import load_config
 from pretrain.data.loader import Decoded, Sample, build_dataset, build_loader
-from pretrain.data.sampler import ORDER, PositionSampler, generator
+from pretrain.data.sampler import ORDER, SampleIndices, generator
 from pretrain.errors import UserError
+from pretrain.settings import replaced
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
+from pretrain.views.masks import MaskSettings
 from pretrain.views.records import Record
 
 
@@ -23,7 +26,7 @@ def photos(tmp_path):
 
 
 def settings(photos, *extra):
-    return load_config(None, [*TINY, f"data.root={photos}", "optim.batch_size=6", *extra])
+    return load_config(None, last([*TINY, f"data.root={photos}", "optim.batch_size=6", *extra]))
 
 
 def batches(config, end_it=2):
@@ -54,6 +57,40 @@ def test_workers_change_nothing(photos, path):
         for (a, _), (b, _) in zip(alone, batches(settings(photos, f"data.path={path}", f"data.workers={n}")), strict=True):
             a, b = a.to(torch.device("cpu")), b.to(torch.device("cpu"))  # a canvas is undefined beside its images
             assert_equal(a, b)
+
+
+def one_crop_batches(config, masks):
+    """Of one global crop an image and no local ones, as MAE's."""
+    dataset = build_dataset(config)
+    crops = replaced(dataset.rules.crops, {"n_global": 1, "n_local": 0})
+    dataset.rules = replace(dataset.rules, crops=crops, masks=masks)
+    return [batch for batch, _ in build_loader(config, dataset, 0, 2)]
+
+
+@pytest.mark.parametrize("path", ["cpu", "device"])
+@pytest.mark.parametrize(
+    "masks",
+    [None, MaskSettings(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")],
+    ids=["none", "mae"],
+)
+def test_one_crop_an_image(photos, path, masks):
+    """Its box, flip and masks are the same in any number of workers and parts; without masks there are none."""
+    whole = one_crop_batches(settings(photos, f"data.path={path}"), masks)
+    workers = one_crop_batches(settings(photos, f"data.path={path}", "data.workers=2"), masks)
+    parts = one_crop_batches(settings(photos, f"data.path={path}", "step.accumulate=3"), masks)
+    assert len(whole) == len(workers) == 2 and len(parts) == 6
+    for it, (a, b) in enumerate(zip(whole, workers)):
+        a, b, *own = (batch.to(torch.device("cpu")) for batch in (a, b, *parts[3 * it : 3 * it + 3]))
+        assert a.global_crops.shape == (6, 3, 64, 64) and a.local_crops.shape == (0, 3, 32, 32) and a.views.boxes.shape == (6, 1, 4)
+        assert tensors(a).keys() == tensors(b).keys()
+        assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
+        assert torch.equal(torch.cat([part.views.boxes for part in own]), a.views.boxes)
+        torch.testing.assert_close(torch.cat([part.global_crops for part in own]), a.global_crops, rtol=0, atol=0)
+        if masks is None:
+            assert all(batch.masks is None for batch in (a, b, *own))
+        else:
+            assert (a.masks.content.sum(1) == 12).all()
+            assert torch.equal(torch.cat([part.masks.content for part in own]), a.masks.content)
 
 
 def test_a_batch_sends_few_shared_files(photos):
@@ -102,9 +139,9 @@ def test_parts_of_a_batch_are_its_rows(photos):
 
 
 def test_ranks_and_parts_cover_a_batch_once():
-    positions = [list(PositionSampler(3, 5, 12, rank, 2, parts=3)) for rank in (0, 1)]
-    assert positions[0][:3] == [[36, 37], [38, 39], [40, 41]] and positions[1][:3] == [[42, 43], [44, 45], [46, 47]]
-    assert len(PositionSampler(3, 5, 12, 0, 2, parts=3)) == len(positions[0]) == 6
+    indices = [list(SampleIndices(3, 5, 12, rank, 2, n_micro_batches=3)) for rank in (0, 1)]
+    assert indices[0][:3] == [[36, 37], [38, 39], [40, 41]] and indices[1][:3] == [[42, 43], [44, 45], [46, 47]]
+    assert len(SampleIndices(3, 5, 12, 0, 2, n_micro_batches=3)) == len(indices[0]) == 6
 
 
 def test_parts_must_divide_the_share(photos):

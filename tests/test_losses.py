@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from pretrain.heads import ProjectionHead
-from pretrain.losses import image_loss, koleo_loss, mask_weights, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.heads import HeadOutput, ProjectionHead
+from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.losses.chunked_cross_entropy import distribution
 from pretrain.optim import decays, ema_update, parameter_groups, set_schedules
-from pretrain.prototypes import Projection, distribution
 from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
 
 
@@ -27,41 +27,40 @@ def plain_cross_entropy(student, teacher, temperature):
     return -sum(t * s for t, s in zip(teacher, log_softmax([v / temperature for v in student])))
 
 
-def random_projection(rng, *shape, k=6, d=5):
-    return Projection(*(torch.randn(*s, d, generator=rng, dtype=torch.float64) for s in (shape, (k,))))
+def random_head(rng, *shape, k=6, d=5):
+    return HeadOutput(*(torch.randn(*s, d, generator=rng, dtype=torch.float64) for s in (shape, (k,))))
 
 
 @pytest.mark.parametrize("n_rows", [0, 4])
 def test_image_loss_is_dinos(rng, n_rows):
     """Every global teacher view against every other student view; means over the images and over the 2 + 2 * 3 pairs."""
-    student, teacher = random_projection(rng, 5, 4), random_projection(rng, 2, 4)
+    student, teacher = random_head(rng, 5, 4), random_head(rng, 2, 4)
     center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
-    p = distribution(Projection(teacher.rows.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(0, (2, 4))
+    p = distribution(HeadOutput(teacher.bottleneck.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(0, (2, 4))
     total, pairs = 0.0, [(t, s) for t in range(2) for s in range(5) if s != t]
     for t, s in pairs:
         rows = [plain_cross_entropy(student.logits[s, b].tolist(), p[t, b].tolist(), 0.1) for b in range(4)]
         total += sum(rows) / 4
     assert image_loss(student, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(total / len(pairs), rel=1e-12)
-    globals_ = Projection(student.rows[:2], student.prototypes)
+    globals_ = HeadOutput(student.bottleneck[:2], student.prototypes)
     rows = [plain_cross_entropy(student.logits[1 - t, b].tolist(), p[t, b].tolist(), 0.1) for t in range(2) for b in range(4)]
     assert image_loss(globals_, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(sum(rows) / 8, rel=1e-12)
 
 
 @pytest.mark.parametrize("n_rows", [0, 2])
 def test_patch_loss_weighs_each_crop_alike(rng, n_rows):
-    mask = torch.zeros(4, 9, dtype=torch.bool)
-    mask[0, :2], mask[2, 3:8] = True, True  # crops 1 and 3 have no mask of this kind and still count
-    student, teacher = random_projection(rng, 7), random_projection(rng, 7)
+    """Of four crops two have masked patches, 2 and 5; the others have none of this kind and still count."""
+    student, teacher = random_head(rng, 7), random_head(rng, 7)
     center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
     p = distribution(teacher, center, 0.3)
     rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student.logits, p)]
     expected = (sum(rows[:2]) / 2 + sum(rows[2:]) / 5) / 4
-    weights = mask_weights(mask, torch.float64)
+    weights = torch.tensor([1 / 2] * 2 + [1 / 5] * 5, dtype=torch.float64)
     assert patch_loss(student, teacher, center, weights, 4, (0.1, 0.3), n_rows).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_centering(rng):
-    teacher = random_projection(rng, 3, k=4)
+    teacher = random_head(rng, 3, k=4)
     center = torch.randn(1, 4, generator=rng, dtype=torch.float64)
     got = distribution(teacher, center, 0.04)
     for row, probabilities in zip(teacher.logits, got):
@@ -70,12 +69,12 @@ def test_centering(rng):
     moved = updated_center(center, teacher, 0.9)
     for k in range(4):
         assert moved[0, k].item() == pytest.approx(0.9 * center[0, k].item() + 0.1 * teacher.logits[:, k].mean().item(), rel=1e-12)
-    assert torch.equal(updated_center(center, Projection(teacher.rows[:0], teacher.prototypes), 0.9), center)
+    assert torch.equal(updated_center(center, HeadOutput(teacher.bottleneck[:0], teacher.prototypes), 0.9), center)
 
 
 def test_sinkhorn_is_the_plain_alternation(rng):
-    teacher = random_projection(rng, 6, k=4)
-    teacher = Projection(teacher.rows * 0.1, teacher.prototypes)
+    teacher = random_head(rng, 6, k=4)
+    teacher = HeadOutput(teacher.bottleneck * 0.1, teacher.prototypes)
     n, k = teacher.logits.shape
     q = [[math.exp(v / 0.04) for v in row] for row in teacher.logits.tolist()]
     for _ in range(3):
@@ -94,7 +93,7 @@ def test_entropies_tell_the_two_collapses():
         (torch.eye(4)[[0, 0, 0, 0]], (0.0, 0.0)),
         (torch.eye(4), (0.0, math.log(4))),
     ]:
-        got = teacher_entropies(Projection(rows.double(), prototypes), zero, 0.01)
+        got = teacher_entropies(HeadOutput(rows.double(), prototypes), zero, 0.01)
         assert [value.item() for value in got] == pytest.approx(expected, abs=1e-9)
 
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.views.masks import MaskRule, box_mask, cross_mask, draw_kinds, draw_masks, draw_targets
+from pretrain.views.masks import (
+    MaskSettings,
+    box_mask,
+    cross_mask,
+    draw_kinds,
+    draw_masks,
+    draw_targets,
+    mask_of_shape,
+    random_mask,
+)
 
 GRID = (14, 14)
 
@@ -15,8 +24,9 @@ def test_every_mask_hits_its_target_exactly(grid):
     for target in [0, 1, 3, 4, n // 10, n // 3, n // 2, n - 1]:
         for seed in range(5):
             rng = np.random.default_rng([seed, target])
-            assert box_mask(grid, target, MaskRule(), rng).sum() == target
+            assert box_mask(grid, target, MaskSettings(), rng).sum() == target
             assert cross_mask(grid, target, rng).sum() == target
+            assert random_mask(grid, target, rng).sum() == target
 
 
 def test_one_cross_is_a_full_row_and_a_full_column():
@@ -108,29 +118,29 @@ def test_boxes_by_hand():
     size, square = 13 / 21, 0.5
     first = [size, square, 3.5 / 11, 6.5 / 11]  # at row 3 and column 6, of the 11 places each that a side of 4 has in 14
     second = [1.0, square, 10.5 / 12, 0.5 / 12]
-    mask = box_mask(GRID, 25, MaskRule(), Scripted(*first, *second))
+    mask = box_mask(GRID, 25, MaskSettings(), Scripted(*first, *second))
     expected = np.zeros(GRID, dtype=bool)
     expected[3:7, 6:10] = expected[10:13, 0:3] = True
     assert (mask == expected).all()
     nothing_new = [1.0, square, 3.5 / 12, 6.5 / 12]  # inside the first box: tried again
-    assert (box_mask(GRID, 25, MaskRule(), Scripted(*first, *nothing_new, *second)) == expected).all()
+    assert (box_mask(GRID, 25, MaskSettings(), Scripted(*first, *nothing_new, *second)) == expected).all()
 
 
 def test_the_rest_beyond_the_boxes_is_single_free_patches():
     """No box fits a grid of one row: all patches come from the top-up, each as likely as any other."""
-    seen = np.stack([box_mask((1, 12), 5, MaskRule(), np.random.default_rng(seed))[0] for seed in range(2000)])
+    seen = np.stack([box_mask((1, 12), 5, MaskSettings(), np.random.default_rng(seed))[0] for seed in range(2000)])
     assert (seen.sum(1) == 5).all() and abs(seen.mean(0) - 5 / 12).max() < 0.05
 
 
 def test_lists_of_masked_patches():
-    masks = draw_masks(4, 2, GRID, MaskRule(content_share=0.5, position_share=0.25), (3, 1))
+    masks = draw_masks(4, 2, GRID, MaskSettings(content_share=0.5, position_share=0.25), (3, 1))
     for kind in ("content", "position"):
         mask = getattr(masks, kind)
         index, weight = getattr(masks, f"{kind}_index"), getattr(masks, f"{kind}_weight")
         assert index.dtype == torch.int64 and torch.equal(index, mask.flatten().nonzero()[:, 0])
         counts = mask.sum(1, keepdim=True).expand_as(mask)[mask]
         assert weight.dtype == torch.float32 and torch.equal(weight, 1 / counts.float())
-    none = draw_masks(2, 2, GRID, MaskRule(position_share=0.0), (3, 1))
+    none = draw_masks(2, 2, GRID, MaskSettings(position_share=0.0), (3, 1))
     assert none.position_index.shape == none.position_weight.shape == (0,)
 
 
@@ -138,7 +148,7 @@ def test_box_masks_are_boxy():
     """A quarter of the crop by boxes of at least 4 patches: most masked patches have a masked neighbour."""
     lonely = []
     for seed in range(50):
-        mask = np.pad(box_mask(GRID, 49, MaskRule(), np.random.default_rng(seed)), 1)
+        mask = np.pad(box_mask(GRID, 49, MaskSettings(), np.random.default_rng(seed)), 1)
         near = mask[:-2, 1:-1] | mask[2:, 1:-1] | mask[1:-1, :-2] | mask[1:-1, 2:]
         lonely.append((mask[1:-1, 1:-1] & ~near).sum())
     assert np.mean(lonely) < 2
@@ -147,7 +157,7 @@ def test_box_masks_are_boxy():
 @pytest.mark.parametrize("content, position", [(0.5, 0.5), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.25, 0.5)])
 @pytest.mark.parametrize("kinds_over", ["batch", "image"])
 def test_shares_and_exclusion(content, position, kinds_over):
-    rule = MaskRule(content_share=content, position_share=position, kinds_over=kinds_over)
+    rule = MaskSettings(content_share=content, position_share=position, kinds_over=kinds_over)
     masks = draw_masks(16, 2, GRID, rule, (0, 1))
     has = {"content": masks.content.any(1), "position": masks.position.any(1)}
     assert masks.content.shape == masks.position.shape == (32, 196)
@@ -158,7 +168,7 @@ def test_shares_and_exclusion(content, position, kinds_over):
 
 
 def test_ratios_are_stratified_over_each_kinds_crops():
-    masks = draw_masks(64, 2, GRID, MaskRule(), (5, 0))
+    masks = draw_masks(64, 2, GRID, MaskSettings(), (5, 0))
     edges = np.linspace(0.1, 0.5, 65)
     for mask in (masks.content, masks.position):
         counts = np.sort(mask.sum(1)[mask.any(1)].numpy())
@@ -173,16 +183,57 @@ def test_targets_and_kinds_by_hand():
     rng = np.random.default_rng(0)
     assert draw_targets(0, 196, (0.1, 0.5), rng) == []
     assert draw_targets(2, 10, (0.2, 0.2), rng) == [2, 2]
-    assert sorted(draw_kinds(3, 2, MaskRule(content_share=0.5, position_share=0.25), rng)) == ["content"] * 3 + ["none"] * 2 + [
+    assert sorted(draw_kinds(3, 2, MaskSettings(content_share=0.5, position_share=0.25), rng)) == ["content"] * 3 + ["none"] * 2 + [
         "position"
     ]
 
 
 def test_a_rank_draws_its_rows_of_the_global_batch():
-    whole = draw_masks(8, 2, GRID, MaskRule(), (1, 2))
+    whole = draw_masks(8, 2, GRID, MaskSettings(), (1, 2))
     for images in (slice(0, 4), slice(4, 8)):
-        part = draw_masks(8, 2, GRID, MaskRule(), (1, 2), images)
+        part = draw_masks(8, 2, GRID, MaskSettings(), (1, 2), images)
         for name in ("content", "position"):
             rows = getattr(whole, name).unflatten(0, (2, 8))[:, images].flatten(0, 1)
             assert torch.equal(getattr(part, name), rows)
-    assert not torch.equal(draw_masks(8, 2, GRID, MaskRule(), (1, 3)).content, whole.content)
+    assert not torch.equal(draw_masks(8, 2, GRID, MaskSettings(), (1, 3)).content, whole.content)
+
+
+MAE = MaskSettings(content_share=1.0, position_share=0.0, ratio=(0.75, 0.75), content_shape="random")
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.6, 0.9, 0.1, 1 / 3])
+def test_a_ratio_without_a_range_masks_as_many_patches_of_every_crop(ratio):
+    for n_patches in range(1, 400):
+        targets = draw_targets(37, n_patches, (ratio, ratio), np.random.default_rng(n_patches))
+        assert targets == [int(n_patches * ratio)] * 37
+    assert draw_targets(4096, 196, (0.75, 0.75), np.random.default_rng(0)) == [147] * 4096
+
+
+@pytest.mark.parametrize("n_images", [1, 3, 64])
+def test_maes_masks_hide_147_of_196_patches_of_every_crop(n_images):
+    for seed in range(20):
+        masks = draw_masks(n_images, 1, GRID, MAE, (seed, 3, 0))
+        assert masks.content.shape == (n_images, 196) and (masks.content.sum(1) == 147).all()
+        assert not masks.position.any() and len(masks.content_index) == 147 * n_images
+
+
+def test_random_masks_are_patches_of_the_smallest_numbers():
+    numbers = [0.9, 0.2, 0.8, 0.1, 0.7, 0.3]
+    assert random_mask((2, 3), 3, Scripted(*numbers)).tolist() == [[False, True, False], [True, False, True]]
+    assert mask_of_shape("random", (2, 3), 2, MAE, Scripted(*numbers)).ravel().tolist() == [False, True, False, True, False, False]
+
+
+def test_every_patch_and_every_pair_of_patches_is_masked_as_often_as_any_other():
+    """3,000 masks of 9 of 12 patches: shares 3/4 and 9 * 8 / (12 * 11), each within five standard deviations."""
+    masks = draw_masks(3000, 1, (3, 4), MAE, (11, 3, 0)).content.double()
+    pairs = masks.T @ masks / len(masks)  # [N, N], the shares of single patches on the diagonal
+    expected = torch.full((12, 12), 72 / 132, dtype=torch.float64).fill_diagonal_(0.75)
+    assert ((pairs - expected).abs() < 5 * (expected * (1 - expected) / len(masks)).sqrt()).all()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_every_rank_draws_its_rows_of_random_masks(n_ranks):
+    whole, size = draw_masks(8, 1, GRID, MAE, (1, 3, 2)), 8 // n_ranks
+    parts = [draw_masks(8, 1, GRID, MAE, (1, 3, 2), slice(rank * size, rank * size + size)) for rank in range(n_ranks)]
+    assert torch.equal(torch.cat([part.content for part in parts]), whole.content)
+    assert not torch.equal(draw_masks(8, 1, GRID, MAE, (1, 3, 3)).content, whole.content)

@@ -9,9 +9,9 @@ from torchvision.transforms import functional as on_pil
 from torchvision.transforms.v2 import functional as on_tensors
 
 from pretrain.views.batch import Batch
-from pretrain.views.boxes import CropRule, PositionRule, draw_views
-from pretrain.views.colour import OPERATIONS, Colour, ColourRule, draw_colours
-from pretrain.views.masks import MaskRule, draw_masks
+from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
+from pretrain.views.colour import OPERATIONS, ColorSettings, Colour, draw_colours
+from pretrain.views.masks import MaskSettings, draw_masks
 from pretrain.views.pixels import ADJUST, MEAN, STD, apply_colour, blur, crop_resize, normalise, render, solarize, to_grey
 
 
@@ -106,14 +106,14 @@ def test_a_whole_colour_is_torchvisions(order):
         end = on_tensors.rgb_to_grayscale(expected, 3) if grey else expected
         end = on_tensors.gaussian_blur(end, [9, 9], [sigma, sigma]) if sigma else end
         end = torch.where(end * 255 >= 127.5, 1 - end, end) if solarized else end
-        ours = apply_colour(image, Colour(True, list(order), factors, grey, sigma, solarized), ColourRule())
+        ours = apply_colour(image, Colour(True, list(order), factors, grey, sigma, solarized), ColorSettings())
         assert levels_apart(ours, end * 255) <= 3.5
-    assert apply_colour(image, Colour(False, list(order), factors, False, 0.0, False), ColourRule()) is image
+    assert apply_colour(image, Colour(False, list(order), factors, False, 0.0, False), ColorSettings()) is image
 
 
 def test_rendering_is_crop_then_colour():
-    image, rule = picture(), ColourRule()
-    views = draw_views(np.array([[90, 120]]), CropRule(n_local=3), PositionRule(), [np.random.default_rng(1)])
+    image, rule = picture(), ColorSettings()
+    views = draw_views(np.array([[90, 120]]), CropSettings(n_local=3), PositionSettings(), [np.random.default_rng(1)])
     colours = draw_colours(5, 2, rule, [np.random.default_rng(2)])
     global_crops, local_crops = render(image, views, colours, rule, global_px=48, local_px=32)
     assert global_crops.shape == (2, 3, 48, 48) and local_crops.shape == (3, 3, 32, 32) and local_crops.dtype == torch.uint8
@@ -121,7 +121,7 @@ def test_rendering_is_crop_then_colour():
         box = [round(side * length) for side, length in zip(views.boxes[0, view].tolist(), (120, 90, 120, 90))]
         expected = apply_colour(crop_resize(image, tuple(box), bool(views.flips[0, view]), crop.shape[1]), colour, rule)
         assert np.array_equal(crop.permute(1, 2, 0).numpy(), expected)
-    none = draw_views(np.array([[90, 120]]), CropRule(n_local=0), PositionRule(), [np.random.default_rng(1)])
+    none = draw_views(np.array([[90, 120]]), CropSettings(n_local=0), PositionSettings(), [np.random.default_rng(1)])
     assert render(image, none, colours, rule, global_px=48, local_px=32)[1].shape == (0, 3, 32, 32)
 
 
@@ -130,8 +130,8 @@ def test_bytes_are_normalised_on_the_way_to_the_step():
     generator = torch.Generator().manual_seed(0)
     channels_last = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     planar = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    views = draw_views(np.array([[90, 120]] * 2), CropRule(n_local=1), PositionRule(), [np.random.default_rng(i) for i in (0, 1)])
-    batch = Batch(channels_last, planar, views, draw_masks(2, 2, (2, 2), MaskRule(), (0,)))
+    views = draw_views(np.array([[90, 120]] * 2), CropSettings(n_local=1), PositionSettings(), [np.random.default_rng(i) for i in (0, 1)])
+    batch = Batch(channels_last, planar, views, draw_masks(2, 2, (2, 2), MaskSettings(), (0,)))
     mean, std = torch.tensor(MEAN).view(3, 1, 1) * 255, torch.tensor(STD).view(3, 1, 1) * 255
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         moved = batch.to(torch.device("cpu"), dtype)

@@ -20,13 +20,13 @@ from pretrain.analysis.feature_figures import layers_figure
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import Interrupted, UserError
+from pretrain.eval_model import open_models
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import PositionProbe, centres, draw_masks, hide_with
 from pretrain.progress import Progress
 from pretrain.results.schema import read_result
 from pretrain.signals import StopSignals
-from pretrain.subject import open_subjects
 from pretrain.views.pixels import normalise
 from pretrain.weights import save_backbone
 
@@ -198,7 +198,7 @@ def test_the_tool(tmp_path, weights, capsys):
     assert [row["hidden_by"] for row in rows if row["after"] == "norm" and row["patches"] == "hidden"] == ["token", "mean", "none"]
     ours = [row for row in rows if row["checkpoint"] == labels[0]]
     assert [row["after"] for row in ours] == ["embedding", "block 1", "norm"] * 2
-    results = [read_result(file) for file in (out / s.folder for s in open_subjects(weights))]
+    results = [read_result(file) for file in (out / s.folder for s in open_models(weights))]
     assert [result.backbone for result in results] == ["vit_tiny_patch16"] * 3 and len({r.config_hash for r in results}) == 2
     first = results[0]
     assert first.kind == "analysis" and first.method == "same <b>" and first.effective_epochs == 350 and first.weights_hash
@@ -234,30 +234,30 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
 
 
 def test_checkpoints_are_named_apart(weights, tmp_path):
-    subjects = open_subjects([weights[0], weights[0], weights[2]])
+    subjects = open_models([weights[0], weights[0], weights[2]])
     assert [s.label for s in subjects] == ["same <b>, ours, #1", "same <b>, ours, #2", "other"] and subjects[
         2
     ].folder == "checkpoints/other"
-    named = open_subjects(weights, names=["x", "y", "..\n"])
+    named = open_models(weights, names=["x", "y", "..\n"])
     assert [(s.label, s.method) for s in named] == [("x", "x"), ("y", "y"), ("..\\n", "..\\n")]
     for names, said in ((["x", "y", "x"], "'x' names 2 weights"), (["x", "y", " "], "' ' names 1 weights")):
         with pytest.raises(UserError, match=said):
-            open_subjects(weights, names=names)
+            open_models(weights, names=names)
     with pytest.raises(UserError, match="--names: 1 names for 3 files"):
-        open_subjects(weights, names=["x"])
-    (of_run,) = open_subjects([weights[0].parent], source="posfield", patch_px=8)
+        open_models(weights, names=["x"])
+    (of_run,) = open_models([weights[0].parent], source="posfield", patch_px=8)
     assert (
         of_run.path == weights[0] and of_run.build().patch_size == of_run.patch_px == 8 and of_run.build().pos_encoding == "field"
     )
     with pytest.raises(UserError, match="none of"):
-        open_subjects(weights, source="nobody")
+        open_models(weights, source="nobody")
     backbone = subjects[0].build(mask_tokens=True)
     said = {"position_masks": False}  # a run without position masks: its token is as it was drawn
     drawn = save_backbone(
         tmp_path / "d.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags, provenance=said
     )
-    assert not open_subjects([drawn])[0].has_token
-    assert [s.label for s in open_subjects([drawn, drawn])] == ["d, #1", "d, #2"]  # its name would tell nothing
+    assert not open_models([drawn])[0].has_token
+    assert [s.label for s in open_models([drawn, drawn])] == ["d, #1", "d, #2"]  # its name would tell nothing
     assert [s.has_token for s in subjects] == [True, True, False] and not subjects[0].build().training
     assert subjects[2].build(mask_tokens=True).flags["mask_tokens"] and not subjects[2].build().flags["mask_tokens"]
     subjects[0].write(tmp_path / "r", "p", {"a": (1, 1)}, {"m": 1.0}, 0.0)
@@ -281,7 +281,7 @@ def test_progress_stops_where_something_is_left(capsys):
 
 
 def test_folders_of_any_labels(weights):
-    (one,) = open_subjects(weights[:1])
+    (one,) = open_models(weights[:1])
     labels = ["a", "a b", "a_b", "..", "", "x" * 200, "x" * 201, "ä", '<script>alert("1")</script>\n../../figures']
     folders = [replace(one, label=label).folder for label in labels]
     assert len(set(folders)) == len(labels) and folders[0] == "checkpoints/a" and folders[2] == "checkpoints/a_b"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from pretrain.views.boxes import CropRule, PositionRule, Views, draw_views
+from pretrain.views.boxes import CropSettings, PositionSettings, Views, draw_views
 from pretrain.views.regions import inset, overlaps, read_regions
 
 GRIDS = [((14, 14), (6, 6)), ((37, 37), (7, 7)), ((5, 9), (8, 3))]
@@ -18,7 +18,7 @@ def seeded():
 
 def views_of(n_images, rule, size=(480, 640)):
     rngs = [np.random.default_rng([0, i]) for i in range(n_images)]
-    views = draw_views(np.array([size] * n_images, np.float64), rule, PositionRule(enabled=False), rngs)
+    views = draw_views(np.array([size] * n_images, np.float64), rule, PositionSettings(augment=False), rngs)
     return views.map(lambda x: x.double() if x.is_floating_point() else x)
 
 
@@ -75,7 +75,7 @@ def test_reading_is_roi_align(grid, n_bins, n_samples):
 @pytest.mark.parametrize("global_grid, local_grid", GRIDS)
 def test_both_views_read_the_same_coordinates(global_grid, local_grid, rule):
     """In all bins, the border ones too, with and without flips: the regions are inset by half a patch of either view."""
-    views = views_of(40, CropRule(2, 4, (0.4, 1.0), (0.05, 0.4), local_rule=rule))
+    views = views_of(40, CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule=rule))
     regions, are = overlaps(views, global_grid, local_grid, 1.0)
     seen = []
     for which, grid, of_view in ((slice(0, 2), global_grid, regions), (slice(2, None), local_grid, regions.transpose(1, 2))):
@@ -151,9 +151,8 @@ def test_the_least_overlap_is_robust_to_rounding(least, n_patches, expected):
 
 def test_regions_of_drawn_crops_lie_between_the_outermost_centres():
     """So no point is moved to the border, in float32 too."""
-    views = views_of(60, CropRule(2, 6, (0.4, 1.0), (0.05, 0.4), local_rule="inside")).map(
-        lambda x: x.float() if x.is_floating_point() else x
-    )
+    crops = CropSettings(n_global=2, n_local=6, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
+    views = views_of(60, crops).map(lambda x: x.float() if x.is_floating_point() else x)
     regions, are = overlaps(views, (14, 14), (6, 6), 2.0)
     assert are.float().mean() > 0.5
     for boxes, grid, axis in ((views.boxes[:, :2], (14, 14), 2), (views.boxes[:, 2:], (6, 6), 1)):

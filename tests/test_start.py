@@ -1,10 +1,9 @@
 """The backbone that a post-training starts from: its file decides the network, the config only what it may."""
 
-import warnings
-
 import pytest
 import torch
 from backbone_fixture import randomise
+from photos import last
 from public_fixture import NAME, images
 from reference_vit import saved
 from test_weights_dinov2 import published
@@ -12,7 +11,7 @@ from test_weights_dinov2 import published
 from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.methods.start import build_started_backbone
+from pretrain.methods.backbones import started_backbone
 from pretrain.weights import save_backbone
 
 UNUSUAL = dict(n_registers=3, layerscale=0.5, gelu="tanh", ln_eps=1e-5, has_cls=False, pos_grid=6, pos_interpolation="bicubic")
@@ -24,11 +23,9 @@ def file(folder, name=NAME, **flags):
 
 
 def started(weights, *overrides, encoding="standard", drop_path=0.0):
-    words = ["run.algorithm=dense", f"backbone.weights={weights}", f"backbone.name={NAME}", f"positions.encoding={encoding}"]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="config: ")
-        config = load_config(None, [*words, *overrides])
-    return build_started_backbone(config, drop_path)
+    words = ["method=paka", f"backbone.weights={weights}", f"backbone.name={NAME}", f"positions.encoding={encoding}"]
+    settings = load_config(None, last([*words, *overrides]))
+    return started_backbone(settings, drop_path, settings.positions)
 
 
 def refusal(weights, *overrides, **options):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result
+from det_plugin.torchvision_engine.checkpoint import load_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
+from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
@@ -75,9 +78,13 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(folder):
-    """A run's last checkpoint: tensors and plain values, nothing that could be executed."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+def newest(folder):
+    """The directory of a run's newest checkpoint."""
+    return checkpoints.whole_directories(folder)[0]
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 
 def assert_same_run(whole, parts):
     """Bit for bit: weights, optimiser state, log, predictions and result."""
-    expected, found = weights(whole.output), weights(parts.output)
+    expected, found = load_checkpoint(whole.output), load_checkpoint(parts.output)
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
     for index, state in expected["optimizer"]["state"].items():
@@ -188,7 +195,7 @@ def test_resumed_equals_uninterrupted(make, stop):
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)
-    assert not (parts.output / "result.json").exists() and weights(parts.output)["iteration"] == stop
+    assert not (parts.output / "result.json").exists() and load_checkpoint(parts.output)["iteration"] == stop
     with open(parts.output / "metrics.jsonl", "a") as log:  # what a killed run wrote after its last checkpoint
         log.write('{"iteration": 3, "loss": 1.0}\n{"iterat')
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
@@ -248,7 +255,7 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
         patch.setattr(Trainer, "step", signalled)
         with pytest.raises(Interrupted, match=f"SIGUSR1; saved at iteration {moment}"):
             train(parts)
-    assert weights(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
+    assert load_checkpoint(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
     train(parts, resume=True)
     assert_same_run(whole, parts)
 
@@ -261,7 +268,7 @@ def test_killed_and_terminated_processes(make):
     train(whole)
     words = words_of(parts, "--backbone", TINY, "--resume")
     call = [sys.executable, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
-    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and weights(parts.output)["iteration"] == 20
+    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and load_checkpoint(parts.output)["iteration"] == 20
     code, said = stopped(call, parts, 28, signal.SIGTERM)
     assert code == 85 and "stopped: SIGTERM; saved at iteration" in said
     assert not (parts.output / "result.json").exists()
@@ -269,18 +276,49 @@ def test_killed_and_terminated_processes(make):
     assert_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_was_cut_off_is_named(make, monkeypatch):
-    run = make("run")
+def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys):
+    """The run goes on from the one before and ends as if nothing had happened; without any whole one it stops."""
+    whole, run = make("whole"), make("run")
+    train(whole)
     train(run, stop_after_it=2)
-    before = (run.output / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:  # the disk is full: the old checkpoint stays whole
-        patch.setattr(torch, "save", lambda state, file: (file.write(before[:99]), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr("pretrain.checkpoints.tensors.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
             train(run, resume=True)
-    assert (run.output / "checkpoint.pt").read_bytes() == before
-    (run.output / "checkpoint.pt").write_bytes(before[: len(before) // 2])
-    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+    assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
+    train(run, resume=True, stop_after_it=3)
+    assert sorted(p.name for p in newest(run.output).iterdir()) == ["manifest.json", "meta.json", "state.safetensors"]
+    cut_off(newest(run.output) / "state.safetensors")
+    (newest(run.output).parent / "it_00000009.tmp").mkdir()  # of a process that was killed while it wrote
+    train(run, resume=True)
+    assert "passed over: checkpoint: " in capsys.readouterr().err
+    assert_same_run(whole, run)
+    assert sorted(path.name for path in newest(run.output).parent.iterdir()) == ["it_00000003", "it_00000004"]
+    (run.output / "result.json").unlink()
+    for path in checkpoints.whole_directories(run.output):
+        cut_off(path / "meta.json")
+    with pytest.raises(UserError, match="run has checkpoints, but no whole one; move them away to start anew"):
         train(run, resume=True)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_evaluated(make, data):
+    """``checkpoint.pt`` as commit 2c21771 wrote it: nested state dicts by torch.save."""
+    whole, old = make("whole"), make("old")
+    train(whole)
+    train(old, stop_after_it=2)
+    before = evaluate_folder(old.output, data, device="cpu", workers=0)
+    torch.save(load_checkpoint(old.output), old.output / "checkpoint.pt")
+    shutil.rmtree(old.output / "checkpoints")
+    assert evaluate_folder(old.output, data, device="cpu", workers=0) == before
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        train(old)
+    train(old, resume=True)
+    assert_same_run(whole, old)
+    shutil.rmtree(old.output / "checkpoints")
+    cut_off(old.output / "checkpoint.pt")
+    (old.output / "result.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+        train(old, resume=True)
 
 
 def test_checkpoints_between_evaluations(make, monkeypatch):
@@ -304,7 +342,7 @@ def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
             patch.setattr("det_plugin.torchvision_engine.train.evaluate", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(parts, resume=True)
-        assert weights(parts.output)["iteration"] == moment
+        assert load_checkpoint(parts.output)["iteration"] == moment
         if moment == 2:
             train(parts, resume=True, stop_after_it=3)
     with monkeypatch.context() as patch:
@@ -510,7 +548,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = words_of(run, "--backbone", TINY, "--resume")
     assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
-    assert 3 <= weights(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
+    assert 3 <= load_checkpoint(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
     said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
     assert [line["iteration"] for line in lines(run.output)] == list(range(30))

@@ -12,8 +12,8 @@ from pretrain.backbones.position import axis_weights, patch_centres, sample_fiel
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import (
     TRIES,
-    CropRule,
-    PositionRule,
+    CropSettings,
+    PositionSettings,
     augment_positions,
     central_crop,
     draw_crops,
@@ -22,7 +22,7 @@ from pretrain.views.boxes import (
     draw_views,
     pixel_boxes,
 )
-from pretrain.views.colour import ColourRule, draw_colours
+from pretrain.views.colour import NO_COLOR, ColorSettings, draw_colours
 from pretrain.views.pixels import render
 from pretrain.views.resample import resize_weights, sandwich
 
@@ -109,9 +109,9 @@ def test_drawn_views_carry_pixels_and_positions_together():
     height, width, size, patch = 90, 120, 32, 8
     y, x = np.indices((height, width))
     image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
-    rule = CropRule(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
-    views = draw_views(np.array([[height, width]]), rule, PositionRule(enabled=False), [np.random.default_rng(3)])
-    off = ColourRule(jitter_p=0, grey_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+    rule = CropSettings(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
+    views = draw_views(np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)])
+    off = ColorSettings(**NO_COLOR)
     colours = draw_colours(5, 2, off, [np.random.default_rng(0)])
     views = replace(views, flips=torch.tensor([[True, False, True, False, False]]))  # among the global and the local ones
     pixels = torch.cat(render(image, views, colours, off, global_px=size, local_px=size)).float()  # [5, 3, s, s] levels
@@ -162,7 +162,7 @@ def test_the_fallback_is_torchvisions_box(height, width):
 def test_boxes_are_whole_pixels():
     sizes = np.array([[333, 517], [1, 1], [3, 2000], [30_000, 41]])
     rngs = [np.random.default_rng(i) for i in range(4)]
-    views = draw_views(sizes, CropRule(), PositionRule(), rngs)
+    views = draw_views(sizes, CropSettings(), PositionSettings(), rngs)
     height, width = torch.from_numpy(sizes)[:, :, None].unbind(1)
     left, top, right, bottom = (pixels := pixel_boxes(views.boxes, height, width)).unbind(-1)
     assert ((0 <= left) & (left < right) & (right <= width) & (0 <= top) & (top < bottom) & (bottom <= height)).all()
@@ -175,7 +175,7 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
     def drawn(images):
         rngs = [np.random.default_rng([1, i]) for i in images], [np.random.default_rng([2, i]) for i in images]
-        return draw_views(sizes[images], CropRule(), PositionRule(), rngs[0]), draw_colours(10, 2, ColourRule(), rngs[1])
+        return draw_views(sizes[images], CropSettings(), PositionSettings(), rngs[0]), draw_colours(10, 2, ColorSettings(), rngs[1])
 
     views, colours = drawn([0, 1, 2])
     for i in range(3):
@@ -187,8 +187,8 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
 def test_boxes_and_flips_are_the_same_without_position_augmentation():
     on, off = (
-        draw_views(np.array([[375, 500]]), CropRule(), PositionRule(enabled=enabled), [np.random.default_rng(0)])
-        for enabled in (True, False)
+        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(augment=augment), [np.random.default_rng(0)])
+        for augment in (True, False)
     )
     assert torch.equal(on.boxes, off.boxes) and torch.equal(on.flips, off.flips)
     assert torch.equal(off.position_boxes, off.boxes) and not torch.equal(on.position_boxes, on.boxes)
@@ -200,7 +200,7 @@ BOXES = np.array([[0.1, 0.2, 0.6, 0.9], [0.3, 0.1, 0.8, 0.7], [0.2, 0.3, 0.4, 0.
 @pytest.mark.parametrize("s", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("reference", ["crops", "image"])
 def test_position_augmentation_is_one_affine_map(s, reference):
-    rule = PositionRule(scale="constant", s_min=0.1, s_max=s, reference=reference)
+    rule = PositionSettings(scale="constant", s_min=0.1, s_max=s, reference=reference)
     places = []
     for seed in range(50):
         moves = np.array([draw_move(rule, np.random.default_rng([seed, i])) for i in range(2)])
@@ -223,15 +223,15 @@ def test_position_augmentation_is_one_affine_map(s, reference):
 
 def test_s_has_the_papers_distributions():
     rng = np.random.default_rng(0)
-    beta = np.array([draw_s(PositionRule(), rng) for _ in range(20000)])
+    beta = np.array([draw_s(PositionSettings(), rng) for _ in range(20000)])
     assert abs(beta.mean() - (0.2 + 0.8 * 2 / 7)) < 0.005 and beta.min() >= 0.2 and beta.max() <= 1
-    uniform = np.array([draw_s(PositionRule(scale="uniform"), rng) for _ in range(20000)])
+    uniform = np.array([draw_s(PositionSettings(scale="uniform"), rng) for _ in range(20000)])
     assert abs(uniform.mean() - 0.6) < 0.005 and abs(uniform.std() - 0.8 / math.sqrt(12)) < 0.005
-    assert draw_s(PositionRule(scale="constant"), rng) == 1.0
+    assert draw_s(PositionSettings(scale="constant"), rng) == 1.0
 
 
 def test_surround_globals_alone():
-    rule = PositionRule(scale="constant", s_max=0.3, surround="globals")
+    rule = PositionSettings(scale="constant", s_max=0.3, surround="globals")
     boxes = np.array([[0.3, 0.3, 0.6, 0.6], [0.4, 0.4, 0.7, 0.7], [0.0, 0.0, 0.1, 0.1]])
     moved = augment_positions(boxes[None], rule, 2, np.array([draw_move(rule, np.random.default_rng(0))]))[0]
     size = moved[:2, 2:].max(0) - moved[:2, :2].min(0)
@@ -240,7 +240,7 @@ def test_surround_globals_alone():
 
 def test_views_are_view_major():
     batch = draw_views(
-        np.array([[100, 100], [80, 60]]), CropRule(n_local=1), PositionRule(), [np.random.default_rng(i) for i in (0, 1)]
+        np.array([[100, 100], [80, 60]]), CropSettings(n_local=1), PositionSettings(), [np.random.default_rng(i) for i in (0, 1)]
     )
     boxes, flips = batch.globals
     torch.testing.assert_close(boxes, torch.stack([batch.position_boxes[b, i] for i in (0, 1) for b in (0, 1)]))
@@ -250,7 +250,7 @@ def test_views_are_view_major():
 
 def test_colour_probabilities_and_ranges_by_view():
     n = 4000
-    colours = draw_colours(10, 2, ColourRule(), [np.random.default_rng([0, i]) for i in range(n)])
+    colours = draw_colours(10, 2, ColorSettings(), [np.random.default_rng([0, i]) for i in range(n)])
     for view, blur, solarize in [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0), (9, 0.5, 0.0)]:
         flags = [colours.jitter, colours.grey, colours.sigma > 0, colours.solarize]
         rates = [flag[:, view].double().mean() for flag in flags]

@@ -13,23 +13,21 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
 import time
-
-import yaml
 
 from pretrain.cli import run
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
 from pretrain.results import read_result, renamed, render
 from pretrain.results.ablation import Trial, ablation_table
+from pretrain.settings import flat, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "pretrain"
-# In the table's order; each but the method itself is configs/pretrain/ablation/NAME.yaml.
+# In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.
 ROWS = ("table3_none", "table3_sampling", "table3_lpos", "method", "reference_image")
 DATA = "--train 480 --val 80 --size 128".split()  # the demo's, as the detection protocol
 DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
@@ -42,10 +40,11 @@ QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".spl
 
 
 def row_overrides(row: str) -> list[str]:
-    """What a row's config changes, as key=value."""
-    groups = {} if row == "method" else yaml.safe_load((CONFIGS / "ablation" / f"{row}.yaml").read_text())
-    pairs = [(f"{group}.{key}", value) for group, keys in groups.items() if group != "base" for key, value in keys.items()]
-    return [f"{key}={json.dumps(value)}" for key, value in pairs if key != "run.output"]
+    """What a row's file changes, as key=value."""
+    if row == "method":
+        return []
+    values = flat(read_yaml(ROOT / "pretrain" / "recipes" / "ablation" / f"{row}.yaml").values)
+    return [f"{key}={text}" for key, text in values.items() if key not in ("base", "run.output")]
 
 
 def last(*settings: list[str]) -> list[str]:

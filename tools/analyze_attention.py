@@ -30,12 +30,13 @@ from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
 from pretrain.cli import run
-from pretrain.data.pictures import data_at, read_pictures, square
+from pretrain.data.pictures import read_pictures, square
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of, named_apart, open_models
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, add_options, named_apart, open_subjects, subjects_of
 
 QUERIES = ["0.25,0.25", "0.75,0.25", "0.5,0.5", "0.25,0.75", "0.75,0.75"]
 BOX, CROSS = "box-wise", "cross-wise"
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     queries = list(map(read_place, options.queries))
     output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
     device = choose_device(options.device)
-    pictures = read_pictures(data_at(options.images), options.max_images, lambda p: square(p, options.size, options.crop))
+    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
     images = torch.stack(pictures.pixels)
@@ -80,12 +81,12 @@ def main(arguments: list[str]) -> None:
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 
-def looked_at(options: argparse.Namespace) -> list[Subject]:
+def looked_at(options: argparse.Namespace) -> list[EvalModel]:
     """The checkpoints, the two of --compare-masks last; every file is looked at before the first is measured."""
-    subjects = subjects_of(options)
+    subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        two = open_subjects(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
+        two = open_models(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
         subjects = named_apart([*subjects, *two])
     if not subjects:
         raise UserError("nothing to analyse: give --weights or --compare-masks")

@@ -33,11 +33,11 @@ from pretrain.data.label_sets import KINDS, LabelSet, open_label_set
 from pretrain.data.label_sets.maps import nearest
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, named_apart, open_models
 from pretrain.evaluation.dense import run as dense
 from pretrain.evaluation.dense.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, named_apart, open_subjects
 
 SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
@@ -103,22 +103,22 @@ def main(arguments: list[str]) -> None:
                 draw(job.val, finished, features, folder)
 
 
-def checkpoints(options: argparse.Namespace) -> tuple[list[Subject], dict[str, tuple[Any, Any]]]:
+def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
     """The weights, after those of --before; and what of how they are used the protocol would have otherwise."""
     if options.patch_size is not None and options.patch_size < 1:
         raise UserError(f"--patch-size: {options.patch_size} is less than 1")
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone)
+    (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
         "precision": ("float32", "bf16" if options.bf16 else "float32"),
     }
-    before = open_subjects([options.before], (), None, options.backbone) if options.before else []
+    before = open_models([options.before], (), None, options.backbone) if options.before else []
     return named_apart([replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]), others
 
 
 def jobs_of(
     options: argparse.Namespace,
-    subject: Subject,
+    subject: EvalModel,
     settings: dict[str, Any],
     others: dict[str, tuple[Any, Any]],
     signals: StopSignals,

@@ -18,8 +18,10 @@ from pretrain.train import train
 
 def main(arguments: list[str]) -> None:
     """Parse, build, train."""
-    parser = argparse.ArgumentParser(description="Self-supervised pre-training; every key is in pretrain/default.yaml.")
-    parser.add_argument("--config", help="a child config, e.g. configs/pretrain/toy.yaml; without it, the defaults")
+    parser = argparse.ArgumentParser(description="Self-supervised pre-training; tools/config.py prints every key.")
+    parser.add_argument(
+        "--config", help="a YAML file, e.g. configs/pretrain/toy.yaml, or a recipe by name; without: intertwined-100ep"
+    )
     parser.add_argument("--resume", nargs="?", const="auto", default="", metavar="auto|ITERATION|DIR",
                         help="go on from the newest whole checkpoint in run.output (auto), or the one named")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")

@@ -13,20 +13,20 @@ import argparse
 import json
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from pretrain.cli import run
-from pretrain.config import check, load_config
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import open_models
 from pretrain.evaluation.position_probe import hide_with
-from pretrain.evaluation.probes import Probes
-from pretrain.subject import open_subjects
+from pretrain.evaluation.probes import Probes, ProbeSettings
+from pretrain.settings import Layer, build
 
 
 def main(arguments: list[str]) -> None:
     """Parse, build, probe, print."""
-    defaults = load_config().probes
+    defaults = ProbeSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
     parser.add_argument("--source", metavar="NAME", help="whose file it is (dino, mae, ...); else found out from the file")
@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> None:
     if not (options.knn_root or options.seg_root or options.position_root):
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone, options.patch_size)
-    backbone = subject.build(mask_tokens=bool(options.position_root))
+    (model,) = open_models([options.weights], (), options.source, options.backbone, options.patch_size)
+    backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
-    probes = Probes(settings(options, backbone.patch_size))
-    if options.position_root and not subject.has_token:
+    probes = Probes(settings(options), DataSettings(root=options.position_root), backbone.patch_size)
+    if options.position_root and not model.has_token:
         hidden_by = hide_with(backbone, "mean", False, (options.image_px // backbone.patch_size,) * 2)
         said = (
             "the mean of all positions stands for a hidden one" if hidden_by == "mean" else "and no positions that could be hidden"
@@ -62,20 +62,14 @@ def main(arguments: list[str]) -> None:
     if options.json:
         used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"backbone": subject.backbone, "options": used, "metrics": values}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"backbone": model.backbone, "options": used, "metrics": values}, indent=2) + "\n")
 
 
-def settings(options: argparse.Namespace, patch_size: int) -> DictConfig:
-    """The configuration that a run with these probes would have."""
-    config = load_config()
-    OmegaConf.set_readonly(config, False)
-    config.data.root, config.backbone.patch_size = options.position_root, patch_size
-    config.crops.global_px = config.crops.local_px = patch_size  # of no use here, and 224 and 96 are no multiples of every patch
-    for key in ("knn_root", "knn_k", "seg_root", "seg_classes", "image_px", "max_images"):
-        config.probes[key] = getattr(options, key)
-    config.probes.position, config.probes.period_it = bool(options.position_root), 1
-    check(config)
-    return config
+def settings(options: argparse.Namespace) -> ProbeSettings:
+    """The probes that are asked for."""
+    keys = ("knn_root", "knn_k", "seg_root", "seg_classes", "image_px", "max_images")
+    values = {key: getattr(options, key) for key in keys} | {"position": bool(options.position_root), "every": 1}
+    return build(ProbeSettings, [Layer("command line", values)], "probes")
 
 
 if __name__ == "__main__":

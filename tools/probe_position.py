@@ -22,9 +22,11 @@ import torch
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
-from pretrain.data.pictures import check_grid, content_hash, data_at
+from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import HIDDEN_BY, hide_with, read_squares
@@ -32,7 +34,6 @@ from pretrain.progress import Progress
 from pretrain.results.csv_file import read_csv, write_csv
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, add_options, subjects_of
 from pretrain.views.masks import SHAPES
 
 TABLE = "position_layers.csv"
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
     device = choose_device(options.device)
-    subjects = subjects_of(options)
+    subjects = models_of(options)
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
             raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 
 def probe(
-    subject: Subject,
+    subject: EvalModel,
     options: argparse.Namespace,
     by_side: dict[int, torch.Tensor],
     device: torch.device,
@@ -83,7 +84,7 @@ def probe(
     side = max(2, round(options.size / subject.patch_px)) * subject.patch_px
     check_grid(side // subject.patch_px, side // subject.patch_px, f"--size {options.size}: an image")
     if side not in by_side:
-        read = read_squares(data_at(options.images), side, options.max_images)
+        read = read_squares(DataSettings(root=options.images), side, options.max_images)
         print("".join(f"left out: {line}\n" for line in read.broken), end="", flush=True)
         by_side[side] = torch.stack(read.pixels)
     images = by_side[side]

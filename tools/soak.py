@@ -30,7 +30,7 @@ from pretrain.errors import UserError
 PERIOD_IT, START_S = 2, 6.0  # between checkpoints; kills "while it starts" come within, or at its first checkpoint
 TINY = """backbone.name=vit_tiny_patch16 backbone.depth=2 crops.global_px=64 crops.local_px=32 crops.n_local=2 positions.grid=7
 heads.n_prototypes=24 heads.hidden_dim=16 heads.bottleneck_dim=8 optim.batch_size=3 optim.epochs=2 optim.warmup_epochs=1
-run.device=cpu log.period_it=1 log.tensorboard=false log.pictures_period_it=0""".split()
+run.device=cpu log.every=1 log.tensorboard=false log.images_every=0""".split()
 
 
 def write_photos(folder: Path) -> None:
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
         if any(root.glob("*/checkpoints")):
             raise UserError(f"--output: {root} already holds runs")
         write_photos(root / "photos")
-        overrides = [*TINY, f"optim.epoch_length_it={total_it // 2}", f"log.checkpoint_period_it={PERIOD_IT}"]
+        overrides = [*TINY, f"optim.epoch_iters={total_it // 2}", f"log.checkpoint_every={PERIOD_IT}"]
         overrides += [f"data.workers={0 if options.quick else 1}", f"data.root={root / 'photos'}"]
         for folder, n in [(alone, 0), (killed, kills)]:
             soak(folder, overrides, total_it, n, random.Random(options.seed))

@@ -25,11 +25,12 @@ from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colours
 from pretrain.analysis.similarity import Place, read_place, similarity_to
 from pretrain.cli import run
-from pretrain.data.pictures import data_at, read_pictures, resized, whole
+from pretrain.data.pictures import read_pictures, resized, whole
+from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.features import Features, frozen, layer_names
-from pretrain.subject import Subject, add_options, subjects_of
 
 QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 Maps = dict[str, list[Tensor]]
@@ -51,9 +52,9 @@ def main(arguments: list[str]) -> None:
     if options.size < 1 or options.max_images < 1:
         raise UserError(f"--size {options.size} and --max-images {options.max_images} must be at least 1")
     queries = [read_place(text) for text in options.query] or QUERIES
-    subjects, device = subjects_of(options), choose_device(options.device)
+    subjects, device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
-    pictures = read_pictures(data_at(options.images), options.max_images, lambda pixels: pixels)
+    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
 
@@ -86,7 +87,7 @@ def shown(pixels: np.ndarray, short_px: int) -> Tensor:
 
 
 def look(
-    subject: Subject, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
+    subject: EvalModel, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[Tensor]]:
     """Grids (h, w) and patch features [N, D] of each picture, of the layer that is asked for."""
     backbone = subject.build().to(device)

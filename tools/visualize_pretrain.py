@@ -42,7 +42,8 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     images = [dataset.read(i)[0] for i in range(n_images)]
     samples = [dataset.sample(i, image) for i, image in enumerate(images)]
     crops = [[*normalise(s.global_crops), *normalise(s.local_crops)] for s in samples]
-    has_field = config.positions.encoding == "field"
+    rules = dataset.rules
+    has_field = rules.positions is not None and rules.positions.encoding == "field"
     in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
     save(
         views_figure([torch.from_numpy(i).permute(2, 0, 1) for i in images], [s.views for s in samples], crops, has_field),
@@ -51,24 +52,25 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
         "Views and their positions",
         f"Global (red) and local (blue) boxes in the image{in_field}, and the crops.",
     )
-    batch = Collate(dataset.rules, n_images, config.run.seed).crops(samples).to(torch.device("cpu"))
-    save(
-        masks_figure(batch.global_crops, batch.masks, dataset.rules.grid),
-        figures,
-        "masks.png",
-        "Masks",
-        "Patches of the student's global crops whose content (white) or position (red) is replaced by a mask token.",
-    )
-    if dataset.rules.positions.enabled:
+    batch = Collate(rules, n_images, config.run.seed).crops(samples).to(torch.device("cpu"))
+    if batch.masks is not None:
         save(
-            scales_figure(dataset.rules.positions),
+            masks_figure(batch.global_crops, batch.masks, rules.grid),
+            figures,
+            "masks.png",
+            "Masks",
+            "Patches of the student's global crops whose content (white) or position (red) is replaced by a mask token.",
+        )
+    if rules.positions is not None and rules.positions.is_augmented:
+        save(
+            scales_figure(rules.positions),
             figures,
             "scales.png",
             "Scale s",
-            "Distributions of s as drawn (paper Fig. 3); the run uses " + config.positions.scale + ".",
+            f"Distributions of s as drawn (paper Fig. 3); the run uses {rules.positions.scale}.",
         )
     if (folder / "backbone.safetensors").is_file():
-        side = 2 * config.crops.global_px
+        side = 2 * rules.crops.global_px
         whole = [torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images]
         backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
         save(

@@ -1,4 +1,4 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoint.pt`` how far it is, ``result.json`` that it is over."""
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.checkpoint import has_checkpoint
 from det_plugin.torchvision_engine.coco import CocoSplit
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
@@ -16,7 +17,7 @@ from pretrain.results.provenance import file_hash
 from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, CHECKPOINT, RESULT, PREDICTIONS = "config.json", "checkpoint.pt", "result.json", "predictions.json"
+CONFIG, RESULT, PREDICTIONS = "config.json", "result.json", "predictions.json"
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
         raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
     if (folder / RESULT).is_file():
         return True
-    if (folder / CHECKPOINT).is_file() and not resume:
+    if has_checkpoint(folder) and not resume:
         raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
     return False
 

@@ -14,7 +14,6 @@ from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
 from det_plugin.torchvision_engine.figures import draw_detections
 from det_plugin.torchvision_engine.folder import (
-    CHECKPOINT,
     ENGINE,
     RESULT,
     backbone_of,
@@ -27,9 +26,9 @@ from det_plugin.torchvision_engine.folder import (
 from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
-from pretrain import distributed
+from pretrain import checkpoints, distributed
 from pretrain.device import choose_device, deterministic
-from pretrain.distributed import gather_objects, say
+from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
 from pretrain.signals import StopSignals
@@ -40,8 +39,8 @@ HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, i
 
 
 def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = None) -> Path:
-    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoint.pt``, ``predictions.json``, ``metrics.jsonl``,
-    ``speed.jsonl``, ``tensorboard/`` and ``figures/``; a run that is over is left as it is.
+    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``, ``predictions.json``,
+    ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``; a run that is over is left as it is.
 
     Args:
         resume: go on from the folder's checkpoint, if there is one; on the CPU, bit for bit as without the interruption.
@@ -66,10 +65,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if len(set(gather_objects((is_over, state and state["iteration"])))) > 1:
         raise UserError(f"output: not every process finds the same run in {run.output}; all machines must see one folder")
     if is_over:
-        say(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
+        distributed.log(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
         return run.output / RESULT
     if run.protocol.amp and trainer.amp_dtype is None:
-        say(f"warning: amp has no effect on {device.type}; the run is in float32")
+        distributed.log(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
         write_config(run.output, config)
     terms = None
@@ -107,7 +106,7 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     finally:
         if line:
             line.close()
-    say(f"{output}, iteration {iteration}: {in_words(metrics)}")
+    distributed.log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
 
 
@@ -119,7 +118,7 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     """
     config, state = read_config(output), load_checkpoint(output)
     if state is None:
-        raise UserError(f"output: {output} holds no {CHECKPOINT}")
+        raise UserError(f"output: {output} holds no checkpoint")
     model = build_model(backbone_of(config), protocol_of(config))
     model.load_state_dict(state["model"])
     return model, config, state["iteration"]
@@ -188,7 +187,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
     )
     if distributed.is_main():
         draw_detections(data.val, predictions, run.output / "figures")
-        say(f"iteration {trainer.iteration}: {in_words(metrics)}")
+        distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
 
@@ -210,6 +209,7 @@ class Log:
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
+        checkpoints.clean(self.folder)
         self.speed, self.saved_s = Speed(trainer.protocol.batch_size), time.monotonic()
         self.metrics = MetricsLog(self.folder, first_line_it, tensorboard=True)
         self.line = ProgressLine("detection", trainer.protocol.max_iters, trainer.iteration)
@@ -240,7 +240,7 @@ class Log:
             self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
 
     def save_checkpoint(self, terms: Mapping[str, float]) -> None:
-        """``checkpoint.pt``, after the lines of the iterations before."""
+        """A checkpoint, after the lines of the iterations before."""
         self.metrics.flush()
         with self.speed.paused():
             save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})

@@ -17,7 +17,7 @@ from pretrain.analysis.attention_tables import METRICS, Measured
 from pretrain.analysis.figures import Shown, forget, keep, scales_figure
 from pretrain.results.report import html_table, page, picture
 from pretrain.results.schema import Result
-from pretrain.views.boxes import PositionRule
+from pretrain.views.boxes import PositionSettings
 
 
 def draw(
@@ -62,7 +62,7 @@ def draw(
             "the right (paper Fig. 7).",
         )
     figures["scales"] = (
-        scales_figure(PositionRule()),
+        scales_figure(PositionSettings()),
         "Scale s",
         "Distributions of s as drawn in training with the default settings (paper Fig. 3).",
     )

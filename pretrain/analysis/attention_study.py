@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from pretrain.analysis.attention import query_attention
@@ -21,17 +20,18 @@ from pretrain.analysis.attention_tables import Measured, metrics_of, read_statis
 from pretrain.backbones.vit import ViT
 from pretrain.data.pictures import check_grid, content_hash
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel
 from pretrain.progress import Progress
 from pretrain.results.schema import FILE_NAME
+from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject
 from pretrain.views.pixels import normalise
 
 PROTOCOL = {"size_px": 480, "patch_px": 16, "images": 100, "crop": False, "bf16": False}  # appendix A; number of images: ours
 STATISTICS = "statistics.csv"
 
 
-def check_size(subjects: Sequence[Subject], size_px: int) -> None:
+def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
     """Every checkpoint's patches fill the images.
 
     Raises:
@@ -52,7 +52,8 @@ def check_masks(box: Path, cross: Path) -> None:
     """
     for path, wanted in ((box, "box"), (cross, "cross")):
         if (path / "config.yaml").is_file():
-            shape = OmegaConf.select(OmegaConf.load(path / "config.yaml"), "masks.position_shape")
+            masks = read_yaml(path / "config.yaml").values.get("masks")
+            shape = masks.get("position_shape") if isinstance(masks, dict) else None
             if shape != wanted:
                 raise UserError(f"--compare-masks: {path} has masks.position_shape={shape}, not {wanted}")
 
@@ -80,7 +81,7 @@ class Study:
     block: int = BLOCK
     signals: StopSignals | None = None
 
-    def measure(self, subject: Subject, backbone: ViT, folder: Path) -> Measured:
+    def measure(self, subject: EvalModel, backbone: ViT, folder: Path) -> Measured:
         """The statistics of a checkpoint, from its folder where they are there for the same file, images and settings.
 
         Raises:

@@ -24,7 +24,8 @@ from torch import Tensor
 from pretrain.analysis.attention import last_layer_attention, patch_at
 from pretrain.backbones.vit import ViT
 from pretrain.results.runs import Figure as Shown
-from pretrain.views.boxes import PositionRule, Views, draw_s
+from pretrain.settings import replaced
+from pretrain.views.boxes import PositionSettings, Views, draw_s
 from pretrain.views.masks import Masks
 from pretrain.views.pixels import MEAN, STD
 
@@ -152,13 +153,13 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
     return figure
 
 
-def scales_figure(rule: PositionRule, n: int = 20_000) -> Figure:
+def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
     """The three distributions of s (paper Fig. 3, Table 4a), drawn from the code that the training uses."""
     figure, axis = plt.subplots(figsize=(5, 2.4), layout="constrained")
     for scale in ("beta", "uniform"):
         rng = np.random.default_rng(0)
-        fields = {**rule.__dict__, "scale": scale}
-        values = [draw_s(PositionRule(**fields), rng) for _ in range(n)]
+        drawn_from = replaced(rule, {"scale": scale})
+        values = [draw_s(drawn_from, rng) for _ in range(n)]
         axis.hist(values, bins=60, range=(0, 1), density=True, histtype="step", linewidth=1.5, label=scale)
     axis.axvline(rule.s_max, color="grey", linestyle="--", label="constant")
     axis.set(xlabel="s (area of the augmented region, |P| = 1)", ylabel="density")

@@ -25,7 +25,7 @@ def training_pictures(
     global_crops: Tensor,
     local_crops: Tensor,
     views: Views,
-    masks: Masks,
+    masks: Masks | None,
     *,
     n_images: int = 3,
     autocast: AbstractContextManager[Any] | None = None,
@@ -56,7 +56,7 @@ def training_pictures(
         ),
         "pca": pca_figure(big[:2], pca_rgb(seen.features).unflatten(1, grid).unflatten(0, (-1, n))),
     }
-    if masks.content.any() or masks.position.any():  # a post-training masks nothing
+    if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
         figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)
     return {name: as_array(figure) for name, figure in figures.items()}
 

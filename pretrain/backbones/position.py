@@ -134,6 +134,15 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
         return (weights.T @ _full(grid_embed).flatten(1, 2)).to(grid_embed.dtype)
 
 
+def sincos_table(side: int, width: int) -> Tensor:
+    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: one half for the column, one for the row."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    columns, rows = axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1)  # [side, side, width / 2]
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
 def _full(x: Tensor) -> Tensor:
     """At least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
     cls: Tensor  # [B, D]; of a ViT without [CLS] the mean of the patches (ours)
     registers: Tensor  # [B, R, D]
-    patches: Tensor  # [B, N, D], row-major
+    patches: Tensor  # [B, N, D], row-major, or [B, n, D] in the order of ``visible``
 
 
 class ViewGroup(NamedTuple):
@@ -45,6 +45,7 @@ class ViewGroup(NamedTuple):
     flips: Tensor | None = None  # [B]
     content_mask: Tensor | None = None  # [B, N]
     position_mask: Tensor | None = None  # [B, N]
+    visible: Tensor | None = None  # [B, n]
 
 
 class PatchEmbed(nn.Module):
@@ -246,6 +247,7 @@ class ViT(nn.Module):
         flips: Tensor | None = None,
         content_mask: Tensor | None = None,
         position_mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, tuple[int, int]]:
         """The sequence that enters the first block (paper 3.3), and its grid.
 
@@ -253,10 +255,13 @@ class ViT(nn.Module):
             x: [B, 3, H, W] normalised pixels.
             boxes, flips: [B, 4], [B]: the crops' places (with position augmentation), none for whole images.
             content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
+            visible: [B, n] int64, the patches that enter the sequence, in this order; the same number for each image, none of them
+                twice (MAE). Not with relative positions, which belong to whole grids.
 
         Returns:
-            [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first.
+            [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``: [B, S + n, D].
         """
+        assert visible is None or not self.flags["relative_positions"], "relative positions belong to whole grids"
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
@@ -269,7 +274,10 @@ class ViT(nn.Module):
         prefix = [self.cls_input().expand(len(x), -1, -1)] if self.has_cls else []
         if self.n_registers:
             prefix.append(self.reg_token.expand(len(x), -1, -1))
-        return torch.cat([*prefix, content + position], dim=1), grid
+        patches = content + position
+        if visible is not None:
+            patches = patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, self.embed_dim))  # [B, n, D]
+        return torch.cat([*prefix, patches], dim=1), grid
 
     def forward(
         self,
@@ -278,9 +286,10 @@ class ViT(nn.Module):
         flips: Tensor | None = None,
         content_mask: Tensor | None = None,
         position_mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tokens:
         """Tokens after the final norm; the arguments are those of :meth:`embed`."""
-        tokens, grid = self.embed(x, boxes, flips, content_mask, position_mask)
+        tokens, grid = self.embed(x, boxes, flips, content_mask, position_mask, visible)
         buckets = self.buckets(grid)
         for block in self.blocks:
             tokens = block(tokens, buckets=buckets)

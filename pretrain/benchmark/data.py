@@ -15,7 +15,6 @@ from typing import Any
 
 import cv2
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -115,20 +114,20 @@ def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def torchvision_views(config: DictConfig) -> list[Callable[[Image.Image], Tensor]]:
+def torchvision_views(config: Any) -> list[Callable[[Image.Image], Tensor]]:
     """The usual composition of DINOv2 on PIL images, one a view, with this config's numbers."""
-    crops, colour = config.crops, config.colour
+    crops, color = config.crops, config.color
 
     def view(size: int, scale: tuple[float, float], kind: int) -> Callable[[Image.Image], Tensor]:
         cubic = transforms.InterpolationMode.BICUBIC
-        blur = transforms.GaussianBlur(colour.blur_kernel_px, tuple(colour.blur_sigma))
+        blur = transforms.GaussianBlur(color.blur_kernel_px, color.blur_sigma)
         steps = [
-            transforms.RandomResizedCrop(size, tuple(scale), tuple(crops.ratio), interpolation=cubic),
+            transforms.RandomResizedCrop(size, scale, crops.ratio, interpolation=cubic),
             transforms.RandomHorizontalFlip(crops.flip_p),
-            transforms.RandomApply([transforms.ColorJitter(*colour.jitter)], colour.jitter_p),
-            transforms.RandomGrayscale(colour.grey_p),
-            transforms.RandomApply([blur], colour.blur_p[kind]),
-            transforms.RandomSolarize(colour.solarize_threshold, colour.solarize_p[kind]),
+            transforms.RandomApply([transforms.ColorJitter(*color.jitter)], color.jitter_p),
+            transforms.RandomGrayscale(color.grayscale_p),
+            transforms.RandomApply([blur], color.blur_p[kind]),
+            transforms.RandomSolarize(color.solarize_threshold, color.solarize_p[kind]),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]

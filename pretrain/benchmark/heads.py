@@ -12,9 +12,8 @@ from torch import Tensor
 from pretrain.backbones.vit import SIZES
 from pretrain.config import load_config
 from pretrain.device import choose_device
-from pretrain.heads import ProjectionHead
+from pretrain.heads import HeadOutput, ProjectionHead
 from pretrain.losses import image_loss, patch_loss
-from pretrain.prototypes import Projection
 
 
 def measure(backbone: str, n_images: int, device: str = "auto", precision: str = "float32") -> dict[str, Any]:
@@ -83,7 +82,7 @@ def total_loss(
     losses = []
     for i, (ours, theirs, x) in enumerate(zip(student, teacher, tokens)):
         with torch.no_grad():
-            target: Projection = theirs(x[:n_global] if i == 0 else x)
+            target: HeadOutput = theirs(x[:n_global] if i == 0 else x)
         if i == 0:
             losses.append(image_loss(ours(x), target, center, temperatures, n_rows))
         else:

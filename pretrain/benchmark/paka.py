@@ -9,28 +9,27 @@ from typing import Any
 
 import torch
 
-from pretrain.benchmark.step import resident, settle, synthetic_batch
+from pretrain.benchmark.step import resident, settle, synthetic_batch, unfrozen_length
 from pretrain.benchmark.turns import Work, in_turns, ratio
-from pretrain.config import load_config
+from pretrain.config import load_config, recipe_info
 from pretrain.device import choose_device
-from pretrain.methods.intertwined import build_student_backbone
-from pretrain.recipe import BASELINE, COCO_TRAIN, GRAM, PAKA, SIZES_PX
-from pretrain.trainer import Length, Trainer
+from pretrain.methods.backbones import new_backbone
+from pretrain.trainer import Trainer
 from pretrain.weights import save_backbone
 
-DENSE = {"run.algorithm": "dense", "run.leaves": "student", "masks.content_share": 0.0, "masks.position_share": 0.0, **PAKA}
 BASELINE_PX = 224  # DINOv2's global crops, whatever the patch size
 STEPS_A_TURN = {"cuda": 10}  # a queue of steps, as in training: launching hides behind computing; elsewhere 1
+RECIPES = {"dinov2": "dinov2-100ep", "paka": "paka-25ep", "gram": "gram-25ep"}
 
 
-def recipes(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[str]]:
-    """``key=value`` of each contender: its recipe with crops for the patch size; the weights of a post-training are left out."""
-    global_px, local_px = SIZES_PX[patch_size]
-    common = {"backbone.name": backbone, "backbone.patch_size": patch_size, "optim.batch_size": batch_size}
-    dense = {**DENSE, **common, "crops.global_px": global_px, "crops.local_px": local_px}
-    baseline = {**BASELINE, **common, "crops.local_px": local_px, "positions.grid": BASELINE_PX // patch_size}
-    contenders = {"dinov2": baseline, "paka": dense, "gram": {**dense, **GRAM}}
-    return {name: [f"{key}={value}" for key, value in changes.items()] for name, changes in contenders.items()}
+def words_of(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[str]]:
+    """``key=value`` of each contender over its recipe; the weights of a post-training are left out."""
+    common = [f"backbone.name={backbone}", f"backbone.patch_size={patch_size}", f"optim.batch_size={batch_size}"]
+    found = {name: list(common) for name in RECIPES}
+    # The baseline's local crops are those of the post-training for this patch size, in whole patches.
+    paka = load_config(RECIPES["paka"], [*common, "backbone.weights=FILE"])
+    found["dinov2"] += [f"crops.local_px={paka.crops.local_px}", f"positions.grid={BASELINE_PX // patch_size}"]
+    return found
 
 
 def measure(
@@ -58,14 +57,14 @@ def measure(
     """
     where = choose_device(device)
     words = {
-        name: [*own, *overrides, f"run.device={where.type}"] for name, own in recipes(backbone, patch_size, batch_size).items()
+        name: [*own, *overrides, f"run.device={where.type}"] for name, own in words_of(backbone, patch_size, batch_size).items()
     }
     n_steps = STEPS_A_TURN.get(where.type, 1)
     with tempfile.TemporaryDirectory() as folder:
         weights = write_start(Path(folder) / "backbone.safetensors", words["dinov2"])
         for name in ("paka", "gram"):
             words[name].append(f"backbone.weights={weights}")
-        found = in_turns({name: (training_steps, (own, n_steps)) for name, own in words.items()}, str(where), rounds)
+        found = in_turns({name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()}, str(where), rounds)
     seconds = {name: median(figures.seconds) / n_steps for name, figures in found.items()}
     ratios = {
         f"{prefix}{key}_ratio": value
@@ -89,9 +88,11 @@ def measure(
 
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
     """Hours of PaKA's whole recipe at the measured seconds a step, and how they come about."""
-    epochs, epoch_it = PAKA["optim.epochs"], COCO_TRAIN // batch_size
-    hours = {name: epochs * epoch_it * value / 3600 for name, value in seconds.items()}
-    steps = f"{epochs} epochs * floor({COCO_TRAIN} images / {batch_size} images a step) = {epochs * epoch_it} steps"
+    recipe = load_config(RECIPES["paka"], ["backbone.weights=FILE"])
+    epochs, n_images = recipe.optim.epochs, recipe_info(recipe).n_images
+    n_steps = epochs * (n_images // batch_size)
+    hours = {name: n_steps * value / 3600 for name, value in seconds.items()}
+    steps = f"{epochs} epochs * floor({n_images} images / {batch_size} images a step) = {n_steps} steps"
     arithmetic = {name: f"{steps} * {value:.4g} s = {hours[name]:.4g} h" for name, value in seconds.items()}
     arithmetic["not counted"] = "reading and decoding images, probes, checkpoints"
     return {"hours_full_run": {name: round(value, 2) for name, value in hours.items()}, "arithmetic": arithmetic}
@@ -99,15 +100,15 @@ def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
 
 def write_start(path: Path, words: Sequence[str]) -> Path:
     """A file of the network that a config would train from scratch, with random weights."""
-    config = load_config(None, words)
-    vit = build_student_backbone(config, 0.0)
+    config = load_config(RECIPES["dinov2"], words)
+    vit = new_backbone(config, 0.0, config.positions)
     return save_backbone(path, vit.state_dict(), name=config.backbone.name, flags=vit.flags)
 
 
-def training_steps(words: Sequence[str], n_steps: int) -> Work:
+def training_steps(recipe: str, words: Sequence[str], n_steps: int) -> Work:
     """Some training steps of a config, on batches of noise."""
-    config = load_config(None, words)
-    trainer = Trainer(config, Length(1000, 100_000, 0, 0))
+    config = load_config(recipe, words)
+    trainer = Trainer(config, unfrozen_length())
     batches = [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
     steps = count()
 

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from pretrain import distributed
 from pretrain.backbones.vit import SIZES
 from pretrain.benchmark.data import write_photographs
 from pretrain.config import load_config
-from pretrain.data.loader import Rules, build_dataset, build_loader, draw
+from pretrain.data.loader import build_dataset, build_loader, draw
 from pretrain.data.sampler import MASKS
-from pretrain.prototypes import product_dtype
-from pretrain.recipe import BASELINE
-from pretrain.train import in_parts
+from pretrain.precision import product_dtype
+from pretrain.train import by_iteration
 from pretrain.trainer import Length, Trainer
 from pretrain.views import draw_masks
 from pretrain.views.batch import Batch
@@ -29,9 +27,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16,
 WARM_UP = 4  # turns that are not counted: memory is faulted in, caches fill, kernels are chosen
 
 
-def overrides_of(method: str) -> list[str]:
-    """``key=value`` arguments that make a recipe of the defaults: ``intertwined`` (none) or ``dinov2``."""
-    return [] if method == "intertwined" else [f"{key}={value}" for key, value in BASELINE.items()]
+RECIPES = {"intertwined": "intertwined-100ep", "dinov2": "dinov2-100ep"}
 
 
 def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,10 +44,9 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
         GPU is known, and on CUDA the peak memory (MiB) without what the other one holds.
     """
     runs = {}
-    for method in ("intertwined", "dinov2"):
-        own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides_of(method), *overrides]
-        config = load_config(None, own)
-        trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
+    for method, recipe in RECIPES.items():
+        config = load_config(recipe, [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides])
+        trainer = Trainer(config, unfrozen_length())
         runs[method] = trainer, [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
     device = runs["dinov2"][0].device
     steps_a_turn = 10 if device.type == "cuda" else 1  # a queue of steps, as in training: launching hides behind computing
@@ -111,16 +106,22 @@ def tensors_mib(trainer: Trainer) -> float:
     return sum(t.numel() * t.element_size() for t in trainer.tensors().values()) / 2**20
 
 
-def synthetic_batch(config: DictConfig, it: int) -> Batch:
+def unfrozen_length() -> Length:
+    """The middle of a long run: epochs are one iteration, so that no layer is frozen from the second one on."""
+    return Length(1, 100_000, 1000)
+
+
+def synthetic_batch(config: Any, it: int) -> Batch:
     """A batch of noise with the recipe's views, masks and positions."""
-    rules, n_images, seed = Rules.of(config), config.optim.batch_size, config.run.seed
+    rules, n_images, seed = config.view_settings(), config.optim.batch_size, config.run.seed
     positions = range(it * n_images, (it + 1) * n_images)
     views, _ = draw(rules, seed, positions, np.tile(np.array(SIZE_PX), (n_images, 1)))
-    masks = draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it))
+    masks = rules.masks and draw_masks(n_images, views.n_global, rules.grid, rules.masks, (seed, MASKS, it))
     generator = torch.Generator().manual_seed(it)
-    counts = {rules.global_px: rules.crops.n_global * n_images, rules.local_px: rules.crops.n_local * n_images}
-    crops = [torch.randint(0, 256, (n, 3, px, px), dtype=torch.uint8, generator=generator) for px, n in counts.items()]
-    return Batch(crops[0], crops[1], views, masks)
+    crops = rules.crops
+    counts = (crops.global_px, crops.n_global), (crops.local_px, crops.n_local)
+    pixels = [torch.randint(0, 256, (n * n_images, 3, px, px), dtype=torch.uint8, generator=generator) for px, n in counts]
+    return Batch(pixels[0], pixels[1], views, masks)
 
 
 def settle(device: torch.device) -> None:
@@ -147,7 +148,7 @@ def figures_of(trainer: Trainer, seconds: float, device: torch.device) -> dict[s
     return found
 
 
-def flops_an_image(config: DictConfig) -> float:
+def flops_an_image(config: Any) -> float:
     """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
 
     A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a token for the projections
@@ -169,8 +170,8 @@ def flops_an_image(config: DictConfig) -> float:
     widths = [dim, *[heads.hidden_dim] * (heads.n_layers - 1), heads.bottleneck_dim, heads.n_prototypes]
     row = sum(2 * a * b for a, b in zip(widths[:-1], widths[1:]))
     n_patches = (crops.global_px // backbone.patch_size) ** 2
-    on = [k for k in ("content", "position") if config.losses[k] > 0]
-    masked = crops.n_global * n_patches * sum(masks.ratio) / 2 * sum(masks[f"{k}_share"] for k in on)
+    on = [k for k in ("content", "position") if getattr(config.losses, k) > 0]
+    masked = crops.n_global * n_patches * sum(masks.ratio) / 2 * sum(getattr(masks, f"{k}_share") for k in on)
     teacher = crops.n_global * forward(crops.global_px) + (crops.n_global + masked) * row
     student = crops.n_global * forward(crops.global_px) + crops.n_local * forward(crops.local_px)
     student += (crops.n_global + crops.n_local + masked) * row
@@ -192,25 +193,25 @@ def measure_with_data(
         for path in ("synthetic", "cpu", "device"):
             own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", f"data.root={folder}", f"data.workers={workers}"]
             own += [] if path == "synthetic" else [f"data.path={path}"]
-            config = load_config(None, [*own, "optim.epoch_length_it=1000", *overrides])
+            config = load_config(None, [*own, "optim.epoch_iters=1000", *overrides])
             found[f"{path}_img_per_s"] = round(loop_rate(config, iterations, path == "synthetic"), 2)
             found[f"{path}_over_synthetic"] = round(found[f"{path}_img_per_s"] / found["synthetic_img_per_s"], 3)
     return found
 
 
-def loop_rate(config: DictConfig, iterations: int, is_synthetic: bool) -> float:
+def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
     """Images/s of some training iterations."""
-    trainer = Trainer(config, Length(1000, 100_000, 1000, 0))
+    trainer = Trainer(config, unfrozen_length())
     # Long enough that the batches which workers had ready at the start do not count, and that a slow loader shows.
     first, last = WARM_UP + 2 * config.data.workers, WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers)
     loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:
         loader = build_loader(config, build_dataset(config), 0, last, pin_memory=trainer.device.type == "cuda")
     started = 0.0
-    for it, (parts, _, _) in enumerate(in_parts(loader, 1)):
+    for it, (micro_batches, _, _) in enumerate(by_iteration(loader, 1)):
         if it == first:
             settle(trainer.device)
             started = time.perf_counter()
-        trainer.step(parts)
+        trainer.step(micro_batches)
     settle(trainer.device)
     return (last - first) * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""From image files to batches. All randomness is drawn from (seed, stream, position): no worker, rank or resume can change it.
+"""From image files to batches. All randomness is drawn from (seed, stream, sample index): no worker, rank or resume can change it.
 
 Two data paths, chosen by ``data.path``: ``cpu`` makes the crops in the workers, ``device`` lets them decode and draw only and
 makes the crops beside the step, when the batch is moved there (:mod:`pretrain.views.device_pixels`). Both read the same draws.
@@ -14,74 +14,34 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain import distributed
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sampler import COLOURS, MASKS, SUBSTITUTES, VIEWS, Order, PositionSampler, generator
+from pretrain.data.sampler import COLOURS, MASKS, SUBSTITUTES, VIEWS, Order, SampleIndices, generator
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.views import Colours, Masks, PositionSettings, Views, ViewSettings, draw_colours, draw_masks, draw_views
 from pretrain.views.batch import Batch
-from pretrain.views.boxes import CropRule, PositionRule, Views, draw_views
-from pretrain.views.colour import ColourRule, Colours, draw_colours
 from pretrain.views.device_pixels import CanvasBatch
-from pretrain.views.masks import MaskRule, Masks, draw_masks
 from pretrain.views.pixels import Pixels, render
 
 MAX_TRIES = 16  # unreadable images in a row before a run gives up
 DEVICE_SIDE_PX = 512  # longest side on the device path, where `data.max_side_px` is 0: a canvas is as large as its largest image
 CANVAS_STEP_PX = 32  # canvases come in few sizes, so that the device's memory is found again
 
+PLAIN = PositionSettings(encoding="standard", augment=False)  # of a method that reads no positions
+
 AnyBatch = Batch | CanvasBatch  # of either, `to(device, dtype)` gives the Batch that a step sees
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How views are made, read off a config."""
-
-    crops: CropRule
-    positions: PositionRule
-    colour: ColourRule
-    masks: MaskRule
-    global_px: int
-    local_px: int
-    grid: tuple[int, int]  # patches of a global crop
-
-    @staticmethod
-    def of(config: DictConfig) -> "Rules":
-        """The rules of a config."""
-        crops, positions, colour, masks = (_plain(config[group]) for group in ("crops", "positions", "colour", "masks"))
-        global_px, local_px = crops.pop("global_px"), crops.pop("local_px")
-        encoding = positions.pop("encoding")
-        positions["enabled"] = positions.pop("augment") and encoding == "field"
-        # A post-trained file may hold a field, and be trained as it is used; DINOv2's learned grid knows no crops anyway.
-        positions["tied"] = config.run.algorithm != "dense" or encoding == "field"
-        del positions["grid"], positions["interpolation"]
-        side = global_px // config.backbone.patch_size
-        return Rules(
-            CropRule(**crops),
-            PositionRule(**positions),
-            ColourRule(**colour),
-            MaskRule(**masks),
-            global_px,
-            local_px,
-            (side, side),
-        )
-
-
-def _plain(group: DictConfig) -> dict[str, Any]:
-    """A group of keys as plain values, lists as tuples."""
-    return {str(key): tuple(value) if isinstance(value, ListConfig) else value for key, value in group.items()}
 
 
 @dataclass(frozen=True)
 class Decoded:
     """One image; on the device path all that is known before its batch is put together."""
 
-    position: int
+    sample_index: int
     image: Pixels  # [H, W, 3] uint8
     broken: tuple[str, ...]  # images that could not be read on the way to this one, with the reason
 
@@ -90,7 +50,7 @@ class Decoded:
 class Sample:
     """One image's views, made by a worker."""
 
-    position: int
+    sample_index: int
     global_crops: Tensor  # uint8 [G, 3, S, S]
     local_crops: Tensor  # uint8 [L, 3, s, s]
     views: Views  # B = 1
@@ -105,15 +65,16 @@ class Decoding:
     max_mpx: float = 200.0
 
 
-def draw(rules: Rules, seed: int, positions: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colours]:
-    """Views and colours of the images at some positions, [B, V]; ``sizes_px`` is [B, 2], height and width."""
-    views = draw_views(sizes_px, rules.crops, rules.positions, [generator(seed, VIEWS, p) for p in positions])
-    rngs = [generator(seed, COLOURS, p) for p in positions]
-    return views, draw_colours(views.flips.shape[1], views.n_global, rules.colour, rngs, rules.crops.plain_globals)
+def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colours]:
+    """Views and colors of some samples of the run, [B, V]; ``sizes_px`` is [B, 2], height and width."""
+    rngs = [generator(seed, VIEWS, i) for i in sample_indices]
+    views = draw_views(sizes_px, rules.crops, rules.positions or PLAIN, rngs, rules.tied)
+    rngs = [generator(seed, COLOURS, i) for i in sample_indices]
+    return views, draw_colours(views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals)
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
-    """What a worker makes of the image at a position; an unreadable image is replaced by one that is drawn.
+    """What a worker makes of a sample; an unreadable image is replaced by one that is drawn.
 
     Args:
         source: encoded images by index.
@@ -122,7 +83,13 @@ class ViewsDataset(Dataset[Sample | Decoded]):
     """
 
     def __init__(
-        self, source: Source, rules: Rules, batch_size: int, seed: int, decoding: Decoding = Decoding(), on_device: bool = False
+        self,
+        source: Source,
+        rules: ViewSettings,
+        batch_size: int,
+        seed: int,
+        decoding: Decoding = Decoding(),
+        on_device: bool = False,
     ) -> None:
         self.source, self.rules, self.seed, self.decoding, self.on_device = source, rules, seed, decoding, on_device
         self.order = Order(len(source), batch_size, seed)
@@ -130,24 +97,24 @@ class ViewsDataset(Dataset[Sample | Decoded]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, position: int) -> Sample | Decoded:
-        image, broken = self.read(position)
-        return Decoded(position, image, broken) if self.on_device else self.sample(position, image, broken)
+    def __getitem__(self, sample_index: int) -> Sample | Decoded:
+        image, broken = self.read(sample_index)
+        return Decoded(sample_index, image, broken) if self.on_device else self.sample(sample_index, image, broken)
 
-    def sample(self, position: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
-        """The views of the image at a position, made here."""
+    def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
+        """The views of a sample, made here."""
         rules = self.rules
-        views, colours = draw(rules, self.seed, [position], np.array([image.shape[:2]], np.float64))
-        crops = render(image, views, colours, rules.colour, global_px=rules.global_px, local_px=rules.local_px)
-        return Sample(position, *crops, views, broken)
+        views, colours = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
+        crops = render(image, views, colours, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px)
+        return Sample(sample_index, *crops, views, broken)
 
-    def read(self, position: int) -> tuple[Pixels, tuple[str, ...]]:
-        """The image at a position, uint8 [H, W, 3], and the images that could not be read on the way to it.
+    def read(self, sample_index: int) -> tuple[Pixels, tuple[str, ...]]:
+        """The image of a sample, uint8 [H, W, 3], and the images that could not be read on the way to it.
 
         Raises:
             UserError: too many unreadable images in a row.
         """
-        index, broken = self.order.image(position), list[str]()
+        index, broken = self.order.image(sample_index), list[str]()
         substitutes = None
         for _ in range(MAX_TRIES):
             try:
@@ -155,7 +122,7 @@ class ViewsDataset(Dataset[Sample | Decoded]):
             except BrokenImage as error:
                 broken.append(f"{self.source.name(index)} ({error})")
                 # Drawn, and not the next one: broken files lie side by side, in one folder or shard.
-                substitutes = substitutes or generator(self.seed, SUBSTITUTES, position)
+                substitutes = substitutes or generator(self.seed, SUBSTITUTES, sample_index)
                 index = int(substitutes.integers(len(self.source)))
         raise UserError(f"data.root: {len(broken)} images in a row cannot be read, the first {broken[0]}")
 
@@ -164,7 +131,7 @@ class ViewsDataset(Dataset[Sample | Decoded]):
 class Collate:
     """Samples to a batch; draws the masks of the batch's iteration."""
 
-    rules: Rules
+    rules: ViewSettings
     batch_size: int  # over all ranks
     seed: int
 
@@ -191,15 +158,19 @@ class Collate:
         """Of images whose crops the training device will make."""
         rules = self.rules
         canvas, sizes_px = lay_out([item.image for item in images])
-        views, colours = draw(rules, self.seed, [item.position for item in images], sizes_px)
+        views, colours = draw(rules, self.seed, [item.sample_index for item in images], sizes_px)
         sizes = torch.from_numpy(sizes_px.astype(np.float32))
-        return CanvasBatch(canvas, sizes, views, colours, self.masks(images), rules.colour, rules.global_px, rules.local_px)
+        sides_px = rules.crops.global_px, rules.crops.local_px
+        return CanvasBatch(canvas, sizes, views, colours, self.masks(images), rules.color, *sides_px)
 
-    def masks(self, items: Sequence[Sample | Decoded]) -> Masks:
-        """The items' rows of their iteration's masks."""
-        iteration, first = divmod(items[0].position, self.batch_size)
-        rows, n_global = slice(first, first + len(items)), self.rules.crops.n_global
-        return draw_masks(self.batch_size, n_global, self.rules.grid, self.rules.masks, (self.seed, MASKS, iteration), rows)
+    def masks(self, items: Sequence[Sample | Decoded]) -> Masks | None:
+        """The items' rows of their iteration's masks; ``None`` for a method that masks nothing."""
+        rules = self.rules
+        if rules.masks is None:
+            return None
+        iteration, first = divmod(items[0].sample_index, self.batch_size)
+        rows, key = slice(first, first + len(items)), (self.seed, MASKS, iteration)
+        return draw_masks(self.batch_size, rules.crops.n_global, rules.grid, rules.masks, key, rows)
 
 
 def view_major(crops: Sequence[Tensor]) -> Tensor:
@@ -232,20 +203,20 @@ def batch_memory(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def is_on_device(config: DictConfig) -> bool:
+def is_on_device(config: Any) -> bool:
     """Whether crops are made on the training device: as ``data.path`` says; ``auto``: on CUDA."""
     if config.data.path == "auto":
         return choose_device(config.run.device).type == "cuda"
-    return bool(config.data.path == "device")
+    return config.data.path == "device"
 
 
-def build_dataset(config: DictConfig) -> ViewsDataset:
-    """The images and views of a config."""
+def build_dataset(config: Any) -> ViewsDataset:
+    """The images and views of a run's settings (a method's ``Settings``)."""
     on_device = is_on_device(config)
     max_side_px = config.data.max_side_px or (DEVICE_SIDE_PX if on_device else 0)
     return ViewsDataset(
         open_source(config.data),
-        Rules.of(config),
+        config.view_settings(),
         config.optim.batch_size,
         config.run.seed,
         Decoding(max_side_px, config.data.max_mpx),
@@ -253,19 +224,19 @@ def build_dataset(config: DictConfig) -> ViewsDataset:
     )
 
 
-def build_loader(config: DictConfig, dataset: ViewsDataset, start_it: int, end_it: int, pin_memory: bool = False) -> DataLoader:
+def build_loader(config: Any, dataset: ViewsDataset, start_iter: int, end_iter: int, pin_memory: bool = False) -> DataLoader:
     """Batches (each with the images that could not be read) of this rank, from an iteration to the end of the run.
 
     With ``step.accumulate`` = A, an iteration comes as A batches, one after the other: equal parts of the rank's share, with their
     rows of the iteration's masks.
     """
-    batch_size, n_ranks, parts = config.optim.batch_size, distributed.world_size(), config.step.accumulate
+    batch_size, n_ranks, n_micro_batches = config.optim.batch_size, distributed.world_size(), config.step.accumulate
     if batch_size % n_ranks:
         raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {n_ranks} ranks")
-    if batch_size // n_ranks % parts:
+    if batch_size // n_ranks % n_micro_batches:
         share = f"a rank's {batch_size // n_ranks} images"
-        raise UserError(f"config: step.accumulate={parts} does not divide {share} (optim.batch_size={batch_size})")
-    sampler = PositionSampler(start_it, end_it, batch_size, distributed.rank(), n_ranks, parts)
+        raise UserError(f"config: step.accumulate={n_micro_batches} does not divide {share} (optim.batch_size={batch_size})")
+    sampler = SampleIndices(start_iter, end_iter, batch_size, distributed.rank(), n_ranks, n_micro_batches)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -12,12 +12,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from pretrain.config import load_config
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources import open_source
+from pretrain.data.sources import DataSettings, open_source
 from pretrain.errors import UserError
 
 MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
@@ -42,16 +40,7 @@ class Pictures(Generic[Made]):
     broken: list[str]
 
 
-def data_at(root: str) -> DictConfig:
-    """The config group ``data`` with the defaults of training and this root."""
-    config = load_config()
-    OmegaConf.set_readonly(config, False)
-    config.data.root = root
-    data: DictConfig = config.data
-    return data
-
-
-def read_pictures(data: DictConfig, most: int, make: Callable[[np.ndarray], Made]) -> Pictures[Made]:
+def read_pictures(data: DataSettings, most: int, make: Callable[[np.ndarray], Made]) -> Pictures[Made]:
     """At most ``most`` images of ``data.root``, at equal steps from the first.
 
     Args:

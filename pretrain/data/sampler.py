@@ -1,7 +1,7 @@
 """The order of the images: a pure function of the seed, so that a run resumes at any iteration with any number of workers.
 
-A *position* is the place of a sample in the whole run: iteration * batch size + index in the batch. Epochs are permutations; the
-samples that do not fill a batch at an epoch's end are left for later epochs.
+A *sample index* is the place of a sample in the whole run: iteration * batch size + place in the batch. Epochs are permutations;
+the samples that do not fill a batch at an epoch's end are left for later epochs.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from torch.utils.data import Sampler
 ORDER, VIEWS, MASKS, COLOURS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, kept apart by the second word of their seed
 
 
-def generator(seed: int, stream: int, position: int) -> np.random.Generator:
-    """The random numbers of one stream at one position; a counter-based generator, for it costs little to make."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, 0]))
+def generator(seed: int, stream: int, sample_index: int) -> np.random.Generator:
+    """The random numbers of one stream for one sample; a counter-based generator, which costs little to make."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, sample_index, 0]))
 
 
 class Order:
-    """Which image stands at a position.
+    """Which image a sample is.
 
     Args:
         n_images: size of the data set.
@@ -32,36 +32,39 @@ class Order:
         self._epoch = -1
         self._permutation = np.arange(0)
 
-    def image(self, position: int) -> int:
-        """Index of the image at a position."""
-        epoch, place = divmod(position, self.epoch_size)
+    def image(self, sample_index: int) -> int:
+        """Index of a sample's image."""
+        epoch, place = divmod(sample_index, self.epoch_size)
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.n_images)
         return int(self._permutation[place])
 
 
-class PositionSampler(Sampler[list[int]]):
-    """Positions of one rank's share of every batch, from an iteration to the end.
+class SampleIndices(Sampler[list[int]]):
+    """Sample indices of one rank's share of every batch, from an iteration to the end.
 
     Args:
-        start_it, end_it: iterations, the end excluded.
+        start_iter, end_iter: iterations, the end excluded.
         batch_size: over all ranks.
         rank, world_size: rank r takes the r-th slice of each batch.
-        parts: equal parts in which the share of an iteration comes, one after the other.
+        n_micro_batches: equal parts in which the share of an iteration comes, one after the other.
     """
 
-    def __init__(self, start_it: int, end_it: int, batch_size: int, rank: int, world_size: int, parts: int = 1) -> None:
-        assert batch_size % (world_size * parts) == 0, (batch_size, world_size, parts)
-        self.iterations = range(start_it, end_it)
-        self.batch_size, self.share, self.rank, self.parts = batch_size, batch_size // world_size, rank, parts
+    def __init__(
+        self, start_iter: int, end_iter: int, batch_size: int, rank: int, world_size: int, n_micro_batches: int = 1
+    ) -> None:
+        assert batch_size % (world_size * n_micro_batches) == 0, (batch_size, world_size, n_micro_batches)
+        self.iterations = range(start_iter, end_iter)
+        self.batch_size, self.share, self.rank = batch_size, batch_size // world_size, rank
+        self.n_micro_batches = n_micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.share // self.parts
-        for it in self.iterations:
-            first = it * self.batch_size + self.rank * self.share
-            for part in range(self.parts):
-                yield list(range(first + part * size, first + (part + 1) * size))
+        size = self.share // self.n_micro_batches
+        for iteration in self.iterations:
+            first = iteration * self.batch_size + self.rank * self.share
+            for i in range(self.n_micro_batches):
+                yield list(range(first + i * size, first + (i + 1) * size))
 
     def __len__(self) -> int:
-        return len(self.iterations) * self.parts
+        return len(self.iterations) * self.n_micro_batches

@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.pictures import Pictures, read_pictures, square
+from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.linear import Moments, ReadOut, ridge
-from pretrain.views.masks import MaskRule, mask_of_shape
+from pretrain.views.masks import MaskSettings, mask_of_shape
 
 HIDDEN_BY = ("auto", "token", "mean", "zero")
 MASKED_SHARE = 0.5  # ours: the most that training masks (Table 6), the same for every run that is compared
@@ -43,7 +43,7 @@ class PositionProbe:
     masks: Tensor
 
     @staticmethod
-    def read(data: DictConfig, patch_size: int, side_px: int, max_images: int) -> "PositionProbe":
+    def read(data: DataSettings, patch_size: int, side_px: int, max_images: int) -> "PositionProbe":
         """The probe on at most ``max_images`` images of ``data.root``, at equal steps; broken ones are left out.
 
         Raises:
@@ -114,7 +114,7 @@ def centres(rows: int, columns: int | None = None) -> Tensor:
 
 def draw_masks(n: int, grid: tuple[int, int], shape: str = "cross", draw: int = 0) -> Tensor:
     """Position masks of ``n`` images, [n, N] bool, from the image's number and that of the draw; 0 is the draw of training."""
-    target, rule = max(1, round(MASKED_SHARE * grid[0] * grid[1])), MaskRule()
+    target, rule = max(1, round(MASKED_SHARE * grid[0] * grid[1])), MaskSettings()
     seeds = ([i, draw] if draw else [i] for i in range(n))
     masks = [mask_of_shape(shape, grid, target, rule, np.random.default_rng(seed)).ravel() for seed in seeds]
     return torch.from_numpy(np.stack(masks))
@@ -149,7 +149,7 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
     return mask if backbone.pos_encoding != "none" else "none"
 
 
-def read_squares(data: DictConfig, side_px: int, max_images: int) -> Pictures[Tensor]:
+def read_squares(data: DataSettings, side_px: int, max_images: int) -> Pictures[Tensor]:
     """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of :meth:`PositionProbe.read`."""
     found = read_pictures(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
     if len(found.names) < 2:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.label_sets import LabelSet, open_label_set
 from pretrain.data.pictures import in_threads
+from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.dense.protocol import named_tasks, settings_of
 from pretrain.evaluation.dense.run import EVALUATORS
@@ -19,7 +19,7 @@ from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import KnnProbe
 from pretrain.evaluation.position_probe import PositionProbe
 from pretrain.evaluation.segmentation import SegmentationProbe
-from pretrain.settings import replaced
+from pretrain.settings import Settings, replaced, setting
 
 Probe = Callable[[Features], dict[str, float]]
 
@@ -30,6 +30,30 @@ SCALED_DOWN: Mapping[str, Mapping[str, Any]] = {
     "in_context": dict(augment=False, passes=1, memory_size=50_000),
     "clustering": dict(seeds=1, restarts=1, overclusters=()),
 }
+
+
+class ProbeSettings(Settings):
+    """Probes of the exported backbone, during training and at its end."""
+
+    in_recipe = False
+    fixed = False
+    every: int = setting(0, "iterations between probes; 0: none", source="ours", ge=0)
+    knn_root: str = setting("", "labeled folder: train/CLASS/*, val/CLASS/*", source="ours")
+    knn_k: int = setting(20, "neighbors", source="DINO", ge=1)
+    seg_root: str = setting("", "ADE20K's layout: images/{training,validation}, annotations/{training,validation}", source="ours")
+    seg_classes: int = setting(0, "labels 1 .. n; 0 is not labeled", source="ours", ge=0, le=65535)
+    dense_root: str = setting(
+        "", "a set with a label a pixel: anything that tools/evaluate_dense.py takes as --data", source="ours"
+    )
+    dense_set: str = setting(
+        "auto", "which one: auto (told from dense_root) | voc2012 | ade20k | coco_things | coco_stuff | folder", source="ours"
+    )
+    dense_tasks: str = setting(
+        "in_context", "measured there: some of linear, in_context, clustering, a space between them", source="ours"
+    )
+    position: bool = setting(False, "the position probe, on the images of data.root", source="ours")
+    image_px: int = setting(224, "side of an image in pixels", source="ours", ge=1, le=65536)
+    max_images: int = setting(2000, "of each part of a probe's data", source="ours", ge=1)
 
 
 @dataclass(frozen=True)
@@ -81,31 +105,30 @@ class Probes:
     exactly resumed run logs what an uninterrupted one does. One rank is enough; the others only have to wait for it.
 
     Args:
-        config: of the run.
+        settings: of the probes.
+        data: of the run: the position probe looks at its images.
+        patch_size: of the backbone.
         reads: read the pictures; a rank that never asks only has to know when the probes are due.
 
     Raises:
         UserError: whatever would keep a probe from working, by key and file.
     """
 
-    def __init__(self, config: DictConfig, reads: bool = True) -> None:
-        settings = config.probes
-        self.period_it: int = settings.period_it
+    def __init__(self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True) -> None:
+        self.every = settings.every
         self.probes: list[Probe] = []
         wanted = bool(settings.knn_root or settings.seg_root or settings.dense_root or settings.position)
-        self.is_wanted = wanted and bool(self.period_it)
-        if reads and wanted != bool(self.period_it):
+        self.is_wanted = wanted and bool(self.every)
+        if reads and wanted != bool(self.every):
             nothing = "neither probes.knn_root, probes.seg_root, probes.dense_root nor probes.position is set"
-            missing = "probes.period_it is 0" if wanted else nothing
+            missing = "probes.every is 0" if wanted else nothing
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
-        side_px, most, patch_size = settings.image_px, settings.max_images, config.backbone.patch_size
+        side_px, most = settings.image_px, settings.max_images
         k, classes, dense = settings.knn_k, settings.seg_classes, (settings.dense_set, settings.dense_tasks)
-        if not self.period_it or not reads:
+        if not self.every or not reads:
             return
         if side_px % patch_size:
             raise UserError(f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}")
-        if settings.position:
-            _check_position_masks(config)
         if settings.knn_root:
             self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
         if settings.seg_root:
@@ -113,14 +136,14 @@ class Probes:
         if settings.dense_root:
             self.probes.append(DenseProbe.read(settings.dense_root, *dense, side_px, most))
         if settings.position:
-            self.probes.append(PositionProbe.read(config.data, patch_size, side_px, most))
+            self.probes.append(PositionProbe.read(data, patch_size, side_px, most))
 
     def __len__(self) -> int:
         return len(self.probes)
 
-    def is_due(self, done_it: int, total_it: int) -> bool:
-        """Whether to run after ``done_it`` of ``total_it`` iterations: every ``probes.period_it``, and at the end."""
-        return self.is_wanted and (done_it % self.period_it == 0 or done_it == total_it)
+    def is_due(self, done: int, total_iters: int) -> bool:
+        """Whether to run after ``done`` of ``total_iters`` iterations: every ``probes.every``, and at the end."""
+        return self.is_wanted and (done % self.every == 0 or done == total_iters)
 
     def run(self, backbone: ViT, device: torch.device, autocast: AbstractContextManager[Any] | None = None) -> dict[str, float]:
         """The numbers of all probes (``probe/...``), for a backbone on ``device``, whose mode is as before afterwards.
@@ -133,10 +156,3 @@ class Probes:
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):
             return {name: value for probe in self.probes for name, value in probe(features).items()}
-
-
-def _check_position_masks(config: DictConfig) -> None:
-    """The position mask token is learned only where a loss reads it."""
-    for key, value in (("masks.position_share", config.masks.position_share), ("losses.position", config.losses.position)):
-        if not value:
-            raise UserError(f"config: probes.position=true, but {key}={value:g}: the position mask token would never be learned")

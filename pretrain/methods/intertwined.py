@@ -1,185 +1,234 @@
 """Intertwined content and position (paper 3; eq. 6), on DINOv2's losses. The DINOv2 baseline is this file with another config.
 
-L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the student, sees every patch
-with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
+L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the student, sees every
+patch with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
 
-A rank's batch may come in parts (gradient accumulation). What couples the samples of a batch then still holds for the whole: the
-teacher goes first over all parts, so centres and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbours among the [CLS]
-tokens of all parts (:meth:`Intertwined.student_cls`).
+A rank's batch may come in micro-batches (gradient accumulation). What couples the samples of a batch still holds for the whole:
+the teacher goes first over all micro-batches, so centers and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbors among
+the [CLS] tokens of all of them.
 """
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from pretrain.backbones.vit import Tokens, ViewGroup, ViT
-from pretrain.build import build_backbone
+from pretrain.backbones.vit import Tokens, ViewGroup
 from pretrain.errors import UserError
-from pretrain.heads import ProjectionHead
+from pretrain.heads import HeadOutput, HeadSettings, ProjectionHead
 from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
-from pretrain.methods.method import Method, Neighbours
-from pretrain.prototypes import Projection
+from pretrain.methods.backbones import check_crops, new_backbone
+from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings
+from pretrain.optim import TeacherOptimSettings, parameter_groups
+from pretrain.settings import Settings as Group
+from pretrain.settings import setting
+from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSettings, ViewSettings
 from pretrain.views.batch import Batch
 
-PATCH_KINDS = ("content", "position")
-Targets = dict[str, Projection]  # head -> the teacher's rows: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+KINDS = ("content", "position")
+Targets = dict[str, HeadOutput]  # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
 Centers = dict[str, Tensor]  # head -> [1, K]
 
 
-class Intertwined(Method):
-    """Teacher and student, each a backbone and a head a loss.
+class LossSettings(Group):
+    """Weights of eq. 6 and what its terms need."""
+
+    image: float = setting(1.0, "weight of the image loss", source="eq. 6", ge=0)
+    content: float = setting(1.0, "weight of the content loss", source="eq. 6", ge=0)
+    position: float = setting(1.0, "weight of the position loss", source="eq. 6", ge=0)
+    koleo: float = setting(1.0, "weight of the KoLeo loss", source="sec. 3.4", ge=0)
+    koleo_scope: Literal["global", "local"] = setting(
+        "global", "neighbors are: global (over all ranks) | local (within a rank; DINOv2)", source="ours"
+    )
+    centering: Literal["softmax_center", "sinkhorn_knopp"] = setting(
+        "softmax_center", "of the teacher's logits", source="DINOv2 on ImageNet-1K"
+    )
+    center_momentum: float = setting(0.9, "of the running center", source="DINOv2", ge=0, le=1)
+    sinkhorn_iterations: int = setting(3, "of Sinkhorn-Knopp", source="DINOv2", ge=1, le=1000)
+    teacher_temperature: float = setting(0.04, "temperature of the teacher, constant", source="Table 6", ge=1e-6)
+    student_temperature: float = setting(0.1, "temperature of the student", source="DINOv2", ge=1e-6)
+
+
+class IntertwinedOptimSettings(TeacherOptimSettings):
+    """The optimizer, whose heads wait."""
+
+    freeze_last_layer_epochs: int = setting(1, "epochs during which the prototypes do not learn", source="DINOv2", ge=0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a batch has in common."""
+
+    targets: list[Targets]  # of each micro-batch
+    centers: Centers
+    neighbors: list[Tensor] | None  # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
+
+
+class Intertwined(EMATeacher):
+    """Teacher and student, each a backbone and a head for each loss that is on.
 
     Children: ``student`` and ``teacher`` (ModuleDicts with ``backbone``, ``image``, and ``content`` / ``position`` where that loss
     is on), and one buffer ``center_<head>`` [1, K] a head.
     """
 
-    def __init__(self, config: DictConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_kinds = [k for k in PATCH_KINDS if config.losses[k] > 0 and config.masks[f"{k}_share"] > 0]
-        self.head_names = ["image", *self.patch_kinds]
-        self.temperatures = (config.losses.student_temperature, config.losses.teacher_temperature)
-        self.student = self._network(drop_path=config.backbone.drop_path)
-        self.teacher = self._network(drop_path=0.0)
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
-        backbone = self.backbone_of("student")
-        backbone.checkpointing = config.step.checkpointing
-        backbone.mask_token.requires_grad_("content" in self.patch_kinds)
-        backbone.pos_mask_token.requires_grad_("position" in self.patch_kinds)
-        self.n_rows = config.step.loss_rows
-        for name in self.head_names:
-            self.register_buffer(f"center_{name}", torch.zeros(1, config.heads.n_prototypes))
+    class Settings(TeacherSettings):
+        """Defaults: Table 6, ViT-S/16 on ImageNet-1K."""
 
-    def _network(self, drop_path: float) -> nn.ModuleDict:
-        """A backbone and its heads."""
-        backbone = build_student_backbone(self.config, drop_path)
-        heads = self.config.heads
-        return nn.ModuleDict(
-            {"backbone": backbone}
-            | {
-                name: ProjectionHead(backbone.embed_dim, heads.n_prototypes, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
-                for name in self.head_names
-            }
+        recipe: str = setting(
+            "intertwined-100ep", "recipe that the run is compared with", source="ours", in_recipe=False, fixed=False
         )
+        crops: CropSettings = CropSettings()
+        positions: PositionSettings = PositionSettings()
+        color: ColorSettings = ColorSettings()
+        masks: MaskSettings = MaskSettings()
+        heads: HeadSettings = HeadSettings()
+        losses: LossSettings = LossSettings()
+        optim: IntertwinedOptimSettings = IntertwinedOptimSettings()
 
-    @property
-    def has_neighbours(self) -> bool:
-        """With KoLeo, unless ``koleo_scope: local`` looks within a part, which costs nothing more."""
-        return bool(self.config.losses.koleo > 0 and self.config.losses.koleo_scope == "global")
+        def view_settings(self) -> ViewSettings:
+            """Crops with their colors, positions and masks."""
+            return ViewSettings(self.crops, self.color, self.positions, self.masks, self.backbone.patch_size)
+
+        @model_validator(mode="after")
+        def _check(self) -> Self:
+            check_crops(self.crops, self.backbone.patch_size, least_globals=2)
+            positions, (side, _) = self.positions, self.view_settings().grid
+            if positions.encoding == "standard" and positions.grid != side:
+                size = f"a global crop has {side} x {side} patches"
+                warnings.warn(f"config: positions.grid={positions.grid}, but {size}", stacklevel=2)
+            for kind in KINDS:
+                if (getattr(self.masks, f"{kind}_share") > 0) != (getattr(self.losses, kind) > 0):
+                    both = f"masks.{kind}_share and losses.{kind}"
+                    warnings.warn(f"config: {both} act only together, and one is 0", stacklevel=2)
+            return self
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.kinds = [k for k in KINDS if getattr(settings.losses, k) > 0 and getattr(settings.masks, f"{k}_share") > 0]
+        self.head_names = ["image", *self.kinds]
+        self.temperatures = (settings.losses.student_temperature, settings.losses.teacher_temperature)
+        self.n_rows = settings.step.loss_rows
+        self.make_networks()
+        self.backbone.mask_token.requires_grad_("content" in self.kinds)
+        self.backbone.pos_mask_token.requires_grad_("position" in self.kinds)
+        self.next_centers: Centers = {}
+        for name in self.head_names:
+            self.register_buffer(f"center_{name}", torch.zeros(1, settings.heads.n_prototypes))
+
+    def network(self, drop_path: float) -> nn.ModuleDict:
+        """A backbone with mask tokens, and its heads."""
+        settings = self.settings
+        backbone = new_backbone(settings, drop_path, settings.positions, mask_tokens=True)
+        if not backbone.has_cls:
+            weights = settings.backbone.weights
+            raise UserError(f"backbone.weights: {weights} has no [CLS] token, which the image loss needs; use another file")
+        heads = {name: ProjectionHead(backbone.embed_dim, **settings.heads.model_dump()) for name in self.head_names}
+        return nn.ModuleDict({"backbone": backbone, **heads})
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """As all methods', with prototypes that wait."""
+        optim = self.settings.optim
+        wait = optim.freeze_last_layer_epochs
+        return parameter_groups(self.student, optim.head_lr_factor, lambda name: wait if "last_layer" in name else 0)
 
     @torch.no_grad()
+    def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Prepared:
+        """The teacher's targets, the centers for them, and the neighbors that KoLeo needs."""
+        targets = [self.teacher_targets(batch) for batch in micro_batches]
+        losses, neighbors = self.settings.losses, None
+        centers = self.centers(targets)
+        if len(micro_batches) > 1 and losses.koleo > 0 and losses.koleo_scope == "global":
+            neighbors = []
+            for i, batch in enumerate(micro_batches):
+                progress.seed_micro_batch(i)
+                neighbors.append(self.student_tokens(batch, with_locals=False)[0].cls.unflatten(0, (batch.views.n_global, -1)))
+        return Prepared(targets, centers, neighbors)
+
     def teacher_targets(self, batch: Batch) -> Targets:
         """What the student has to predict: no mask, every crop with its own positions."""
         boxes, flips = batch.views.globals
-        (tokens,) = self.backbone_of("teacher").forward_views([ViewGroup(batch.global_crops, boxes, flips)])
-        heads = self.teacher
-        targets = {kind: heads[kind](masked_patches(tokens, batch, kind)) for kind in self.patch_kinds}
-        return {"image": heads["image"](tokens.cls.unflatten(0, (batch.views.n_global, -1))), **targets}
+        teacher: Any = self.teacher
+        (tokens,) = teacher["backbone"].forward_views([ViewGroup(batch.global_crops, boxes, flips)])
+        targets = {kind: teacher[kind](masked_patches(tokens, batch, kind)) for kind in self.kinds}
+        return {"image": teacher["image"](tokens.cls.unflatten(0, (batch.views.n_global, -1))), **targets}
 
-    @torch.no_grad()
-    def statistics(self, parts: Sequence[Targets]) -> Centers:
-        """The centres for a batch, given the targets of all its parts; the running ones move on for the next step (DINOv2)."""
-        losses, centers = self.config.losses, {}
+    def centers(self, targets: Sequence[Targets]) -> Centers:
+        """The centers for a batch, given the targets of all its micro-batches; the batch's own logits count from the next step on
+        (DINOv2), when :meth:`after_step` moves the running ones."""
+        losses, centers, self.next_centers = self.settings.losses, {}, {}
         for name in self.head_names:
-            rows = torch.cat([part[name].rows.flatten(0, -2) for part in parts])
-            teacher = Projection(rows, parts[0][name].prototypes)
+            rows = torch.cat([target[name].bottleneck.flatten(0, -2) for target in targets])
+            teacher = HeadOutput(rows, targets[0][name].prototypes)
             if losses.centering == "sinkhorn_knopp":
                 centers[name] = sinkhorn_center(teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows)
                 continue
             centers[name] = getattr(self, f"center_{name}")
-            if self.training:
-                # The batch's own logits count from the next step on.
-                setattr(self, f"center_{name}", updated_center(centers[name], teacher, losses.center_momentum))
+            self.next_centers[name] = updated_center(centers[name], teacher, losses.center_momentum)
         return centers
 
-    def student_tokens(self, batch: Batch) -> list[Tokens]:
+    def student_tokens(self, batch: Batch, with_locals: bool = True) -> list[Tokens]:
         """One packed pass over the masked global crops and, where there are any, the local ones."""
         boxes, flips = batch.views.globals
-        masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.patch_kinds}
+        masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.kinds}
         groups = [ViewGroup(batch.global_crops, boxes, flips, **masks)]
-        if len(batch.local_crops):
+        if with_locals and len(batch.local_crops):
             groups.append(ViewGroup(batch.local_crops, *batch.views.locals))
-        return self.backbone_of("student").forward_views(groups)
+        return self.backbone.forward_views(groups)
 
-    @torch.no_grad()
-    def student_cls(self, batch: Batch) -> Tensor:
-        """[CLS] of the masked global crops alone, [G, B, D]: what :meth:`forward` will give for the same random state."""
-        boxes, flips = batch.views.globals
-        masks = {f"{kind}_mask": getattr(batch.masks, kind) for kind in self.patch_kinds}
-        (tokens,) = self.backbone_of("student").forward_views([ViewGroup(batch.global_crops, boxes, flips, **masks)])
-        return tokens.cls.unflatten(0, (batch.views.n_global, -1))
-
-    def forward(
-        self, batch: Batch, targets: Targets, statistics: Centers, neighbours: Neighbours | None = None
-    ) -> dict[str, Tensor]:
-        """The weighted loss terms of a batch, or of a part of it, and their sum under ``loss``.
-
-        Args:
-            batch: what the student sees.
-            targets: :meth:`teacher_targets` of the same images.
-            statistics: :meth:`statistics` of the whole batch.
-            neighbours: for a part of a batch: KoLeo is then that of the whole batch (its value the same for every part), times the
-                number of parts, so that the mean of the parts' losses is the loss of the batch.
-        """
-        losses, student, n_rows = self.config.losses, self.student, self.n_rows
+    def loss(self, micro_batch: Batch, prepared: Prepared, i: int) -> LossTerms:
+        """Eq. 6. With several micro-batches KoLeo is that of the whole batch, its value the same for each; in ``total`` it counts
+        once a micro-batch, so that the mean of their gradients is the batch's."""
+        batch, targets, centers = micro_batch, prepared.targets[i], prepared.centers
+        losses, student, n_rows = self.settings.losses, self.student, self.n_rows
         tokens = self.student_tokens(batch)
         global_cls = tokens[0].cls.unflatten(0, (batch.views.n_global, -1))  # [G, B, D]
         cls = torch.cat([group.cls for group in tokens]).unflatten(0, (-1, batch.n_images))  # [G + L, B, D]
-        image = image_loss(student["image"](cls), targets["image"], statistics["image"], self.temperatures, n_rows)
+        image = image_loss(student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows)
         terms = {"image": losses.image * image}
-        for kind in self.patch_kinds:
+        for kind in self.kinds:
             weights, n_crops = getattr(batch.masks, f"{kind}_weight"), len(tokens[0].cls)
-            projection = student[kind](masked_patches(tokens[0], batch, kind))
-            value = patch_loss(projection, targets[kind], statistics[kind], weights, n_crops, self.temperatures, n_rows)
-            terms[kind] = losses[kind] * value
+            output = student[kind](masked_patches(tokens[0], batch, kind))
+            value = patch_loss(output, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows)
+            terms[kind] = getattr(losses, kind) * value
+        total = torch.stack(list(terms.values())).sum()
         if losses.koleo > 0:
-            n_parts = len(neighbours.parts) if neighbours else 1
-            everyone = neighbours.around(global_cls) if neighbours else global_cls
-            # Apart for each global view: two crops of one image are no neighbours to push away.
+            everyone = global_cls if prepared.neighbors is None else among(prepared.neighbors, i, global_cls)
+            # Apart for each global view: two crops of one image are no neighbors to push away.
             terms["koleo"] = losses.koleo * sum(koleo_loss(view, losses.koleo_scope) for view in everyone)
-            loss = torch.stack([v for k, v in terms.items() if k != "koleo"]).sum() + n_parts * terms["koleo"]
-            return {"loss": loss, **terms}
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+            total = total + len(prepared.neighbors or [i]) * terms["koleo"]
+        return LossTerms(total, terms)
+
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """The teacher follows the student; the running centers take in the batch's logits."""
+        for name, center in self.next_centers.items():
+            setattr(self, f"center_{name}", center)
+        return super().after_step(progress)
 
     @torch.no_grad()
-    def health(self, targets: Targets, statistics: Centers) -> dict[str, Tensor]:
-        """Signs of collapse, for the logs: entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
+    def diagnostics(self, micro_batches: Sequence[Batch], prepared: Prepared) -> dict[str, Tensor]:
+        """Entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
 
         ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all
         images are one point (1 / sqrt(d) is that of directions at random).
         """
-        rows = targets["image"].rows.flatten(0, -2)[:256]
-        teacher = Projection(rows, targets["image"].prototypes)
-        entropy, mean_entropy = teacher_entropies(teacher, statistics["image"], self.temperatures[1])
+        image = prepared.targets[0]["image"]
+        rows = image.bottleneck.flatten(0, -2)[:256]
+        teacher = HeadOutput(rows, image.prototypes)
+        entropy, mean_entropy = teacher_entropies(teacher, prepared.centers["image"], self.temperatures[1])
         return {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "feature_std": rows.std(0).mean()}
+
+
+def among(neighbors: Sequence[Tensor], own: int, cls: Tensor) -> Tensor:
+    """All micro-batches' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the gradient goes."""
+    return torch.cat([cls if i == own else tokens for i, tokens in enumerate(neighbors)], dim=1)
 
 
 def masked_patches(tokens: Tokens, batch: Batch, kind: str) -> Tensor:
     """The tokens of the masked patches of a kind, [M, D]. Picked by index: for a boolean mask the host would wait."""
     index: Tensor = getattr(batch.masks, f"{kind}_index")
     return tokens.patches.flatten(0, 1).index_select(0, index)
-
-
-def build_student_backbone(config: DictConfig, drop_path: float) -> ViT:
-    """The backbone that a config asks for, with the mask tokens of pre-training."""
-    backbone, positions = config.backbone, config.positions
-    flags = dict(
-        patch_size=backbone.patch_size,
-        layerscale=backbone.layerscale or None,
-        drop_path=drop_path,
-        attention=backbone.attention,
-        pos_encoding=positions.encoding,
-        pos_grid=positions.grid,
-        pos_interpolation=positions.interpolation,
-        mask_tokens=True,
-    )
-    for key in ("depth", "n_registers"):
-        if backbone[key]:  # 0: the name's own
-            flags[key] = backbone[key]
-    vit = build_backbone(backbone.name, weights=backbone.weights or None, **flags)
-    if not vit.has_cls:
-        raise UserError(f"backbone.weights: {backbone.weights} has no [CLS] token, which the image loss needs")
-    return vit

@@ -21,13 +21,13 @@ class Batch(Record):
         global_crops: [G * B, 3, S, S] uint8 levels, or normalised floats; view-major: all first global views, then all second ones.
         local_crops: [L * B, 3, s, s], the same, view-major.
         views: boxes, flips and position boxes, [B, G + L].
-        masks: of the global crops, [G * B, N].
+        masks: of the global crops, [G * B, N]; ``None`` for a method that masks nothing.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     views: Views
-    masks: Masks
+    masks: Masks | None
 
     @property
     def n_images(self) -> int:

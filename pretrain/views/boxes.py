@@ -5,55 +5,99 @@ box, which crops the position field. Without position and scale augmentation the
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
+from pretrain.settings import Settings, rising, setting
 from pretrain.views.records import Record
 
-LOCAL_RULES = ("image", "inside", "same")  # local crops lie anywhere in the image, in a global crop each, or on it
 TRIES = 10  # torchvision's, before it falls back to a central crop
-SCALES = ("beta", "uniform", "constant")
-REFERENCES = ("crops", "image")
-SURROUNDED = ("all", "globals")
+
+Share = Annotated[float, Field(ge=1e-6, le=1)]
+Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
+Positive = Annotated[float, Field(ge=1e-6)]
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class CropRule:
-    """How boxes are drawn: torchvision's RandomResizedCrop with DINOv2's scales, and a flip.
+class CropSettings(Settings):
+    """Where the crops of an image lie: torchvision's RandomResizedCrop with DINOv2's scales, and a flip. One geometry for pixels
+    and positions (METHOD.md 1).
 
     With a ``local_rule`` other than ``image``, local crop l belongs to the global crop l mod G, its parent.
     """
 
-    n_global: int = 2
-    n_local: int = 8
-    global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
-    local_scale: tuple[float, float] = (0.05, 0.32)  # ``inside``: of its parent's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_p: float = 0.5
-    plain_globals: bool = False  # no flips and colours of the global crops
-    local_rule: str = "image"
-    local_inside: float = 0.9  # ``inside``: least share of a local crop within its parent
+    n_global: int = setting(2, "global crops of an image", source="sec. 4.1", ge=1, le=64)
+    n_local: int = setting(8, "local crops of an image", source="sec. 4.1", ge=0, le=1024)
+    global_px: int = setting(224, "side of a global crop in pixels", source="footnote 4", ge=1, le=65536)
+    local_px: int = setting(96, "side of a local crop in pixels", source="footnote 4", ge=1, le=65536)
+    global_scale: tuple[Share, Share] = setting((0.32, 1.0), "share of the image's area, from and to", source="DINOv2")
+    local_scale: tuple[Share, Share] = setting(
+        (0.05, 0.32), "share of the image's area, from and to; with local_rule=inside of the parent's area", source="DINOv2"
+    )
+    ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", source="DINOv2")
+    flip_p: float = setting(0.5, "probability of a horizontal flip", source="DINOv2", ge=0, le=1)
+    plain_globals: bool = setting(
+        False, "global crops are not flipped and keep their colors (PaKA: the teacher sees no augmentation)", source="DINOv2"
+    )
+    local_rule: Literal["image", "inside", "same"] = setting(
+        "image",
+        "local crops lie: image (anywhere) | inside (in a global crop each; PaKA) | same (on it; DINOv3's Gram)",
+        source="DINOv2",
+    )
+    local_inside: float = setting(
+        0.9, "least share of a local crop within its parent, with local_rule=inside", source="PaKA", ge=0, le=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rising("crops", self, "global_scale", "local_scale", "ratio")
+        return self
 
 
-@dataclass(frozen=True)
-class PositionRule:
-    """Which positions a view reads: those of its crop, after position and scale augmentation t_s (paper 3.2.2; METHOD.md 3)."""
+class PositionSettings(Settings):
+    """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
 
-    tied: bool = True  # False: those of a whole image, unflipped, whatever the crop, as at inference
-    enabled: bool = True
-    scale: str = "beta"  # distribution of s
-    beta: tuple[float, float] = (2.0, 5.0)
-    s_min: float = 0.2
-    s_max: float = 1.0
-    reference: str = "crops"  # what s scales: the rectangle around the crops, or the whole image
-    surround: str = "all"  # which crops the rectangle surrounds
+    encoding: Literal["field", "standard"] = setting(
+        "field", "field | standard (one learned grid for every view, as the DINOv2 baseline)", source="sec. 3.2.1"
+    )
+    grid: int = setting(50, "side of the field, or of the learned grid", source="Table 6", ge=2, le=4096)
+    interpolation: Literal["bicubic", "bilinear", "dinov2", "bicubic_antialias"] = setting(
+        "bicubic", "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias", source="ours"
+    )
+    augment: bool = setting(True, "position and scale augmentation t_s; of a field alone", source="sec. 3.2.2")
+    scale: Literal["beta", "uniform", "constant"] = setting("beta", "distribution of the area s", source="Table 6")
+    beta: tuple[Positive, Positive] = setting((2.0, 5.0), "parameters of the beta distribution", source="Table 6")
+    s_min: float = setting(0.2, "smallest s", source="Table 6", ge=1e-6, le=1)
+    s_max: float = setting(1.0, "largest s", source="Table 6", ge=1e-6, le=1)
+    reference: Literal["crops", "image"] = setting(
+        "crops",
+        "what s scales: crops (the rectangle around them, as the formula) | image (as Fig. 2's caption)",
+        source="sec. 3.2.2",
+    )
+    surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds", source="ours")
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether position boxes are moved: a learned grid knows no crops."""
+        return self.augment and self.encoding == "field"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.s_min > self.s_max:
+            raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
+        if self.augment and not self.is_augmented:
+            warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
+        return self
 
 
 @dataclass(frozen=True)
@@ -134,7 +178,7 @@ def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> t
     return left, top, left + w, top + h
 
 
-def draw_inside(parents: Array, sizes_px: Array, rule: CropRule, u: Array) -> Array:
+def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -> Array:
     """Local crops (left, top, right, bottom) in whole pixels, [B, L, 4], each nearly inside its parent.
 
     Global-local intersection maximisation (PaKA): the area is a share of the parent's, the ratio is as ever, and at least
@@ -159,7 +203,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropRule, u: Array) -> Ar
     return np.concatenate([place, place + size], -1)
 
 
-def draw_s(rule: PositionRule, rng: np.random.Generator) -> float:
+def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
     """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper 4.3)."""
     if rule.scale == "constant":
         return rule.s_max
@@ -167,14 +211,14 @@ def draw_s(rule: PositionRule, rng: np.random.Generator) -> float:
     return rule.s_min + (rule.s_max - rule.s_min) * share
 
 
-def draw_move(rule: PositionRule, rng: np.random.Generator) -> tuple[float, float, float]:
+def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, float, float]:
     """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region among those possible, in [0, 1)."""
     s = draw_s(rule, rng)
     x, y = rng.random(2).tolist()
     return s, x, y
 
 
-def augment_positions(boxes: Array, rule: PositionRule, n_global: int, moves: Array) -> Array:
+def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves: Array) -> Array:
     """t_s: shift and scale the boxes of each image together inside the field (paper 3.2.2).
 
     ``reference: crops``: the smallest rectangle A around the views is scaled by sqrt(s / |A|), at most to the field's size, then
@@ -201,7 +245,13 @@ def augment_positions(boxes: Array, rule: PositionRule, n_global: int, moves: Ar
     return moved.reshape(boxes.shape)
 
 
-def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: Sequence[np.random.Generator]) -> Views:
+def draw_views(
+    sizes_px: Array,
+    crops: CropSettings,
+    positions: PositionSettings,
+    rngs: Sequence[np.random.Generator],
+    tied: bool = True,
+) -> Views:
     """All views of some images, each image from a generator of its own; every box is a whole number of pixels of its image.
 
     The augmentation of positions is drawn last: boxes and flips are the same with and without it. Every rule takes the same
@@ -210,6 +260,7 @@ def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: 
     Args:
         sizes_px: [B, 2], height and width of each image.
         rngs: one an image.
+        tied: a view reads the positions of its crop; else those of a whole image, unflipped, as at inference.
     """
     n_views = crops.n_global + crops.n_local
     u = np.stack([rng.random((n_views, 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
@@ -218,9 +269,9 @@ def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: 
         flips[:, : crops.n_global] = False
     boxes = draw_boxes(sizes_px, crops, u[..., 1:]) / sizes_px[:, None, [1, 0, 1, 0]]
     position_boxes = boxes
-    if not positions.tied:
+    if not tied:
         position_boxes = np.broadcast_to([0.0, 0.0, 1.0, 1.0], boxes.shape)
-    elif positions.enabled:
+    elif positions.is_augmented:
         moves = np.array([draw_move(positions, rng) for rng in rngs])
         position_boxes = augment_positions(boxes, positions, crops.n_global, moves)
     return Views(
@@ -228,7 +279,7 @@ def draw_views(sizes_px: Array, crops: CropRule, positions: PositionRule, rngs: 
         torch.from_numpy(flips),
         torch.from_numpy(position_boxes.astype(np.float32)),
         crops.n_global,
-        positions.tied,
+        tied,
     )
 
 
@@ -237,7 +288,7 @@ def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> 
     return torch.arange(n_local, device=device) % n_global
 
 
-def draw_boxes(sizes_px: Array, rule: CropRule, u: Array) -> Array:
+def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
     """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
     n_global = rule.n_global
     if rule.local_rule == "image":

@@ -2,30 +2,52 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
+from pretrain.settings import Settings, rising, setting
 from pretrain.views.records import Record
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 HUE = OPERATIONS.index("hue")
 
+NotNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Sigma = Annotated[float, Field(ge=1e-6)]
 
-@dataclass(frozen=True)
-class ColourRule:
+
+class ColorSettings(Settings):
     """DINOv2's photometric augmentation; probabilities by view are (first global, second global, locals)."""
 
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8
-    grey_p: float = 0.2
-    blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    blur_kernel_px: int = 9
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_p: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    solarize_threshold: int = 128
+    jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] = setting(
+        (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation and hue (in turns)", source="DINOv2"
+    )
+    jitter_p: float = setting(0.8, "probability of the jitter", source="DINOv2", ge=0, le=1)
+    grayscale_p: float = setting(0.2, "probability of gray", source="DINOv2", ge=0, le=1)
+    blur_p: tuple[Probability, Probability, Probability] = setting(
+        (1.0, 0.1, 0.5), "probability of a blur: DINOv2's intention; its code really runs [0, 0.9, 0.5]", source="ours"
+    )
+    blur_kernel_px: int = setting(9, "side of the blur's kernel in pixels, odd", source="DINOv2", ge=1, le=1023)
+    blur_sigma: tuple[Sigma, Sigma] = setting((0.1, 2.0), "sigma of the blur in pixels, from and to", source="DINOv2")
+    solarize_p: tuple[Probability, Probability, Probability] = setting(
+        (0.0, 0.2, 0.0), "probability of solarization", source="DINOv2"
+    )
+    solarize_threshold: int = setting(128, "levels from this one on are inverted", source="DINOv2", ge=0, le=256)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rising("color", self, "blur_sigma")
+        if self.blur_kernel_px % 2 == 0:
+            raise ValueError(f"color.blur_kernel_px={self.blur_kernel_px} should be odd, such as {self.blur_kernel_px + 1}")
+        return self
+
+
+NO_COLOR = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0))  # pixels as they are
 
 
 class Colour(NamedTuple):
@@ -69,7 +91,7 @@ class Colours(Record):
 
 
 def draw_colours(
-    n_views: int, n_global: int, rule: ColourRule, rngs: Sequence[np.random.Generator], plain_globals: bool = False
+    n_views: int, n_global: int, rule: ColorSettings, rngs: Sequence[np.random.Generator], plain_globals: bool = False
 ) -> Colours:
     """The colours of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
     and solarize. With ``plain_globals`` the global views keep their colours; those of the locals are the same."""
@@ -84,7 +106,7 @@ def draw_colours(
         changed & (u[..., 9] < rule.jitter_p),
         u[..., :4].argsort(-1),  # of four uniform numbers: every order is equally likely
         (low + (high - low) * u[..., 4:8]).astype(np.float32),
-        changed & (u[..., 10] < rule.grey_p),
+        changed & (u[..., 10] < rule.grayscale_p),
         np.where(changed & (u[..., 11] < np.array(rule.blur_p)[kinds]), sigma, 0).astype(np.float32),
         changed & (u[..., 12] < np.array(rule.solarize_p)[kinds]),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain.views.batch import Batch
 from pretrain.views.boxes import Views, pixel_boxes
-from pretrain.views.colour import HUE, OPERATIONS, ColourRule, Colours
+from pretrain.views.colour import HUE, OPERATIONS, ColorSettings, Colours
 from pretrain.views.masks import Masks
 from pretrain.views.pixels import normalise
 from pretrain.views.records import Record
@@ -36,7 +36,7 @@ class CanvasBatch(Record):
         canvas: [B, H, W, 3] uint8, each image in the top left corner.
         sizes: [B, 2] float32, height and width of each image in pixels.
         views, colours: [B, G + L].
-        masks: of the global crops, [G * B, N].
+        masks: of the global crops, [G * B, N], if any.
         rule: the colours' kernel and threshold.
         global_px, local_px: sides of the crops.
     """
@@ -45,8 +45,8 @@ class CanvasBatch(Record):
     sizes: Tensor
     views: Views
     colours: Colours
-    masks: Masks
-    rule: ColourRule
+    masks: Masks | None
+    rule: ColorSettings
     global_px: int
     local_px: int
 
@@ -98,7 +98,7 @@ def crop_resize(image: Tensor, boxes_px: Tensor, flips: Tensor, size_px: int) ->
     return sandwich(rows, image, columns).round_().clamp_(0, 255)
 
 
-def apply_colours(pixels: Tensor, colours: Colours, rule: ColourRule) -> Tensor:
+def apply_colours(pixels: Tensor, colours: Colours, rule: ColorSettings) -> Tensor:
     """The drawn colours on crops, in DINOv2's order: jitter, greyscale, blur, solarize.
 
     Args:

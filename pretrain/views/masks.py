@@ -1,7 +1,7 @@
 """Which patches of the student's global crops lose their content or their position (paper 3.3, METHOD.md 4).
 
 Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes, as DINOv2's;
-position masks are crosses: full row and column bands around drawn centres.
+position masks are crosses: full row and column bands around drawn centres. MAE's masks are patches at random.
 
 While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is that patch: to shift, unite and count these
 takes a fraction of a microsecond, arrays of 14 x 14 take several. So do single numbers of NumPy's generators, hence Python's.
@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from random import Random
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
+from pretrain.settings import Settings, rising, setting
 from pretrain.views.records import Record
 
-SHAPES = ("box", "cross")
-KINDS_OVER = ("batch", "image")
+SHAPES = ("box", "cross", "random")
+Ratio = Annotated[float, Field(ge=0, le=1 - 1e-9)]
+Shape = Literal["box", "cross", "random"]
 
 Mask = NDArray[np.bool_]
 
@@ -35,18 +39,26 @@ class Numbers(Protocol):
         """Uniform in [0, 1)."""
 
 
-@dataclass(frozen=True)
-class MaskRule:
-    """Shares, ratios and shapes of the masks."""
+class MaskSettings(Settings):
+    """Which global crops lose content or positions, and in which shapes (paper 3.3)."""
 
-    content_share: float = 0.5
-    position_share: float = 0.5
-    ratio: tuple[float, float] = (0.1, 0.5)  # share of a crop's patches
-    content_shape: str = "box"
-    position_shape: str = "cross"
-    kinds_over: str = "batch"  # batch: drawn over all global crops (DINOv2's collate) | image: both crops of an image alike
-    min_box_patches: int = 4
-    min_aspect: float = 0.3
+    content_share: float = setting(0.5, "share of the global crops that lose content", source="Table 6", ge=0, le=1)
+    position_share: float = setting(0.5, "share of the global crops that lose positions", source="Table 6", ge=0, le=1)
+    ratio: tuple[Ratio, Ratio] = setting((0.1, 0.5), "share of a crop's patches, from and to", source="Table 6")
+    content_shape: Shape = setting("box", "of the content masks: box | cross | random (single patches; MAE)", source="Table 6")
+    position_shape: Shape = setting("cross", "of the position masks: box | cross | random", source="Table 6")
+    kinds_over: Literal["batch", "image"] = setting(
+        "batch", "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)", source="ours"
+    )
+    min_box_patches: int = setting(4, "smallest box in patches", source="DINOv2", ge=1, le=65536)
+    min_aspect: float = setting(0.3, "smallest aspect ratio of a box", source="DINOv2", ge=1e-6, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rising("masks", self, "ratio")
+        if self.content_share + self.position_share > 1:
+            raise ValueError("masks.content_share + masks.position_share is more than 1; lower one of them")
+        return self
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def index_and_weight(mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.float32]
     return index, np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
 
 
-def box_mask(grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -> Mask:
+def box_mask(grid: tuple[int, int], target: int, rule: MaskSettings, rng: Numbers) -> Mask:
     """Box-wise mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then single patches at random (ours) for the rest."""
     mask = 0
     while (left_over := target - mask.bit_count()) > 0:
@@ -93,12 +105,21 @@ def box_mask(grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -
             break
         mask |= box
     if left_over > 0:
-        free = [place for place in range(grid[0] * grid[1]) if not mask >> place & 1]
-        mask |= sum(1 << place for place in sorted(free, key=lambda _: rng.random())[:left_over])
+        mask |= _some([place for place in range(grid[0] * grid[1]) if not mask >> place & 1], left_over, rng)
     return _array(mask, grid)
 
 
-def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskRule, rng: Numbers) -> int:
+def random_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
+    """Mask of exactly ``target`` patches, [h, w]; every set of so many is equally likely (MAE, section 3)."""
+    return _array(_some(range(grid[0] * grid[1]), target, rng), grid)
+
+
+def _some(places: Sequence[int], n: int, rng: Numbers) -> int:
+    """The bits of ``n`` of the places: of those with the smallest of one number each."""
+    return sum(1 << place for place in sorted(places, key=lambda _: rng.random())[:n])
+
+
+def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskSettings, rng: Numbers) -> int:
     """The first of ten boxes that adds between 1 and ``room`` patches to the mask; 0 when none does."""
     height, width = grid
     smallest, log_aspect = min(rule.min_box_patches, room), math.log(rule.min_aspect)
@@ -178,22 +199,25 @@ def _array(bits: int, grid: tuple[int, int]) -> Mask:
     return np.unpackbits(packed, count=n, bitorder="little").view(np.bool_).reshape(grid)
 
 
-def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskRule, rng: Numbers) -> Mask:
-    """``box`` or ``cross`` mask of exactly ``target`` patches, [h, w]."""
+def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskSettings, rng: Numbers) -> Mask:
+    """A mask of exactly ``target`` patches, [h, w], of one of :data:`SHAPES`."""
     if shape == "box":
         return box_mask(grid, target, rule, rng)
-    return cross_mask(grid, target, rng)
+    return (random_mask if shape == "random" else cross_mask)(grid, target, rng)
 
 
 def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator) -> list[int]:
-    """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate."""
+    """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate.
+
+    A ratio without a range, (r, r), gives every crop the same number, r times ``n_patches`` rounded down.
+    """
     edges = np.linspace(*ratio, n_crops + 1)
     targets = (n_patches * (edges[:-1] + np.diff(edges) * rng.random(n_crops))).astype(np.int64)
     # Crops come in the order of their views: the strata must not follow it.
     return rng.permutation(targets).tolist()
 
 
-def draw_kinds(n_images: int, n_global: int, rule: MaskRule, rng: np.random.Generator) -> list[str]:
+def draw_kinds(n_images: int, n_global: int, rule: MaskSettings, rng: np.random.Generator) -> list[str]:
     """The kind of each global crop, view-major: ``content``, ``position`` or ``none``."""
     n = n_images if rule.kinds_over == "image" else n_images * n_global
     # Rounded up or down at random, so that a share holds on average in small batches too; whole shares stay exact.
@@ -206,7 +230,7 @@ def draw_kinds(n_images: int, n_global: int, rule: MaskRule, rng: np.random.Gene
 
 
 def draw_masks(
-    n_images: int, n_global: int, grid: tuple[int, int], rule: MaskRule, key: Sequence[int], images: slice | None = None
+    n_images: int, n_global: int, grid: tuple[int, int], rule: MaskSettings, key: Sequence[int], images: slice | None = None
 ) -> Masks:
     """Masks for the global crops of a batch.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.views.boxes import Views, pixel_boxes
-from pretrain.views.colour import HUE, Colour, ColourRule, Colours
+from pretrain.views.colour import HUE, ColorSettings, Colour, Colours
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DINOv2
 STD = (0.229, 0.224, 0.225)
@@ -83,7 +83,7 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # 
 assert ADJUST[HUE] is adjust_hue
 
 
-def apply_colour(image: Pixels, colour: Colour, rule: ColourRule) -> Pixels:
+def apply_colour(image: Pixels, colour: Colour, rule: ColorSettings) -> Pixels:
     """The drawn colour of a view on its crop, in DINOv2's order: jitter, greyscale, blur, solarize."""
     if colour.jitter:
         for operation in colour.order:
@@ -98,7 +98,7 @@ def apply_colour(image: Pixels, colour: Colour, rule: ColourRule) -> Pixels:
 
 
 def render(
-    image: Pixels, views: Views, colours: Colours, rule: ColourRule, *, global_px: int, local_px: int
+    image: Pixels, views: Views, colours: Colours, rule: ColorSettings, *, global_px: int, local_px: int
 ) -> tuple[Tensor, Tensor]:
     """All views of one image.
 

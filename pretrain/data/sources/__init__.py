@@ -7,17 +7,44 @@ what it needs in each process for itself.
 import os
 import re
 from pathlib import Path
-from typing import Protocol
-
-from omegaconf import DictConfig
+from typing import Literal, Protocol
 
 from pretrain.data.sources.files import is_image, is_pattern
 from pretrain.data.sources.folder import FileSource, folder_source, list_source
 from pretrain.errors import UserError
+from pretrain.settings import Settings, setting
 
-__all__ = ["FileSource", "Source", "folder_source", "kind_of", "list_source", "open_source"]
+__all__ = ["DataSettings", "FileSource", "Source", "folder_source", "kind_of", "list_source", "open_source"]
 
 COCO_SPLIT = re.compile(r"(train|val|test|unlabeled)20\d\d")
+
+
+class DataSettings(Settings):
+    """Which images a run reads, and how they become views."""
+
+    in_recipe = False
+
+    root: str = setting(
+        "", "folder, list file, tar shards, parquet files or Hugging Face folder; required", source="ours", fixed=False
+    )
+    source: Literal["auto", "folder", "list", "coco", "tar", "parquet", "huggingface"] = setting(
+        "auto", "kind of root; auto: told from it", source="ours"
+    )
+    split: str = setting("", "sub-folder (coco: train2017) or split of root; all of it without", source="ours")
+    image_column: str = setting("", "parquet, huggingface: column of the images; found by itself without", source="ours")
+    workers: int = setting(
+        4, "decoding processes a rank; the order of the images does not depend on it", source="ours", fixed=False, ge=0, le=1024
+    )
+    path: Literal["auto", "cpu", "device"] = setting(
+        "auto", "views are made: cpu (in the workers) | device (batched, beside the step) | auto (device on CUDA)", source="ours"
+    )
+    max_side_px: int = setting(
+        0, "longer images are scaled down to this side after decoding; 0: never (device path: 512)", source="ours", ge=0, le=65536
+    )
+    max_mpx: float = setting(200.0, "an image of more megapixels counts as broken (decompression bombs)", source="ours", ge=1e-6)
+    broken_share: float = setting(
+        0.1, "the run stops when more than this share of the images read is broken", source="ours", fixed=False, ge=0, le=1
+    )
 
 
 class Source(Protocol):
@@ -32,16 +59,16 @@ class Source(Protocol):
         """The encoded image, as in its file; raises :class:`pretrain.data.decode.BrokenImage`."""
 
 
-def open_source(data: DictConfig) -> Source:
+def open_source(data: DataSettings) -> Source:
     """The source that the config group ``data`` names: by ``root``, ``source``, ``split`` and ``image_column``.
 
     Raises:
         UserError: nothing to read there; names the key or the file.
     """
-    root, split, column = os.path.expanduser(str(data.root)), str(data.split), str(data.image_column)
+    root, split, column = os.path.expanduser(data.root), data.split, data.image_column
     if not root:
-        raise UserError("data.root: no images are given")
-    kind = kind_of(root, split) if data.source == "auto" else str(data.source)
+        raise UserError("data.root: no images are given; set data.root=FOLDER")
+    kind = kind_of(root, split) if data.source == "auto" else data.source
     if column and kind not in ("parquet", "huggingface"):
         raise UserError(f"data.image_column={column}: there are no columns in {root} (data.source={kind})")
     if kind == "list":

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel
 from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
 from pretrain.evaluation.dense.clustering import clustering
@@ -31,12 +32,11 @@ from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib,
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
 from pretrain.settings import compared
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject
 
 Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
 EVALUATORS: Mapping[str, Evaluator] = {"linear": linear, "in_context": in_context, "clustering": clustering}
 TASKS_FOLDER = "tasks"
-KIND = "dense"
+KIND: Final = "dense"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Job:
         val: the validation part, of a set with a label a pixel.
     """
 
-    subject: Subject
+    subject: EvalModel
     set_name: str
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -92,7 +92,7 @@ class Job:
 
 
 def job_on_set(
-    subject: Subject,
+    subject: EvalModel,
     train: LabelSet,
     val: LabelSet,
     settings: Mapping[str, Any],
@@ -127,7 +127,7 @@ def job_on_set(
 
 
 def job_on_classes(
-    subject: Subject,
+    subject: EvalModel,
     root: Path,
     settings: KnnSettings,
     others: Mapping[str, tuple[Any, Any]],

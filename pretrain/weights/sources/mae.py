@@ -9,8 +9,8 @@ positions bicubically by size (``util/pos_embed.py``).
 import math
 
 import torch
-from torch import Tensor
 
+from pretrain.backbones.position import sincos_table
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
@@ -55,15 +55,6 @@ def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
             f"weights: {file.path}, read as droppos: its decoder knows positions (decoder_pos_embed), DropPos's does not"
         )
     return _encoder(file, networks, subnet, ("droppos", "DropPos"), DROPPOS_UNUSED)
-
-
-def sincos_table(side: int, width: int) -> Tensor:
-    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: one half for the column, one for the row."""
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    columns, rows = axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1)  # [side, side, width / 2]
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 
 def is_fixed(state: State, has_cls: bool = True) -> bool:

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain import prototypes
-from pretrain.heads import ProjectionHead, unit_rows
+from pretrain import cpu_tuning
+from pretrain.heads import HeadOutput, ProjectionHead, unit_rows
 from pretrain.losses import image_loss, patch_loss, sinkhorn_center
-from pretrain.prototypes import Projection, cross_entropy_sum, distribution
+from pretrain.losses.chunked_cross_entropy import cross_entropy_sum, distribution
 
 TEMPERATURES = (0.1, 0.04)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -18,8 +18,8 @@ def unit(*shape, dtype=torch.float64, seed=0):
 
 
 def inputs(n_student, n_teacher, n_samples, dtype, width=8, n_prototypes=50):
-    student = Projection(unit(n_student, n_samples, width, dtype=dtype, seed=1), unit(n_prototypes, width, dtype=dtype, seed=2))
-    teacher = Projection(unit(n_teacher, n_samples, width, dtype=dtype, seed=3), unit(n_prototypes, width, dtype=dtype, seed=4))
+    student = HeadOutput(unit(n_student, n_samples, width, dtype=dtype, seed=1), unit(n_prototypes, width, dtype=dtype, seed=2))
+    teacher = HeadOutput(unit(n_teacher, n_samples, width, dtype=dtype, seed=3), unit(n_prototypes, width, dtype=dtype, seed=4))
     center = 0.1 * unit(1, n_prototypes, dtype=dtype, seed=5)
     generator = torch.Generator().manual_seed(6)
     pairs = torch.rand(n_student, n_teacher, generator=generator, dtype=torch.float64).to(dtype)
@@ -28,7 +28,7 @@ def inputs(n_student, n_teacher, n_samples, dtype, width=8, n_prototypes=50):
 
 
 def value_and_gradients(student, teacher, center, pairs, weights, n_rows):
-    leaves = Projection(*(t.clone().requires_grad_() for t in student))
+    leaves = HeadOutput(*(t.clone().requires_grad_() for t in student))
     loss = cross_entropy_sum(leaves, teacher, center, pairs, weights, TEMPERATURES, n_rows)
     return [loss.detach(), *torch.autograd.grad(3 * loss, leaves)]
 
@@ -66,7 +66,7 @@ def test_the_chunked_gradient_is_the_numerical_one():
             for sign in (1, -1):
                 moved = [t.clone() for t in student]
                 moved[which].view(-1)[place] += sign * 1e-5
-                values.append(cross_entropy_sum(Projection(*moved), *rest, TEMPERATURES, 3))
+                values.append(cross_entropy_sum(HeadOutput(*moved), *rest, TEMPERATURES, 3))
             slope = 3 * (values[0] - values[1]) / 2e-5
             torch.testing.assert_close(gradient.flatten()[place], slope, rtol=1e-6, atol=1e-8)
 
@@ -75,8 +75,8 @@ def test_no_masked_patch_is_no_loss_and_no_gradient():
     student, teacher, center, *_ = inputs(1, 1, 4, torch.float64)
     rows = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
     table = student.prototypes.clone().requires_grad_()
-    none = Projection(teacher.rows[0, :0], teacher.prototypes)
-    loss = patch_loss(Projection(rows, table), none, center, torch.zeros(0), 6, TEMPERATURES, 5)
+    none = HeadOutput(teacher.bottleneck[0, :0], teacher.prototypes)
+    loss = patch_loss(HeadOutput(rows, table), none, center, torch.zeros(0), 6, TEMPERATURES, 5)
     loss.backward()
     assert loss.item() == 0 and not table.grad.any()
 
@@ -84,13 +84,13 @@ def test_no_masked_patch_is_no_loss_and_no_gradient():
 def test_never_more_rows_than_asked_for_exist(monkeypatch):
     """The largest table that is made has n_rows rows: what bounds the memory."""
     made = []
-    table = prototypes._table
+    table = cpu_tuning._table
 
     def watched(name, n_rows, width, like):
         made.append((name, n_rows))
         return table(name, n_rows, width, like)
 
-    monkeypatch.setattr(prototypes, "_table", watched)
+    monkeypatch.setattr(cpu_tuning, "_table", watched)
     value_and_gradients(*inputs(10, 2, 9, torch.float64), 20)
     rows = {name: [n for key, n in made if key == name] for name in ("teacher", "student", "probabilities")}
     assert max(n for _, n in made) == 20
@@ -101,16 +101,16 @@ def test_image_and_patch_loss_in_chunks(dtype=torch.float64):
     student, teacher, center, *_ = inputs(5, 2, 4, dtype)
     whole = image_loss(student, teacher, center, TEMPERATURES, 0)
     torch.testing.assert_close(image_loss(student, teacher, center, TEMPERATURES, 6), whole, rtol=1e-12, atol=0)
-    rows = Projection(student.rows[0], student.prototypes), Projection(teacher.rows[0], teacher.prototypes)
+    rows = HeadOutput(student.bottleneck[0], student.prototypes), HeadOutput(teacher.bottleneck[0], teacher.prototypes)
     weights = torch.tensor([0.5, 0.5, 1.0, 0.25], dtype=dtype)
     plain, chunked = (patch_loss(*rows, center, weights, 3, TEMPERATURES, n) for n in (0, 3))
     torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 4])
-def test_sinkhorn_as_a_centre_is_sinkhorn(n_rows):
+def test_sinkhorn_as_a_center_is_sinkhorn(n_rows):
     """softmax((logits - center) / t) equals the alternation on the whole table, whatever the chunks."""
-    teacher = Projection(unit(9, 8, seed=7), unit(6, 8, seed=8))
+    teacher = HeadOutput(unit(9, 8, seed=7), unit(6, 8, seed=8))
     q = torch.exp(teacher.logits / 0.1)
     for _ in range(3):
         q = q / q.sum(0, keepdim=True) / 6
@@ -126,6 +126,6 @@ def test_prototypes_have_norm_one_and_the_gradient_of_normalisation():
     ours, torchs = (torch.autograd.grad(f(weight), weight, upstream)[0] for f in (unit_rows, lambda w: F.normalize(w, dim=1)))
     torch.testing.assert_close(ours, torchs)
     head = ProjectionHead(8, 20, hidden_dim=16, bottleneck_dim=4, n_layers=3).double()
-    rows, prototypes = head(torch.randn(7, 8, dtype=torch.float64))
-    assert rows.shape == (7, 4) and prototypes.shape == (20, 4)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(7, dtype=torch.float64))
+    bottleneck, prototypes = head(torch.randn(7, 8, dtype=torch.float64))
+    assert bottleneck.shape == (7, 4) and prototypes.shape == (20, 4)
+    torch.testing.assert_close(bottleneck.norm(dim=1), torch.ones(7, dtype=torch.float64))

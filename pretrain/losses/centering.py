@@ -1,0 +1,80 @@
+"""Centers of a teacher's logits, against collapse: a running mean (DINO) or Sinkhorn-Knopp (SwAV, DINOv2).
+
+Both are a center [1, K]: the teacher's distribution is softmax((logits - center) / temperature).
+"""
+
+import torch
+from torch import Tensor
+
+from pretrain.distributed import max_over_ranks, sum_over_ranks
+from pretrain.heads import HeadOutput
+from pretrain.losses.chunked_cross_entropy import distribution
+from pretrain.precision import at_least_float32
+
+
+def updated_center(center: Tensor, teacher: HeadOutput, momentum: float = 0.9) -> Tensor:
+    """The next center [1, K]: a running mean of the teacher's logits over all ranks (DINO).
+
+    Global sum / global count. The mean of the logits is the mean bottleneck row times the prototypes, so it
+    needs no logits. Without a row on any rank the center stays as it is.
+
+    Args:
+        center: [1, K].
+        teacher: bottleneck [M, d]; ranks may hold different M, and the same prototypes.
+        momentum: weight of the old center.
+    """
+    rows = at_least_float32(teacher.bottleneck)
+    # One reduction for sum and count.
+    total = sum_over_ranks(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
+    count = total[-1]
+    with torch.autocast(rows.device.type, enabled=False):
+        mean = (total[:-1] / count.clamp(min=1)).unsqueeze(0) @ at_least_float32(teacher.prototypes).T
+    return torch.where(count > 0, center * momentum + mean * (1 - momentum), center)
+
+
+def sinkhorn_center(teacher: HeadOutput, temperature: float, n_iterations: int = 3, n_rows: int = 512) -> Tensor:
+    """Sinkhorn-Knopp (SwAV, DINOv2) as a center [1, K].
+
+    Every prototype receives the same mass over all ranks' samples. The iteration scales columns and rows of
+    exp(logits / temperature) in turn and ends with the rows, as softmax does. So only the column factors v
+    remain, and center = -temperature log v. They are found chunk by chunk, without holding the table.
+
+    Args:
+        teacher: bottleneck [M, d]; ranks may hold different M.
+        temperature: of the teacher.
+        n_iterations: of columns and rows.
+        n_rows: rows whose logits exist at a time; 0: all.
+    """
+    rows, prototypes = at_least_float32(teacher.bottleneck), at_least_float32(teacher.prototypes)
+    chunks = rows.split(n_rows or max(len(rows), 1))
+    with torch.autocast(rows.device.type, enabled=False):
+        # A global shift keeps the exponent in range and changes nothing.
+        peaks = [(chunk @ prototypes.T).amax() for chunk in chunks if len(chunk)]
+        peak = max_over_ranks(torch.stack(peaks).amax() if peaks else rows.new_full((), -torch.inf))
+        columns = None  # v [K]
+        for _ in range(n_iterations):
+            mass = rows.new_zeros(len(prototypes))
+            for chunk in chunks:
+                scores = ((chunk @ prototypes.T - peak) / temperature).exp_()  # [m, K]
+                mass += scores.sum(0) if columns is None else (1 / (scores @ columns)) @ scores
+            columns = 1 / sum_over_ranks(mass)
+        assert columns is not None
+        log_columns = columns.log()
+        return -temperature * (log_columns - log_columns.mean()).unsqueeze(0)
+
+
+def teacher_entropies(teacher: HeadOutput, center: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """How far the teacher is from collapse: mean entropy of its distributions, and entropy of their mean.
+
+    In nats, at most ln K. The first near ln K: everything looks alike. The second near 0: one prototype takes
+    all.
+
+    Args:
+        teacher: bottleneck [M, d], few enough for all of their logits.
+        center: [1, K].
+        temperature: of the teacher.
+    """
+    p = distribution(teacher, center, temperature)
+    mean = sum_over_ranks(p.mean(0))
+    mean = mean / mean.sum()
+    return -torch.xlogy(p, p).sum(1).mean(), -torch.xlogy(mean, mean).sum()
