@@ -325,7 +325,7 @@ def main(arguments):
         (["linear.lr=nan"], "linear.lr=nan should be a finite number"),
         ([*KNN_WORDS, "knn.crop_px=48", "knn.resize_px=40"], "knn.crop_px=48 is more than knn.resize_px=40"),
         ([*KNN_WORDS, "knn.k="], "knn.k=[]"),
-        ([*KNN_WORDS, "knn.k=0,5"], "knn.k.0=0"),
+        ([*KNN_WORDS, "knn.k=0,5"], "knn.k[0]=0"),
         ([*KNN_WORDS, "knn.temperature=0"], "knn.temperature=0.0"),
         (["cluster.k=2"], "cluster.k=2: should be TASK.FIELD=VALUE"),
         (["knn.k=5"], "knn.k=5 has no effect: knn is not asked for"),

@@ -363,7 +363,7 @@ def test_options_reach_their_objects():
     ],
 )
 def test_impossible_numbers_are_named(field, value, demand):
-    with pytest.raises(UserError, match=rf"^protocol: {field}(\.0)?=.* {demand}"):
+    with pytest.raises(UserError, match=rf"^protocol: {field}(\[0\])?=.* {demand}"):
         with_overrides(protocol(), {field: value})
 
 

@@ -101,7 +101,7 @@ def test_values_take_the_type_of_the_field(key, given, held):
         ("milestones", "1.5", "milestones='1.5' should be a list of values, each a whole number"),
         ("milestones", [True], "milestones=[True] should be a list of values, each a whole number"),
         ("milestones", "101", "milestones=(101,) must be within steps=100"),
-        ("sizes", "1, 0", "sizes.1=0.0 should be greater than 0"),
+        ("sizes", "1, 0", "sizes[1]=0.0 should be greater than 0"),
         ("step", "1", "unknown key 'step'; did you mean steps?"),
         ("name", "mine", "unknown key 'name'; there are amp, betas, lr, milestones, norm, sizes, steps"),
     ],
@@ -217,7 +217,7 @@ def test_no_field_takes_what_is_no_value_of_its_type(name):
         bad = BAD[type(value)]
         bad = ",".join([bad] * len(info.default)) if isinstance(info.default, tuple) else bad
         for given in (bad, *(["inf", "-inf"] if type(info.default) is float else []), {"a": 1}, object()):
-            with pytest.raises(UserError, match=rf"^protocol: {key}(\.\d)?=.* should ") as error:
+            with pytest.raises(UserError, match=rf"^protocol: {key}(\[\d\])?=.* should ") as error:
                 replaced(model(), {key: given}, "protocol")
             assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="^protocol: unknown key 'no_such_key'; "):
