@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-def fields_and_model_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """The words of a fine-tuning: ``key=value`` fields of its protocol, and ``backbone.key=value`` arguments of the ViT.
 
     Returns:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.methods import SHIPPED, TrainSettings, find_method
+from pretrain.methods import TrainSettings, find_method
 from pretrain.results.renamed import PRETRAINING
 from pretrain.results.schema import Protocol
 from pretrain.settings import (
@@ -231,7 +231,7 @@ def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
 
 # --- configs of earlier versions --------------------------------------------------------------------------------------
 
-METHODS = {"dense": "paka"}
+METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
 # How they told recipes apart, where a whole config named none: of those whose values it holds, the last.
 RECIPES_TOLD_BY: Mapping[str, Mapping[str, Any]] = {
     "intertwined-100ep": {"method": "intertwined"},
@@ -270,8 +270,8 @@ def _modern(layer: Layer) -> Layer:
 
 
 def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values without the keys of other shipped methods."""
-    others = {key for name in SHIPPED for key, _, _ in fields(find_method(name).Settings)}
+    """Values without the keys that only the other methods of that time have."""
+    others = {key for name in METHODS.values() for key, _, _ in fields(find_method(name).Settings)}
     others -= {key for key, _, _ in fields(model)}
     kept: dict[str, Any] = {}
     for group, keys in values.items():

@@ -3,13 +3,11 @@
 import io
 import tarfile
 
-from omegaconf import OmegaConf
-
-from pretrain.data.sources import open_source
+from pretrain.data.sources import DataSettings, open_source
 
 
 def opened(root, source="auto", split="", column=""):
-    return open_source(OmegaConf.create({"root": str(root), "source": source, "split": split, "image_column": column}))
+    return open_source(DataSettings(root=str(root), source=source, split=split, image_column=column))
 
 
 def contents(source):

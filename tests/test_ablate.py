@@ -13,7 +13,7 @@ import pytest
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE, fields_and_model_kwargs
+from pretrain.cli import REQUEUE_CODE, fields_and_kwargs
 from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
@@ -99,13 +99,14 @@ def test_the_detection_is_the_demos(tmp_path):
     assert data[-6:] == TOOL["DATA"]
 
 
-def test_quick_and_other_settings_come_last(tmp_path):
-    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["max_iters=12"]))
+@pytest.mark.parametrize("word", ["max_iters=12", "iterations_it=12"])
+def test_quick_and_other_settings_come_last(tmp_path, word):
+    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=[word]))
     first, second = plan["method/seed_0"]
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
     words = second.command[second.command.index("--resume") + 1 :]
-    fields, model_kwargs = fields_and_model_kwargs(words)  # refuses a key that is given twice
+    fields, model_kwargs = fields_and_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
     assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 

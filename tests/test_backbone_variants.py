@@ -13,7 +13,7 @@ from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.errors import UserError
 from pretrain.export import export
-from pretrain.methods.intertwined import build_student_backbone
+from pretrain.methods.intertwined import Intertwined
 from pretrain.weights import save_backbone
 
 TINY = "vit_tiny_patch16"
@@ -153,4 +153,4 @@ def test_pretraining_cannot_start_from_such_a_file(tmp_path, flags, said):
     file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
     settings = [f"backbone.name={TINY}", "backbone.depth=2", "positions.grid=4", "data.root=x", f"backbone.weights={file}"]
     with pytest.raises(UserError, match=said):
-        build_student_backbone(load_config(None, settings), 0.0)
+        Intertwined(load_config(None, settings))

@@ -179,7 +179,7 @@ def test_refusals(features, squares, change, message):
 
 def test_features_that_are_no_numbers_and_sets_without_labels(features, squares):
     nothing = LabelSet("squares", "val", CLASSES, squares.files, np.zeros(4, dtype=np.int32))
-    with pytest.raises(UserError, match="squares: the val part has no labelled pixel"):
+    with pytest.raises(UserError, match="squares: the val part has no labeled pixel"):
         clustering(features, nothing, nothing, SMALL)
     bias = features.backbone.norm.bias
     with torch.no_grad():

@@ -199,7 +199,9 @@ def step_of(config):
     return trainer, logs.losses, logs.scheduled
 
 
-@pytest.mark.parametrize("extra", [[], ["alignment.loss=frobenius", "alignment.kernel=rbf"], GRAM], ids=["paka", "frobenius rbf", "gram"])
+@pytest.mark.parametrize(
+    "extra", [[], ["alignment.loss=frobenius", "alignment.kernel=rbf"], GRAM], ids=["paka", "frobenius rbf", "gram"]
+)
 def test_a_step_in_bfloat16_is_finite(folder, extra):
     trainer, terms, _ = step_of(settings(folder, "run.precision=bf16", *extra))
     assert set(terms) == {"loss", trainer.config.alignment.loss, "grad_norm", "overlaps", "feature_std"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from label_set_fixture import save_map, write_folder, write_voc
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 
 from pretrain.build import build_backbone
 from pretrain.config import load_config
@@ -34,12 +34,16 @@ def sets(tmp_path):
 
 def config_of(folder, *extra):
     paths = [f"data.root={folder / 'photos'}", f"probes.dense_root={folder / 'toy'}"]
-    return load_config(None, [*TINY, *paths, "probes.image_px=32", "probes.period_it=2", *extra])
+    return load_config(None, last([*TINY, *paths, "probes.image_px=32", "probes.every=2", *extra]))
+
+
+def probes_of(config):
+    return Probes(config.probes, config.data, config.backbone.patch_size)
 
 
 def test_the_probe_is_the_evaluators_at_small_settings(sets):
     backbone = build_backbone("vit_tiny_patch16", depth=1).eval()
-    found = Probes(config_of(sets, ALL, "probes.max_images=2")).run(backbone, torch.device("cpu"))
+    found = probes_of(config_of(sets, ALL, "probes.max_images=2")).run(backbone, torch.device("cpu"))
     parts = [open_label_set(sets / "toy", part).first(2) for part in ("train", "val")]
     with frozen(backbone):
         features = Features(backbone, torch.device("cpu"), nullcontext())
@@ -53,7 +57,7 @@ def test_the_probe_is_the_evaluators_at_small_settings(sets):
 
 
 def test_the_probe_leaves_no_trace_and_repeats_itself(sets):
-    probes = Probes(config_of(sets, ALL))
+    probes = probes_of(config_of(sets, ALL))
     backbone = build_backbone("vit_tiny_patch16", depth=1, drop_path=0.5).train()
     torch.manual_seed(1)
     np.random.seed(1)
@@ -72,7 +76,7 @@ def test_a_run_logs_the_probe_and_a_resumed_one_the_same(sets):
         return config_of(sets, ALL, f"run.output={sets / name}", "optim.epochs=2")
 
     train(run("straight"))
-    train(run("parts"), stop_after_it=3)
+    train(run("parts"), stop_after=3)
     train(run("parts"), resume="auto")
     logs = [(sets / name / "probes.jsonl").read_text() for name in ("straight", "parts")]
     assert logs[0] == logs[1]
@@ -84,7 +88,7 @@ def test_a_run_logs_the_probe_and_a_resumed_one_the_same(sets):
 
 def test_the_kind_of_a_set_may_be_named(sets):
     write_voc(sets / "voc", 2, 2)
-    probes = Probes(config_of(sets, f"probes.dense_root={sets / 'voc'}", "probes.dense_set=voc2012"))
+    probes = probes_of(config_of(sets, f"probes.dense_root={sets / 'voc'}", "probes.dense_set=voc2012"))
     assert probes.probes[0].train.name == "voc2012" and len(probes.probes[0].val) == 2
     assert list(probes.probes[0].settings) == ["in_context"]  # by default, for it trains nothing
 
@@ -106,10 +110,10 @@ def test_bad_sets_are_told_at_the_start(sets, spoil, extra, said):
     if spoil:
         spoil(sets)
     with pytest.raises(UserError, match=said) as error:
-        Probes(config_of(sets, *extra))
+        probes_of(config_of(sets, *extra))
     assert "\n" not in str(error.value)
 
 
 def test_keys_without_a_period_are_a_warning(sets):
-    with pytest.warns(UserWarning, match=r"probes\.period_it is 0"):
-        assert len(Probes(config_of(sets, "probes.period_it=0"))) == 0
+    with pytest.warns(UserWarning, match=r"probes\.every is 0"):
+        assert len(probes_of(config_of(sets, "probes.every=0"))) == 0

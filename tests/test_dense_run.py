@@ -1,29 +1,31 @@
-"""Dense post-training, whole runs: what they leave, exact resume, parts and ranks that equal one, and runs of before."""
+"""PaKA, whole runs: what they leave, exact resume, micro-batches and ranks that equal one, and runs of before."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import old_runs
 import pytest
 import torch
 from dense_fixture import DENSE, GRAM, TIED, write_start
-from photos import write_photos
-from pretrain.methods.dense import Dense
+from photos import last, write_photos
 from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
-from pretrain.config import as_dict, load_config
+from pretrain.config import from_saved, load_config
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.errors import UserError
 from pretrain.export.card import model_card
+from pretrain.methods.paka import PaKA
 from pretrain.results.provenance import file_hash
 from pretrain.results.schema import read_result
+from pretrain.settings import replaced
 from pretrain.train import check_same_run, train
 from pretrain.trainer import Length, Trainer
 from pretrain.weights import read_checkpoint
 
-EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_length_it=1", "optim.epochs=3"]
+EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_iters=1", "optim.epochs=3"]
 ANYWHERE = ["crops.local_rule=image", "crops.local_scale=[0.1,0.4]", *EXACT]
 
 
@@ -37,13 +39,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(folder):
-    """What parts and ranks are measured against; their overlaps differ in number."""
+    """What micro-batches and ranks are measured against; their overlaps differ in number."""
     return run(folder, folder / "one", *ANYWHERE)
 
 
 def overrides(folder, output, *extra):
     where = [f"data.root={folder / 'photos'}", f"backbone.weights={folder / 'start.safetensors'}", f"run.output={output}"]
-    return [*DENSE, "optim.warmup_epochs=0", *where, *extra]
+    return last([*DENSE, "optim.warmup_epochs=0", *where, *extra])
 
 
 def run(folder, output, *extra, **named):
@@ -59,7 +61,7 @@ def test_a_run_leaves_the_student_and_says_where_it_comes_from(folder, tmp_path)
     """From a start of 14 px patches with registers, through the tool, with pictures."""
     start = write_start(tmp_path / "somewhere" / "start.safetensors", patch_size=14, n_registers=4)
     px = ["backbone.patch_size=14", "crops.global_px=56", "crops.local_px=42", f"backbone.weights={start}"]
-    shown = ["log.tensorboard=true", "log.pictures_period_it=12", "run.method=paka"]
+    shown = ["log.tensorboard=true", "log.images_every=12"]
     output = tmp_path / "run"
     load_tool("pretrain").main(overrides(folder, output, *px, *shown, "optim.epochs=6", "optim.batch_size=4"))
     tensors, lines = tensors_of(output), lines_of(output)
@@ -86,9 +88,9 @@ def test_steps_on_one_batch_lower_its_loss(folder, tmp_path, extra):
     """The same crops again and again, before a teacher that stays: nothing but the step itself changes the loss."""
     still = ["optim.teacher_momentum=1.0", "backbone.drop_path=0.0", "optim.batch_size=4", "positions.grid=6"]
     config = load_config(None, overrides(folder, tmp_path, *extra, *still))
-    trainer = Trainer(config, Length(100, 1000, 0, 0))
+    trainer = Trainer(config, Length(100, 1000, 0))
     batch, _ = next(iter(build_loader(config, build_dataset(config), 0, 1)))
-    losses = [trainer.step([batch])[0]["loss"].item() for _ in range(15)]
+    losses = [trainer.step([batch]).losses["loss"].item() for _ in range(15)]
     assert losses[-1] < 0.8 * losses[0], losses
 
 
@@ -96,7 +98,7 @@ def test_steps_on_one_batch_lower_its_loss(folder, tmp_path, extra):
 def test_resume_is_bit_for_bit(folder, tmp_path, extra):
     extra = [*extra, "positions.grid=6", "optim.epochs=2", "optim.batch_size=4", "backbone.drop_path=0.3"]
     run(folder, tmp_path / "straight", *extra)
-    run(folder, tmp_path / "parts", *extra, stop_after_it=2)
+    run(folder, tmp_path / "parts", *extra, stop_after=2)
     run(folder, tmp_path / "parts", *extra, resume="auto")
     one, two = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "parts")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -111,11 +113,11 @@ def test_a_frozen_teacher_stays_what_the_weights_are(folder, tmp_path):
     assert not torch.equal(state_of(tensors, "student")["cls_token"], start["cls_token"])
 
 
-def test_parts_equal_the_whole_although_their_overlaps_differ_in_number(folder, one_rank, tmp_path):
-    """float64, drop path 0: each part counts as much as it has overlaps."""
+def test_micro_batches_equal_the_whole_although_their_overlaps_differ_in_number(folder, one_rank, tmp_path):
+    """float64, drop path 0: each micro-batch counts as much as it has overlaps."""
     config = load_config(None, overrides(folder, tmp_path / "parts", *ANYWHERE, "step.accumulate=2"))
     batches = [item[0].to(torch.device("cpu"), torch.float64) for item in build_loader(config, build_dataset(config), 0, 3)]
-    method = Dense(config).double()
+    method = PaKA(config).double()
     counts = [int(method.teacher_targets(batch).are.sum()) for batch in batches]
     assert any(one != two for one, two in zip(counts[::2], counts[1::2])), counts
     train(config)
@@ -155,15 +157,18 @@ def test_two_gloo_ranks_equal_one_at_double_batch(one_rank, two_ranks, rule):
 
 
 def test_a_checkpoint_from_before_these_settings_goes_on():
-    config = load_config(None, [])
-    before = as_dict(config)
+    """The config of a run of commit 2c21771, and without the keys that came with post-training."""
+    meta = json.loads(json.loads(old_runs.RECORD.read_text())["pretrain_stopped"]["checkpoints/it_00000002/meta.json"])
+    before = meta["config"]
+    config = from_saved(before)
     del before["dense"], before["optim"]["head_lr_factor"], before["run"]["algorithm"], before["run"]["leaves"]
     for key in ("plain_globals", "local_rule", "local_inside"):
         del before["crops"][key]
     found = SimpleNamespace(path=Path("it_1"), meta={"config": before, "n_images": 6, "progress": {}})
     check_same_run(found, config, 6)
-    with pytest.raises(UserError, match=r"crops\.local_rule, run\.leaves"):
-        check_same_run(found, load_config(None, ["crops.local_rule=inside", "run.leaves=student"]), 6)
+    changed = replaced(config, {"crops.local_rule": "inside", "run.export_network": "student"})
+    with pytest.raises(UserError, match=r"run\.export_network='teacher' .*crops\.local_rule='image' \(now 'inside'\)"):
+        check_same_run(found, changed, 6)
     before["optim"]["epochs"] = 3
-    with pytest.raises(UserError, match=r"optim\.epochs"):
+    with pytest.raises(UserError, match=r"optim\.epochs=3"):
         check_same_run(found, config, 6)

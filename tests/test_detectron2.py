@@ -305,7 +305,7 @@ def test_the_schedule_is_the_torchvision_engines(recipe):
     with pytest.raises(UserError, match="norm='GN' .* channels=48"):
         config(with_overrides(recipe, dict(norm="GN", channels=48)), TINY)
     for flag in ("window_size", "freeze", "checkpointing"):
-        with pytest.raises(UserError, match=f"backbone: {flag} is no flag of the ViT"):
+        with pytest.raises(UserError, match=f"backbone: {flag} is no argument of the ViT"):
             config(recipe, TINY, model_kwargs={flag: 1})
 
 

@@ -20,6 +20,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
+from det_plugin.detector import load_detector
 from det_plugin.lazy import train
 from det_plugin.protocol import deviations, with_overrides
 from det_plugin.saved_config import classes_in
@@ -27,7 +28,7 @@ from det_plugin.trainer import AccumulatingTrainer
 from pretrain import distributed
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
-from pretrain.results import read_result
+from pretrain.results import read_result, renamed
 
 pytestmark = pytest.mark.detectron2
 
@@ -115,6 +116,29 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, whole, capsys):
             assert_same_end(resumed, whole)
     with pytest.raises(UserError, match=r"no whole checkpoint to go on from; the last is .*model_0000003\.pth"):
         train(run, resume=True)
+
+
+def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
+    """As commit 2c21771 left its folders."""
+    old = {new: old for old, new in renamed.DETECTION.items()}
+    part, done = copied(whole, tmp_path / "part", "model_0000001.pth"), copied(whole, tmp_path / "done")
+    for file in (folder.output / name for folder in (part, done) for name in ("config.yaml", "config_resolved.yaml")):
+        cfg = LazyConfig.load(str(file))
+        evaluator = cfg.dataloader.evaluator
+        evaluator.overrides = {old.get(key, key): value for key, value in evaluator.overrides.items()}
+        if origin := evaluator.get("origin"):
+            origin.update(flags=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
+        LazyConfig.save(cfg, str(file))
+    assert "iterations_it" in file.read_text() and "given_flags" in file.read_text()
+    assert load_detector(done.output, "cpu").protocol == whole.protocol
+    (done.output / "result.json").unlink()
+    train(done, eval_only=True)
+    before, now = read_result(whole.output), read_result(done.output)
+    assert (now.metrics, now.protocol, now.config_hash) == (before.metrics, before.protocol, before.config_hash)
+    with pytest.raises(UserError, match="other settings .*evaluator.overrides.lr 0.002 -> 0.003"):
+        train(replace(part, protocol=with_overrides(whole.protocol, {"lr": 3e-3})), resume=True)
+    train(part, resume=True)
+    assert_same_end(part, whole)
 
 
 def test_the_run_folder_names_the_classes(whole):

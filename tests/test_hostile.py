@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from PIL import Image, PngImagePlugin
 
 from pretrain.data.broken import BrokenFiles
@@ -247,8 +247,8 @@ def test_a_run_among_hostile_files(tmp_path, capsys):
         (tmp_path / "files" / name).rename(photos / f"{k:03}_{name}.png")  # sorted among the photographs
     n, batch = len(list(photos.iterdir())), 3
     settings = [f"data.root={photos}", f"run.output={tmp_path / 'run'}", "data.workers=1", f"data.max_mpx={MAX_MPX}"]
-    settings += [f"optim.batch_size={batch}", f"optim.epoch_length_it={-(-n // batch)}", "optim.epochs=2", "data.broken_share=1.0"]
-    folder = train(load_config(None, [*TINY, *settings]))
+    settings += [f"optim.batch_size={batch}", f"optim.epoch_iters={-(-n // batch)}", "optim.epochs=2", "data.broken_share=1.0"]
+    folder = train(load_config(None, last([*TINY, *settings])))
     assert (folder / "backbone.safetensors").is_file()
     expected = [f"{k:03}_{name}.png" for k, name in enumerate(broken)]
     assert len(expected) >= 10 and len(readable) >= 3

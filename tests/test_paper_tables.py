@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from pretrain.recipe import IMAGENET_1K, pretraining_protocol
 from recipe_fixture import ABLATIONS, recipe
 from test_results import DEVIATIONS, protocol, result
 from test_tables import NASTY
 from tool_fixture import load_tool
 
+from pretrain.config import run_protocol
 from pretrain.errors import UserError
 from pretrain.results.layouts import LAYOUTS
 from pretrain.results.matching import METHOD, changed_settings, varied_keys
@@ -26,6 +26,7 @@ from pretrain.settings import read_yaml
 from pretrain.weights.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
+IMAGENET_1K = 1_281_167  # training images
 CSV = list(csv.DictReader((ROOT / "pretrain" / "results" / "published_results.csv").open(encoding="utf-8")))
 SCORES = ("box_ap", "mask_ap", "ade20k_miou")
 DRAWN = ("md", "latex", "html")
@@ -269,8 +270,8 @@ CONFIGS = {
 def runs_of_config(name, *overrides, images=IMAGENET_1K, **changes):
     """A pre-training by one of our configs and a fine-tuning of what it left."""
     config = recipe(name, *overrides)
-    followed = pretraining_protocol(config, images)
-    fields = {"method": config.run.method, "weights_hash": name, **changes}
+    followed = run_protocol(config, images)
+    fields = {"method": config.run.name, "weights_hash": name, **changes}
     return [result("pretrain", {"loss": 8.0}, protocol=followed, **fields), result(metrics={"box_ap": 40.0}, **fields)]
 
 

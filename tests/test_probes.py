@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ade_fixture import write_ade
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.linear_model import Ridge
 
@@ -28,6 +28,7 @@ from pretrain.evaluation.linear import Moments, discriminant, ridge
 from pretrain.evaluation.position_probe import PositionProbe, centres
 from pretrain.evaluation.probes import Probes
 from pretrain.evaluation.segmentation import SegmentationProbe, confusion, mean_iou, patch_labels
+from pretrain.train import train
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights import save_backbone
 
@@ -65,8 +66,12 @@ def sets(tmp_path):
 
 def config_of(folder, *extra):
     paths = [f"data.root={folder / 'photos'}", f"probes.knn_root={folder / 'knn'}", f"probes.seg_root={folder / 'ade'}"]
-    rest = ["probes.seg_classes=4", "probes.position=true", "probes.image_px=64", "probes.knn_k=3", "probes.period_it=5"]
-    return load_config(None, [*TINY, *paths, *rest, *extra])
+    rest = ["probes.seg_classes=4", "probes.position=true", "probes.image_px=64", "probes.knn_k=3", "probes.every=5"]
+    return load_config(None, last([*TINY, *paths, *rest, *extra]))
+
+
+def probes_of(config):
+    return Probes(config.probes, config.data, config.backbone.patch_size)
 
 
 def test_squares():
@@ -243,7 +248,7 @@ def test_the_position_probe_sees_places_only_where_features_hold_them():
 
 
 def test_all_probes_leave_no_trace_and_repeat_themselves(sets):
-    probes, backbone = Probes(config_of(sets)), build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, drop_path=0.5)
+    probes, backbone = probes_of(config_of(sets)), build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, drop_path=0.5)
     assert len(probes) == 3
     torch.manual_seed(1)
     np.random.seed(1)
@@ -254,7 +259,7 @@ def test_all_probes_leave_no_trace_and_repeat_themselves(sets):
     seg, position = ["seg_linear_miou", "seg_knn_miou"], ["position_error", "position_chance", "position_r2"]
     assert list(first) == [f"probe/{name}" for name in ("knn_top1", *seg, *position)]
     assert all(isinstance(value, float) and math.isfinite(value) for value in first.values())
-    assert json.dumps(probes.run(backbone, CPU)) == json.dumps(Probes(config_of(sets)).run(backbone, CPU)) == json.dumps(first)
+    assert json.dumps(probes.run(backbone, CPU)) == json.dumps(probes_of(config_of(sets)).run(backbone, CPU)) == json.dumps(first)
     half = probes.run(backbone, CPU, torch.autocast("cpu", torch.bfloat16))
     assert half["probe/position_chance"] == first["probe/position_chance"]
     double = probes.run(backbone.double(), CPU)
@@ -262,14 +267,14 @@ def test_all_probes_leave_no_trace_and_repeat_themselves(sets):
 
 
 def test_when_probes_are_due(sets):
-    probes = Probes(config_of(sets, "probes.seg_root=''", "probes.position=false"))
+    probes = probes_of(config_of(sets, "probes.seg_root=", "probes.position=false"))
     assert [it for it in range(1, 13) if probes.is_due(it, 12)] == [5, 10, 12]
-    none = Probes(load_config(None, TINY))
+    none = probes_of(load_config(None, TINY))
     assert len(none) == 0 and not none.is_due(10, 10) and none.run(tiny_vit(), CPU) == {}
-    with pytest.warns(UserWarning, match=r"probes\.period_it is 0"):
-        assert len(Probes(config_of(sets, "probes.period_it=0"))) == 0
+    with pytest.warns(UserWarning, match=r"probes\.every is 0"):
+        assert len(probes_of(config_of(sets, "probes.every=0"))) == 0
     with pytest.warns(UserWarning, match=r"neither probes\.knn_root"):
-        Probes(load_config(None, [*TINY, "probes.period_it=5"]))
+        probes_of(load_config(None, [*TINY, "probes.every=5"]))
 
 
 def test_a_share_of_each_part(sets):
@@ -297,27 +302,32 @@ def test_a_share_of_each_part(sets):
         (lambda f: [Image.new("L", (56, 40)).save(f / f"ade/annotations/validation/{i:04}.png") for i in (0, 2)]
          + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labelled pixel in validation"),
         (None, ["probes.image_px=72"], r"probes\.image_px=72 is no multiple of backbone\.patch_size=16"),
-        (None, ["masks.position_share=0.0"], r"probes\.position=true, but masks\.position_share=0"),
-        (None, ["losses.position=0.0"], r"probes\.position=true, but losses\.position=0"),
         (None, ["data.root=/nowhere"], r"data\.root"),
         (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"needs 2 images.* 1 can be read"),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:config. masks.position_share")
 def test_bad_folders_are_told_at_the_start(sets, spoil, extra, said):
     if spoil:
         spoil(sets)
     with pytest.raises(UserError, match=said) as error:
-        Probes(config_of(sets, *extra))
+        probes_of(config_of(sets, *extra))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("extra", ["masks.position_share=0.0", "losses.position=0.0"])
+@pytest.mark.filterwarnings("ignore:config. masks.position_share")
+def test_a_run_that_hides_no_positions_is_not_asked_for_them(sets, extra):
+    with pytest.raises(UserError, match="probes.position=true, but method=intertwined .*; set probes.position=false"):
+        train(config_of(sets, f"run.output={sets / 'run'}", extra))
+    assert not (sets / "run").exists()
 
 
 def test_a_broken_training_image_is_left_out_of_the_position_probe(sets):
     (sets / "photos" / "002.jpg").write_bytes(b"no")
-    config = config_of(sets, "probes.knn_root=''", "probes.seg_root=''")
-    assert len(Probes(config).probes[0].images) == 5
+    config = config_of(sets, "probes.knn_root=", "probes.seg_root=")
+    assert len(probes_of(config).probes[0].images) == 5
     with pytest.raises(UserError, match=r"probes\.position: .*no position mask token"):
-        Probes(config).run(tiny_vit(mask_tokens=False), CPU)
+        probes_of(config).run(tiny_vit(mask_tokens=False), CPU)
 
 
 def test_the_tool_gives_the_same_numbers(sets, capsys):
@@ -327,7 +337,7 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
     numbers = ["--knn-k", 3, "--seg-classes", 4, "--image-px", 64, "--device", "cpu", "--json", sets / "out" / "probes.json"]
     tool("--weights", weights, *roots, *numbers)
     found = json.loads((sets / "out" / "probes.json").read_text())
-    assert found["metrics"] == Probes(config_of(sets)).run(backbone, CPU) and found["backbone"] == "vit_tiny_patch16"
+    assert found["metrics"] == probes_of(config_of(sets)).run(backbone, CPU) and found["backbone"] == "vit_tiny_patch16"
     assert "probe/knn_top1" in capsys.readouterr().out
 
     with pytest.raises(SystemExit) as ended:
@@ -345,7 +355,7 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
     assert told in capsys.readouterr().out
     found = json.loads((sets / "probes.json").read_text())["metrics"]
 
-    probe = Probes(config_of(sets, "probes.knn_root=''", "probes.seg_root=''")).probes[0]
+    probe = probes_of(config_of(sets, "probes.knn_root=", "probes.seg_root=")).probes[0]
     features, places = plain.eval().positions((4, 4)), centres(4)
 
     class Hidden(ViT):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,14 +17,18 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
+from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import BaseSegDataset
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.results import renamed
 from pretrain.results.schema import read_result
 from seg_plugin.hooks import PosfieldRunHook
+from seg_plugin.identity import deviations
+from seg_plugin.predict import dataset_of_run, load_run
 from seg_plugin.run import train
 from seg_plugin.sampler import DrawnIndex, PosfieldSampler
 from seg_plugin.transforms import SeedFromPosition
@@ -186,6 +191,28 @@ def test_killed_between_checkpoints_the_stock_launcher_goes_on_to_the_same_bits(
     launch(stock_tool("train.py"), *words, "--resume", cwd=tmp_path)
     assert_equal(tmp_path / "run", whole)
     assert read_result(tmp_path / "run").metrics == read_result(whole).metrics
+
+
+def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
+    """As commit 2c21771 left its folders."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "result.json").unlink()
+    (folder / "iter_4.pth").unlink()
+    old = {new: old for old, new in renamed.SEGMENTATION.items()}
+    cfg = Config.fromfile(folder / "config.py")
+    saved = next(hook for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
+    before = deviations(cfg, saved.protocol, saved.origin.model_kwargs, 1)
+    saved.protocol = {old.get(key, key): value for key, value in saved.protocol.items()}
+    saved.origin["backbone_flags"] = saved.origin.pop("model_kwargs")
+    cfg.dump(folder / "config.py")
+    cfg = Config.fromfile(folder / "config.py")
+    hook = PosfieldRunHook(**{key: value for key, value in cfg.custom_hooks[0].items() if key != "type"})
+    assert "iterations_it" in hook.protocol and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
+    assert len(dataset_of_run(load_run(folder, "cpu"), "validation")) == 3
+    train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
+    assert_equal(folder, whole)
+    one, two = read_result(folder), read_result(whole)
+    assert (one.metrics, one.protocol, one.config_hash) == (two.metrics, two.protocol, two.config_hash)
 
 
 # --- Two processes

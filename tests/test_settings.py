@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, model_validator
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import first_names
-from pretrain.cli import fields_and_model_kwargs
+from pretrain.cli import fields_and_kwargs
 from pretrain.errors import UserError
 from pretrain.evaluation.dense.classification import KnnSettings
 from pretrain.evaluation.dense.clustering import ClusteringSettings
@@ -168,15 +168,15 @@ def test_words_of_a_command_line():
 )
 def test_words_that_no_type_reads_are_plain(text, held):
     assert plain(text) == held and type(plain(text)) is type(held)
-    assert fields_and_model_kwargs(["lr=1", f"backbone.key={text}"]) == ({"lr": "1"}, {"key": held})
+    assert fields_and_kwargs(["lr=1", f"backbone.key={text}"]) == ({"lr": "1"}, {"key": held})
 
 
 def test_words_of_the_backbone():
-    assert fields_and_model_kwargs(["backbone.layer_scale_init=1e-5"])[1] == {"layerscale": 1e-5}  # as in a pre-training
-    assert fields_and_model_kwargs(["backbone.layerscale=0.1", "backbone.source=dino"])[1] == {"layerscale": 0.1, "source": "dino"}
+    assert fields_and_kwargs(["backbone.layer_scale_init=1e-5"])[1] == {"layerscale": 1e-5}  # as in a pre-training
+    assert fields_and_kwargs(["backbone.layerscale=0.1", "backbone.source=dino"])[1] == {"layerscale": 0.1, "source": "dino"}
     for name in ("name", "weights"):
         with pytest.raises(UserError, match=rf"backbone\.{name}: give it as --"):
-            fields_and_model_kwargs([f"backbone.{name}=x"])
+            fields_and_kwargs([f"backbone.{name}=x"])
 
 
 # --- the protocols ----------------------------------------------------------------------------------------------------

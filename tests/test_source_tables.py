@@ -4,19 +4,20 @@ import json
 import multiprocessing
 import pickle
 import sys
+import typing
 
 import numpy as np
 import pytest
 from source_fixture import contents, files, names, opened, write_shards
 
-from pretrain.config import SOURCES
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources import kind_of
+from pretrain.data.sources import DataSettings, kind_of
 from pretrain.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
+SOURCES = [kind for kind in typing.get_args(DataSettings.model_fields["source"].annotation) if kind != "auto"]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

@@ -18,7 +18,7 @@ from coco_fixture import annotation_file, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun, leave_result
+from det_plugin.run import DetectionRun, first_names, leave_result
 from det_plugin.torchvision_engine.checkpoint import load_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
@@ -29,8 +29,8 @@ from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
-from pretrain.results import read_result
-from pretrain.results.provenance import file_hash
+from pretrain.results import read_result, renamed
+from pretrain.results.provenance import config_hash, file_hash
 from pretrain.weights import backbone_name, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +212,31 @@ def test_a_run_goes_on_in_other_parts(make):
         train(replace(run, seed=1), resume=True)
     train(replace(run, accumulate=run.protocol.batch_size), resume=True)
     assert read_result(run.output).protocol == read_result(train(make("whole", **SHORT))).protocol
+
+
+def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(make, data):
+    """As commit 2c21771 left its folders."""
+    whole, parts = make("whole"), make("parts")
+    train(whole)
+    train(parts, stop_after_it=2)
+    config = json.loads((parts.output / "config.json").read_text())
+    old = {new: old for old, new in renamed.DETECTION.items()}
+    config["protocol"] = {old.get(key, key): value for key, value in config["protocol"].items()}
+    config |= {"backbone_flags": config.pop("model_kwargs"), "given_flags": config.pop("given_kwargs")}
+    (parts.output / "config.json").write_text(json.dumps(config))
+    assert protocol_of(read_config(parts.output)) == parts.protocol and "iterations_it" in config["protocol"]
+    evaluate_folder(parts.output, data, device="cpu", workers=0)
+    with pytest.raises(UserError, match=r"other settings \(protocol.max_iters 4 -> 5\)"):
+        train(make("parts", max_iters=5), resume=True)
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_rename_changes_no_config_hash():
+    """So that runs of before are seeds of one configuration with those of now."""
+    recipe = with_overrides(protocol("coco-12ep", "vit_small_patch16"), {"max_iters": 25_000})
+    run = DetectionRun("vit_small_patch16", None, Path("coco"), Path("out"), recipe, model_kwargs={"depth": 2})
+    assert config_hash(first_names({**run.settings(), "engine": "torchvision"})) == "40e847843305"  # of commit 2c21771
 
 
 @pytest.mark.parametrize("moment", [1, 2])
@@ -457,10 +482,9 @@ BAD = [
 
 @pytest.mark.parametrize("changes, message", BAD)
 def test_bad_settings_are_named(make, changes, message):
-    run = make("out", **changes)
     with pytest.raises(UserError, match=message):
-        train(run)
-    assert not run.output.exists()
+        train(make("out", **changes))
+    assert not make("out").output.exists()
 
 
 def test_splits_must_agree(make, tmp_path):

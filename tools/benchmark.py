@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pretrain.cli import fields_and_model_kwargs, run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.device import choose_device
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
@@ -120,7 +120,7 @@ def det_step(options: argparse.Namespace) -> dict[str, Any]:
     """A detector's whole training step."""
     from det_plugin.benchmark.step import measure
 
-    fields, model_kwargs = fields_and_model_kwargs(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     fields.setdefault("image_size_px", str(options.image_px))
     return measure(options.backbone, options.batches, options.rounds, options.device, model_kwargs=model_kwargs, overrides=fields)
 

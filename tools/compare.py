@@ -20,9 +20,9 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 
-from det_plugin import protocol as det_protocol
+from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from pretrain import compare
-from pretrain.cli import fields_and_model_kwargs, run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.compare import FineTuning, Weights
 from pretrain.compare_config import NONE, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.errors import Interrupted, UserError
@@ -63,11 +63,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     """The comparison, and the rows of it that are asked for."""
     folders = [f"{key}={value}" for key in ("weights", "coco", "ade") if (value := getattr(options, key)) is not None]
-    comparison = load_comparison(options.config, [*options.overrides, *folders], det_protocol.PROTOCOLS)
-    fields, _ = fields_and_model_kwargs(words_of(comparison.detection_overrides))
+    comparison = load_comparison(options.config, [*options.overrides, *folders], PROTOCOLS)
     for entry in comparison.entries:  # before anything is begun
         if (name := entry.detection or comparison.detection) != NONE:
-            det_protocol.with_overrides(det_protocol.protocol(name, entry.backbone), fields)
+            with_overrides(protocol(name, entry.backbone), fields_and_kwargs(words_of(comparison.detection_overrides))[0])
     rows = {name_of(entry): entry for entry in comparison.entries}
     if unknown := [name for name in options.only if name not in rows]:
         raise UserError(f"--only: {options.config} has no row {unknown[0]!r}; there are {', '.join(rows)}")
@@ -78,9 +77,9 @@ def submit(each: FineTuning, comparison: Comparison, options: argparse.Namespace
     """Hand a run to SLURM: a job of --gpus-per-run tasks; a sweep as an array, a GPU each."""
     stage, words, array, gpus = each.stage(TOOLS), list(each.arguments), [], options.gpus_per_run
     if each.is_sweep:
-        from seg_plugin.protocol import protocol, with_overrides
+        from seg_plugin import protocol as seg
 
-        grid = with_overrides(protocol(), fields_and_model_kwargs(words_of(comparison.segmentation_overrides))[0])
+        grid = seg.with_overrides(seg.protocol(), fields_and_kwargs(words_of(comparison.segmentation_overrides))[0])
         array = ["--array", str(len(grid.lr_grid) * len(grid.weight_decay_grid) * grid.seeds)]
         words, gpus = [*words, "--sweep", "{index}"], 1
     logs = ["--name", each.name.replace("/", "."), "--folder", str(options.output / "jobs" / "%j")]

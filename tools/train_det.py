@@ -29,7 +29,7 @@ from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_ove
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain import distributed
-from pretrain.cli import fields_and_model_kwargs, run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.errors import UserError
 from pretrain.weights import backbone_name
 
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> DetectionRun:
     """What the command line asks for. The number of classes is the data's, unless it is given."""
-    fields, model_kwargs = fields_and_model_kwargs(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     backbone = backbone_name(options.backbone, options.weights)
     recipe = with_overrides(protocol(options.protocol, backbone), fields)
     if "num_classes" not in fields:

@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import os
 
-from pretrain.cli import fields_and_model_kwargs, run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.errors import UserError
 from pretrain.weights import backbone_name
 from seg_plugin.datasets import DATASETS, recipe_for
@@ -74,7 +74,7 @@ def say_where(result: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    fields, model_kwargs = fields_and_model_kwargs(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     one = SegmentationRun(
         backbone=backbone_name(options.backbone, options.weights),
         weights=options.weights,

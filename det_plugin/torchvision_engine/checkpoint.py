@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain import checkpoints
-from pretrain.distributed import say
+from pretrain.distributed import log
 from pretrain.errors import UserError
 
 OLD = "checkpoint.pt"
@@ -41,7 +41,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """
     found, messages = checkpoints.newest(folder)
     for message in messages:
-        say(message)
+        log(message)
     if found is not None:
         return checkpoints.load_state(found)
     if messages:

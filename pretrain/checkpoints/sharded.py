@@ -79,7 +79,7 @@ def write_sharded(
     keep: int | None,
     group: dist.ProcessGroup | None,
 ) -> Path:
-        UserError: names a tensor that is missing or of another shape or dtype, or a file that cannot be read.
+    """:func:`save_sharded` with the values in ``copies``; ``tensors`` only give the layout over the ranks."""
     writer = _Writer(folder, iteration, meta, keep)
     with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
         dcp.save(dict(tensors), storage_writer=writer, planner=_CopiesPlanner(copies), process_group=group)
