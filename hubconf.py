@@ -26,7 +26,7 @@ def _entry(name):
         return _build(name, weights, source=source, **flags).eval()
 
     entry.__name__ = name
-    entry.__doc__ = f"{name}, in evaluation mode: of a file of weights, or freshly initialised without one; flags as for posfield."
+    entry.__doc__ = f"{name}, in evaluation mode: of a file of weights, or freshly initialized without one; flags as for posfield."
     return entry
 
 

@@ -283,9 +283,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def validated(
-    model: type[Model], values: Any, what: str = "config", origins: Mapping[str, str] = MappingProxyType({})
-) -> Model:
+def validated(model: type[Model], values: Any, what: str = "config", origins: Mapping[str, str] = MappingProxyType({})) -> Model:
     """A model from typed values, with its rules and ranges checked.
 
     Args:

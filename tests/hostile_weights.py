@@ -144,7 +144,7 @@ def pickles():
         "hex": hexed(34),
         "numpy": np.zeros(3),
         "sparse": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 20, 1 << 20)),
-        "quantised": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+        "quantized": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
         "meta": torch.zeros(1 << 40, device="meta"),
         "expanded": torch.zeros(1).expand(1 << 40),
         "strided": torch.zeros(10).as_strided((1 << 20, 1 << 20), (0, 0)),

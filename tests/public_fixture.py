@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -21,7 +21,7 @@ def timm_vit(patch=14, grid=(7, 7), registers=0, seed=0, **flags):
         "vit_tiny_patch16_224",
         **{**TINY, "patch_size": patch, "img_size": size, "reg_tokens": registers, "no_embed_class": bool(registers), **flags},
     )
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
 def at_grid(state, grid, rule, **flags):

@@ -124,7 +124,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
 
     found = []
     for batch, _ in build_loader(config, build_dataset(config), 0, n):
-        views, masks, colors = batch.views, batch.masks, batch.colours
+        views, masks, colors = batch.views, batch.masks, batch.colors
         if masks is None:  # a post-training masks nothing; 2c21771 drew empty masks for it
             nothing = np.zeros((views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool)
             masks = Masks.of(nothing, nothing)
@@ -143,7 +143,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
                 "color_jitter": colors.jitter,
                 "color_order": colors.order,
                 "color_factors": colors.factors,
-                "color_gray": colors.grey,
+                "color_gray": colors.gray,
                 "color_sigma": colors.sigma,
                 "color_solarize": colors.solarize,
             }
@@ -758,7 +758,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     )
     files["loca"] = (loca, {})
     (folder / "lomar").mkdir()
-    lomar = test_lomar.randomise(test_lomar.PublicLoMaR()).state_dict()
+    lomar = test_lomar.randomize(test_lomar.PublicLoMaR()).state_dict()
     files["lomar"] = (test_lomar.write(folder / "lomar" / "checkpoint-399.pth", lomar), {})
     for layouts in (test_weights_mae.LAYOUTS, test_weights_tuned.LAYOUTS):
         for name, (_, content, _) in layouts.items():

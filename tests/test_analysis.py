@@ -33,7 +33,7 @@ def test_last_layer_attention_by_hand():
         tokens, _ = model.embed(x)
         q, k, _ = model.blocks[1].attn.heads(model.blocks[1].norm1(model.blocks[0](tokens)))
         scores = (q[0] @ k[0].transpose(-2, -1) / 2)[:, 3:, 3:]  # [heads, 6, 6]; sqrt(12 / 3) = 2
-    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalising is a softmax over what is left
+    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalizing is a softmax over what is left
     got = last_layer_attention(model, x)
     assert got.shape == (2, 6, 6)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
@@ -53,12 +53,12 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
     np.testing.assert_allclose(principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9)
 
 
-def test_pca_colours_are_joint_and_scaled_by_percentiles():
+def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
     features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one picture is of another kind than the two others
     rgb = pca_rgb(features)
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
-    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its colour is another, for the components are those of all pictures
+    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all pictures
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 

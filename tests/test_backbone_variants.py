@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from pretrain.backbones.vit import ViewGroup
@@ -29,7 +29,7 @@ BARE = dict(has_cls=False, final_norm=False, pos_encoding="none")
 
 def variant(flags, **more):
     grid = {"none": {}, "standard": dict(pos_grid=4), "field": dict(pos_grid=9)}[flags["pos_encoding"]]
-    return randomise(build_backbone(TINY, depth=2, **grid, **flags, **more))
+    return randomize(build_backbone(TINY, depth=2, **grid, **flags, **more))
 
 
 def restated(state, flags, x):
@@ -45,7 +45,7 @@ def restated(state, flags, x):
     cls = state["cls_token"] if flags["has_cls"] else torch.zeros(1, 0, 192)
     if flags["pos_encoding"] == "standard":
         cls, tokens = cls + state["pos_embed"][:, : cls.shape[1]], tokens + state["pos_embed"][:, cls.shape[1] :]
-    if flags["pos_encoding"] == "field":  # 9 x 9 samples, of which each second lies at the centre of one of 4 x 4 patches
+    if flags["pos_encoding"] == "field":  # 9 x 9 samples, of which each second lies at the center of one of 4 x 4 patches
         cls = cls + state["cls_pos"] if flags["has_cls"] else cls
         tokens = tokens + state["pos_field"][..., 1::2, 1::2].flatten(2).mT
     tokens = torch.cat([cls.expand(len(x), -1, -1), tokens], 1)

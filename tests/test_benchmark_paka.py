@@ -32,7 +32,7 @@ def test_contenders_are_the_recipes(name, file, patch_size):
     file_config = load_config(CONFIGS / file, [own] * (name != "dinov2"))
     backbone, batch_size = file_config.backbone.name, file_config.optim.batch_size
     config = load_config(None, [*recipes(backbone, patch_size, batch_size)[name], *([own] * (name != "dinov2"))])
-    for group in ("crops", "positions", "colour", "masks", "losses", "dense", "heads", "optim"):
+    for group in ("crops", "positions", "color", "masks", "losses", "dense", "heads", "optim"):
         assert as_dict(config)[group] == as_dict(file_config)[group], group
     n_images = COCO_TRAIN if name != "dinov2" else 1_281_167
     recipe = pretraining_protocol(config, n_images)

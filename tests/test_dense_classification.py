@@ -15,7 +15,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import classification as module
 from pretrain.evaluation.dense.classification import KnnSettings, center_crop, open_class_folders
 from pretrain.evaluation.features import Features, frozen, read_picture
-from pretrain.evaluation.knn import class_votes, knn_predict, knn_predict_each, neighbours
+from pretrain.evaluation.knn import class_votes, knn_predict, knn_predict_each, neighbors
 from pretrain.signals import StopSignals
 
 SMALL = KnnSettings(resize_px=40, crop_px=32, k=(2, 5, 20))
@@ -98,7 +98,7 @@ def test_chunks_of_the_search_change_nothing():
         torch.randn(37, 8, generator=g),
         torch.randint(0, 5, (300,), generator=g),
     )
-    whole, chunked = neighbours(bank, queries, 30), neighbours(bank, queries, 30, bank_chunk=16)
+    whole, chunked = neighbors(bank, queries, 30), neighbors(bank, queries, 30, bank_chunk=16)
     plain = F.cosine_similarity(queries[:, None], bank[None], dim=2).sort(dim=1, descending=True)
     assert torch.equal(whole[1], plain.indices[:, :30]) and torch.equal(chunked[1], whole[1])
     torch.testing.assert_close(whole[0], plain.values[:, :30])
@@ -113,7 +113,7 @@ def test_chunks_of_the_search_change_nothing():
     assert votes.shape == (2, 37, 5) and (votes[1] >= votes[0]).all()
 
 
-def test_too_many_neighbours_are_left_out_with_a_warning(features, root):
+def test_too_many_neighbors_are_left_out_with_a_warning(features, root):
     with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training images"):
         metrics = knn_classification(features, root, KnnSettings(resize_px=40, crop_px=32)).metrics
     assert list(metrics) == ["knn_top1", "knn_top1_k10", "knn_top1_k20"]

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from coco_fixture import annotation_file, rle_of_box, write_coco
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
@@ -82,7 +82,7 @@ def toy():
 @pytest.mark.parametrize("flags", [FIELD, dict(depth=2)], ids=["field", "standard"])
 def test_feature_map_is_the_backbones(tmp_path, flags):
     path = tmp_path / "b.safetensors"
-    model = randomise(build_backbone(TINY, **flags))
+    model = randomize(build_backbone(TINY, **flags))
     save_backbone(path, model.state_dict(), name=TINY, flags=model.flags)
     net = RegistryBackbone(TINY, path, drop_path=0.5, **ON).eval()
     x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1))

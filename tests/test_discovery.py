@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 import scipy.ndimage
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from coco_fixture import write_coco
 from PIL import Image
 from tool_fixture import load_tool
@@ -119,7 +119,7 @@ def test_boxes_and_their_ious_by_hand():
 
 @pytest.mark.parametrize("flags", [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)])
 def test_keys_are_those_of_the_last_attention(flags):
-    backbone = randomise(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **flags))
+    backbone = randomize(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **flags))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 40, 70), dtype=np.uint8))
     features = Features(backbone, CPU, nullcontext())
     with frozen(backbone):
@@ -141,7 +141,7 @@ def two_tone(height=150, width=170, box=(48, 32, 112, 96)):
 
 
 def contrast_vit(**flags):
-    """No positions and no biases: what is embedded is the colour alone."""
+    """No positions and no biases: what is embedded is the color alone."""
     torch.manual_seed(0)
     backbone = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="none", **flags)
     with torch.no_grad():

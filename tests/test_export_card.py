@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
@@ -22,7 +22,7 @@ SHORT = Protocol(name="ade20k-160k", version=1, full=False, deviations={"max_ite
 
 
 def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+    return randomize(build_backbone(TINY, depth=2, **flags))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_card_tells_what_the_file_says(tmp_path, weights, tool, capsys):
         "| Config hash | 0123456789ab |",
         "mean [0.485, 0.456, 0.406]",
         "None were given",
-        "The licence of the weights",
+        "The license of the weights",
     ):
         assert fact in card, fact
     assert str(tmp_path) not in card and "Made from a file" not in card  # it is that file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import backbone_names, build_backbone
 from pretrain.weights import save_backbone
@@ -23,7 +23,7 @@ def hub(*arguments, **flags):
 
 @pytest.fixture
 def weights(tmp_path):
-    vit = randomise(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
+    vit = randomize(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
     return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
 
 

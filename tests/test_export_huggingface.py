@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -35,7 +35,7 @@ CASES = {
 
 
 def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+    return randomize(build_backbone(TINY, depth=2, **flags))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_the_names_on_disk_are_transformers_own(tmp_path, flags):
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def test_the_processor_normalises_as_our_training(tmp_path):
+def test_the_processor_normalizes_as_our_training(tmp_path):
     export(backbone(), "huggingface", (32, 48), tmp_path / "a")
     told = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
     assert told["image_mean"] == [0.485, 0.456, 0.406] and told["image_std"] == [0.229, 0.224, 0.225]

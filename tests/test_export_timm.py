@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from safetensors.torch import load_file, save_file
 
 from pretrain.build import build_backbone
@@ -32,7 +32,7 @@ CASES = {
 
 
 def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+    return randomize(build_backbone(TINY, depth=2, **flags))
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_timm_finds_what_it_needs_beside_the_weights(tmp_path):
 
 
 def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_path):
-    export(randomise(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
+    export(randomize(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "a" / "model.safetensors"))
     assert json.loads((tmp_path / "a" / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
     assert torch.equal(model.pos_embed, load_file(tmp_path / "a" / "model.safetensors")["pos_embed"])

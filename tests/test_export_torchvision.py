@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
@@ -31,7 +31,7 @@ PLAIN = {
 
 
 def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+    return randomize(build_backbone(TINY, depth=2, **flags))
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from pretrain.views.boxes import (
     draw_views,
     pixel_boxes,
 )
-from pretrain.views.colour import ColorSettings, draw_colours
-from pretrain.views.pixels import crop_resize, normalise
+from pretrain.views.color import ColorSettings, draw_colors
+from pretrain.views.pixels import crop_resize, normalize
 
 PAKA = CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
 SIZES = [(480, 640), (640, 427), (100, 1000), (37, 41), (7, 8), (3, 2000), (1, 50), (50, 1), (1, 1)]
@@ -83,7 +83,7 @@ def test_areas_and_ratios_are_the_rules(size):
 
 
 def test_places_are_uniform():
-    """The centres' mean is the parent's; in a parent far from the image's border the place is uniform, slack included."""
+    """The centers' mean is the parent's; in a parent far from the image's border the place is uniform, slack included."""
     _, _, crops = draw((600, 800), PAKA, 4000)
     parent, local = with_parents(crops, PAKA)
     size = parent[..., 2:] - parent[..., :2]
@@ -152,14 +152,14 @@ def test_the_default_draw_is_what_it_was():
     assert torch.equal(views.position_boxes, torch.from_numpy(moved).float()) and views.tied
 
 
-def test_plain_globals_keep_their_colours():
-    def colours(plain):
-        return draw_colours(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
+def test_plain_globals_keep_their_colors():
+    def colors(plain):
+        return draw_colors(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
 
-    on, off = colours(True), colours(False)
-    for name in ("jitter", "grey", "sigma", "solarize"):
+    on, off = colors(True), colors(False)
+    for name in ("jitter", "gray", "sigma", "solarize"):
         assert not getattr(on, name)[:, :2].any() and getattr(off, name)[:, :2].any()
-    for name in ("jitter", "order", "factors", "grey", "sigma", "solarize"):
+    for name in ("jitter", "order", "factors", "gray", "sigma", "solarize"):
         assert torch.equal(getattr(on, name)[:, 2:], getattr(off, name)[:, 2:])
 
 
@@ -184,11 +184,11 @@ def test_both_data_paths_follow_the_rules(dataset):
     for name in ("boxes", "flips", "position_boxes"):
         assert torch.equal(getattr(on_cpu.views, name), getattr(on_device.views, name))
     assert not on_cpu.views.flips[:, :2].any()
-    for view, crop in enumerate(on_cpu.global_crops):  # cropped, resized, normalised, and nothing else
+    for view, crop in enumerate(on_cpu.global_crops):  # cropped, resized, normalized, and nothing else
         g, image = divmod(view, 4)
         pixels = dataset.read(image)[0]
         box = pixel_boxes(on_cpu.views.boxes[image, g], *pixels.shape[:2]).int().tolist()
-        plain = normalise(torch.from_numpy(crop_resize(pixels, box, False, 64)).permute(2, 0, 1))
+        plain = normalize(torch.from_numpy(crop_resize(pixels, box, False, 64)).permute(2, 0, 1))
         assert torch.equal(crop, plain)
         assert (on_device.global_crops[view] - plain).abs().mean() * 0.23 * 255 < 0.5
     augmented = batches(dataset, **rules | {"plain_globals": False})

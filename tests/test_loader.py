@@ -151,7 +151,7 @@ def test_parts_must_divide_the_share(photos):
 
 
 def test_pixels_do_not_change_with_the_augmentation_of_positions(photos):
-    """Boxes, flips and colours have their own numbers: an ablation of positions sees the same crops."""
+    """Boxes, flips and colors have their own numbers: an ablation of positions sees the same crops."""
     on, off = (batches(settings(photos, f"positions.augment={flag}"), 1)[0][0] for flag in ("true", "false"))
     assert torch.equal(on.global_crops, off.global_crops) and torch.equal(on.local_crops, off.local_crops)
     assert torch.equal(on.views.boxes, off.views.boxes) and not torch.equal(on.views.position_boxes, off.views.position_boxes)

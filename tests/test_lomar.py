@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from torch import nn
 
 from det_plugin import features as det
@@ -104,7 +104,7 @@ class PublicLoMaR(nn.Module):
 
 @pytest.fixture(scope="module")
 def public():
-    return randomise(PublicLoMaR())
+    return randomize(PublicLoMaR())
 
 
 def write(path, state):
@@ -124,7 +124,7 @@ def noise(*shape, seed=1, dtype=torch.float32):
 
 
 def relative_vit(dtype=torch.float32, **flags):
-    return randomise(build_backbone(TINY, **{**FLAGS, **flags})).to(dtype)
+    return randomize(build_backbone(TINY, **{**FLAGS, **flags})).to(dtype)
 
 
 # --- buckets

@@ -156,7 +156,7 @@ def trainer_of(config):
     ids=["method", "baseline", "sinkhorn", "checkpointed", "globals"],
 )
 def test_parts_of_a_batch_equal_the_whole(folder, extra):
-    """Gradient accumulation: losses, centres and every parameter after two steps."""
+    """Gradient accumulation: losses, centers and every parameter after two steps."""
     common = ["run.precision=float64", "optim.batch_size=6", "backbone.drop_path=0.0", *extra]
     whole, parts = (settings(folder, *common, *a) for a in ([], ["step.accumulate=3"]))
     one, two = trainer_of(whole), trainer_of(parts)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from sklearn.linear_model import Ridge
@@ -23,11 +23,11 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.eval_model import open_models
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
-from pretrain.evaluation.position_probe import PositionProbe, centres, draw_masks, hide_with
+from pretrain.evaluation.position_probe import PositionProbe, centers, draw_masks, hide_with
 from pretrain.progress import Progress
 from pretrain.results.schema import read_result
 from pretrain.signals import StopSignals
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 from pretrain.weights import save_backbone
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ KINDS = [
 
 
 def vit(**flags):
-    return randomise(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, mask_tokens=True), **flags}))
+    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, mask_tokens=True), **flags}))
 
 
 def images_of(n, height=64, width=64):
@@ -75,13 +75,13 @@ def test_every_layer_equals_a_plain_restatement(shape):
         told: list[int] = []
         scores = position_layers(features_of(backbone), images, draws=2, shape=shape, tell=told.append)
         assert told == [6, 12, 18, 24]
-        tokens, _ = backbone.embed(normalise(images), position_mask=masks)
+        tokens, _ = backbone.embed(normalize(images), position_mask=masks)
         layers = [tokens]
         for block in backbone.blocks:
             layers.append(block(layers[-1]))
         layers.append(backbone.norm(layers[-1]))
     place = np.array([[(j + 0.5) / 5, (i + 0.5) / 3] for i in range(3) for j in range(5)])
-    np.testing.assert_allclose(centres(3, 5).numpy(), place)
+    np.testing.assert_allclose(centers(3, 5).numpy(), place)
     assert len(scores) == 2 * len(layers)
     for score in scores:
         x = layers[score.layer][:, 2:].double().numpy()
@@ -98,7 +98,7 @@ def test_every_layer_equals_a_plain_restatement(shape):
 
 
 def planted(**flags):
-    """Blocks that change nothing; the embedding of a patch is its mean colour and its position."""
+    """Blocks that change nothing; the embedding of a patch is its mean color and its position."""
     backbone = vit(embed_dim=6, num_heads=1, final_norm=False, **flags)
     with torch.no_grad():
         for block in backbone.blocks:

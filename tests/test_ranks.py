@@ -29,14 +29,14 @@ def photos(tmp_path):
     "extra", [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"]], ids=["centering", "sinkhorn in parts"]
 )
 def test_two_gloo_ranks_equal_one_at_double_batch(tmp_path, photos, extra):
-    """float64, drop path 0, exact mode: losses, parameters, moments and centres after 5 steps."""
+    """float64, drop path 0, exact mode: losses, parameters, moments and centers after 5 steps."""
     train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT, *extra[:1]])))
     pretrain(tmp_path / "two", photos, *EXACT, *extra)
     assert differences(tmp_path / "one", tmp_path / "two", 5) == []
 
 
 def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
-    """Sharded parameters and optimiser: the same numbers; resumed on one process; the last checkpoint is one file."""
+    """Sharded parameters and optimizer: the same numbers; resumed on one process; the last checkpoint is one file."""
     pretrain(tmp_path / "ddp", photos, *EXACT, "step.accumulate=2")
     sharded = [photos, *EXACT, "step.parallel=fsdp2", "step.accumulate=2", "log.checkpoint_every=2", "log.keep_checkpoints=9"]
     pretrain(tmp_path / "fsdp", *sharded)

@@ -113,13 +113,13 @@ def test_layer_decay_by_depth(weights):
     assert found[vit + "norm.weight"] == found["decode_head.conv_seg.weight"] == 1.0
 
 
-def test_trap_patch_bias_attention_and_normalisation(weights):
+def test_trap_patch_bias_attention_and_normalization(weights):
     model = segmentor(weights=weights)
     assert model.backbone.vit.patch_embed.proj.bias is not None
     assert {block.attn.backend for block in model.backbone.vit.blocks} == {"sdpa"}
-    pixels = torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)  # BGR, the mean colour
-    normalised = model.data_preprocessor({"inputs": [pixels]})["inputs"]
-    assert normalised.abs().max() < 0.01
+    pixels = torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)  # BGR, the mean color
+    normalized = model.data_preprocessor({"inputs": [pixels]})["inputs"]
+    assert normalized.abs().max() < 0.01
 
 
 # --- What learns, and what it costs

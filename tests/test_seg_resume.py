@@ -91,7 +91,7 @@ def load(folder):
 
 
 def assert_equal(folder, other):
-    """Weights, the optimiser's tensors, the schedule, and the metrics."""
+    """Weights, the optimizer's tensors, the schedule, and the metrics."""
     one, two = load(folder), load(other)
     pairs = [(one["state_dict"][key], two["state_dict"][key], key) for key in one["state_dict"]]
     states = one["optimizer"]["state"], two["optimizer"]["state"]

@@ -145,8 +145,8 @@ def test_a_training_mask_of_another_size_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_grey_transparent_and_palette_images_become_three_channels(mode, tmp_path):
-    """As OpenCV reads them: grey three times, transparency dropped."""
+def test_gray_transparent_and_palette_images_become_three_channels(mode, tmp_path):
+    """As OpenCV reads them: gray three times, transparency dropped."""
     from seg_plugin.transforms import PosfieldLoadImage
 
     random = np.random.default_rng(0)

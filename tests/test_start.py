@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import last
 from public_fixture import NAME, images
 from reference_vit import saved
@@ -18,7 +18,7 @@ UNUSUAL = dict(n_registers=3, layerscale=0.5, gelu="tanh", ln_eps=1e-5, has_cls=
 
 
 def file(folder, name=NAME, **flags):
-    vit = randomise(build_backbone(name, **{"depth": 2, **flags}))
+    vit = randomize(build_backbone(name, **{"depth": 2, **flags}))
     return save_backbone(folder / "start.safetensors", vit.state_dict(), name=name, flags=vit.flags)
 
 

@@ -290,7 +290,7 @@ def test_images_without_objects_train(batch):
     sum(losses.values()).backward()
 
 
-def test_padding_comes_after_normalisation():
+def test_padding_comes_after_normalization():
     image = torch.full((3, 5, 7), 200, dtype=torch.uint8)
     images, _ = SquarePad(SMALL)([image, image[:, :2]])
     assert images.tensors.shape == (2, 3, 128, 128) and images.image_sizes == [(5, 7), (2, 7)]
@@ -387,7 +387,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         assert detection["masks"].shape == (100, 1, 28, 28)
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
+# --- optimization -----------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_the_protocol():

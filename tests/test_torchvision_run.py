@@ -177,7 +177,7 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 
 
 def assert_same_run(whole, parts):
-    """Bit for bit: weights, optimiser state, log, predictions and result."""
+    """Bit for bit: weights, optimizer state, log, predictions and result."""
     expected, found = load_checkpoint(whole.output), load_checkpoint(parts.output)
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
@@ -191,7 +191,7 @@ def assert_same_run(whole, parts):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted(make, stop):
-    """Bit for bit: weights, optimiser state, log and predictions. Two iterations are an evaluation's, one is not."""
+    """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one is not."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)

@@ -65,7 +65,7 @@ def photos(tmp_path):
 
 
 def test_resume_is_bit_for_bit(tmp_path, photos):
-    """6 iterations straight equal 3, resume, 3: weights, optimiser, centres and logs."""
+    """6 iterations straight equal 3, resume, 3: weights, optimizer, centers and logs."""
     straight, parts = settings(tmp_path, "straight"), settings(tmp_path, "parts")
     train(straight)
     train(parts, stop_after=3)
@@ -169,7 +169,7 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
 
 
 def test_another_runs_networks_are_a_start(tmp_path, photos):
-    """run.init_from: networks, heads and centres of the earlier run, a fresh optimiser, iteration 0; another crop size fits."""
+    """run.init_from: networks, heads and centers of the earlier run, a fresh optimizer, iteration 0; another crop size fits."""
     first = train(settings(tmp_path, "first"))
     config = settings(tmp_path, "second", f"run.init_from={first}", "crops.global_px=96", "optim.base_lr=0.0", "optim.min_lr=0.0")
     second = train(config, stop_after=1)

@@ -71,7 +71,7 @@ def test_full_checkpoints_give_the_teacher_or_the_student(source, tmp_path):
 @pytest.mark.parametrize(
     "source, method", [("dino", "DINO"), ("ibot", "iBOT"), ("mugs", "Mugs"), ("cribo", "CrIBo"), ("croc", "CrOC")]
 )
-def test_full_checkpoints_are_recognised_by_what_they_hold(source, method, tmp_path):
+def test_full_checkpoints_are_recognized_by_what_they_hold(source, method, tmp_path):
     found = read_checkpoint(saved(tmp_path, full(source)[0]))
     assert dict(found.provenance) == {"source": source, "method": method, "subnet": "teacher", "epoch": 8}
     assert found.flags["pos_interpolation"] == "dinov2"

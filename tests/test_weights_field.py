@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, by_scale, by_size, images, timm_vit
 from reference_vit import DinoViT, filled, saved
 from test_weights_dinov2 import published
 
-from pretrain.backbones.position import axis_weights, patch_centres, resample_grid, sample_field
+from pretrain.backbones.position import axis_weights, patch_centers, resample_grid, sample_field
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, save_backbone
@@ -35,7 +35,7 @@ def timms_without_cls(folder):
 
 
 def own(folder):
-    vit = randomise(build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, gelu="tanh", pos_grid=6))
+    vit = randomize(build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, gelu="tanh", pos_grid=6))
     return save_backbone(folder / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags), 6, 16
 
 
@@ -67,7 +67,7 @@ def test_the_network_is_the_same_at_its_own_size(file, interpolation, tmp_path):
 def test_reading_the_field_gives_the_grid(side, interpolation):
     zero = torch.zeros(1, dtype=torch.float64)
     size = max(50, int(side * SAMPLES_A_CELL) + 1)
-    read = axis_weights(patch_centres(zero, zero + 1, side)[0], size, interpolation)
+    read = axis_weights(patch_centers(zero, zero + 1, side)[0], size, interpolation)
     torch.testing.assert_close(
         read @ grid_to_field(side, size, interpolation), torch.eye(side, dtype=torch.float64), atol=1e-12, rtol=0
     )
@@ -86,13 +86,13 @@ def test_nothing_rings(interpolation):
 
 
 def waves(side, *, phase=0.3):
-    """[D, side, side] of a smooth function of the image's coordinates at the centres of patches, and that function."""
+    """[D, side, side] of a smooth function of the image's coordinates at the centers of patches, and that function."""
 
     def function(x, y):
         return torch.stack([torch.cos(3 * x + k * phase) * torch.sin(2 * y - k * phase) for k in range(8)])
 
-    centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    return function(centres, centres[:, None]), function
+    centers = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    return function(centers, centers[:, None]), function
 
 
 def as_field(grid, size, interpolation="bicubic"):

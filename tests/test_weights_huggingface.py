@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, features, images
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ DINOV2 = dict(TINY, patch_size=14, image_size=70)
 def tiny(name, **config):
     cls = getattr(transformers, name)
     flags = {**(DINOV2 if "Dinov2" in name else VIT), **config}
-    return randomise(cls(cls.config_class(**flags)))
+    return randomize(cls(cls.config_class(**flags)))
 
 
 def saved(model, folder, **options):

@@ -70,7 +70,7 @@ def packed(tree, chunk_bytes=2**30):
 
 
 def resize(position, height, width):
-    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid, normalised."""
+    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid, normalized."""
 
     def weights(n, m):
         at = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from public_fixture import NAME
@@ -34,7 +34,7 @@ def blockwise(x, old, new):
 @pytest.fixture
 def file(tmp_path):
     """A backbone of 14 px patches, its projection of the size that a trained one has."""
-    model = randomise(build_backbone(NAME, depth=2, pos_encoding="standard", patch_size=14, pos_grid=GRID))
+    model = randomize(build_backbone(NAME, depth=2, pos_encoding="standard", patch_size=14, pos_grid=GRID))
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(0.2)
     return save_backbone(tmp_path / "b.safetensors", model.state_dict(), name=NAME, flags=model.flags)

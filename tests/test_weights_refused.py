@@ -1,4 +1,4 @@
-"""Networks that are none of ours: recognised by their files' names, and refused with the reason."""
+"""Networks that are none of ours: recognized by their files' names, and refused with the reason."""
 
 import re
 
@@ -102,7 +102,7 @@ def test_no_plain_vit_is_refused(tmp_path):
 def test_the_table():
     assert len({refusal.name for refusal in refused.REFUSED}) == len(refused.REFUSED)
     assert not {refusal.name for refusal in refused.REFUSED} & set(source_names())
-    assert all(isinstance(source.recognise.args[0].reason, str) for source in refused.SOURCES)
+    assert all(isinstance(source.recognize.args[0].reason, str) for source in refused.SOURCES)
     assert {source.name for source in SOURCES} >= {"dinov3", "franca", "posfield", "timm"} and Evidence.MARKED == max(Evidence)
 
 

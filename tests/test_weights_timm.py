@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, TINY, features, images, theirs, timm_vit
 from safetensors.torch import save_file
 
@@ -31,7 +31,7 @@ def small(architecture, size=None, **flags):
     """timm's architecture, narrow and shallow; of a lvd142m model at a small native size."""
     native = 70 if "patch14" in architecture else 64
     flags = {**TINY, "img_size": size or native, "dynamic_img_size": True, **flags}
-    return randomise(timm.create_model(architecture, pretrained=False, **flags))
+    return randomize(timm.create_model(architecture, pretrained=False, **flags))
 
 
 @pytest.mark.parametrize("grid", [None, (3, 6)])
@@ -92,7 +92,7 @@ def test_imagenets_pixels_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("mean, std", [([0.5], 0.5), ("imagenet", 0.5), (0.5, [0.5, 0.5, 0.0]), ([0.1, 0.2, None], 1), (0.5, -1)])
-def test_pixels_of_no_normalisation(tmp_path, mean, std):
+def test_pixels_of_no_normalization(tmp_path, mean, std):
     folder = hub_folder(tmp_path / "odd", timm_vit(16, (4, 4)), mean=mean, std=std)
     with pytest.raises(UserError, match="pixels with a (mean|standard deviation)"):
         read_checkpoint(folder)
@@ -102,7 +102,7 @@ def test_pixels_of_no_normalisation(tmp_path, mean, std):
     "flags, named",
     [
         (dict(pre_norm=True), "norm before the first block"),
-        (dict(qk_norm=True), "normalised queries and keys"),
+        (dict(qk_norm=True), "normalized queries and keys"),
         (dict(global_pool="map"), "attention pooling"),
         (dict(scale_attn_norm=True), "norms inside"),
         (dict(mlp_layer=timm.layers.SwiGLUPacked, mlp_ratio=6.0), "SwiGLU"),

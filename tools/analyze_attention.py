@@ -89,7 +89,7 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
         two = open_models(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
         subjects = named_apart([*subjects, *two])
     if not subjects:
-        raise UserError("nothing to analyse: give --weights or --compare-masks")
+        raise UserError("nothing to analyze: give --weights or --compare-masks")
     check_size(subjects, options.size)
     return subjects
 

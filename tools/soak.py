@@ -34,7 +34,7 @@ run.device=cpu log.every=1 log.tensorboard=false log.images_every=0""".split()
 
 
 def write_photos(folder: Path) -> None:
-    """Six small coloured gradients."""
+    """Six small colored gradients."""
     folder.mkdir(parents=True, exist_ok=True)
     ramp = Image.linear_gradient("L").resize((90, 90))
     for i in range(6):

@@ -187,7 +187,7 @@ class ViT(nn.Module):
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
     def _init_weights(self) -> None:
-        """DINOv2's initialisation; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
+        """DINOv2's initialization; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -252,7 +252,7 @@ class ViT(nn.Module):
         """The sequence that enters the first block (paper 3.3), and its grid.
 
         Args:
-            x: [B, 3, H, W] normalised pixels.
+            x: [B, 3, H, W] normalized pixels.
             boxes, flips: [B, 4], [B]: the crops' places (with position augmentation), none for whole images.
             content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
             visible: [B, n] int64, the patches that enter the sequence, in this order; the same number for each image, none of them

@@ -16,7 +16,7 @@ from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 
 FORWARD_BATCH = 32  # pictures a forward pass: probes run beside a training that already fills the memory
 
@@ -121,7 +121,7 @@ class Features:
 
     def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
         dtype = self.backbone.patch_embed.proj.weight.dtype
-        pixels = normalise(images.to(self.device)).to(dtype)
+        pixels = normalize(images.to(self.device)).to(dtype)
         with self.autocast:
             tokens: Tokens = self.backbone(pixels, position_mask=None if position_masks is None else position_masks.to(self.device))
         return tokens

@@ -23,9 +23,9 @@ INTRODUCTION = (
     "A Vision Transformer backbone for image features, without a head. Written by posfield; what the weights do not say of "
     "themselves is given as unknown."
 )
-LICENCE = (
-    "Not stated here. The licence of the weights, and of the images that they were trained on, is for whoever publishes them to "
-    "state; posfield's own licence covers its code alone."
+LICENSE = (
+    "Not stated here. The license of the weights, and of the images that they were trained on, is for whoever publishes them to "
+    "state; posfield's own license covers its code alone."
 )
 TOLD = {
     "source": "Read as",
@@ -78,7 +78,7 @@ def model_card(
         "Loading": _loading(usage, size, difference),
         "Where it comes from": _table(_origin(told, file_hash, format)),
         "Results": _results(results),
-        "Licence": [LICENCE],
+        "License": [LICENSE],
         "Limits": _limits(vit, size, told),
     }
     lines = [
@@ -97,8 +97,8 @@ def model_card(
 
 def _front_matter(library: str) -> list[str]:
     tags = [f"- {tag}" for tag in ("image-feature-extraction", "vision-transformer", "posfield")]
-    licence = "# license: for whoever publishes these weights to state"
-    return ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", *tags, licence, "---"]
+    license = "# license: for whoever publishes these weights to state"
+    return ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", *tags, license, "---"]
 
 
 def _loading(usage: Usage, size: Size, difference: float) -> list[str]:

@@ -124,7 +124,7 @@ outputs = model(pixel_values=image)
 cls = outputs.pooler_output  # [B, D]
 patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
     name = model_class(vit)
-    notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalises."]
+    notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalizes."]
     if name == "ViTModel":
         notes.append('The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.')
         notes.append("At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only.")
@@ -176,7 +176,7 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
 
 
 def _preprocessor(size: Size) -> dict[str, Any]:
-    """``preprocessor_config.json``: the whole image at the size, bicubic, normalised."""
+    """``preprocessor_config.json``: the whole image at the size, bicubic, normalized."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patch_centres
+from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patch_centers
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
@@ -20,13 +20,13 @@ SAMPLES_A_CELL = Fraction(4, 3)
 def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") -> Tensor:
     """A [F, G], float64: the samples of a field along one axis from the cells of a grid, which R reads back exactly, R A = 1.
 
-    R [G, F] reads the field at the centres of G patches (:func:`pretrain.backbones.position.axis_weights`). A smooth resampling S
+    R [G, F] reads the field at the centers of G patches (:func:`pretrain.backbones.position.axis_weights`). A smooth resampling S
     of the cells, bicubic with replicated borders, is nearly its inverse; the least change makes it one: A = S + R^+ (1 - R S).
     """
     zero = torch.zeros(1, dtype=torch.float64)
-    read = axis_weights(patch_centres(zero, zero + 1, n_cells)[0], n_samples, interpolation)
+    read = axis_weights(patch_centers(zero, zero + 1, n_cells)[0], n_samples, interpolation)
     corners = torch.arange(n_samples, dtype=torch.float64) / (n_samples - 1)  # of the image, where the field's samples stand
-    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)  # the same between the centres of the outermost cells
+    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)  # the same between the centers of the outermost cells
     smooth = axis_weights(cells, n_cells)
     return smooth + torch.linalg.pinv(read) @ (torch.eye(n_cells, dtype=torch.float64) - read @ smooth)
 

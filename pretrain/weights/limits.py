@@ -49,7 +49,7 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
     """Hold every tensor of a tree against what its file can hold, whatever shape it declares.
 
     Raises:
-        UserError: a tensor without a printable name, sparse, quantised, or larger than its storage; too many views of one storage.
+        UserError: a tensor without a printable name, sparse, quantized, or larger than its storage; too many views of one storage.
     """
     total, seen = 0, {id(tree)}
     left: list[tuple[str, int, Any]] = [("", 0, tree)]

@@ -21,7 +21,7 @@ def resize_matrix(old_px: int, new_px: int) -> Tensor:
 def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
     """The kernel v that responds to a resized patch R x as ``kernel`` w does to x.
 
-    v = (R^T)^+ w minimises the error of <R x, v> = <x, w> over all x; for ``new_px`` at least the old size it is exact.
+    v = (R^T)^+ w minimizes the error of <R x, v> = <x, w> over all x; for ``new_px`` at least the old size it is exact.
 
     Args:
         kernel: [D, C, p, p].

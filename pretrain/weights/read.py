@@ -73,7 +73,7 @@ def find_source(file: Container, name: str | None = None) -> Source:
             if source.name == name:
                 return source
         raise UserError(f"weights: source {name!r} is none of {', '.join(source_names())}")
-    evidence = [source.recognise(file) for source in SOURCES]
+    evidence = [source.recognize(file) for source in SOURCES]
     best = max(evidence)
     if best == Evidence.NONE:
         names = ", ".join(source_names())

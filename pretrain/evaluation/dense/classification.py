@@ -2,7 +2,7 @@
 
 Images are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28 million training
 images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
-chunk at a time (:func:`pretrain.evaluation.knn.neighbours`: 0.5 GB at D = 384).
+chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D = 384).
 """
 
 import os

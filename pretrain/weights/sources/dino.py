@@ -70,7 +70,7 @@ class Method:
     renamed: Callable[[str], str] = str
 
 
-def recognise(method: Method, file: Container) -> Evidence:
+def recognize(method: Method, file: Container) -> Evidence:
     """By what only this method's files hold, else by the file's name; DINO's own full checkpoints are those without such marks."""
     networks, marks = networks_of(file), marks_of(file)
     if any((method.source,) == sources for sources, _ in marks):
@@ -108,7 +108,7 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
 
 def source_of(method: Method) -> Source:
     """The method as a source."""
-    return Source(method.source, method.method, partial(recognise, method), partial(convert, method))
+    return Source(method.source, method.method, partial(recognize, method), partial(convert, method))
 
 
 def networks_of(file: Container) -> dict[str, State]:

@@ -27,7 +27,7 @@ HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
-def recognise(file: Container) -> Evidence:
+def recognize(file: Container) -> Evidence:
     """By the heads of its training; of a backbone alone, which others have tuned, by the file's name."""
     if any(_training(file, name) and any(head in key for key in _network(file, name) for head in HEADS) for name in NETWORKS):
         return Evidence.MARKED
@@ -80,4 +80,4 @@ def _unchunked(key: str) -> str:
     return CHUNK.sub(r"blocks.\1.", key)
 
 
-SOURCES = (Source("dinov2", "DINOv2", recognise, convert),)
+SOURCES = (Source("dinov2", "DINOv2", recognize, convert),)

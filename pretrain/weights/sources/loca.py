@@ -26,7 +26,7 @@ ATTENTION = "MultiHeadDotProductAttention_0."
 NORMS = {"scale": "weight", "bias": "bias"}
 
 
-def recognise(file: Container) -> Evidence:
+def recognize(file: Container) -> Evidence:
     """By Scenic's name of the patch projection, in a network without [CLS]."""
     trees = [file.tree.get(key) for keys in NETWORKS.values() for key in keys]
     found = [tree[TOKENS[:-1]] for tree in trees if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)]
@@ -114,4 +114,4 @@ class _Reader:
         return {ours + key: value for key, value in state.items()}
 
 
-SOURCES = (Source("loca", "LOCA", recognise, convert),)
+SOURCES = (Source("loca", "LOCA", recognize, convert),)

@@ -20,7 +20,7 @@ MARK = ".attn.rpe_"  # of iRPE in any of its variants
 TABLE = ".attn.rpe_k.lookup_table_weight"  # of LoMaR's
 
 
-def recognise(file: Container) -> Evidence:
+def recognize(file: Container) -> Evidence:
     """By iRPE's tables in the blocks."""
     return Evidence.MARKED if any(MARK in key for key in file.tensors("model") or {}) else Evidence.NONE
 
@@ -51,4 +51,4 @@ def _refuse_other_variants(path: Path, state: Mapping[str, Tensor]) -> None:
         raise UserError(f"{said} no tensor encoder_pred.weight, which LoMaR's pre-training leaves; {reason}")
 
 
-SOURCES = (Source("lomar", "LoMaR", recognise, convert),)
+SOURCES = (Source("lomar", "LoMaR", recognize, convert),)

@@ -22,7 +22,7 @@ MAE_UNUSED = ("decoder_", "mask_token")
 DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
 
 
-def recognise_mae(file: Container) -> Evidence:
+def recognize_mae(file: Container) -> Evidence:
     """By the decoder of pixels; of an encoder alone, by the fixed positions under ``model``."""
     state = file.flat if is_state(file.tree.get("model")) else {}
     if any("mae" not in sources for sources, _ in marks_of(file)):
@@ -34,7 +34,7 @@ def recognise_mae(file: Container) -> Evidence:
     return Evidence.NAMED if is_named(file, "mae") else Evidence.POSSIBLE
 
 
-def recognise_droppos(file: Container) -> Evidence:
+def recognize_droppos(file: Container) -> Evidence:
     """By the token of dropped positions; an encoder alone, which could be any descendant of MAE's, by the file's name."""
     state = next(iter(_droppos_networks(file).values()), {})
     if "mask_pos_token" in state:
@@ -96,6 +96,6 @@ def _encoder(
 
 
 SOURCES = (
-    Source("mae", "MAE", recognise_mae, convert_mae),
-    Source("droppos", "DropPos", recognise_droppos, convert_droppos),
+    Source("mae", "MAE", recognize_mae, convert_mae),
+    Source("droppos", "DropPos", recognize_droppos, convert_droppos),
 )

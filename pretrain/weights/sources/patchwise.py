@@ -9,7 +9,7 @@ the file.
 from dataclasses import replace
 
 from pretrain.weights.container import Container
-from pretrain.weights.sources.dino import Method, backbone_of, networks_of, recognise, source_of
+from pretrain.weights.sources.dino import Method, backbone_of, networks_of, recognize, source_of
 from pretrain.weights.sources.mae import is_fixed
 from pretrain.weights.sources.source import Evidence
 
@@ -25,9 +25,9 @@ SELFPATCH = Method(
 FLSL = Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",))
 
 
-def recognise_flsl(file: Container) -> Evidence:
+def recognize_flsl(file: Container) -> Evidence:
     """By its loss; of a backbone alone, by a [CLS] token that the fixed positions know nothing of, else by the file's name."""
-    evidence, networks = recognise(FLSL, file), networks_of(file)
+    evidence, networks = recognize(FLSL, file), networks_of(file)
     if "" not in networks or evidence == Evidence.NONE:
         return evidence
     backbone, _ = backbone_of(networks[""])
@@ -36,4 +36,4 @@ def recognise_flsl(file: Container) -> Evidence:
     return evidence if evidence > Evidence.POSSIBLE else Evidence.NONE
 
 
-SOURCES = (source_of(SELFPATCH), replace(source_of(FLSL), recognise=recognise_flsl))
+SOURCES = (source_of(SELFPATCH), replace(source_of(FLSL), recognize=recognize_flsl))

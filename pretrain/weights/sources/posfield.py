@@ -10,7 +10,7 @@ from pretrain.weights.sources.source import Evidence, Source
 from pretrain.weights.write import FORMAT, FORMAT_VERSION
 
 
-def recognise(file: Container) -> Evidence:
+def recognize(file: Container) -> Evidence:
     """By the format that the metadata names."""
     return Evidence.MARKED if file.metadata.get("format") == FORMAT else Evidence.NONE
 
@@ -31,4 +31,4 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
 
 
-SOURCES = (Source("posfield", "posfield", recognise, convert),)
+SOURCES = (Source("posfield", "posfield", recognize, convert),)

@@ -1,4 +1,4 @@
-"""Networks that people will try and that are no plain ViT: recognised, so that the error says why."""
+"""Networks that people will try and that are no plain ViT: recognized, so that the error says why."""
 
 import re
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ REFUSED = (
 )
 
 
-def recognise(refusal: Refusal, file: Container) -> Evidence:
+def recognize(refusal: Refusal, file: Container) -> Evidence:
     """By the names of the tensors."""
     names = "\n".join(_names(file))
     found = any(all(_holds(names, pattern) for pattern in patterns) for patterns in refusal.marks)
@@ -123,4 +123,4 @@ def _holds(names: str, pattern: str) -> bool:
     return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
 
 
-SOURCES = tuple(Source(refusal.name, refusal.method, partial(recognise, refusal), partial(convert, refusal)) for refusal in REFUSED)
+SOURCES = tuple(Source(refusal.name, refusal.method, partial(recognize, refusal), partial(convert, refusal)) for refusal in REFUSED)

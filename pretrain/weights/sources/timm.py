@@ -20,7 +20,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import only_network, plain_vit, without
-from pretrain.weights.normalisation import with_imagenet_pixels
+from pretrain.weights.normalization import with_imagenet_pixels
 from pretrain.weights.sources.source import Evidence, Source
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
@@ -29,7 +29,7 @@ HEADS = ("head.", "fc_norm.", "pre_logits.")  # dropped
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 DEPARTURES = {
     r"norm_pre\.": "a norm before the first block",
-    r"blocks\.\d+\.attn\.[qk]_norm\.": "normalised queries and keys",
+    r"blocks\.\d+\.attn\.[qk]_norm\.": "normalized queries and keys",
     r"blocks\.\d+\.(attn|mlp)\.norm\.": "norms inside its blocks",
     r"attn_pool\.": "attention pooling (SigLIP)",
     r"patch_embed\.(backbone|norm)\.": "more than a projection before its blocks",
@@ -39,7 +39,7 @@ DEPARTURES = {
 OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")  # networks whose departures no tensor shows
 
 
-def recognise(file: Container) -> Evidence:
+def recognize(file: Container) -> Evidence:
     """By the hub's description; without it by the names alone, which many sources share."""
     if not all(key in file.flat for key in NEEDED):
         return Evidence.NONE
@@ -113,4 +113,4 @@ def _is_square(n: int) -> bool:
     return n > 0 and math.isqrt(n) ** 2 == n
 
 
-SOURCES = (Source("timm", "timm", recognise, convert),)
+SOURCES = (Source("timm", "timm", recognize, convert),)

@@ -18,7 +18,7 @@ from pretrain.weights.sources.source import Evidence, Source
 HEADS = ("projection_head.", "prototypes.")
 
 
-def recognise_neco(file: Container) -> Evidence:
+def recognize_neco(file: Container) -> Evidence:
     """By a projection head without prototypes; of a backbone alone, by the file's name."""
     names = _names(_networks(file, "model.") or _flat(file))
     if any(name.startswith("prototypes.") for name in names):
@@ -26,12 +26,12 @@ def recognise_neco(file: Container) -> Evidence:
     return _evidence(names, "projection_head.", is_named(file, "neco"))
 
 
-def recognise_timet(file: Container) -> Evidence:
+def recognize_timet(file: Container) -> Evidence:
     """By the names of its wrapper."""
     return Evidence.MARKED if any(key.startswith("feature_extractor.backbone.") for key in file.flat) else Evidence.NONE
 
 
-def recognise_leopart(file: Container) -> Evidence:
+def recognize_leopart(file: Container) -> Evidence:
     """By its prototypes; without them, by the file's name."""
     return _evidence(_names(_networks(file, "model.")), "prototypes.", is_named(file, "leopart"))
 
@@ -104,7 +104,7 @@ def _convert(
 
 
 SOURCES = (
-    Source("neco", "NeCo", recognise_neco, convert_neco),
-    Source("timet", "TimeT", recognise_timet, convert_timet),
-    Source("leopart", "Leopart", recognise_leopart, convert_leopart),
+    Source("neco", "NeCo", recognize_neco, convert_neco),
+    Source("timet", "TimeT", recognize_timet, convert_timet),
+    Source("leopart", "Leopart", recognize_leopart, convert_leopart),
 )
