@@ -345,8 +345,8 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
     lines = []
     for name, entry in {name_of(run.entry): run.entry for run in done}.items():
         metadata = _metadata(weights[name].file)
-        flags, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
-        patch = told.get("patch_size_before", flags.get("patch_size", PROTOCOL_PATCH_PX))
+        model_kwargs, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        patch = told.get("patch_size_before", model_kwargs.get("patch_size", PROTOCOL_PATCH_PX))
         read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
         who = (name, entry.method, entry.file)
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"

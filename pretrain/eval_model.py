@@ -182,7 +182,7 @@ def open_models(
                 label="",
                 path=path,
                 backbone=backbone or checkpoint.backbone or backbone_name(None, path, source),
-                patch_px=patch_px or int(checkpoint.flags["patch_size"]),
+                patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
                 method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
                 effective_epochs=None if epochs is None else float(epochs),
                 has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),

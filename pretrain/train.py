@@ -306,7 +306,7 @@ class Run:
         origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"
-        save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
+        save_backbone(path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin)
         result = Result(
             kind="pretrain",
             method=run_name(config),

@@ -23,7 +23,7 @@ def save_pretrained(path):
     """A backbone as pre-training leaves it: field, registers, LayerScale, mask tokens, and what it says about itself."""
     model = randomize(build_backbone(TINY, mask_tokens=True, **FIELD))
     said = {"method": "ours", "effective_epochs": 3}
-    return save_backbone(path, model.state_dict(), name=TINY, flags=model.flags, provenance=said)
+    return save_backbone(path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs, provenance=said)
 
 
 def toy_run(folder, coco, weights, **changes):

@@ -200,8 +200,14 @@ def named_states():
 
 def our_metadata(**changes):
     vit = build_backbone(NAME, depth=1)
-    flags = {**vit.flags, **changes}
-    told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": json.dumps(flags)}
+    model_kwargs = {**vit.model_kwargs, **changes}
+    told = {
+        "format": "posfield-backbone",
+        "format_version": "1",
+        "backbone": NAME,
+        "provenance": "{}",
+        "flags": json.dumps(model_kwargs),
+    }
     return save(vit.state_dict(), metadata=told)
 
 
@@ -226,10 +232,10 @@ def ours():
         "unknown": dict(surprise=1),
     }.items():
         yield f"ours_{name}.safetensors", our_metadata(**changes), REFUSED
-    for name, flags in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
-        told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": flags}
+    for name, model_kwargs in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
+        told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": model_kwargs}
         yield f"ours_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
-        told |= {"flags": "{}", "provenance": flags}
+        told |= {"flags": "{}", "provenance": model_kwargs}
         yield f"ours_provenance_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
 
 

@@ -93,7 +93,7 @@ def write_start(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         folder / "start.safetensors",
         vit.state_dict(),
         name="vit_tiny_patch16",
-        flags=vit.flags,
+        model_kwargs=vit.model_kwargs,
         provenance={},
     )
     return path, vit.state_dict()
@@ -344,8 +344,8 @@ def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)
-    flags = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
-    cfg = config(recipe, "vit_tiny_patch16", **flags)
+    model_kwargs = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
+    cfg = config(recipe, "vit_tiny_patch16", **model_kwargs)
     torch.manual_seed(5)
     np.random.seed(5)
     with deterministic(True):

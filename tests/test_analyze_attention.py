@@ -36,12 +36,12 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attention")
     write_photos(folder / "photos", n=3)
     (folder / "photos" / "001<b>.jpg").write_bytes(b"\xff\xd8\xff and no more")
-    for seed, (name, flags) in enumerate(FLAGS.items()):
-        model = randomize(build_backbone("vit_tiny_patch16", depth=2, **flags), seed)
+    for seed, (name, model_kwargs) in enumerate(FLAGS.items()):
+        model = randomize(build_backbone("vit_tiny_patch16", depth=2, **model_kwargs), seed)
         provenance = {"method": "<i>Method</i>", "effective_epochs": 12.5} if name == "ours" else {}
         (folder / name).mkdir()
         path = folder / name / "backbone.safetensors"
-        save_backbone(path, model.state_dict(), name="vit_tiny_patch16", flags=model.flags, provenance=provenance)
+        save_backbone(path, model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs, provenance=provenance)
     return folder
 
 

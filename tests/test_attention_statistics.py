@@ -127,8 +127,8 @@ VITS = {
 }
 
 
-def tiny(depth=3, **flags):
-    model = randomize(ViT(embed_dim=12, depth=depth, num_heads=3, patch_size=8, **flags)).double()
+def tiny(depth=3, **model_kwargs):
+    model = randomize(ViT(embed_dim=12, depth=depth, num_heads=3, patch_size=8, **model_kwargs)).double()
     for block in model.blocks:
         block.norm1.weight.data *= 10
         block.attn.qkv.weight.data *= 5  # attention far from uniform

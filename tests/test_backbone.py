@@ -24,7 +24,7 @@ def as_timm(ours: ViT, image_size):
         patch_size=ours.patch_size,
         num_classes=0,
         global_pool="",
-        init_values=ours.flags["layerscale"],
+        init_values=ours.model_kwargs["layerscale"],
         reg_tokens=registers,
         no_embed_class=registers > 0,
         dynamic_img_size=True,
@@ -109,9 +109,9 @@ def test_masks_replace_content_or_position_alone():
 
 @pytest.mark.parametrize("pos_encoding", ["field", "standard"])
 def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
-    flags = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
-    model = randomize(build_backbone("vit_tiny_patch16", **flags))
-    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", flags=model.flags)
+    model_kwargs = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
+    model = randomize(build_backbone("vit_tiny_patch16", **model_kwargs))
+    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
     again = build_backbone("vit_tiny_patch16", weights=path).eval()
     assert "mask_token" not in again.state_dict()
     assert "mask_token" in build_backbone("vit_tiny_patch16", weights=path, mask_tokens=True).state_dict()
@@ -133,7 +133,7 @@ def save_tiny(tmp_path, edit):
     model = build_backbone("vit_tiny_patch16", depth=1)
     state = dict(model.state_dict())
     edit(state)
-    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", flags=model.flags)
+    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def packed_inputs(dtype=torch.float64):
     return [large, small]
 
 
-def packed_model(dtype=torch.float64, **flags):
+def packed_model(dtype=torch.float64, **model_kwargs):
     torch.manual_seed(0)
-    flags = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | flags
-    return build_backbone("vit_tiny_patch16", **flags).to(dtype)
+    model_kwargs = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | model_kwargs
+    return build_backbone("vit_tiny_patch16", **model_kwargs).to(dtype)
 
 
 def ramp(x):

@@ -53,8 +53,8 @@ def random_set(n, part="train", seed=0, side=SIDE, n_classes=3):
     return held(images, labels, part, n_classes)
 
 
-def tiny_vit(**flags):
-    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **flags}))
+def tiny_vit(**model_kwargs):
+    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **model_kwargs}))
 
 
 def features_of(backbone, autocast=None):

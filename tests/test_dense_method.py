@@ -258,7 +258,7 @@ def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
         config = settings(folder, *px, f"backbone.weights={path}", *EXACT)
         method = apart(config)
         backbone = method.backbone
-        assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.flags["mask_tokens"]
+        assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.model_kwargs["mask_tokens"]
         assert bool(terms_of(method, first_batch(config, torch.float64))["loss"] > 0)
 
 

@@ -42,9 +42,9 @@ def detectron2s(vit, window_size, blocks):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
     from detectron2.modeling.backbone.vit import ViT
 
-    flags = vit.flags
+    model_kwargs = vit.model_kwargs
     theirs = ViT(
-        img_size=112, embed_dim=flags["embed_dim"], depth=flags["depth"], num_heads=flags["num_heads"], use_rel_pos=False,
+        img_size=112, embed_dim=model_kwargs["embed_dim"], depth=model_kwargs["depth"], num_heads=model_kwargs["num_heads"], use_rel_pos=False,
         window_size=window_size, window_block_indexes=blocks, norm_layer=lambda dim: torch.nn.LayerNorm(dim, eps=1e-6),
     )  # fmt: skip
     theirs.load_state_dict(vit.state_dict(), strict=False)
@@ -205,8 +205,8 @@ def test_inductor_gives_the_same_gradients(options):
 
 
 @pytest.mark.parametrize("flags", [FULL, dict()], ids=["field", "standard"])
-def test_every_tensor_has_its_learning_rate_and_weight_decay(flags):
-    vit = build_backbone(TINY, depth=2, **flags)
+def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
+    vit = build_backbone(TINY, depth=2, **model_kwargs)
     expected = {  # layer, whether weights decay
         **dict.fromkeys(("cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"), (0, True)),
         **dict.fromkeys(("pos_embed", "pos_field", "cls_pos"), (0, False)),

@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = "vit_tiny_patch16"
 
 
-def hub(*arguments, **flags):
-    return torch.hub.load(str(ROOT), *arguments, source="local", **flags)
+def hub(*arguments, **model_kwargs):
+    return torch.hub.load(str(ROOT), *arguments, source="local", **model_kwargs)
 
 
 @pytest.fixture
 def weights(tmp_path):
     vit = randomize(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
-    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
 
 
 @torch.no_grad()

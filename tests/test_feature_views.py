@@ -44,8 +44,8 @@ def test_pictures_keep_their_aspect_to_whole_patches():
 @pytest.mark.parametrize(
     "flags", [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)]
 )
-def test_each_layer_is_what_flows_through_the_network(flags):
-    backbone = randomize(ViT(embed_dim=24, depth=3, num_heads=2, **flags))
+def test_each_layer_is_what_flows_through_the_network(model_kwargs):
+    backbone = randomize(ViT(embed_dim=24, depth=3, num_heads=2, **model_kwargs))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (35, 3, 32, 48), dtype=np.uint8))
     features, seen = Features(backbone, CPU, nullcontext()), {}
     with frozen(backbone):
@@ -56,7 +56,7 @@ def test_each_layer_is_what_flows_through_the_network(flags):
         expected = [x]
         for block in backbone.blocks:
             expected.append(x := block(x))
-        if backbone.flags["final_norm"]:
+        if backbone.model_kwargs["final_norm"]:
             expected.append(backbone.norm(x))
     assert list(seen) == list(range(len(expected))) == list(range(len(layer_names(backbone))))
     for layer, tokens in enumerate(expected):
@@ -147,15 +147,18 @@ def weights(tmp_path):
     write_photos(tmp_path / "photos", n=2, size=(90, 70))
     write_photos(tmp_path / "photos" / "<b>$tall$", n=1, size=(50, 80), seed=1)
     files = []
-    for name, flags in (("fourteen", dict(patch_size=14, has_cls=False)), ("registers", dict(n_registers=4, pos_encoding="field"))):
-        backbone = build_backbone("vit_tiny_patch16", depth=2, **flags)
+    for name, model_kwargs in (
+        ("fourteen", dict(patch_size=14, has_cls=False)),
+        ("registers", dict(n_registers=4, pos_encoding="field")),
+    ):
+        backbone = build_backbone("vit_tiny_patch16", depth=2, **model_kwargs)
         said = {"method": f"<i>{name}$"}
         files.append(
             save_backbone(
                 tmp_path / f"{name}.safetensors",
                 backbone.state_dict(),
                 name="vit_tiny_patch16",
-                flags=backbone.flags,
+                model_kwargs=backbone.model_kwargs,
                 provenance=said,
             )
         )

@@ -29,8 +29,8 @@ def settings(photos, *extra):
     return load_config(None, last([*TINY, f"data.root={photos}", "optim.batch_size=6", *extra]))
 
 
-def batches(config, end_it=2):
-    return list(build_loader(config, build_dataset(config), 0, end_it))
+def batches(config, end_iter=2):
+    return list(build_loader(config, build_dataset(config), 0, end_iter))
 
 
 def tensors(record, prefix=""):

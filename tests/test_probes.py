@@ -36,9 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def tiny_vit(**flags):
+def tiny_vit(**model_kwargs):
     torch.manual_seed(0)
-    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **flags})
+    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **model_kwargs})
 
 
 def random_images(n, side=64, seed=0):
@@ -332,7 +332,9 @@ def test_a_broken_training_image_is_left_out_of_the_position_probe(sets):
 
 def test_the_tool_gives_the_same_numbers(sets, capsys):
     backbone = build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, pos_encoding="field", pos_grid=7)
-    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    weights = save_backbone(
+        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+    )
     roots = ["--knn-root", sets / "knn", "--seg-root", sets / "ade", "--position-root", sets / "photos"]
     numbers = ["--knn-k", 3, "--seg-classes", 4, "--image-px", 64, "--device", "cpu", "--json", sets / "out" / "probes.json"]
     tool("--weights", weights, *roots, *numbers)
@@ -348,7 +350,9 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
 @pytest.mark.parametrize("encoding", ["standard", "field", "none"])
 def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(sets, capsys, encoding):
     plain = build_backbone("vit_tiny_patch16", depth=1, pos_encoding=encoding)
-    weights = save_backbone(sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", flags=plain.flags)
+    weights = save_backbone(
+        sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", model_kwargs=plain.model_kwargs
+    )
     numbers = ["--image-px", 64, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--position-root", sets / "photos", *numbers)
     told = "no positions that could be hidden" if encoding == "none" else "the mean of all positions stands for a hidden one"
@@ -382,7 +386,9 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
 def test_the_tool_probes_other_patch_sizes(sets):
     """14 divides neither crop of the recipe, which the probes have no use for."""
     backbone = build_backbone("vit_tiny_patch16", patch_size=14, depth=1)
-    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    weights = save_backbone(
+        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+    )
     rest = ["--knn-k", 3, "--image-px", 56, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--knn-root", sets / "knn", *rest)
     assert list(json.loads((sets / "probes.json").read_text())["metrics"]) == ["probe/knn_top1"]

@@ -81,12 +81,12 @@ def built(data):
     return get
 
 
-def config_of(size, length, **flags):
+def config_of(size, length, **model_kwargs):
     """A config file as the stock launcher reads it."""
     from detectron2.config import LazyConfig
 
     cfg = LazyConfig.load(str(ROOT / "configs" / "det" / f"mask_rcnn_vit{size}16_coco_{length}ep.py"))
-    cfg.model.backbone.net.update(flags)
+    cfg.model.backbone.net.update(model_kwargs)
     return cfg
 
 

@@ -290,7 +290,7 @@ def test_an_ablation_row_learns_with_the_heads_that_it_says(name):
     backbone = method.student["backbone"]
     assert backbone.mask_token.requires_grad == ("content" not in off)
     assert backbone.pos_mask_token.requires_grad == ("position" not in off)
-    assert backbone.flags["pos_encoding"] == ROWS[name].get("positions.encoding", "field")
+    assert backbone.model_kwargs["pos_encoding"] == ROWS[name].get("positions.encoding", "field")
 
 
 def test_the_rows_are_those_of_the_paper():

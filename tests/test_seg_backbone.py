@@ -51,7 +51,7 @@ def test_backbone_equals_the_registrys_after_init_weights(way, weights):
         (got,) = model.eval().backbone(x)
         torch.testing.assert_close(got, plain.eval().feature_map(x), atol=1e-5, rtol=0)
     assert got.shape == (2, 192, 3, 4)
-    assert model.backbone.vit.flags["n_registers"] == 4 and model.backbone.vit.pos_encoding == "field"
+    assert model.backbone.vit.model_kwargs["n_registers"] == 4 and model.backbone.vit.pos_encoding == "field"
     assert model.backbone.vit.blocks[1].drop_path.rate == pytest.approx(0.1)  # a run's flag, beside the file's
 
 
@@ -63,7 +63,7 @@ def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tm
         MODELS.build({**backbone, "weights": None, "init_cfg": dict(type="Kaiming", layer="Conv2d")})
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     state = {key: value for key, value in vit.state_dict().items() if key != "blocks.1.mlp.fc2.bias"}
-    path = save_backbone(tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", flags=vit.flags)
+    path = save_backbone(tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
     with pytest.raises(UserError, match="missing blocks.1.mlp.fc2.bias"):
         MODELS.build({**backbone, "weights": str(path)})
 

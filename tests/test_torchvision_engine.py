@@ -46,10 +46,10 @@ def boxes(n, size=120.0, seed=0):
     return torch.cat([corner, corner + side], dim=1)
 
 
-def detector(recipe=SMALL, **flags):
+def detector(recipe=SMALL, **model_kwargs):
     """A detector whose weights are of ordinary size everywhere."""
     torch.manual_seed(0)
-    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **flags}), recipe)
+    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **model_kwargs}), recipe)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.03 if parameter.ndim > 1 else 0.01))

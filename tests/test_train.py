@@ -105,7 +105,7 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
     backbone = build_backbone("vit_tiny_patch16", weights=folder / "backbone.safetensors")
     assert all(torch.equal(value, teacher[key]) for key, value in backbone.state_dict().items())
     assert any(not torch.equal(value, student[key]) for key, value in backbone.state_dict().items())
-    assert {"pos_field", "cls_pos"} <= set(backbone.state_dict()) and backbone.flags["depth"] == 2
+    assert {"pos_field", "cls_pos"} <= set(backbone.state_dict()) and backbone.model_kwargs["depth"] == 2
     said = read_checkpoint(folder / "backbone.safetensors").provenance
     assert said["method"] == "mine" and said["position_masks"] is True
     assert list((folder / "tensorboard").iterdir())
@@ -283,7 +283,7 @@ def test_the_tool_ends_bad_input_in_one_line(tmp_path, photos, capsys):
     small = build_backbone("vit_small_patch16", depth=2)
     from pretrain.weights import save_backbone
 
-    save_backbone(tmp_path / "small.safetensors", small.state_dict(), name="vit_small_patch16", flags=small.flags)
+    save_backbone(tmp_path / "small.safetensors", small.state_dict(), name="vit_small_patch16", model_kwargs=small.model_kwargs)
     for arguments, named in [
         (["data.root=" + str(tmp_path / "none")], "none"),
         (["data.root=" + str(tmp_path / "empty")], "empty"),

@@ -252,8 +252,8 @@ def test_color_probabilities_and_ranges_by_view():
     n = 4000
     colors = draw_colors(10, 2, ColorSettings(), [np.random.default_rng([0, i]) for i in range(n)])
     for view, blur, solarize in [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0), (9, 0.5, 0.0)]:
-        flags = [colors.jitter, colors.gray, colors.sigma > 0, colors.solarize]
-        rates = [flag[:, view].double().mean() for flag in flags]
+        model_kwargs = [colors.jitter, colors.gray, colors.sigma > 0, colors.solarize]
+        rates = [flag[:, view].double().mean() for flag in model_kwargs]
         np.testing.assert_allclose(rates, [0.8, 0.2, blur, solarize], atol=0.025)
     lows, highs = torch.tensor([0.6, 0.6, 0.8, -0.1]), torch.tensor([1.4, 1.4, 1.2, 0.1])
     factors = (colors.factors - lows) / (highs - lows)  # uniform in [0, 1]

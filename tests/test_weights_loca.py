@@ -139,7 +139,7 @@ def test_features_equal(tmp_path, grid):
     checkpoint = read_checkpoint(path)
     assert checkpoint.provenance == {"source": "loca", "method": "LOCA", "subnet": "teacher"} and checkpoint.backbone == NAME
     wanted = dict(has_cls=False, gelu="tanh", ln_eps=1e-6, pos_interpolation="bilinear_antialias", pos_grid=SIDE, num_heads=HEADS)
-    assert {key: checkpoint.flags[key] for key in wanted} == wanted
+    assert {key: checkpoint.model_kwargs[key] for key in wanted} == wanted
 
 
 def as_torch(tree):

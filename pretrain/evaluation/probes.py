@@ -151,7 +151,7 @@ class Probes:
         Raises:
             UserError: the position probe is asked for, but the backbone holds no position mask token.
         """
-        if any(isinstance(probe, PositionProbe) for probe in self.probes) and not backbone.flags["mask_tokens"]:
+        if any(isinstance(probe, PositionProbe) for probe in self.probes) and not backbone.model_kwargs["mask_tokens"]:
             raise UserError("probes.position: the backbone holds no position mask token")
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):

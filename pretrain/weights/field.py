@@ -44,15 +44,15 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     Raises:
         UserError: no positions; a field too small for the grid; an interpolation that fields do not have.
     """
-    flags, path = checkpoint.flags, checkpoint.path
-    encoding = flags.get("pos_encoding", "standard")
+    model_kwargs, path = checkpoint.model_kwargs, checkpoint.path
+    encoding = model_kwargs.get("pos_encoding", "standard")
     if encoding == "field":
         return checkpoint
     if encoding == "none":
         raise UserError(f"weights: {path} has no absolute positions of which positions.encoding=field could make a field")
     if interpolation not in FIELD_INTERPOLATIONS:
         raise UserError(f"config: positions.interpolation={interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field")
-    n_cls, side = int(flags["has_cls"]), flags["pos_grid"]
+    n_cls, side = int(model_kwargs["has_cls"]), model_kwargs["pos_grid"]
     least = math.ceil(side * SAMPLES_A_CELL)
     if size < least:
         raise UserError(
@@ -70,6 +70,6 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     return replace(
         checkpoint,
         state=state,
-        flags={**flags, "pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation},
+        model_kwargs={**model_kwargs, "pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation},
         provenance={**checkpoint.provenance, "pos_grid_before": side},
     )

@@ -39,11 +39,11 @@ def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
 
 def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
     """The same network for patches of ``new_px`` pixels; its grid of positions stays, to be resampled as ever."""
-    old_px = checkpoint.flags["patch_size"]
+    old_px = checkpoint.model_kwargs["patch_size"]
     if new_px < 1:
         raise UserError(f"patch_size: {new_px} px is no patch")
     if old_px == new_px:
         return checkpoint
     state = {**checkpoint.state, KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}
     provenance = {**checkpoint.provenance, "patch_size_before": old_px}
-    return replace(checkpoint, state=state, flags={**checkpoint.flags, "patch_size": new_px}, provenance=provenance)
+    return replace(checkpoint, state=state, model_kwargs={**checkpoint.model_kwargs, "patch_size": new_px}, provenance=provenance)

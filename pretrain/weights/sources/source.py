@@ -8,7 +8,7 @@ from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 
 
-class Evidence(IntEnum):
+class Match(IntEnum):
     """How well a file fits a source."""
 
     NONE = 0  # the layout is another
@@ -33,5 +33,5 @@ class Source:
 
     name: str
     method: str
-    recognize: Callable[[Container], Evidence]
+    match: Callable[[Container], Match]
     convert: Callable[[Container, str | None], Checkpoint]
