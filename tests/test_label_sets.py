@@ -133,8 +133,8 @@ def test_vocs_training_part_says_whether_it_is_trainaug(tmp_path):
     augmented, own = (open_label_set(write_voc(tmp_path / str(aug), augmented=aug), "train") for aug in (True, False))
     assert (augmented.source, augmented.departure) == ("trainaug", "")
     assert own.source == "train" and "trainaug" in own.departure
-    assert {file.parent.name for _, file in augmented.files} == {"SegmentationClassAug"}
-    assert {file.parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {"SegmentationClass"}
+    assert {Path(file).parent.name for _, file in augmented.files} == {"SegmentationClassAug"}
+    assert {Path(file).parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {"SegmentationClass"}
 
 
 def names_with_paths(lists):
@@ -164,10 +164,10 @@ def names_of_neco(lists):
 
 @pytest.mark.parametrize("relayout", [names_with_paths, names_in_two_lists, names_of_neco])
 def test_trainaug_in_the_places_of_other_packages(tmp_path, relayout):
-    expected = [image.stem for image, _ in open_label_set(write_voc(tmp_path), "train").files]
+    expected = [Path(image).stem for image, _ in open_label_set(write_voc(tmp_path), "train").files]
     relayout(tmp_path / "VOC2012" / "ImageSets" / "Segmentation")
     found = open_label_set(tmp_path, "train")
-    assert found.source == "trainaug" and [image.stem for image, _ in found.files] == expected
+    assert found.source == "trainaug" and [Path(image).stem for image, _ in found.files] == expected
     assert len(open_label_set(tmp_path, "val")) == 3
 
 
