@@ -96,6 +96,11 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     return settings
 
 
+def model_of(path: str | Path | None = None, words: Sequence[str] = ()) -> type[TrainSettings]:
+    """The model of the settings that :func:`load_config` builds."""
+    return _resolved(path, words)[0]
+
+
 def layers_of(path: str | Path | None = None, words: Sequence[str] = ()) -> list[Layer]:
     """The layers that :func:`load_config` builds its settings of, the most basic first."""
     return _resolved(path, words)[1]
