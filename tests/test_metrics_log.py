@@ -163,7 +163,7 @@ def test_words():
     clock = Clock()
     speed = Speed(8, clock)
     ticks(speed, clock, *[2.0] * 9, waited=0.1)
-    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, speed, CPU)
+    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, ("image", "koleo"), speed, CPU)
     assert text == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
     assert 0.05 < peak_memory_gb(CPU) < 200
 
