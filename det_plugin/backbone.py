@@ -27,7 +27,7 @@ FEATURE = "last_feat"
 class Origin:
     """Where a backbone's weights come from, and all that builds the same network without the file."""
 
-    flags: Mapping[str, Any]  # arguments of ViT
+    model_kwargs: Mapping[str, Any]  # of the ViT
     method: str
     effective_epochs: float | None
     weights_hash: str | None
@@ -50,7 +50,7 @@ class RegistryBackbone(Backbone):
     later must hold every tensor of the backbone (Detectron2 alone would only warn).
 
     Args:
-        name, weights, flags: those of :func:`pretrain.build.build_for_fine_tuning`.
+        name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
         final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile: those of
             :class:`det_plugin.features.FeatureOptions`.
 
@@ -70,16 +70,16 @@ class RegistryBackbone(Backbone):
         freeze: bool = False,
         checkpointing: bool = False,
         compile: bool = False,
-        **flags: Any,
+        **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.vit = build_for_fine_tuning(name, weights, **flags)
+        self.vit = build_for_fine_tuning(name, weights, **model_kwargs)
         if self.vit.patch_size != PROTOCOL_PATCH_PX:
             raise UserError(
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            _ORIGINS[str(weights)] = _origin(weights, flags.get("source"), self.vit.flags)
+            _ORIGINS[str(weights)] = _origin(weights, model_kwargs.get("source"), self.vit.model_kwargs)
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
@@ -88,14 +88,14 @@ class RegistryBackbone(Backbone):
         self.register_load_state_dict_pre_hook(_require_every_tensor)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] normalised pixels -> ``{"last_feat": [B, D, H / 16, W / 16]}``."""
+        """[B, 3, H, W] normalized pixels -> ``{"last_feat": [B, D, H / 16, W / 16]}``."""
         return {FEATURE: detection_features(self.vit, x, self.options)}
 
 
 class PaddedPyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid with its padding enforced.
 
-    There, ``padding_constraints`` carries a misspelt key (``size_divisiblity``, Detectron2 issue 4676), so nothing makes an
+    There, ``padding_constraints`` carries a misspelled key (``size_divisiblity``, Detectron2 issue 4676), so nothing makes an
     input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded bottom right.
     """
 
@@ -105,10 +105,10 @@ class PaddedPyramid(SimpleFeaturePyramid):
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
 
-def _origin(weights: str | Path, source: str | None, flags: Mapping[str, Any]) -> Origin:
+def _origin(weights: str | Path, source: str | None, model_kwargs: Mapping[str, Any]) -> Origin:
     provenance = read_checkpoint(weights, source).provenance
     method = str(provenance.get("method", Path(weights).stem))
-    return Origin(dict(flags), method, provenance.get("effective_epochs"), file_hash(weights))
+    return Origin(dict(model_kwargs), method, provenance.get("effective_epochs"), file_hash(weights))
 
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

@@ -23,7 +23,7 @@ RESOLVED = "config_resolved.yaml"  # of a Detectron2 run
 
 @dataclass(frozen=True)
 class Detector:
-    """What was trained, ready to look at pictures.
+    """What was trained, ready to look at images.
 
     Attributes:
         classes: category id -> name, in the order of the classes.
@@ -118,7 +118,7 @@ def _detectron2(run: Path, device: torch.device) -> Detector:
     from detectron2.data.transforms import AugInput, AugmentationList
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-    from det_plugin.departures import protocol_in
+    from det_plugin.deviations import protocol_in
     from det_plugin.saved_config import classes_in
 
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))

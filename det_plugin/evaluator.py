@@ -1,7 +1,6 @@
 """COCO's evaluation that leaves ``result.json``: it stands in the config, so stock launchers leave it too."""
 
 import contextlib
-import dataclasses
 import io
 import math
 import time
@@ -13,15 +12,17 @@ import torch
 from omegaconf import DictConfig
 
 from det_plugin.coco_catalog import dataset_name, train_images
-from det_plugin.departures import departures, protocol_in
+from det_plugin.deviations import config_deviations, protocol_in
 from det_plugin.protocol import other_images, protocol
 from det_plugin.requires import detectron2_installed
-from det_plugin.saved_config import ASKED, RESOLVED, backbone_flags, load_config, origin_in, resolved
+from det_plugin.run import first_names
+from det_plugin.saved_config import ASKED, RESOLVED, load_config, model_kwargs_in, origin_in, resolved
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.settings import as_dict
 
 with detectron2_installed():
     from detectron2.config import LazyConfig
@@ -43,7 +44,7 @@ class ResultEvaluator(COCOEvaluator):
     Args:
         root: data of any layout, none for ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder, with the ``config.yaml`` that the launcher wrote there.
-        protocol, overrides: what the config was made from (:func:`det_plugin.departures.protocol_in`).
+        protocol, overrides: what the config was made from (:func:`det_plugin.deviations.protocol_in`).
         accumulate: micro-batches a step; only recorded.
         origin, classes: in a resolved config, what the backbone's file said, and category id -> name.
     """
@@ -111,20 +112,20 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
         cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
         images: number of images for training (none: not known) and evaluation.
     """
-    changed, trained = departures(cfg), cfg
+    changed, trained = config_deviations(cfg), cfg
     if has_event_storage():
         if cfg.train.init_checkpoint:
             changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
     else:
         trained, unlike = _training_of(cfg)
-        changed = {**departures(trained), **changed, **unlike}
+        changed = {**config_deviations(trained), **changed, **unlike}
     recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
     changed |= other_images(*images, recipe.train_share)
     settings = {
         "backbone": name,
-        "backbone_flags": network_flags(backbone_flags(trained)),
-        "protocol": dataclasses.asdict(recipe),
-        "departures": changed,
+        "model_kwargs": network_kwargs(model_kwargs_in(trained)),
+        "protocol": as_dict(recipe),
+        "deviations": changed,
         "engine": "detectron2",
     }
     return Result(
@@ -136,19 +137,19 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
         metrics=dict(metrics),
         seed=trained.train.seed,
         wall_time_s=time.time() - started,
-        **{**provenance(settings), "weights_hash": origin.weights_hash if origin else None},
+        **{**provenance(first_names(settings)), "weights_hash": origin.weights_hash if origin else None},
     )
 
 
 def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
     """The config that ``train.init_checkpoint`` was trained with, and what is wrong with taking the two for one run."""
-    planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).iterations_it
+    planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).max_iters
     if not cfg.train.init_checkpoint:
-        return cfg, {"iterations_it": [planned, 0]}
+        return cfg, {"max_iters": [planned, 0]}
     checkpoint = Path(cfg.train.init_checkpoint)
     if not (checkpoint.parent / RESOLVED).is_file():
         return cfg, {"training": ["as the protocol says", f"unknown: no {RESOLVED} beside {checkpoint.name}"]}
     trained = load_config(checkpoint.parent, RESOLVED)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     done = state.get("iteration", -1) + 1
-    return trained, {} if done == trained.train.max_iter else {"iterations_it": [planned, done]}
+    return trained, {} if done == trained.train.max_iter else {"max_iters": [planned, done]}

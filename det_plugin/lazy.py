@@ -7,7 +7,7 @@ Detectron2's own ViTDet configuration, key by key.
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from det_plugin.detectron2_checkpoint import last_whole
 from det_plugin.detectron2_loader import TrainLoader, micro_batch_size
 from det_plugin.features import FeatureOptions
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
-from det_plugin.protocol import DetectionProtocol, check, deviations, protocol
+from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
 from det_plugin.saved_config import ASKED, RESOLVED, classes_in, is_over, load_config, resolved
@@ -61,7 +61,7 @@ with detectron2_installed():
     from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name, because it reads configs and so imports this file
-LOG_PERIOD_IT = 20  # Detectron2
+LOG_EVERY = 20  # Detectron2
 NORMS = ("LN", "GN")  # of pyramid and heads: what does not depend on the other images of a micro-batch
 
 
@@ -72,7 +72,7 @@ def config(
     *,
     data: str | Path | None = None,
     output: str | Path = "output",
-    backbone_flags: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     checkpointing: bool = False,
     compile: bool = False,
     seed: int = 0,
@@ -86,23 +86,22 @@ def config(
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
         data: of any layout (:mod:`det_plugin.coco_layout`; ``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
-        backbone_flags: further arguments of ``build_backbone``.
+        model_kwargs: further arguments of ``build_backbone``.
         checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`.
         device: ``cuda`` | ``cpu``; Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
 
     Raises:
-        UserError: numbers that no run can follow, by name; flags that are none of the ViT's.
+        UserError: arguments that are none of the ViT's; a norm that Detectron2's heads cannot have.
     """
-    check(protocol)
     options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
-    flags = {"drop_path": protocol.drop_path, **(backbone_flags or {})}
-    if clash := sorted(flags.keys() & asdict(options).keys()):
-        raise UserError(f"backbone: {clash[0]} is no flag of the ViT; it is a field of the protocol, or an option of the run")
+    model_kwargs = {"drop_path": protocol.drop_path, **(model_kwargs or {})}
+    if clash := sorted(model_kwargs.keys() & asdict(options).keys()):
+        raise UserError(f"backbone: {clash[0]} is no argument of the ViT; it is a field of the protocol, or an option of the run")
     net = L(RegistryBackbone)(
         name=backbone,
         weights=None if weights is None else str(weights),
         **asdict(options),
-        **flags,
+        **model_kwargs,
     )
     return DictConfig(
         {
@@ -151,14 +150,14 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
         return _evaluate_last(run, device)
     if recipe.amp and device != "cuda":
         log("warning: amp needs CUDA; the run is in float32")
-        recipe = replace(recipe, amp=False)
+        recipe = with_overrides(recipe, {"amp": False})
     cfg = config(
         recipe,
         run.backbone,
         run.weights,
         data=run.data,
         output=run.output,
-        backbone_flags=run.backbone_flags,
+        model_kwargs=run.model_kwargs,
         checkpointing=run.checkpointing,
         compile=run.compile,
         seed=run.seed,
@@ -211,7 +210,9 @@ def _evaluate_last(run: DetectionRun, device: str) -> Path:
 def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
     """Mask R-CNN around the backbone."""
     if p.norm not in NORMS or (p.norm == "GN" and p.channels % 32):  # Detectron2's has 32 groups
-        raise UserError(f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}, and channels={p.channels} of 32 with GN")
+        raise UserError(
+            f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}; GN needs channels={p.channels} to be a multiple of 32"
+        )
     strides = [int(PROTOCOL_PATCH_PX / scale) for scale in p.pyramid_scales]
     levels = [f"p{int(log2(stride))}" for stride in strides]
     top = int(log2(strides[-1])) + 1  # the max-pooled level
@@ -295,12 +296,12 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
         dict(
             output_dir=output,
             init_checkpoint="",  # the backbone has read its weights already
-            max_iter=p.iterations_it,
+            max_iter=p.max_iters,
             amp=dict(enabled=float16),
             ddp={**ddp, "device_ids": None} if device == "cpu" else ddp,
-            checkpointer=dict(period=p.eval_period_it, max_to_keep=3),
-            eval_period=p.eval_period_it,
-            log_period=min(LOG_PERIOD_IT, max(1, p.iterations_it // 10)),
+            checkpointer=dict(period=p.eval_every, max_to_keep=3),
+            eval_period=p.eval_every,
+            log_period=min(LOG_EVERY, max(1, p.max_iters // 10)),
             device=device,
             seed=seed,
         )
@@ -368,10 +369,10 @@ def _lr_multiplier(p: DetectionProtocol) -> DictConfig:
     """Linear warm-up, then a step at each milestone."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
-            values=[p.lr_gamma**k for k in range(len(p.milestones_it) + 1)],
-            milestones=p.milestones_it,
-            num_updates=p.iterations_it,
+            values=[p.lr_gamma**k for k in range(len(p.milestones) + 1)],
+            milestones=p.milestones,
+            num_updates=p.max_iters,
         ),
-        warmup_length=p.warmup_it / p.iterations_it,
+        warmup_length=p.warmup_iters / p.max_iters,
         warmup_factor=p.warmup_factor,
     )

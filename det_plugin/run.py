@@ -1,6 +1,5 @@
 """What one detection fine-tuning is, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, deviations, other_images
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.results import renamed
 from pretrain.results.provenance import file_hash, provenance
 from pretrain.results.schema import Protocol, Result, write_result
+from pretrain.settings import as_dict
 from pretrain.weights import read_checkpoint
 
 
@@ -22,11 +23,11 @@ class DetectionRun:
 
     Attributes:
         backbone: registry name.
-        weights: checkpoint of the backbone, none for random initialisation.
+        weights: checkpoint of the backbone, none for random initialization.
         data: root of a COCO-format set of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
         output: run folder.
         protocol: the recipe (full or scaled down).
-        backbone_flags: further arguments of ``build_backbone``.
+        model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step; the schedule does not change.
         checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`; they change speed and memory alone.
 
@@ -45,7 +46,7 @@ class DetectionRun:
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
-    backbone_flags: Mapping[str, Any] = field(default_factory=dict)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # what numpy takes
@@ -57,8 +58,8 @@ class DetectionRun:
         """What defines the outcome, as plain values: no folder of this machine."""
         return {
             "backbone": self.backbone,
-            "backbone_flags": network_flags(self.backbone_flags),
-            "protocol": dataclasses.asdict(self.protocol),
+            "model_kwargs": network_kwargs(self.model_kwargs),
+            "protocol": as_dict(self.protocol),
             "seed": self.seed,
         }
 
@@ -68,9 +69,15 @@ def origin_of(run: DetectionRun) -> dict[str, Any]:
     training: at its end the file may be gone, or another one."""
     if run.weights is None:
         return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    said = read_checkpoint(run.weights, run.backbone_flags.get("source")).provenance
+    said = read_checkpoint(run.weights, run.model_kwargs.get("source")).provenance
     method, epochs = str(said.get("method", run.weights.stem)), said.get("effective_epochs")
     return {"method": method, "effective_epochs": epochs, "weights_hash": file_hash(run.weights)}
+
+
+def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names that their keys had first: a renamed key must not change a run's config hash."""
+    first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
+    return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
 def leave_result(
@@ -95,8 +102,8 @@ def leave_result(
     changed |= other_images(*images, run.protocol.train_share)
     if run.protocol.amp and choose_device(run.device).type != "cuda":
         changed["amp"] = [True, False]
-    if flags := network_flags(run.backbone_flags):
-        changed["backbone_flags"] = [{}, flags]
+    if given := network_kwargs(run.model_kwargs):
+        changed["model_kwargs"] = [{}, given]
     result = Result(
         kind="detection",
         backbone=run.backbone,
@@ -104,6 +111,6 @@ def leave_result(
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,
-        **{**provenance({**run.settings(), "engine": engine}), **origin},
+        **{**provenance(first_names({**run.settings(), "engine": engine})), **origin},
     )
     return write_result(result, run.output)

@@ -1,8 +1,8 @@
 """The configs that a Detectron2 run leaves in its folder.
 
 ``config.yaml`` is what was asked for (stock launchers write it, and ours). ``config_resolved.yaml`` builds the same network
-without the pre-training file: ``weights`` is null, every flag of the backbone is written out, and the evaluator carries what the
-file said about itself and what the classes are called.
+without the pre-training file: ``weights`` is null, every argument of the backbone is written out, and the evaluator carries what
+the file said about itself and what the classes are called.
 """
 
 import dataclasses
@@ -15,17 +15,19 @@ from det_plugin.backbone import Origin, origin_of
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
+from det_plugin.protocol import DetectionProtocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
 from pretrain.results.schema import FILE_NAME
+from pretrain.settings import compared, upgraded
 
 with detectron2_installed():
     from detectron2.config import LazyConfig
     from detectron2.utils.registry import locate
 
 ASKED, RESOLVED = "config.yaml", "config_resolved.yaml"
-# What config() writes for the backbone whatever the network; all else there is a flag of the ViT.
+# What config() writes for the backbone whatever the network; all else there is an argument of the ViT.
 NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
 SURROUNDINGS = (
@@ -46,7 +48,7 @@ SURROUNDINGS = (
 
 
 def load_config(folder: str | Path, name: str) -> DictConfig:
-    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder.
+    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, old names under their new ones.
 
     Raises:
         UserError: no such file.
@@ -54,19 +56,24 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     path = Path(folder) / name
     if not path.is_file():
         raise UserError(f"{folder}: no {name}; it is no folder of a Detectron2 run, or the run has not come far enough")
-    return LazyConfig.load(str(path))
+    cfg = LazyConfig.load(str(path))
+    evaluator = cfg.dataloader.evaluator
+    evaluator.overrides = upgraded(DetectionProtocol, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
+    if (origin := evaluator.get("origin")) is not None and "flags" in origin:
+        origin.update(model_kwargs=origin.pop("flags"), given_kwargs=origin.pop("given_flags"))
+    return cfg
 
 
-def backbone_flags(cfg: DictConfig) -> dict[str, Any]:
-    """The flags that the user gave for the backbone (in a resolved config: had given)."""
+def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
+    """The arguments of the ViT that the user gave (in a resolved config: had given)."""
     origin = cfg.dataloader.evaluator.get("origin")
     if origin is not None:
-        return OmegaConf.to_container(origin.given_flags)  # type: ignore[return-value]
+        return OmegaConf.to_container(origin.given_kwargs)  # type: ignore[return-value]
     return {key: value for key, value in cfg.model.backbone.net.items() if key not in NET_KEYS}
 
 
 def origin_in(cfg: DictConfig) -> Origin | None:
-    """Where the backbone of a run came from; none for random initialisation. It must have been built in this process."""
+    """Where the backbone of a run came from; none for random initialization. It must have been built in this process."""
     origin = cfg.dataloader.evaluator.get("origin")
     if origin is None:
         weights = cfg.model.backbone.net.weights
@@ -92,12 +99,12 @@ def resolved(cfg: DictConfig) -> DictConfig:
     Raises:
         UserError: the validation data are not there.
     """
-    origin, flags = origin_in(cfg), backbone_flags(cfg)
+    origin, given = origin_in(cfg), model_kwargs_in(cfg)
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
     cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
     if origin is not None:
-        cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_flags": flags}
-        cfg.model.backbone.net.update(weights=None, **origin.flags)
+        cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_kwargs": given}
+        cfg.model.backbone.net.update(weights=None, **origin.model_kwargs)
     cfg.train.init_checkpoint = ""
     return cfg
 
@@ -112,11 +119,10 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
         raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
     has_begun = (folder / LAST).is_file() or (folder / FILE_NAME).is_file()
     if has_begun and (folder / RESOLVED).is_file():
-        before, now = leaves(load_config(folder, RESOLVED)), leaves(resolved(cfg))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        shown = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in changed if not k.startswith(SURROUNDINGS)]
-        if shown:
-            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(shown[:3])}); choose another folder")
+        changed = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
+        told = [f"{k} {changed[k][0]!r} -> {changed[k][1]!r}" for k in sorted(changed) if not k.startswith(SURROUNDINGS)]
+        if told:
+            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(told[:3])}); choose another folder")
         if (folder / FILE_NAME).is_file():
             return True
     if (folder / LAST).is_file() and not resume:
@@ -124,15 +130,16 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
     return False
 
 
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"train.max_iter": 22128, "optimizer._target_": "det_plugin.optim.adamw", ...}``, interpolations as they are written."""
+def plain(cfg: Any) -> Any:
+    """A config as nested plain values: interpolations as they are written, ``_target_`` by its full name (the same function
+    goes by several)."""
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=False)
     if isinstance(cfg, dict):
-        return {k: v for key, value in cfg.items() for k, v in leaves(value, f"{prefix}{key}.").items()}
-    if isinstance(cfg, list) and any(isinstance(item, dict) for item in cfg):
-        return leaves({str(i): item for i, item in enumerate(cfg)}, prefix)
-    if prefix.endswith("_target_."):  # the same function goes by several names
-        target = locate(cfg) if isinstance(cfg, str) else cfg
-        cfg = f"{target.__module__}.{target.__qualname__}"
-    return {prefix.rstrip("."): cfg}
+        return {key: _full_name(value) if key == "_target_" else plain(value) for key, value in cfg.items()}
+    return [plain(item) for item in cfg] if isinstance(cfg, list) else cfg
+
+
+def _full_name(target: Any) -> str:
+    target = locate(target) if isinstance(target, str) else target
+    return f"{target.__module__}.{target.__qualname__}"

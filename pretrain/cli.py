@@ -1,10 +1,12 @@
-"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback."""
+"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback; and how it reads its words."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pretrain.errors import Interrupted, UserError
+from pretrain.settings import plain, split_words
 
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
@@ -13,9 +15,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(arguments)``.
 
     A :class:`UserError`, or an error of the file system, is printed as one line on stderr and ends the process with code 2.
-    So is a loss that is no number, with code 1. A run that was asked to stop and has saved ends with code 85. ``--traceback``
-    anywhere on the command line, or ``POSFIELD_TRACEBACK=1``,
-    shows where it came from.
+    A non-finite loss exits with code 1, a run that was asked to stop and has saved with code 85. ``--traceback`` anywhere on the
+    command line, or ``POSFIELD_TRACEBACK=1``, shows where the error came from.
     """
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
@@ -37,3 +38,24 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The words of a fine-tuning: ``key=value`` fields of its protocol, and ``backbone.key=value`` arguments of the ViT.
+
+    Returns:
+        fields as text, which the protocol's types read; and arguments as :func:`pretrain.settings.plain` reads them.
+
+    Raises:
+        UserError: a word without ``=``, or a key that is given twice.
+    """
+    given = split_words(words)
+    model_kwargs = {}
+    for key, text in given.items():
+        name = key.removeprefix("backbone.")
+        if name == key:
+            continue
+        if name in ("name", "weights"):
+            raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
+        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)  # the setting, the ViT's argument
+    return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs

@@ -1,7 +1,7 @@
 """A comparison's runs: what its entries' weights become, which runs follow, and what has come of each.
 
-Every file of weights is made one of ours first (:func:`prepare`), so that a run needs no more than its path. The runs of
-:func:`plan` depend on nothing else and not on each other.
+Every file of weights becomes one of ours first (:func:`prepare`), so that a run needs no more than its path.
+The runs of :func:`plan` depend on nothing else and not on each other.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
-from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, recorded, recorded_code, run_jobs
+from pretrain.jobs import (
+    Processes,
+    Stage,
+    by_turns,
+    gpu_prefixes,
+    interruptible,
+    recorded,
+    recorded_code,
+    run_jobs,
+)
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
@@ -31,10 +40,11 @@ from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
 from pretrain.weights.write import FORMAT
 
-DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"  # see :func:`state`
+# See :func:`state`.
+DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"
 TABLES = {"csv": "csv", "tex": "latex", "html": "html", "md": "md"}  # {suffix: format}
 
-# --- the weights ------------------------------------------------------------------------------------------------------
+# --- the weights --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Weights:
     """An entry's weights.
 
     Attributes:
-        file: what the runs read: one of our own of which the entry says no more as it is, any other converted.
+        file: what the runs read: the entry's file, or what it was converted to.
         source: the file that the entry names.
         identity: what the runs depend on of it: ``key=value`` words.
     """
@@ -68,12 +78,12 @@ class Weights:
 
 
 def note_of(entry: Entry, output: Path) -> Path:
-    """The file that says of which file, and how, an entry's weights were made. Runs that are done need no more of them."""
+    """The file that says from what, and how, an entry's weights were made; finished runs need no more."""
     return output / "weights" / f"{name_of(entry)}.command"
 
 
 def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights | None:
-    """Where an entry's weights are; None where its file is missing, and was when the entry was last asked for."""
+    """Where an entry's weights are; None where its file is missing, and was missing the last time, too."""
     source, note = Path(comparison.weights) / entry.file, note_of(entry, output)
     asked = {key: value for key, value in _asked(entry).items() if value is not None}
     if os.access(source, os.R_OK):  # a file, or a folder of Hugging Face's
@@ -139,7 +149,7 @@ def _metadata(file: Path) -> dict[str, str]:
         return {}
 
 
-# --- the runs ---------------------------------------------------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,23 +181,24 @@ class FineTuning:
         return f"train_{self.task}.py"
 
     def stage(self, tools: Path, n_gpus: int = 1) -> Stage:
-        """It as a command on so many GPUs of this machine: torchrun starts a process for each; a sweep has a run on each."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)] * (n_gpus > 1)
+        """Its command on so many GPUs of this machine: torchrun starts a process for each; a sweep, a run."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)]
         sweep = ["--sweep", "--jobs", str(n_gpus)]
         words = [str(tools / self.tool), *self.arguments]
-        command = [*words, *sweep] if self.is_sweep else [*launcher, *words]
+        command = [*words, *sweep] if self.is_sweep else [*launcher * (n_gpus > 1), *words]
         return Stage(self.task, self.folder, [sys.executable, *command], self.identity)
 
 
 def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1) -> list[FineTuning]:
-    """The runs of all entries of which there are weights ({name: weights}), seed by seed, so that an unfinished comparison has
-    every row; a sweep comes with the first seed."""
+    """The runs of all entries of which there are weights ({name: weights}). They go seed by seed, so that an
+    unfinished comparison has every row; a sweep comes with the first seed."""
     runs: list[FineTuning] = []
     for seed in comparison.seeds:
         for task in (_detection, _segmentation):
             for entry in comparison.entries:
                 if name_of(entry) in weights:
-                    runs += task(comparison, entry, weights[name_of(entry)], output / name_of(entry), seed, n_gpus)
+                    own = weights[name_of(entry)], output / name_of(entry)
+                    runs += task(comparison, entry, *own, seed, n_gpus)
     return runs
 
 
@@ -200,10 +211,12 @@ def _detection(
     fields = words_of(comparison.detection_overrides)
     folder = folder / f"det_{protocol}_seed{seed}"
     accumulate = -(-comparison.accumulate // n_gpus)
-    where = ["--data", comparison.coco, "--accumulate", str(accumulate), *["--checkpointing"] * comparison.checkpointing]
+    where = ["--data", comparison.coco, "--accumulate", str(accumulate)]
+    where += ["--checkpointing"] * comparison.checkpointing
     recipe = ["--engine", comparison.engine, "--protocol", protocol, "--seed", str(seed)]
     words = _arguments(comparison, weights, folder, [*recipe, *where, "--resume"], fields)
-    yield FineTuning(entry, "det", folder, words, shlex.join(["train_det", *recipe, *fields, *weights.identity]))
+    identity = shlex.join(["train_det", *recipe, *fields, *weights.identity])
+    yield FineTuning(entry, "det", folder, words, identity)
 
 
 def _segmentation(
@@ -224,8 +237,8 @@ def _segmentation(
 
 def _arguments(comparison: Comparison, weights: Weights, folder: Path, options: list[str], overrides: list[str]) -> tuple[str, ...]:
     workers = [] if comparison.workers is None else ["--workers", str(comparison.workers)]
-    shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device, *workers]
-    return (*overrides, *options, *shared)
+    shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device]
+    return (*overrides, *options, *shared, *workers)
 
 
 def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
@@ -261,12 +274,12 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         return run_jobs(stages, n_at_once, until - time.monotonic(), launch, processes)
 
 
-# --- what has come of them --------------------------------------------------------------------------------------------
+# --- what has come of them ----------------------------------------------------------------------------------
 
 
 def state(stage: Stage) -> str:
-    """``done`` | ``running`` | ``in the queue (job N)`` | ``other settings`` (the folder is another command's) |
-    ``failed (exit code N)`` | ``begun`` | ``left``."""
+    """``done`` | ``running`` | ``in the queue (job N)`` | ``other settings`` (another command began the
+    folder) | ``failed (exit code N)`` | ``begun`` | ``left``."""
     if stage.is_done:
         return DONE
     code = recorded_code(stage.log)
@@ -313,15 +326,17 @@ def difference(stage: Stage) -> str:
 
 
 def results(done: Sequence[FineTuning], weights: Mapping[str, Weights]) -> list[Result]:
-    """The results of runs that are done, under the comparison's names of the methods; and those of our own pre-trainings, where
-    they lie beside the weights: they tell whether they were scaled down."""
+    """The results of finished runs, under the comparison's names of the methods; and those of our own
+    pre-trainings that lie beside the weights: they tell whether these were scaled down."""
     found = []
     for run in done:
         result, of_run = read_result(run.folder), weights[name_of(run.entry)]
-        found.append(replace(result, method=run.entry.method))
+        found.append(result.with_changes(method=run.entry.method))
         beside = of_run.source.with_name(FILE_NAME)
-        if beside.is_file() and (before := read_result(beside)).kind == "pretrain" and before.weights_hash == of_run.digest:
-            found.append(replace(before, weights_hash=result.weights_hash))  # the run may have read a converted file
+        before = read_result(beside) if beside.is_file() else None
+        if before is not None and before.kind == "pretrain" and before.weights_hash == of_run.digest:
+            # the run may have read a converted file
+            found.append(before.with_changes(weights_hash=result.weights_hash))
     return found
 
 
@@ -330,12 +345,13 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
     lines = []
     for name, entry in {name_of(run.entry): run.entry for run in done}.items():
         metadata = _metadata(weights[name].file)
-        flags, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
-        patch = told.get("patch_size_before", flags.get("patch_size", PROTOCOL_PATCH_PX))
+        model_kwargs, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        patch = told.get("patch_size_before", model_kwargs.get("patch_size", PROTOCOL_PATCH_PX))
         read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
+        who = (name, entry.method, entry.file)
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
         lines.append(
-            Line("weights", False, (name, entry.method, entry.file, weights[name].digest, read_as, f"{patch} px{resampled}"))
+            Line("weights", False, (*who, weights[name].digest, read_as, f"{patch} px{resampled}")),
         )
     return Table(
         title="The files of weights",
@@ -348,8 +364,8 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
 
 
 def write_tables(done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str) -> str:
-    """``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables of these numbers, with what was measured beside them, and
-    the files of weights.
+    """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables with what was measured beside
+    them, and the files of weights.
 
     Returns:
         the first of them.

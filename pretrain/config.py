@@ -5,6 +5,7 @@ A config names what it stands on: ``base: paka.yaml`` (a file beside it) or ``ba
 where its values stand; a block ``recipe:`` in it says what else belongs to it (:class:`RecipeInfo`).
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -13,6 +14,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.methods import TrainSettings, find_method
+from pretrain.results.renamed import PRETRAINING
 from pretrain.results.schema import Protocol
 from pretrain.settings import (
     Layer,
@@ -21,11 +23,13 @@ from pretrain.settings import (
     build,
     differences,
     fields,
+    flat,
     keys_where,
     put,
     read_words,
     read_yaml,
     setting,
+    shown,
     upgraded,
 )
 
@@ -63,10 +67,10 @@ class _Chain:
     def over(self, other: "_Chain") -> "_Chain":
         """``other`` after these layers, without those that are here already; its recipe, where it brings a new one, is that of the
         whole."""
-        known = {layer.name for layer in self.layers}
-        new = [layer for layer in other.layers if layer.name not in known]
+        known = {os.path.realpath(layer.name) for layer in self.layers}
+        new = [layer for layer in other.layers if os.path.realpath(layer.name) not in known]
         layers = (*self.layers, *new)
-        if not other.recipe or other.layers[other.n_of_recipe - 1].name in known:
+        if not other.recipe or os.path.realpath(other.layers[other.n_of_recipe - 1].name) in known:
             return replace(self, layers=layers)
         return _Chain(layers, other.recipe, len(layers) - len(other.layers) + other.n_of_recipe, other.info)
 
@@ -84,7 +88,12 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     Raises:
         UserError: names the file, the key and the value.
     """
-    return build(*_resolved(path, words))
+    settings = build(*_resolved(path, words))
+    if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
+        method = _method_in(_recipe(settings.recipe).layers)
+        if find_method(method) is not find_method(settings.method):
+            raise UserError(f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another")
+    return settings
 
 
 def layers_of(path: str | Path | None = None, words: Sequence[str] = ()) -> list[Layer]:
@@ -110,12 +119,10 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = (beside or Path()) / Path(name).expanduser()
-    if path.is_file():
-        return path
-    for folder in (RECIPES, RECIPES / "ablation"):
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
+    path = (beside or Path()) / os.path.expanduser(name)
+    for found in (path, RECIPES / f"{name}.yaml", RECIPES / "ablation" / f"{name}.yaml"):
+        if os.path.isfile(found):  # no error for a name that no file can have
+            return found
     raise UserError(f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}")
 
 
@@ -124,14 +131,25 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def _recipe(name: str) -> "_Chain":
+    """What a recipe stands on, itself included.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in recipe_names():
+        raise UserError(f"config: recipe={name!r} is none of {', '.join(recipe_names())}; take one of these")
+    return _read_chain(RECIPES / f"{name}.yaml")
+
+
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = read_words(words)
+    typed = _modern(read_words(words))
     chain = _Chain() if path is None else _read_chain(find_config(path))
     method = find_method(_method_in([*chain.layers, typed]))
     own = method.Settings.model_fields["recipe"].default
     if not chain.recipe and own:
-        base = _read_chain(RECIPES / f"{own}.yaml")
+        base = _recipe(own)
         chain = replace(base, layers=(*base.layers, *chain.layers))
     layers = [*chain.layers, typed]
     of_recipe = [Layer(f"recipe {chain.recipe}", {"recipe": chain.recipe})] if chain.recipe else []
@@ -153,7 +171,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
     values = dict(layer.values)
     bases = values.pop("base", [])
     info, chain = values.pop("recipe", {}), _Chain()
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in [] if bases == "" else [bases] if isinstance(bases, str) else bases:
         if not isinstance(base, str):
             raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
         chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
@@ -165,8 +183,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
     named = info if isinstance(info, str) else own.values.get("recipe", "")  # a run's config.yaml names its recipe
     if info and not isinstance(info, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if (RECIPES / f"{named}.yaml").is_file():
-        chain = chain.over(_read_chain(RECIPES / f"{named}.yaml"))
+    if named:
+        chain = chain.over(_recipe(named))
     return chain.over(_Chain((own,)))
 
 
@@ -180,8 +198,12 @@ def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _method_in(layers: Iterable[Layer]) -> str:
     """The method that layers name, the last one that does."""
-    named = [str(layer.values["method"]) for layer in layers if "method" in layer.values]
-    return named[-1] if named else str(TrainSettings.model_fields["method"].default)
+    name = str(TrainSettings.model_fields["method"].default)
+    for layer in layers:
+        name = layer.values.get("method", name)
+        if not isinstance(name, str):
+            raise UserError(f"config: method={shown(name)} ({layer.name}) should be the name of one method")
+    return name
 
 
 def _variants(model: type[TrainSettings], layers: Sequence[Layer], info: RecipeInfo) -> list[Layer]:
@@ -209,27 +231,41 @@ def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
 
 # --- configs of earlier versions --------------------------------------------------------------------------------------
 
-RENAMED = {"run.algorithm": "method", "colour": "color", "dense": "alignment"}
 METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
-MASKED_NOTHING = ("masks", "losses")  # groups that a post-training held and did not read
+# How they told recipes apart, where a whole config named none: of those whose values it holds, the last.
+RECIPES_TOLD_BY: Mapping[str, Mapping[str, Any]] = {
+    "intertwined-100ep": {"method": "intertwined"},
+    "dinov2-100ep": {
+        "method": "intertwined",
+        "positions.encoding": "standard",
+        "positions.interpolation": "dinov2",
+        "positions.augment": False,
+        "masks.position_share": 0.0,
+        "losses.position": 0.0,
+    },
+    "paka-25ep": {"method": "paka"},
+    "paka-tied-25ep": {"method": "paka", "positions.encoding": "field"},
+    "gram-25ep": {"method": "paka", "alignment.loss": "gram"},
+    "gram-whole-25ep": {"method": "paka", "alignment.loss": "gram", "crops.local_rule": "same"},
+}
+
+
+class _Renamed(Settings):
+    renamed = PRETRAINING
 
 
 def _modern(layer: Layer) -> Layer:
-    """A layer whose keys may be those of an earlier version, which had all methods' keys in one config, under today's names."""
-
-    class Old(Settings):
-        renamed = RENAMED
-
-    is_old = "algorithm" in layer.values.get("run", {}) if isinstance(layer.values.get("run"), Mapping) else False
-    if not is_old and not any(key in layer.values for key in RENAMED):
-        return layer
-    values = upgraded(Old, layer.values)
-    if is_old:
-        values["method"] = METHODS.get(values["method"], values["method"])
-        model = find_method(values["method"]).Settings
-        values = _known(model, upgraded(model, values))
-        if not values.get("recipe"):
-            values["recipe"] = _nearest_recipe(values)
+    """A layer under today's names. A whole config of an earlier version held the keys of all methods and named no recipe."""
+    values = upgraded(_Renamed, layer.values)
+    method = values.get("method")
+    if isinstance(method, str):
+        values["method"] = method = METHODS.get(method, method)
+        is_whole = all(isinstance(values.get(group), Mapping) for group in TrainSettings.groups())
+        if is_whole and "recipe" not in values:
+            model = find_method(method).Settings
+            values = _known(model, values)
+            held = flat(build(model, [Layer("saved config", values)])).items()
+            values["recipe"] = ["", *(name for name, told in RECIPES_TOLD_BY.items() if told.items() <= held)][-1]
     return replace(layer, values=values)
 
 
@@ -244,14 +280,6 @@ def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, A
         if keys or not isinstance(keys, Mapping):
             kept[group] = keys
     return kept
-
-
-def _nearest_recipe(values: Mapping[str, Any]) -> str:
-    """Saved configs of earlier versions do not name their recipe: it is the one that they deviate from least."""
-    settings = build(find_method(values["method"]).Settings, [Layer("saved config", values)])
-    same = [name for name in recipe_names() if _method_in(_read_chain(RECIPES / f"{name}.yaml").layers) == values["method"]]
-    counts = {name: len(_deviations(settings, name)) for name in same}
-    return min(counts, key=lambda name: counts[name], default="")
 
 
 # --- the recipe of a run ----------------------------------------------------------------------------------------------
@@ -278,13 +306,13 @@ def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
 
 def recipe_info(settings: TrainSettings) -> RecipeInfo:
     """What the recipe of a run says of itself."""
-    return _read_chain(RECIPES / f"{settings.recipe}.yaml").info if settings.recipe else RecipeInfo()
+    return _recipe(settings.recipe).info if settings.recipe else RecipeInfo()
 
 
 def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
     """{dotted key: [the recipe's value, the run's]}."""
     model = type(settings)
-    chain = _read_chain(RECIPES / f"{recipe}.yaml") if recipe else _Chain()
+    chain = _recipe(recipe) if recipe else _Chain()
     info = chain.info
     said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
     layers = [*chain.layers, *_variants(model, said, info)]

@@ -13,9 +13,9 @@ from pretrain.settings import Settings, setting
 class MLPSettings(Settings):
     """The MLP of a head."""
 
-    hidden_dim: int = setting(2048, "width of the hidden layers", source="Table 6", ge=1)
-    bottleneck_dim: int = setting(256, "width of the output", source="Table 6", ge=1)
-    n_layers: int = setting(3, "linear layers", source="Table 6", ge=1, le=64)
+    hidden_dim: int = setting(2048, "width of the hidden layers", source="DINOv2", ge=1)
+    bottleneck_dim: int = setting(256, "width of the output", source="DINOv2", ge=1)
+    n_layers: int = setting(3, "linear layers", source="DINOv2", ge=1, le=64)
 
 
 class HeadSettings(MLPSettings):

@@ -17,6 +17,7 @@ from typing import IO
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
+from pretrain.results import renamed
 from pretrain.signals import SIGNALS
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
@@ -44,12 +45,12 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether there is a result, and this very command left it."""
-        return self.has_result and self.signed == (self.identity or shlex.join(self.command))
+        return self.has_result and self.signed == self._asked
 
     @property
     def is_of_another(self) -> bool:
         """Whether the folder was begun by another command, or no one knows by which."""
-        return self.folder.exists() and self.signed != (self.identity or shlex.join(self.command))
+        return self.folder.exists() and self.signed != self._asked
 
     @property
     def has_result(self) -> bool:
@@ -60,13 +61,17 @@ class Stage:
     def signed(self) -> str | None:
         """What stands beside the folder: the command that it is of."""
         note = self.folder.with_suffix(".command")
-        return note.read_text() if note.is_file() else None
+        return renamed.in_command(note.read_text()) if note.is_file() else None
+
+    @property
+    def _asked(self) -> str:
+        return renamed.in_command(self.identity or shlex.join(self.command))
 
     def sign(self) -> None:
         """Note that the folder is this command's."""
         note = self.folder.with_suffix(".command")
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(self.identity or shlex.join(self.command))
+        note.write_text(self._asked)
 
 
 class Processes:

@@ -37,12 +37,6 @@ class LogSettings(Settings):
 
     in_recipe = False
     fixed = False
-    renamed = {
-        "period_it": "every",
-        "checkpoint_period_it": "checkpoint_every",
-        "pictures_period_it": "images_every",
-    }
-
     every: int = setting(10, "iterations between lines of metrics.jsonl", source="ours", ge=1)
     checkpoint_every: int = setting(
         1000, "iterations between checkpoints; the last iteration always leaves one", source="ours", ge=1
@@ -90,20 +84,20 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path, start_it: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
+        self, folder: Path, start_iter: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = WandbRun(folder, wandb, config or {}) if wandb else None  # first: it may fail
         self.files: dict[str, TextIO] = {}
         for name in NAMES:
             path = folder / f"{name}.jsonl"
-            truncate_lines(path, start_it)
+            truncate_lines(path, start_iter)
             self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_it)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iter)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
         """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``, ``probe/knn_top1``, ..."""
@@ -281,28 +275,28 @@ class ProgressLine:
         console: where to; stderr without.
     """
 
-    def __init__(self, title: str, total_it: int, start_it: int, console: Console | None = None) -> None:
-        self.total_it, self.title, self.told = total_it, title, 0.0
+    def __init__(self, title: str, total_iters: int, start_iter: int, console: Console | None = None) -> None:
+        self.total_iters, self.title, self.told = total_iters, title, 0.0
         self.console = console or Console(stderr=True)
         self.bar: _Display | None = None
         if self.console.is_terminal:
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
             self.bar = _Display(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(title, total=total_it, completed=start_it, eta="")
+            self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
 
     def update(self, done_it: int, note: str, eta_s: float) -> None:
         """``done_it`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
         pause_s = 1 if self.bar is not None else QUIET_S
-        if done_it < self.total_it and time.time() - self.told < pause_s:
+        if done_it < self.total_iters and time.time() - self.told < pause_s:
             return
         self.told = time.time()
-        left = f"{in_words(eta_s)} left" if done_it < self.total_it else "done"
+        left = f"{in_words(eta_s)} left" if done_it < self.total_iters else "done"
         if self.bar is not None:
             self.bar.note = note
             self.bar.update(self.task, completed=done_it, eta=left)
         else:
-            print(f"{self.title} {done_it}/{self.total_it}  {note}  {left}", file=self.console.file, flush=True)
+            print(f"{self.title} {done_it}/{self.total_iters}  {note}  {left}", file=self.console.file, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -16,8 +16,6 @@ Beta = Annotated[float, Field(ge=0, le=1 - 1e-9)]
 class OptimSettings(Settings):
     """AdamW and its schedules."""
 
-    renamed = {"epoch_length_it": "epoch_iters"}
-
     epochs: int = setting(100, "length of the run in epochs", source="Table 6", ge=1)
     batch_size: int = setting(512, "images of a step over all ranks", source="Table 6", ge=1)
     epoch_iters: int = setting(0, "iterations of an epoch; 0: images / batch_size", source="ours", ge=0)

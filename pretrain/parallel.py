@@ -1,4 +1,4 @@
-"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and optimiser are sharded)."""
+"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and optimizer are sharded)."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain import distributed
+from pretrain.backbones.block import Block
 from pretrain.settings import Settings, setting
 
 
@@ -55,8 +56,9 @@ class Ranks:
         self.is_sharded = distributed.world_size() > 1 and rule == "fsdp2"
         if compiled:
             for network in self.networks:
-                for block in network["backbone"].blocks:
-                    block.compile()
+                for module in network.modules():
+                    if isinstance(module, Block):
+                        module.compile()
         self.call: nn.Module = method
         if self.is_sharded:
             for network in self.networks:

@@ -3,23 +3,24 @@
 import math
 
 
-def cosine(it: int, total_it: int, start: float, end: float) -> float:
+def cosine(it: int, total_iters: int, start: float, end: float) -> float:
     """From ``start`` at iteration 0 towards ``end`` at ``total_it`` along half a cosine; ``end`` afterwards."""
-    if it >= total_it:
+    if it >= total_iters:
         return end
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * it / total_it))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * it / total_iters))
 
 
-def warmup_cosine(it: int, total_it: int, warmup_it: int, peak: float, end: float) -> float:
+def warmup_cosine(it: int, total_iters: int, warmup_iters: int, peak: float, end: float) -> float:
     """Linear from 0 to ``peak`` (reached at the last warm-up iteration, as DINOv2's), then a cosine to ``end``."""
-    if it < warmup_it:
-        return peak * it / max(warmup_it - 1, 1)
-    return cosine(it - warmup_it, total_it - warmup_it, peak, end)
+    if it < warmup_iters:
+        return peak * it / max(warmup_iters - 1, 1)
+    return cosine(it - warmup_iters, total_iters - warmup_iters, peak, end)
 
 
 def scaled_lr(base_lr: float, batch_size: int, rule: str) -> float:
-    """``sqrt_1024``: base * sqrt(batch / 1024) (DINOv2); ``none``: base."""
-    return base_lr * math.sqrt(batch_size / 1024) if rule == "sqrt_1024" else base_lr
+    """``sqrt_1024``: base * sqrt(batch / 1024) (DINOv2); ``linear_256``: base * batch / 256 (MAE); ``none``: base."""
+    factors = {"sqrt_1024": math.sqrt(batch_size / 1024), "linear_256": batch_size / 256, "none": 1.0}
+    return base_lr * factors[rule]
 
 
 def effective_epochs(epochs: float, n_global: int, n_local: int, global_px: int, local_px: int) -> float:

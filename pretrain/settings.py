@@ -10,9 +10,10 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pretrain.errors import UserError
 
 NOTHING = ("null", "none", "None", "~", "")  # words for None, where a field allows it
+KEY = "\0"  # the place of a key in an error; no file's name holds it
 
 
 class Settings(BaseModel):
@@ -54,7 +56,7 @@ def setting(
     """A field of a :class:`Settings` model.
 
     Args:
-        default: its default; ``...`` for none.
+        default: its default, or a function that makes it; ``...`` for none.
         text: what it means, with its unit.
         source: where the default comes from: a table of the paper, a public code, or "ours".
         in_recipe, fixed: as :class:`Settings`' class attributes, of this field alone.
@@ -62,7 +64,8 @@ def setting(
         limits: pydantic's ``ge``, ``gt``, ``le``, ``lt``, ``min_length``, ``pattern``, ...
     """
     extra: dict[str, Any] = {"source": source, "in_recipe": in_recipe, "fixed": fixed, "settable": settable}
-    return Field(default, description=f"{text} [{source}]", json_schema_extra=extra, **limits)
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**made, description=f"{text} [{source}]", json_schema_extra=extra, **limits)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True))  # type: ignore[arg-type]
+_Loader.add_constructor(
+    "tag:yaml.org,2002:map",
+    lambda loader, node: loader.construct_mapping(node, deep=True),  # type: ignore[arg-type]
+)
 
 
 def read_yaml(path: str | Path) -> Layer:
@@ -123,6 +129,33 @@ def read_yaml(path: str | Path) -> Layer:
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
     return Layer(str(path), values, dict(_comments(node, text.splitlines())))
+
+
+def read_layers(path: str | Path, find: Callable[[str, Path], Path] | None = None) -> list[Layer]:
+    """A YAML file and the bases that it names, the most basic first; ``base:`` is in no layer.
+
+    Args:
+        find: what ``base:`` says, and the folder of the file that says it -> the base's path; None: a path
+            relative to that folder.
+
+    Raises:
+        UserError: as :func:`read_yaml`; a base that is no text, or that leads back to a file before it.
+    """
+    layers: list[Layer] = []
+    chain, at = list[Path](), Path(path)
+    while True:
+        chain.append(at)
+        if at.resolve() in [before.resolve() for before in chain[:-1]]:
+            raise UserError(f"config: base: {' -> '.join(map(str, chain))} is a circle; take one base out")
+        layer = read_yaml(at)
+        values = dict(layer.values)
+        base = values.pop("base", "")
+        layers.insert(0, replace(layer, values=values))
+        if not isinstance(base, str):
+            raise UserError(f"config: base={shown(base)} ({at}) should be one file's name")
+        if base in NOTHING:
+            return layers
+        at = find(base, at.parent) if find else at.parent / base
 
 
 def _comments(node: Any, lines: Sequence[str], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -193,10 +226,11 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
     origins: dict[str, str] = {}
     for layer in layers:
         values = upgraded(model, layer.values)
-        typed = _typed_group(model, values, f"{what}: {{key}} ({layer.name})", "")
-        origins |= dict.fromkeys(_flat(typed), layer.name)
+        name = "" if layer.name == what else f" ({layer.name})"
+        typed = _typed_group(model, values, f"{what}: {KEY}{name}", "")
+        origins |= dict.fromkeys(_flat(typed), name)
         _merge(merged, typed)
-    return _validated(model, merged, what, origins)
+    return validated(model, merged, what, origins)
 
 
 def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") -> Model:
@@ -204,10 +238,10 @@ def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") 
     values: dict[str, Any] = {}
     for key, value in changes.items():
         put(values, key, value)
-    typed = _typed_group(type(settings), upgraded(type(settings), values), f"{what}: {{key}}", "")
+    typed = _typed_group(type(settings), upgraded(type(settings), values), f"{what}: {KEY}", "")
     merged = settings.model_dump()
     _merge(merged, typed)
-    return _validated(type(settings), merged, what, {})
+    return validated(type(settings), merged, what)
 
 
 def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,17 +252,23 @@ def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         holder = new.get(group) if group else new
         if isinstance(holder, dict) and key in holder:
             value = holder.pop(key)
-            if isinstance(value, Mapping):
-                for inner, item in value.items():
-                    put(new, f"{name}.{inner}", item)
-            else:
-                put(new, name, value)
+            items = {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {name: value}
+            for key, item in items.items():
+                if _holds(new, key):
+                    raise UserError(f"config: {old} is the old name of {key}, and both are given; give {key} alone")
+                put(new, key, item)
             if group and not holder:
                 new.pop(group)
     for key, info in model.model_fields.items():
         if _is_group(info.annotation) and isinstance(new.get(key), Mapping):
             new[key] = upgraded(info.annotation, new[key])  # type: ignore[arg-type]
     return new
+
+
+def _holds(values: Any, key: str) -> bool:
+    """Whether nested values hold a value, or a group, under a dotted key."""
+    group, dot, rest = key.partition(".")
+    return isinstance(values, Mapping) and group in values and (not dot or _holds(values[group], rest))
 
 
 def _is_group(annotation: Any) -> bool:
@@ -243,28 +283,50 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _validated(model: type[Model], values: dict[str, Any], what: str, origins: Mapping[str, str]) -> Model:
+def validated(model: type[Model], values: Any, what: str = "config", origins: Mapping[str, str] = MappingProxyType({})) -> Model:
+    """A model from typed values, with its rules and ranges checked.
+
+    Args:
+        what: how an error calls the settings.
+        origins: {dotted key: what an error says of where its value comes from}.
+
+    Raises:
+        UserError: one line that names key and value.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        names = [str(part) for part in first["loc"]]
-        key = ".".join(names)
-        if first["type"] == "value_error":  # a rule of ours, which names its keys
-            raise UserError(f"{what}: {first['ctx']['error']}") from error
-        if first["type"] == "missing":
-            raise UserError(f"{what}: {key} is missing; set it") from error
-        origin = next((origins[name] for name in (key, ".".join(names[:-1])) if name in origins), "")
-        reason = re.sub(r"^Input should|^(String|Tuple) should", "should", first["msg"])
-        where = f" ({origin})" if origin else ""
-        raise UserError(f"{what}: {key}={shown(first['input'])} {reason}{where}") from error
+        raise UserError(f"{what}: {problem(error, origins)}") from error
+
+
+def problem(error: ValidationError, origins: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What is wrong first with a model's values; ``origins`` as in :func:`validated`."""
+    first = error.errors()[0]
+    loc = first["loc"]
+    key = _dotted(loc)
+    if first["type"] == "value_error":  # a rule of ours: it names its keys, but not of which item of a list
+        depth = max((i for i, part in enumerate(loc, 1) if isinstance(part, int)), default=0)
+        return f"{_dotted(loc[:depth])}: {first['ctx']['error']}" if depth else str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{key} is missing; set it"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    holders = (".".join(map(str, loc[:n])) for n in range(len(loc), 0, -1))
+    origin = next((origins[name] for name in holders if name in origins), "")
+    reason = re.sub(r"^Input should|^(String|Tuple) should", "should", first["msg"])
+    return f"{f'{key}=' if key else ''}{shown(first['input'])} {reason}{origin}"
+
+
+def _dotted(loc: Sequence[str | int]) -> str:
+    """``entries[0].file``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
 
 def _typed_group(model: type[Settings], values: Any, where: str, prefix: str) -> dict[str, Any]:
     """Nested values in the types of a model's fields; ``where`` is an error's beginning, with a place for the key."""
     if not isinstance(values, Mapping):
         key = prefix.rstrip(".") or "it"
-        raise UserError(f"{where.format(key=key)} is a group of keys, not {shown(values)}; set {key}.KEY")
+        raise UserError(f"{where.replace(KEY, key)} is a group of keys, not {shown(values)}; set {key}.KEY")
     typed = {}
     for key, value in values.items():
         name, info = f"{prefix}{key}", model.model_fields.get(key)
@@ -273,14 +335,19 @@ def _typed_group(model: type[Settings], values: Any, where: str, prefix: str) ->
             near = difflib.get_close_matches(str(key), known, 1)
             group = f"{prefix}* has" if prefix else "there are"
             hint = f"did you mean {prefix}{near[0]}?" if near else f"{group} {', '.join(sorted(known))}"
-            raise UserError(f"{where.format(key=f'unknown key {name!r}')}; {hint}")
-        try:
-            typed[key] = typed_value(info.annotation, value, where, name)
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where.format(key=f'{name}={shown(value)}')} should be {_kind_name(info.annotation)}") from error
+            raise UserError(f"{where.replace(KEY, f'unknown key {name!r}')}; {hint}")
+        typed[key] = _typed_key(info.annotation, value, where, name)
     return typed
+
+
+def _typed_key(kind: Any, value: Any, where: str, name: str) -> Any:
+    try:
+        return typed_value(kind, value, where, name)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        told = where.replace(KEY, f"{name}={shown(value)}")
+        raise UserError(f"{told} should be {_kind_name(kind)}") from error
 
 
 def _flag(info: Any, name: str) -> bool:
@@ -288,7 +355,7 @@ def _flag(info: Any, name: str) -> bool:
     return bool(extra.get(name, True)) if isinstance(extra, dict) else True
 
 
-def typed_value(kind: Any, value: Any, where: str = "{key}", name: str = "value") -> Any:
+def typed_value(kind: Any, value: Any, where: str = KEY, name: str = "value") -> Any:
     """A value, or its text, in the type of an annotation.
 
     Raises:
@@ -306,7 +373,7 @@ def typed_value(kind: Any, value: Any, where: str = "{key}", name: str = "value"
     if origin is tuple:
         return _typed_tuple(parts, value, where, name)
     if origin is dict:
-        return {str(k): typed_value(parts[1], item, where, f"{name}.{k}") for k, item in _items(value)}
+        return {str(k): _typed_key(parts[1], item, where, f"{name}.{k}") for k, item in _items(value)}
     if kind is Any:
         return plain(value) if isinstance(value, str) else value
     return _typed_scalar(kind, value)
@@ -381,7 +448,7 @@ def plain(text: str) -> Any:
         return text == "true"
     if re.fullmatch(r"[+-]?(0|[1-9]\d*)", text):
         return int(text)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):  # 010 is a text
         return float(text)
     if text[:1] == "[" and text[-1:] == "]":
         return [plain(item.strip()) for item in text[1:-1].split(",") if item.strip()]
@@ -414,9 +481,9 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
-def flat(settings: Settings) -> dict[str, Any]:
-    """{dotted key: plain value}."""
-    return _flat(as_dict(settings))
+def flat(values: Settings | Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: plain value} of settings, or of nested values."""
+    return _flat(as_dict(values) if isinstance(values, Settings) else values)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -431,8 +498,24 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(reference: Settings, settings: Settings) -> dict[str, list[Any]]:
     """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one has no such key."""
-    a, b = flat(reference), flat(settings)
-    return {key: [a.get(key), b.get(key)] for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+    return compared(as_dict(reference), as_dict(settings))
+
+
+def compared(before: Mapping[Any, Any], now: Mapping[Any, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """:func:`differences` of nested plain values. Lists of mappings are compared item by item: ``hooks.2.type``."""
+    found: dict[str, list[Any]] = {}
+    for key in {**before, **now}:
+        a, b = _opened(before.get(key)), _opened(now.get(key))
+        if isinstance(a or b, Mapping) and all(isinstance(value, Mapping) or value in (None, []) for value in (a, b)):
+            found |= compared(a or {}, b or {}, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = [before.get(key), now.get(key)]
+    return found
+
+
+def _opened(value: Any) -> Any:
+    is_of_mappings = isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+    return dict(enumerate(value)) if is_of_mappings else value
 
 
 def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any, type[Settings]]]:

@@ -306,7 +306,7 @@ class Run:
         origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"
-        save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
+        save_backbone(path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin)
         result = Result(
             kind="pretrain",
             method=run_name(config),
@@ -322,6 +322,8 @@ class Run:
             },
             seed=config.run.seed,
             wall_time_s=now.wall_time_s,
+            loss_terms=now.loss_terms,
+            post_training=self.trainer.method.stage == "posttrain",
             **provenance(as_dict(config), path),
         )
         write_result(result, self.folder)

@@ -28,7 +28,7 @@ class PosfieldViT(BaseModule):
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
         freeze: nothing in the ViT learns, and no path is dropped; its features are computed without a graph.
         checkpointing: compute the blocks again in the backward pass: less memory, the same numbers.
-        flags: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
+        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
@@ -46,11 +46,11 @@ class PosfieldViT(BaseModule):
         *,
         freeze: bool = False,
         checkpointing: bool = False,
-        **flags: Any,
+        **model_kwargs: Any,
     ) -> None:
         super().__init__(init_cfg=None)  # mmengine's own Pretrained reads no safetensors, and only warns on a mismatch
         self.weights = _one_source(weights, init_cfg)
-        self.vit = build_for_fine_tuning(name, self.weights, **flags)
+        self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"
         self.freeze = freeze
         if freeze:
@@ -64,10 +64,10 @@ class PosfieldViT(BaseModule):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """[B, 3, H, W] normalised pixels -> one map that covers exactly these H x W pixels.
+        """[B, 3, H, W] normalized pixels -> one map that covers exactly these H x W pixels.
 
         [B, D, H/p, W/p] where p divides H and W. Else the ViT pads at the bottom and on the right to whole patches, and its map
-        covers the padding too; a head that stretches its logits to H x W, as mmseg's do, would squeeze the picture. So the map
+        covers the padding too; a head that stretches its logits to H x W, as mmseg's do, would squeeze the image. So the map
         is brought to the resolution of pixels, by the same bilinear rule as the heads', and the padding is cut off: [B, D, H, W].
         A linear head commutes with both, so its logits are exactly those of the padded image, cropped.
         """

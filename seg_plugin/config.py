@@ -5,17 +5,16 @@ The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmente
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pretrain.backbones.vit import SIZES
 from pretrain.errors import UserError
 from seg_plugin.datasets import SPLITS, Layout, class_names, dataset_of
-from seg_plugin.protocol import SegmentationProtocol, check, protocol
+from seg_plugin.protocol import SegmentationProtocol, protocol
 
-CHECKPOINT_INTERVAL_IT = 2_000
-LOG_INTERVAL_IT = 50
+CHECKPOINT_EVERY = 2_000
+LOG_EVERY = 50
 
 
 def segmenter_config(
@@ -23,7 +22,7 @@ def segmenter_config(
     backbone: str,
     *,
     weights: str | Path | None = None,
-    backbone_flags: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     data_root: str | Path = "data/ade/ADEChallengeData2016",
     classes: Sequence[str] = (),
     layout: Layout | None = None,
@@ -36,27 +35,25 @@ def segmenter_config(
         recipe: the protocol, or its name.
         backbone: registry name.
         weights: the backbone's checkpoint; can also be given later, ``--cfg-options model.backbone.weights=FILE``.
-        backbone_flags: further arguments of ``build_backbone``.
+        model_kwargs: further arguments of ``build_backbone``.
         data_root: folder of the protocol's data set.
         classes: names; empty for the data set's, or ``class 0``, ... where it has another number of them.
         layout: what lies where in it; none: as the data set comes (:mod:`seg_plugin.datasets`).
         workers: data-loading processes, for each process of the run.
     """
     recipe = protocol(recipe) if isinstance(recipe, str) else recipe
-    check(recipe)
-    flags = dict(backbone_flags or {})
     return {
         "custom_imports": {"imports": ["seg_plugin"]},
         "default_scope": "mmseg",
-        "model": _model(recipe, backbone, weights, flags),
-        **_optimisation(recipe),
+        "model": _model(recipe, backbone, weights, dict(model_kwargs or {})),
+        **_optimization(recipe),
         **_data(recipe, str(data_root), tuple(classes) or class_names(recipe), layout or dataset_of(recipe).layout, workers),
         **_runtime(recipe, seed),
     }
 
 
-def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **flags}.get("embed_dim")
+def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **model_kwargs}.get("embed_dim")
     if width is None:
         raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")
     return {
@@ -67,7 +64,7 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, f
             "std": list(p.pixel_std),
             "bgr_to_rgb": True,
             "size": (p.crop_px, p.crop_px),  # smaller training crops are padded
-            "pad_val": 0,  # after normalisation: the mean colour
+            "pad_val": 0,  # after normalization: the mean color
             "seg_pad_val": p.ignore_index,
         },
         "backbone": {
@@ -76,7 +73,7 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, f
             "weights": None if weights is None else str(weights),
             "drop_path": p.drop_path,
             "freeze": p.freeze_backbone,
-            **flags,
+            **model_kwargs,
         },
         "decode_head": {  # without convolutions and concatenation: one 1x1 convolution to the classes
             "type": "FCNHead",
@@ -99,16 +96,16 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, f
     }
 
 
-def _optimisation(p: SegmentationProtocol) -> dict[str, Any]:
+def _optimization(p: SegmentationProtocol) -> dict[str, Any]:
     decay = {
         "type": "PosfieldPolyLR",
         "power": p.poly_power,
         "eta_min_ratio": p.min_lr_factor,
-        "begin": p.warmup_it,
-        "end": p.iterations_it,
+        "begin": p.warmup_iters,
+        "end": p.max_iters,
         "by_epoch": False,
     }
-    warmup = {"type": "LinearLR", "start_factor": 1 / max(1, p.warmup_it), "begin": 0, "end": p.warmup_it, "by_epoch": False}
+    warmup = {"type": "LinearLR", "start_factor": 1 / max(1, p.warmup_iters), "begin": 0, "end": p.warmup_iters, "by_epoch": False}
     return {
         "optim_wrapper": {
             "type": "AmpOptimWrapper" if p.amp else "OptimWrapper",
@@ -117,8 +114,8 @@ def _optimisation(p: SegmentationProtocol) -> dict[str, Any]:
             "paramwise_cfg": {"layer_decay": p.layer_decay, "decay_all": p.decay_all},
             "clip_grad": {"max_norm": p.clip_grad} if p.clip_grad else None,
         },
-        "param_scheduler": [warmup, decay] if p.warmup_it else [decay],
-        "train_cfg": {"type": "PosfieldTrainLoop", "max_iters": p.iterations_it, "val_interval": p.val_interval_it},
+        "param_scheduler": [warmup, decay] if p.warmup_iters else [decay],
+        "train_cfg": {"type": "PosfieldTrainLoop", "max_iters": p.max_iters, "val_interval": p.val_every},
         "val_cfg": {"type": "ValLoop"},
         "test_cfg": {"type": "TestLoop"},
     }
@@ -158,7 +155,7 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     load = {"type": "LoadImageFromFile"}
     load_labels = {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label}
     test = [load, resize, load_labels, pack]
-    return {"training": training, "validation": validation, "test": test, "unlabelled": [load, resize, pack]}
+    return {"training": training, "validation": validation, "test": test, "unlabeled": [load, resize, pack]}
 
 
 def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: Layout, workers: int) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: 
 
     def dataset(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
         known, index = dataset_of(p), SPLITS.index(split)
-        own_names = classes != known.classes  # else they are the data set's, with its colours
+        own_names = classes != known.classes  # else they are the data set's, with its colors
         return {
             "type": "BaseSegDataset" if own_names else known.kind,
             "data_root": root,
@@ -195,7 +192,7 @@ def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: 
         "train_dataloader": loader("training", pipelines["training"], _batch_per_process(p.batch_size), "PosfieldSampler"),
         "val_dataloader": loader("validation", pipelines["validation"], 1, "DefaultSampler"),
         "test_dataloader": loader("validation", pipelines["test"], 1, "DefaultSampler"),
-        "test_pipeline": pipelines["unlabelled"],  # of images without labels
+        "test_pipeline": pipelines["unlabeled"],  # of images without labels
         "val_evaluator": evaluator,
         "test_evaluator": dict(evaluator),
     }
@@ -213,8 +210,8 @@ def processes() -> int:
 
 
 def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
-    checkpoint_interval = min(p.val_interval_it, CHECKPOINT_INTERVAL_IT)
-    log_interval = min(LOG_INTERVAL_IT, max(1, p.iterations_it // 20))
+    checkpoint_interval = min(p.val_every, CHECKPOINT_EVERY)
+    log_interval = min(LOG_EVERY, max(1, p.max_iters // 20))
     return {
         "default_hooks": {
             "timer": {"type": "IterTimerHook"},
@@ -226,7 +223,7 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
             "visualization": {"type": "SegVisualizationHook"},
         },
         # What a run leaves: result.json, metrics.jsonl, figures, and its own saved config (seg_plugin/hooks.py).
-        "custom_hooks": [{"type": "PosfieldRunHook", "protocol": asdict(p), "interval": log_interval}],
+        "custom_hooks": [{"type": "PosfieldRunHook", "protocol": p.model_dump(), "interval": log_interval}],
         "env_cfg": {
             "cudnn_benchmark": False,
             "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},

@@ -1,7 +1,7 @@
 """What a run leaves in its folder, by a hook named in the config, so that MMSegmentation's own launchers leave it too.
 
 ``metrics.jsonl`` (iteration, loss, lr; and mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (what makes
-it this run), and the saved config with the backbone's resolved flags, which tests and resumes without the pre-training file.
+it this run), and the saved config with all arguments of the backbone, which tests and resumes without the pre-training file.
 """
 
 import json
@@ -25,7 +25,7 @@ from pretrain.results.provenance import file_hash, provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.signals import StopSignals
 from pretrain.weights import read_checkpoint
-from seg_plugin.identity import deviations, given_flags, identity
+from seg_plugin.identity import deviations, given_model_kwargs, identity
 
 METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 SETTINGS_FILE = "settings.json"
@@ -37,7 +37,7 @@ class PosfieldRunHook(Hook):
 
     Args:
         protocol: fields of the :class:`SegmentationProtocol` that the config was made from.
-        origin: only in a saved config: where its backbone came from (method, effective_epochs, weights_hash, backbone_flags).
+        origin: only in a saved config: where its backbone came from (method, effective_epochs, weights_hash, model_kwargs).
         interval: iterations between two lines of metrics.jsonl.
     """
 
@@ -46,6 +46,8 @@ class PosfieldRunHook(Hook):
     def __init__(self, protocol: Mapping[str, Any], origin: Mapping[str, Any] | None = None, interval: int = 50) -> None:
         self.protocol = dict(protocol)
         self.origin = dict(origin) if origin else None
+        if self.origin and "backbone_flags" in self.origin:  # the key's name before
+            self.origin["model_kwargs"] = self.origin.pop("backbone_flags")
         self.interval = interval
         self.earlier_s = 0.0  # of this run, before it was resumed
         self.loaded = False
@@ -74,9 +76,9 @@ class PosfieldRunHook(Hook):
                 "backbone: this config was saved by a run, for testing and resuming it; to train anew, give "
                 "model.backbone.weights (or take the config that the run was made from)"
             )
-        self.origin = _origin(backbone.weights, self.origin, given_flags(runner.cfg))
-        self.identity = identity(runner.cfg, backbone.vit.flags, self.origin["weights_hash"], get_world_size())
-        self.deviations = deviations(runner.cfg, self.protocol, self.origin["backbone_flags"], get_world_size())
+        self.origin = _origin(backbone.weights, self.origin, given_model_kwargs(runner.cfg))
+        self.identity = identity(runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size())
+        self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
             self.folder = Path(runner.work_dir)
             (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
@@ -98,10 +100,10 @@ class PosfieldRunHook(Hook):
         torch.manual_seed(int(word[0]))
 
     def _save_config(self, runner: Any, backbone: Any) -> None:
-        """The config again, with the flags that were in the checkpoint, and without the checkpoint."""
+        """The config again, with the arguments that the checkpoint holds, and without the checkpoint."""
         old = runner.cfg.model.backbone
         kept = {key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old}
-        runner.cfg.model.backbone = {**given_flags(runner.cfg), **backbone.vit.flags, **kept, "weights": None}
+        runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.model_kwargs, **kept, "weights": None}
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
                 hook.origin = self.origin
@@ -205,15 +207,16 @@ def _drop_validation(path: Path, iteration: int) -> None:
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _origin(weights: str | None, saved: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(weights: str | None, saved: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Where the backbone comes from: its file, else what the saved config says, else nowhere."""
-    flags = saved["backbone_flags"] if saved else flags
+    model_kwargs = saved["model_kwargs"] if saved else model_kwargs
+    nowhere = {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
     if weights is None:
-        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None, **(saved or {}), "backbone_flags": flags}
-    told = read_checkpoint(weights, flags.get("source")).provenance
+        return {**nowhere, **(saved or {}), "model_kwargs": model_kwargs}
+    told = read_checkpoint(weights, model_kwargs.get("source")).provenance
     return {
         "method": str(told.get("method", Path(weights).stem)),
         "effective_epochs": told.get("effective_epochs"),
         "weights_hash": file_hash(weights),
-        "backbone_flags": flags,
+        "model_kwargs": model_kwargs,
     }

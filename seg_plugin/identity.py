@@ -1,4 +1,4 @@
-"""What a config stands for: the recipe that it really holds, how that departs from the protocol, and when two runs are the same.
+"""What a config stands for: the recipe that it really holds, its deviations from the protocol, and when two runs are the same.
 
 A config can be changed after it was made (``--cfg-options``, ``--amp``), so all is read off the config that runs.
 """
@@ -11,13 +11,13 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pretrain.build import network_flags
-from pretrain.overrides import with_overrides
+from pretrain.build import network_kwargs
 from pretrain.results.provenance import config_hash
+from pretrain.settings import compared
 from seg_plugin import protocol as protocols
 from seg_plugin.config import segmenter_config
 from seg_plugin.datasets import SPLITS, Layout, dataset_of, image_names
-from seg_plugin.protocol import SegmentationProtocol
+from seg_plugin.protocol import SegmentationProtocol, with_overrides
 
 # The parts of a config that decide a run's outcome, without what says where things lie and how fast they are read.
 SECTIONS = (
@@ -25,7 +25,7 @@ SECTIONS = (
     "auto_scale_lr",
 )  # fmt: skip
 NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
-NOT_FLAGS = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
+NOT_OF_THE_VIT = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
 ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationHook", "PosfieldRunHook")  # change no number
 
 
@@ -35,13 +35,13 @@ def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
     return with_overrides(protocols.protocol(values["name"]), fields)
 
 
-def given_flags(cfg: Config) -> dict[str, Any]:
-    """The flags of the backbone that a config spells out."""
-    return {key: value for key, value in cfg.model.backbone.items() if key not in NOT_FLAGS}
+def given_model_kwargs(cfg: Config) -> dict[str, Any]:
+    """The arguments of the ViT that a config spells out."""
+    return {key: value for key, value in cfg.model.backbone.items() if key not in NOT_OF_THE_VIT}
 
 
 def recipe(cfg: Config, processes: int) -> dict[str, Any]:
-    """The sections as plain values; the backbone's flags are not in it, and the batch is that of all processes."""
+    """The sections as plain values; the ViT's arguments are not in it, and the batch is that of all processes."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -57,12 +57,12 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
     return sections
 
 
-def deviations(cfg: Config, values: Mapping[str, Any], flags: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
     """Everything in which a config differs from the full protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
         values: the fields of the protocol that it says it follows.
-        flags: the backbone's flags that were asked for beside the checkpoint's.
+        model_kwargs: arguments of the ViT that were asked for beside the checkpoint's.
         processes: that share a batch.
     """
     declared = declared_protocol(values)
@@ -70,17 +70,15 @@ def deviations(cfg: Config, values: Mapping[str, Any], flags: Mapping[str, Any],
     dataset = dataset_of(declared)
     classes = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes", ())
     layout = None if dataset.counts else _layout(cfg)  # one's own folders are as they are
-    made = segmenter_config(declared, cfg.model.backbone.name, backbone_flags=flags, classes=classes, layout=layout)
+    made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, classes=classes, layout=layout)
     made["train_dataloader"]["batch_size"] = declared.batch_size
-    expected, found = _flat(recipe(Config(made), 1)), _flat(recipe(cfg, processes))
-    for key in sorted(set(expected) | set(found)):
-        if expected.get(key) != found.get(key):
-            changed[key] = [expected.get(key), found.get(key)]
+    different = compared(recipe(Config(made), 1), recipe(cfg, processes))
+    changed |= {key: different[key] for key in sorted(different)}
     for split, count in zip(SPLITS, dataset.counts or ()):
         if (here := len(images(cfg, split))) != count:
             changed[f"{split}_images"] = [count, here]
-    if given := network_flags(flags):
-        changed["backbone_flags"] = [{}, given]
+    if given := network_kwargs(model_kwargs):
+        changed["model_kwargs"] = [{}, given]
     return {**changed, **protocols.not_swept(declared)}
 
 
@@ -101,16 +99,16 @@ def _layout(cfg: Config) -> Layout:
     )
 
 
-def identity(cfg: Config, flags: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
+def identity(cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
     """What makes two runs the same: plain values, to be compared and saved.
 
     Args:
-        flags: the resolved flags of the backbone (``ViT.flags``).
+        model_kwargs: all arguments of the ViT (``ViT.flags``).
     """
     names = json.dumps([images(cfg, split) for split in SPLITS])
     settings = {
         **recipe(cfg, processes),
-        "backbone_flags": dict(flags),
+        "backbone_flags": dict(model_kwargs),  # the key's first name: another would change the hash of every run
         "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],  # so that runs on different data are no seeds of one
     }
     return {
@@ -121,19 +119,7 @@ def identity(cfg: Config, flags: Mapping[str, Any], weights_hash: str | None, pr
     }
 
 
-def first_difference(one: Any, other: Any) -> str | None:
-    """``key: a and b`` of the first leaf in which two identities differ, hashes last; none where they are equal."""
-    left, right = _flat(one), _flat(other)
-    keys = sorted(set(left) | set(right), key=lambda key: (key.endswith("_hash"), key))
-    for key in keys:
-        if left.get(key) != right.get(key):
-            return f"{key}: {left.get(key)!r} and {right.get(key)!r}"
-    return None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b.0": leaf}; an empty dict or list is a leaf."""
-    if isinstance(value, Mapping | list | tuple) and value:
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: value}
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """``key: a and b`` of the first value in which two identities differ, hashes last; none where they are equal."""
+    found = sorted(compared(one, other).items(), key=lambda item: (item[0].endswith("_hash"), item[0]))
+    return next((f"{key}: {a!r} and {b!r}" for key, (a, b) in found), None)

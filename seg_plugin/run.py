@@ -39,13 +39,13 @@ class SegmentationRun:
 
     Attributes:
         backbone: registry name.
-        weights: checkpoint of the backbone, none for random initialisation.
+        weights: checkpoint of the backbone, none for random initialization.
         data: folder of the data set whose protocol it is (:mod:`seg_plugin.datasets`), or the one around it.
         output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
         workers: data-loading processes.
-        backbone_flags: further arguments of ``build_backbone``.
+        model_kwargs: further arguments of ``build_backbone``.
     """
 
     backbone: str
@@ -56,7 +56,7 @@ class SegmentationRun:
     seed: int = 0
     device: str = "auto"
     workers: int = 4
-    backbone_flags: Mapping[str, Any] = field(default_factory=dict)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def config(run: SegmentationRun, data: Located) -> Config:
@@ -69,7 +69,7 @@ def config(run: SegmentationRun, data: Located) -> Config:
         run.protocol,
         run.backbone,
         weights=run.weights,
-        backbone_flags=run.backbone_flags,
+        model_kwargs=run.model_kwargs,
         data_root=data.root,
         classes=data.classes,
         layout=data.layout,
@@ -160,10 +160,10 @@ def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
         if (Path(run.output) / FILE_NAME).is_file():
             raise UserError(f"output: {run.output} holds the result of another kind of run; choose another folder")
         return False
-    flags = {key: value for key, value in run.backbone_flags.items() if key not in OF_THE_RUN}
-    vit = build_for_fine_tuning(run.backbone, run.weights, **flags)
+    model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
+    vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
     weights_hash = file_hash(run.weights) if run.weights else None
-    ours = identity(cfg, vit.flags, weights_hash, processes())
+    ours = identity(cfg, vit.model_kwargs, weights_hash, processes())
     difference = first_difference(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))
     if difference:
         raise UserError(f"output: {run.output} holds a run with other settings ({difference}); take another folder")

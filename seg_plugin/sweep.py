@@ -19,7 +19,7 @@ from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
 from seg_plugin.config import processes
 from seg_plugin.hooks import SETTINGS_FILE
-from seg_plugin.protocol import SWEEP
+from seg_plugin.protocol import SWEEP, with_overrides
 from seg_plugin.run import SegmentationRun, train
 
 
@@ -28,7 +28,7 @@ def points(run: SegmentationRun) -> list[SegmentationRun]:
     return [
         replace(
             run,
-            protocol=replace(run.protocol, lr=lr, weight_decay=weight_decay),
+            protocol=with_overrides(run.protocol, {"lr": lr, "weight_decay": weight_decay}),
             seed=seed,
             output=Path(run.output) / POINTS / f"lr_{lr:g}_wd_{weight_decay:g}" / f"seed_{seed}",
         )
@@ -127,13 +127,13 @@ def conclude(run: SegmentationRun) -> Path | None:
     for point, result in zip(runs, results):
         if result.weights_hash != weights_hash:
             raise UserError(f"sweep: {point.output} is a run of other weights than {run.weights}; remove it and start again")
-        if _departures(result) != _departures(results[0]):
+        if _deviations(result) != _deviations(results[0]):
             raise UserError(f"sweep: {point.output} and {runs[0].output} follow different recipes; remove one and start again")
     return write_result(_summary(runs, results), run.output)
 
 
-def _departures(result: Result) -> dict[str, list[Any]]:
-    """In what a run departs from the protocol beside its place in the grid; a grid that is changed says so by ``lr_grid``."""
+def _deviations(result: Result) -> dict[str, list[Any]]:
+    """The deviations of a run beside its place in the grid; a grid that is changed says so by ``lr_grid``."""
     return {key: pair for key, pair in result.protocol.deviations.items() if key not in (SWEEP, "lr", "weight_decay")}
 
 
@@ -144,14 +144,13 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     means = [statistics.fmean(result.metrics["miou"] for result in results[setting]) for setting in settings]
     chosen = settings[means.index(max(means))]
     best, of_seeds = runs[chosen][0].protocol, results[chosen]
-    deviations = _departures(of_seeds[0])
+    deviations = _deviations(of_seeds[0])
     grid = {f"lr {runs[s][0].protocol.lr:g}, weight decay {runs[s][0].protocol.weight_decay:g}": s for s in settings}
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
     metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
     classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
     per_class = {name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"]) for name in classes}
-    return replace(
-        of_seeds[0],
+    return of_seeds[0].with_changes(
         protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
         metrics={
             **metrics,

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 CATEGORIES = {3: "rectangle", 7: "disc", 90: "bar"}  # ids with gaps, as in COCO
-COLOURS = {3: (220, 60, 60), 7: (60, 200, 90), 90: (70, 90, 230)}
+COLORS = {3: (220, 60, 60), 7: (60, 200, 90), 90: (70, 90, 230)}
 SIZES = ((96, 64), (64, 96), (128, 100), (80, 80), (100, 128), (72, 120))  # width, height in turns
 
 
@@ -45,7 +45,7 @@ def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
             objects = shapes(first_id + i, width, height) if i < n - 1 else []
             for number, (kind, x, y, w, h) in enumerate(objects):
                 polygon = polygon_of(kind, x, y, w, h)
-                cv2.fillPoly(image, [np.array(polygon).reshape(-1, 2).round().astype(np.int32)], COLOURS[kind])
+                cv2.fillPoly(image, [np.array(polygon).reshape(-1, 2).round().astype(np.int32)], COLORS[kind])
                 segmentation = rle_of_box(width, height, x, y, w, h) if i == number == 0 and kind != 7 else [polygon]
                 annotations.append(annotation(len(annotations) + 1, first_id + i, kind, (x, y, w, h), segmentation))
             if i == 0:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from detectron2.config import LazyConfig
 
-from det_plugin.departures import protocol_in
+from det_plugin.deviations import protocol_in
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
 from pretrain.build import build_backbone
@@ -21,14 +21,14 @@ FIELD = dict(depth=2, pos_encoding="field", n_registers=2, layerscale=1e-2)
 
 def save_pretrained(path):
     """A backbone as pre-training leaves it: field, registers, LayerScale, mask tokens, and what it says about itself."""
-    model = randomise(build_backbone(TINY, mask_tokens=True, **FIELD))
+    model = randomize(build_backbone(TINY, mask_tokens=True, **FIELD))
     said = {"method": "ours", "effective_epochs": 3}
-    return save_backbone(path, model.state_dict(), name=TINY, flags=model.flags, provenance=said)
+    return save_backbone(path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs, provenance=said)
 
 
 def toy_run(folder, coco, weights, **changes):
     """Four iterations of configs/det/toy.py on the fixture's three classes; ``changes`` are fields of the protocol."""
-    small = dict(iterations_it=4, milestones_it=(3,), eval_period_it=2, num_classes=3)
+    small = dict(max_iters=4, milestones=(3,), eval_every=2, num_classes=3)
     recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
     return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)
 

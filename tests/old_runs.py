@@ -1,12 +1,12 @@
 """Run folders as commit 2c21771 wrote them, made anew from old_runs.json.
 
-The file holds, for each run, its texts word for word ({ROOT}: the folder around; {WEIGHTS}: the hash of the
-backbone's file) and of its tensors the names, types and shapes: values are drawn here, by name. The runs were made
-on the pictures of safety_net.py with configs/pretrain/toy.yaml and toy_paka.yaml, and with the protocols coco-12ep
-and ade20k-160k at a size of seconds. ``*_stopped`` stopped after two of four iterations.
+The file holds, for each run, its texts word for word ({ROOT}: the folder around; {WEIGHTS}: the hash of
+the backbone's file), and of its tensors names and shapes: values are drawn here, by name. The runs were
+made on the pictures of safety_net.py with configs/pretrain/toy.yaml and toy_paka.yaml, and with the
+protocols coco-12ep and ade20k-160k at a size of seconds. ``*_stopped`` stopped after two of four iterations.
 
-The product is called by the functions of the second block alone. What :func:`resumed` finds is recorded in
-safety_net.json.
+The product is called by the functions of the second block alone. What :func:`resumed` finds is recorded
+in safety_net.json.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from torch import Tensor
 
 RECORD = Path(__file__).with_name("old_runs.json")
 BACKBONE = "pretrain_finished/backbone.safetensors"
-SMALL_DET = {**safety_net.DET_SMALL, "eval_period_it": 2, "box_fc": 16}
-SMALL_SEG = {**safety_net.SEG_SMALL, "iterations_it": 4}
+SMALL_DET = {**safety_net.DET_SMALL, "eval_every": 2, "box_fc": 16}
+SMALL_SEG = {**safety_net.SEG_SMALL, "max_iters": 4}
 
 # --- making the folders -----------------------------------------------------------------------------------
 
 
 def create(root: Path, only: str = "") -> Path:
-    """The run folders (or one of them) below ``root``, beside their data and the backbone that they started from."""
+    """The run folders (or ``only`` one) below ``root``, beside their data and the backbone of all."""
     safety_net.write_photos(root / "photos")
     safety_net.write_coco(root / "coco")
     safety_net.write_ade(root / "ade")
@@ -96,7 +96,7 @@ def drawn(word: str, name: str) -> Tensor:
 
 
 def decoded(value: Any, name: str, texts: Mapping[str, str], root: Path, weights: str) -> Any:
-    """A pickled value of the record: tensors, ``{"items:": pairs}``, ``{"tuple:": items}``, mmengine's histories."""
+    """A pickled value of the record, with its tensors, tuples, odd keys and histories of mmengine."""
 
     def inner(item: Any, key: Any) -> Any:
         return decoded(item, f"{name}.{key}", texts, root, weights)

@@ -3,24 +3,26 @@
 import re
 from pathlib import Path
 
-from pretrain.config import as_dict, load_config
+from pretrain.config import RECIPES, load_config
 from pretrain.schedules import effective_epochs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+ABLATIONS = RECIPES / "ablation"
 
 
-def flat(config):
-    """{"group.key": value}."""
-    return {f"{group}.{key}": value for group, keys in as_dict(config).items() for key, value in keys.items()}
+def path_of(name):
+    """The file of a config, of ``ablation/NAME``, or of a recipe."""
+    path = CONFIGS / f"{name}.yaml"
+    return path if path.is_file() else RECIPES / f"{name}.yaml"
 
 
-def recipe(name, *overrides):
-    return load_config(CONFIGS / f"{name}.yaml", overrides)
+def recipe(name, *words):
+    return load_config(path_of(name), words)
 
 
 def comments(name):
     """What a recipe's file says, in one line."""
-    return re.sub(r"\s*\n#\s*", " ", (CONFIGS / f"{name}.yaml").read_text())
+    return re.sub(r"\s*\n#\s*", " ", path_of(name).read_text())
 
 
 def effective(config, epochs):

@@ -2,19 +2,19 @@
 
     python tests/safety_net.py --check [GROUP ...]     say what differs from safety_net.json (exit code 1)
     python tests/safety_net.py --record [GROUP ...]    write it anew
-    python tests/safety_net.py --spell [GROUP ...]     print it with what the hashes stand for: to be diffed with
-                                                       what a checkout of an earlier commit prints
+    python tests/safety_net.py --spell [GROUP ...]     print it with what the hashes stand for, to be diffed
+                                                       with what a checkout of an earlier commit prints
 
-A deliberate change gets a commit of its own that says why and records the group anew. Losses and tensors of
-pre-training, draws of the loader, resolved configs, tables, features of every kind of weights, steps of the
-engines of fine-tuning.
+A deliberate change gets a commit of its own that says why and records the group anew. The groups: losses and
+tensors of pre-training, draws of the loader, resolved configs, tables, features of every kind of weights,
+steps of the engines of fine-tuning, old runs gone on with.
 
-On the machine of the record (same processor, torch and libraries) everything is compared to the bit. Elsewhere
-hashes of computed numbers say nothing, and floats must agree to a relative 1e-4. Words, configs and tables are
-compared exactly everywhere.
+On the machine of the record (same processor, torch and libraries) everything is compared to the bit.
+Elsewhere hashes of computed numbers say nothing, and floats must agree to a relative 1e-4. Words, configs
+and tables are compared exactly everywhere.
 
-The calls into the product stand in the first block. Where the product's interface changes, that block follows,
-and it translates new names back into those of the record: the names of losses and of tensors are its keys.
+The calls into the product stand in the first block. Where the product's interface changes, that block
+follows, and it translates new names back into those of the record: names of losses and tensors are its keys.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def write_start(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         folder / "start.safetensors",
         vit.state_dict(),
         name="vit_tiny_patch16",
-        flags=vit.flags,
+        model_kwargs=vit.model_kwargs,
         provenance={},
     )
     return path, vit.state_dict()
@@ -124,7 +124,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
 
     found = []
     for batch, _ in build_loader(config, build_dataset(config), 0, n):
-        views, masks, colors = batch.views, batch.masks, batch.colours
+        views, masks, colors = batch.views, batch.masks, batch.colors
         if masks is None:  # a post-training masks nothing; 2c21771 drew empty masks for it
             nothing = np.zeros((views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool)
             masks = Masks.of(nothing, nothing)
@@ -143,7 +143,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
                 "color_jitter": colors.jitter,
                 "color_order": colors.order,
                 "color_factors": colors.factors,
-                "color_gray": colors.grey,
+                "color_gray": colors.gray,
                 "color_sigma": colors.sigma,
                 "color_solarize": colors.solarize,
             }
@@ -166,7 +166,7 @@ def segmentation_protocols() -> list[str]:
 
 
 def detectron2_config(name: str, backbone: str) -> dict[str, Any]:
-    """Model, solver, schedule and loaders as Detectron2 gets them, interpolations as written; not our evaluator."""
+    """Model, solver and loaders as Detectron2 gets them, interpolations as written; not our evaluator."""
     from omegaconf import OmegaConf
 
     from det_plugin.lazy import config
@@ -192,7 +192,7 @@ def mmengine_config(name: str, backbone: str) -> dict[str, Any]:
 
 
 def torchvision_objects(name: str, backbone: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float], list[Any]]:
-    """Detector (without weights) and optimizer of a protocol; learning rates; geometries of training and test."""
+    """Detector (without weights) and optimizer of a protocol; learning rates; lengths and geometries."""
     from det_plugin.protocol import protocol
     from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
     from det_plugin.torchvision_engine.model import build_model
@@ -210,15 +210,15 @@ def torchvision_objects(name: str, backbone: str) -> tuple[torch.nn.Module, torc
         125,
         249,
         250,
-        *(it + k for it in recipe.milestones_it for k in (-1, 0)),
-        recipe.iterations_it - 1,
+        *(it + k for it in recipe.milestones for k in (-1, 0)),
+        recipe.max_iters - 1,
     ]
     sizes = [(640, 480), (333, 500), (1200, 800)]
     drawn = [jitter(size, recipe, np.random.default_rng([i, 5])) for i, size in enumerate(sizes)]
     drawn += [evaluation_geometry(size, recipe.image_size_px) for size in sizes]
     lengths = [
-        recipe.iterations_it,
-        recipe.eval_period_it,
+        recipe.max_iters,
+        recipe.eval_every,
         recipe.batch_size,
         recipe.train_share,
         recipe.amp,
@@ -292,14 +292,15 @@ def open_images(root: Path, kind: str, split: str = "") -> list[tuple[str, bytes
 
 
 DET_SMALL = dict(
-    iterations_it=4, milestones_it=(2,), warmup_it=1, batch_size=2, eval_period_it=4, image_size_px=64, channels=16, box_fc=32,
-    box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20),
-    anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10, lr=1e-3, amp=False,
+    max_iters=4, milestones=(2,), warmup_iters=1, batch_size=2, eval_every=4, image_size_px=64,
+    channels=16, box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, lr=1e-3,
+    rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), amp=False,
+    detections_per_image=10,
 )  # fmt: skip
 DET_FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
 SEG_SMALL = dict(
-    iterations_it=2, val_interval_it=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48, slide_stride_px=32, num_classes=4,
-    reduce_zero_label=True, batch_size=2,
+    max_iters=2, val_every=2, resize_px=(96, 48), crop_px=48, slide_crop_px=48,
+    slide_stride_px=32, num_classes=4, reduce_zero_label=True, batch_size=2,
 )  # fmt: skip
 
 
@@ -322,7 +323,7 @@ def torchvision_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tupl
         "cpu",
         workers=0,
         accumulate=accumulate,
-        backbone_flags=DET_FLAGS,
+        model_kwargs=DET_FLAGS,
     )
     with deterministic(True):
         trainer, data = Trainer(run, CPU), Data.read(coco, recipe)
@@ -343,8 +344,8 @@ def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)
-    flags = dict(data=coco, output=folder, backbone_flags=DET_FLAGS, seed=5, device="cpu", workers=0)
-    cfg = config(recipe, "vit_tiny_patch16", **flags)
+    model_kwargs = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
+    cfg = config(recipe, "vit_tiny_patch16", **model_kwargs)
     torch.manual_seed(5)
     np.random.seed(5)
     with deterministic(True):
@@ -643,11 +644,12 @@ def torchvision_protocols(folder: Path) -> dict[str, Any]:
 
 
 def some_results() -> list[Any]:
-    """Measured rows: seeds, an ablation, a scaled-down run, post-trainings, another backbone, dense evaluations."""
+    """Measured rows: seeds, an ablation, a scaled-down run, post-trainings, dense evaluations."""
     base = dict(
-        backbone="vit_small_patch16", effective_epochs=346.94, config_hash="0123456789ab", weights_hash="ba9876543210",
-        git_commit=None, packages={"torch": "2.15.0"}, hardware={"cpu": "a", "cores": 2, "gpus": []}, wall_time_s=3723.0,
-        peak_memory_mib=1234.5, created="2026-01-31T12:00:00+00:00",
+        backbone="vit_small_patch16", effective_epochs=346.94, config_hash="0123456789ab",
+        weights_hash="ba9876543210", git_commit=None, packages={"torch": "2.15.0"}, wall_time_s=3723.0,
+        hardware={"cpu": "a", "cores": 2, "gpus": []}, peak_memory_mib=1234.5,
+        created="2026-01-31T12:00:00+00:00",
     )  # fmt: skip
 
     def result(kind: str, method: str, protocol: str, metrics: Mapping[str, Any], **changes: Any) -> Any:
@@ -662,7 +664,7 @@ def some_results() -> list[Any]:
     toy = {"optim.epochs": [100, 14], "backbone.name": ["vit_small_patch16", "vit_tiny_patch16"]}
     own, box, dino = "intertwined", dict(weights_hash="b0x"), dict(weights_hash="d1n0")
     odd, post, big = "paka | a_b & <c>", dict(weights_hash="p0st"), dict(backbone="vit_base_patch16_reg4")
-    boxes = "intertwined, box-wise position masks"
+    boxes, low = "intertwined, box-wise position masks", {"box_ap": 12.3, "mask_ap": 11.1}
     paka, gram = {"loss": 0.3, "cka": 0.3, "overlaps": 0.6}, {"loss": 0.01, "gram": 0.01, "overlaps": 0.5}
     # fmt: off
     return [
@@ -672,7 +674,7 @@ def some_results() -> list[Any]:
         result("pretrain", boxes, "intertwined-100ep", losses, deviations=ablated, **box),
         result("detection", boxes, "coco-12ep", {"box_ap": 40.9, "mask_ap": 37.1}, **box),
         result("pretrain", "dinov2", "dinov2-100ep", {"loss": 9.75, "image": 5.25}, deviations=toy, **dino),
-        result("detection", "dinov2", "coco-12ep", {"box_ap": 12.3, "mask_ap": 11.1}, deviations=scaled, **dino),
+        result("detection", "dinov2", "coco-12ep", low, deviations=scaled, **dino),
         result("segmentation", "dinov2", "voc2012-40k", {"miou": 33.3}, **dino),
         result("pretrain", "paka", "paka-25ep", paka, **post),
         result("pretrain", "gram", "gram-25ep", gram, weights_hash="9ram", seed=1),
@@ -756,7 +758,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     )
     files["loca"] = (loca, {})
     (folder / "lomar").mkdir()
-    lomar = test_lomar.randomise(test_lomar.PublicLoMaR()).state_dict()
+    lomar = test_lomar.randomize(test_lomar.PublicLoMaR()).state_dict()
     files["lomar"] = (test_lomar.write(folder / "lomar" / "checkpoint-399.pth", lomar), {})
     for layouts in (test_weights_mae.LAYOUTS, test_weights_tuned.LAYOUTS):
         for name, (_, content, _) in layouts.items():
@@ -975,7 +977,8 @@ def main() -> int:
     wrong = 0
     for group in groups:
         lines = differences(group, measure(group))
-        print(f"{group}: {len(lines)} differences{'' if is_exact(group) else f' above {TOLERANCE:g}: another machine'}")
+        how = "" if is_exact(group) else f" above {TOLERANCE:g}: another machine"
+        print(f"{group}: {len(lines)} differences{how}")
         print("".join(f"  {line}\n" for line in lines), end="", flush=True)
         wrong += bool(lines)
     return int(wrong > 0)

@@ -7,21 +7,19 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE
-from pretrain.config import as_dict, load_config
+from pretrain.cli import REQUEUE_CODE, fields_and_kwargs
+from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Processes, Stage, interruptible, run_jobs
-from pretrain.overrides import fields_and_flags
-from pretrain.recipe import pretraining_protocol
 from pretrain.results import Protocol, Result, render, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
+from pretrain.settings import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(ROOT / "tools" / "ablate.py"))
@@ -69,16 +67,14 @@ def pretraining_of(stage):
 def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
     plan = TOOL["plan"](options(tmp_path))
     assert list(plan) == [f"{row}/seed_{seed}" for seed in range(3) for row in TOOL["ROWS"]] and len(plan) == 15
-    toy = as_dict(load_config(TOY))
+    toy = flat(load_config(TOY))
     changed = {}
     for name, (first, second) in plan.items():
-        config = as_dict(pretraining_of(first))
-        assert Path(config["run"]["output"]) == first.folder == tmp_path / name / "pretrain"
-        assert str(config["run"]["seed"]) == name[-1] == second.command[second.command.index("--seed") + 1]
+        config = flat(pretraining_of(first))
+        assert Path(config["run.output"]) == first.folder == tmp_path / name / "pretrain"
+        assert str(config["run.seed"]) == name[-1] == second.command[second.command.index("--seed") + 1]
         assert second.command[second.command.index("--weights") + 1] == str(first.folder / "backbone.safetensors")
-        differs = {
-            f"{g}.{k}": v for g, keys in config.items() for k, v in keys.items() if v != toy[g][k] and g not in ("run", "data")
-        }
+        differs = {key: v for key, v in config.items() if v != toy[key] and not key.startswith(("run.", "data."))}
         changed.setdefault(name.split("/")[0], []).append(differs)
     off = {"masks.position_share": 0.0, "losses.position": 0.0}
     fixed = {"positions.encoding": "standard", "positions.augment": False}
@@ -89,8 +85,8 @@ def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
 def test_the_rows_are_named_apart_and_say_what_they_change(tmp_path):
     plan = TOOL["plan"](options(tmp_path, seeds=1))
     configs = {name.split("/")[0]: pretraining_of(first) for name, (first, _) in plan.items()}
-    assert len({config.run.method for config in configs.values()}) == 5 and configs["method"].run.method == "intertwined"
-    protocols = {row: pretraining_protocol(config, 400) for row, config in configs.items()}
+    assert len({config.run.name for config in configs.values()}) == 5 and configs["method"].run.name == "intertwined"
+    protocols = {row: run_protocol(config, 400) for row, config in configs.items()}
     assert changes(protocols["method"], protocols["reference_image"]) == "positions.reference crops → image"
     assert changes(protocols["method"], protocols["table3_sampling"]) == "losses.position 1.0 → 0.0; masks.position_share 0.5 → 0.0"
     assert changes(protocols["method"], protocols["method"]) == ""
@@ -103,15 +99,16 @@ def test_the_detection_is_the_demos(tmp_path):
     assert data[-6:] == TOOL["DATA"]
 
 
-def test_quick_and_other_settings_come_last(tmp_path):
-    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=["iterations_it=12"]))
+@pytest.mark.parametrize("word", ["max_iters=12", "iterations_it=12"])
+def test_quick_and_other_settings_come_last(tmp_path, word):
+    plan = TOOL["plan"](options(tmp_path, seeds=1, quick=True, pretrain=["optim.epochs=3"], detection=[word]))
     first, second = plan["method/seed_0"]
     config = pretraining_of(first)
     assert (config.optim.epochs, config.optim.warmup_epochs, config.backbone.depth) == (3, 1, 2)
     words = second.command[second.command.index("--resume") + 1 :]
-    fields, flags = fields_and_flags(words)  # refuses a key that is given twice
+    fields, model_kwargs = fields_and_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
-    assert (settings.iterations_it, settings.milestones_it, settings.batch_size, flags) == (12, (8, 9), 8, {})
+    assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 
 
 # --- how it is run ----------------------------------------------------------------------------------------------------
@@ -284,11 +281,11 @@ def test_what_does_not_belong_together_is_refused():
     other = Trial(result("pretrain", "b"), result("detection", "b", deviations={}))
     with pytest.raises(UserError, match="2 fine-tuning protocols"):
         ablation_table([trial(), other], "intertwined")
-    fitting = [replace(run, weights_hash="a") for run in (result("pretrain"), result("detection"))]
+    fitting = [run.with_changes(weights_hash="a") for run in (result("pretrain"), result("detection"))]
     ablation_table([Trial(*fitting)], "intertwined")
     for read in ("b", None):
         with pytest.raises(UserError, match="the fine-tuning of 'intertwined', seed 0, read other weights"):
-            ablation_table([Trial(fitting[0], replace(fitting[1], weights_hash=read))], "intertwined")
+            ablation_table([Trial(fitting[0], fitting[1].with_changes(weights_hash=read))], "intertwined")
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -309,8 +306,8 @@ def fake_tools(tmp_path, monkeypatch):
             if machine.failing and machine.failing in str(folder):
                 return 1
             config = load_config(command[4], command[5:])
-            protocol = pretraining_protocol(config, 400)
-            write_result(result("pretrain", config.run.method, config.run.seed, deviations=protocol.deviations), folder)
+            protocol = run_protocol(config, 400)
+            write_result(result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder)
         else:
             before = json.loads((folder.parent / "pretrain" / "result.json").read_text())
             write_result(result("detection", before["method"], before["seed"], 10.0 + before["seed"]), folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -33,7 +33,7 @@ def test_last_layer_attention_by_hand():
         tokens, _ = model.embed(x)
         q, k, _ = model.blocks[1].attn.heads(model.blocks[1].norm1(model.blocks[0](tokens)))
         scores = (q[0] @ k[0].transpose(-2, -1) / 2)[:, 3:, 3:]  # [heads, 6, 6]; sqrt(12 / 3) = 2
-    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalising is a softmax over what is left
+    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalizing is a softmax over what is left
     got = last_layer_attention(model, x)
     assert got.shape == (2, 6, 6)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
@@ -53,12 +53,12 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
     np.testing.assert_allclose(principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9)
 
 
-def test_pca_colours_are_joint_and_scaled_by_percentiles():
+def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
     features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one picture is of another kind than the two others
     rgb = pca_rgb(features)
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
-    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its colour is another, for the components are those of all pictures
+    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all pictures
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
@@ -93,7 +93,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     shown = []
     monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
-    nothing = draw_masks(1, 2, (2, 2), MaskSettings(0.0, 0.0), (0,))
+    nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
     titles = []
     for tied in (True, False):
@@ -131,7 +131,7 @@ def test_a_runs_figures(tmp_path, capsys):
         "optim.epochs=1",
         "optim.warmup_epochs=0",
     ]
-    train(load_config(None, overrides))
+    train(load_config(None, last(overrides)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys, "argv", ["visualize_pretrain.py", str(tmp_path / "run"), "--images", "2"])

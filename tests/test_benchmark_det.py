@@ -54,7 +54,7 @@ def test_a_step_trains_every_part(name):
 
 
 def test_steps_of_several_batch_sizes_are_measured(monkeypatch):
-    found = step.measure(TINY, [2, 1], 1, "cpu", contenders=["ours"], backbone_flags=dict(depth=1), overrides=SMALL)
+    found = step.measure(TINY, [2, 1], 1, "cpu", contenders=["ours"], model_kwargs=dict(depth=1), overrides=SMALL)
     assert list(found["ours"]) == ["1", "2"] and all(f["img_per_s"] > 0 < f["peak_mib"] for f in found["ours"].values())
 
     def no_memory(self, batch):

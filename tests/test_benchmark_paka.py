@@ -48,8 +48,8 @@ def test_baseline_with_patches_of_14_px_sees_crops_of_224_px():
 
 def test_the_start_is_the_network_that_the_baseline_trains(tmp_path):
     words = [*words_of(f"{TINY}_reg4", 14, 2)["dinov2"], *SMALL]
-    flags = read_checkpoint(write_start(tmp_path / "b.safetensors", words)).flags
-    assert {flags[key] for key in ("n_registers", "depth", "layerscale", "patch_size")} == {4, 1, 1e-5, 14}
+    model_kwargs = read_checkpoint(write_start(tmp_path / "b.safetensors", words)).model_kwargs
+    assert {model_kwargs[key] for key in ("n_registers", "depth", "layerscale", "patch_size")} == {4, 1, 1e-5, 14}
 
 
 def test_arithmetic_of_a_whole_run():

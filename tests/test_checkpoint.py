@@ -22,7 +22,19 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pretrain.checkpoints import Writer, clean, consolidate, find, load, newest, open_checkpoint, save, save_sharded
+from pretrain.checkpoints import (
+    Writer,
+    clean,
+    consolidate,
+    find,
+    load,
+    load_state,
+    newest,
+    open_checkpoint,
+    save,
+    save_sharded,
+    save_state,
+)
 from pretrain.checkpoints import sharded as sharded_layout
 from pretrain.checkpoints import single as single_layout
 from pretrain.checkpoints.store import record_of, whole_directories
@@ -97,6 +109,37 @@ def test_every_dtype_round_trips(tmp_path):
     load(found, target)
     assert_equal(target, state())
     assert {n: (e.dtype, e.shape) for n, e in found.contents().items()} == {n: (x.dtype, x.shape) for n, x in state().items()}
+
+
+def test_nested_state_round_trips(tmp_path):
+    """An optimizer's and a scaler's state, and every type that JSON has no word for."""
+    module = torch.nn.Linear(3, 2).double()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1 / 3, betas=(0.9, 0.99))
+    module(torch.ones(1, 3).double()).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38).state_dict()
+    odd = [(), [], {}, {1: (True, None)}, "é", 2**70, 0.1 + 0.2, -0.0, float("-inf"), {"tensor": "x"}, {"mapping": 1}]
+    given = {"n": 3, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler, "odd": odd}
+    found = open_checkpoint(save_state(tmp_path, 3, given, keep=1))
+    assert found.iteration == 3 and "model.weight" in found.contents()
+    again = load_state(found)
+    assert again.keys() == given.keys() and repr(again["odd"]) == repr(odd) and again["scaler"] == scaler
+    assert repr(again["optimizer"]) == repr(given["optimizer"]) and torch.equal(again["model"]["weight"], module.weight)
+    other = torch.optim.AdamW(module.parameters())
+    other.load_state_dict(again["optimizer"])
+    for ours, theirs in zip(other.state.values(), optimizer.state.values()):
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    with pytest.raises(AssertionError, match="scaler.0: .*set.* has no place in a checkpoint"):
+        save_state(tmp_path, 4, {"scaler": [{1}]}, keep=1)
+
+
+@pytest.mark.parametrize(
+    "bad", [None, {"x": {"tensor": "y"}}, {"x": {"tensor": []}}, {"x": {"pickle": "x"}}, {"x": {}}, {"x": {"mapping": 3}}, []]
+)
+def test_a_state_that_is_described_wrongly_is_named(tmp_path, bad):
+    found = open_checkpoint(save(tmp_path, 1, state(), {"state": bad}, keep=1))
+    with pytest.raises(UserError, match="meta.json describes no state"):
+        load_state(found)
 
 
 def test_load_names_what_does_not_fit(tmp_path):

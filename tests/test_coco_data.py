@@ -30,7 +30,7 @@ from pretrain.weights import save_backbone
 ROOT = Path(__file__).parents[1]
 TINY = "vit_tiny_patch16"
 SMALL = dict(
-    iterations_it=1, milestones_it=(), warmup_it=1, batch_size=2, image_size_px=64, channels=16, box_fc=32,
+    max_iters=1, milestones=(), warmup_iters=1, batch_size=2, image_size_px=64, channels=16, box_fc=32,
     box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 20),
     anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10,
 )  # fmt: skip
@@ -408,7 +408,7 @@ IMAGES = [
 @pytest.mark.parametrize("damage, message", IMAGES)
 def test_bad_images_are_found_before_the_first_iteration(root, tmp_path, damage, message):
     damage(root / "train2017" / "000000000001.png")
-    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, backbone_flags=dict(depth=1))
+    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1))
     with pytest.raises(UserError, match=message):
         train(run)
     assert not run.output.exists()
@@ -470,7 +470,7 @@ def test_the_engine_is_that_of_the_folder(tmp_path):
 def test_a_checkpoint_of_another_width_ends_in_one_line(root, tmp_path):
     torch.manual_seed(0)
     vit = build_backbone(TINY, depth=1)
-    file = save_backbone(tmp_path / "tiny.safetensors", vit.state_dict(), name=TINY, flags=vit.flags, provenance={})
+    file = save_backbone(tmp_path / "tiny.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance={})
     with pytest.raises(UserError, match=r"tiny\.safetensors.*") as error:  # pretrain.cli prints it and ends with code 2
         tool.main(words(root, tmp_path / "out", "--backbone", "vit_small_patch16", "--weights", file))
     assert "192" in str(error.value) and "384" in str(error.value) and "\n" not in str(error.value)

@@ -6,11 +6,11 @@ import pytest
 from dense_fixture import DENSE, write_start
 from omegaconf import DictConfig, OmegaConf
 from photos import TINY, write_photos
+from pretrain.recipe import pretraining_protocol
 
 from pretrain import config as config_module
 from pretrain.config import as_dict, from_dict, load_config
 from pretrain.errors import UserError
-from pretrain.recipe import pretraining_protocol
 from pretrain.train import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
@@ -87,8 +87,8 @@ def plain_with(read):
         ("backbone.patch_size=0", "backbone.patch_size"),
         ("run.seed=-1", "run.seed"),
         ("crops.ratio=[2.0,1.0]", "crops.ratio"),
-        ("colour.blur_kernel_px=8", "colour.blur_kernel_px"),
-        ("colour.jitter=[0.4,0.4,0.2,0.6]", "colour.jitter"),
+        ("color.blur_kernel_px=8", "color.blur_kernel_px"),
+        ("color.jitter=[0.4,0.4,0.2,0.6]", "color.jitter"),
         ("backbone.drop_path=1.0", "backbone.drop_path"),
         ("losses.teacher_temperature=0.0", "losses.teacher_temperature"),
         ("optim.base_lr=.nan", "optim.base_lr"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from torch import nn
 
 from pretrain.backbones.vit import Tokens, ViT
@@ -18,8 +18,10 @@ from pretrain.evaluation import features as features_module
 from pretrain.evaluation.dense import linear as linear_module
 from pretrain.evaluation.dense.linear import Head, LinearSettings, backward, drawn, fit, linear
 from pretrain.evaluation.dense.patches import confusion_of, cropped, shrink, whole_patches
+from pretrain.evaluation.dense.protocol import settings_of
 from pretrain.evaluation.features import Features, frozen
-from pretrain.views.pixels import normalise
+from pretrain.settings import replaced
+from pretrain.views.pixels import normalize
 
 CPU, PATCH, SIDE = torch.device("cpu"), 16, 64
 WHOLE = LinearSettings(image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_at=2, augment=False, map_px=32)
@@ -27,7 +29,7 @@ WHOLE = LinearSettings(image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class InMemory(LabelSet):
-    """A labelled set of arrays; ``files`` are their places."""
+    """A labeled set of arrays; ``files`` are their places."""
 
     images: list
     labels: list
@@ -51,16 +53,16 @@ def random_set(n, part="train", seed=0, side=SIDE, n_classes=3):
     return held(images, labels, part, n_classes)
 
 
-def tiny_vit(**flags):
-    return randomise(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **flags}))
+def tiny_vit(**model_kwargs):
+    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **model_kwargs}))
 
 
 def features_of(backbone, autocast=None):
     return Features(backbone, CPU, autocast or nullcontext())
 
 
-class Colours(nn.Module):
-    """A stand-in for a ViT: a patch's feature is the mean of its colours, and 1."""
+class Colors(nn.Module):
+    """A stand-in for a ViT: a patch's feature is the mean of its colors, and 1."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +76,7 @@ class Colours(nn.Module):
 
 
 def blocks_set(n, part, classes, seed=0):
-    """Whole patches of one colour each, by which their class is told: red, green or blue."""
+    """Whole patches of one color each, by which their class is told: red, green or blue."""
     labels = np.random.default_rng([seed, part == "val"]).choice(classes, (n, SIDE // PATCH, SIDE // PATCH))
     labels = labels.repeat(PATCH, 1).repeat(PATCH, 2).astype(np.int32)
     return held(np.eye(4, dtype=np.uint8)[labels][..., 1:] * 200 + 20, labels, part)
@@ -90,9 +92,9 @@ def test_the_head_is_trained_as_the_published_loop_trains_it(chunk, monkeypatch)
     with torch.no_grad():
         conv.weight.copy_(head.weight[..., None, None])
         conv.bias.copy_(head.bias)
-        fit(head, features_of(backbone), train, replace(WHOLE, seed=3, lr=0.5), SIDE)
+        fit(head, features_of(backbone), train, replaced(WHOLE, dict(seed=3, lr=0.5)), SIDE)
         images = torch.from_numpy(np.stack(train.images)).permute(0, 3, 1, 2)
-        maps = backbone(normalise(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
+        maps = backbone(normalize(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
     masks = torch.from_numpy(np.stack(train.labels)).float()[:, None] - 1
     masks[masks < 0] = 255
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.5, momentum=0.9, weight_decay=0.0001)
@@ -118,7 +120,7 @@ def test_miou_is_that_of_the_published_validation():
     with frozen(backbone):
         confusion, _ = confusion_of(head, features_of(backbone), val, SIDE, 20, 32, 0)
         images = torch.from_numpy(np.stack(val.images)).permute(0, 3, 1, 2)
-        maps = backbone(normalise(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
+        maps = backbone(normalize(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
         enlarged = F.interpolate(maps, size=(20, 20), mode="bilinear")
         predicted = F.conv2d(enlarged, head.weight[..., None, None], head.bias).argmax(1)
     masks = F.interpolate(torch.from_numpy(np.stack(val.labels)).float()[:, None], size=(20, 20), mode="nearest")[:, 0].long()
@@ -128,22 +130,22 @@ def test_miou_is_that_of_the_published_validation():
     assert confusion.sum() == (masks > 0).sum() < masks.numel()
 
 
-def test_a_set_that_colour_separates_is_segmented():
+def test_a_set_that_color_separates_is_segmented():
     train, val = (blocks_set(n, part, (1, 2, 3)) for n, part in ((24, "train"), (6, "val")))
-    settings = replace(WHOLE, label_px=4, map_px=SIDE, epochs=25, batch_size=8, lr=0.3, augment=True, crop_scale=(1.0, 1.0))
-    outcome = linear(features_of(Colours()), train, val, replace(settings, crop_ratio=(1.0, 1.0)), n_shown=2)
+    settings = replaced(WHOLE, dict(label_px=4, map_px=SIDE, epochs=25, batch_size=8, lr=0.3, augment=True, crop_scale=(1.0, 1.0)))
+    outcome = linear(features_of(Colors()), train, val, replaced(settings, dict(crop_ratio=(1.0, 1.0))), n_shown=2)
     assert outcome.metrics["linear_miou"] == 100
     assert outcome.metrics["linear_class_iou"] == {"a": 100, "b": 100, "c": 100}
     assert len(outcome.maps["linear"]) == 2
     for found, labels in zip(outcome.maps["linear"], val.labels):
         assert found.dtype == np.int32 and found.shape == (SIDE, SIDE) and set(np.unique(found)) <= {1, 2, 3}
-        centres = np.s_[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
-        assert np.array_equal(found[centres], labels[centres])
+        centers = np.s_[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+        assert np.array_equal(found[centers], labels[centers])
 
 
 def test_classes_that_a_part_lacks():
-    settings = replace(WHOLE, label_px=4, epochs=25, batch_size=8, lr=0.3)
-    features = features_of(Colours())
+    settings = replaced(WHOLE, dict(label_px=4, epochs=25, batch_size=8, lr=0.3))
+    features = features_of(Colors())
     absent = linear(features, blocks_set(24, "train", (1, 2, 3)), blocks_set(6, "val", (1, 3)), settings).metrics
     assert absent == {"linear_miou": 100, "linear_class_iou": {"a": 100, "c": 100}}
     val = blocks_set(6, "val", (1, 2))
@@ -170,14 +172,14 @@ def test_what_is_not_counted_changes_nothing():
 
     train, val, empty = random_set(6), random_set(4, "val"), np.zeros((6, SIDE, SIDE), np.int32)
     with pytest.raises(UserError, match="set: no pixel of the training part"):
-        linear(features_of(Colours()), held(train.images, empty), val, WHOLE)
+        linear(features_of(Colors()), held(train.images, empty), val, WHOLE)
     with pytest.raises(UserError, match="set: no pixel of the validation part"):
-        linear(features_of(Colours()), train, held(val.images, empty[:4], "val"), WHOLE)
+        linear(features_of(Colors()), train, held(val.images, empty[:4], "val"), WHOLE)
 
 
 def weights_after(settings, train, backbone=None):
     head = Head(4 if backbone is None else backbone.embed_dim, 3, settings.seed)
-    fit(head, features_of(backbone or Colours()), train, settings, SIDE)
+    fit(head, features_of(backbone or Colors()), train, settings, SIDE)
     return torch.cat([head.weight, head.bias[:, None]], 1).detach()
 
 
@@ -196,10 +198,10 @@ def test_held_features_are_those_of_each_epoch(monkeypatch):
 def test_crops_and_flips_move_image_and_labels_alike():
     train = random_set(6)
     plain = weights_after(WHOLE, train)
-    whole = replace(WHOLE, augment=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    torch.testing.assert_close(weights_after(replace(whole, flip_p=0.0), train), plain)
+    whole = replaced(WHOLE, dict(augment=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)))
+    torch.testing.assert_close(weights_after(replaced(whole, dict(flip_p=0.0)), train), plain)
     mirrored = held([np.fliplr(image) for image in train.images], [np.fliplr(labels) for labels in train.labels])
-    flipped = weights_after(replace(whole, flip_p=1.0), train)
+    flipped = weights_after(replaced(whole, dict(flip_p=1.0)), train)
     torch.testing.assert_close(flipped, weights_after(WHOLE, mirrored))
     assert not torch.allclose(flipped, plain)
 
@@ -216,22 +218,22 @@ def test_crops_and_flips_move_image_and_labels_alike():
 def test_each_epoch_has_crops_of_its_own(monkeypatch):
     seen = []
     monkeypatch.setattr(linear_module, "cropped", lambda *of: seen.append(cropped(*of)) or seen[-1])
-    weights_after(replace(WHOLE, augment=True, crop_scale=(0.3, 1.0)), random_set(8))
+    weights_after(replaced(WHOLE, dict(augment=True, crop_scale=(0.3, 1.0))), random_set(8))
     assert len({part.tobytes() for part, _ in seen}) == len(seen) == 3 * 5  # of 8 images
 
 
 def test_a_seed_is_the_whole_of_chance():
     train, val, features = random_set(8), random_set(4, "val"), features_of(tiny_vit())
-    settings = replace(WHOLE, augment=True, crop_scale=(0.3, 1.0), seed=5)
+    settings = replaced(WHOLE, dict(augment=True, crop_scale=(0.3, 1.0), seed=5))
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     with torch.no_grad():
         first, again = (linear(features, train, val, settings, 4) for _ in range(2))
-        other = linear(features, train, val, replace(settings, seed=6), 4)
+        other = linear(features, train, val, replaced(settings, dict(seed=6)), 4)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
     assert first.metrics == again.metrics and np.array_equal(first.maps["linear"], again.maps["linear"])
     assert first.metrics != other.metrics
     assert torch.equal(weights_after(settings, train), weights_after(settings, train))
-    assert not torch.equal(weights_after(settings, train), weights_after(replace(settings, epochs=4), train))
+    assert not torch.equal(weights_after(settings, train), weights_after(replaced(settings, dict(epochs=4)), train))
 
 
 def test_the_first_weights_are_a_convolutions():
@@ -247,9 +249,9 @@ def test_sides_that_are_no_whole_patches():
     train, val, features = random_set(6), random_set(3, "val"), features_of(tiny_vit())
     assert whole_patches(79, features) == SIDE and whole_patches(SIDE, features) == SIDE
     with torch.no_grad():
-        assert linear(features, train, val, replace(WHOLE, image_px=79)) == linear(features, train, val, WHOLE)
+        assert linear(features, train, val, replaced(WHOLE, dict(image_px=79))) == linear(features, train, val, WHOLE)
     with pytest.raises(UserError, match="image_px=15 is less than a patch of 16"):
-        linear(features, train, val, replace(WHOLE, image_px=15))
+        linear(features, train, val, replaced(WHOLE, dict(image_px=15)))
 
 
 @pytest.mark.parametrize("sides", [(448, 100), (444, 100), (64, 100), (504, 504)])
@@ -261,8 +263,8 @@ def test_labels_shrink_as_torchs_nearest(sides):
 
 def test_bad_settings_and_features():
     for name in ("label_px", "epochs", "batch_size", "drop_at", "map_px"):
-        with pytest.raises(UserError, match=f"linear.{name}=0: at least 1"):
-            LinearSettings(**{name: 0})
+        with pytest.raises(UserError, match=f"linear.{name}=0 should be greater than or equal to 1"):
+            settings_of(["linear"], [f"linear.{name}=0"])
     backbone = tiny_vit()
     with torch.no_grad():
         backbone.norm.weight[0] = float("nan")
@@ -271,17 +273,17 @@ def test_bad_settings_and_features():
 
 
 def test_of_coco_the_layer_sees_some_images_drawn_from_the_seed(monkeypatch):
-    train, features, settings = random_set(12), features_of(Colours()), replace(WHOLE, coco_images=5, label_px=4)
+    train, features, settings = random_set(12), features_of(Colors()), replaced(WHOLE, dict(coco_images=5, label_px=4))
     coco = replace(train, name="coco_stuff")
-    assert drawn(train, settings) is train and list(drawn(coco, replace(settings, coco_images=99)).files) == list(range(12))
+    assert drawn(train, settings) is train and list(drawn(coco, replaced(settings, dict(coco_images=99))).files) == list(range(12))
     for seed in range(3):
-        places = drawn(coco, replace(settings, seed=seed)).files
+        places = drawn(coco, replaced(settings, dict(seed=seed))).files
         assert len(set(places)) == 5 and list(places) == sorted(places)
-    assert len({tuple(drawn(coco, replace(settings, seed=seed)).files) for seed in range(5)}) > 3
+    assert len({tuple(drawn(coco, replaced(settings, dict(seed=seed))).files) for seed in range(5)}) > 3
     read = []
     monkeypatch.setattr(InMemory, "read", lambda self, i: read.append(self.files[i]) or (self.images[i], self.labels[i]))
     with torch.no_grad():
         linear(features, coco, held(train.images, train.labels, "val"), settings)
     assert read[:5] == drawn(coco, settings).files and read[5:] == list(range(12))  # all of the validation part
     with pytest.raises(UserError, match="linear.coco_images=0"):
-        LinearSettings(coco_images=0)
+        settings_of(["linear"], ["linear.coco_images=0"])

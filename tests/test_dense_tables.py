@@ -4,7 +4,6 @@ import csv
 import io
 import re
 import statistics
-from dataclasses import replace
 
 import pytest
 from test_results import DEVIATIONS, protocol, result
@@ -13,7 +12,6 @@ from tool_fixture import load_tool
 from pretrain.errors import UserError
 from pretrain.results.choose import tables_of
 from pretrain.results.dense import METRICS, SETS, dense_table
-from pretrain.results.merge import stage_of
 from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.render import FORMATS, render
 from pretrain.results.report import build_report
@@ -23,7 +21,8 @@ from pretrain.results.tables import posttraining_table, pretraining_table
 
 
 def dense(name="voc2012", metrics=None, deviations=None, **changes):
-    return replace(result("dense", metrics or {"linear_miou": 70.0}, **changes), protocol=protocol(f"dense-{name}", deviations))
+    told = {"protocol": protocol(f"dense-{name}", deviations), **changes}
+    return result("dense", metrics or {"linear_miou": 70.0}, **told)
 
 
 def posttrained(loss="cka", value=0.3, **changes):
@@ -174,7 +173,7 @@ def test_differences_to_the_method_that_it_started_from():
     assert {row["linear_miou_difference"] for row in rows if row["source"] == "published"} == {""}
     shown = [(row["method"], row["set"]) for row in rows if row["source"] == "measured" and row["set"] == "voc2012"]
     assert shown[0] == ("iBOT", "voc2012")  # what the others are compared with comes first
-    last = dense_table([*after, replace(before, method="zzz")], against="zzz").records
+    last = dense_table([*after, before.with_changes(method="zzz")], against="zzz").records
     assert [row["method"] for row in last if row["source"] == "measured"] == ["zzz", "PaKA"]
     text = render(dense_table([before, *after], against="iBOT"), "md")
     assert "| +2.5 | 60.0 ± 0.0 (n=2) | 0.0 |" in text and "Δ" in text
@@ -231,20 +230,21 @@ def test_dense_metrics_are_percentages(tmp_path):
     run = dense(metrics=metrics)
     assert read_result(write_result(run, tmp_path)) == run
     for name in (*METRICS, "clustering_k500_miou", "knn_top1_k10"):
-        for wrong, words in ((100.5, "100.5, not a percentage"), (-1, "-1, not a percentage"), ({"cat": 1.0}, "must be a number")):
+        out_of_range = [(value, f"{value}, not a percentage") for value in (100.5, -1)]
+        for wrong, words in (*out_of_range, ({"cat": 1.0}, "should be a number")):
             with pytest.raises(UserError, match=f"metrics.{name} .*{words}"):
                 dense(metrics={name: wrong})
 
 
 def test_post_trainings_have_a_table_of_their_own_losses():
     runs = [posttrained(), posttrained("gram", 0.01), result("pretrain", {"loss": 8.0, "image": 2.0})]
-    assert [stage_of(run) for run in runs] == ["posttrain", "posttrain", "pretrain"] and stage_of(dense()) == "dense"
+    assert [run.stage for run in runs] == ["posttrain", "posttrain", "pretrain"] and dense().stage == "dense"
     after, before = posttraining_table(runs), pretraining_table(runs)
     assert after.columns[5:-2] == ("cka", "gram", "overlaps", "img_per_s")  # the total is the one term
     assert [line.cells[5:-2] for line in after.groups[0]] == [("0.3", "–", "0.6", "100"), ("–", "0.01", "0.6", "100")]
     assert before.columns[5:-2] == ("loss", "image") and len(before.groups[0]) == 1
     assert posttraining_table(runs[2:]) is None and pretraining_table(runs[:2]) is None
-    with_more = replace(runs[0], metrics={"loss": 0.4, "cka": 0.3})
+    with_more = runs[0].with_changes(metrics={"loss": 0.4, "cka": 0.3})
     assert posttraining_table([with_more]).columns[5:-2] == ("loss", "cka")
 
 

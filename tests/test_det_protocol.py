@@ -1,8 +1,9 @@
 """The numbers of the detection protocol against their sources, and what a run may change of them."""
 
 import importlib.util
+import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from det_plugin.protocol import (
     LR,
     PROTOCOLS,
     DetectionProtocol,
-    check,
     deviations,
     n_share,
     other_images,
@@ -26,11 +26,11 @@ from pretrain.errors import UserError
 def test_schedules_are_the_papers():
     """Appendix B.2 counts 118,000 images; 12 epochs at batch 64."""
     full = protocol("coco-12ep", "vit_base_patch16")
-    assert full.iterations_it == 12 * math.ceil(118_000 / 64) == 22_128
-    assert full.milestones_it == (19_667, 21_306)
-    assert [m / full.iterations_it for m in full.milestones_it] == pytest.approx([8 / 9, 26 / 27], abs=1e-3)
-    assert protocol("coco-50ep", "vit_base_patch16").iterations_it == 184_375 // 2
-    assert protocol("coco-100ep", "vit_base_patch16").milestones_it == (163_889, 177_546)
+    assert full.max_iters == 12 * math.ceil(118_000 / 64) == 22_128
+    assert full.milestones == (19_667, 21_306)
+    assert [m / full.max_iters for m in full.milestones] == pytest.approx([8 / 9, 26 / 27], abs=1e-3)
+    assert protocol("coco-50ep", "vit_base_patch16").max_iters == 184_375 // 2
+    assert protocol("coco-100ep", "vit_base_patch16").milestones == (163_889, 177_546)
 
 
 def test_learning_rate_follows_the_backbone():
@@ -42,11 +42,10 @@ def test_learning_rate_follows_the_backbone():
 def test_numbers_of_vitdet():
     p = DetectionProtocol()
     assert (p.batch_size, p.betas, p.weight_decay, p.layer_decay, p.drop_path) == (64, (0.9, 0.999), 0.1, 0.7, 0.1)
-    assert (p.warmup_it, p.warmup_factor, p.eval_period_it, p.clip_grad, p.amp) == (250, 0.001, 5000, 0.0, True)
+    assert (p.warmup_iters, p.warmup_factor, p.eval_every, p.clip_grad, p.amp) == (250, 0.001, 5000, 0.0, True)
     assert (p.image_size_px, p.jitter_scale, p.flip) == (1024, (0.1, 2.0), 0.5)
     assert (p.channels, p.norm, p.rpn_convs, p.box_convs, p.box_fc, p.mask_convs) == (256, "LN", 2, 4, 1024, 4)
     assert p.keep_special_tokens and p.final_norm
-    check(p)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="Detectron2, the source, is not installed")
@@ -87,9 +86,9 @@ def test_unknown_names(name, backbone, message):
 
 
 def test_overrides_from_a_command_line():
-    changed = with_overrides(DetectionProtocol(), {"lr": "1e-4", "milestones_it": "3, 5", "amp": "false", "batch_size": "8"})
-    assert (changed.lr, changed.milestones_it, changed.amp, changed.batch_size) == (1e-4, (3, 5), False, 8)
-    assert with_overrides(DetectionProtocol(), {"milestones_it": ""}).milestones_it == ()
+    changed = with_overrides(DetectionProtocol(), {"lr": "1e-4", "milestones": "3, 5", "amp": "false", "batch_size": "8"})
+    assert (changed.lr, changed.milestones, changed.amp, changed.batch_size) == (1e-4, (3, 5), False, 8)
+    assert with_overrides(DetectionProtocol(), {"milestones": ""}).milestones == ()
     assert with_overrides(DetectionProtocol(), {}) == DetectionProtocol()
 
 
@@ -107,27 +106,25 @@ def test_the_protocol_itself_does_not_deviate(name):
     for backbone in ("vit_tiny_patch16", "vit_base_patch16_reg4"):
         run = protocol(name, backbone)
         assert deviations(run, backbone) == {}
-        check(run)
 
 
 def test_every_field_is_a_deviation_when_changed():
     full = protocol("coco-12ep", "vit_base_patch16")
-    for field in fields(full):
-        if field.name in ("name", "version"):
+    for name, value in vars(full).items():
+        if name in ("name", "version"):
             continue
-        value = getattr(full, field.name)
-        other = not value if isinstance(value, bool) else value + value if isinstance(value, tuple) else f"{value}x"
+        other = not value if isinstance(value, bool) else tuple(v + 1 for v in value) if isinstance(value, tuple) else f"{value}x"
         other = value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else other
-        changed = type(full)(**{**asdict(full), field.name: other})
-        assert deviations(changed, "vit_base_patch16") == {field.name: [value, other]}
+        changed = full.model_copy(update={name: other})  # whether or not a run could follow it
+        assert deviations(changed, "vit_base_patch16") == {name: json.loads(json.dumps([value, other]))}
     assert list(deviations(full, "vit_small_patch16")) == ["lr"]  # another backbone's learning rate
 
 
 @pytest.mark.parametrize("key, value", [
-    ("iterations_it", 0), ("batch_size", 0), ("eval_period_it", 0), ("image_size_px", 0), ("num_classes", 0), ("channels", 0),
+    ("max_iters", 0), ("batch_size", 0), ("eval_every", 0), ("image_size_px", 0), ("num_classes", 0), ("channels", 0),
     ("detections_per_image", 0), ("flip", 1.5), ("drop_path", -0.1), ("layer_decay", 2.0), ("nms", 1.1), ("lr", -1.0),
-    ("weight_decay", -0.1), ("milestones_it", (5, 3)), ("milestones_it", (22_129,)), ("milestones_it", (0,)),
-    ("warmup_it", 22_129), ("warmup_it", -1), ("jitter_scale", (2.0, 0.1)), ("jitter_scale", (0.0, 1.0)),
+    ("weight_decay", -0.1), ("milestones", (5, 3)), ("milestones", (22_129,)), ("milestones", (0,)),
+    ("warmup_iters", 22_129), ("warmup_iters", -1), ("jitter_scale", (2.0, 0.1)), ("jitter_scale", (0.0, 1.0)),
     ("rpn_thresholds", (0.7, 0.3)), ("train_share", 0.0), ("train_share", 1.1), ("amp_dtype", "float8"), ("window_size", -1),
     ("global_blocks", 0), ("score_threshold", 2.0), ("pixel_std", (1.0, 0.0, 1.0)), ("betas", (0.9, 1.0)),
     ("image_size_px", 31), ("lr_gamma", -0.1), ("warmup_factor", 1.1), ("roi_threshold", 0.0),
@@ -137,8 +134,8 @@ def test_every_field_is_a_deviation_when_changed():
     ("pyramid_scales", (2.0, 1.0)),
 ])  # fmt: skip
 def test_impossible_numbers_are_named(key, value):
-    with pytest.raises(UserError, match=rf"protocol: {key}=.* must be "):
-        check(with_overrides(DetectionProtocol(), {key: value}))
+    with pytest.raises(UserError, match=rf"^protocol: {key}(\[\d\])?=.* (must be|should) "):
+        with_overrides(DetectionProtocol(), {key: value})
 
 
 def test_a_share_of_coco_is_full_with_its_own_number_of_images():
@@ -166,5 +163,5 @@ def test_layer_decay_table():
 def test_whose_file_it_is_read_as_is_no_setting():
     """So that runs with and without ``backbone.source`` are seeds of one configuration."""
     run = DetectionRun("vit_tiny_patch16", None, Path("coco"), Path("out"), DetectionProtocol())
-    assert replace(run, backbone_flags={"source": "dino"}).settings() == run.settings()
-    assert replace(run, backbone_flags={"depth": 2}).settings() != run.settings()
+    assert replace(run, model_kwargs={"source": "dino"}).settings() == run.settings()
+    assert replace(run, model_kwargs={"depth": 2}).settings() != run.settings()

@@ -20,14 +20,15 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
+from det_plugin.detector import load_detector
 from det_plugin.lazy import train
-from det_plugin.protocol import deviations
+from det_plugin.protocol import deviations, with_overrides
 from det_plugin.saved_config import classes_in
 from det_plugin.trainer import AccumulatingTrainer
 from pretrain import distributed
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
-from pretrain.results import read_result
+from pretrain.results import read_result, renamed
 
 pytestmark = pytest.mark.detectron2
 
@@ -40,7 +41,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, coco, weights):
     """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is high enough to matter."""
-    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_it=1)
+    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_iters=1)
     train(run)
     return run
 
@@ -117,6 +118,29 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, whole, capsys):
         train(run, resume=True)
 
 
+def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
+    """As commit 2c21771 left its folders."""
+    old = {new: old for old, new in renamed.DETECTION.items()}
+    part, done = copied(whole, tmp_path / "part", "model_0000001.pth"), copied(whole, tmp_path / "done")
+    for file in (folder.output / name for folder in (part, done) for name in ("config.yaml", "config_resolved.yaml")):
+        cfg = LazyConfig.load(str(file))
+        evaluator = cfg.dataloader.evaluator
+        evaluator.overrides = {old.get(key, key): value for key, value in evaluator.overrides.items()}
+        if origin := evaluator.get("origin"):
+            origin.update(model_kwargs=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
+        LazyConfig.save(cfg, str(file))
+    assert "iterations_it" in file.read_text() and "given_flags" in file.read_text()
+    assert load_detector(done.output, "cpu").protocol == whole.protocol
+    (done.output / "result.json").unlink()
+    train(done, eval_only=True)
+    before, now = read_result(whole.output), read_result(done.output)
+    assert (now.metrics, now.protocol, now.config_hash) == (before.metrics, before.protocol, before.config_hash)
+    with pytest.raises(UserError, match="other settings .*evaluator.overrides.lr 0.002 -> 0.003"):
+        train(replace(part, protocol=with_overrides(whole.protocol, {"lr": 3e-3})), resume=True)
+    train(part, resume=True)
+    assert_same_end(part, whole)
+
+
 def test_the_run_folder_names_the_classes(whole):
     assert classes_in(LazyConfig.load(str(whole.output / "config_resolved.yaml"))) == CATEGORIES
     with pytest.raises(UserError, match="classes is missing"):
@@ -150,16 +174,16 @@ def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
     cfg = LazyConfig.load(str(TOY))
     cfg.dataloader.root, cfg.model.roi_heads.num_classes, cfg.dataloader.train.total_batch_size = str(coco), 3, 4
 
-    def drawn(n_parts, accumulate=1, start_it=0, **changes):
+    def drawn(n_parts, accumulate=1, start_iter=0, **changes):
         """Images and torch's next random number, part by part."""
-        with EventStorage(start_it):
+        with EventStorage(start_iter):
             cfg.dataloader.train.update(changes)
             parts = itertools.islice(instantiate(cfg.dataloader.train).parts(accumulate), n_parts)
             return [([sample["image"] for sample in part], torch.rand(()).item()) for part in parts]
 
     whole = drawn(6, accumulate=2)
     assert len({number for _, number in whole}) == 6
-    assert_equal(drawn(2, accumulate=2, start_it=2, num_workers=2), whole[4:])
+    assert_equal(drawn(2, accumulate=2, start_iter=2, num_workers=2), whole[4:])
     assert_equal([image for images, _ in drawn(3) for image in images], [image for images, _ in whole for image in images])
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):  # two ranks are two parts
@@ -201,7 +225,7 @@ def test_two_processes_are_one(tmp_path, whole):
 
 
 def test_the_tool_ends_a_stopped_run_with_the_code_for_requeuing(tmp_path, whole):
-    recipe = replace(whole.protocol, iterations_it=2000, eval_period_it=2000)
+    recipe = with_overrides(whole.protocol, dict(max_iters=2000, eval_every=2000))
     run = replace(whole, output=tmp_path / "run", protocol=recipe)
     process, log = start(replace(run, workers=1), start_new_session=True), run.output / "metrics.jsonl"
     for _ in range(600):

@@ -21,7 +21,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is opt
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.departures import departures
+from det_plugin.deviations import config_deviations
 from det_plugin.evaluator import percentages
 from det_plugin.lazy import train
 from det_plugin.torchvision_engine.optim import lr_at
@@ -53,24 +53,24 @@ def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
     assert cfg.dataloader.evaluator.protocol == name.split("16_")[1].replace("_", "-") and cfg.train.init_checkpoint == ""
     asked = ["dataloader.root=/data", "train.output_dir=/out", "model.backbone.net.weights=/b.pth", "train.seed=4"]
     cfg = LazyConfig.apply_overrides(cfg, [*asked, "train.device=cpu", "dataloader.train.num_workers=0"])
-    assert departures(cfg) == {}
+    assert config_deviations(cfg) == {}
     edits = ["optimizer.lr=0.5", "train.max_iter=100", "dataloader.train.mapper.augmentations.0.prob=0", "train.more=1"]
     lr = cfg.optimizer.lr
     cfg = LazyConfig.apply_overrides(cfg, [*edits, "model.backbone.net.depth=2"])
-    assert departures(cfg) == {
+    assert config_deviations(cfg) == {
         "optimizer.lr": [lr, 0.5],
         "train.max_iter": [full_it, 100],
         "dataloader.train.mapper.augmentations.0.prob": [0.5, 0],
         "train.more": [None, 1],
-        "backbone_flags": [{}, {"depth": 2}],
+        "model_kwargs": [{}, {"depth": 2}],
     }
 
 
 def test_another_backbone_or_windows_take_one_override_each():
     cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
-    assert departures(cfg) == {"optimizer.lr": [3e-4, 1e-4]}  # the file's rate stays, and the protocol has another for ViT-L
+    assert config_deviations(cfg) == {"optimizer.lr": [3e-4, 1e-4]}  # the file's rate stays, and the protocol has another for ViT-L
     cfg = LazyConfig.apply_overrides(config_file("vitb16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
-    assert departures(cfg) == {}
+    assert config_deviations(cfg) == {}
     cfg = LazyConfig.apply_overrides(cfg, ["model.backbone.net.depth=3"])  # only to build it fast
     model = instantiate(cfg.model)
     assert model.backbone.stages[-1][-2].in_channels == 1024 and model.backbone.net.vit.n_registers == 4
@@ -79,7 +79,7 @@ def test_another_backbone_or_windows_take_one_override_each():
     assert rates == pytest.approx([3e-4 * 0.7**k for k in range(4, -1, -1)])
     asked = ["model.backbone.net.window_size=14", "model.backbone.net.global_blocks=2"]
     cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), asked)
-    assert departures(cfg) == {"model.backbone.net.window_size": [0, 14], "model.backbone.net.global_blocks": [4, 2]}
+    assert config_deviations(cfg) == {"model.backbone.net.window_size": [0, 14], "model.backbone.net.global_blocks": [4, 2]}
     assert instantiate(cfg.model.backbone.net).options.window_size == 14
 
 
@@ -121,7 +121,7 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     assert (first.method, first.effective_epochs, first.seed, first.backbone) == ("ours", 3, 0, TINY)
     assert first.metrics.keys() >= {"box_ap", "mask_ap", "box_ap50", "mask_ap75"} and not first.protocol.full
     changed = first.protocol.deviations
-    assert changed["iterations_it"] == [22_128, 20] and changed["backbone_flags"] == [{}, {"depth": 2}]
+    assert changed["max_iters"] == [22_128, 20] and changed["model_kwargs"] == [{}, {"depth": 2}]
     assert {key: pair for key, pair in changed.items() if "." in key} == {"model.roi_heads.num_classes": [5, 3]}
     whole = torch.load(run / "model_final.pth", weights_only=True)
     state, optimizer = whole["model"], whole["trainer"]["optimizer"]["state"]
@@ -143,7 +143,7 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     launch(tmp_path / "half", "--eval-only", "--config-file", resolved, f"train.init_checkpoint={run / 'model_0000009.pth'}")
     half = read_result(tmp_path / "half")
     assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
-    assert half.protocol.deviations == {**first.protocol.deviations, "iterations_it": [22_128, 10]}
+    assert half.protocol.deviations == {**first.protocol.deviations, "max_iters": [22_128, 10]}
 
 
 def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):

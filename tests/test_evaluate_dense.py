@@ -1,4 +1,4 @@
-"""tools/evaluate_dense.py as users run it: the evaluators' numbers, departures by name, nothing done twice, bad input by name."""
+"""tools/evaluate_dense.py as users run it: the evaluators' numbers, deviations by name, nothing done twice, bad input by name."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import runpy
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,13 @@ from pretrain.data.label_sets import open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import run as dense
 from pretrain.evaluation.dense.classification import knn_classification, open_class_folders
-from pretrain.evaluation.dense.protocol import KNN, N_IMAGES, SETTINGS, departures_of_data, protocol_of, settings_of
+from pretrain.evaluation.dense.protocol import KNN, N_IMAGES, TASKS, deviations_of_data, protocol_of, settings_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.results.dense import dense_table
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result
+from pretrain.settings import replaced
 from pretrain.signals import StopSignals
 from pretrain.weights import read_checkpoint, save_backbone
 
@@ -38,6 +38,7 @@ LINEAR = ["linear.image_px=32", "linear.label_px=16", "linear.epochs=2", "linear
 IN_CONTEXT = ["in_context.image_px=32", "in_context.memory_size=12", "in_context.passes=1", "in_context.k=3"]
 CLUSTERING = ["clustering.image_px=32", "clustering.label_px=16", "clustering.overclusters=6", "clustering.restarts=1"]
 OF_SET = [*LINEAR, *IN_CONTEXT, *CLUSTERING]
+KNN_WORDS = ["--knn-root", "/nowhere"]
 OF_KNN = ["knn.resize_px=40", "knn.crop_px=32", "knn.k=1,3"]
 
 
@@ -67,8 +68,8 @@ def evaluate(*given, figures=False, **named):
     tool.main(words(*given, **named))
 
 
-def features_of(weights, **flags):
-    backbone = build_backbone("vit_tiny_patch16", weights, **flags).eval()
+def features_of(weights, **model_kwargs):
+    backbone = build_backbone("vit_tiny_patch16", weights, **model_kwargs).eval()
     return Features(backbone, CPU, nullcontext())
 
 
@@ -76,7 +77,7 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     knn = ["--knn-root", home / "classes", *OF_KNN]
     evaluate(home, tmp_path / "out", *OF_SET, *knn, "--seed", 3, "--before", home / "dino.pth", figures=True)
     weights, said = home / "ours.safetensors", capsys.readouterr().out
-    features, settings = features_of(weights), settings_of(list(SETTINGS), [*OF_SET, *OF_KNN], seed=3)
+    features, settings = features_of(weights), settings_of(list(TASKS), [*OF_SET, *OF_KNN], seed=3)
     parts = [open_label_set(home / "toy", part) for part in ("train", "val")]
     expected = {}
     with frozen(features.backbone):
@@ -103,7 +104,7 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     assert f"linear_miou {expected['linear_miou']:.2f}" in said and "linear, train, pass 1: 4 of 4 images" in said
 
 
-def test_a_file_of_dinos_on_voc_says_all_departures(home, tmp_path):
+def test_a_file_of_dinos_on_voc_says_all_deviations(home, tmp_path):
     some = ["--patch-size", 8, "--bf16", "--max-images", 2, "--tasks", "in_context", *IN_CONTEXT]
     evaluate(home, tmp_path / "out", *some, weights="dino.pth", data="voc")  # --tasks takes the words after it, too
     result = read_result(tmp_path / "out")
@@ -139,7 +140,9 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     start = read_checkpoint(home / "ours.safetensors")
     for said in (0, 1, 2, True, -1, "x"):
         told = {"method": "paka", "seed": said, "config_hash": "c"}
-        save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+        save_backbone(
+            tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+        )
         evaluate(
             tmp_path, tmp_path / "out" / f"of_{said}", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy"
         )
@@ -153,7 +156,9 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     assert (row["seeds"], row["linear_miou_n"]) == ("0, 1, 2", "3") and len({run.weights_hash for run in found.values()}) == 6
     assert float(row["linear_miou"]) == pytest.approx(np.mean(values)) and len(set(values)) == 3
     told = {"method": "paka", "seed": 3, "config_hash": "of another recipe"}
-    save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+    save_backbone(
+        tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+    )
     evaluate(tmp_path, tmp_path / "out" / "other", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
     rows = dense_table([*(found[f"of_{seed}"] for seed in (0, 1, 2)), read_result(tmp_path / "out" / "other")]).records
     assert sorted(row["seeds"] for row in rows) == ["0, 1, 2", "3"]  # of one name, but no seed of that training
@@ -190,7 +195,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tm
     assert asked == ["in_context", "clustering"]
     whole, parts = read_result(tmp_path / "whole"), read_result(folder)
     assert (parts.metrics, parts.config_hash, parts.protocol) == (whole.metrics, whole.config_hash, whole.protocol)
-    for task in SETTINGS.keys() - {KNN}:  # their maps, for the figures
+    for task in set(TASKS) - {KNN}:  # their maps, for the figures
         maps = [np.load(tmp_path / name / "tasks" / f"{task}.npz") for name in ("whole", "parts")]
         assert maps[0].files and all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0].files)
 
@@ -271,29 +276,28 @@ def test_a_watched_set_is_the_set_until_a_signal(home, capsys):
 
 
 @pytest.mark.parametrize("name", N_IMAGES)
-def test_the_public_protocol_has_no_departure(name):
+def test_the_public_protocol_has_no_deviation(name):
     tasks = [KNN] if name == KNN else list(dense.EVALUATORS)
-    protocol = protocol_of(name, settings_of(tasks, seed=5), departures_of_data(name, N_IMAGES[name], 0))
+    protocol = protocol_of(name, settings_of(tasks, seed=5), deviations_of_data(name, N_IMAGES[name], 0))
     assert protocol.full and protocol.name == f"dense-{name}"
-    fewer = departures_of_data(name, (N_IMAGES[name][0] - 1, N_IMAGES[name][1]), 10**9)  # more than there are is no restriction
+    fewer = deviations_of_data(name, (N_IMAGES[name][0] - 1, N_IMAGES[name][1]), 10**9)  # more than there are is no restriction
     assert set(protocol_of(name, {}, fewer).deviations) == {"train_images"}
 
 
-@pytest.mark.parametrize("task", SETTINGS)
+@pytest.mark.parametrize("task", TASKS)
 def test_every_setting_of_a_task_can_be_changed_and_is_told(task):
     (default,) = settings_of([task]).values()
-    for field in fields(default):
-        value = getattr(default, field.name)
+    for name, value in vars(default).items():
         other = not value if isinstance(value, bool) else (1,) if isinstance(value, tuple) and len(value) != 2 else value
         other = (value[0] / 2, value[1]) if isinstance(value, tuple) and len(value) == 2 else other
         other = value / 2 if isinstance(value, float) else value + 16 if other is value and isinstance(value, int) else other
-        used = replace(default, **{field.name: other})
+        used = replaced(default, {name: other})
         told = protocol_of("toy", {task: used}, {}).deviations
-        silent = field.name in ("seed", "map_px")
-        assert told == ({} if silent else {f"{task}.{field.name}": json.loads(json.dumps([value, other]))})
-        if field.name != "seed":
+        silent = name in ("seed", "map_px")
+        assert told == ({} if silent else {f"{task}.{name}": json.loads(json.dumps([value, other]))})
+        if name != "seed":
             text = str(other).lower() if isinstance(other, bool) else str(other)
-            assert settings_of([task], [f"{task}.{field.name}={text}"]) == {task: used}
+            assert settings_of([task], [f"{task}.{name}={text}"]) == {task: used}
 
 
 def test_a_folder_that_nothing_can_be_written_into_is_told_before_the_first_task(home, monkeypatch):
@@ -318,9 +322,15 @@ def main(arguments):
     [
         (["--tasks", "linear", "knn"], "--tasks: 'knn' is none of linear, in_context, clustering"),
         (["--tasks", "linear.epochs=2"], "--tasks names no task"),
-        (["linear.epoch=2"], "linear: no field 'epoch'"),
-        (["linear.epochs=two"], "linear: epochs='two' should be like 25"),
+        (["linear.epoch=2"], "unknown key 'linear.epoch' (command line); did you mean linear.epochs?"),
+        (["linear.epochs=two"], "linear.epochs='two' (command line) should be a whole number"),
         (["linear.epochs=0"], "linear.epochs=0"),
+        (["clustering.seeds=0"], "clustering.seeds=0"),
+        (["linear.lr=nan"], "linear.lr=nan should be a finite number"),
+        ([*KNN_WORDS, "knn.crop_px=48", "knn.resize_px=40"], "knn.crop_px=48 is more than knn.resize_px=40"),
+        ([*KNN_WORDS, "knn.k="], "knn.k=[]"),
+        ([*KNN_WORDS, "knn.k=0,5"], "knn.k[0]=0"),
+        ([*KNN_WORDS, "knn.temperature=0"], "knn.temperature=0.0"),
         (["cluster.k=2"], "cluster.k=2: should be TASK.FIELD=VALUE"),
         (["knn.k=5"], "knn.k=5 has no effect: knn is not asked for"),
         (["linear.seed=2"], "linear.seed=2: give it as --seed"),

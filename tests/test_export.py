@@ -23,9 +23,9 @@ needs_onnx = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join
 PROGRAMS = [pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in ("torch", "onnx")]
 
 
-def backbone(**flags) -> ViT:
+def backbone(**model_kwargs) -> ViT:
     """Weights of ordinary size everywhere, so that no term hides behind a zero."""
-    vit, generator = build_backbone(TINY, depth=2, **flags), torch.Generator().manual_seed(0)
+    vit, generator = build_backbone(TINY, depth=2, **model_kwargs), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -49,8 +49,8 @@ def read(path: Path):
     [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
-def test_a_file_equals_the_backbone(tmp_path, format, flags, size):
-    vit, path = backbone(**flags), tmp_path / "new" / f"backbone{FORMATS[format].suffix}"
+def test_a_file_equals_the_backbone(tmp_path, format, model_kwargs, size):
+    vit, path = backbone(**model_kwargs), tmp_path / "new" / f"backbone{FORMATS[format].suffix}"
     told = export(vit, format, size, path)
     run, generator = read(path), torch.Generator().manual_seed(1)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # one file, and nothing beside it
@@ -136,13 +136,13 @@ def detection_run(train, folder, **changes):
     from det_plugin.protocol import protocol, with_overrides
     from det_plugin.run import DetectionRun
 
-    small = dict(iterations_it=2, milestones_it=(1,), warmup_it=0, batch_size=1, eval_period_it=2, image_size_px=64, channels=16,
+    small = dict(max_iters=2, milestones=(1,), warmup_iters=0, batch_size=1, eval_every=2, image_size_px=64, channels=16,
                  box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50), amp=False,
                  rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10, lr=0.1)  # fmt: skip
     recipe = with_overrides(protocol("coco-12ep", TINY), {**small, **changes})
     data = write_coco(folder.parent / "coco", n_train=2, n_val=2)
-    flags = dict(depth=1, **WITH_ALL)
-    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, backbone_flags=flags))
+    model_kwargs = dict(depth=1, **WITH_ALL)
+    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs))
     return folder
 
 
@@ -155,11 +155,12 @@ def is_in_checkpoint(vit, state, prefix):
 
 def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'posfield[det]')")
+    from det_plugin.torchvision_engine.checkpoint import load_checkpoint
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")
     vit = tool.backbone_of_run(folder)
-    assert is_in_checkpoint(vit, torch.load(folder / "checkpoint.pt", weights_only=True)["model"], "backbone.vit.")
+    assert is_in_checkpoint(vit, load_checkpoint(folder)["model"], "backbone.vit.")
     tool.main(["--weights", str(folder), "--size", "64", "--output", str(tmp_path / "tuned.pt2")])
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5)
@@ -212,18 +213,18 @@ def test_the_backbone_of_a_segmentation_run(tmp_path, tool):
     from seg_plugin.protocol import protocol, with_overrides
     from seg_plugin.run import SegmentationRun, train
 
-    small = dict(iterations_it=1, val_interval_it=1, batch_size=1, resize_px=(56, 40), crop_px=32, slide_crop_px=32,
+    small = dict(max_iters=1, val_every=1, batch_size=1, resize_px=(56, 40), crop_px=32, slide_crop_px=32,
                  slide_stride_px=32, num_classes=4, lr=0.1)  # fmt: skip
     data, folder = write_ade(tmp_path / "ade", n_train=2, n_val=2), tmp_path / "run"
-    recipe, flags = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
-    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, backbone_flags=flags))
+    recipe, model_kwargs = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
+    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs))
     state = torch.load(folder / "iter_1.pth", weights_only=False)["state_dict"]  # our own file, of this test
     assert is_in_checkpoint(tool.backbone_of_run(folder), state, "backbone.vit.")
 
 
 def test_the_tool_exports_a_pretraining_file(tmp_path, tool, capsys):
     vit, file, out = backbone(**WITH_ALL), tmp_path / "backbone.safetensors", tmp_path / "backbone.pt2"
-    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags)
+    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     tool.main(["--weights", str(file), "--size", "64", "48", "--output", str(out)])
     assert "64 x 48 px, largest relative difference from the backbone" in capsys.readouterr().out
     image = torch.randn(2, 3, 64, 48)

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 
 from pretrain.benchmark.data import measure
 from pretrain.config import load_config
 from pretrain.data.loader import Decoded, Sample, build_dataset, build_loader
-from pretrain.data.sampler import ORDER, PositionSampler, generator
+from pretrain.data.sampler import ORDER, SampleIndices, generator
 from pretrain.errors import UserError
+from pretrain.settings import replaced
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.masks import MaskSettings
@@ -25,11 +26,11 @@ def photos(tmp_path):
 
 
 def settings(photos, *extra):
-    return load_config(None, [*TINY, f"data.root={photos}", "optim.batch_size=6", *extra])
+    return load_config(None, last([*TINY, f"data.root={photos}", "optim.batch_size=6", *extra]))
 
 
-def batches(config, end_it=2):
-    return list(build_loader(config, build_dataset(config), 0, end_it))
+def batches(config, end_iter=2):
+    return list(build_loader(config, build_dataset(config), 0, end_iter))
 
 
 def tensors(record, prefix=""):
@@ -61,13 +62,16 @@ def test_workers_change_nothing(photos, path):
 def one_crop_batches(config, masks):
     """Of one global crop an image and no local ones, as MAE's."""
     dataset = build_dataset(config)
-    dataset.rules = replace(dataset.rules, crops=replace(dataset.rules.crops, n_global=1, n_local=0), masks=masks)
+    crops = replaced(dataset.rules.crops, {"n_global": 1, "n_local": 0})
+    dataset.rules = replace(dataset.rules, crops=crops, masks=masks)
     return [batch for batch, _ in build_loader(config, dataset, 0, 2)]
 
 
 @pytest.mark.parametrize("path", ["cpu", "device"])
 @pytest.mark.parametrize(
-    "masks", [None, MaskSettings(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")], ids=["none", "mae"]
+    "masks",
+    [None, MaskSettings(content_share=1, position_share=0, ratio=(0.75, 0.75), content_shape="random")],
+    ids=["none", "mae"],
 )
 def test_one_crop_an_image(photos, path, masks):
     """Its box, flip and masks are the same in any number of workers and parts; without masks there are none."""
@@ -135,9 +139,9 @@ def test_parts_of_a_batch_are_its_rows(photos):
 
 
 def test_ranks_and_parts_cover_a_batch_once():
-    positions = [list(PositionSampler(3, 5, 12, rank, 2, parts=3)) for rank in (0, 1)]
-    assert positions[0][:3] == [[36, 37], [38, 39], [40, 41]] and positions[1][:3] == [[42, 43], [44, 45], [46, 47]]
-    assert len(PositionSampler(3, 5, 12, 0, 2, parts=3)) == len(positions[0]) == 6
+    indices = [list(SampleIndices(3, 5, 12, rank, 2, n_micro_batches=3)) for rank in (0, 1)]
+    assert indices[0][:3] == [[36, 37], [38, 39], [40, 41]] and indices[1][:3] == [[42, 43], [44, 45], [46, 47]]
+    assert len(SampleIndices(3, 5, 12, 0, 2, n_micro_batches=3)) == len(indices[0]) == 6
 
 
 def test_parts_must_divide_the_share(photos):
@@ -147,7 +151,7 @@ def test_parts_must_divide_the_share(photos):
 
 
 def test_pixels_do_not_change_with_the_augmentation_of_positions(photos):
-    """Boxes, flips and colours have their own numbers: an ablation of positions sees the same crops."""
+    """Boxes, flips and colors have their own numbers: an ablation of positions sees the same crops."""
     on, off = (batches(settings(photos, f"positions.augment={flag}"), 1)[0][0] for flag in ("true", "false"))
     assert torch.equal(on.global_crops, off.global_crops) and torch.equal(on.local_crops, off.local_crops)
     assert torch.equal(on.views.boxes, off.views.boxes) and not torch.equal(on.views.position_boxes, off.views.position_boxes)

@@ -34,7 +34,7 @@ def random_head(rng, *shape, k=6, d=5):
 @pytest.mark.parametrize("n_rows", [0, 4])
 def test_image_loss_is_dinos(rng, n_rows):
     """Every global teacher view against every other student view; means over the images and over the 2 + 2 * 3 pairs."""
-    student, teacher = random_head(rng, 5, 4), random_projection(rng, 2, 4)
+    student, teacher = random_head(rng, 5, 4), random_head(rng, 2, 4)
     center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
     p = distribution(HeadOutput(teacher.bottleneck.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(0, (2, 4))
     total, pairs = 0.0, [(t, s) for t in range(2) for s in range(5) if s != t]
@@ -50,7 +50,7 @@ def test_image_loss_is_dinos(rng, n_rows):
 @pytest.mark.parametrize("n_rows", [0, 2])
 def test_patch_loss_weighs_each_crop_alike(rng, n_rows):
     """Of four crops two have masked patches, 2 and 5; the others have none of this kind and still count."""
-    student, teacher = random_head(rng, 7), random_projection(rng, 7)
+    student, teacher = random_head(rng, 7), random_head(rng, 7)
     center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
     p = distribution(teacher, center, 0.3)
     rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student.logits, p)]

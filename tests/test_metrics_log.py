@@ -92,11 +92,11 @@ class FakeWandb(types.ModuleType):
 def test_wandb_gets_everything_and_a_resume_goes_on_in_the_same_run(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for start_it in (0, 3):
-        log = MetricsLog(tmp_path / "run", start_it, False, wandb="birds", config={"run": {"seed": 1}})
-        log.write("metrics", start_it, {"loss": 2.0})
-        log.write("probes", start_it, {"probe/knn_top1": 50.0})
-        log.pictures(start_it, {"views": PICTURE})
+    for start_iter in (0, 3):
+        log = MetricsLog(tmp_path / "run", start_iter, False, wandb="birds", config={"run": {"seed": 1}})
+        log.write("metrics", start_iter, {"loss": 2.0})
+        log.write("probes", start_iter, {"probe/knn_top1": 50.0})
+        log.pictures(start_iter, {"views": PICTURE})
         log.close()
     one = dict(project="birds", resume="allow", name="run", dir=str(tmp_path / "run"), config={"run": {"seed": 1}})
     assert fake.inits == [{**one, "id": None}, {**one, "id": "run7"}] and fake.finished == 2
@@ -163,8 +163,10 @@ def test_words():
     clock = Clock()
     speed = Speed(8, clock)
     ticks(speed, clock, *[2.0] * 9, waited=0.1)
-    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, ("image", "koleo"), speed, CPU)
+    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, ["image", "content", "koleo"], speed, CPU)
     assert text == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
+    text = describe({"loss": 3.25, "pixels": 3.25, "image": 1.0, "grad_norm": 7.0}, ["pixels"], speed, CPU)
+    assert text.startswith("loss 3.250 (pixels 3.250)  ")
     assert 0.05 < peak_memory_gb(CPU) < 200
 
 

@@ -5,27 +5,28 @@ import html
 import io
 import re
 import statistics
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from recipe_fixture import ABLATIONS, recipe
 from test_results import DEVIATIONS, protocol, result
 from test_tables import NASTY
 from tool_fixture import load_tool
 
-from pretrain.config import load_config
+from pretrain.config import run_protocol
 from pretrain.errors import UserError
-from pretrain.recipe import IMAGENET_1K, pretraining_protocol
 from pretrain.results.layouts import LAYOUTS
-from pretrain.results.matching import RECIPES
+from pretrain.results.matching import METHOD, changed_settings, varied_keys
 from pretrain.results.paper import paper_tables
 from pretrain.results.published import published_rows
 from pretrain.results.render import _LATEX, FORMATS, latex_text, render_all
 from pretrain.results.schema import write_result
+from pretrain.settings import read_yaml
 from pretrain.weights.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parents[1]
+IMAGENET_1K = 1_281_167  # training images
 CSV = list(csv.DictReader((ROOT / "pretrain" / "results" / "published_results.csv").open(encoding="utf-8")))
 SCORES = ("box_ap", "mask_ap", "ade20k_miou")
 DRAWN = ("md", "latex", "html")
@@ -268,19 +269,33 @@ CONFIGS = {
 
 def runs_of_config(name, *overrides, images=IMAGENET_1K, **changes):
     """A pre-training by one of our configs and a fine-tuning of what it left."""
-    config = load_config(ROOT / "configs" / "pretrain" / f"{name}.yaml", overrides)
-    recipe = pretraining_protocol(config, images)
-    fields = {"method": config.run.method, "weights_hash": name, **changes}
-    return [result("pretrain", {"loss": 8.0}, protocol=recipe, **fields), result(metrics={"box_ap": 40.0}, **fields)]
+    config = recipe(name, *overrides)
+    followed = run_protocol(config, images)
+    fields = {"method": config.run.name, "weights_hash": name, **changes}
+    return [result("pretrain", {"loss": 8.0}, protocol=followed, **fields), result(metrics={"box_ap": 40.0}, **fields)]
 
 
 def test_the_configs_of_the_ablations_are_all_here():
-    there = {f"ablation/{path.stem}" for path in (ROOT / "configs" / "pretrain" / "ablation").glob("*.yaml")}
+    there = {f"ablation/{path.stem}" for path in ABLATIONS.glob("*.yaml")}
     assert there == {name for name in CONFIGS if "/" in name}
     rows = {row for name in CONFIGS for row in CONFIGS[name]}
     assert rows >= {(r["table"], r["method"]) for r in CSV if r["table"] in ("3", "4a", "4b", "5a", "5b")}
-    assert set(RECIPES) <= {row.method for row in published_rows()}
+    named = {f"ablation/{row.changes}": row for row in published_rows() if row.changes}
+    assert {name: {(row.table, row.method)} for name, row in named.items()} == {
+        name: rows for name, rows in CONFIGS.items() if name.startswith("ablation/table")
+    }
+    bases = {row.recipe: read_yaml(ABLATIONS / f"{row.changes}.yaml").values["base"] for row in named.values()}
+    assert bases == {METHOD: METHOD}
     assert all(set(layout.cells) <= {row.method for row in published_rows()} for layout in LAYOUTS.values())
+
+
+def test_what_an_ablation_changes_stands_in_its_file_alone():
+    off = {"masks.position_share": 0.0, "losses.position": 0.0}
+    assert changed_settings("table3_none") == {"positions.encoding": "standard", "positions.augment": False, **off}
+    assert changed_settings("table4b_19") == {"positions.grid": 19} and changed_settings("") == {}
+    rows = [row for row in published_rows() if row.changes]
+    assert varied_keys() == {key for row in rows for key in changed_settings(row.changes)}
+    assert {row.recipe for row in rows} == {METHOD} and not [key for key in varied_keys() if key.startswith("run.")]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -290,7 +305,7 @@ def test_each_config_is_the_row_that_it_says(name):
     assert places == CONFIGS[name]  # by its protocol
     paper = {(r["table"], r["method"]) for r in CSV} | {("7", r["method"]) for r in CSV if r["table"] == "1"}
     assert {(row["table"], row["method"]) for row in with_measured(records([run]))} == places  # by its name
-    other = [replace(pretraining, method="mine"), replace(run, method="mine")]
+    other = [pretraining.with_changes(method="mine"), run.with_changes(method="mine")]
     places = {(row["table"], row["method"]) for row in with_measured(records(other))}
     assert places == (CONFIGS[name] if CONFIGS[name] <= paper else {("1", "mine"), ("7", "mine")})
     if CONFIGS[name] <= paper:
@@ -351,11 +366,11 @@ def test_the_sources_of_public_weights_name_their_methods_as_the_tables_do():
 def test_50_epochs_and_12_never_meet():
     methods = {"FLSL": None, "intertwined": 346.9, "DINO": None, "intertwined, s constant": 346.9}
     base = result(metrics={"box_ap": 40.0}, protocol=protocol("coco-50ep"))
-    at_50 = [replace(base, method=name, effective_epochs=epochs, weights_hash=name) for name, epochs in methods.items()]
+    at_50 = [base.with_changes(method=name, effective_epochs=epochs, weights_hash=name) for name, epochs in methods.items()]
     found = {(row["table"], row["method"], row["box_ap_published"]) for row in with_measured(records(at_50))}
     alone = {("2", "DINO", ""), ("2", "intertwined, s constant", "")}  # the paper's Table 2 has no such row
     assert found == {("2", "FLSL", "48.0"), ("2", "Intertwined", "48.7")} | alone
-    at_12 = [replace(run, protocol=protocol()) for run in at_50]
+    at_12 = [run.with_changes(protocol=protocol()) for run in at_50]
     assert "2" not in {row["table"] for row in with_measured(records(at_12))}
 
 
@@ -375,7 +390,7 @@ def test_two_configurations_of_a_row_are_two_lines():
 
 def test_fine_tunings_of_two_recipes_under_one_name_are_no_seeds_of_a_row():
     ours, other = runs_of_config("intertwined_vits16", method="mine"), runs_of_config("dinov2_vits16", method="mine")
-    runs = [*ours, other[0], replace(other[1], seed=1)]
+    runs = [*ours, other[0], other[1].with_changes(seed=1)]
     assert {row["source"] for row in with_measured(records(runs))} == {"measured"}
 
 
@@ -398,7 +413,7 @@ def test_runs_without_a_place_are_in_a_last_table():
 def test_no_run_is_lost_and_their_order_does_not_matter():
     names = ("intertwined_vits16", "dinov2_vits16", "ablation/table3_lpos", "ablation/reference_image")
     runs = [run for name in names for run in runs_of_config(name)]
-    runs = [replace(r, metrics={"box_ap": 40.0 + i / 8}) if r.kind == "detection" else r for i, r in enumerate(runs)]
+    runs = [r.with_changes(metrics={"box_ap": 40.0 + i / 8}) if r.kind == "detection" else r for i, r in enumerate(runs)]
     for tables in ("1", "2", "3", "4", "7", "all"):
         shown = {row["box_ap_measured"] for row in records(runs, tables)} - {""}
         assert shown == {repr(r.metrics["box_ap"]) for r in runs if r.kind == "detection"}, tables
@@ -453,7 +468,7 @@ def test_a_setting_that_no_row_has_makes_a_row_of_its_own():
 
 def every_kind_of_row():
     nasty = result(metrics={"box_ap": 1.0}, method=NASTY, backbone=NASTY, deviations={NASTY: [NASTY, "<b>"]})
-    family = replace(nasty, backbone="vit_small_patch16")
+    family = nasty.with_changes(backbone="vit_small_patch16")
     return [*runs_of_config("ablation/table4a_constant"), result(metrics={"box_ap": 44.0}), nasty, family]
 
 

@@ -99,7 +99,7 @@ def test_the_full_detection_protocol_steps_in_detectron2():
     from det_plugin.lazy import config
 
     recipe = replace(protocol("coco-12ep", "vit_small_patch16"), amp=False)
-    model = instantiate(config(recipe, "vit_small_patch16", backbone_flags=dict(pos_encoding="field"), device="cpu").model)
+    model = instantiate(config(recipe, "vit_small_patch16", model_kwargs=dict(pos_encoding="field"), device="cpu").model)
     from detectron2.utils.events import EventStorage
 
     boxes, labels, masks = targets_of()

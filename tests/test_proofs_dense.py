@@ -31,7 +31,7 @@ def toy(tmp_path_factory):
 
 
 def evaluate(toy, weights, output, seed):
-    """Linear and in-context segmentation of the toy's labelled pictures, by the tool: what its result says."""
+    """Linear and in-context segmentation of the toy's labeled pictures, by the tool: what its result says."""
     words = ["--weights", str(weights), "--data", str(toy / "data/ade/ADEChallengeData2016"), "--set", "folder"]
     words += ["--tasks", "linear", "in_context", "--output", str(output), "--seed", str(seed), *REDUCED]
     load_tool("evaluate_dense").main(words)

@@ -29,7 +29,7 @@ DETECTION = dict(
     image_size_px=LONG_PX, anchor_sizes_px=(16, 32, 64, 96, 128), num_classes=len(CLASSES), detections_per_image=20,
     channels=64, box_convs=1, box_fc=256, mask_convs=2,
     rpn_batch_per_image=64, roi_batch_per_image=64, rpn_pre_nms=(200, 100), rpn_post_nms=(100, 50),
-    batch_size=4, iterations_it=600, milestones_it=(450, 560), warmup_it=20, eval_period_it=600,
+    batch_size=4, max_iters=600, milestones=(450, 560), warmup_iters=20, eval_every=600,
     lr=5e-4, layer_decay=0.9, weight_decay=0.0,
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ SEGMENTATION = dict(
     brightness=0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0,
     # Crops and windows of one size that fits into each picture: what was learned by heart is lost where positions are others.
     resize_px=(2 * LONG_PX, 2 * SHORT_PX), crop_px=2 * SHORT_PX, slide_crop_px=2 * SHORT_PX, slide_stride_px=LONG_PX,
-    num_classes=1 + len(CLASSES), batch_size=4, iterations_it=500, val_interval_it=500, warmup_it=20,
+    num_classes=1 + len(CLASSES), batch_size=4, max_iters=500, val_every=500, warmup_iters=20,
     lr=5e-4, weight_decay=0.0,
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def ade(pictures, tmp_path_factory):
 def learn_boxes_by_heart(train, coco, folder):
     """Box and mask AP in percent on the pictures that an engine was trained on."""
     recipe = with_overrides(protocol("coco-12ep", BACKBONE), DETECTION)
-    run = DetectionRun(BACKBONE, None, coco, folder, recipe, device="cpu", workers=0, backbone_flags=FLAGS)
+    run = DetectionRun(BACKBONE, None, coco, folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS)
     metrics = read_result(train(run)).metrics
     print(f"box AP {metrics['box_ap']:.1f}, mask AP {metrics['mask_ap']:.1f}")
     return metrics["box_ap"], metrics["mask_ap"]
@@ -123,7 +123,7 @@ def test_segmentation_learns_eight_pictures(tmp_path, ade):
     from seg_plugin.run import SegmentationRun, train
 
     recipe = with_overrides(protocol(), SEGMENTATION)
-    run = SegmentationRun(BACKBONE, None, ade, tmp_path / "run", recipe, device="cpu", workers=0, backbone_flags=FLAGS)
+    run = SegmentationRun(BACKBONE, None, ade, tmp_path / "run", recipe, device="cpu", workers=0, model_kwargs=FLAGS)
     metrics = read_result(train(run)).metrics
     reached = f"mIoU {metrics['miou']:.1f}"
     print(reached, metrics["iou"])

@@ -23,6 +23,7 @@ from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
 from det_plugin.torchvision_engine.loader import EvalSamples, TrainSamples, positions
 from det_plugin.torchvision_engine.optim import lr_at, set_lr
 from det_plugin.torchvision_engine.trainer import Data, Trainer
+from pretrain.settings import compared
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {"b": ("vit_base_patch16", 768, 3e-4), "s": ("vit_small_patch16", 384, 1e-4)}  # name, width, lr: B.2
@@ -80,12 +81,12 @@ def built(data):
     return get
 
 
-def config_of(size, length, **flags):
+def config_of(size, length, **model_kwargs):
     """A config file as the stock launcher reads it."""
     from detectron2.config import LazyConfig
 
     cfg = LazyConfig.load(str(ROOT / "configs" / "det" / f"mask_rcnn_vit{size}16_coco_{length}ep.py"))
-    cfg.model.backbone.net.update(flags)
+    cfg.model.backbone.net.update(model_kwargs)
     return cfg
 
 
@@ -102,7 +103,7 @@ def detectron2_objects(size, data):
 
 def torchvision_objects(size, data):
     name = BACKBONES[size][0]
-    run = DetectionRun(name, None, data, data / "out", protocol("coco-12ep", name), device="cpu", backbone_flags=FLAGS[size])
+    run = DetectionRun(name, None, data, data / "out", protocol("coco-12ep", name), device="cpu", model_kwargs=FLAGS[size])
     trainer = Trainer(run, torch.device("cpu"))
     backbone = trainer.model.backbone
     pyramid = nn.ModuleList(backbone.pyramid.get_submodule(f"simfp_{level}") for level in (2, 3, 4, 5))
@@ -137,7 +138,7 @@ def test_learning_rate_of_every_iteration_that_matters(engine, size, length):
 
     else:
         recipe = protocol(f"coco-{length}ep", name)
-        assert recipe.iterations_it == LENGTHS[length]
+        assert recipe.max_iters == LENGTHS[length]
         optimizer = torch.optim.AdamW([dict(params=[parameter], rate=1.0)])
 
         def rate(it):
@@ -158,7 +159,7 @@ def test_periods_batch_and_precision(engine, size, length):
         assert train.init_checkpoint == "" and config_of(size, length).dataloader.train.total_batch_size == 64
     else:
         recipe = protocol(f"coco-{length}ep", BACKBONES[size][0])  # a checkpoint is written with each evaluation
-        assert (recipe.eval_period_it, recipe.amp, recipe.amp_dtype, recipe.batch_size) == (5000, True, "float16", 64)
+        assert (recipe.eval_every, recipe.amp, recipe.amp_dtype, recipe.batch_size) == (5000, True, "float16", 64)
         assert list(positions(3, recipe.batch_size, 0, 1)) == list(range(192, 256))
 
 
@@ -166,17 +167,15 @@ def test_periods_batch_and_precision(engine, size, length):
 @pytest.mark.detectron2
 @sizes
 def test_50_epochs_differ_in_the_schedule_alone(size):
-    from det_plugin.saved_config import leaves
+    from det_plugin.saved_config import plain
 
-    short, long = (leaves(config_of(size, length)) for length in ("12", "50"))
-    different = {key for key in short.keys() | long.keys() if short.get(key) != long.get(key)}
-    assert different == {
+    assert set(compared(*(plain(config_of(size, length)) for length in ("12", "50")))) == {
         "train.max_iter", "lr_multiplier.scheduler.milestones", "lr_multiplier.scheduler.num_updates",
         "lr_multiplier.warmup_length", "dataloader.evaluator.protocol",
     }  # fmt: skip
 
 
-# --- optimiser --------------------------------------------------------------------------------------------------------
+# --- optimizer --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
     "cls_token": 0, "patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "blocks.0.attn.qkv.weight": 1,
@@ -384,8 +383,8 @@ def test_pooling(engine, size, built):
         pooled = heads.box_pooler(maps, [Boxes(box)])
     else:
         pooled = heads.box_roi_pool(maps, [box])
-    centre = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centred on 0.5
-    assert pooled[0, 0, 3, 3].item() == pytest.approx(2 * (100 * centre[1] + centre[0]).item(), rel=1e-4)
+    center = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centerd on 0.5
+    assert pooled[0, 0, 3, 3].item() == pytest.approx(2 * (100 * center[1] + center[0]).item(), rel=1e-4)
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -393,7 +392,7 @@ def test_pooling(engine, size, built):
 
 @both
 @sizes
-def test_a_normalised_square_of_1024(engine, size, built):
+def test_a_normalized_square_of_1024(engine, size, built):
     model = built(engine, size).model
     image = torch.full((3, 40, 70), 200, dtype=torch.uint8)
     if engine == "detectron2":
@@ -411,7 +410,7 @@ def test_a_normalised_square_of_1024(engine, size, built):
     assert x.shape == (1, 3, 1024, 1024) and list(map(tuple, batch.image_sizes)) == [(40, 70)]
     for channel, (mean, std) in enumerate(zip(MEAN, STD)):
         assert x[0, channel, 39, 69].item() == pytest.approx((200 - mean) / std, rel=1e-5)
-    assert x[:, :, 40:].abs().max() == x[:, :, :, 70:].abs().max() == 0  # the padding lies bottom right, after normalisation
+    assert x[:, :, 40:].abs().max() == x[:, :, :, 70:].abs().max() == 0  # the padding lies bottom right, after normalization
 
 
 @needs_detectron2
@@ -487,8 +486,8 @@ def test_a_tenth_of_coco():
     """12 * ceil(11,800 / 64), the steps after the same shares; all else is that of 12 epochs."""
     for name, frozen in (("coco10pct-12ep", False), ("coco10pct-frozen-12ep", True)):
         p, full = protocol(name, "vit_base_patch16"), protocol("coco-12ep", "vit_base_patch16")
-        assert (p.iterations_it, p.milestones_it, p.train_share, p.freeze_backbone) == (2_220, (1_973, 2_138), 0.1, frozen)
+        assert (p.max_iters, p.milestones, p.train_share, p.freeze_backbone) == (2_220, (1_973, 2_138), 0.1, frozen)
         assert 12 * math.ceil(11_800 / 64) == 2_220 and round(2_220 * 8 / 9) == 1_973 and round(2_220 * 26 / 27) == 2_138
-        own = {"name", "iterations_it", "milestones_it", "train_share"} | ({"freeze_backbone", "drop_path"} if frozen else set())
+        own = {"name", "max_iters", "milestones", "train_share"} | ({"freeze_backbone", "drop_path"} if frozen else set())
         changed = {key for key in vars(p) if vars(p)[key] != vars(full)[key]}
         assert changed == own and p.drop_path == (0.0 if frozen else 0.1)

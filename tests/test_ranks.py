@@ -4,19 +4,19 @@ import os
 
 import pytest
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 from runs_fixture import ROOT, differences, torchrun
 
 from pretrain.config import load_config
 from pretrain.train import train
 from pretrain.weights import read_checkpoint
 
-EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_length_it=1", "optim.epochs=5"]
+EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_iters=1", "optim.epochs=5"]
 
 
 def pretrain(output, *words, options=()):
     """tools/pretrain.py on two ranks; returns stderr."""
-    return torchrun(2, ROOT / "tools" / "pretrain.py", *TINY, f"run.output={output}", *words, options=options)
+    return torchrun(2, ROOT / "tools" / "pretrain.py", f"run.output={output}", *last([*TINY, *words]), options=options)
 
 
 @pytest.fixture
@@ -29,16 +29,16 @@ def photos(tmp_path):
     "extra", [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"]], ids=["centering", "sinkhorn in parts"]
 )
 def test_two_gloo_ranks_equal_one_at_double_batch(tmp_path, photos, extra):
-    """float64, drop path 0, exact mode: losses, parameters, moments and centres after 5 steps."""
-    train(load_config(None, [*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT, *extra[:1]]))
+    """float64, drop path 0, exact mode: losses, parameters, moments and centers after 5 steps."""
+    train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT, *extra[:1]])))
     pretrain(tmp_path / "two", photos, *EXACT, *extra)
     assert differences(tmp_path / "one", tmp_path / "two", 5) == []
 
 
 def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
-    """Sharded parameters and optimiser: the same numbers; resumed on one process; the last checkpoint is one file."""
+    """Sharded parameters and optimizer: the same numbers; resumed on one process; the last checkpoint is one file."""
     pretrain(tmp_path / "ddp", photos, *EXACT, "step.accumulate=2")
-    sharded = [photos, *EXACT, "step.parallel=fsdp2", "step.accumulate=2", "log.checkpoint_period_it=2", "log.keep_checkpoints=9"]
+    sharded = [photos, *EXACT, "step.parallel=fsdp2", "step.accumulate=2", "log.checkpoint_every=2", "log.keep_checkpoints=9"]
     pretrain(tmp_path / "fsdp", *sharded)
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
     folders = {path.name: {file.name for file in path.iterdir()} for path in (tmp_path / "fsdp" / "checkpoints").iterdir()}
@@ -47,16 +47,16 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
     for key, value in a.items():  # float64 to 1e-9, rounded to float32
         torch.testing.assert_close(b[key], value, rtol=1e-6, atol=1e-8)
     # from the shards of iteration 2, on one process without shards
-    train(load_config(None, [*TINY, *sharded, f"run.output={tmp_path / 'fsdp'}"]), resume="2")
+    train(load_config(None, last([*TINY, *sharded, f"run.output={tmp_path / 'fsdp'}"])), resume="2")
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
 
 
 def test_another_number_of_ranks_goes_on_without_repeats(tmp_path, photos):
     """Two ranks for 2 steps, then one to the end: as one from the start, so no image was repeated or left out."""
-    train(load_config(None, [*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT]))
-    often = ["log.checkpoint_period_it=2", "log.keep_checkpoints=9"]
+    train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT])))
+    often = ["log.checkpoint_every=2", "log.keep_checkpoints=9"]
     pretrain(tmp_path / "both", photos, *EXACT, *often)
-    train(load_config(None, [*TINY, photos, f"run.output={tmp_path / 'both'}", *EXACT, *often]), resume="2")
+    train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'both'}", *EXACT, *often])), resume="2")
     assert differences(tmp_path / "one", tmp_path / "both", 5) == []
 
 
@@ -67,7 +67,7 @@ def test_a_killed_rank_comes_back_under_torchrun(tmp_path, photos):
     environment = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{environment}"
     try:
-        often = ["log.checkpoint_period_it=1", "--resume"]
+        often = ["log.checkpoint_every=1", "--resume"]
         error = pretrain(tmp_path / "killed_run", photos, *EXACT, *often, options=["--max-restarts=2"])
     finally:
         os.environ["PYTHONPATH"] = environment

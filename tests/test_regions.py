@@ -18,7 +18,7 @@ def seeded():
 
 def views_of(n_images, rule, size=(480, 640)):
     rngs = [np.random.default_rng([0, i]) for i in range(n_images)]
-    views = draw_views(np.array([size] * n_images, np.float64), rule, PositionSettings(enabled=False), rngs)
+    views = draw_views(np.array([size] * n_images, np.float64), rule, PositionSettings(augment=False), rngs)
     return views.map(lambda x: x.double() if x.is_floating_point() else x)
 
 
@@ -44,7 +44,7 @@ def coordinates(boxes, flips, grid):
 @pytest.mark.parametrize("n_bins, n_samples", [(7, 2), (3, 1), (5, 3)])
 @pytest.mark.parametrize("grid", [(14, 14), (6, 6), (5, 9)])
 def test_reading_is_roi_align(grid, n_bins, n_samples):
-    """In value and gradient, on unflipped views; regions up to the view's edges, beyond its outermost patch centres."""
+    """In value and gradient, on unflipped views; regions up to the view's edges, beyond its outermost patch centers."""
     n_views, n_regions, dim = 3, 4, 5
     maps = torch.randn(n_views, grid[0] * grid[1], dim, dtype=torch.float64)
     corner = torch.rand(n_views, 2, dtype=torch.float64) * 0.4
@@ -75,7 +75,7 @@ def test_reading_is_roi_align(grid, n_bins, n_samples):
 @pytest.mark.parametrize("global_grid, local_grid", GRIDS)
 def test_both_views_read_the_same_coordinates(global_grid, local_grid, rule):
     """In all bins, the border ones too, with and without flips: the regions are inset by half a patch of either view."""
-    views = views_of(40, CropSettings(2, 4, (0.4, 1.0), (0.05, 0.4), local_rule=rule))
+    views = views_of(40, CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule=rule))
     regions, are = overlaps(views, global_grid, local_grid, 1.0)
     seen = []
     for which, grid, of_view in ((slice(0, 2), global_grid, regions), (slice(2, None), local_grid, regions.transpose(1, 2))):
@@ -85,7 +85,7 @@ def test_both_views_read_the_same_coordinates(global_grid, local_grid, rule):
         seen.append(read if len(seen) == 0 else read.transpose(1, 2))  # [B, G, L, 49, 3]
     assert are.float().mean() > 0.3 and views.flips.float().mean() > 0.3
     torch.testing.assert_close(seen[0][are], seen[1][are], atol=1e-12, rtol=0)
-    steps = (torch.arange(7, dtype=torch.float64) + 0.5) / 7  # the bins' centres, rows and columns those of the image
+    steps = (torch.arange(7, dtype=torch.float64) + 0.5) / 7  # the bins' centers, rows and columns those of the image
     x0, y0, x1, y1 = regions[are].unsqueeze(1).unbind(-1)
     expected = (x0 + steps * (x1 - x0))[:, None, :].expand(-1, 7, -1), (y0 + steps * (y1 - y0))[:, :, None].expand(-1, -1, 7)
     torch.testing.assert_close(seen[0][are][..., :2], torch.stack(expected, -1).flatten(1, 2), atol=1e-12, rtol=0)
@@ -116,7 +116,7 @@ def test_what_is_an_overlap():
     cases = [
         ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0), False),  # apart
         ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), False),  # side by side
-        ((0.0, 0.0, 0.5, 1.0), (0.45, 0.0, 0.95, 1.0), False),  # by one patch: nothing between the outermost centres
+        ((0.0, 0.0, 0.5, 1.0), (0.45, 0.0, 0.95, 1.0), False),  # by one patch: nothing between the outermost centers
         ((0.0, 0.0, 0.5, 1.0), (0.2, 0.0, 0.7, 1.0), True),
         (whole, whole, True),
         (whole, (0.2, 0.2, 0.5, 0.5), True),
@@ -149,11 +149,10 @@ def test_the_least_overlap_is_robust_to_rounding(least, n_patches, expected):
     assert are.all() if expected else not are.any()
 
 
-def test_regions_of_drawn_crops_lie_between_the_outermost_centres():
+def test_regions_of_drawn_crops_lie_between_the_outermost_centers():
     """So no point is moved to the border, in float32 too."""
-    views = views_of(60, CropSettings(2, 6, (0.4, 1.0), (0.05, 0.4), local_rule="inside")).map(
-        lambda x: x.float() if x.is_floating_point() else x
-    )
+    crops = CropSettings(n_global=2, n_local=6, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
+    views = views_of(60, crops).map(lambda x: x.float() if x.is_floating_point() else x)
     regions, are = overlaps(views, (14, 14), (6, 6), 2.0)
     assert are.float().mean() > 0.5
     for boxes, grid, axis in ((views.boxes[:, :2], (14, 14), 2), (views.boxes[:, 2:], (6, 6), 1)):

@@ -20,7 +20,7 @@ from pretrain.errors import UserError
 from pretrain.results import report
 from pretrain.results.curves import MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
 from pretrain.results.report import build_report
-from pretrain.results.runs import Figure, find_results, read_figures, read_log, read_run, run_names
+from pretrain.results.runs import Figure, Run, find_results, read_figures, read_log, read_run, run_names
 from pretrain.results.schema import Protocol, Result, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,8 +249,25 @@ def test_published_tables_can_be_chosen(folder):
 
 def test_terms_are_ordered_and_the_rest_set_aside():
     log = {1: dict.fromkeys(("seconds", "lr", "loss_mask", "koleo", "loss", "mask_ap", "knn_top1", "grad_norm"), 1.0)}
-    shown, others = terms_of([Curve("a", log, "red", "solid")])
+    shown, others = terms_of([Curve(result("pretrain"), "a", log, "red", "solid")])
     assert shown == ["loss", "koleo", "mask_ap", "lr", "knn_top1", "loss_mask"] and others == ["grad_norm", "seconds"]
+
+
+def test_a_new_methods_losses_are_shown_without_a_list(tmp_path):
+    run = result("pretrain", metrics={"loss": 3.0, "zeta": 1.0}, method="made up", loss_terms=("zeta", "alpha"))
+    log = [{"iteration": i, "alpha": 2.0, "entropy": 0.5, "loss": 3.0, "zeta": 1.0, "lr": 1e-3} for i in range(3)]
+    other = result("pretrain", loss_terms=("image", "koleo"))
+    known = Curve(other, "b", {0: {"koleo": 1.0, "loss": 1.0}}, "red", "solid")
+    read = read_run(write_run(tmp_path, run, log) / "result.json")
+    curve = Curve(read.result, "a", read.log, "red", "solid")
+    assert terms_of([curve]) == (["loss", "zeta", "alpha", "lr"], ["entropy"])
+    assert terms_of([known, curve]) == (["loss", "koleo", "zeta", "alpha", "lr"], ["entropy"])
+    page = build_report([read])
+    shown = page[page.index("<h3>Pre-training</h3>") : page.index("<details><summary>Other terms (1)")]
+    assert all(f">{term}<" in shown for term in ("loss", "zeta", "alpha")) and ">entropy<" not in shown
+    assert ">zeta</th>" in page[page.index('<section id="results">') :]
+    later = build_report([Run(run.with_changes(post_training=True), read.log, [])])
+    assert "<h3>Post-training</h3>" in later and "<h3>Pre-training</h3>" not in later
 
 
 def test_long_curves_become_means_with_their_band():
@@ -263,14 +280,14 @@ def test_long_curves_become_means_with_their_band():
     assert len(_thinned(points[:-1] + [(9999, 1.0)] * 5)[0]) <= MOST_POINTS
 
 
-def test_a_panel_overlays_the_runs_in_their_colours():
+def test_a_panel_overlays_the_runs_in_their_colors():
     log = {i: {"loss": float(i)} for i in range(20)}
-    curves = [Curve(name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
-    assert curves[1].colour == curves[2].colour != curves[0].colour
+    curves = [Curve(result(), name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
+    assert curves[1].color == curves[2].color != curves[0].color
     assert [curve.dash for curve in curves] == ["solid", "solid", "dashed"]
     svg = panel("loss", curves, "p1")
     Page(svg)
-    assert all(svg.count(f"stroke: {curve.colour}") >= 1 for curve in curves) and "stroke-dasharray" in svg
+    assert all(svg.count(f"stroke: {curve.color}") >= 1 for curve in curves) and "stroke-dasharray" in svg
     assert "currentColor" in svg and "#010203" not in svg and "xmlns" not in svg
     assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg))
 

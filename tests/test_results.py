@@ -5,11 +5,11 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from pretrain.errors import UserError
 from pretrain.results.provenance import (
@@ -21,7 +21,7 @@ from pretrain.results.provenance import (
     peak_memory_mib,
     provenance,
 )
-from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
+from pretrain.results.schema import Protocol, Result, ordered_terms, read_result, to_json, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOLS = {"pretrain": "imagenet1k-100ep", "detection": "coco-12ep", "segmentation": "ade20k-160k"}
@@ -83,34 +83,36 @@ def test_numpy_numbers_and_tuples_become_plain_json(tmp_path):
 
 
 def test_created_is_now_in_utc_when_left_out():
-    fields = {name: getattr(result(), name) for name in Result.__dataclass_fields__ if name != "created"}
+    fields = {name: getattr(result(), name) for name in Result.model_fields if name != "created"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", Result(**fields).created)
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"kind": "training"}, "kind 'training'"),
+        ({"kind": "training"}, "kind='training' should be 'pretrain', 'detection'"),
         ({"metrics": {"box_ap": math.nan}}, "metrics.box_ap is nan"),
         ({"metrics": {"per_class": {"cat": math.inf}}}, "metrics.per_class.cat is inf"),
-        ({"metrics": {"box_ap": "44.8"}}, "metrics.box_ap must be a number"),
-        ({"metrics": {"box_ap": True}}, "metrics.box_ap must be a number"),
+        ({"metrics": {"box_ap": "44.8"}}, "metrics.box_ap should be a number"),
+        ({"metrics": {"box_ap": True}}, "metrics.box_ap should be a number"),
         ({"metrics": {"box_ap": 448.0}}, "metrics.box_ap is 448.0"),
         ({"metrics": {"miou": -1.0}}, "metrics.miou is -1.0"),
-        ({"metrics": {"box_ap": {"all": 1.0}}}, "metrics.box_ap must be a number"),
+        ({"metrics": {"box_ap": {"all": 1.0}}}, "metrics.box_ap should be a number"),
         ({"metrics": {1: 2.0}}, "key 1"),
         ({"hardware": {"gpus": {"a"}}}, "hardware.gpus is set"),
         ({"wall_time_s": math.nan}, "wall_time_s is nan"),
-        ({"wall_time_s": -1.0}, "wall_time_s is -1.0"),
-        ({"seed": 0.5}, "seed must be int, not float 0.5"),
-        ({"seed": True}, "seed must be int, not bool"),
-        ({"method": None}, "method must be str, not null"),
-        ({"effective_epochs": "350"}, "effective_epochs must be a number or null"),
-        ({"protocol": {"name": "coco-12ep"}}, "protocol must be Protocol"),
+        ({"wall_time_s": -1.0}, "wall_time_s=-1.0 should be greater than or equal to 0"),
+        ({"seed": 0.5}, "seed=0.5 should be a valid integer"),
+        ({"seed": True}, "seed=True should be a valid integer"),
+        ({"method": None}, "method=None should be a valid string"),
+        ({"effective_epochs": "350"}, "effective_epochs='350' should be a valid number"),
+        ({"protocol": {"name": "coco-12ep"}}, "protocol: version is missing"),
         ({"created": "yesterday"}, "'yesterday'"),
         ({"created": "2026-01-31T12:00:00"}, "'2026-01-31T12:00:00'"),
         ({"created": "2026-01-31T12:00:00+01:00"}, "+01:00"),
-        ({"schema_version": 2}, "schema_version 2"),
+        ({"schema_version": 2}, "schema_version=2 should be 1"),
+        ({"loss_terms": "image"}, "loss_terms='image' should be"),
+        ({"sed": 1}, "unknown key 'sed'"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(changes, words):
@@ -122,14 +124,14 @@ def test_a_bad_value_is_refused_by_name(changes, words):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda c: c.pop("seed"), "missing key 'seed'"),
+        (lambda c: c.pop("seed"), "seed is missing"),
         (lambda c: c.update(sed=1), "unknown key 'sed'"),
-        (lambda c: c["protocol"].pop("full"), "missing key 'protocol.full'"),
-        (lambda c: c["protocol"].update(complete=True), "unknown key 'protocol.complete'"),
-        (lambda c: c.update(protocol="coco-12ep"), "protocol must hold a JSON object, not str"),
-        (lambda c: c.update(seed="0"), "seed must be int, not str '0'"),
-        (lambda c: c["protocol"].update(version="1"), "protocol.version must be int"),
-        (lambda c: c["protocol"].update(deviations=DEVIATIONS), "protocol.full is True"),
+        (lambda c: c["protocol"].pop("full"), "protocol: full is missing"),
+        (lambda c: c["protocol"].update(complete=True), "protocol: unknown key 'complete'"),
+        (lambda c: c.update(protocol="coco-12ep"), "protocol='coco-12ep' should be"),
+        (lambda c: c.update(seed="0"), "seed='0' should be a valid integer"),
+        (lambda c: c["protocol"].update(version="1"), "protocol: version='1' should be a valid integer"),
+        (lambda c: c["protocol"].update(deviations=DEVIATIONS), "protocol: full is True"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_name_and_key(tmp_path, spoil, words):
@@ -154,6 +156,77 @@ def test_an_absent_file_is_refused_with_its_name(tmp_path):
         read_result(tmp_path)
 
 
+OF_2C21771 = """{
+  "backbone": "vit_tiny_patch16",
+  "config_hash": "0123456789ab",
+  "created": "2026-01-31T12:00:00+00:00",
+  "effective_epochs": 350,
+  "git_commit": null,
+  "hardware": {
+    "cores": 2
+  },
+  "kind": "pretrain",
+  "method": "paka",
+  "metrics": {
+    "broken_images": 0,
+    "cka": 0.3,
+    "loss": 0.3,
+    "overlaps": 0.6
+  },
+  "packages": {
+    "torch": "2.10"
+  },
+  "peak_memory_mib": null,
+  "protocol": {
+    "deviations": {
+      "crops.global_scale": [
+        [
+          0.25,
+          1.0
+        ],
+        [
+          0.5,
+          1
+        ]
+      ]
+    },
+    "full": false,
+    "name": "paka-25ep",
+    "version": 1
+  },
+  "schema_version": 1,
+  "seed": 0,
+  "wall_time_s": 12.5,
+  "weights_hash": null
+}
+"""
+
+
+def test_a_file_of_before_the_runs_named_their_losses(tmp_path):
+    """Written by commit 2c21771: it reads, is written again to the byte, and is a post-training by its metrics."""
+    (tmp_path / "result.json").write_text(OF_2C21771, encoding="utf-8")
+    old = read_result(tmp_path)
+    assert to_json(old) == OF_2C21771 and (old.loss_terms, old.post_training) == ((), False)
+    assert old.stage == "posttrain"
+    assert ordered_terms([old], ["overlaps", "a", "cka", "loss"]) == ["loss", "cka", "overlaps"]
+    assert old.with_changes(metrics={"loss": 1.0, "image": 1.0}).stage == "pretrain"
+    assert old.with_changes(loss_terms=("cka",)).stage == "pretrain"  # a run that names its losses says it
+
+
+def test_a_run_names_its_losses(tmp_path):
+    run = result("pretrain", {"loss": 3.0, "b": 1.0, "a": 2.0}, loss_terms=("b", "a"), post_training=True)
+    assert read_result(write_result(run, tmp_path)) == run and run.stage == "posttrain"
+    assert json.loads(to_json(run))["loss_terms"] == ["b", "a"]
+    assert ordered_terms([run], run.metrics) == ["loss", "b", "a"]
+    assert result(post_training=True).stage == "detection"  # no other kind has two stages
+
+
+@pytest.mark.parametrize("model", [Protocol, Result])
+def test_every_field_has_a_source(model):
+    assert [name for name, field in model.model_fields.items() if not field.json_schema_extra["source"]] == []
+    assert all(field.description.endswith("]") for field in model.model_fields.values())
+
+
 def test_nothing_is_written_when_a_number_became_nan(tmp_path):
     run = result(metrics={"box_ap": 44.8})
     run.metrics["box_ap"] = math.nan
@@ -167,7 +240,7 @@ def test_records_are_frozen_and_hold_copies():
     scaled = protocol(deviations=deviations)
     deviations.clear()
     assert scaled.label == "coco-12ep, scaled down (1 change)"
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         scaled.full = True
 
 
@@ -176,13 +249,13 @@ def test_records_are_frozen_and_hold_copies():
 
 @pytest.mark.parametrize("full, deviations", [(True, DEVIATIONS), (False, {})])
 def test_full_means_no_deviations(full, deviations):
-    with pytest.raises(UserError, match="protocol.full"):
+    with pytest.raises(UserError, match="protocol: full"):
         Protocol(name="coco-12ep", version=1, full=full, deviations=deviations)
 
 
 @pytest.mark.parametrize("pair", [[1, 1], [1], [1, 2, 3], "ab", 3, [(1, 2), [1, 2]]])
 def test_a_deviation_is_two_different_values(pair):
-    with pytest.raises(UserError, match="protocol.deviations.iterations"):
+    with pytest.raises(UserError, match="protocol: deviations.iterations"):
         protocol(deviations={"iterations": pair})
 
 
@@ -280,4 +353,4 @@ def test_the_room_is_a_leaf_and_light():
         "print(sorted(m for m in names if not m.startswith('pretrain.results')))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['pretrain', 'pretrain.errors']"
+    assert run.stdout.strip() == "['pretrain', 'pretrain.errors', 'pretrain.settings']"

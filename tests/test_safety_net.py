@@ -1,4 +1,4 @@
-"""What the rebuilding must not change is as recorded (safety_net.py says how the record is made, and when it may change)."""
+"""Nothing that is recorded has changed; safety_net.py says what, and when the record may change."""
 
 import importlib.util
 import warnings

@@ -1,7 +1,6 @@
 """Data sets other than ADE20K and one's own folders, each in its very layout; and what is wrong with masks, said by name."""
 
 import runpy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from seg_plugin.transforms import PosfieldLoadImage
 
 SHIPPED = Path(mmseg.datasets.__file__).parents[1] / ".mim" / "configs" / "_base_" / "datasets"
 WRITERS = {"voc": write_voc, "voc_aug": partial(write_voc, aug=True), "cityscapes": write_cityscapes, "own": write_own}
-SMALL = "iterations_it=2 val_interval_it=2 batch_size=2 resize_px=64,32 crop_px=32 slide_crop_px=32 slide_stride_px=32".split()
+SMALL = "max_iters=2 val_every=2 batch_size=2 resize_px=64,32 crop_px=32 slide_crop_px=32 slide_stride_px=32".split()
 
 
 def ade(folder, **overrides):
@@ -53,7 +52,7 @@ def test_the_tool_trains_on_every_layout(name, tmp_path):
     result, dataset = read_result(tmp_path / "run"), DATASETS[name]
     assert result.protocol.name == dataset.protocol and not result.protocol.full
     changed = result.protocol.deviations
-    assert {"iterations_it", "batch_size", "sweep"} <= set(changed) and "num_classes" not in changed
+    assert {"max_iters", "batch_size", "sweep"} <= set(changed) and "num_classes" not in changed
     assert not any("dataset" in key for key in changed)  # the folders, suffixes and labels are those of the protocol
     if dataset.counts:
         assert changed["training_images"] == [dataset.counts[0], 3] and changed["validation_images"] == [dataset.counts[1], 2]
@@ -92,7 +91,7 @@ def test_configs_for_mmsegs_launchers(name, monkeypatch):
     monkeypatch.setenv("CITYSCAPES", "somewhere")
     cfg = Config.fromfile(ROOT / "configs" / "seg" / f"segmenter_linear_{name}.py")
     recipe = protocol(cfg.custom_hooks[0].protocol.name)
-    assert recipe.name.split("-")[0] in name.replace("_", "-") and cfg.train_cfg.max_iters == recipe.iterations_it
+    assert recipe.name.split("-")[0] in name.replace("_", "-") and cfg.train_cfg.max_iters == recipe.max_iters
     assert cfg.train_dataloader.dataset.type == dataset_of(recipe).kind
     assert {loader.dataset.data_root for loader in (cfg.train_dataloader, cfg.val_dataloader)} == {"somewhere"}
 
@@ -207,9 +206,9 @@ def test_labels_beyond_the_classes_are_named(tmp_path):
     check_masks(located, "training", recipe)
     with pytest.raises(UserError, match=r"0001.png holds label 9, but 4 classes are stored as 1 to 4 \(ignored: 0 and 255\)$"):
         check_masks(located, "validation", recipe)
-    check_masks(located, "validation", replace(recipe, num_classes=9))
+    check_masks(located, "validation", with_overrides(recipe, dict(num_classes=9)))
     with pytest.raises(UserError, match=r"label 9, but 9 classes are stored as 0 to 8 \(ignored: 255\); .*reduce_zero_label=true"):
-        check_masks(located, "validation", replace(recipe, num_classes=9, reduce_zero_label=False))
+        check_masks(located, "validation", with_overrides(recipe, dict(num_classes=9, reduce_zero_label=False)))
     results = dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=False)
     with pytest.raises(UserError, match=r"0001.png holds label 9, but 9 classes are stored as 0 to 8"):
         CheckLabels(num_classes=9)(results)
@@ -274,7 +273,7 @@ def test_a_damaged_mask_is_named(tmp_path):
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
-    """Also one with a preview, which has an end of its own. OpenCV 4 fills what is missing with grey."""
+    """Also one with a preview, which has an end of its own. OpenCV 4 fills what is missing with gray."""
     root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
     path = root / "images" / "validation" / "0000.jpg"
     preview = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,20 +17,24 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
+from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import BaseSegDataset
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.results import renamed
 from pretrain.results.schema import read_result
 from seg_plugin.hooks import PosfieldRunHook
+from seg_plugin.identity import deviations
+from seg_plugin.predict import dataset_of_run, load_run
 from seg_plugin.run import train
 from seg_plugin.sampler import DrawnIndex, PosfieldSampler
 from seg_plugin.transforms import SeedFromPosition
 
 KILLED_IN = 3  # checkpoints are at 2 and 4
-NUMBERS = dict(iterations_it=4, val_interval_it=2)
+NUMBERS = dict(max_iters=4, val_every=2)
 # Runs a script in which iteration KILLED_IN is the last thing that happens.
 KILLER = f"""
 import os, runpy, signal, sys
@@ -86,7 +91,7 @@ def load(folder):
 
 
 def assert_equal(folder, other):
-    """Weights, the optimiser's tensors, the schedule, and the metrics."""
+    """Weights, the optimizer's tensors, the schedule, and the metrics."""
     one, two = load(folder), load(other)
     pairs = [(one["state_dict"][key], two["state_dict"][key], key) for key in one["state_dict"]]
     states = one["optimizer"]["state"], two["optimizer"]["state"]
@@ -133,7 +138,7 @@ def test_random_numbers_depend_on_seed_and_position_alone():
 
 def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, monkeypatch):
     """Checkpoint at 2, killed in 3: the images of 3 and 4 are those of a run without a break; no line is there twice."""
-    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_interval_it=2))
+    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     seen = []
     read = []
     original, prepare = PosfieldRunHook.after_train_iter, BaseSegDataset.prepare_data
@@ -151,7 +156,7 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
     monkeypatch.setattr(PosfieldRunHook, "after_train_iter", spy)
     monkeypatch.setattr(BaseSegDataset, "prepare_data", count)
     stop_in = None
-    train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_interval_it=2)))
+    train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_every=2)))
     whole, seen = seen, []
     stop_in = 2
     with pytest.raises(KeyboardInterrupt):
@@ -180,12 +185,34 @@ def test_killed_between_checkpoints_our_tool_goes_on_to_the_same_bits(ade, whole
 
 def test_killed_between_checkpoints_the_stock_launcher_goes_on_to_the_same_bits(ade, whole, killer, tmp_path):
     """Also: both launchers make the same run."""
-    config = write_config(tmp_path, ade, flags=FLAGS, **NUMBERS)
+    config = write_config(tmp_path, ade, model_kwargs=FLAGS, **NUMBERS)
     words = [config, "--work-dir", "run"]
     launch(killer, stock_tool("train.py"), *words, cwd=tmp_path, code=-signal.SIGKILL)
     launch(stock_tool("train.py"), *words, "--resume", cwd=tmp_path)
     assert_equal(tmp_path / "run", whole)
     assert read_result(tmp_path / "run").metrics == read_result(whole).metrics
+
+
+def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
+    """As commit 2c21771 left its folders."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "result.json").unlink()
+    (folder / "iter_4.pth").unlink()
+    old = {new: old for old, new in renamed.SEGMENTATION.items()}
+    cfg = Config.fromfile(folder / "config.py")
+    saved = next(hook for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
+    before = deviations(cfg, saved.protocol, saved.origin.model_kwargs, 1)
+    saved.protocol = {old.get(key, key): value for key, value in saved.protocol.items()}
+    saved.origin["backbone_flags"] = saved.origin.pop("model_kwargs")
+    cfg.dump(folder / "config.py")
+    cfg = Config.fromfile(folder / "config.py")
+    hook = PosfieldRunHook(**{key: value for key, value in cfg.custom_hooks[0].items() if key != "type"})
+    assert "iterations_it" in hook.protocol and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
+    assert len(dataset_of_run(load_run(folder, "cpu"), "validation")) == 3
+    train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
+    assert_equal(folder, whole)
+    one, two = read_result(folder), read_result(whole)
+    assert (one.metrics, one.protocol, one.config_hash) == (two.metrics, two.protocol, two.config_hash)
 
 
 # --- Two processes
@@ -214,7 +241,7 @@ def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
 
     A signal to the second process alone, in the first iteration, stops both; the first one saves. Then they go on.
     """
-    numbers = dict(NUMBERS, iterations_it=2, drop_path=0.0, lr=1e-3)
+    numbers = dict(NUMBERS, max_iters=2, drop_path=0.0, lr=1e-3)
     run = tiny_run(ade, tmp_path / "one", protocol=tiny(**numbers))
     train(run)
     words = command_line("two", ade, "--resume", **numbers)

@@ -31,7 +31,7 @@ def weights(tmp_path_factory):
 
 def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp_path, capsys):
     tool = runpy.run_path(str(TOOL))["main"]
-    numbers = [f"{key}={value}" for key, value in {**TINY, "iterations_it": 4, "val_interval_it": 4}.items()]
+    numbers = [f"{key}={value}" for key, value in {**TINY, "max_iters": 4, "val_every": 4}.items()]
     words = ["--weights", str(weights), "--data", str(ade), "--output", str(tmp_path)]
     words += ["--workers", "0", "--device", "cpu", "--seed", "3", *numbers]
     tool(words)
@@ -40,8 +40,8 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     with pytest.raises(UserError, match="backbone: a name is needed"):
         tool(["--data", str(ade), "--output", str(tmp_path)])
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("segmentation", "posfield", 400.0, 3)
-    assert not result.protocol.full and result.protocol.deviations["iterations_it"] == [160_000, 4]
-    assert "backbone_flags" not in result.protocol.deviations and result.weights_hash
+    assert not result.protocol.full and result.protocol.deviations["max_iters"] == [160_000, 4]
+    assert "model_kwargs" not in result.protocol.deviations and result.weights_hash
     iou = result.metrics["iou"]
     assert 0 < result.metrics["miou"] <= 100 and result.metrics["miou"] == pytest.approx(sum(iou.values()) / len(iou))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -64,7 +64,7 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
 
 def test_same_seed_same_numbers_and_the_loss_falls(ade, tmp_path):
     """Also: without a weight file, own classes whose label 0 counts."""
-    recipe = tiny(reduce_zero_label=False, num_classes=5, iterations_it=30, val_interval_it=30, lr="1e-3", warmup_it=2)
+    recipe = tiny(reduce_zero_label=False, num_classes=5, max_iters=30, val_every=30, lr="1e-3", warmup_iters=2)
     logs = []
     for name in ("one", "two"):
         train(tiny_run(ade, tmp_path / name, protocol=recipe))
@@ -85,7 +85,7 @@ def test_bad_label_met_by_a_worker_is_one_line(ade, tmp_path):
 def test_nan_stops_the_run_and_says_where(ade, tmp_path):
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     vit.patch_embed.proj.weight.data.fill_(1e38)  # finite, and its products are not
-    path = save_backbone(tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", flags=vit.flags)
+    path = save_backbone(tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
     with pytest.raises(FloatingPointError, match="iteration 1: loss is nan, decode.loss_ce is nan"):
         train(tiny_run(ade, tmp_path / "run", weights=path))
 
@@ -145,8 +145,8 @@ def test_a_training_mask_of_another_size_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_grey_transparent_and_palette_images_become_three_channels(mode, tmp_path):
-    """As OpenCV reads them: grey three times, transparency dropped."""
+def test_gray_transparent_and_palette_images_become_three_channels(mode, tmp_path):
+    """As OpenCV reads them: gray three times, transparency dropped."""
     from seg_plugin.transforms import PosfieldLoadImage
 
     random = np.random.default_rng(0)
@@ -165,7 +165,7 @@ def test_grey_transparent_and_palette_images_become_three_channels(mode, tmp_pat
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(ade, tmp_path, monkeypatch):
     """In an iteration that saves nothing by itself; the end is that of a run that was left alone."""
-    recipe = tiny(iterations_it=4, val_interval_it=4)
+    recipe = tiny(max_iters=4, val_every=4)
     train(tiny_run(ade, tmp_path / "whole", protocol=recipe))
     original = PosfieldRunHook.after_train_iter
 
@@ -188,7 +188,7 @@ def test_a_signal_during_validation(ade, tmp_path, monkeypatch):
     """The validation is begun again by the run that goes on, and stands in the log once."""
     from seg_plugin.metric import PosfieldIoU
 
-    recipe = tiny(iterations_it=4, val_interval_it=2)
+    recipe = tiny(max_iters=4, val_every=2)
     train(tiny_run(ade, tmp_path / "whole", protocol=recipe))
     original, calls = PosfieldIoU.process, []
 
@@ -209,7 +209,7 @@ def test_a_signal_during_validation(ade, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(ade, tmp_path, capsys):
-    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_interval_it=2))
+    run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     train(run)
     metrics = read_result(run.output).metrics
     (run.output / "result.json").unlink()

@@ -30,7 +30,7 @@ def weights(tmp_path_factory):
 def stock(ade, weights, tmp_path_factory):
     """train.py for 20 iterations with weights given on the command line, then without their file: --resume to 25, and test.py."""
     folder = tmp_path_factory.mktemp("stock")
-    write_config(folder, "elsewhere", iterations_it=20, val_interval_it=20)
+    write_config(folder, "elsewhere", max_iters=20, val_every=20)
     roots = [f"{loader}_dataloader.dataset.data_root={ade}" for loader in ("train", "val", "test")]
     copy = folder / "backbone.safetensors"
     copy.write_bytes(weights.read_bytes())
@@ -53,7 +53,7 @@ def test_stock_train_leaves_the_same_files(stock, weights, tmp_path):
     (tmp_path / "result.json").write_text(first)
     result = read_result(tmp_path)
     assert (result.method, result.effective_epochs, result.backbone) == ("posfield", 400.0, "vit_tiny_patch16")
-    assert result.protocol.deviations["iterations_it"] == [160_000, 20] and "train_cfg.max_iters" not in result.protocol.deviations
+    assert result.protocol.deviations["max_iters"] == [160_000, 20] and "train_cfg.max_iters" not in result.protocol.deviations
     assert (folder / "run" / "figures" / "segmentations.png").is_file()
     saved = Config.fromfile(folder / "run" / "seg.py")
     backbone = saved.model.backbone

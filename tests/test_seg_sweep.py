@@ -83,18 +83,18 @@ def test_a_grid_that_lacks_a_run_has_no_result(run, index):
 
 def test_what_departs_in_a_run_departs_in_the_sweep(run):
     grid = replace(run, protocol=with_overrides(protocol(), {"lr_grid": "1e-3", "seeds": "1"}))
-    changed = {"lr_grid": [[8e-5], [1e-3]], "seeds": [2, 1], "lr": [8e-5, 1e-3], "iterations_it": [160_000, 20]}
+    changed = {"lr_grid": [[8e-5], [1e-3]], "seeds": [2, 1], "lr": [8e-5, 1e-3], "max_iters": [160_000, 20]}
     for point in points(grid):
         leave(point, 30.0, changed)
     result = read_result(conclude(grid))
-    assert result.protocol.deviations == {key: changed[key] for key in ("lr_grid", "seeds", "iterations_it")}
+    assert result.protocol.deviations == {key: changed[key] for key in ("lr_grid", "seeds", "max_iters")}
     assert "miou_std" not in result.metrics and result.metrics["seeds"] == 1
 
 
 def test_runs_that_are_not_of_one_sweep_are_named(run, tmp_path):
     leave_all(run)
     other = points(run)[3]
-    leave(other, 30.0, {"iterations_it": [160_000, 20]})
+    leave(other, 30.0, {"max_iters": [160_000, 20]})
     with pytest.raises(UserError, match="lr_8e-05_wd_0.0001/seed_1 and .*seed_0 follow different recipes"):
         conclude(run)
     leave(other, 30.0, weights_hash="0123456789ab")
@@ -144,7 +144,7 @@ def test_the_tables_show_the_sweep_in_place_of_its_runs(run, tmp_path):
 
 def toy(tmp_path, data, **overrides):
     numbers = dict(
-        num_classes=4, reduce_zero_label=True, iterations_it=1, val_interval_it=1, batch_size=1, resize_px="64,32", crop_px=32,
+        num_classes=4, reduce_zero_label=True, max_iters=1, val_every=1, batch_size=1, resize_px="64,32", crop_px=32,
         slide_crop_px=32, slide_stride_px=32, lr_grid="1e-3, 8e-5", weight_decay_grid="1e-2",
     )  # fmt: skip
     words = [f"{key}={value}" for key, value in {**numbers, **overrides}.items()]
@@ -199,7 +199,7 @@ def test_the_sweep_goes_on_after_a_failure_and_runs_nothing_twice(tool, tmp_path
     assert capsys.readouterr().out.endswith(f"result: {tmp_path / 'out' / 'result.json'}\n")
     assert set(result.metrics["grid"]) == {"lr 0.001, weight decay 0.01", "lr 8e-05, weight decay 0.01"}
     assert result.metrics["miou"] == max(setting["miou"] for setting in result.metrics["grid"].values())
-    assert {"lr_grid", "iterations_it"} <= set(result.protocol.deviations)
+    assert {"lr_grid", "max_iters"} <= set(result.protocol.deviations)
     assert not {"sweep", "lr", "weight_decay"} & set(result.protocol.deviations)
     for path in before:
         assert "sweep" in read_result(path).protocol.deviations

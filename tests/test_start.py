@@ -1,10 +1,9 @@
 """The backbone that a post-training starts from: its file decides the network, the config only what it may."""
 
-import warnings
-
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
+from photos import last
 from public_fixture import NAME, images
 from reference_vit import saved
 from test_weights_dinov2 import published
@@ -12,23 +11,21 @@ from test_weights_dinov2 import published
 from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.errors import UserError
-from pretrain.methods.start import build_started_backbone
+from pretrain.methods.backbones import started_backbone
 from pretrain.weights import save_backbone
 
 UNUSUAL = dict(n_registers=3, layerscale=0.5, gelu="tanh", ln_eps=1e-5, has_cls=False, pos_grid=6, pos_interpolation="bicubic")
 
 
-def file(folder, name=NAME, **flags):
-    vit = randomise(build_backbone(name, **{"depth": 2, **flags}))
-    return save_backbone(folder / "start.safetensors", vit.state_dict(), name=name, flags=vit.flags)
+def file(folder, name=NAME, **model_kwargs):
+    vit = randomize(build_backbone(name, **{"depth": 2, **model_kwargs}))
+    return save_backbone(folder / "start.safetensors", vit.state_dict(), name=name, model_kwargs=vit.model_kwargs)
 
 
 def started(weights, *overrides, encoding="standard", drop_path=0.0):
-    words = ["run.algorithm=dense", f"backbone.weights={weights}", f"backbone.name={NAME}", f"positions.encoding={encoding}"]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="config: ")
-        config = load_config(None, [*words, *overrides])
-    return build_started_backbone(config, drop_path)
+    words = ["method=paka", f"backbone.weights={weights}", f"backbone.name={NAME}", f"positions.encoding={encoding}"]
+    settings = load_config(None, last([*words, *overrides]))
+    return started_backbone(settings, drop_path, settings.positions)
 
 
 def refusal(weights, *overrides, **options):
@@ -44,18 +41,22 @@ def equal(ours, theirs, x):
 
 
 @pytest.mark.parametrize("flags", [UNUSUAL, dict(pos_encoding="field", pos_grid=10), dict(pos_encoding="none")])
-def test_the_file_decides_the_network(tmp_path, flags):
-    path = file(tmp_path, **flags)
+def test_the_file_decides_the_network(tmp_path, model_kwargs):
+    path = file(tmp_path, **model_kwargs)
     vit = started(path, drop_path=0.2)
     plain = build_backbone(NAME, path)
-    assert vit.flags == plain.flags and {k: vit.flags[k] for k in flags} == flags and vit.drop_path == 0.2
+    assert (
+        vit.model_kwargs == plain.model_kwargs
+        and {k: vit.model_kwargs[k] for k in model_kwargs} == model_kwargs
+        and vit.drop_path == 0.2
+    )
     assert equal(vit, plain, images((4, 5), 16))
 
 
 def test_registers_and_scales_of_dinov2_stay_and_patches_are_resampled(tmp_path):
     path = saved(tmp_path, published(registers=4)[0], "dinov2_vits14_reg4_pretrain.pth")
     whole = started(path, "backbone.patch_size=14", "crops.global_px=224", "crops.local_px=98")
-    assert (whole.patch_size, whole.n_registers, whole.flags["pos_grid"]) == (14, 4, 7) and hasattr(whole.blocks[0], "ls1")
+    assert (whole.patch_size, whole.n_registers, whole.model_kwargs["pos_grid"]) == (14, 4, 7) and hasattr(whole.blocks[0], "ls1")
     assert equal(whole, build_backbone(NAME, path), images((7, 7), 14))
     assert equal(
         started(path), build_backbone(NAME, path, patch_size=16), images((7, 7), 16)
@@ -80,7 +81,7 @@ def test_positions_become_crop_tied(tmp_path):
 
 def test_a_field_stays_the_files_own(tmp_path):
     path = file(tmp_path, pos_encoding="field", pos_grid=10, pos_interpolation="bilinear")
-    assert started(path, encoding="field").flags == build_backbone(NAME, path).flags
+    assert started(path, encoding="field").model_kwargs == build_backbone(NAME, path).model_kwargs
 
 
 def test_what_a_file_does_not_have(tmp_path):

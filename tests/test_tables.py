@@ -6,7 +6,6 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.render import FORMATS, latex_text, markdown_text, render, render_all
 from pretrain.results.runs import find_results
 from pretrain.results.schema import write_result
-from pretrain.results.tables import comparison_table, duration_text, epochs_text, pretraining_table
+from pretrain.results.tables import comparison_table, duration_text, epochs_text, posttraining_table, pretraining_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "pretrain" / "results" / "published_results.csv"
@@ -74,7 +73,7 @@ def test_a_run_on_scaled_down_pre_training_is_marked_too():
     (measured,) = [row for row in csv_rows(table) if row["source"] == "measured"]
     assert measured["protocol_is_full"] == "false" and measured["detection_protocol"] == "coco-12ep"
     assert measured["pretraining_protocol"] == "imagenet1k-100ep, scaled down (1 change)"
-    elsewhere = replace(run, weights_hash="000000000000")
+    elsewhere = run.with_changes(weights_hash="000000000000")
     assert "‡" not in render(comparison_table([elsewhere, pretraining]), "md")
 
 
@@ -163,13 +162,13 @@ def test_seeds_are_averaged_and_detection_joins_segmentation():
 def test_only_like_runs_are_averaged():
     base = result(metrics={"box_ap": 40.0})
     others = [
-        replace(base, method="dinov2_dagger"),
-        replace(base, backbone="vit_base_patch16"),
-        replace(base, effective_epochs=700.0),
-        replace(base, protocol=protocol("coco-50ep")),
-        replace(base, protocol=protocol(version=2)),
-        replace(base, protocol=protocol(deviations=DEVIATIONS)),
-        replace(base, config_hash="another hash"),
+        base.with_changes(method="dinov2_dagger"),
+        base.with_changes(backbone="vit_base_patch16"),
+        base.with_changes(effective_epochs=700.0),
+        base.with_changes(protocol=protocol("coco-50ep")),
+        base.with_changes(protocol=protocol(version=2)),
+        base.with_changes(protocol=protocol(deviations=DEVIATIONS)),
+        base.with_changes(config_hash="another hash"),
     ]
     assert len(merge([base, *others])) == 8
     assert all(len(row.detection) == 1 and not row.segmentation for row in merge([base, *others]))
@@ -193,7 +192,7 @@ def test_two_pre_trainings_of_one_name_are_no_seeds():
 
 def test_a_copy_of_a_run_counts_once():
     run = result(metrics={"box_ap": 40.0})
-    assert len(merge([run, replace(run)])[0].detection) == 1
+    assert len(merge([run, run.with_changes()])[0].detection) == 1
 
 
 def test_a_sweep_shows_every_configuration_best_first():
@@ -336,6 +335,19 @@ def test_pretraining_table():
     first, second = table.groups[0]
     assert first.cells[:1] + first.cells[5:] == ("dinov2_dagger", "9", "–", "–", "3 min 20 s", "–")
     assert second.cells[:1] + second.cells[5:] == ("intertwined", "8.31", "2.9", "61.4", "12 s", "100")
+
+
+def test_a_new_methods_losses_need_no_list():
+    """The sum, then the addends as the run names them, then the rest by name; beside another method's."""
+    metrics = {"loss": 3.0, "zeta": 1.0, "alpha": 2.0, "entropy": 0.5}
+    made_up = result("pretrain", metrics, method="made up", loss_terms=("zeta", "alpha"))
+    assert pretraining_table([made_up]).columns[5:-2] == ("loss", "zeta", "alpha", "entropy")
+    known = result("pretrain", {"loss": 8.0, "koleo": 0.1, "image": 2.0}, loss_terms=("image", "koleo"))
+    table = pretraining_table([made_up, known])
+    assert table.columns[5:-2] == ("loss", "image", "koleo", "zeta", "alpha", "entropy")
+    assert table.groups[0][1].cells[5:-2] == ("3", "–", "–", "1", "2", "0.5")
+    after = made_up.with_changes(post_training=True, metrics={"loss": 1.0, "zeta": 1.0}, loss_terms=("zeta",))
+    assert pretraining_table([after]) is None and posttraining_table([after]).columns[5:-2] == ("zeta",)
 
 
 # --- the tool ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pickle
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from coco_fixture import CATEGORIES, annotation_file, polygon_of, rle_of_box, shapes, write_coco
 from PIL import Image
 
-from det_plugin.protocol import DetectionProtocol
+from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.torchvision_engine import coco_api as api_module
 from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry, jitter, objects_of
 from det_plugin.torchvision_engine.coco import PackedList, Picture, read_split
@@ -138,7 +137,7 @@ def test_coco_api_is_needed(monkeypatch):
 
 def geometries(source, n=40):
     """Random training geometries of a picture, some smaller than the target and some cropped."""
-    recipe = replace(RECIPE, jitter_scale=(0.4, 2.5))
+    recipe = with_overrides(RECIPE, dict(jitter_scale=(0.4, 2.5)))
     return [jitter(source, recipe, np.random.default_rng(i)) for i in range(n)]
 
 
@@ -153,7 +152,9 @@ def test_jitter_numbers():
         assert (w, h) == (min(g.resized[0], 64), min(g.resized[1], 64))
         assert 0 <= x <= g.resized[0] - w and 0 <= y <= g.resized[1] - h
     assert any(g.crop[0] > 0 for g in found) and any(g.resized[0] < 64 for g in found)
-    assert not any(g.flip for g in [jitter((9, 9), replace(RECIPE, flip=0.0), np.random.default_rng(i)) for i in range(9)])
+    assert not any(
+        g.flip for g in [jitter((9, 9), with_overrides(RECIPE, dict(flip=0.0)), np.random.default_rng(i)) for i in range(9)]
+    )
 
 
 def test_pixels_and_points_go_the_same_way():
@@ -164,14 +165,14 @@ def test_pixels_and_points_go_the_same_way():
     for g in geometries((width, height)):
         seen = g.pixels(image).astype(float)
         assert seen.shape[:2] == (g.crop[3], g.crop[2])
-        centres = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], axis=1)
-        mapped = g.points(centres)
+        centers = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], axis=1)
+        mapped = g.points(centers)
         inside = ((mapped > 4) & (mapped < np.array(g.crop[2:]) - 4)).all(axis=1)  # away from what is mirrored at the border
         assert inside.sum() > 20
         column, row = np.floor(mapped[inside]).astype(int).T
-        tolerance = 0.5 + 0.5 / min(g.scale) + 1  # rounding of grey values; a centre lies within half a pixel of either
-        assert np.abs(seen[row, column, 0] - (centres[inside, 0] - 0.5)).max() <= tolerance
-        assert np.abs(seen[row, column, 1] - (centres[inside, 1] - 0.5)).max() <= tolerance
+        tolerance = 0.5 + 0.5 / min(g.scale) + 1  # rounding of gray values; a center lies within half a pixel of either
+        assert np.abs(seen[row, column, 0] - (centers[inside, 0] - 0.5)).max() <= tolerance
+        assert np.abs(seen[row, column, 1] - (centers[inside, 1] - 0.5)).max() <= tolerance
 
 
 OBJECTS = (0, [polygon_of(7, 10, 8, 30, 40)]), (2, [polygon_of(3, 50, 20, 41, 17), polygon_of(3, 2, 50, 9, 9)])

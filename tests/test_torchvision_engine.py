@@ -46,10 +46,10 @@ def boxes(n, size=120.0, seed=0):
     return torch.cat([corner, corner + side], dim=1)
 
 
-def detector(recipe=SMALL, **flags):
+def detector(recipe=SMALL, **model_kwargs):
     """A detector whose weights are of ordinary size everywhere."""
     torch.manual_seed(0)
-    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **flags}), recipe)
+    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **model_kwargs}), recipe)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.03 if parameter.ndim > 1 else 0.01))
@@ -290,7 +290,7 @@ def test_images_without_objects_train(batch):
     sum(losses.values()).backward()
 
 
-def test_padding_comes_after_normalisation():
+def test_padding_comes_after_normalization():
     image = torch.full((3, 5, 7), 200, dtype=torch.uint8)
     images, _ = SquarePad(SMALL)([image, image[:, :2]])
     assert images.tensors.shape == (2, 3, 128, 128) and images.image_sizes == [(5, 7), (2, 7)]
@@ -312,7 +312,7 @@ def test_padded_batches_equal_detectron2(size):
     images = [torch.randint(0, 256, (3, *shape), generator=rng, dtype=torch.uint8) for shape in ((size, 50), (40, size))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = instantiate(config(recipe, TINY, device="cpu", backbone_flags=dict(depth=2)).model)
+        theirs = instantiate(config(recipe, TINY, device="cpu", model_kwargs=dict(depth=2)).model)
     expected, found = theirs.preprocess_image([{"image": image} for image in images]), detector(recipe).transform(images)[0]
     assert found.tensors.shape == (2, 3, 96, 96) and found.image_sizes == expected.image_sizes
     torch.testing.assert_close(found.tensors, expected.tensor)
@@ -353,7 +353,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
     ours = detector()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = instantiate(config(SMALL, TINY, device="cpu", backbone_flags=dict(depth=2)).model)
+        theirs = instantiate(config(SMALL, TINY, device="cpu", model_kwargs=dict(depth=2)).model)
     theirs.load_state_dict(detectron2_names(ours.state_dict()))
     assert {type(target["masks"]) for target in targets} == {Polygons, torch.Tensor}
     inputs = []
@@ -387,7 +387,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         assert detection["masks"].shape == (100, 1, 28, 28)
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
+# --- optimization -----------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_the_protocol():
@@ -404,7 +404,7 @@ def test_learning_rate_equals_detectron2(total, milestones, warmup):
     from detectron2.solver import WarmupParamScheduler
     from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-    recipe = DetectionProtocol(iterations_it=total, milestones_it=milestones, warmup_it=warmup, lr=1.0)
+    recipe = DetectionProtocol(max_iters=total, milestones=milestones, warmup_iters=warmup, lr=1.0)
     steps = MultiStepParamScheduler([0.1**k for k in range(len(milestones) + 1)], total, list(milestones))
     theirs = WarmupParamScheduler(steps, 0.001, warmup / total)
     for it in {0, 1, warmup // 2, warmup, *milestones, *(m - 1 for m in milestones), total - 1}:

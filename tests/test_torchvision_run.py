@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +18,19 @@ from coco_fixture import annotation_file, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun, leave_result
+from det_plugin.run import DetectionRun, first_names, leave_result
+from det_plugin.torchvision_engine.checkpoint import load_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
+from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
-from pretrain.results import read_result
-from pretrain.results.provenance import file_hash
+from pretrain.results import read_result, renamed
+from pretrain.results.provenance import config_hash, file_hash
 from pretrain.weights import backbone_name, save_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +38,13 @@ TINY = "vit_tiny_patch16"
 FLAGS = dict(depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
 RECIPE = with_overrides(
     protocol("coco-12ep", TINY),
-    dict(iterations_it=4, milestones_it=(3,), warmup_it=2, batch_size=2, eval_period_it=2, image_size_px=64, channels=16,
+    dict(max_iters=4, milestones=(3,), warmup_iters=2, batch_size=2, eval_every=2, image_size_px=64, channels=16,
          box_fc=32, box_convs=1, mask_convs=1, num_classes=3, roi_batch_per_image=16, rpn_pre_nms=(100, 50),
          rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10),
 )  # fmt: skip
 
 
-SHORT = dict(iterations_it=2, milestones_it=(1,), eval_period_it=2)
+SHORT = dict(max_iters=2, milestones=(1,), eval_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def make(data, tmp_path):
-    """Make a run: ``make("folder", weights=..., iterations_it=...)``."""
+    """Make a run: ``make("folder", weights=..., max_iters=...)``."""
 
     def made(folder, **changes):
         own = {field.name: changes.pop(field.name) for field in fields(DetectionRun) if field.name in changes}
         recipe = with_overrides(RECIPE, changes)
-        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, backbone_flags=FLAGS)
+        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS)
         return replace(run, **own)
 
     return made
@@ -67,7 +70,7 @@ def backbone_file(path, seed):
     torch.manual_seed(seed)
     vit = build_backbone(TINY, **FLAGS)
     origin = {"method": "intertwined", "effective_epochs": 3.5}
-    return save_backbone(path, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
+    return save_backbone(path, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=origin)
 
 
 def lines(folder):
@@ -75,9 +78,13 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(folder):
-    """A run's last checkpoint: tensors and plain values, nothing that could be executed."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+def newest(folder):
+    """The directory of a run's newest checkpoint."""
+    return checkpoints.whole_directories(folder)[0]
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def finished(data, tmp_path_factory):
     """A run of 20 iterations from a file of ours, and its settings."""
     folder = tmp_path_factory.mktemp("finished")
     file = backbone_file(folder / "backbone.safetensors", seed=1)
-    recipe = with_overrides(RECIPE, dict(iterations_it=20, milestones_it=(15,), eval_period_it=10, lr=1e-3))
+    recipe = with_overrides(RECIPE, dict(max_iters=20, milestones=(15,), eval_every=10, lr=1e-3))
     run = DetectionRun(TINY, file, data, folder / "run", recipe, seed=3, device="cpu", workers=0)
     assert train(run) == folder / "run" / "result.json"
     return run
@@ -98,7 +105,7 @@ def test_result(finished):
     result = read_result(finished.output)
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("detection", "intertwined", 3.5, 3)
     assert result.protocol.label.startswith("coco-12ep, scaled down") and result.weights_hash
-    assert result.protocol.deviations["iterations_it"] == [22_128, 20]
+    assert result.protocol.deviations["max_iters"] == [22_128, 20]
     for kind in ("box", "mask"):
         assert 0 <= result.metrics[f"{kind}_ap"] <= result.metrics[f"{kind}_ap50"] <= 100
         assert set(result.metrics[f"{kind}_ap_classes"]) <= {"rectangle", "disc", "bar"}
@@ -121,7 +128,7 @@ def test_config_builds_the_network_again(finished):
     config = read_config(finished.output)
     assert protocol_of(config) == finished.protocol
     vit = backbone_of(config)
-    assert vit.flags == {**build_backbone(TINY, **FLAGS).flags, "mask_tokens": False}
+    assert vit.model_kwargs == {**build_backbone(TINY, **FLAGS).model_kwargs, "mask_tokens": False}
     assert config["data"] == {"train_images": 5, "category_ids": [3, 7, 90], "class_names": ["rectangle", "disc", "bar"]}
     assert classes_of(finished.output, config) == {3: "rectangle", 7: "disc", 90: "bar"}
     del config["data"]["category_ids"]  # as a former version left it
@@ -151,8 +158,8 @@ def test_finished_run_is_left_as_it_is(finished, capsys):
         train(replace(finished, protocol=with_overrides(finished.protocol, dict(lr=0.5))))
     with pytest.raises(UserError, match="weights_hash"):
         train(replace(finished, weights=backbone_file(finished.output.parent / "other.safetensors", seed=2)))
-    with pytest.raises(UserError, match=r"given_flags.drop_path None -> 0.3"):  # no part of the network
-        train(replace(finished, backbone_flags={"drop_path": 0.3}))
+    with pytest.raises(UserError, match=r"given_kwargs.drop_path None -> 0.3"):  # no part of the network
+        train(replace(finished, model_kwargs={"drop_path": 0.3}))
     assert before == {p: p.stat().st_mtime_ns for p in finished.output.rglob("*") if p.is_file()}
 
 
@@ -170,8 +177,8 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 
 
 def assert_same_run(whole, parts):
-    """Bit for bit: weights, optimiser state, log, predictions and result."""
-    expected, found = weights(whole.output), weights(parts.output)
+    """Bit for bit: weights, optimizer state, log, predictions and result."""
+    expected, found = load_checkpoint(whole.output), load_checkpoint(parts.output)
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
     for index, state in expected["optimizer"]["state"].items():
@@ -184,11 +191,11 @@ def assert_same_run(whole, parts):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted(make, stop):
-    """Bit for bit: weights, optimiser state, log and predictions. Two iterations are an evaluation's, one is not."""
+    """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one is not."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)
-    assert not (parts.output / "result.json").exists() and weights(parts.output)["iteration"] == stop
+    assert not (parts.output / "result.json").exists() and load_checkpoint(parts.output)["iteration"] == stop
     with open(parts.output / "metrics.jsonl", "a") as log:  # what a killed run wrote after its last checkpoint
         log.write('{"iteration": 3, "loss": 1.0}\n{"iterat')
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
@@ -207,6 +214,31 @@ def test_a_run_goes_on_in_other_parts(make):
     assert read_result(run.output).protocol == read_result(train(make("whole", **SHORT))).protocol
 
 
+def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(make, data):
+    """As commit 2c21771 left its folders."""
+    whole, parts = make("whole"), make("parts")
+    train(whole)
+    train(parts, stop_after_it=2)
+    config = json.loads((parts.output / "config.json").read_text())
+    old = {new: old for old, new in renamed.DETECTION.items()}
+    config["protocol"] = {old.get(key, key): value for key, value in config["protocol"].items()}
+    config |= {"backbone_flags": config.pop("model_kwargs"), "given_flags": config.pop("given_kwargs")}
+    (parts.output / "config.json").write_text(json.dumps(config))
+    assert protocol_of(read_config(parts.output)) == parts.protocol and "iterations_it" in config["protocol"]
+    evaluate_folder(parts.output, data, device="cpu", workers=0)
+    with pytest.raises(UserError, match=r"other settings \(protocol.max_iters 4 -> 5\)"):
+        train(make("parts", max_iters=5), resume=True)
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_rename_changes_no_config_hash():
+    """So that runs of before are seeds of one configuration with those of now."""
+    recipe = with_overrides(protocol("coco-12ep", "vit_small_patch16"), {"max_iters": 25_000})
+    run = DetectionRun("vit_small_patch16", None, Path("coco"), Path("out"), recipe, model_kwargs={"depth": 2})
+    assert config_hash(first_names({**run.settings(), "engine": "torchvision"})) == "40e847843305"  # of commit 2c21771
+
+
 @pytest.mark.parametrize("moment", [1, 2])
 def test_a_signal_saves_and_stops(make, monkeypatch, moment):
     """In the middle of the step; after the second one an evaluation is due, which the resumed run makes up for."""
@@ -223,7 +255,7 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
         patch.setattr(Trainer, "step", signalled)
         with pytest.raises(Interrupted, match=f"SIGUSR1; saved at iteration {moment}"):
             train(parts)
-    assert weights(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
+    assert load_checkpoint(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
     train(parts, resume=True)
     assert_same_run(whole, parts)
 
@@ -231,12 +263,12 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
 def test_killed_and_terminated_processes(make):
     """One is killed without warning (it loses what came after its last checkpoint), the next is asked to stop (code 85), the last
     ends; nothing of it is to be seen in the outcome."""
-    changes = dict(iterations_it=40, milestones_it=(30,), eval_period_it=20)
+    changes = dict(max_iters=40, milestones=(30,), eval_every=20)
     whole, parts = make("whole", **changes), make("parts", **changes)
     train(whole)
     words = words_of(parts, "--backbone", TINY, "--resume")
     call = [sys.executable, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
-    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and weights(parts.output)["iteration"] == 20
+    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and load_checkpoint(parts.output)["iteration"] == 20
     code, said = stopped(call, parts, 28, signal.SIGTERM)
     assert code == 85 and "stopped: SIGTERM; saved at iteration" in said
     assert not (parts.output / "result.json").exists()
@@ -244,18 +276,49 @@ def test_killed_and_terminated_processes(make):
     assert_same_run(whole, parts)
 
 
-def test_a_checkpoint_that_was_cut_off_is_named(make, monkeypatch):
-    run = make("run")
+def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys):
+    """The run goes on from the one before and ends as if nothing had happened; without any whole one it stops."""
+    whole, run = make("whole"), make("run")
+    train(whole)
     train(run, stop_after_it=2)
-    before = (run.output / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:  # the disk is full: the old checkpoint stays whole
-        patch.setattr(torch, "save", lambda state, file: (file.write(before[:99]), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr("pretrain.checkpoints.tensors.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
             train(run, resume=True)
-    assert (run.output / "checkpoint.pt").read_bytes() == before
-    (run.output / "checkpoint.pt").write_bytes(before[: len(before) // 2])
-    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+    assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
+    train(run, resume=True, stop_after_it=3)
+    assert sorted(p.name for p in newest(run.output).iterdir()) == ["manifest.json", "meta.json", "state.safetensors"]
+    cut_off(newest(run.output) / "state.safetensors")
+    (newest(run.output).parent / "it_00000009.tmp").mkdir()  # of a process that was killed while it wrote
+    train(run, resume=True)
+    assert "passed over: checkpoint: " in capsys.readouterr().err
+    assert_same_run(whole, run)
+    assert sorted(path.name for path in newest(run.output).parent.iterdir()) == ["it_00000003", "it_00000004"]
+    (run.output / "result.json").unlink()
+    for path in checkpoints.whole_directories(run.output):
+        cut_off(path / "meta.json")
+    with pytest.raises(UserError, match="run has checkpoints, but no whole one; move them away to start anew"):
         train(run, resume=True)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_evaluated(make, data):
+    """``checkpoint.pt`` as commit 2c21771 wrote it: nested state dicts by torch.save."""
+    whole, old = make("whole"), make("old")
+    train(whole)
+    train(old, stop_after_it=2)
+    before = evaluate_folder(old.output, data, device="cpu", workers=0)
+    torch.save(load_checkpoint(old.output), old.output / "checkpoint.pt")
+    shutil.rmtree(old.output / "checkpoints")
+    assert evaluate_folder(old.output, data, device="cpu", workers=0) == before
+    with pytest.raises(UserError, match="unfinished run; go on with --resume"):
+        train(old)
+    train(old, resume=True)
+    assert_same_run(whole, old)
+    shutil.rmtree(old.output / "checkpoints")
+    cut_off(old.output / "checkpoint.pt")
+    (old.output / "result.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt is no whole checkpoint"):
+        train(old, resume=True)
 
 
 def test_checkpoints_between_evaluations(make, monkeypatch):
@@ -264,9 +327,9 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
     monkeypatch.setattr(
         "det_plugin.torchvision_engine.train.save_checkpoint", lambda folder, state: saved.append(state["iteration"])
     )
-    train(make("seldom", eval_period_it=4))
+    train(make("seldom", eval_every=4))
     monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
-    train(make("often", eval_period_it=4))
+    train(make("often", eval_every=4))
     assert saved == [4, 1, 2, 3, 4]
 
 
@@ -279,7 +342,7 @@ def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
             patch.setattr("det_plugin.torchvision_engine.train.evaluate", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(parts, resume=True)
-        assert weights(parts.output)["iteration"] == moment
+        assert load_checkpoint(parts.output)["iteration"] == moment
         if moment == 2:
             train(parts, resume=True, stop_after_it=3)
     with monkeypatch.context() as patch:
@@ -303,7 +366,7 @@ def test_processes_that_see_other_folders_do_not_go_on(make, monkeypatch):
 def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
     """The backbone's file is gone by then; and the CPU was asked for where there is a GPU, so amp was off."""
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
-    run, expected = replace(make("run"), weights=file, backbone_flags={}), file_hash(file)
+    run, expected = replace(make("run"), weights=file, model_kwargs={}), file_hash(file)
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1])
 
@@ -346,7 +409,7 @@ def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(make, data)
     samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
     batch = [samples[0], samples[1]]
     for changes in ({}, dict(clip_grad=0.01)):
-        plain, scaled = (Trainer(make("x", warmup_it=0, **changes), torch.device("cpu")) for _ in range(2))
+        plain, scaled = (Trainer(make("x", warmup_iters=0, **changes), torch.device("cpu")) for _ in range(2))
         start = {name: p.clone() for name, p in plain.model.named_parameters()}
         scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
         assert plain.step(batch) == scaled.step(batch)
@@ -406,7 +469,7 @@ def test_gradients_are_clipped(make, data):
 BAD = [
     (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
     (dict(accumulate=0), "accumulate=0"),
-    (dict(iterations_it=2), r"milestones_it=\(3,\) must be rising and within iterations_it=2"),
+    (dict(max_iters=2), r"milestones=\(3,\) must be rising and within max_iters=2"),
     (dict(anchor_sizes_px=(8, 16)), r"anchor_sizes_px=\(8, 16\)"),
     (dict(norm="GN"), "norm='GN'"),
     (dict(num_classes=80), "instances_train2017.json has 3 categories, but num_classes=80"),
@@ -419,10 +482,9 @@ BAD = [
 
 @pytest.mark.parametrize("changes, message", BAD)
 def test_bad_settings_are_named(make, changes, message):
-    run = make("out", **changes)
     with pytest.raises(UserError, match=message):
-        train(run)
-    assert not run.output.exists()
+        train(make("out", **changes))
+    assert not make("out").output.exists()
 
 
 def test_splits_must_agree(make, tmp_path):
@@ -475,18 +537,18 @@ def words_of(run, *more):
     """A run's settings as a command line."""
     fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
-    flags = [f"backbone.{key}={value}" for key, value in run.backbone_flags.items()]
+    model_kwargs = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
     base = ["--engine", "torchvision", "--device", "cpu", "--workers", 0, "--data", run.data, "--output", run.output]
-    return [*base, *more, *named, *flags]
+    return [*base, *more, *named, *model_kwargs]
 
 
 def test_two_processes_train_stop_go_on_and_evaluate_together(make):
     exhaustive = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is drawn at random
-    run = make("out", iterations_it=30, milestones_it=(), warmup_it=0, eval_period_it=30, **exhaustive)
+    run = make("out", max_iters=30, milestones=(), warmup_iters=0, eval_every=30, **exhaustive)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = words_of(run, "--backbone", TINY, "--resume")
     assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
-    assert 3 <= weights(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
+    assert 3 <= load_checkpoint(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
     said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
     assert [line["iteration"] for line in lines(run.output)] == list(range(30))
@@ -503,7 +565,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
 def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, monkeypatch, capsys):
     tool = load_tool("train_det")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
-    run = replace(make("out", iterations_it=1, milestones_it=(), warmup_it=1), backbone_flags={})
+    run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
     assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(run, weights=file)
     tool.main([*map(str, words_of(run, "--weights", file))])
     assert "engine: torchvision (as asked for)" in capsys.readouterr().out

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 
 from pretrain.build import build_backbone
 from pretrain.checkpoints import newest
@@ -28,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(tmp_path, output="run", *extra):
-    return load_config(None, [*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", *extra])
+    return load_config(None, last([*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", *extra]))
 
 
-def last(folder):
+def newest_of(folder):
     """The newest checkpoint of a run."""
     found, messages = newest(folder)
     assert found is not None and messages == []
@@ -64,15 +65,15 @@ def photos(tmp_path):
 
 
 def test_resume_is_bit_for_bit(tmp_path, photos):
-    """6 iterations straight equal 3, resume, 3: weights, optimiser, centres and logs."""
+    """6 iterations straight equal 3, resume, 3: weights, optimizer, centers and logs."""
     straight, parts = settings(tmp_path, "straight"), settings(tmp_path, "parts")
     train(straight)
-    train(parts, stop_after_it=3)
+    train(parts, stop_after=3)
     assert not (tmp_path / "parts" / "result.json").exists()
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as log:
         log.write('{"iteration": 3, "loss": 1.0}\n{"iter')  # what an interruption after the checkpoint leaves
     train(parts, resume="auto")
-    a, b = (last(tmp_path / run) for run in ("straight", "parts"))
+    a, b = (newest_of(tmp_path / run) for run in ("straight", "parts"))
     assert a.iteration == b.iteration == 6
     one, two = a.tensors(), b.tensors()
     assert one.keys() == two.keys() and any("exp_avg_sq" in key for key in one)
@@ -86,7 +87,7 @@ def test_resume_is_bit_for_bit(tmp_path, photos):
 
 
 def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
-    folder = train(settings(tmp_path, "run", "log.tensorboard=true", "run.method=mine"))
+    folder = train(settings(tmp_path, "run", "log.tensorboard=true", "run.name=mine"))
     result = read_result(folder)
     assert (result.kind, result.method, result.backbone) == ("pretrain", "mine", "vit_tiny_patch16")
     assert result.effective_epochs == pytest.approx(3 * (2 * (64 / 224) ** 2 + 2 * (32 / 224) ** 2), abs=0.01)
@@ -94,7 +95,7 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
         *("loss", "image", "content", "position", "koleo", "grad_norm", "img_per_s", "n_skipped", "broken_images"),
         *("teacher_entropy", "mean_entropy", "feature_std"),
     }
-    tensors = last(folder).tensors()
+    tensors = newest_of(folder).tensors()
     teacher = {
         k.removeprefix("method.teacher.backbone."): v for k, v in tensors.items() if k.startswith("method.teacher.backbone.")
     }
@@ -104,7 +105,7 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
     backbone = build_backbone("vit_tiny_patch16", weights=folder / "backbone.safetensors")
     assert all(torch.equal(value, teacher[key]) for key, value in backbone.state_dict().items())
     assert any(not torch.equal(value, student[key]) for key, value in backbone.state_dict().items())
-    assert {"pos_field", "cls_pos"} <= set(backbone.state_dict()) and backbone.flags["depth"] == 2
+    assert {"pos_field", "cls_pos"} <= set(backbone.state_dict()) and backbone.model_kwargs["depth"] == 2
     said = read_checkpoint(folder / "backbone.safetensors").provenance
     assert said["method"] == "mine" and said["position_masks"] is True
     assert list((folder / "tensorboard").iterdir())
@@ -115,24 +116,24 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
 
 def test_a_finished_run_is_left_alone_and_another_runs_folder_refused(tmp_path, photos, capsys):
     folder = train(settings(tmp_path))
-    before = last(folder).path.stat().st_mtime_ns
+    before = newest_of(folder).path.stat().st_mtime_ns
     train(settings(tmp_path), resume="auto")
-    assert "finished" in capsys.readouterr().err and last(folder).path.stat().st_mtime_ns == before
+    assert "finished" in capsys.readouterr().err and newest_of(folder).path.stat().st_mtime_ns == before
     with pytest.raises(UserError, match="already holds a run"):
         train(settings(tmp_path))
     with pytest.raises(UserError, match=r"optim\.base_lr"):
         train(settings(tmp_path, "run", "optim.base_lr=1.0"), resume="auto")
-    (last(folder).path / "meta.json").write_bytes(b"half a file")
+    (newest_of(folder).path / "meta.json").write_bytes(b"half a file")
     with pytest.raises(UserError, match=r"no whole one"):
         train(settings(tmp_path), resume="auto")
 
 
 def test_resume_takes_the_newest_whole_checkpoint_and_names_the_broken_ones(tmp_path, photos, capsys):
     """The run ends as an uninterrupted one, whichever checkpoint it goes on from."""
-    often = ("log.checkpoint_period_it=2", "log.keep_checkpoints=9")
+    often = ("log.checkpoint_every=2", "log.keep_checkpoints=9")
     straight = train(settings(tmp_path, "straight", *often))
-    folder = train(settings(tmp_path, "run", *often), stop_after_it=5)
-    damaged = last(folder).path / "state.safetensors"
+    folder = train(settings(tmp_path, "run", *often), stop_after=5)
+    damaged = newest_of(folder).path / "state.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
@@ -151,8 +152,8 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
     """As a user's process: code 85, then --resume ends as an uninterrupted run."""
     long = ("optim.epochs=40",)
     straight = train(settings(tmp_path, "straight", *long))
-    overrides = [*TINY, f"data.root={photos}", f"run.output={tmp_path / 'run'}", *long]
-    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *overrides, "data.workers=1"]
+    overrides = last([*TINY, f"data.root={photos}", f"run.output={tmp_path / 'run'}", *long, "data.workers=1"])
+    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log, patience = tmp_path / "run" / "metrics.jsonl", time.time() + 100
@@ -162,30 +163,30 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
     error = process.communicate(timeout=100)[1]
     assert process.returncode == REQUEUE_CODE == 85, error
     assert number.name in error and not (tmp_path / "run" / "result.json").exists()
-    assert 0 < last(tmp_path / "run").iteration < 80
+    assert 0 < newest_of(tmp_path / "run").iteration < 80
     train(settings(tmp_path, "run", *long), resume="auto")
     assert log.read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
 def test_another_runs_networks_are_a_start(tmp_path, photos):
-    """run.start_from: networks, heads and centres of the earlier run, a fresh optimiser, iteration 0; another crop size fits."""
+    """run.init_from: networks, heads and centers of the earlier run, a fresh optimizer, iteration 0; another crop size fits."""
     first = train(settings(tmp_path, "first"))
-    config = settings(tmp_path, "second", f"run.start_from={first}", "crops.global_px=96", "optim.base_lr=0.0", "optim.min_lr=0.0")
-    second = train(config, stop_after_it=1)
-    before, after = last(first).tensors(), last(second).tensors()
+    config = settings(tmp_path, "second", f"run.init_from={first}", "crops.global_px=96", "optim.base_lr=0.0", "optim.min_lr=0.0")
+    second = train(config, stop_after=1)
+    before, after = newest_of(first).tensors(), newest_of(second).tensors()
     students = [name for name in before if name.startswith("method.student.")]
     assert students and all(torch.equal(before[name], after[name]) for name in students)
-    assert last(second).iteration == 1 and after["optimizer.backbone.cls_token.step"] == 1
-    with pytest.raises(UserError, match=r"run\.start_from: .*has networks that this run has not.*position"):
-        train(settings(tmp_path, "third", f"run.start_from={first}", "masks.position_share=0.0", "losses.position=0.0"))
+    assert newest_of(second).iteration == 1 and after["optimizer.backbone.cls_token.step"] == 1
+    with pytest.raises(UserError, match=r"run\.init_from: .*has networks that this run has not.*position"):
+        train(settings(tmp_path, "third", f"run.init_from={first}", "masks.position_share=0.0", "losses.position=0.0"))
     with pytest.raises(UserError, match="nowhere"):
-        train(settings(tmp_path, "fourth", f"run.start_from={tmp_path / 'nowhere'}"))
+        train(settings(tmp_path, "fourth", f"run.init_from={tmp_path / 'nowhere'}"))
 
 
 def test_unreadable_images_are_skipped_counted_and_named_once(tmp_path, photos, capsys):
     (photos / "001.jpg").write_bytes((photos / "001.jpg").read_bytes()[:400])
     (photos / "zzz.png").write_text("no picture")
-    folder = train(settings(tmp_path, "run", "optim.epochs=4", "optim.epoch_length_it=3"))
+    folder = train(settings(tmp_path, "run", "optim.epochs=4", "optim.epoch_iters=3"))
     error = capsys.readouterr().err
     skipped = [line for line in error.splitlines() if line.startswith("skipped")]
     assert len(skipped) == 2
@@ -193,14 +194,14 @@ def test_unreadable_images_are_skipped_counted_and_named_once(tmp_path, photos, 
     assert json.loads((folder / "speed.jsonl").read_text().splitlines()[-1])["broken_images"] == 2
 
 
-def poison(monkeypatch, at_it):
-    """A loss that is no number at one iteration."""
+def poison(monkeypatch, iteration):
+    """A loss that is not finite at one iteration."""
     step = Trainer.step
 
-    def poisoned(self, parts, examine=False):
-        terms, values = step(self, parts, examine)
-        broken = {name: terms[name] * torch.nan for name in ("loss", "content")}
-        return (terms | broken if self.iteration == at_it + 1 else terms), values
+    def poisoned(self, micro_batches, examine=False):
+        logs = step(self, micro_batches, examine)
+        broken = {name: logs.losses[name] * torch.nan for name in ("loss", "content")}
+        return replace(logs, losses=logs.losses | broken) if self.iteration == iteration + 1 else logs
 
     monkeypatch.setattr(Trainer, "step", poisoned)
 
@@ -208,10 +209,10 @@ def poison(monkeypatch, at_it):
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, photos, monkeypatch):
     """The iteration is named exactly, though the losses are looked at later, and no checkpoint is made of what came after."""
     poison(monkeypatch, 3)
-    config = settings(tmp_path, "run", "log.checkpoint_period_it=3", "log.period_it=5")
-    with pytest.raises(FloatingPointError, match="iteration 3: loss, content is no number"):
+    config = settings(tmp_path, "run", "log.checkpoint_every=3", "log.every=5")
+    with pytest.raises(FloatingPointError, match="iteration 3: loss, content is not finite"):
         train(config)
-    assert last(tmp_path / "run").iteration == 3
+    assert newest_of(tmp_path / "run").iteration == 3
 
 
 def test_nan_can_be_skipped(tmp_path, photos, monkeypatch, capsys):
@@ -225,8 +226,8 @@ def test_nan_can_be_skipped(tmp_path, photos, monkeypatch, capsys):
 def test_continued_pretraining_starts_from_the_file(tmp_path, photos):
     first = train(settings(tmp_path, "first")) / "backbone.safetensors"
     config = settings(tmp_path, "second", f"backbone.weights={first}", "optim.base_lr=0.0", "optim.min_lr=0.0")
-    second = train(config, stop_after_it=1)
-    state = last(second).tensors()
+    second = train(config, stop_after=1)
+    state = newest_of(second).tensors()
     assert all(torch.equal(v, state[f"method.student.backbone.{k}"]) for k, v in read_checkpoint(first).state.items())
 
 
@@ -235,15 +236,20 @@ def test_pretraining_goes_on_from_a_timm_file(tmp_path, photos):
     theirs = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     like_timm = ["positions.encoding=standard", "positions.grid=14", "positions.augment=false"]
-    like_timm += ["positions.interpolation=bicubic_antialias", "backbone.layerscale=0.0", "optim.base_lr=0.0", "optim.min_lr=0.0"]
-    folder = train(settings(tmp_path, "run", f"backbone.weights={tmp_path / 'timm.pth'}", *like_timm), stop_after_it=1)
-    state = last(folder).tensors()
+    like_timm += [
+        "positions.interpolation=bicubic_antialias",
+        "backbone.layer_scale_init=0.0",
+        "optim.base_lr=0.0",
+        "optim.min_lr=0.0",
+    ]
+    folder = train(settings(tmp_path, "run", f"backbone.weights={tmp_path / 'timm.pth'}", *like_timm), stop_after=1)
+    state = newest_of(folder).tensors()
     assert all(torch.equal(value, state[f"method.student.backbone.{key}"]) for key, value in theirs.state_dict().items())
     assert state["method.student.backbone.pos_mask_token"].abs().sum() > 0
 
 
 def test_resume_refuses_another_data_set(tmp_path, photos):
-    train(settings(tmp_path), stop_after_it=3)
+    train(settings(tmp_path), stop_after=3)
     write_photos(photos, n=12)
     with pytest.raises(UserError, match="6 images, but .* has 12"):
         train(settings(tmp_path), resume="auto")
@@ -259,13 +265,13 @@ def test_a_result_lost_at_the_very_end_is_written_by_resume(tmp_path, photos):
 
 def test_the_name_says_the_registers(tmp_path, photos):
     name = "backbone.name=vit_tiny_patch16_reg4"
-    folder = train(settings(tmp_path, "run", name), stop_after_it=1)
-    assert last(folder).tensors()["method.student.backbone.reg_token"].shape == (1, 4, 192)
+    folder = train(settings(tmp_path, "run", name), stop_after=1)
+    assert newest_of(folder).tensors()["method.student.backbone.reg_token"].shape == (1, 4, 192)
 
 
 @pytest.mark.parametrize("extra", [["crops.n_local=0"], ["optim.batch_size=1", "masks.kinds_over=image"]])
 def test_small_runs(tmp_path, photos, extra):
-    folder = train(settings(tmp_path, "run", *extra), stop_after_it=3)
+    folder = train(settings(tmp_path, "run", *extra), stop_after=3)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -277,7 +283,7 @@ def test_the_tool_ends_bad_input_in_one_line(tmp_path, photos, capsys):
     small = build_backbone("vit_small_patch16", depth=2)
     from pretrain.weights import save_backbone
 
-    save_backbone(tmp_path / "small.safetensors", small.state_dict(), name="vit_small_patch16", flags=small.flags)
+    save_backbone(tmp_path / "small.safetensors", small.state_dict(), name="vit_small_patch16", model_kwargs=small.model_kwargs)
     for arguments, named in [
         (["data.root=" + str(tmp_path / "none")], "none"),
         (["data.root=" + str(tmp_path / "empty")], "empty"),
@@ -288,9 +294,7 @@ def test_the_tool_ends_bad_input_in_one_line(tmp_path, photos, capsys):
         ([f"data.root={photos}", f"backbone.weights={tmp_path / 'small.safetensors'}"], "small.safetensors"),
         ([f"data.root={photos}", "optim.batch_size=300"], "optim.batch_size=300"),
     ]:
-        overrides = [a for a in arguments if "=" in str(a)]
-        rest = [a for a in arguments if "=" not in str(a)]
-        error = in_process(capsys, *rest, *TINY, f"run.output={tmp_path / 'out'}", *overrides)
+        error = in_process(capsys, *last([*TINY, f"run.output={tmp_path / 'out'}", *map(str, arguments)]))
         lines = [line for line in error.splitlines() if line.strip()]
         assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], error
     assert tool("optim.bach_size=4", code=2).startswith("error: config: unknown key 'optim.bach_size'")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from pretrain.backbones.position import axis_weights, patch_centres, sample_field
+from pretrain.backbones.position import axis_weights, patch_centers, sample_field
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import (
     TRIES,
@@ -22,7 +22,7 @@ from pretrain.views.boxes import (
     draw_views,
     pixel_boxes,
 )
-from pretrain.views.colour import ColorSettings, draw_colours
+from pretrain.views.color import NO_COLOR, ColorSettings, draw_colors
 from pretrain.views.pixels import render
 from pretrain.views.resample import resize_weights, sandwich
 
@@ -35,7 +35,7 @@ def linear_field(n, weights=((3.0, -1.0), (0.5, 2.0))):
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (6, 6), (5, 9), (24, 24)])
-def test_the_inference_grid_of_a_field_is_the_patch_centres(grid):
+def test_the_inference_grid_of_a_field_is_the_patch_centers(grid):
     """A field that stores a linear function of the image gives it back at (j + 1/2) / w, (i + 1/2) / h."""
     model = ViT(embed_dim=2, depth=1, num_heads=1, pos_encoding="field").double()
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_axis_weights_interpolate(interpolation):
 
 
 def test_bicubic_is_the_keys_kernel_by_hand():
-    """Halfway between two samples, a = -0.5 weighs the four neighbours -1/16, 9/16, 9/16, -1/16."""
+    """Halfway between two samples, a = -0.5 weighs the four neighbors -1/16, 9/16, 9/16, -1/16."""
     weights = axis_weights(torch.tensor([0.45], dtype=torch.float64), 11)  # sample 4.5
     expected = torch.zeros(1, 11, dtype=torch.float64)
     expected[0, 3:7] = torch.tensor([-1, 9, 9, -1], dtype=torch.float64) / 16
@@ -110,15 +110,15 @@ def test_drawn_views_carry_pixels_and_positions_together():
     y, x = np.indices((height, width))
     image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
     rule = CropSettings(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
-    views = draw_views(np.array([[height, width]]), rule, PositionSettings(enabled=False), [np.random.default_rng(3)])
-    off = ColorSettings(jitter_p=0, grey_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
-    colours = draw_colours(5, 2, off, [np.random.default_rng(0)])
+    views = draw_views(np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)])
+    off = ColorSettings(**NO_COLOR)
+    colors = draw_colors(5, 2, off, [np.random.default_rng(0)])
     views = replace(views, flips=torch.tensor([[True, False, True, False, False]]))  # among the global and the local ones
-    pixels = torch.cat(render(image, views, colours, off, global_px=size, local_px=size)).float()  # [5, 3, s, s] levels
+    pixels = torch.cat(render(image, views, colors, off, global_px=size, local_px=size)).float()  # [5, 3, s, s] levels
     n = size // patch
     seen = torch.nn.functional.avg_pool2d(pixels / 2, patch)[:, :2]  # [5, 2 (x, y), n, n], pixels of the image
-    x_at = patch_centres(views.boxes[0, :, 0], views.boxes[0, :, 2], n, views.flips[0]) * width - 0.5  # [5, n]
-    y_at = patch_centres(views.boxes[0, :, 1], views.boxes[0, :, 3], n) * height - 0.5
+    x_at = patch_centers(views.boxes[0, :, 0], views.boxes[0, :, 2], n, views.flips[0]) * width - 0.5  # [5, n]
+    y_at = patch_centers(views.boxes[0, :, 1], views.boxes[0, :, 3], n) * height - 0.5
     inner = slice(1, -1)
     torch.testing.assert_close(seen[:, 0, inner, inner].mean(1), x_at[:, inner], atol=0.5, rtol=0)
     torch.testing.assert_close(seen[:, 1, inner, inner].mean(2), y_at[:, inner], atol=0.5, rtol=0)
@@ -175,20 +175,20 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
     def drawn(images):
         rngs = [np.random.default_rng([1, i]) for i in images], [np.random.default_rng([2, i]) for i in images]
-        return draw_views(sizes[images], CropSettings(), PositionSettings(), rngs[0]), draw_colours(10, 2, ColorSettings(), rngs[1])
+        return draw_views(sizes[images], CropSettings(), PositionSettings(), rngs[0]), draw_colors(10, 2, ColorSettings(), rngs[1])
 
-    views, colours = drawn([0, 1, 2])
+    views, colors = drawn([0, 1, 2])
     for i in range(3):
-        one, its_colours = drawn([i])
+        one, its_colors = drawn([i])
         for name in ("boxes", "flips", "position_boxes"):
             assert torch.equal(getattr(one, name)[0], getattr(views, name)[i])
-        assert its_colours.rows(0) == colours.rows(i)
+        assert its_colors.rows(0) == colors.rows(i)
 
 
 def test_boxes_and_flips_are_the_same_without_position_augmentation():
     on, off = (
-        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(enabled=enabled), [np.random.default_rng(0)])
-        for enabled in (True, False)
+        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(augment=augment), [np.random.default_rng(0)])
+        for augment in (True, False)
     )
     assert torch.equal(on.boxes, off.boxes) and torch.equal(on.flips, off.flips)
     assert torch.equal(off.position_boxes, off.boxes) and not torch.equal(on.position_boxes, on.boxes)
@@ -248,19 +248,19 @@ def test_views_are_view_major():
     assert torch.equal(batch.locals[0], batch.position_boxes[:, 2])
 
 
-def test_colour_probabilities_and_ranges_by_view():
+def test_color_probabilities_and_ranges_by_view():
     n = 4000
-    colours = draw_colours(10, 2, ColorSettings(), [np.random.default_rng([0, i]) for i in range(n)])
+    colors = draw_colors(10, 2, ColorSettings(), [np.random.default_rng([0, i]) for i in range(n)])
     for view, blur, solarize in [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0), (9, 0.5, 0.0)]:
-        flags = [colours.jitter, colours.grey, colours.sigma > 0, colours.solarize]
-        rates = [flag[:, view].double().mean() for flag in flags]
+        model_kwargs = [colors.jitter, colors.gray, colors.sigma > 0, colors.solarize]
+        rates = [flag[:, view].double().mean() for flag in model_kwargs]
         np.testing.assert_allclose(rates, [0.8, 0.2, blur, solarize], atol=0.025)
     lows, highs = torch.tensor([0.6, 0.6, 0.8, -0.1]), torch.tensor([1.4, 1.4, 1.2, 0.1])
-    factors = (colours.factors - lows) / (highs - lows)  # uniform in [0, 1]
+    factors = (colors.factors - lows) / (highs - lows)  # uniform in [0, 1]
     assert factors.min() >= 0 and factors.max() <= 1
     assert abs(factors.mean((0, 1)) - 1 / 2).max() < 0.01 and abs(factors.var((0, 1)) - 1 / 12).max() < 0.005
-    sigma = (colours.sigma[colours.sigma > 0] - 0.1) / 1.9
+    sigma = (colors.sigma[colors.sigma > 0] - 0.1) / 1.9
     assert sigma.min() >= 0 and sigma.max() <= 1 and abs(sigma.mean() - 1 / 2) < 0.01
-    orders, counts = colours.order.flatten(0, 1).unique(dim=0, return_counts=True)
+    orders, counts = colors.order.flatten(0, 1).unique(dim=0, return_counts=True)
     assert len(orders) == 24 and abs(counts / (10 * n) - 1 / 24).max() < 0.005
-    assert not np.corrcoef(torch.cat([colours.factors, colours.order.float()], -1).flatten(0, 1).T).round(1)[:4, 4:].any()
+    assert not np.corrcoef(torch.cat([colors.factors, colors.order.float()], -1).flatten(0, 1).T).round(1)[:4, 4:].any()

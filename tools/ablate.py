@@ -13,44 +13,44 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
 import time
 
-import yaml
-
 from pretrain.cli import run
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
-from pretrain.results import read_result, render
+from pretrain.results import read_result, renamed, render
 from pretrain.results.ablation import Trial, ablation_table
+from pretrain.settings import flat, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "pretrain"
-# In the table's order; each but the method itself is configs/pretrain/ablation/NAME.yaml.
+# In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.
 ROWS = ("table3_none", "table3_sampling", "table3_lpos", "method", "reference_image")
 DATA = "--train 480 --val 80 --size 128".split()  # the demo's, as the detection protocol
 DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
     anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
-    batch_size=8 iterations_it=450 milestones_it=360,420 warmup_it=20 lr=4e-4 layer_decay=0.9 eval_period_it=450 amp=false
+    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
     detections_per_image=30""".split()
 QUICK_DATA = "--images 64 --train 32 --val 12 --size 96".split()
 QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.workers=0".split()
-QUICK_DETECTION = "iterations_it=10 milestones_it=8,9 warmup_it=2 eval_period_it=10".split()
+QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
 
 
 def row_overrides(row: str) -> list[str]:
-    """What a row's config changes, as key=value."""
-    groups = {} if row == "method" else yaml.safe_load((CONFIGS / "ablation" / f"{row}.yaml").read_text())
-    pairs = [(f"{group}.{key}", value) for group, keys in groups.items() if group != "base" for key, value in keys.items()]
-    return [f"{key}={json.dumps(value)}" for key, value in pairs if key != "run.output"]
+    """What a row's file changes, as key=value."""
+    if row == "method":
+        return []
+    values = flat(read_yaml(ROOT / "pretrain" / "recipes" / "ablation" / f"{row}.yaml").values)
+    return [f"{key}={text}" for key, text in values.items() if key not in ("base", "run.output")]
 
 
 def last(*settings: list[str]) -> list[str]:
-    """key=value words, of each key the last one."""
-    return list({word.partition("=")[0]: word for words in settings for word in words}.values())
+    """key=value words, of each key the last one, whether by its name or by the one that it had before."""
+    parts = [word.partition("=") for words in settings for word in words]
+    return list({renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}.values())
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:

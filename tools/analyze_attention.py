@@ -34,9 +34,9 @@ from pretrain.data.pictures import read_pictures, square
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of, named_apart, open_models
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, add_options, named_apart, open_subjects, subjects_of
 
 QUERIES = ["0.25,0.25", "0.75,0.25", "0.5,0.5", "0.25,0.75", "0.75,0.75"]
 BOX, CROSS = "box-wise", "cross-wise"
@@ -81,15 +81,15 @@ def main(arguments: list[str]) -> None:
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 
-def looked_at(options: argparse.Namespace) -> list[Subject]:
+def looked_at(options: argparse.Namespace) -> list[EvalModel]:
     """The checkpoints, the two of --compare-masks last; every file is looked at before the first is measured."""
-    subjects = subjects_of(options)
+    subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        two = open_subjects(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
+        two = open_models(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
         subjects = named_apart([*subjects, *two])
     if not subjects:
-        raise UserError("nothing to analyse: give --weights or --compare-masks")
+        raise UserError("nothing to analyze: give --weights or --compare-masks")
     check_size(subjects, options.size)
     return subjects
 

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from pretrain.cli import run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.device import choose_device
-from pretrain.overrides import fields_and_flags
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
 BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {  # what the project promises: at most, or (data path) at least
@@ -121,9 +120,9 @@ def det_step(options: argparse.Namespace) -> dict[str, Any]:
     """A detector's whole training step."""
     from det_plugin.benchmark.step import measure
 
-    fields, flags = fields_and_flags(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     fields.setdefault("image_size_px", str(options.image_px))
-    return measure(options.backbone, options.batches, options.rounds, options.device, backbone_flags=flags, overrides=fields)
+    return measure(options.backbone, options.batches, options.rounds, options.device, model_kwargs=model_kwargs, overrides=fields)
 
 
 def seg(options: argparse.Namespace) -> dict[str, Any]:

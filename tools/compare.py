@@ -20,15 +20,13 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 
-from det_plugin.protocol import PROTOCOLS, DetectionProtocol
-from det_plugin.protocol import with_overrides as detection_with
+from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from pretrain import compare
-from pretrain.cli import run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.compare import FineTuning, Weights
-from pretrain.compare_config import Comparison, Entry, load_comparison, name_of, words_of
+from pretrain.compare_config import NONE, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import GRACE_S
-from pretrain.overrides import fields_and_flags
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -66,7 +64,9 @@ def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     """The comparison, and the rows of it that are asked for."""
     folders = [f"{key}={value}" for key in ("weights", "coco", "ade") if (value := getattr(options, key)) is not None]
     comparison = load_comparison(options.config, [*options.overrides, *folders], PROTOCOLS)
-    detection_with(DetectionProtocol(), fields_and_flags(words_of(comparison.detection_overrides))[0])  # before anything is begun
+    for entry in comparison.entries:  # before anything is begun
+        if (name := entry.detection or comparison.detection) != NONE:
+            with_overrides(protocol(name, entry.backbone), fields_and_kwargs(words_of(comparison.detection_overrides))[0])
     rows = {name_of(entry): entry for entry in comparison.entries}
     if unknown := [name for name in options.only if name not in rows]:
         raise UserError(f"--only: {options.config} has no row {unknown[0]!r}; there are {', '.join(rows)}")
@@ -77,9 +77,9 @@ def submit(each: FineTuning, comparison: Comparison, options: argparse.Namespace
     """Hand a run to SLURM: a job of --gpus-per-run tasks; a sweep as an array, a GPU each."""
     stage, words, array, gpus = each.stage(TOOLS), list(each.arguments), [], options.gpus_per_run
     if each.is_sweep:
-        from seg_plugin.protocol import protocol, with_overrides
+        from seg_plugin import protocol as seg
 
-        grid = with_overrides(protocol(), fields_and_flags(words_of(comparison.segmentation_overrides))[0])
+        grid = seg.with_overrides(seg.protocol(), fields_and_kwargs(words_of(comparison.segmentation_overrides))[0])
         array = ["--array", str(len(grid.lr_grid) * len(grid.weight_decay_grid) * grid.seeds)]
         words, gpus = [*words, "--sweep", "{index}"], 1
     logs = ["--name", each.name.replace("/", "."), "--folder", str(options.output / "jobs" / "%j")]

@@ -22,10 +22,10 @@ METHODS = {"intertwined": "configs/pretrain/toy.yaml", "dinov2": "configs/pretra
 # Scaled-down protocols: minutes on two CPU cores. The table marks them as such, field by field.
 DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
     anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
-    batch_size=8 iterations_it=450 milestones_it=360,420 warmup_it=20 lr=4e-4 layer_decay=0.9 eval_period_it=450 amp=false
+    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
     detections_per_image=30""".split()
 SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 ratio_range=0.75,1.5
-    batch_size=8 iterations_it=350 lr=5e-4 val_interval_it=350""".split()
+    batch_size=8 max_iters=350 lr=5e-4 val_every=350""".split()
 
 
 @dataclass(frozen=True)

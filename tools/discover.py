@@ -28,13 +28,13 @@ from pretrain.data.box_sets import BoxedImage, read_boxes
 from pretrain.data.pictures import spread
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import Features, frozen, read_picture
 from pretrain.progress import Progress
 from pretrain.results.csv_file import write_csv
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, add_options, subjects_of
 
 PROTOCOL: dict[str, Any] = {"size": 0, "features": "keys", "max_images": 0, "no_hard": False}
 CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by TokenCut."
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
     images = spread(images, options.max_images or len(images))
-    subjects, device = subjects_of(options), choose_device(options.device)
+    subjects, device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
     table = []
     with StopSignals() as signals:
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    subject: Subject, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
+    subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
 ) -> dict[str, float]:
     """CorLoc in percent by each method; leaves the folder of the checkpoint. Interrupted, it goes on where it was."""
     started, folder = time.perf_counter(), options.output / subject.folder

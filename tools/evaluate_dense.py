@@ -2,13 +2,13 @@
 
 python tools/evaluate_dense.py --weights runs/x/backbone.safetensors --data VOCdevkit --output runs/x_voc
 python tools/evaluate_dense.py --weights dinov2_vits14_reg4_pretrain.pth --data ADEChallengeData2016 --tasks in_context \\
-    --output ade linear.epochs=2 clustering.k=500
+    --output ade linear.epochs=2 clustering.overclusters=300
 python tools/evaluate_dense.py --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
 
---data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root holds
-train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; whatever departs from the public protocol
-is named in the result. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that share a
-folder stand in one row.
+--data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root
+holds train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation
+from the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that
+share a folder stand in one row.
 Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
 the same command with --resume goes on) and figures/, which tools/make_report.py shows; --before draws other weights beside these.
 """
@@ -33,11 +33,11 @@ from pretrain.data.label_sets import KINDS, LabelSet, open_label_set
 from pretrain.data.label_sets.maps import nearest
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, named_apart, open_models
 from pretrain.evaluation.dense import run as dense
 from pretrain.evaluation.dense.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, named_apart, open_subjects
 
 SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--set", default="auto", choices=("auto", *KINDS), help="which one; auto: what DIR looks like (%(default)s)")
     add("--classes", type=int, default=0, metavar="N", help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)")
     add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({' '.join(DENSE_TASKS)})")
-    add("--knn-root", type=Path, metavar="DIR", help="labelled folder for k-NN classification: ImageNet")
+    add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--resume", action="store_true", help="keep the tasks that DIR holds; the result is of those that are asked for")
     add("--seed", type=int, help="of all tasks; else that of the training that left FILE, where FILE says it, or 0")
@@ -103,22 +103,22 @@ def main(arguments: list[str]) -> None:
                 draw(job.val, finished, features, folder)
 
 
-def checkpoints(options: argparse.Namespace) -> tuple[list[Subject], dict[str, tuple[Any, Any]]]:
+def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
     """The weights, after those of --before; and what of how they are used the protocol would have otherwise."""
     if options.patch_size is not None and options.patch_size < 1:
         raise UserError(f"--patch-size: {options.patch_size} is less than 1")
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone)
+    (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
         "precision": ("float32", "bf16" if options.bf16 else "float32"),
     }
-    before = open_subjects([options.before], (), None, options.backbone) if options.before else []
+    before = open_models([options.before], (), None, options.backbone) if options.before else []
     return named_apart([replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]), others
 
 
 def jobs_of(
     options: argparse.Namespace,
-    subject: Subject,
+    subject: EvalModel,
     settings: dict[str, Any],
     others: dict[str, tuple[Any, Any]],
     signals: StopSignals,

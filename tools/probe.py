@@ -1,4 +1,4 @@
-"""Probe any weights: k-NN on a labelled folder, linear and k-NN segmentation, the position probe.
+"""Probe any weights: k-NN on a labeled folder, linear and k-NN segmentation, the position probe.
 
 python tools/probe.py --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade --seg-classes 150
 python tools/probe.py --weights runs/x/backbone.safetensors --position-root sets/coco/val2017 --json probes.json
@@ -18,10 +18,10 @@ from pretrain.cli import run
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import open_models
 from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes, ProbeSettings
 from pretrain.settings import Layer, build
-from pretrain.subject import open_subjects
 
 
 def main(arguments: list[str]) -> None:
@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
     parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
     parser.add_argument("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
-    parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbours (%(default)s)")
+    parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
     parser.add_argument("--seg-root", default="", metavar="DIR", help="images/ and annotations/{training,validation}")
-    parser.add_argument("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labelled")
+    parser.add_argument("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labeled")
     parser.add_argument("--position-root", default="", metavar="PATH", help="images: anything that data.root may be")
     parser.add_argument("--image-px", type=int, default=defaults.image_px, help="side of a picture (%(default)s)")
     parser.add_argument("--max-images", type=int, default=defaults.max_images, help="of each part of a set (%(default)s)")
@@ -46,11 +46,11 @@ def main(arguments: list[str]) -> None:
     if not (options.knn_root or options.seg_root or options.position_root):
         raise UserError("nothing to probe: give --knn-root, --seg-root or --position-root")
 
-    (subject,) = open_subjects([options.weights], (), options.source, options.backbone, options.patch_size)
-    backbone = subject.build(mask_tokens=bool(options.position_root))
+    (model,) = open_models([options.weights], (), options.source, options.backbone, options.patch_size)
+    backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
     probes = Probes(settings(options), DataSettings(root=options.position_root), backbone.patch_size)
-    if options.position_root and not subject.has_token:
+    if options.position_root and not model.has_token:
         hidden_by = hide_with(backbone, "mean", False, (options.image_px // backbone.patch_size,) * 2)
         said = (
             "the mean of all positions stands for a hidden one" if hidden_by == "mean" else "and no positions that could be hidden"
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"backbone": subject.backbone, "options": used, "metrics": values}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"backbone": model.backbone, "options": used, "metrics": values}, indent=2) + "\n")
 
 
 def settings(options: argparse.Namespace) -> ProbeSettings:

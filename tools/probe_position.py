@@ -26,6 +26,7 @@ from pretrain.data.pictures import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import HIDDEN_BY, hide_with, read_squares
@@ -33,12 +34,11 @@ from pretrain.progress import Progress
 from pretrain.results.csv_file import read_csv, write_csv
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject, add_options, subjects_of
 from pretrain.views.masks import SHAPES
 
 TABLE = "position_layers.csv"
 PROTOCOL = {"size": 224, "max_images": 2000, "draws": 3, "shape": "cross", "mask": "auto", "bf16": False}
-CAPTION = "How well a linear read-out finds a patch's centre: solid, its position was hidden; dotted, it was given."
+CAPTION = "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, it was given."
 
 
 def main(arguments: list[str]) -> None:
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
     device = choose_device(options.device)
-    subjects = subjects_of(options)
+    subjects = models_of(options)
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
             raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 
 
 def probe(
-    subject: Subject,
+    subject: EvalModel,
     options: argparse.Namespace,
     by_side: dict[int, torch.Tensor],
     device: torch.device,

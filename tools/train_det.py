@@ -9,9 +9,9 @@ python tools/train_det.py --weights run/backbone.safetensors --data coco --outpu
 
 One's own data and number of classes on one GPU; the layouts are those of det_plugin/coco_layout.py:
 python tools/train_det.py --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
-    batch_size=16 iterations_it=4000 milestones_it=3555,3852 amp_dtype=bfloat16
+    batch_size=16 max_iters=4000 milestones=3555,3852 amp_dtype=bfloat16
 
-Words with = set fields of the protocol (det_plugin/protocol.py) or flags of the backbone, backbone.depth=4.
+Words with = set fields of the protocol (det_plugin/protocol.py) or arguments of the backbone, backbone.depth=4.
 """
 
 import sys
@@ -22,7 +22,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import importlib.util
 import os
-from dataclasses import replace
 
 import torch
 
@@ -30,9 +29,8 @@ from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_ove
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain import distributed
-from pretrain.cli import run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.errors import UserError
-from pretrain.overrides import fields_and_flags
 from pretrain.weights import backbone_name
 
 FOLDERS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}  # what a run of each leaves
@@ -56,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
     parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_base_patch16, ...; a file of ours says it itself")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialisation")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
@@ -75,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> DetectionRun:
     """What the command line asks for. The number of classes is the data's, unless it is given."""
-    fields, flags = fields_and_flags(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     backbone = backbone_name(options.backbone, options.weights)
     recipe = with_overrides(protocol(options.protocol, backbone), fields)
     if "num_classes" not in fields:
@@ -84,7 +82,7 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
             say(
                 f"num_classes={len(classes)}, as in {options.data}; the protocol's is {recipe.num_classes}, so the result is marked"
             )
-        recipe = replace(recipe, num_classes=len(classes))
+        recipe = with_overrides(recipe, {"num_classes": len(classes)})
     return DetectionRun(
         backbone=backbone,
         weights=options.weights,
@@ -97,7 +95,7 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
         accumulate=options.accumulate,
         checkpointing=options.checkpointing,
         compile=options.compile,
-        backbone_flags=flags,
+        model_kwargs=model_kwargs,
     )
 
 

@@ -5,7 +5,7 @@ python tools/train_seg.py --weights run/backbone.safetensors --data VOCdevkit/VO
 python tools/train_seg.py --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
 
 FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/); see
-seg_plugin/datasets.py. Further words set fields of the protocol, lr=3e-5, or flags of the backbone, backbone.depth=4.
+seg_plugin/datasets.py. Further words set fields of the protocol, lr=3e-5, or arguments of the backbone, backbone.depth=4.
 
 The protocol's own result is the best of its grid of lr and weight decay, each setting run with several seeds:
 
@@ -21,9 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import os
 
-from pretrain.cli import run
+from pretrain.cli import fields_and_kwargs, run
 from pretrain.errors import UserError
-from pretrain.overrides import fields_and_flags
 from pretrain.weights import backbone_name
 from seg_plugin.datasets import DATASETS, recipe_for
 from seg_plugin.run import SegmentationRun, train
@@ -33,7 +32,7 @@ from seg_plugin.sweep import run_point, status, sweep
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_small_patch16, ...; a file of ours says it itself")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialisation")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
@@ -75,7 +74,7 @@ def say_where(result: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    fields, flags = fields_and_flags(options.overrides)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
     one = SegmentationRun(
         backbone=backbone_name(options.backbone, options.weights),
         weights=options.weights,
@@ -85,7 +84,7 @@ def main(arguments: list[str]) -> None:
         seed=options.seed,
         device=options.device,
         workers=options.workers,
-        backbone_flags=flags,
+        model_kwargs=model_kwargs,
     )
     if options.sweep is None:
         say_where(train(one, options.resume))

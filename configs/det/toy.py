@@ -10,11 +10,11 @@ _backbone = "vit_tiny_patch16"
 _scaled_down = with_overrides(
     protocol("coco-12ep", _backbone),
     dict(
-        iterations_it=20,
-        milestones_it=(16, 18),
-        warmup_it=4,
+        max_iters=20,
+        milestones=(16, 18),
+        warmup_iters=4,
         batch_size=2,
-        eval_period_it=10,
+        eval_every=10,
         amp=False,
         image_size_px=128,
         jitter_scale=(0.5, 1.5),
@@ -30,6 +30,6 @@ _scaled_down = with_overrides(
         detections_per_image=20,
     ),
 )
-_config = config(_scaled_down, _backbone, backbone_flags=dict(depth=2), device="cpu", workers=0)
+_config = config(_scaled_down, _backbone, model_kwargs=dict(depth=2), device="cpu", workers=0)
 model, train, dataloader = _config.model, _config.train, _config.dataloader
 optimizer, lr_multiplier = _config.optimizer, _config.lr_multiplier

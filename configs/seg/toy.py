@@ -16,9 +16,9 @@ globals().update(
         with_overrides(
             protocol("ade20k-160k"),
             dict(
-                iterations_it=20,
+                max_iters=20,
                 batch_size=4,
-                val_interval_it=20,
+                val_every=20,
                 resize_px=(640, 160),
                 crop_px=128,
                 slide_crop_px=128,
@@ -27,7 +27,7 @@ globals().update(
             ),
         ),
         backbone="vit_tiny_patch16",
-        backbone_flags=dict(depth=4, pos_grid=8),
+        model_kwargs=dict(depth=4, pos_grid=8),
         data_root="{{$TOY_ADE:toy/ade/ADEChallengeData2016}}",
         classes=("background", *CLASSES),
         workers=0,

@@ -79,10 +79,10 @@ def features_of(name: str, network: nn.Module, image: Tensor) -> Tensor:
     return network(image)["last_feat"]  # type: ignore[no-any-return]
 
 
-def our_network(backbone: str, **flags: Any) -> ViT:
+def our_network(backbone: str, **model_kwargs: Any) -> ViT:
     """Random weights, the same in every process; positions are resampled as Detectron2 does."""
     torch.manual_seed(0)
-    return build_backbone(backbone, pos_encoding="standard", pos_interpolation="bicubic", **flags)
+    return build_backbone(backbone, pos_encoding="standard", pos_interpolation="bicubic", **model_kwargs)
 
 
 def their_network(
@@ -92,16 +92,16 @@ def their_network(
     *,
     relative_positions: bool = False,
     drop_path: float = 0.0,
-    flags: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Detectron2's ViT with the weights of :func:`our_network`, as far as it has them.
 
     Args:
         window: side of a window in patches; 0: every block sees the whole image.
-        flags: of :func:`our_network`.
+        model_kwargs: of :func:`our_network`.
     """
-    ours = our_network(backbone, **(flags or {}))
-    size, depth = ours.flags, ours.flags["depth"]
+    ours = our_network(backbone, **(model_kwargs or {}))
+    size, depth = ours.model_kwargs, ours.model_kwargs["depth"]
     everywhere = global_blocks(depth, GLOBAL_BLOCKS) if window else range(depth)
     theirs: nn.Module = TheirViT(
         img_size=image_px,

@@ -44,7 +44,7 @@ def measure(
     device: str = "auto",
     *,
     contenders: Sequence[str] = (*OURS, *THEIRS),
-    backbone_flags: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward, AdamW; AMP on CUDA.
@@ -54,7 +54,7 @@ def measure(
         batch_sizes: images a step, rising; where one does not fit into the memory, larger ones are not tried.
         rounds: counted steps.
         contenders: names out of :data:`OURS` and :data:`THEIRS`, each measured in a process of its own, one after the other.
-        backbone_flags: more arguments of ``build_backbone``, for all.
+        model_kwargs: more arguments of ``build_backbone``, for all.
         overrides: fields of the protocol, for all.
 
     Returns:
@@ -69,18 +69,18 @@ def measure(
     context = multiprocessing.get_context("spawn")
     for name in contenders:
         with ProcessPoolExecutor(1, context) as process:
-            arguments = (name, recipe, backbone, dict(backbone_flags or {}), sorted(batch_sizes), rounds, where)
+            arguments = (name, recipe, backbone, dict(model_kwargs or {}), sorted(batch_sizes), rounds, where)
             found[name] = process.submit(_figures, *arguments).result()
     return found
 
 
-def build(name: str, recipe: DetectionProtocol, backbone: str, flags: Mapping[str, Any]) -> nn.Module:
+def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
     """The detector of a contender, random weights."""
-    cfg = config(recipe, backbone, backbone_flags=flags).model
+    cfg = config(recipe, backbone, model_kwargs=model_kwargs).model
     if name in OURS:
         cfg.backbone.net.update(OURS[name])
     else:
-        arguments = dict(THEIRS[name], image_px=recipe.image_size_px, drop_path=recipe.drop_path, flags=dict(flags))
+        arguments = dict(THEIRS[name], image_px=recipe.image_size_px, drop_path=recipe.drop_path, model_kwargs=dict(model_kwargs))
         cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **arguments)
     return instantiate(cfg)  # type: ignore[no-any-return]
 
@@ -103,7 +103,7 @@ def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, 
 
 
 class Step:
-    """Model, optimiser and loss scale of one contender."""
+    """Model, optimizer and loss scale of one contender."""
 
     def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
         self.model, self.device = model.to(device).train(), device
@@ -125,13 +125,13 @@ class Step:
 
 
 def _figures(
-    name: str, recipe: DetectionProtocol, backbone: str, flags: dict[str, Any], batches: list[int], rounds: int, device: str
+    name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: dict[str, Any], batches: list[int], rounds: int, device: str
 ) -> dict[str, Any]:
     """Of one contender, by batch size; in its own process."""
     where, found = torch.device(device), dict[str, Any]()
     held = 0.0 if where.type == "cuda" else held_mib(where)
     torch.manual_seed(0)
-    step = Step(build(name, recipe, backbone, flags), recipe, where)
+    step = Step(build(name, recipe, backbone, model_kwargs), recipe, where)
     for n_images in batches:
         batch, seconds = synthetic_batch(recipe, n_images), []
         if where.type == "cuda":

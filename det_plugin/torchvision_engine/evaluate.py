@@ -108,12 +108,12 @@ def as_coco(
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
     """Probabilities [s, s] of a box [4] (pixels) -> rows and columns of the picture (height, width: ``size``), and the
-    probabilities there: bilinear at the pixels' centres, 0 elsewhere (Detectron2's ``paste_masks_in_image``)."""
+    probabilities there: bilinear at the pixels' centers, 0 elsewhere (Detectron2's ``paste_masks_in_image``)."""
     sides = []
     for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
         first, last = max(int(low.floor()) - 1, 0), min(int(high.ceil()) + 1, length)  # a pixel around the box is enough
-        centres = torch.arange(first, last, dtype=torch.float32) + 0.5
-        sides.append((slice(first, last), (centres - low) / (high - low) * 2 - 1))
+        centers = torch.arange(first, last, dtype=torch.float32) + 0.5
+        sides.append((slice(first, last), (centers - low) / (high - low) * 2 - 1))
     (rows, y), (columns, x) = sides
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # [h, w, 2], x first
     return rows, columns, F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]

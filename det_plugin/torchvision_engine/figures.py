@@ -20,7 +20,7 @@ from det_plugin.torchvision_engine.evaluate import Prediction
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
 COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between pictures; of the line above each
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -96,27 +96,27 @@ def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
     """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide least."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
-        shade = np.array(colour_of(thing.kind))
+        shade = np.array(color_of(thing.kind))
         canvas[thing.mask] = (0.6 * canvas[thing.mask] + 0.4 * shade).astype(np.uint8)
         outlines, _ = cv2.findContours(thing.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, outlines, -1, shade.tolist(), line, cv2.LINE_AA)
     picture = Image.fromarray(canvas)
     pen, font = ImageDraw.Draw(picture), _font(min(max(round(min(image.shape[:2]) / 34), 11), 22))
     for thing in objects:
-        pen.rectangle(thing.box, outline=colour_of(thing.kind), width=line)
+        pen.rectangle(thing.box, outline=color_of(thing.kind), width=line)
     taken: list[Corners] = []
     for thing in reversed(objects):  # who comes last lies on top and chooses first
         place = _place((font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size)
-        colour = colour_of(thing.kind)
-        pen.rectangle(place, fill=colour)
-        ink = (0, 0, 0) if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
+        color = color_of(thing.kind)
+        pen.rectangle(place, fill=color)
+        ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
         pen.text((place[0] + 3, place[1]), thing.text, fill=ink, font=font)
         taken.append(place)
     return np.asarray(picture)
 
 
-def colour_of(kind: int) -> Colour:
-    """A class's colour: hues a golden section apart, in three shades."""
+def color_of(kind: int) -> Color:
+    """A class's color: hues a golden section apart, in three shades."""
     saturation, value = ((0.85, 0.95), (0.55, 1.0), (0.95, 0.7))[kind // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.07 + 0.618034 * kind) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)

@@ -1,34 +1,34 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoint.pt`` how far it is, ``result.json`` that it is over."""
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from det_plugin.protocol import DetectionProtocol
+from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import DetectionRun
+from det_plugin.torchvision_engine.checkpoint import has_checkpoint
 from det_plugin.torchvision_engine.coco import CocoSplit
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
-from pretrain.overrides import with_overrides
 from pretrain.results.provenance import file_hash
+from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, CHECKPOINT, RESULT, PREDICTIONS = "config.json", "checkpoint.pt", "result.json", "predictions.json"
+CONFIG, RESULT, PREDICTIONS = "config.json", "result.json", "predictions.json"
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
-    """Everything that the outcome depends on, as JSON values. The backbone's flags are complete: the run's own file is not needed
-    to build the network again."""
+    """Everything that the outcome depends on, as JSON values. ``model_kwargs`` are complete: the run's own file is not
+    needed to build the network again."""
     config = {
         "engine": ENGINE,
         **run.settings(),
         "accumulate": run.accumulate,
-        "backbone_flags": vit.flags,
-        "given_flags": dict(run.backbone_flags),  # some are no part of the network: drop_path, attention
+        "model_kwargs": vit.model_kwargs,
+        "given_kwargs": dict(run.model_kwargs),  # some are no part of the network: drop_path, attention
         "weights_hash": file_hash(run.weights) if run.weights else None,
         "data": {
             "train_images": len(train.pictures),
@@ -48,24 +48,17 @@ def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
     """
     if (folder / CONFIG).is_file():
         # A run may go on with fewer GPUs, in more parts.
-        changed = differences({**read_config(folder), "accumulate": config["accumulate"]}, config)
+        changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
         if changed:
-            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(changed[:3])}); choose another folder")
+            told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
+            raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
     elif (folder / RESULT).is_file():
         raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
     if (folder / RESULT).is_file():
         return True
-    if (folder / CHECKPOINT).is_file() and not resume:
+    if has_checkpoint(folder) and not resume:
         raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
     return False
-
-
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """``key was -> is`` for each setting that differs, keys dotted."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
-        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)]
-    return [] if before == now else [f"{name} {before!r} -> {now!r}"]
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -79,7 +72,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder.
+    """The settings of the run in a folder, old names under their new ones.
 
     Raises:
         UserError: no run of this engine, or an unreadable file.
@@ -93,19 +86,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"output: {path} is no JSON ({error})") from error
     if not isinstance(config, dict) or config.get("engine") != ENGINE:
         raise UserError(f"output: {path} is not of the {ENGINE} engine")
+    config["protocol"] = upgraded(DetectionProtocol, config["protocol"])
+    if "backbone_flags" in config:
+        config |= {"model_kwargs": config.pop("backbone_flags"), "given_kwargs": config.pop("given_flags", {})}
     return config
 
 
 def protocol_of(config: Mapping[str, Any]) -> DetectionProtocol:
     """The protocol in a ``config.json``."""
     fields = dict(config["protocol"])
-    name, version = fields.pop("name"), fields.pop("version")
-    return dataclasses.replace(with_overrides(DetectionProtocol(), fields), name=name, version=version)
+    named = DetectionProtocol(name=fields.pop("name"), version=fields.pop("version"))
+    return with_overrides(named, fields)
 
 
 def backbone_of(config: Mapping[str, Any]) -> ViT:
     """The backbone of a ``config.json``, its weights not yet filled in."""
-    return build_backbone(config["backbone"], None, **config["backbone_flags"])
+    return build_backbone(config["backbone"], None, **config["model_kwargs"])
 
 
 def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:

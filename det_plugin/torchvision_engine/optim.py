@@ -16,12 +16,12 @@ def lr_at(it: int, protocol: DetectionProtocol) -> float:
     """The base learning rate of iteration ``it`` (from 0): linear warm-up, then a step at each milestone (Detectron2)."""
 
     def steps(at: int) -> float:
-        return protocol.lr * protocol.lr_gamma ** bisect.bisect_right(protocol.milestones_it, at)
+        return protocol.lr * protocol.lr_gamma ** bisect.bisect_right(protocol.milestones, at)
 
-    if it >= protocol.warmup_it:
+    if it >= protocol.warmup_iters:
         return steps(it)
-    start, end = protocol.warmup_factor * steps(0), steps(protocol.warmup_it)
-    return start + (end - start) * it / protocol.warmup_it
+    start, end = protocol.warmup_factor * steps(0), steps(protocol.warmup_iters)
+    return start + (end - start) * it / protocol.warmup_iters
 
 
 def parameter_groups(model: nn.Module, protocol: DetectionProtocol) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
 from det_plugin.torchvision_engine.figures import draw_detections
 from det_plugin.torchvision_engine.folder import (
-    CHECKPOINT,
     ENGINE,
     RESULT,
     backbone_of,
@@ -27,7 +26,7 @@ from det_plugin.torchvision_engine.folder import (
 from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
-from pretrain import distributed
+from pretrain import checkpoints, distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
@@ -40,8 +39,8 @@ HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, i
 
 
 def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = None) -> Path:
-    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoint.pt``, ``predictions.json``, ``metrics.jsonl``,
-    ``speed.jsonl``, ``tensorboard/`` and ``figures/``; a run that is over is left as it is.
+    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``, ``predictions.json``,
+    ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``; a run that is over is left as it is.
 
     Args:
         resume: go on from the folder's checkpoint, if there is one; on the CPU, bit for bit as without the interruption.
@@ -77,10 +76,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         trainer.restore(state)
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
-    end_it = min(run.protocol.iterations_it, stop_after_it or run.protocol.iterations_it)
+    end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
-        metrics = _loop(trainer, data, terms, started, end_it, signals)
-    if trainer.iteration == run.protocol.iterations_it and distributed.is_main():
+        metrics = _loop(trainer, data, terms, started, end_iter, signals)
+    if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
         leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
     return run.output / RESULT
@@ -119,14 +118,14 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     """
     config, state = read_config(output), load_checkpoint(output)
     if state is None:
-        raise UserError(f"output: {output} holds no {CHECKPOINT}")
+        raise UserError(f"output: {output} holds no checkpoint")
     model = build_model(backbone_of(config), protocol_of(config))
     model.load_state_dict(state["model"])
     return model, config, state["iteration"]
 
 
 def _loop(
-    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_it: int, signals: StopSignals
+    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_iter: int, signals: StopSignals
 ) -> dict[str, Any]:
     """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found.
 
@@ -134,7 +133,7 @@ def _loop(
         terms: what the last step of a resumed run gave; none at the start.
     """
     p, first_it, metrics = trainer.protocol, trainer.iteration, dict[str, Any]()
-    log_period = max(p.iterations_it // LOG_LINES, 1)
+    log_period = max(p.max_iters // LOG_LINES, 1)
     is_behind = terms is not None and gather_objects(_lacks_evaluation(trainer))[0]
     log = Log(trainer, started, first_it - is_behind) if distributed.is_main() else None
     try:
@@ -143,7 +142,7 @@ def _loop(
             if log and terms:
                 log.write(first_it - 1, terms, metrics)
         rank, world = distributed.rank(), distributed.world_size()
-        indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_it))
+        indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_iter))
         samples = TrainSamples(data.train, p, trainer.run.seed)
         for batch, waited_s in _timed(batches(samples, indices, trainer.run.workers, trainer.device)):
             it, terms, metrics = trainer.iteration, trainer.step(batch), {}
@@ -152,7 +151,7 @@ def _loop(
                 log.step(terms, waited_s)
                 if it % log_period == 0 and not is_due:
                     log.write(it, terms, {})
-                if is_due or stopping or it + 1 == end_it or log.is_old:
+                if is_due or stopping or it + 1 == end_iter or log.is_old:
                     log.save_checkpoint(terms)
             if stopping:  # an evaluation that is due can wait: the resumed run makes up for it
                 distributed.barrier()
@@ -178,7 +177,7 @@ def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float
 
 def _is_due(trainer: Trainer) -> bool:
     """Whether the iterations so far end in an evaluation."""
-    return trainer.iteration % trainer.protocol.eval_period_it == 0 or trainer.iteration == trainer.protocol.iterations_it
+    return trainer.iteration % trainer.protocol.eval_every == 0 or trainer.iteration == trainer.protocol.max_iters
 
 
 def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
@@ -193,7 +192,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
 
 
 def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """For :func:`evaluate`: tells ``show`` which share of the pictures is done, and how many seconds are left."""
+    """For :func:`evaluate`: tells ``show`` which share of the images is done, and how many seconds are left."""
     started = time.monotonic()
     return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
 
@@ -202,7 +201,7 @@ def _lacks_evaluation(trainer: Trainer) -> bool:
     """Whether a checkpoint was left in the middle of its evaluation, or after the last one, which ``result.json`` needs."""
     path, start = trainer.run.output / "metrics.jsonl", f'{{"iteration": {trainer.iteration - 1},'
     is_written = path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
-    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.iterations_it)
+    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 
 class Log:
@@ -210,9 +209,10 @@ class Log:
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
+        checkpoints.clean(self.folder)
         self.speed, self.saved_s = Speed(trainer.protocol.batch_size), time.monotonic()
         self.metrics = MetricsLog(self.folder, first_line_it, tensorboard=True)
-        self.line = ProgressLine("detection", trainer.protocol.iterations_it, trainer.iteration)
+        self.line = ProgressLine("detection", trainer.protocol.max_iters, trainer.iteration)
 
     @property
     def is_old(self) -> bool:
@@ -225,10 +225,10 @@ class Log:
         trainer, speed = self.trainer, self.speed
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         memory = f"{peak_memory_gb(trainer.device):.1f} GB"
-        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.iterations_it - trainer.iteration))
+        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
 
     def evaluated(self, share: float, left_s: float) -> None:
-        """An evaluation goes on: a ``share`` of the pictures is done."""
+        """An evaluation goes on: a ``share`` of the images is done."""
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
@@ -240,7 +240,7 @@ class Log:
             self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
 
     def save_checkpoint(self, terms: Mapping[str, float]) -> None:
-        """``checkpoint.pt``, after the lines of the iterations before."""
+        """A checkpoint, after the lines of the iterations before."""
         self.metrics.flush()
         with self.speed.paused():
             save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from det_plugin.protocol import DetectionProtocol, check
+from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.coco import CocoSplit, read_split
 from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict, save_predictions
@@ -51,7 +51,7 @@ class Data:
 
 
 class Trainer:
-    """Model, optimiser and iteration.
+    """Model, optimizer and iteration.
 
     Mixed precision is the protocol's on CUDA alone. With float16 the loss is scaled so that small gradients survive; a step whose
     scaled gradients overflow changes no weights but counts as an iteration, as Detectron2's AMPTrainer has it.
@@ -62,14 +62,13 @@ class Trainer:
 
     def __init__(self, run: DetectionRun, device: torch.device) -> None:
         protocol = run.protocol
-        check(protocol)
         shares = distributed.world_size() * run.accumulate
         if run.accumulate < 1 or protocol.batch_size % shares:
             ranks = f"{distributed.world_size()} processes x accumulate={run.accumulate}"
             raise UserError(f"protocol: batch_size={protocol.batch_size} cannot be shared by {ranks}")
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
-        self.vit = build_for_fine_tuning(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.backbone_flags})
+        self.vit = build_for_fine_tuning(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.model_kwargs})
         self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(device)
         self.optimizer = build_optimizer(self.model, protocol)
         self.amp_dtype = getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None

@@ -36,7 +36,7 @@ def training_pictures(
 
     Args:
         teacher: on the device of the crops.
-        global_crops: [G * B, 3, S, S] normalised, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
+        global_crops: [G * B, 3, S, S] normalized, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
         views, masks: of the same batch.
     """
     batch_size = len(views.boxes)
@@ -117,7 +117,7 @@ def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_
 
 
 def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
-    """One row an image: its global crops, each with the colours of its patches; one PCA over all of them.
+    """One row an image: its global crops, each with the colors of its patches; one PCA over all of them.
 
     Args:
         crops: [v, n, 3, S, S]; rgb: [v, n, h, w, 3] in [0, 1].

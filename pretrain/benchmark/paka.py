@@ -113,7 +113,7 @@ def write_start(path: Path, words: Sequence[str]) -> Path:
     """A file of the network that a config would train from scratch, with random weights."""
     config = load_config(RECIPES["dinov2"], words)
     vit = new_backbone(config, 0.0, config.positions)
-    return save_backbone(path, vit.state_dict(), name=config.backbone.name, flags=vit.flags)
+    return save_backbone(path, vit.state_dict(), name=config.backbone.name, model_kwargs=vit.model_kwargs)
 
 
 def training_steps(recipe: str, words: Sequence[str], n_steps: int) -> Work:

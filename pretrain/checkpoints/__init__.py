@@ -1,18 +1,20 @@
-"""Checkpoints of a run: whole or not there at all, verified by checksums, and never able to execute anything.
+"""Checkpoints of a run: complete or absent, verified by checksums, and free of code.
 
 ``<run>/checkpoints/it_00001000/`` holds
 
-* ``state.safetensors`` (layout ``single``), or ``shard_*.safetensors`` and ``index.json`` (layout ``sharded``: written and read
-  by ``torch.distributed.checkpoint`` through our own storage classes, since its own ones unpickle);
+* ``state.safetensors`` (layout ``single``), or ``shard_*.safetensors`` and ``index.json`` (layout
+  ``sharded``, written and read by ``torch.distributed.checkpoint`` through storage classes of ours);
 * ``meta.json``: plain values (iteration, layout, and what the caller adds);
 * ``manifest.json``: size and SHA-256 of every other file.
 
-A checkpoint is written as ``it_00001000.tmp`` and renamed when every byte is on the disk.
+A checkpoint is written as ``it_00001000.tmp`` and renamed when every byte is on disk. A process with nested
+state, such as an optimizer's ``state_dict()``, uses :func:`save_state` and :func:`load_state`.
 """
 
 from pretrain.checkpoints.found import Found, find, newest, open_checkpoint
 from pretrain.checkpoints.sharded import load, save_sharded
 from pretrain.checkpoints.single import consolidate, save
+from pretrain.checkpoints.state import load_state, save_state
 from pretrain.checkpoints.store import clean, whole_directories
 from pretrain.checkpoints.writer import Writer
 
@@ -23,9 +25,11 @@ __all__ = [
     "consolidate",
     "find",
     "load",
+    "load_state",
     "newest",
     "open_checkpoint",
     "save",
     "save_sharded",
+    "save_state",
     "whole_directories",
 ]

@@ -1,4 +1,4 @@
-"""Finding a checkpoint to go on from: the newest whole one, or the one that was asked for."""
+"""Find the checkpoint to resume from: the newest whole one, or the one that was asked for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class Found:
     records: dict[str, Record]
 
     def contents(self) -> dict[str, Entry]:
-        """Dtype, shape and place of every tensor, by name; no value is read."""
+        """Dtype, shape and location of every tensor, by name; reads no values."""
         return contents(self.path, self.layout, self.records)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, whole and on the CPU, in this process alone; of either layout.
+        """Every tensor, whole and on the CPU, for either layout; needs no other process.
 
         Raises:
             UserError: names the file that cannot be read as tensors.
@@ -44,7 +44,7 @@ def open_checkpoint(path: Path) -> Found:
     """The checkpoint in the directory ``path`` (``.../checkpoints/it_00001000``), verified.
 
     Raises:
-        UserError: names the file that is missing, damaged or no part of a checkpoint.
+        UserError: names the file that is missing, damaged or not part of a checkpoint.
     """
     if not path.is_dir():
         raise UserError(f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read")
@@ -57,7 +57,7 @@ def open_checkpoint(path: Path) -> Found:
 
 
 def newest(folder: Path) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint of the run in ``folder``, none without one, and a line about each broken one passed over."""
+    """The newest whole checkpoint of a run, or None, and a message for each broken one passed over."""
     messages: list[str] = []
     for path in whole_directories(folder):
         try:
@@ -70,14 +70,15 @@ def newest(folder: Path) -> tuple[Found | None, list[str]]:
 
 
 def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
-    """The checkpoint to go on from, the same on every rank: each must call this; the main process reads.
+    """The checkpoint to resume from. Every rank must call this; the main process reads, and all get the same.
 
     Args:
-        folder: the run's.
-        which: ``auto``: :func:`newest`; an iteration of this run; a checkpoint's directory; or another run's folder (its newest).
+        folder: of the run.
+        which: ``auto`` (:func:`newest`), an iteration of this run, a checkpoint's directory, or another run's
+            folder (its newest).
 
     Raises:
-        UserError: what was asked for by name is missing or broken.
+        UserError: the checkpoint that was asked for by name is missing or broken.
     """
 
     def look() -> tuple[Found | None, list[str]]:
@@ -95,7 +96,7 @@ def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
 
 
 def _from_main(function: Callable[[], T]) -> T:
-    """What ``function`` gives on the main process, or the UserError it raises there, on every rank."""
+    """Call ``function`` on the main process; return or raise its outcome on every rank."""
     answer: list[Any] = [None]
     if distributed.is_main():
         try:

@@ -1,8 +1,9 @@
-"""The layout ``sharded``: every rank writes its shards, by ``torch.distributed.checkpoint`` (DCP).
+"""The layout ``sharded``: every rank writes its own shards through ``torch.distributed.checkpoint`` (DCP).
 
-DCP plans who writes and who reads what, over any number of ranks; storage is ours. DCP's own file storage keeps its metadata as a
-pickle, which can execute anything when it is read; ours is safetensors and JSON. Only DCP's documented extension points are used
-(``StorageWriter``, ``StorageReader``, ``DefaultSavePlanner.lookup_object``).
+DCP plans which rank writes and reads what, for any number of ranks; storage is ours. DCP's file storage
+pickles its metadata, which can execute code when read; its safetensors storage has no index and no checksums
+(LOG.md, 2026-11-30). Ours is safetensors and JSON. It uses only DCP's documented extension points:
+``StorageWriter``, ``StorageReader`` and ``DefaultSavePlanner.lookup_object``.
 """
 
 import os
@@ -53,16 +54,18 @@ def save_sharded(
     keep: int | None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint of the run in ``folder``, which all ranks see; every rank calls this with the same names.
+    """Write a checkpoint of the run in ``folder``, which all ranks see. Each calls this with the same names.
 
     Args:
+        folder: of the run.
         iteration: steps done.
         tensors: DTensors, and plain tensors that are equal on all ranks (one of them writes).
-        meta: plain JSON values, of the main process; ``iteration`` and ``layout`` are added.
-        keep: the newest ones that stay; None: all.
+        meta: JSON values of the main process; ``iteration`` and ``layout`` are added.
+        keep: how many of the newest checkpoints stay; None: all.
+        group: the process group for DCP's collectives; None: the default one.
 
     Raises:
-        OSError: names the folder that some rank cannot write; the checkpoints before stay whole.
+        OSError: names the folder that some rank cannot write; earlier checkpoints stay whole.
     """
     return write_sharded(folder, iteration, tensors, copy_to_cpu(tensors), meta, keep, group)
 
@@ -76,7 +79,7 @@ def write_sharded(
     keep: int | None,
     group: dist.ProcessGroup | None,
 ) -> Path:
-    """:func:`save_sharded` of the values in ``copies``; ``tensors`` only say how they are laid out over the ranks."""
+    """:func:`save_sharded` with the values in ``copies``; ``tensors`` only give the layout over the ranks."""
     writer = _Writer(folder, iteration, meta, keep)
     with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
         dcp.save(dict(tensors), storage_writer=writer, planner=_CopiesPlanner(copies), process_group=group)
@@ -84,13 +87,13 @@ def write_sharded(
 
 
 def load(found: Found, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's values into ``tensors`` in place; every rank calls this with the same names.
+    """Copy a checkpoint's values into ``tensors`` in place. Every rank calls this with the same names.
 
-    Either layout, into plain tensors (whole on every rank) and DTensors (each rank reads its own part), of any number of ranks.
-    What the checkpoint holds besides is left alone (:meth:`Found.contents` tells).
+    Reads either layout, into plain tensors (whole on every rank) and DTensors (each rank reads its own part),
+    for any number of ranks. Ignores tensors that were not asked for (:meth:`Found.contents` lists them).
 
     Raises:
-        UserError: names the tensor that is missing or of another shape or dtype, or the file that cannot be read.
+        UserError: names a tensor that is missing or differs in shape or dtype, or a file that cannot be read.
     """
     entries = found.contents()
     for name, tensor in tensors.items():
@@ -112,7 +115,7 @@ def load(found: Found, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """DCP gathers what ranks raise into one exception, the same on all of them; give back what it was."""
+    """Unwrap the exception into which DCP gathers the errors of all ranks."""
     try:
         yield
     except CheckpointException as error:
@@ -123,7 +126,7 @@ def _plainly() -> Iterator[None]:
 
 
 class _CopiesPlanner(dcp.DefaultSavePlanner):
-    """Plans by the tensors, takes the values from the copies: training may change the tensors meanwhile."""
+    """Plans with the tensors and takes values from the copies: training may change the tensors meanwhile."""
 
     def __init__(self, copies: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -140,7 +143,7 @@ def _done(value: Any) -> Future[Any]:
 
 
 class _Writer(dcp.StorageWriter):
-    """One safetensors file a rank; the coordinator begins and publishes the directory."""
+    """One safetensors file per rank; the coordinator creates and publishes the directory."""
 
     def __init__(self, folder: Path, iteration: int, meta: Mapping[str, Any], keep: int | None) -> None:
         self.folder, self.iteration, self.meta, self.keep = folder, iteration, meta, keep
@@ -148,7 +151,7 @@ class _Writer(dcp.StorageWriter):
         self.part = final.with_name(f"{final.name}.tmp")
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """One writer, one checkpoint."""
+        """A writer writes one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up."""
@@ -188,7 +191,7 @@ class _Writer(dcp.StorageWriter):
             piece, records[piece.file] = result.storage_data
             index[result.index.fqn]["pieces"].append(vars(piece))
         for name in records:
-            if not (self.part / name).is_file():  # another machine wrote it to a disk of its own
+            if not (self.part / name).is_file():  # another machine wrote it to its own disk
                 raise OSError(None, f"{self.part / name} cannot be seen by the main process: no shared file system")
         records[INDEX] = store.write_json(self.part / INDEX, index)
         store.publish(self.folder, self.iteration, {**self.meta, "layout": "sharded"}, records, self.keep)
@@ -199,14 +202,14 @@ class _Writer(dcp.StorageWriter):
 
 
 class _Reader(dcp.StorageReader):
-    """Pieces of a checkpoint of either layout, as many as the plan asks for."""
+    """Reads the pieces that the plan asks for, from either layout."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, entries
         self.pieces = {MetadataIndex(name, torch.Size(p.offsets)): p for name, entry in entries.items() for p in entry.pieces}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """One reader, one checkpoint."""
+        """A reader reads one checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(

@@ -1,4 +1,4 @@
-"""The layout ``single``: one safetensors file, written by one process."""
+"""The layout ``single``: one safetensors file that one process writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +12,23 @@ from pretrain.checkpoints.tensors import STATE, copy_to_cpu, write_tensors
 
 
 def save(folder: Path, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None) -> Path:
-    """Write a checkpoint of the run in ``folder``; for the main process alone.
+    """Write a checkpoint of the run in ``folder``; only the main process calls this.
 
     Args:
+        folder: of the run.
         iteration: steps done.
-        tensors: of any device, by name; they may share memory.
-        meta: plain JSON values; ``iteration`` and ``layout`` are added.
-        keep: the newest ones that stay; None: all.
+        tensors: on any device, by name; they may share memory.
+        meta: JSON values; ``iteration`` and ``layout`` are added.
+        keep: how many of the newest checkpoints stay; None: all.
 
     Raises:
-        OSError: names the folder that cannot be written; the checkpoints before stay whole.
+        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
     """
     return write(folder, iteration, copy_to_cpu(tensors), meta, keep)
 
 
 def write(folder: Path, iteration: int, copies: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None) -> Path:
-    """:func:`save` of tensors that :func:`copy_to_cpu` made."""
+    """:func:`save` for tensors that :func:`copy_to_cpu` made."""
     with store.failing_whole(folder, iteration):
         part = store.begin(folder, iteration)
         records = {STATE: write_tensors(part / STATE, copies)}
@@ -35,9 +36,9 @@ def write(folder: Path, iteration: int, copies: Mapping[str, Tensor], meta: Mapp
 
 
 def consolidate(found: Found, folder: Path) -> Path:
-    """Write a checkpoint of either layout as a ``single`` one of the run in ``folder`` (its own, or another); one process does it.
+    """Write a checkpoint of either layout as a ``single`` one of the run in ``folder`` (its own, or another).
 
-    Without a process group and on the CPU; the whole state must fit into its memory. In the run's own folder the sharded one is
-    replaced. Nothing else is removed.
+    Runs in one process on the CPU, whose memory must hold the whole state. In the run's own folder it
+    replaces the sharded checkpoint; it removes nothing else.
     """
     return write(folder, found.iteration, found.tensors(), found.meta, keep=None)

@@ -1,7 +1,8 @@
-"""The directories of a run's checkpoints: written aside, renamed when whole, verified, pruned. Knows nothing of tensors.
+"""The directories of a run's checkpoints: written aside, renamed when whole, verified, pruned.
 
-``it_N.tmp`` is being written (or was, when the run was killed), ``it_N`` is whole, ``it_N.old`` is the whole one that an ``it_N``
-written a second time is about to replace. The rename is the only moment at which a checkpoint comes to be.
+``it_N.tmp`` is incomplete: it is being written, or the run was killed while writing. ``it_N`` is whole.
+``it_N.old`` is whole, too: a second ``it_N`` is about to replace it. A checkpoint comes into being with the
+rename.
 """
 
 import errno
@@ -24,12 +25,12 @@ Record = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
 
 def directory(folder: Path, iteration: int) -> Path:
-    """Where the checkpoint of ``iteration`` (steps done) of the run in ``folder`` lies."""
+    """The directory of the checkpoint after ``iteration`` steps of the run in ``folder``."""
     return folder / "checkpoints" / f"it_{iteration:08}"
 
 
 def whole_directories(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, the newest first; their contents are not looked at."""
+    """Finished checkpoints of a run, newest first; their contents are not read."""
     found = []
     for path in (folder / "checkpoints").glob("it_*"):
         if (match := WHOLE.fullmatch(path.name)) and path.is_dir():
@@ -38,13 +39,13 @@ def whole_directories(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed processes left half-written or half-removed. For the main process, before a run writes."""
+    """Remove what killed processes left half-done. The main process calls this before it writes."""
     for path in (folder / "checkpoints").glob("*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """A fresh ``it_N.tmp`` to write into."""
+    """Create an empty ``it_N.tmp`` to write into."""
     parent = folder / "checkpoints"
     if not parent.is_dir():
         parent.mkdir(parents=True)
@@ -57,10 +58,10 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None) -> Path:
-    """Make ``it_N.tmp``, whose files ``records`` lists and which are on the disk, the run's newest checkpoint.
+    """Make ``it_N.tmp`` the run's newest checkpoint; ``records`` lists its files, which are on disk.
 
-    Older ones than the ``keep`` newest go, and so do those of later iterations: a run that has gone back has left them behind.
-    ``keep=None`` removes nothing.
+    Removes all but the ``keep`` newest, and those of later iterations, which a run that went back has left
+    behind. ``keep=None`` removes nothing.
     """
     final = directory(folder, iteration)
     part, old = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}.old")
@@ -83,7 +84,7 @@ def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapp
 
 @contextmanager
 def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
-    """Around the writing of a checkpoint: a full disk is an :class:`OSError` that names it, and gives its half back."""
+    """Around writing a checkpoint: an :class:`OSError` (a full disk) names it, and the half is removed."""
     try:
         yield
     except OSError as error:
@@ -94,7 +95,7 @@ def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any) -> Record:
-    """Write plain values, down to the disk; returns the file's record."""
+    """Write JSON values and flush them to disk; returns the file's record."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(values, file, indent=1)
         file.flush()
@@ -112,13 +113,13 @@ def record_of(path: Path) -> Record:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a written file to the disk."""
+    """Flush a written file to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Plain values of a file.
+    """The JSON mapping in a file.
 
     Raises:
         UserError: names the file that is missing or holds no JSON mapping.
@@ -162,7 +163,7 @@ def verify(path: Path) -> dict[str, Record]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; it loses its name first, since a directory under that name is whole."""
+    """Remove a checkpoint. Rename it first: a directory under its name counts as whole."""
     if path.exists():
         gone = path.with_name(f"{path.name}.gone.tmp")
         shutil.rmtree(gone, ignore_errors=True)
@@ -171,12 +172,12 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where its file system can."""
+    """Flush a folder's entries to disk, where its file system can."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(number)

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: whole ones (layout ``single``) or pieces of them (layout ``sharded``)."""
+"""Tensors in safetensors files: whole (layout ``single``) or in pieces (layout ``sharded``)."""
 
 import math
 import operator
@@ -36,7 +36,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: ``shape`` values from ``offsets`` on, stored whole under ``key`` in ``file``."""
+    """A block of a tensor: ``shape`` values starting at ``offsets``, stored under ``key`` in ``file``."""
 
     file: str
     key: str
@@ -45,13 +45,13 @@ class Piece:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where it lies in the tensor."""
+        """Its place in the tensor."""
         return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.shape))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a checkpoint holds under one name."""
+    """One tensor of a checkpoint."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,26 +59,29 @@ class Entry:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's values: the shard of a DTensor, a plain tensor itself."""
+    """This rank's values: the shard of a DTensor, or a plain tensor itself."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """This rank's values of all tensors at this moment, contiguous and apart from each other.
+    """This rank's values of all tensors at this moment, contiguous and sharing no memory.
 
-    ``buffers``: pinned memory of CUDA tensors, kept from call to call (to pin takes longer than to copy); filled here.
+    Args:
+        tensors: on any device.
+        buffers: pinned memory for CUDA tensors, filled here and reused by the next call, since pinning takes
+            longer than copying. None: pageable memory.
     """
-    buffers = {} if buffers is None else buffers
     copies: dict[str, Tensor] = {}
     on_cuda = False
     for name, tensor in tensors.items():
         values = local(tensor)
-        copy = buffers.get(name)
+        copy = buffers.get(name) if buffers is not None else None
         if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        if values.is_cuda:
-            on_cuda, buffers[name] = True, copy
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda and buffers is not None)
+        on_cuda |= values.is_cuda
+        if values.is_cuda and buffers is not None:
+            buffers[name] = copy
         copies[name] = copy.copy_(values, non_blocking=values.is_cuda)
     if on_cuda:
         torch.cuda.synchronize()
@@ -86,18 +89,18 @@ def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
-    """Write CPU tensors that share no memory, down to the disk; returns the file's record.
+    """Write CPU tensors that share no memory and flush them to disk; returns the file's record.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: for example, the disk is full.
     """
     for name, tensor in tensors.items():
         assert tensor.dtype in NAMES, f"{name}: {tensor.dtype} has no place in a checkpoint"
     path.touch()
-    mode = path.stat().st_mode  # safetensors would leave a file that only its owner can read
+    mode = path.stat().st_mode  # safetensors makes a file that only its owner can read
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # so it reports a full disk
+    except SafetensorError as error:  # its way of reporting a full disk
         raise OSError(None, str(error)) from error
     path.chmod(mode)
     sync_file(path)
@@ -106,10 +109,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; nothing but its header is read.
+    """A safetensors file, of which only the header is read.
 
     Raises:
-        UserError: names the file that is none, on opening and on reading.
+        UserError: names a file that cannot be read, on opening and on reading.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -119,10 +122,10 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str, Entry]:
-    """Names, dtypes and shapes in the checkpoint ``path``, and where the values lie.
+    """Names, dtypes, shapes and locations of the tensors in the checkpoint ``path``.
 
     Raises:
-        UserError: names the file that is no safetensors file or no index.
+        UserError: names the file that is not a safetensors file or not an index.
     """
     if layout == "sharded":
         return _index(path, records)
@@ -138,7 +141,7 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
 
 
 def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
-    """``index.json`` of a sharded checkpoint, which may say anything: what does not fit together is refused."""
+    """``index.json`` of a sharded checkpoint. It may say anything: inconsistent entries are rejected."""
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
     for name, values in read_json(path / INDEX).items():
         try:
@@ -167,7 +170,7 @@ def _ints(values: Iterable[int]) -> tuple[int, ...]:
 
 
 def read_piece(file: Any, piece: Piece, dtype: torch.dtype, block: tuple[slice, ...] | None = None) -> Tensor:
-    """Values of a piece in an opened file, all or those of a block of it."""
+    """Values of a piece in an opened file: all of them, or a block."""
     part = file.get_slice(piece.key)
     if (part.get_dtype(), tuple(part.get_shape())) != (NAMES[dtype], piece.shape):
         raise SafetensorError(f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {NAMES[dtype]} {list(piece.shape)}")
@@ -175,7 +178,7 @@ def read_piece(file: Any, piece: Piece, dtype: torch.dtype, block: tuple[slice, 
 
 
 def read_pieces(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Piece, Tensor]]:
-    """Every stored piece of ``entries`` with its values on the CPU, file by file."""
+    """Every stored piece of ``entries`` with its name and its values on the CPU, file by file."""
     by_file: dict[str, list[tuple[str, Piece]]] = {}
     for name, entry in entries.items():
         for piece in entry.pieces:

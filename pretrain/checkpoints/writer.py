@@ -1,4 +1,4 @@
-"""Checkpoints while the training goes on: copied at once, written behind its back."""
+"""Checkpoints while training goes on: copied at once, written in the background."""
 
 import threading
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from pretrain.checkpoints.tensors import copy_to_cpu
 class Writer:
     """Writes the checkpoints of one run, at most one at a time.
 
-    A thread of ours rather than ``dcp.async_save``: one form for both layouts and every torch. DCP runs inside it on a gloo group
-    of its own, so that its collectives never meet those of the training.
+    A thread of ours rather than ``dcp.async_save``: one form for both layouts and every version of torch. DCP
+    runs in it on a gloo group of its own, so its collectives never mix with those of training.
     """
 
     def __init__(self, folder: Path, keep: int, is_sharded: bool = False, in_background: bool = True) -> None:
-        """Every rank makes one. The main process removes what a killed run left half-written in ``folder``.
+        """Every rank creates one. The main process removes what a killed run left half-written in ``folder``.
 
         Args:
-            folder: the run's.
-            keep: the newest checkpoints that stay.
-            is_sharded: every rank writes its shards; else the main process writes all.
-            in_background: False: :meth:`save` returns when the checkpoint is whole.
+            folder: of the run.
+            keep: how many of the newest checkpoints stay.
+            is_sharded: every rank writes its shards; otherwise the main process writes everything.
+            in_background: if False, :meth:`save` returns when the checkpoint is whole.
         """
         self.folder, self.keep, self.is_sharded, self.in_background = folder, keep, is_sharded, in_background
         self.group: Any = dist.new_group(backend="gloo") if is_sharded else None
@@ -38,14 +38,14 @@ class Writer:
             store.clean(folder)
 
     def save(self, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Copy ``tensors`` as they are now and have them written; waits for the checkpoint before. Every rank calls this.
+        """Copy ``tensors`` now and write them; first wait for the previous checkpoint. Every rank calls this.
 
         Args:
             iteration: steps done.
-            tensors, meta: as of :func:`save` and :func:`save_sharded`.
+            tensors, meta: as for :func:`save` and :func:`save_sharded`.
 
         Raises:
-            OSError: this one (in the foreground) or the one before (in the background) could not be written.
+            OSError: this checkpoint (foreground) or the previous one (background) could not be written.
         """
         self.wait()
         if not self.is_sharded and not distributed.is_main():
@@ -54,14 +54,14 @@ class Writer:
         if not self.in_background:
             self._write(iteration, tensors, copies, meta)
             return
-        # A thread of shards may wait for ranks that have died: it must not keep this process from ending.
+        # A thread that writes shards may wait for dead ranks: it must not keep this process from ending.
         self.thread = threading.Thread(
             target=self._try, args=(iteration, dict(tensors), copies, dict(meta)), daemon=self.is_sharded
         )
         self.thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is whole.
+        """Wait until the last checkpoint is whole.
 
         Raises:
             OSError: it could not be written.
@@ -79,7 +79,13 @@ class Writer:
         except BaseException as error:  # raised again where the training waits
             self.error = error
 
-    def _write(self, iteration: int, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def _write(
+        self,
+        iteration: int,
+        tensors: Mapping[str, Tensor],
+        copies: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+    ) -> None:
         if self.is_sharded:
             sharded.write_sharded(self.folder, iteration, tensors, copies, meta, self.keep, self.group)
         else:

@@ -1,4 +1,4 @@
-"""The toy objects one by one, as a labelled folder for k-NN: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
+"""The toy objects one by one, as a labeled folder for k-NN: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
 An example is the square around one object of a composed picture (:mod:`pretrain.data.toy`), with whatever else lies in it. As
 there, ``val`` is made of the held-out photographs alone.

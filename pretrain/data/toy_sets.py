@@ -118,8 +118,8 @@ def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 24
     unfinished = _begin(folder, ours=existing is not None)
     for index in range(n_images):
         _write_jpeg(folder / "images" / f"{index:08d}.jpg", compose(index, "pretrain", seed, size_px).image)
-    _write_labelled(folder, "train", n_train, seed, size_px)
-    _write_labelled(folder, "val", n_val, seed, size_px)
+    _write_labeled(folder, "train", n_train, seed, size_px)
+    _write_labeled(folder, "val", n_val, seed, size_px)
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(unfinished, folder / "toy.json")
     return {**record, "written": True}
@@ -157,7 +157,7 @@ def _begin(folder: Path, ours: bool) -> Path:
     return unfinished
 
 
-def _write_labelled(folder: Path, split: str, n: int, seed: int, size_px: int) -> None:
+def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) -> None:
     """The same pictures as COCO (``coco/``) and as ADE20K (``ade/ADEChallengeData2016/``)."""
     coco, ade = folder / "coco", folder / "ade" / "ADEChallengeData2016"
     ade_split = {"train": "training", "val": "validation"}[split]

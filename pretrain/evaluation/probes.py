@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import KnnProbe
 from pretrain.evaluation.position_probe import PositionProbe
 from pretrain.evaluation.segmentation import SegmentationProbe
-from pretrain.settings import Settings, setting
+from pretrain.settings import Settings, replaced, setting
 
 Probe = Callable[[Features], dict[str, float]]
 
@@ -37,8 +37,6 @@ class ProbeSettings(Settings):
 
     in_recipe = False
     fixed = False
-    renamed = {"period_it": "every"}
-
     every: int = setting(0, "iterations between probes; 0: none", source="ours", ge=0)
     knn_root: str = setting("", "labeled folder: train/CLASS/*, val/CLASS/*", source="ours")
     knn_k: int = setting(20, "neighbors", source="DINO", ge=1)
@@ -89,7 +87,7 @@ class DenseProbe:
         except UserError as error:
             raise UserError(f"probes.dense_root: {error}") from error
         changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
-        return DenseProbe(train, val, {task: replace(used, **changes[task]) for task, used in settings_of(named).items()})
+        return DenseProbe(train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()})
 
     def __call__(self, features: Features) -> dict[str, float]:
         """The probe's numbers for a backbone."""
@@ -153,7 +151,7 @@ class Probes:
         Raises:
             UserError: the position probe is asked for, but the backbone holds no position mask token.
         """
-        if any(isinstance(probe, PositionProbe) for probe in self.probes) and not backbone.flags["mask_tokens"]:
+        if any(isinstance(probe, PositionProbe) for probe in self.probes) and not backbone.model_kwargs["mask_tokens"]:
             raise UserError("probes.position: the backbone holds no position mask token")
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):

@@ -8,11 +8,13 @@ from pretrain.losses.centering import sinkhorn_center, teacher_entropies, update
 from pretrain.losses.dino import image_loss
 from pretrain.losses.ibot import patch_loss
 from pretrain.losses.koleo import koleo_loss
+from pretrain.losses.pixels import masked_pixel_loss
 
 __all__ = [
     "alignment_loss",
     "image_loss",
     "koleo_loss",
+    "masked_pixel_loss",
     "patch_loss",
     "sinkhorn_center",
     "teacher_entropies",

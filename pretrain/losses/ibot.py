@@ -28,6 +28,7 @@ def patch_loss(
     Returns:
         a scalar.
     """
-    student, teacher = (x._replace(bottleneck=x.bottleneck.unsqueeze(0)) for x in (student, teacher))  # one view
+    # One view of M samples.
+    student, teacher = (x._replace(bottleneck=x.bottleneck.unsqueeze(0)) for x in (student, teacher))
     weights = weights.to(center) / n_crops
     return cross_entropy_sum(student, teacher, center, center.new_ones(1, 1), weights, temperatures, n_rows)

@@ -32,8 +32,6 @@ class RunSettings(Settings):
     """Where a run goes, and what it computes with."""
 
     in_recipe = False
-    renamed = {"method": "name", "start_from": "init_from", "leaves": "export_network"}
-
     name: str = setting("", "under which results are reported; without: the method's", source="ours", min_length=0)
     output: str = setting("runs/pretrain", "folder of this run", source="ours", fixed=False, min_length=1)
     init_from: str = setting(
@@ -65,6 +63,11 @@ class TrainSettings(Settings):
     step: StepSettings = StepSettings()
     probes: ProbeSettings = ProbeSettings()
     log: LogSettings = LogSettings()
+
+    @classmethod
+    def groups(cls) -> list[str]:
+        """The groups of keys."""
+        return [key for key, info in cls.model_fields.items() if isinstance(info.default, Settings)]
 
     def view_settings(self) -> ViewSettings:
         """The crops, colors, positions and masks that the loader draws for this method."""

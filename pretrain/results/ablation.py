@@ -1,4 +1,5 @@
-"""The table of an ablation: pre-trainings that differ in a few settings, each with its fine-tuning, over several seeds."""
+"""The table of an ablation: pre-trainings that differ in a few settings, each with its fine-tuning, over
+seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class Trial:
 
 
 def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablation") -> Table:
-    """A row a method, in the order in which the trials first name it: mean and sample standard deviation over its seeds.
+    """A row a method, in the order of the trials: mean and sample standard deviation over its seeds.
 
     What a row changes is read off the protocols of the pre-trainings, not off the method's name.
 
@@ -31,8 +32,8 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         reference: the method that the others are compared with, seed by seed.
 
     Raises:
-        UserError: trials of one method that differ in more than their seed, a fine-tuning that differs between methods, or one
-            that did not start from its pre-training.
+        UserError: trials of one method that differ in more than their seed, a fine-tuning that differs
+            between methods, or one that did not start from its pre-training.
     """
     rows: dict[str, dict[int, Trial]] = {}
     for trial in trials:
@@ -48,11 +49,24 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         mark = notes.mark(some.finetuning.protocol)
         cells = [f"{score}{mark}" if score else NONE for score in scores.values()]
         seeds = ", ".join(str(seed) for seed in sorted(by_seed))
-        lines.append(Line("measured", bool(mark), (f"measured {MEASURED}", method, changed or NONE, *cells, _signed(gain), seeds)))
+        lines.append(
+            Line(
+                "measured",
+                bool(mark),
+                (f"measured {MEASURED}", method, changed or NONE, *cells, _signed(gain), seeds),
+            )
+        )
         records.append(_record(method, changed, scores, gain, seeds))
     return Table(
         title=title,
-        columns=("source", "method", f"changed from {reference!r}", *METRICS.values(), "box AP against it", "seeds"),
+        columns=(
+            "source",
+            "method",
+            f"changed from {reference!r}",
+            *METRICS.values(),
+            "box AP against it",
+            "seeds",
+        ),
         groups=(tuple(lines),),
         notes=tuple(_notes(rows, reference, notes)),
         numeric=frozenset({3, 4, 5, 6}),
@@ -63,7 +77,7 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
 def changes(base: Protocol, other: Protocol) -> str:
     """What one pre-training sets otherwise than another, "positions.reference crops → image"; "" for nothing.
 
-    Both follow one recipe: a setting in which neither departs from it is the same in both.
+    Both follow one recipe: a setting in which neither deviates from it is the same in both.
     """
     found: dict[str, list[Any]] = {}
     for key in sorted({*base.deviations, *other.deviations}):
@@ -75,14 +89,13 @@ def changes(base: Protocol, other: Protocol) -> str:
 
 
 def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
-    """Each fine-tuning of what its pre-training left; one configuration a method, one fine-tuning protocol for all."""
+    """Each fine-tuning read what its pre-training left; one configuration a method, one protocol for all."""
     for method, by_seed in rows.items():
         for seed, trial in by_seed.items():
             if trial.pretraining.weights_hash != trial.finetuning.weights_hash:
                 what = f"the fine-tuning of {method!r}, seed {seed}"
-                raise UserError(
-                    f"ablation: {what}, read other weights than its pre-training left; remove its folder and run it again"
-                )
+                told = f"ablation: {what}, read other weights than its pre-training left"
+                raise UserError(f"{told}; remove its folder and run it again")
         for what in ("pretraining", "finetuning"):
             runs = [getattr(trial, what) for trial in by_seed.values()]
             if len({(run.protocol.identity, run.config_hash) for run in runs}) > 1:
@@ -93,7 +106,7 @@ def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
 
 
 def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Score | None:
-    """Mean difference to the reference over the seeds that both have: the noise that a seed brings to both is gone."""
+    """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
     gains = [
         by_seed[seed].finetuning.metrics[metric] - base[seed].finetuning.metrics[metric]
         for seed in sorted(set(by_seed) & set(base))

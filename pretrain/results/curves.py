@@ -1,6 +1,6 @@
-"""Curves of logged terms as inline SVG: one small panel a term, the runs overlaid, the iterations on one scale.
+"""Curves of logged terms as inline SVG: a small panel for each, the runs overlaid on one scale of iterations.
 
-The text and the axes take the colour of the page (`currentColor`), so that a panel reads on light and dark alike.
+Text and axes take the color of the page (`currentColor`), so that a panel reads on light and dark alike.
 """
 
 import io
@@ -10,37 +10,40 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.results.runs import Log
-from pretrain.results.tables import LOSS_TERMS
+from pretrain.results.schema import Result, ordered_terms
 
-FIRST_TERMS = (*LOSS_TERMS, "box_ap", "mask_ap", "miou", "lr")
+SCORES = ("box_ap", "mask_ap", "miou", "lr")  # after the losses
 MOST_POINTS = 300
 _INK = "#010203"  # stands for currentColor until the SVG is written
-_COLOURS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
+_COLORS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run in a figure: its name, its log, and a colour and a dash ("solid", ...) that CSS knows, too."""
+    """One run in a figure: its result, name, log, color, and dash as CSS calls it ("solid", ...)."""
 
+    result: Result
     name: str
     log: Log
-    colour: str
+    color: str
     dash: str
 
 
 def style_of(method: str, methods: Sequence[str], nth: int) -> tuple[str, str]:
-    """Colour and dash: the colour tells the method (the same in every figure), the dash the nth run of the method."""
-    return _COLOURS[methods.index(method) % len(_COLOURS)], list(_DASHES)[nth % len(_DASHES)]
+    """Color and dash: the color tells the method, the same in every figure; the dash tells its nth run."""
+    return _COLORS[methods.index(method) % len(_COLORS)], list(_DASHES)[nth % len(_DASHES)]
 
 
 def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     """The terms to show, and the others (times, memory, ...) in alphabetical order.
 
-    Shown are :data:`FIRST_TERMS`, every term with "loss" in its name, the probes, and those of evaluations (ap, top1, ...).
+    Shown are the runs' losses as they name them, :data:`SCORES`, every term with "loss" in its name, the
+    probes, and those of evaluations (ap, top1, ...).
     """
     present = {term for curve in curves for terms in curve.log.values() for term in terms}
-    first = [term for term in FIRST_TERMS if term in present]
+    losses = ordered_terms([curve.result for curve in curves], present)
+    first = [*losses, *(term for term in SCORES if term in present and term not in losses)]
     rest = sorted(present - set(first))
     shown = [term for term in rest if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)]
     return first + shown, [term for term in rest if term not in shown]
@@ -49,8 +52,8 @@ def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
 def panel(term: str, curves: Sequence[Curve], name: str) -> str:
     """One term against the iteration, as an <svg> element whose ids begin with `name` (unique in the page).
 
-    A curve of more than :data:`MOST_POINTS` values is drawn as means over equal numbers of neighbours, with their
-    smallest and largest value as a band.
+    A curve of more than :data:`MOST_POINTS` values is drawn as means over equal numbers of neighbors, with
+    their smallest and largest value as a band.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -69,10 +72,10 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
             points = [(iteration, terms[term]) for iteration, terms in curve.log.items() if term in terms]
             if points:
                 x, mean, low, high = _thinned(points)
-                axes.plot(x, mean, _DASHES[curve.dash], color=curve.colour, linewidth=1.6)
+                axes.plot(x, mean, _DASHES[curve.dash], color=curve.color, linewidth=1.6)
                 if len(x) < 10:
-                    axes.plot(x, mean, "o", color=curve.colour, markersize=3.5)
-                axes.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
+                    axes.plot(x, mean, "o", color=curve.color, markersize=3.5)
+                axes.fill_between(x, low, high, color=curve.color, alpha=0.18, linewidth=0)
         last = max((iteration for curve in curves for iteration in curve.log), default=0)
         axes.set_xlim(0, max(last, 1))
         axes.set_title(term.replace("$", r"\$"), loc="left", fontsize=10, fontweight="bold")
@@ -87,7 +90,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, mean, smallest and largest of at most MOST_POINTS runs of neighbours."""
+    """x, mean, smallest and largest of at most MOST_POINTS runs of neighbors."""
     size = -(-len(points) // MOST_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[value for _, value in part] for part in parts]

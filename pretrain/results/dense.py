@@ -1,6 +1,6 @@
 """The table of dense evaluations without fine-tuning: set by set, published numbers above measured ones.
 
-The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a scaled-down one a ‡ and a foot note.
+The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a scaled-down one ‡ and a foot note.
 """
 
 import re
@@ -11,7 +11,18 @@ from pretrain.errors import UserError
 from pretrain.results.merge import Score, alike, backbone_label, ranked, seeds_of
 from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.schema import Protocol, Result
-from pretrain.results.tables import MEASURED, NONE, SCALED, SEEDS, FootNotes, Line, Table, epochs_text, numbers_of, subject_fields
+from pretrain.results.tables import (
+    MEASURED,
+    NONE,
+    SCALED,
+    SEEDS,
+    FootNotes,
+    Line,
+    Table,
+    epochs_text,
+    method_fields,
+    numbers_of,
+)
 
 DIFFERENCE = "Δ"
 PREFIX = "dense-"  # of the protocols' names, before the set's
@@ -33,7 +44,7 @@ OVERCLUSTERED = re.compile(r"clustering_k(\d+)_miou")
 
 
 class Evaluated(NamedTuple):
-    """A measured row: runs that differ in their seed, and the pre-training's protocol where that is known to be scaled down."""
+    """A measured row: runs that differ in their seed, and the protocol of their scaled-down pre-training."""
 
     runs: list[Result]
     pretraining: Protocol | None
@@ -45,12 +56,12 @@ class Evaluated(NamedTuple):
 
     @property
     def set(self) -> str:
-        """The labelled set."""
+        """The labeled set."""
         return self.run.protocol.name.removeprefix(PREFIX)
 
     @property
     def scaled(self) -> list[Protocol]:
-        """The protocols from which the runs depart."""
+        """The protocols from which the runs deviate."""
         return [protocol for protocol in (self.pretraining, self.run.protocol) if protocol is not None and protocol.deviations]
 
     @property
@@ -65,12 +76,12 @@ class Evaluated(NamedTuple):
 
 
 def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] | None = None, against: str = "") -> Table | None:
-    """Dense results beside the published ones of the same sets; without any, all published ones; None when there is neither.
+    """Dense results beside the published ones of their sets; without any, all published ones; None: no row.
 
     Args:
         published: the rows to choose from; None: the package's own.
-        against: a method. Each score is followed by its difference to this method's, where the two have one backbone and were
-            evaluated alike: what a post-training brought, when this is where it started.
+        against: a method. Each score is followed by its difference to this method's, where the two have one
+            backbone and were evaluated alike: what a post-training brought, when this is where it started.
 
     Raises:
         UserError: no result is of the method ``against``.
@@ -79,7 +90,8 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
     rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
-        raise UserError(f"no dense result is of the method {against!r}; there are {', '.join(sorted(methods)) or 'none at all'}")
+        there = ", ".join(sorted(methods)) or "none at all"
+        raise UserError(f"no dense result is of the method {against!r}; there are {there}")
     printed = [row for row in (published_dense() if published is None else published) if not rows or row.set in _sets(rows)]
     if not rows and not printed:
         return None
@@ -105,7 +117,10 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
         title="Dense evaluation without fine-tuning",
         columns=tuple(columns),
         groups=tuple(groups),
-        notes=(*_notes(rows, printed, heads, against), *notes.texts("Not comparable with the published numbers.")),
+        notes=(
+            *_notes(rows, printed, heads, against),
+            *notes.texts("Not comparable with the published numbers."),
+        ),
         numeric=numeric,
         records=tuple(records),
     )
@@ -118,7 +133,7 @@ def _sets(rows: Sequence[Evaluated]) -> list[str]:
 
 
 def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict[str, str]:
-    """{metric: column} of those that any row has, the clusterings into more clusters than classes after the one into as many."""
+    """{metric: column} of those that any row has; after clustering its versions with more clusters."""
     present = {name for row in rows for run in row.runs for name in run.metrics} | {name for row in printed for name in row.scores}
     more = sorted(int(match[1]) for match in map(OVERCLUSTERED.fullmatch, present) if match)
     heads: dict[str, str] = {}
@@ -129,19 +144,25 @@ def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict
 
 
 def _gains(row: Evaluated, rows: Sequence[Evaluated], heads: Mapping[str, str], against: str) -> dict[str, float | None] | None:
-    """Differences of the means to those of the method ``against``, in points; of none in a table without it: None."""
+    """Differences of the means to those of the method ``against``, in points; None in a table without it."""
     if not against:
         return None
-    like = (row.run.backbone, row.run.protocol.identity)  # the config also says from which kind of file, which may differ
+    like = (
+        row.run.backbone,
+        row.run.protocol.identity,
+    )  # the config also says from which kind of file, which may differ
     bases = [other for other in rows if other.run.method == against and (other.run.backbone, other.run.protocol.identity) == like]
     gains: dict[str, float | None] = {}
     for name in heads:
-        after, before = row.score(name), bases[0].score(name) if len(bases) == 1 and row.run.method != against else None
+        after, before = (
+            row.score(name),
+            bases[0].score(name) if len(bases) == 1 and row.run.method != against else None,
+        )
         gains[name] = None if after is None or before is None else after.mean - before.mean
     return gains
 
 
-# --- cells: what md, latex and html show ------------------------------------------------------------------------------
+# --- cells: what md, latex and html show --------------------------------------------------------------------
 
 
 def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> Line:
@@ -152,7 +173,11 @@ def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bo
 
 
 def _measured_line(
-    row: Evaluated, heads: Mapping[str, str], gains: Mapping[str, float | None] | None, notes: FootNotes, alone: bool
+    row: Evaluated,
+    heads: Mapping[str, str],
+    gains: Mapping[str, float | None] | None,
+    notes: FootNotes,
+    alone: bool,
 ) -> Line:
     run, scores = row.run, list[str]()
     epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
@@ -182,8 +207,8 @@ def _notes(rows: Sequence[Evaluated], printed: Sequence[PublishedDense], heads: 
         texts.append("K clusters, more than classes: each counts as the class that it fits best.")
     if printed:
         texts.append(
-            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, for the "
-            "public Hummingbird evaluation matches classes before it counts."
+            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under "
+            "Hungarian, for the public Hummingbird evaluation matches classes before it counts."
         )
     if rows:
         others = "; every other row is published" if printed else ""
@@ -191,20 +216,21 @@ def _notes(rows: Sequence[Evaluated], printed: Sequence[PublishedDense], heads: 
     if any(score is not None and score.n > 1 for row in rows for score in map(row.score, heads)):
         texts.append(SEEDS)
     if against:
-        texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same.")
+        alike_alone = "where backbone and evaluation are the same"
+        texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
     if len({row.identity for row in rows}) < len(rows):
         texts.append("Rows with a config in their note differ in their configuration or weights and are not averaged.")
     return texts
 
 
-# --- records: what csv holds ------------------------------------------------------------------------------------------
+# --- records: what csv holds --------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> dict[str, str]:
     scores = {name: Score(row.scores[name], None, 1) if name in row.scores else None for name in heads}
     return (
         {"source": "published", "mark": "", "protocol_is_full": "true", "set": row.set}
-        | subject_fields(row.method, row.backbone, None)
+        | method_fields(row.method, row.backbone, None)
         | numbers_of(scores, counted=False)
         | ({f"{name}_difference": "" for name in heads} if has_gains else {})
         | dict.fromkeys(("pretraining_protocol", "protocol", "deviations", "seeds", "config"), "")
@@ -213,7 +239,10 @@ def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: 
 
 
 def _measured_record(row: Evaluated, heads: Mapping[str, str], gains: Mapping[str, float | None] | None) -> dict[str, str]:
-    run, scaled = row.run, {protocol.identity: f"{protocol.label}: {protocol.changes}" for protocol in row.scaled}
+    run, scaled = (
+        row.run,
+        {protocol.identity: f"{protocol.label}: {protocol.changes}" for protocol in row.scaled},
+    )
     differences = {f"{name}_difference": "" if gain is None else repr(round(gain, 6)) for name, gain in (gains or {}).items()}
     return (
         {
@@ -222,9 +251,17 @@ def _measured_record(row: Evaluated, heads: Mapping[str, str], gains: Mapping[st
             "protocol_is_full": str(not scaled).lower(),
             "set": row.set,
         }
-        | subject_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
+        | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
         | numbers_of({name: row.score(name) for name in heads}, counted=True)
         | differences
-        | {"pretraining_protocol": "" if row.pretraining is None else row.pretraining.label, "protocol": run.protocol.label}
-        | {"deviations": " | ".join(scaled.values()), "seeds": seeds_of(row.runs), "config": run.config_hash, "note": ""}
+        | {
+            "pretraining_protocol": "" if row.pretraining is None else row.pretraining.label,
+            "protocol": run.protocol.label,
+        }
+        | {
+            "deviations": " | ".join(scaled.values()),
+            "seeds": seeds_of(row.runs),
+            "config": run.config_hash,
+            "note": "",
+        }
     )

@@ -1,4 +1,5 @@
-"""How the paper lays out its Tables 1, 2, 3, 4, 5 and 7: their columns, and what stands in the rows of the csv."""
+"""How the paper lays out its Tables 1, 2, 3, 4, 5 and 7: their columns, and what stands for the csv's
+rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ class Layout:
         protocols: the fine-tunings whose scores it holds.
         keys: the columns that say what a row is.
         parts: (heading, table of the csv) of its groups of rows.
-        cells: {method in the csv: what stands under ``keys``}; of a method that is not here, its name and its effective epochs.
+        cells: {method in the csv: what stands under ``keys``}; of any other, its name and its effective
+            epochs.
         own_rows: whether measured rows without a published one stand in it.
     """
 

@@ -1,76 +1,40 @@
-"""Which row of the paper a run stands beside: by how its backbone was pre-trained where that is known, else by its name.
+"""Which row of the paper a run stands beside: by its pre-training's recipe where that is known, else by name.
 
-Known is a pre-training whose own result is given too: it left the weights (by their hash) that the run read. Then its protocol
-decides, whatever the run is called: every setting that the paper's rows vary must be the row's, and what else departs is reported.
-Otherwise the names below decide, and effective epochs that contradict the row's keep the two apart:
+A pre-training is known where its own result is given, too: it left the weights (by their hash) that the run
+read. Then its protocol decides, whatever the run is called. Every setting that the paper's rows vary must be
+the row's; what else deviates is reported. ``published_results.csv`` names the recipe of a row, and the
+ablation that changes it: a file of ``pretrain/recipes/ablation``, the same that a run of this row reads.
 
-* "dinov2" of so many effective epochs as the paper's baseline is that baseline; of none it is the official file, which does not say
-  (Table 7, LVD-142M).
-* The baseline (Table 1: 41.9 / 37.7) and the method with both parts off (Table 3: 41.3 / 37.2) are two recipes.
+Otherwise the names of the csv decide, and effective epochs that contradict the row's keep the two apart:
+
+* "dinov2" of as many effective epochs as the paper's baseline is that baseline; of none it is the official
+  file, which does not say them (Table 7, LVD-142M).
+* The baseline (Table 1: 41.9 / 37.7) is not the method with both parts off (Table 3: 41.3 / 37.2).
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from pretrain.results.merge import Measured, backbone_label
-from pretrain.results.published import PublishedRow
+from pretrain.results.published import PublishedRow, published_rows
 from pretrain.results.schema import Protocol, Result
+from pretrain.settings import flat, plain, read_yaml
 
-METHOD, BASELINE = "intertwined-100ep", "dinov2-100ep"  # the names of our pre-training protocols
+METHOD = "intertwined-100ep"  # the recipe that the paper's ablations change
 NEAR = 0.05  # of the printed effective epochs, which are rounded: 346.9 is "350"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a published row was pre-trained.
-
-    Attributes:
-        names: under which a run may report it, beside the row's own; upper case and "_" for "-" make no difference.
-        protocol: our pre-training protocol; "" where we have none (the public files).
-        settings: {key: value} that it sets otherwise than this protocol.
-        registers: of the backbone; the label that a row prints does not tell them.
-    """
-
-    names: tuple[str, ...] = ()
-    protocol: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    registers: int = 0
-
-
-_NO_SAMPLING = {"positions.encoding": "standard", "positions.augment": False}
-_NO_LOSS = {"masks.position_share": 0.0, "losses.position": 0.0}
-_CONTENT_ALONE = {"masks.content_share": 1.0, **_NO_LOSS}
-_POSITIONS_ALONE = {"masks.content_share": 0.0, "masks.position_share": 1.0, "losses.content": 0.0}
-DEFAULT = Recipe(("intertwined",), METHOD)
-RECIPES = {  # by the name in published_results.csv; a row that is not here is known by that name alone
-    "Intertwined": DEFAULT,
-    "DINOv2 (ImageNet-1K)": Recipe(("dinov2", "dinov2-dagger"), BASELINE),
-    "DINOv2-reg": Recipe(("dinov2", "dinov2-registers"), registers=4),
-    # Table 3
-    "no position sampling no L_pos": Recipe(("intertwined, no sampling, no L_pos",), METHOD, {**_NO_SAMPLING, **_NO_LOSS}),
-    "position sampling": Recipe(("intertwined, no L_pos",), METHOD, _NO_LOSS),
-    "L_pos": Recipe(("intertwined, no sampling",), METHOD, _NO_SAMPLING),
-    "position sampling + L_pos": DEFAULT,
-    # Table 4
-    "s constant": Recipe(("intertwined, s constant",), METHOD, {"positions.scale": "constant"}),
-    "s uniform": Recipe(("intertwined, s uniform",), METHOD, {"positions.scale": "uniform"}),
-    "s Beta(2,5)": DEFAULT,
-    "P 19x19": Recipe(("intertwined, P 19x19",), METHOD, {"positions.grid": 19}),
-    "P 50x50": DEFAULT,
-    # Table 5
-    "box-wise position mask": Recipe(("intertwined, box-wise position masks",), METHOD, {"masks.position_shape": "box"}),
-    "cross-wise position mask": DEFAULT,
-    "100% content": Recipe(("intertwined, 100% content masks",), METHOD, _CONTENT_ALONE),
-    "100% position": Recipe(("intertwined, 100% position masks",), METHOD, _POSITIONS_ALONE),
-    "50% each": DEFAULT,
-}
-VARIED = frozenset(key for recipe in RECIPES.values() for key in recipe.settings)
 
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names differ at most in upper case and in "_" for "-"."""
-    return _plain(one) == _plain(other)
+    return _folded(one) == _folded(other)
+
+
+def is_method(row: PublishedRow) -> bool:
+    """Whether a row is the method itself, with nothing changed."""
+    return row.recipe == METHOD and not row.changes
 
 
 def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow) -> bool:
@@ -79,46 +43,73 @@ def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow)
     Args:
         pretraining: the protocol of the pre-training, where it is known.
     """
-    run, recipe = measured.run, RECIPES.get(row.method, Recipe())
-    if not _same_backbone(run.backbone, recipe, row):
+    run = measured.run
+    if not _same_backbone(run.backbone, row):
         return False
     if pretraining is None:
-        return _is_named(run, recipe, row)
-    varied = {key: pair[1] for key, pair in pretraining.deviations.items() if key in VARIED}
-    if pretraining.name != recipe.protocol or varied != recipe.settings:
+        return _is_named(run, row)
+    varied = {key: pair[1] for key, pair in pretraining.deviations.items() if key in varied_keys()}
+    if pretraining.name != row.recipe or varied != changed_settings(row.changes):
         return False
-    return _is_ours(run.method) or further_departures(pretraining) is None
+    return _is_ours(run.method) or further_deviations(pretraining) is None
 
 
-def further_departures(pretraining: Protocol | None) -> Protocol | None:
-    """What a pre-training departs in beside the settings that the paper's rows vary; None for nothing, or nothing known."""
+def further_deviations(pretraining: Protocol | None) -> Protocol | None:
+    """In what a pre-training deviates beside what the paper's rows vary; None: in nothing, or unknown."""
     if pretraining is None:
         return None
-    rest = {key: pair for key, pair in pretraining.deviations.items() if key not in VARIED}
+    rest = {key: pair for key, pair in pretraining.deviations.items() if key not in varied_keys()}
     if not rest:
         return None
     return Protocol(name=pretraining.name, version=pretraining.version, full=False, deviations=rest)
 
 
-def _plain(name: str) -> str:
-    return name.strip().casefold().replace("_", "-")
+@functools.cache
+def changed_settings(ablation: str) -> Mapping[str, Any]:
+    """{dotted key: value} that an ablation sets otherwise than its recipe, as its file says; nothing for "".
+
+    Where and under which name it runs is none of it.
+    """
+    if not ablation:
+        return {}
+    file = resources.files("pretrain").joinpath("recipes", "ablation", f"{ablation}.yaml")
+    with resources.as_file(file) as path:
+        values = read_yaml(Path(path)).values
+    return {
+        key: plain(value) if isinstance(value, str) else [plain(item) for item in value]
+        for key, value in flat({group: value for group, value in values.items() if group not in ("base", "run")}).items()
+    }
+
+
+@functools.cache
+def varied_keys() -> frozenset[str]:
+    """Of all settings that the paper's ablations change."""
+    return frozenset(key for row in published_rows() for key in changed_settings(row.changes))
+
+
+@functools.cache
+def _our_names() -> frozenset[str]:
+    return frozenset(_folded(name) for row in published_rows() if row.recipe for name in (row.method, *row.names))
 
 
 def _is_ours(name: str) -> bool:
-    """Whether it is a recipe's: such a run may fall short of the recipe. One of another name is a method of its own."""
-    names = [name for row, recipe in RECIPES.items() if recipe.protocol for name in (row, *recipe.names)]
-    return any(same_name(name, other) for other in names)
+    """Whether it is a recipe's: such a run may fall short of it. Any other name is a method of its own."""
+    return _folded(name) in _our_names()
 
 
-def _same_backbone(name: str, recipe: Recipe, row: PublishedRow) -> bool:
-    suffix = f", {recipe.registers} registers" if recipe.registers else ""
+def _folded(name: str) -> str:
+    return name.strip().casefold().replace("_", "-")
+
+
+def _same_backbone(name: str, row: PublishedRow) -> bool:
+    suffix = f", {row.registers} registers" if row.registers else ""
     return backbone_label(name) in (row.backbone, row.backbone + suffix)
 
 
-def _is_named(run: Result, recipe: Recipe, row: PublishedRow) -> bool:
+def _is_named(run: Result, row: PublishedRow) -> bool:
     own = same_name(run.method, row.method)
-    alias = any(same_name(run.method, name) for name in recipe.names)
-    if recipe.registers and not own:  # another name says nothing of registers: the backbone must
+    alias = any(same_name(run.method, name) for name in row.names)
+    if row.registers and not own:  # another name says nothing of registers: the backbone must
         alias = alias and backbone_label(run.backbone) != row.backbone
     if row.effective_epochs is None:
         return (own or alias) and run.effective_epochs is None

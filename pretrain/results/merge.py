@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from pretrain.results.schema import Protocol, Result, to_json
 
-ALIGNMENT_LOSSES = ("cka", "frobenius", "gram")
-
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of a metric over n runs, and its sample standard deviation (n - 1; None for one run); a sweep counts as its seeds."""
+    """Mean of a metric over n runs, and its sample standard deviation (n - 1; None for one run).
+
+    A sweep counts as its seeds.
+    """
 
     mean: float
     std: float | None
@@ -54,7 +55,7 @@ class Measured:
 
     @property
     def scaled(self) -> list[Protocol]:
-        """The protocols from which these runs depart; empty for a row that may stand beside the published ones."""
+        """The protocols from which these runs deviate; empty: the row may be compared with published ones."""
         return [protocol for protocol in self.protocols if protocol is not None and protocol.deviations]
 
     @property
@@ -78,12 +79,11 @@ class Measured:
 
 
 def by_seed(run: Result, metric: str) -> dict[str, float]:
-    """{seed: value}: of every seed of a sweep's best setting, else of the run's own; nothing without the metric."""
+    """{seed: value} of a sweep's best setting, else of the run's own seed; nothing without the metric."""
     if metric not in run.metrics:
         return {}
-    return {
-        seed: float(value) for seed, value in run.metrics.get(f"{metric}_by_seed", {str(run.seed): run.metrics[metric]}).items()
-    }
+    values = run.metrics.get(f"{metric}_by_seed", {str(run.seed): run.metrics[metric]})
+    return {seed: float(value) for seed, value in values.items()}
 
 
 def seeds_of(runs: Sequence[Result]) -> str:
@@ -92,10 +92,10 @@ def seeds_of(runs: Sequence[Result]) -> str:
 
 
 def merge(results: Sequence[Result]) -> list[Measured]:
-    """Detection and segmentation results as rows, sorted by backbone, method and epochs; other kinds only inform.
+    """Detections and segmentations as rows, sorted by backbone, method and epochs; other kinds only inform.
 
-    * A detection group and a segmentation group of one method, backbone and number of epochs share a row when both are
-      full or both are scaled down, so that a row is one or the other. Of several groups the best comes first.
+    A detection group and a segmentation group of one method, backbone and number of epochs share a row when
+    both are full or both are scaled down: a row is one or the other. Of several groups the best comes first.
     """
     merged = []
     for runs, before in alike(results, "detection", "segmentation"):
@@ -109,13 +109,15 @@ def merge(results: Sequence[Result]) -> list[Measured]:
 
 
 def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Protocol | None]]:
-    """The results of these kinds, together where they are of one method, backbone, number of epochs and pre-training, sorted by
-    these; each time with the protocol of the pre-training where that is known to have been scaled down.
+    """The results of these kinds, grouped and sorted by method, backbone, number of epochs and pre-training.
 
-    * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result; full and scaled-down runs
-      are never together.
-    * A copy of a run counts once. Where runs of equal protocol and config hash have the same seed, they are of several
-      pre-trainings of one name: each of these is apart.
+    * A run counts as scaled down, too, when its weights hash is that of a scaled-down pretrain result. Full
+      and scaled-down runs are never together.
+    * A copy of a run counts once. Where runs of equal protocol and config hash have the same seed, they are
+      of several pre-trainings of one name: each of these is apart.
+
+    Returns:
+        each group, with the protocol of its pre-training where that is known to have been scaled down.
     """
     results = list({to_json(result): result for result in results}.values())
     pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
@@ -133,7 +135,7 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
 
 
 def _apart(runs: list[Result]) -> list[list[Result]]:
-    """Runs of one method, backbone and number of epochs; by their weights, where a seed occurs twice in one configuration."""
+    """Runs of one method, backbone and number of epochs; by their weights, where a seed occurs twice."""
     seen = Counter((r.kind, r.protocol.identity, r.config_hash, r.seed) for r in runs)
     if max(seen.values()) == 1:
         return [runs]
@@ -141,8 +143,10 @@ def _apart(runs: list[Result]) -> list[list[Result]]:
 
 
 def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
-    """Runs of equal protocol and config hash, which differ in their seed, together: by the protocol's label, within a protocol the
-    best mean of the metric first."""
+    """Groups of runs that differ in their seed alone (equal protocol and config hash).
+
+    They are sorted by the protocol's label; within a protocol the best mean of the metric comes first.
+    """
     groups: dict[tuple[str, str], list[Result]] = {}
     for r in runs:
         groups.setdefault((r.protocol.identity, r.config_hash), []).append(r)
@@ -154,18 +158,8 @@ def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
     return [groups[key] for key in sorted(groups, key=rank)]
 
 
-def stage_of(result: Result) -> str:
-    """Its kind, or "posttrain" for a pretrain result of an alignment loss: pretrain/alignment.py."""
-    return "posttrain" if result.kind == "pretrain" and alignment_terms(result) else result.kind
-
-
-def alignment_terms(result: Result) -> dict[str, float]:
-    """The losses of dense post-training among its metrics."""
-    return {name: result.metrics[name] for name in ALIGNMENT_LOSSES if name in result.metrics}
-
-
 def backbone_label(name: str) -> str:
-    """ "vit_small_patch16_reg4" -> "ViT-S/16, 4 registers", as the paper writes it; any other name as it is."""
+    """ "vit_small_patch16_reg4" -> "ViT-S/16, 4 registers", as the paper writes it; others as they are."""
     match = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)(?:_reg(\d+))?", name)
     if match is None:
         return name

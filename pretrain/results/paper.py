@@ -1,18 +1,19 @@
-"""The paper's Tables 1, 2, 3, 4, 5 and 7 in its own layout, and in each row, beside every published number, what was measured.
+"""The paper's Tables 1, 2, 3, 4, 5 and 7 in its own layout, with measured numbers beside the published ones.
 
-A published number has a column under the paper's own name, and only published numbers stand there. Two columns follow it as soon
-as a table has anything measured: the mean over seeds, with its standard deviation and †, and the difference. A measured row that
-no published one is like (:mod:`pretrain.results.matching`) follows the others of its backbone, marked as measured.
+A published number has a column under the paper's own name, and only published numbers stand there. Two
+columns follow it as soon as a table has anything measured: the mean over seeds, with its standard deviation
+and †, and the difference. A measured row without a published one (:mod:`pretrain.results.matching`) follows
+the others of its backbone, marked as measured.
 
-A scaled-down run stands in its row with a ‡ and a foot note, and without a difference: there is nothing to compare. Where runs of
-several configurations belong to a published row, it is there once for each.
+A scaled-down run stands in its row with a ‡ and a foot note, and without a difference: there is nothing to
+compare. A published row stands once for each configuration of the runs that belong to it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.results.layouts import ADE20K, LAYOUTS, SCORES, Layout
-from pretrain.results.matching import DEFAULT, RECIPES, belongs, further_departures, same_name
+from pretrain.results.matching import belongs, further_deviations, is_method, same_name
 from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
 from pretrain.results.schema import Protocol, Result, to_json
@@ -26,9 +27,9 @@ from pretrain.results.tables import (
     comparison_table,
     epochs_text,
     is_elsewhere,
+    method_fields,
     scores_of,
     seeds_note,
-    subject_fields,
 )
 
 DIFFERENCE = "Δ"
@@ -37,8 +38,11 @@ NOT_COMPARABLE = "Not comparable with the published numbers, so there is no diff
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One row of a table: published, measured or both. ``pretraining``: in what the measured one's departs from the row's."""
+class TableRow:
+    """One row of a table: published, measured or both.
+
+    ``pretraining``: in what the pre-training of the measured one deviates from the published row's.
+    """
 
     row: PublishedRow | None
     measured: Measured | None
@@ -53,7 +57,7 @@ class Entry:
         return backbone_family(self.measured.run.backbone)
 
     def scaled(self, score: str) -> tuple[Protocol, ...]:
-        """The protocols from which a measured score departs; none: it may be compared."""
+        """The protocols from which a measured score deviates; none: it may be compared."""
         assert self.measured is not None
         _, detection, segmentation = self.measured.protocols
         tuning = segmentation if score == "ade20k_miou" else detection
@@ -82,16 +86,19 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
     placed: set[str] = set()
     made = []
     for number in wanted:
-        entries = _entries(LAYOUTS[number], results, printed)
+        entries = _table_rows(LAYOUTS[number], results, printed)
         for entry in entries:
             if entry.measured is not None:
                 placed |= {to_json(run) for run in (*entry.measured.detection, *entry.measured.segmentation)}
         made += _panels(number, entries)
-    return [*made, *_further([result for result in results if result.kind == "pretrain" or to_json(result) not in placed])]
+    return [
+        *made,
+        *_further([result for result in results if result.kind == "pretrain" or to_json(result) not in placed]),
+    ]
 
 
-def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[Entry]:
-    """The published rows in their order, each with the measured ones that belong to it; then the other measured ones."""
+def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
+    """The published rows in their order, each with the measured ones that belong to it; then the others."""
     known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
     known.pop(None, None)
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
@@ -103,22 +110,23 @@ def _entries(layout: Layout, results: Sequence[Result], printed: Sequence[Publis
         fitting = [i for i, measured in enumerate(found) if len(before[i]) == 1 and belongs(measured, before[i][0], row)]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
-        if RECIPES.get(row.method) is DEFAULT and own:  # the method's own run stands in for an ablation's last row
+        if is_method(row) and own:  # the method's own run stands in for an ablation's last row
             fitting = own
         if row.table in dict(layout.parts).values():
-            entries += [Entry(row, found[i], further_departures(before[i][0])) for i in fitting] or [Entry(row, None)]
+            beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
+            entries += beside or [TableRow(row, None)]
     if layout.own_rows:
-        entries += [Entry(None, measured, measured.pretraining) for i, measured in enumerate(found) if i not in matched]
+        entries += [TableRow(None, measured, measured.pretraining) for i, measured in enumerate(found) if i not in matched]
     return entries
 
 
 def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> list[Protocol | None]:
-    """Of the runs of a measured row: the protocols of those that are known, each once; [None] where none is."""
+    """The known protocols of the pre-trainings of a measured row, each once; [None] where none is known."""
     hashes = [run.weights_hash for run in (*measured.detection, *measured.segmentation)]
     return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
 
 
-def _panels(number: str, entries: Sequence[Entry]) -> list[Table]:
+def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     """A table a backbone."""
     layout = LAYOUTS[number]
     families = list(dict.fromkeys(entry.family for entry in entries))
@@ -132,7 +140,7 @@ def _panels(number: str, entries: Sequence[Entry]) -> list[Table]:
     return tables
 
 
-def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
+def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     layout, notes, groups = LAYOUTS[number], FootNotes(), []
     beside = any(entry.measured is not None for entry in entries)
     n_keys, width = len(layout.keys), 3 if beside else 1
@@ -146,7 +154,12 @@ def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
         if lines and heading and len(lines) < len(entries):
             lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
         groups += [tuple(lines)] if lines else []
-    heads = [("", n_keys), ("COCO", 2 * width), ("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
+    heads = [
+        ("", n_keys),
+        ("COCO", 2 * width),
+        ("ADE20K", width * (len(layout.scores) - 2)),
+        ("", int(beside)),
+    ]
     scores = range(n_keys, n_keys + width * len(layout.scores))
     return Table(
         title=title,
@@ -160,7 +173,7 @@ def _panel(number: str, title: str, entries: Sequence[Entry]) -> Table:
     )
 
 
-def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNotes, beside: bool) -> Line:
+def _line(layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool) -> Line:
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     if row is not None:
@@ -172,14 +185,18 @@ def _line(layout: Layout, entry: Entry, entries: Sequence[Entry], notes: FootNot
     for name in layout.scores:
         printed, score = getattr(row, name, None), scores.get(name)
         text = "" if score is None else f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-        shown = [NONE if printed is None else f"{printed:.1f}", text, _signed(entry.difference(name), printed, score)]
+        shown = [
+            NONE if printed is None else f"{printed:.1f}",
+            text,
+            _signed(entry.difference(name), printed, score),
+        ]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
     scaled = any(entry.scaled(name) for name, score in scores.items() if score is not None)
     return Line("measured" if row is None else "published", scaled, tuple(cells))
 
 
-def _place(entry: Entry) -> object:
+def _place(entry: TableRow) -> object:
     """Equal for entries that only the configs of their runs set apart."""
     if entry.row is not None:
         return entry.row
@@ -201,8 +218,8 @@ def _signed(difference: float | None, printed: float | None, score: Score | None
     return f"{shown:+.1f}".replace("-", "−") if shown else "0.0"
 
 
-def _runs(entry: Entry, alone: bool) -> str:
-    """Which runs: their method, where the row has another name, their seeds, and their configs, where these set rows apart."""
+def _runs(entry: TableRow, alone: bool) -> str:
+    """Which runs: their method if the row has another name, seeds, and configs if these set rows apart."""
     if entry.measured is None:
         return ""
     run, seeds = entry.measured.run, entry.measured.seeds
@@ -211,7 +228,7 @@ def _runs(entry: Entry, alone: bool) -> str:
     return "; ".join(text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text)
 
 
-def _notes(layout: Layout, entries: Sequence[Entry]) -> list[str]:
+def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
     texts = ["AP and mIoU in percent."] if ADE20K in layout.protocols else ["AP in percent."]
     measured = [entry.measured for entry in entries if entry.measured is not None]
     shown = {entry.row.method for entry in entries if entry.row is not None}
@@ -222,7 +239,8 @@ def _notes(layout: Layout, entries: Sequence[Entry]) -> list[str]:
     if "DINOv2" in shown:
         texts.append("On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.")
     if measured:
-        texts.append(f"{MEASURED} Measured with this code; every score without it is published, as printed in the paper.")
+        others = "every score without it is published, as printed in the paper"
+        texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
     return texts + seeds_note(measured)
 
@@ -233,20 +251,20 @@ def _further(results: Sequence[Result]) -> list[Table]:
     if not table.records:
         return []
     rows = merge([result for result in results if not is_elsewhere(result)])
-    records = tuple(_record("", Entry(None, row, row.pretraining)) for row in rows)
+    records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
     return [replace(table, title="Runs that have no row in these tables", records=records)]
 
 
-def _record(number: str, entry: Entry) -> dict[str, str]:
-    """Of the csv. ``source`` is the row's: a published one has its measured numbers in columns of their own."""
+def _record(number: str, entry: TableRow) -> dict[str, str]:
+    """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     record = {"table": number, "source": "measured" if row is None else "published"}
     if row is not None:
-        record |= subject_fields(row.method, row.backbone, row.effective_epochs)
+        record |= method_fields(row.method, row.backbone, row.effective_epochs)
     else:
         assert measured is not None
-        record |= subject_fields(measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs)
+        record |= method_fields(measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs)
     for name in SCORES:
         score = scores.get(name)
         record[f"{name}_published"] = _number(getattr(row, name, None))
@@ -257,7 +275,7 @@ def _record(number: str, entry: Entry) -> dict[str, str]:
     return record | _origin(entry, scores) | {"note": "" if row is None else row.note}
 
 
-def _origin(entry: Entry, scores: Mapping[str, Score | None]) -> dict[str, str]:
+def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, str]:
     """The part of a record that says what was measured; empty for a published row alone."""
     names = ("protocol_is_full", "run_method", "run_backbone", "run_effective_epochs", *PROTOCOL_FIELDS[1:])
     if entry.measured is None:
@@ -265,7 +283,11 @@ def _origin(entry: Entry, scores: Mapping[str, Score | None]) -> dict[str, str]:
     run = entry.measured.run
     scaled = {p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)}
     protocols = ["" if protocol is None else protocol.label for protocol in entry.measured.protocols[1:]]
-    values = (str(not scaled).lower(), *subject_fields(run.method, run.backbone, run.effective_epochs).values(), *protocols)
+    values = (
+        str(not scaled).lower(),
+        *method_fields(run.method, run.backbone, run.effective_epochs).values(),
+        *protocols,
+    )
     return dict(zip(names, values)) | {
         "deviations": " | ".join(f"{p.label}: {p.changes}" for p in scaled.values()),
         "seeds": entry.measured.seeds,

@@ -1,4 +1,4 @@
-"""Published numbers as data: the paper's tables (`published_results.csv`), and dense evaluations (`published_dense.csv`)."""
+"""Published numbers as data: the paper's tables (`published_results.csv`) and dense evaluations."""
 
 import csv
 from collections.abc import Mapping
@@ -10,9 +10,14 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None where the paper prints none.
+    """One row of the paper's table `table` ("1", "4a", ...). AP and mIoU in percent; None: not printed.
 
-    All rows are 12-epoch COCO fine-tuning except those of Table 2 (50 epochs); mIoU is ADE20K with a linear decoder.
+    All rows are 12-epoch COCO fine-tuning but Table 2's (50 epochs); mIoU is ADE20K with a linear decoder.
+
+    recipe     our pre-training recipe of the row; "" where there is none (the public files).
+    changes    the ablation that makes the row from its recipe (`pretrain/recipes/ablation`); "": none.
+    names      under which a run may report the row, beside `method`.
+    registers  of the backbone, where its label does not tell them.
     """
 
     table: str
@@ -23,14 +28,19 @@ class PublishedRow:
     mask_ap: float | None
     ade20k_miou: float | None
     note: str
+    recipe: str = ""
+    changes: str = ""
+    names: tuple[str, ...] = ()
+    registers: int = 0
 
 
 @dataclass(frozen=True)
 class PublishedDense:
-    """What a method's authors, or those who compared it, report of its frozen features on one labelled set.
+    """What a method's authors, or those who compared it, report of its frozen features on one labeled set.
 
-    scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published. In-context mIoU is that
-            of the public Hummingbird evaluation, which matches classes (Hungarian) before it counts.
+    scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published.
+            In-context mIoU is that of the public Hummingbird evaluation, which matches classes (Hungarian)
+            before it counts.
     """
 
     set: str
@@ -41,7 +51,7 @@ class PublishedDense:
 
 
 def published_dense() -> list[PublishedDense]:
-    """Every row of `published_dense.csv`, in its order; its columns beside set, method, backbone and note are metrics."""
+    """Every row of `published_dense.csv`, in its order; its further columns are metrics."""
     return [
         PublishedDense(
             set=row.pop("set"),
@@ -66,6 +76,10 @@ def published_rows() -> list[PublishedRow]:
             mask_ap=_number(row["mask_ap"]),
             ade20k_miou=_number(row["ade20k_miou"]),
             note=row["note"],
+            recipe=row["recipe"],
+            changes=row["changes"],
+            names=tuple(name.strip() for name in row["names"].split(";") if name),
+            registers=int(row["registers"] or 0),
         )
         for row in _rows("published_results.csv")
     ]
@@ -78,7 +92,7 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 
 def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:
-    """The rows of a comma list of tables ("1,2,7"; "4" means 4a and 4b) or "all". UserError names an unknown one."""
+    """The rows of some tables ("1,2,7"; "4" means 4a and 4b) or "all". UserError names an unknown one."""
     if tables == "all":
         return list(rows)
     wanted = [name.strip() for name in tables.split(",")]

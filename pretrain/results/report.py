@@ -1,4 +1,4 @@
-"""One self-contained html page of a set of runs: no script, nothing loaded from afar, the same bytes each time."""
+"""One html page of some runs, self-contained: no script, nothing from afar, the same bytes each time."""
 
 import base64
 import html
@@ -9,13 +9,13 @@ from typing import Any
 
 from pretrain.results.choose import tables_of
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
-from pretrain.results.merge import backbone_label, seeds_of, stage_of
+from pretrain.results.merge import backbone_label, seeds_of
 from pretrain.results.render import render_all
 from pretrain.results.runs import Figure, Run, run_names
 from pretrain.results.schema import KINDS, Protocol
 from pretrain.results.tables import NONE, duration_text, epochs_text
 
-_TITLES = {  # by stage_of(result)
+_TITLES = {  # by the stage of a result
     "pretrain": "Pre-training",
     "posttrain": "Post-training",
     "detection": "Detection and instance segmentation",
@@ -24,12 +24,13 @@ _TITLES = {  # by stage_of(result)
     "analysis": "Analysis",
 }
 LARGE_BYTES = 200_000
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>
 {style}</style>
@@ -45,16 +46,23 @@ _PAGE = """<!doctype html>
 def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = "") -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
-    runs   in any order: they are sorted by kind, method, backbone and seed. `table`: the published tables to show
-    beside the measured rows ("1", "1,2,7" or "all"; "": 1); an unknown one is a UserError. `layout` and `against`: of
-    :func:`pretrain.results.choose.tables_of`.
+    Args:
+        runs: in any order: they are sorted by kind, method, backbone and seed.
+        table: the published tables to show beside the measured rows: "1", "1,2,7" or "all"; "": 1.
+        layout, against: of :func:`pretrain.results.choose.tables_of`.
+
+    Raises:
+        UserError: an unknown table.
     """
-    runs = sorted(runs, key=lambda run: (list(_TITLES).index(stage_of(run.result)), *_order(run)))
+    runs = sorted(runs, key=lambda run: (list(_TITLES).index(run.result.stage), *_order(run)))
     names = run_names([run.result for run in runs])
     sections = {
         "Summary": _summary(runs, names),
         "Curves": _curves(runs, names),
-        "Results": render_all(tables_of([run.result for run in runs], layout, table or "1" * (layout == "paper"), against), "html"),
+        "Results": render_all(
+            tables_of([run.result for run in runs], layout, table or "1" * (layout == "paper"), against),
+            "html",
+        ),
         "Figures": _figures(runs, names),
         "Reproducibility": _reproducibility(runs, names),
     }
@@ -62,20 +70,27 @@ def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", l
 
 
 def page(title: str, sections: Mapping[str, str]) -> str:
-    """The frame of a page: its style, and the sections {head (one word): html}, the empty ones left out, with links to them."""
+    """A page with its style: the sections {head (one word): html} that are not empty, and links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
     parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
     style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
-    return _PAGE.format(title=html.escape(title), style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
+    return _PAGE.format(title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
 
 
 def _order(run: Run) -> tuple:
     result = run.result
-    return result.method, result.backbone, result.protocol.label, result.seed, result.created, result.config_hash
+    return (
+        result.method,
+        result.backbone,
+        result.protocol.label,
+        result.seed,
+        result.created,
+        result.config_hash,
+    )
 
 
-# --- summary ----------------------------------------------------------------------------------------------------------
+# --- summary ------------------------------------------------------------------------------------------------
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -90,7 +105,8 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = [
         [
             r.kind, name, backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label,
-            duration_text(r.wall_time_s), NONE if r.peak_memory_mib is None else f"{r.peak_memory_mib:,.0f} MiB",
+            duration_text(r.wall_time_s),
+            NONE if r.peak_memory_mib is None else f"{r.peak_memory_mib:,.0f} MiB",
         ]
         for r, name in zip(results, names)
     ]  # fmt: skip
@@ -125,7 +141,7 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
     return "\n".join(f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items())
 
 
-# --- curves, tables, figures ------------------------------------------------------------------------------------------
+# --- curves, tables, figures --------------------------------------------------------------------------------
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -135,9 +151,9 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         curves: list[Curve] = []
         seen: list[str] = []
         for run, name in zip(runs, names):
-            if stage_of(run.result) == stage and run.log:
+            if run.result.stage == stage and run.log:
                 method = run.result.method
-                curves.append(Curve(name, run.log, *style_of(method, methods, seen.count(method))))
+                curves.append(Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method))))
                 seen.append(method)
         if curves:
             parts.append(f"<h3>{title}</h3>\n{_curve_figure(stage, curves)}")
@@ -155,12 +171,12 @@ def _curve_figure(stage: str, curves: Sequence[Curve]) -> str:
         grid = _grid([panels[term] for term in others])
         lines.append(f"<details><summary>Other terms ({len(others)})</summary>{grid}</details>")
     if max(len(curve.log) for curve in curves) > MOST_POINTS:
-        lines.append("<figcaption>Long curves: means of neighbouring values, in the band that they span.</figcaption>")
+        lines.append("<figcaption>Long curves: means of neighboring values, in the band that they span.</figcaption>")
     return "\n".join([*lines, "</figure>"])
 
 
 def _legend(curve: Curve) -> str:
-    line = f'<span style="border-top-style:{curve.dash};border-color:{curve.colour}"></span>'
+    line = f'<span style="border-top-style:{curve.dash};border-color:{curve.color}"></span>'
     return f"<li>{line}{html.escape(curve.name)}</li>"
 
 
@@ -174,10 +190,11 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
     for run, name in zip(runs, names):
         pictures = "".join(picture(figure) for figure in run.figures)
         if pictures:
-            head = f"{_TITLES[stage_of(run.result)]}: {name}"
+            head = f"{_TITLES[run.result.stage]}: {name}"
             parts.append(
                 f"<h3>{html.escape(head)}</h3>\n"
-                f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n<div class="pictures">{pictures}</div>'
+                f'<p class="soft">{html.escape(run.result.protocol.label)}</p>\n'
+                f'<div class="pictures">{pictures}</div>'
             )
     return "\n".join(parts)
 
@@ -202,7 +219,7 @@ def _light(png: bytes) -> tuple[str, bytes]:
     return ("webp", file.getvalue()) if len(file.getvalue()) < len(png) / 2 else ("png", png)
 
 
-# --- what it takes to repeat the runs ---------------------------------------------------------------------------------
+# --- what it takes to repeat the runs -----------------------------------------------------------------------
 
 
 def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -214,7 +231,7 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append([r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")])
         metrics = _list({key: _words(value) for key, value in sorted(_flat(r.metrics).items())})
         details.append(
-            f"<details><summary>{html.escape(f'{_TITLES[stage_of(r)]}: {name}')}</summary>\n"
+            f"<details><summary>{html.escape(f'{_TITLES[r.stage]}: {name}')}</summary>\n"
             f"<p>{html.escape(_protocol_text(r.protocol))}</p>\n{metrics}</details>"
         )
     heads = ["kind", "run", "seed", "config hash", "weights hash", "commit", "created (UTC)"]
@@ -241,14 +258,15 @@ def _words(value: Any) -> str:
 
 
 def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
-    """A <table> that scrolls; the cells are escaped, the caption is html. ``numeric``: columns set to the right."""
+    """A <table> that scrolls. Cells are escaped, the caption is html; ``numeric``: columns set right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
-    return f'<div class="table-scroll"><table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table></div>'
+    table = f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
+    return f'<div class="table-scroll">{table}</div>'
 
 
 def _list(entries: dict[str, str]) -> str:

@@ -1,52 +1,84 @@
 """`result.json`: what every run leaves behind, and the only thing that the tables read.
 
-The rule that this file guards: a run that departs from a protocol in any field says so wherever it is shown. Its
-protocol carries the list of departures, and :attr:`Protocol.label` is the only name that a table or report prints.
+The rule that this file guards: a run that deviates from a protocol in any field says so wherever it is shown.
+Its protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table prints.
 """
 
 import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+import typing
+from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import (
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from pretrain.errors import UserError
+from pretrain.results import renamed
+from pretrain.settings import Settings, problem, setting, validated
 
 SCHEMA_VERSION = 1
-KINDS = ("pretrain", "detection", "segmentation", "dense", "analysis")
+Kind = Literal["pretrain", "detection", "segmentation", "dense", "analysis"]
+KINDS: tuple[str, ...] = typing.get_args(Kind)
 FILE_NAME = "result.json"
 PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
+# Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
+FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
+FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
+NEW_KEYS = ("loss_terms", "post_training")  # not written where empty: older readers do not know them
 
 
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """The recipe that a run followed, and every field in which it did not.
+class _Record(Settings):
+    """Settings that are made by keyword: what is wrong is a UserError of one line.
 
-    name, version  the recipe, for example "coco-12ep", 1.
-    full           true exactly when `deviations` is empty; anything else is a UserError.
-    deviations     {field: [value in the protocol, value in the run]}.
+    Class attributes:
+        what: where an error says it is.
     """
 
-    name: str
-    version: int
-    full: bool
-    deviations: dict[str, list[Any]]
+    what: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        _check_types(self, {"name": str, "version": int, "full": bool, "deviations": dict})
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(f"{self.what}{problem(error)}") from error
+
+
+class Protocol(_Record):
+    """The recipe that a run followed, and every field in which it did not."""
+
+    what = "protocol: "
+    name: str = setting(..., 'the recipe, such as "coco-12ep"', source="ours")
+    version: int = setting(..., "of the recipe, from 1 on", source="ours")
+    full: bool = setting(..., "true exactly when `deviations` is empty", source="ours")
+    deviations: dict[str, list[Any]] = setting(..., "{field: [value in the protocol, value in the run]}", source="ours")
+
+    @field_validator("deviations", mode="before")
+    @classmethod
+    def _as_json(cls, value: Any) -> Any:
+        pairs = _plain(value, "deviations")
+        return {renamed.deviation(key): pair for key, pair in pairs.items()} if isinstance(pairs, dict) else pairs
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Protocol":
         if not self.name.strip():
-            raise UserError("protocol.name is empty")
-        deviations = _plain(self.deviations, "protocol.deviations")
-        object.__setattr__(self, "deviations", deviations)
-        for key, pair in deviations.items():
-            if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
-                raise UserError(f"protocol.deviations.{key} must be [protocol value, other run value], not {pair!r}")
-        if self.full != (not deviations):
-            raise UserError(f"protocol.full is {self.full}, but {self.name!r} has {len(deviations)} deviations")
+            raise ValueError("name is empty; name the recipe")
+        for key, pair in self.deviations.items():
+            if len(pair) != 2 or pair[0] == pair[1]:
+                raise ValueError(f"deviations.{key} should be [protocol value, other run value], not {pair!r}")
+        if self.full != (not self.deviations):
+            raise ValueError(f"full is {self.full}, but {self.name!r} has {len(self.deviations)} deviations")
+        return self
 
     @property
     def label(self) -> str:
@@ -57,91 +89,116 @@ class Protocol:
 
     @property
     def changes(self) -> str:
-        """The departures on one line: "batch_size 64 → 2; iterations 22128 → 200"."""
-        return "; ".join(f"{field} {_short(a)} → {_short(b)}" for field, (a, b) in sorted(self.deviations.items()))
+        """The deviations on one line: "batch_size 64 → 2; iterations 22128 → 200"."""
+        return "; ".join(f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in sorted(self.deviations.items()))
 
     @property
     def identity(self) -> str:
-        """Equal for two runs exactly when both followed the same recipe with the same departures."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Equal for two runs exactly when both followed the same recipe with the same deviations."""
+        return json.dumps(self.model_dump(), sort_keys=True)
 
     def __str__(self) -> str:
         return self.label
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One run. Wrong types, NaN and values out of range are a UserError that names the key.
+class Result(_Record):
+    """One run."""
 
-    metrics          {name: number or dict}. Detection: box_ap, mask_ap, box_ap50, ..., segmentation: miou, ... and dense:
-                     linear_miou, ... in percent; a metric that is undefined (no ground truth) is left out.
-    seed             of this run, not of the pre-training that it starts from; a dense evaluation takes that one's, unless told.
-    config_hash      `provenance.config_hash`; equal for runs that differ in the seed alone: only such are averaged.
-    weights_hash     `provenance.file_hash` of the backbone file that a pretrain run left, or another run read.
-    wall_time_s      seconds; `peak_memory_mib` MiB of the GPU where one was used, else of the process.
-    created          end of the run (the moment of construction when left out), UTC, ISO 8601.
-    """
+    kind: Kind = setting(..., "what the run did", source="ours")
+    method: str = setting(..., "of the pre-training, as tables show it", source="ours")
+    backbone: str = setting(..., "registry name", source="ours")
+    effective_epochs: float | None = setting(
+        ...,
+        "of the pre-training, in epochs of two crops of 224 px; null: unknown",
+        source="paper, Table 1",
+        ge=0,
+    )
+    protocol: Protocol = setting(..., "the recipe, and how the run deviates from it", source="ours")
+    metrics: dict[str, Any] = setting(
+        ...,
+        "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
+        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
+        source="ours",
+    )
+    seed: int = setting(
+        ...,
+        "of this run, not of its pre-training; of a dense evaluation the pre-training's, unless told",
+        source="ours",
+    )
+    config_hash: str = setting(
+        ...,
+        "provenance.config_hash; equal for runs that differ in the seed alone: only these are averaged",
+        source="ours",
+    )
+    weights_hash: str | None = setting(
+        ...,
+        "provenance.file_hash of the backbone's file that a pre-training left, or that another run read",
+        source="ours",
+    )
+    git_commit: str | None = setting(..., "of this code, with +dirty where files differ from it", source="ours")
+    packages: dict[str, Any] = setting(..., "{distribution: version}", source="ours")
+    hardware: dict[str, Any] = setting(..., "cpu, cores, memory_gib, gpus, processes", source="ours")
+    wall_time_s: float = setting(..., "seconds", source="ours", ge=0)
+    peak_memory_mib: float | None = setting(
+        ..., "MiB of the GPU where one was used, else of the process; null: unknown", source="ours", ge=0
+    )
+    loss_terms: tuple[str, ...] = setting(
+        (), "names under which the run logged the addends of its loss, in order", source="ours", strict=False
+    )
+    post_training: bool = setting(False, "whether it trained a backbone that was pre-trained before", source="ours")
+    created: str = setting(
+        lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "end of the run, UTC, ISO 8601",
+        source="ours",
+    )
+    schema_version: Literal[1] = setting(SCHEMA_VERSION, "of this file", source="ours")
 
-    kind: str
-    method: str
-    backbone: str
-    effective_epochs: float | None
-    protocol: Protocol
-    metrics: dict[str, Any]
-    seed: int
-    config_hash: str
-    weights_hash: str | None
-    git_commit: str | None
-    packages: dict[str, Any]
-    hardware: dict[str, Any]
-    wall_time_s: float
-    peak_memory_mib: float | None
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    schema_version: int = SCHEMA_VERSION
+    @field_validator(
+        *("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib"),
+        mode="wrap",
+    )
+    @classmethod
+    def _as_json(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Whole numbers stay whole, and NumPy's become Python's."""
+        value = _plain(value, str(info.field_name))
+        check(value)
+        return value
 
-    def __post_init__(self) -> None:
-        _check_types(self, _RESULT_TYPES)
-        if self.schema_version != SCHEMA_VERSION:
-            raise UserError(f"schema_version {self.schema_version} is not {SCHEMA_VERSION}, the one that this code reads")
-        if self.kind not in KINDS:
-            raise UserError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
-        for name in ("metrics", "packages", "hardware", "effective_epochs", "wall_time_s", "peak_memory_mib"):
-            object.__setattr__(self, name, _plain(getattr(self, name), name))
-        for name in ("effective_epochs", "wall_time_s", "peak_memory_mib"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} is {value}, below zero")
+    @model_validator(mode="after")
+    def _hold_numbers(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
         for name, value in self.metrics.items():
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
-                raise UserError(f"metrics.{name} is {value}, not a percentage")
+                raise ValueError(f"metrics.{name} is {value}, not a percentage")
         _check_utc(self.created)
+        return self
+
+    def with_changes(self, **changes: Any) -> "Result":
+        """The same run with some fields changed; all is checked again."""
+        return Result(**{**dict(self), **changes})
+
+    @property
+    def stage(self) -> str:
+        """Its kind, or "posttrain" for a pretrain result of a post-training."""
+        former = not self.loss_terms and not FORMER_POST_TRAINING.isdisjoint(self.metrics)
+        return "posttrain" if self.kind == "pretrain" and (self.post_training or former) else self.kind
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """`loss_terms`, or what they were called before the runs said it."""
+        return self.loss_terms or FORMER_TERMS
 
 
-_TEXT, _OPTIONAL_TEXT, _OPTIONAL_NUMBER = str, (str, type(None)), (Real, type(None))
-_RESULT_TYPES: dict[str, Any] = {
-    "kind": _TEXT,
-    "method": _TEXT,
-    "backbone": _TEXT,
-    "effective_epochs": _OPTIONAL_NUMBER,
-    "protocol": Protocol,
-    "metrics": dict,
-    "seed": int,
-    "config_hash": _TEXT,
-    "weights_hash": _OPTIONAL_TEXT,
-    "git_commit": _OPTIONAL_TEXT,
-    "packages": dict,
-    "hardware": dict,
-    "wall_time_s": Real,
-    "peak_memory_mib": _OPTIONAL_NUMBER,
-    "created": _TEXT,
-    "schema_version": int,
-}
+def ordered_terms(results: Iterable[Result], present: Iterable[str]) -> list[str]:
+    """The names that are losses of these runs: their sum first, then its addends as the runs name them."""
+    names = dict.fromkeys(["loss", *(term for result in results for term in result.terms)])
+    return [name for name in names if name in set(present)]
 
 
 def to_json(result: Result) -> str:
     """The text of a `result.json`: sorted keys, two spaces, no NaN; equal results give equal text."""
-    return json.dumps(asdict(result), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    content = {key: value for key, value in result.model_dump().items() if value or key not in NEW_KEYS}
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_result(result: Result, folder: str | Path) -> Path:
@@ -157,8 +214,8 @@ def write_result(result: Result, folder: str | Path) -> Path:
 def read_result(path: str | Path) -> Result:
     """Read a `result.json`, given the file or its folder.
 
-    Raises UserError, naming the file and the key, for a missing file, text that is not JSON, a missing or unknown
-    key, a wrong type, or a value that :class:`Result` refuses.
+    Raises:
+        UserError: no file, no JSON, a missing or unknown key, a wrong type or value; names file and key.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -166,34 +223,9 @@ def read_result(path: str | Path) -> Result:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not JSON ({error})") from error
-    try:
-        _check_keys(content, Result, "")
-        _check_keys(content["protocol"], Protocol, "protocol.")
-        return Result(**{**content, "protocol": Protocol(**content["protocol"])})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _check_keys(content: Any, record: type, prefix: str) -> None:
-    """Exactly the fields of a record, no more and no fewer."""
-    if not isinstance(content, dict):
-        raise UserError(f"{prefix.rstrip('.') or 'the file'} must hold a JSON object, not {_type_name(content)}")
-    known = {field.name for field in fields(record)}
-    for what, keys in (("missing", known - set(content)), ("unknown", set(content) - known)):
-        if keys:
-            raise UserError(f"{what} key {', '.join(repr(prefix + key) for key in sorted(keys))}")
-
-
-def _check_types(record: Any, types: dict[str, Any]) -> None:
-    prefix = "protocol." if isinstance(record, Protocol) else ""
-    for name, wanted in types.items():
-        value = getattr(record, name)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):  # True is an int to Python
-            names = " or ".join(w.__name__ for w in (wanted if isinstance(wanted, tuple) else (wanted,)))
-            names = names.replace("Real", "a number").replace("NoneType", "null")
-            raise UserError(f"{prefix}{name} must be {names}, not {_type_name(value)} {value!r}")
+    return validated(Result, content, str(path))
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -204,16 +236,16 @@ def _plain(value: Any, key: str) -> Any:
         return int(value)
     if isinstance(value, Real):  # NumPy's scalars are registered as these
         if not math.isfinite(value):
-            raise UserError(f"{key} is {float(value)}, not a finite number")
+            raise ValueError(f"{key} is {float(value)}, not a finite number")
         return float(value)
     if isinstance(value, list | tuple):
         return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
-                raise UserError(f"{key} has the key {name!r}, which is not a string")
+                raise ValueError(f"{key} has the key {name!r}, which is not a string")
         return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
-    raise UserError(f"{key} is {_type_name(value)}, which JSON cannot hold")
+    raise ValueError(f"{key} is {type(value).__name__}, which JSON cannot hold")
 
 
 def _check_metrics(metrics: dict[str, Any], key: str) -> None:
@@ -221,7 +253,7 @@ def _check_metrics(metrics: dict[str, Any], key: str) -> None:
         if isinstance(value, dict) and not PERCENT_METRICS.fullmatch(name):
             _check_metrics(value, f"{key}.{name}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{key}.{name} must be a number, not {_type_name(value)} {value!r}")
+            raise ValueError(f"{key}.{name} should be a number, not {value!r}")
 
 
 def _check_utc(text: str) -> None:
@@ -230,12 +262,8 @@ def _check_utc(text: str) -> None:
     except ValueError:
         offset = None
     if offset != timedelta(0):
-        raise UserError(f"created {text!r} is not a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00")
+        raise ValueError(f"created={text!r} should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00")
 
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _type_name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__

@@ -1,26 +1,17 @@
 """Results and published numbers side by side, as text cells that `render.py` draws.
 
-Two rules hold in every table. A measured row is never mixed with the published ones without a mark (†, and the column
-`source`). A run that was scaled down, or whose pre-training was, never stands under the bare name of its protocol: the
-label says so, its numbers carry a ‡, and a foot note lists every departure.
+Two rules hold in every table. A measured row is never mixed with the published ones without a mark (†, and
+the column `source`). A run that was scaled down, or whose pre-training was, never stands under the bare name
+of its protocol: the label says so, its numbers carry a ‡, and a foot note lists every deviation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.results.merge import (
-    ALIGNMENT_LOSSES,
-    Measured,
-    Score,
-    alignment_terms,
-    backbone_family,
-    backbone_label,
-    merge,
-    stage_of,
-)
+from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
-from pretrain.results.schema import Protocol, Result
+from pretrain.results.schema import Protocol, Result, ordered_terms
 
 NONE, MEASURED, SCALED = "–", "†", "‡"
 COLUMNS = (
@@ -29,13 +20,12 @@ COLUMNS = (
 )
 PROTOCOL_FIELDS = ("pretraining_protocol", "detection_protocol", "segmentation_protocol")
 ADE20K = "ade20k"  # how the names of its protocols begin: other data sets' mIoU has a table of its own
-LOSS_TERMS = ("loss", "image", "content", "position", "koleo", *ALIGNMENT_LOSSES, "overlaps")
 SEEDS = "a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed."
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its source ("published", "measured"; "heading" of the rows below), whether it was scaled down, its cells as text."""
+    """One row: its source ("published", "measured", "heading"), whether it was scaled down, its cells."""
 
     source: str
     scaled: bool
@@ -48,7 +38,7 @@ class Table:
 
     numeric  indices of the columns to align on the right.
     records  one dict a row, keys in column order, numbers not rounded to a decimal.
-    heads    (text, number of columns) of a line above the columns, all of them covered; latex and html have it.
+    heads    (text, number of columns) of a line above the columns that covers all; latex and html have it.
     measured indices of columns that hold measured values beside published ones.
     """
 
@@ -81,12 +71,12 @@ class FootNotes:
         return NONE if protocol is None else protocol.label + self.mark(protocol)
 
     def texts(self, consequence: str) -> list[str]:
-        """One note a scaled-down protocol: its departures, and what follows from them."""
+        """One note a scaled-down protocol: its deviations, and what follows from them."""
         return [f"{SCALED}{i} {p.label}: {p.changes}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
 
 
 def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1") -> Table:
-    """The published rows beside the measured results of detection and of segmentation on ADE20K, grouped by backbone.
+    """The published rows beside the measured detections and segmentations of ADE20K, grouped by backbone.
 
     published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
     Raises UserError for an unknown table.
@@ -134,7 +124,7 @@ def seeds_note(measured: Sequence[Measured]) -> list[str]:
     return [SEEDS] if several else []
 
 
-# --- cells: what md, latex and html show ------------------------------------------------------------------------------
+# --- cells: what md, latex and html show --------------------------------------------------------------------
 
 
 def _published_line(row: PublishedRow) -> Line:
@@ -177,17 +167,21 @@ def epochs_text(epochs: float | None) -> str:
     return NONE if epochs is None else f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
-# --- records: what csv holds ------------------------------------------------------------------------------------------
+# --- records: what csv holds --------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedRow) -> dict[str, str]:
     scores = {
         name: None if value is None else Score(value, None, 1)
-        for name, value in (("box_ap", row.box_ap), ("mask_ap", row.mask_ap), ("ade20k_miou", row.ade20k_miou))
+        for name, value in (
+            ("box_ap", row.box_ap),
+            ("mask_ap", row.mask_ap),
+            ("ade20k_miou", row.ade20k_miou),
+        )
     }
     return (
         {"source": "published", "mark": "", "protocol_is_full": "true"}
-        | subject_fields(row.method, row.backbone, row.effective_epochs)
+        | method_fields(row.method, row.backbone, row.effective_epochs)
         | numbers_of(scores, counted=False)
         | dict(zip(PROTOCOL_FIELDS, ("", *_published_protocols(row))))
         | {"deviations": "", "seeds": "", "config": "", "table": row.table, "note": row.note}
@@ -200,7 +194,7 @@ def _measured_record(row: Measured) -> dict[str, str]:
     mark = MEASURED + (SCALED if scaled else "")
     return (
         {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
-        | subject_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
+        | method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
         | numbers_of(scores_of(row), counted=True)
         | dict(zip(PROTOCOL_FIELDS, labels))
         | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs}
@@ -208,9 +202,13 @@ def _measured_record(row: Measured) -> dict[str, str]:
     )
 
 
-def subject_fields(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
+def method_fields(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
     """Of a record: what was pre-trained, and for how long."""
-    return {"method": method, "backbone": backbone, "effective_epochs": "" if epochs is None else f"{epochs:g}"}
+    return {
+        "method": method,
+        "backbone": backbone,
+        "effective_epochs": "" if epochs is None else f"{epochs:g}",
+    }
 
 
 def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
@@ -223,7 +221,7 @@ def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]
     return row
 
 
-# --- segmentation on other data sets ------------------------------------------------------------------------------------
+# --- segmentation on other data sets ------------------------------------------------------------------------
 
 
 def is_elsewhere(result: Result) -> bool:
@@ -232,7 +230,8 @@ def is_elsewhere(result: Result) -> bool:
 
 
 def segmentation_table(results: Sequence[Result]) -> Table | None:
-    """The segmentation results on other data sets than ADE20K, one row a protocol and configuration; None when there is none.
+    """Segmentation on other data sets than ADE20K, one row a protocol and configuration; None when there is
+    none.
 
     They stand beside nothing published, whose mIoU is ADE20K's.
     """
@@ -250,7 +249,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
         lines.append(Line("measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)))
         records.append(
             {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
-            | subject_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
+            | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
             | numbers_of({"miou": score}, counted=True)
             | {"seeds": row.seeds, "config": row.configs}
         )
@@ -258,23 +257,26 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
         title="Segmentation on other data sets",
         columns=("protocol", "method", "backbone", "eff. epochs", "mIoU", "seeds", "config"),
         groups=(tuple(lines),),
-        notes=("mIoU in percent, measured with this code.", *notes.texts("Not comparable with the full protocol's numbers.")),
+        notes=(
+            "mIoU in percent, measured with this code.",
+            *notes.texts("Not comparable with the full protocol's numbers."),
+        ),
         numeric=frozenset({3, 4}),
         records=tuple(records),
     )
 
 
-# --- the pre-training runs --------------------------------------------------------------------------------------------
+# --- the pre-training runs ----------------------------------------------------------------------------------
 
 
 def pretraining_table(results: Sequence[Result]) -> Table | None:
-    """Every pretrain result with its final loss terms and other plain metrics, but for post-trainings; None when there is none."""
-    return _training_table("Pre-training runs", [result for result in results if stage_of(result) == "pretrain"])
+    """Every pre-training but the post-trainings: its losses, then its other plain metrics; None: no run."""
+    return _training_table("Pre-training runs", [result for result in results if result.stage == "pretrain"])
 
 
 def posttraining_table(results: Sequence[Result]) -> Table | None:
-    """The same of dense post-trainings, whose losses are others."""
-    return _training_table("Post-training runs", [result for result in results if stage_of(result) == "posttrain"])
+    """The same of post-trainings. The sum is left out where it is the one addend of every run."""
+    return _training_table("Post-training runs", [result for result in results if result.stage == "posttrain"])
 
 
 def _training_table(title: str, runs: list[Result]) -> Table | None:
@@ -282,23 +284,41 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
     if not runs:
         return None
     names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
-    if all(run.metrics["loss"] in alignment_terms(run).values() for run in runs if "loss" in run.metrics):
-        names.discard("loss")  # the one term, under its name
-    metrics = [name for name in LOSS_TERMS if name in names] + sorted(names - set(LOSS_TERMS))
+    if all(run.stage == "posttrain" and _is_one_term(run) for run in runs if "loss" in run.metrics):
+        names.discard("loss")
+    losses = ordered_terms(runs, names)
+    metrics = losses + sorted(names - set(losses))
     notes, lines, records = FootNotes(), [], []
     for run in runs:
         values: list[Any] = [run.metrics.get(name) for name in metrics]
-        who = (run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs), notes.label(run.protocol))
-        cost = (duration_text(run.wall_time_s), NONE if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f}")
+        who = (
+            run.method,
+            backbone_label(run.backbone),
+            epochs_text(run.effective_epochs),
+            notes.label(run.protocol),
+        )
+        cost = (
+            duration_text(run.wall_time_s),
+            NONE if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f}",
+        )
         numbers = tuple(NONE if value is None else f"{value:.4g}" for value in values)
         lines.append(Line("measured", bool(run.protocol.deviations), (*who, str(run.seed), *numbers, *cost)))
         records.append(
-            subject_fields(run.method, run.backbone, run.effective_epochs)
+            method_fields(run.method, run.backbone, run.effective_epochs)
             | {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
             | {"seed": str(run.seed)}
             | {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
         )
-    columns = ("method", "backbone", "eff. epochs", "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
+    columns = (
+        "method",
+        "backbone",
+        "eff. epochs",
+        "protocol",
+        "seed",
+        *metrics,
+        "wall time",
+        "peak memory (MiB)",
+    )
     return Table(
         title=title,
         columns=columns,
@@ -307,6 +327,11 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
         numeric=frozenset({2, *range(4, len(columns))}),
         records=tuple(records),
     )
+
+
+def _is_one_term(run: Result) -> bool:
+    """Whether the loss stands among the metrics under the name of its one addend, too."""
+    return run.metrics["loss"] in [run.metrics.get(term) for term in run.terms]
 
 
 def duration_text(seconds: float) -> str:

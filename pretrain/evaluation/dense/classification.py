@@ -1,8 +1,8 @@
-"""k-NN classification of whole pictures on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
+"""k-NN classification of whole images on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
 
-Pictures are read from disk as they are needed. Kept are features in float16, normalised: of ImageNet's 1.28 million training
-pictures 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
-chunk at a time (:func:`pretrain.evaluation.knn.neighbours`: 0.5 GB at D = 384).
+Images are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28 million training
+images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
+chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D = 384).
 """
 
 import os
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from pretrain.data.pictures import in_threads, spread
@@ -26,19 +27,25 @@ from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features, read_picture
 from pretrain.evaluation.knn import knn_predict_each
 from pretrain.progress import Progress
+from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
 MAIN_K = 20  # DINO: usually the best
 
 
-@dataclass(frozen=True)
-class KnnSettings:
+class KnnSettings(Settings):
     """The protocol."""
 
-    resize_px: int = 256  # DINO: shorter side, bicubic
-    crop_px: int = 224  # DINO: the centre
-    k: tuple[int, ...] = (10, 20, 100, 200)  # DINO: nb_knn
-    temperature: float = 0.07  # DINO
+    resize_px: int = setting(256, "shorter side, bicubic", source="DINO", ge=1)
+    crop_px: int = setting(224, "the center", source="DINO", ge=1)
+    k: tuple[PositiveInt, ...] = setting((10, 20, 100, 200), "neighbors", source="DINO: nb_knn", min_length=1)
+    temperature: float = setting(0.07, "of the softmax over cosines", source="DINO", gt=0)
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "KnnSettings":
+        if self.crop_px > self.resize_px:
+            raise ValueError(f"knn.crop_px={self.crop_px} is more than knn.resize_px={self.resize_px}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class ClassFolder:
     Attributes:
         folder: of the part.
         classes: of the training part, which both parts number alike.
-        files: (number of the class, file's name) of each picture, by class and name.
+        files: (number of the class, file's name) of each image, by class and name.
     """
 
     folder: Path
@@ -59,11 +66,11 @@ class ClassFolder:
         return len(self.files)
 
     def first(self, most: int) -> "ClassFolder":
-        """The same with at most ``most`` pictures, at equal steps from the first one."""
+        """The same with at most ``most`` images, at equal steps from the first one."""
         return replace(self, files=spread(self.files, most))
 
     def labels(self) -> Tensor:
-        """Number of the class of each picture; [n] int64."""
+        """Number of the class of each image; [n] int64."""
         return torch.tensor([number for number, _ in self.files])
 
     def crops(self, settings: KnnSettings) -> Iterator[Tensor]:
@@ -75,10 +82,10 @@ class ClassFolder:
 
         def crop(item: tuple[int, str]) -> Tensor:
             pixels = read_picture(self.folder / self.classes[item[0]] / item[1])
-            return centre_crop(pixels, settings.resize_px, settings.crop_px)
+            return center_crop(pixels, settings.resize_px, settings.crop_px)
 
-        with closing(in_threads(crop, self.files)) as pictures:
-            while batch := list(islice(pictures, FORWARD_BATCH)):
+        with closing(in_threads(crop, self.files)) as crops:
+            while batch := list(islice(crops, FORWARD_BATCH)):
                 yield torch.stack(batch)
 
 
@@ -86,12 +93,12 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     """``train/CLASS/*`` and ``val/CLASS/*`` of a folder.
 
     Raises:
-        UserError: a folder that is missing or holds no picture, a class of val without a picture in train.
+        UserError: a folder that is missing or holds no image, a class of val without an image in train.
     """
     train, val = (_list(Path(root) / part) for part in ("train", "val"))
     classes = tuple(train)
     if missing := [name for name in val if name not in train]:
-        raise UserError(f"{root}: class {missing[0]!r} of val has no picture in train")
+        raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
     parts = []
     for part, found in (("train", train), ("val", val)):
         files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
@@ -99,8 +106,8 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     return parts[0], parts[1]
 
 
-def centre_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
-    """A picture as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the centre.
+def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
+    """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -120,12 +127,12 @@ def knn_classification(
     features: Features,
     train: ClassFolder,
     val: ClassFolder,
-    settings: KnnSettings = KnnSettings(),
+    settings: KnnSettings,
     signals: StopSignals | None = None,
 ) -> Outcome:
     """Share of ``val`` whose class is predicted right by its k nearest in ``train``, in percent.
 
-    A k of more neighbours than training pictures is left out, with a warning.
+    A k of more neighbors than training images is left out, with a warning.
 
     Args:
         train, val: of :func:`open_class_folders`.
@@ -148,26 +155,20 @@ def knn_classification(
 
 
 def _possible(features: Features, train: ClassFolder, settings: KnnSettings) -> list[int]:
-    """The k that the training part has pictures enough for; other settings are looked at too."""
+    """The k that the training part has images enough for."""
     patch_px = features.backbone.patch_size
-    if settings.crop_px < 1 or settings.crop_px % patch_px:
+    if settings.crop_px % patch_px:
         raise UserError(f"knn: crop_px={settings.crop_px} is no multiple of the patch size {patch_px}")
-    if settings.crop_px > settings.resize_px:
-        raise UserError(f"knn: crop_px={settings.crop_px} is more than resize_px={settings.resize_px}")
-    if settings.temperature <= 0:
-        raise UserError(f"knn: temperature={settings.temperature} is not above 0")
-    if not settings.k or min(settings.k) < 1:
-        raise UserError(f"knn: k={list(settings.k)} should be numbers of neighbours")
     ks = sorted({k for k in settings.k if k <= len(train)})
     if not ks:
-        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training pictures of {train.folder}")
+        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training images of {train.folder}")
     if left_out := sorted(set(settings.k) - set(ks)):
-        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training pictures", stacklevel=3)
+        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training images", stacklevel=3)
     return ks
 
 
 def _features(features: Features, part: ClassFolder, settings: KnnSettings, signals: StopSignals | None) -> Tensor:
-    """[CLS] after the final norm, normalised; float16 [n, D] on the backbone's device."""
+    """[CLS] after the final norm, normalized; float16 [n, D] on the backbone's device."""
     kept = torch.empty(len(part), features.backbone.embed_dim, dtype=torch.float16, device=features.device)
     tell, done = Progress(f"knn, {part.folder.name}", len(part), signals), 0
     for images in part.crops(settings):
@@ -181,7 +182,7 @@ def _features(features: Features, part: ClassFolder, settings: KnnSettings, sign
 
 
 def _list(folder: Path) -> dict[str, list[str]]:
-    """Names of the pictures by class, both sorted; classes without one are left out."""
+    """Names of the images by class, both sorted; classes without one are left out."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     with os.scandir(folder) as entries:
@@ -193,5 +194,5 @@ def _list(folder: Path) -> dict[str, list[str]]:
         if files:
             found[name] = files
     if not found:
-        raise UserError(f"no picture CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
+        raise UserError(f"no image CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
     return found

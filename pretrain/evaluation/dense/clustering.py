@@ -1,56 +1,60 @@
 """Unsupervised segmentation: K-means of the validation part's patches, each cluster then named after a class.
 
 The protocol is that of Leopart's fully unsupervised segmentation and overclustering, as NeCo's public code has it
-(eval_overcluster.py and experiments/utils.py there). Its features are standardised, reduced by PCA, clustered by faiss, whose
-defaults it keeps. **Ours**: the centres start from k-means++ (faiss: random rows); all seeds draw from one pool of patches; each
-label pixel takes the patch that its centre lies in (theirs: its upper left corner); a class that does not occur is left out of the
+(eval_overcluster.py and experiments/utils.py there). Its features are standardized, reduced by PCA, clustered by faiss, whose
+defaults it keeps. **Ours**: the centers start from k-means++ (faiss: random rows); all seeds draw from one pool of patches; each
+label pixel takes the patch that its center lies in (theirs: its upper left corner); a class that does not occur is left out of the
 mean, and label 0 (ADE20K's "other") is no class, where theirs counts 151 with one IoU that is always 0.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.kmeans import kmeans, nearest_centres
+from pretrain.evaluation.dense.kmeans import kmeans, nearest_centers
 from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import count_pairs, greedy, hungarian, mean_iou
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.linear import Moments, ReadOut
+from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
 PROJECTED_AT_ONCE = 2**13  # patches of the pool, in float64
 TIMED = 2**12  # patches
 
 
-@dataclass(frozen=True)
-class ClusteringSettings:
+class ClusteringSettings(Settings):
     """The protocol."""
 
-    image_px: int = 448  # Leopart, NeCo: size_crops of their configs
-    label_px: int = 100  # Leopart, NeCo: mask_eval_size
-    pca_dim: int = 50  # Leopart, NeCo: pca_dim; at least the features' width: they are standardised alone
-    overclusters: tuple[int, ...] = (500,)  # Leopart's configs, NeCo's table: K beside the number of classes
-    seeds: int = 5  # Leopart, NeCo: num_seeds
-    restarts: int = 5  # Leopart, NeCo: nredo
-    max_iterations: int = 100  # Leopart, NeCo: niter
-    patches_per_cluster: int = 256  # faiss: max_points_per_centroid, left at its default
-    max_patches: int = 2**17  # ours: the pool they are drawn from; 256 for each of 500 clusters are 128,000
-    seed: int = 0  # Leopart, NeCo: the first of the seeds
+    image_px: int = setting(448, "side of an image", source="Leopart, NeCo: size_crops of their configs", ge=1)
+    label_px: int = setting(100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1)
+    pca_dim: int = setting(
+        50, "principal components; from the features' width on they are standardized alone", source="Leopart, NeCo: pca_dim", ge=1
+    )
+    overclusters: tuple[PositiveInt, ...] = setting(
+        (500,), "K beside the number of classes", source="Leopart's configs, NeCo's table"
+    )
+    seeds: int = setting(5, "over which figures are averaged", source="Leopart, NeCo: num_seeds", ge=1)
+    restarts: int = setting(5, "of K-means, the best counts", source="Leopart, NeCo: nredo", ge=1)
+    max_iterations: int = setting(100, "of K-means", source="Leopart, NeCo: niter", ge=1)
+    patches_per_cluster: int = setting(256, "that K-means sees", source="faiss's default: max_points_per_centroid", ge=1)
+    max_patches: int = setting(2**17, "the pool they are drawn from; 256 for each of 500 clusters are 128,000", source="ours", ge=1)
+    seed: int = setting(0, "the first of the seeds", source="Leopart, NeCo", ge=0)
 
 
 def clustering(
     features: Features,
     train: LabelSet,
     val: LabelSet,
-    settings: ClusteringSettings = ClusteringSettings(),
+    settings: ClusteringSettings,
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
@@ -66,8 +70,8 @@ def clustering(
         seed, [label_px, label_px]: ``clustering``, the classes 1 .. C that the clusters were matched to.
 
     Raises:
-        UserError: a setting below 1, more clusters than patches, an overcluster number that is not above the number of classes, an
-            image size that is not whole patches, features that are not finite, a set without a labelled pixel.
+        UserError: more clusters than patches, an overcluster number that is not above the number of classes, an
+            image size that is not whole patches, features that are not finite, a set without a labeled pixel.
         Interrupted: there was a signal, which K-means looks at after each iteration.
     """
     n_classes = len(val.classes)
@@ -75,19 +79,19 @@ def clustering(
     _check(features, val, settings, numbers)
     project, pool = _projected_pool(features, val, settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    centres = _centres(pool, [(n, seed) for n in numbers for seed in seeds], settings, signals)
-    counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centres}
+    centers = _centers(pool, [(n, seed) for n in numbers for seed in seeds], settings, signals)
+    counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centers}
     shown: list[Tensor] = []
     for images, labels in val.squares(settings.image_px, settings.label_px, FORWARD_BATCH):
         projected = torch.cat([project(tokens.patches) for tokens in features(images)]).float()  # [b, N, d]
         labels = labels.to(pool.device)
-        for key, own in centres.items():
-            clusters = _at_pixels(nearest_centres(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px)
+        for key, own in centers.items():
+            clusters = _at_pixels(nearest_centers(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px)
             counts[key] += count_pairs(clusters, labels, key[0], n_classes)
             if key == (n_classes, seeds[0]) and len(shown) < n_shown:
                 shown += clusters[: n_shown - len(shown)]
     if not counts[n_classes, seeds[0]].any():
-        raise UserError(f"{val.name}: the {val.part} part has no labelled pixel")
+        raise UserError(f"{val.name}: the {val.part} part has no labeled pixel")
     metrics: dict[str, float | dict[str, float]] = {}
     for n in numbers:
         match, name = (hungarian, "clustering") if n == n_classes else (greedy, f"clustering_k{n}")
@@ -100,9 +104,6 @@ def clustering(
 
 
 def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numbers: tuple[int, ...]) -> None:
-    for name, value in vars(settings).items():
-        if name != "seed" and isinstance(value, int) and value < 1:
-            raise UserError(f"clustering: {name}={value} is less than 1")
     patch_px = features.backbone.patch_size
     if settings.image_px % patch_px:
         raise UserError(f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}")
@@ -146,10 +147,10 @@ def principal(moments: Moments, dim: int) -> ReadOut:
     return ReadOut(components, -mean @ components)
 
 
-def _centres(
+def _centers(
     pool: Tensor, keys: list[tuple[int, int]], settings: ClusteringSettings, signals: StopSignals | None
 ) -> dict[tuple[int, int], Tensor]:
-    """Centres [K, d] for each (K, seed)."""
+    """Centers [K, d] for each (K, seed)."""
     if signals is not None:
         seconds = sum(_seconds(pool, n, settings) for n, _ in keys)
         tell_if_long("clustering, K-means", seconds, "clustering.overclusters, clustering.seeds, clustering.restarts")
@@ -166,18 +167,18 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     n_patches = min(len(pool), settings.patches_per_cluster * n_clusters)
     some = pool[: min(n_patches, TIMED)]
     started = time.perf_counter()
-    nearest_centres(some, pool[:n_clusters])[-1].item()
+    nearest_centers(some, pool[:n_clusters])[-1].item()
     seconds = (time.perf_counter() - started) * n_patches / len(some)
     # On one core, at K = 500, the means took 1.4 times as long as the distances; k-means++ about 0.35 times as long as 100 of them.
     return 2.75 * seconds * settings.max_iterations * settings.restarts
 
 
 def _fit(pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings, tick: Callable[[], object]) -> Tensor:
-    """Centres [K, d] of a part of the pool that this seed draws."""
+    """Centers [K, d] of a part of the pool that this seed draws."""
     generator = _generator(n_clusters, seed)
     rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n_clusters]
     x = pool[rows.sort().values.to(pool.device)]
-    return kmeans(x, n_clusters, generator, settings.restarts, settings.max_iterations, tick=tick).centres
+    return kmeans(x, n_clusters, generator, settings.restarts, settings.max_iterations, tick=tick).centers
 
 
 def _generator(n_clusters: int, seed: int) -> torch.Generator:
@@ -186,7 +187,7 @@ def _generator(n_clusters: int, seed: int) -> torch.Generator:
 
 
 def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
-    """Of a square patch grid [b, N] to [b, side, side]: the patch that each pixel's centre lies in."""
+    """Of a square patch grid [b, N] to [b, side, side]: the patch that each pixel's center lies in."""
     grid = round(patches.shape[1] ** 0.5)
     at = ((torch.arange(side_px, device=patches.device) + 0.5) * grid / side_px).long()
     return patches.unflatten(1, (grid, grid))[:, at[:, None], at]

@@ -3,7 +3,7 @@
 Balazevic et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023, as open-hummingbird-eval 2.0 measures it:
 the public code that NeCo reports with.
 
-The memory holds L2-normalised patch features of training images, and of each the shares of the classes in its pixels. A patch of a
+The memory holds L2-normalized patch features of training images, and of each the shares of the classes in its pixels. A patch of a
 validation image attends to its k nearest by cosine: softmax(cosine / temperature) weighs their shares, which are enlarged
 bilinearly to the image's size; the largest is the class. mIoU is named twice: that of these classes, and that after Hungarian
 matching of predicted to true classes, which the public code reports.
@@ -13,8 +13,8 @@ patch adds up, over the classes in it, the number of the image's patches that ho
 rare classes are likelier.
 
 Ours: pixels that are not counted have no share in a patch, and a patch of them alone is not held (there they are the first class in
-memory); images are resized bicubically, as everywhere here; their blue is normalised by 0.225 (there 0.255); search is exact
-(there ScaNN) on features held in float16, products being float32; of equal neighbours at the k-th place torch chooses; k is at most
+memory); images are resized bicubically, as everywhere here; their blue is normalized by 0.225 (there 0.255); search is exact
+(there ScaNN) on features held in float16, products being float32; of equal neighbors at the k-th place torch chooses; k is at most
 the memory; a class that occurs nowhere is left out of the mean (there it counts 0).
 
 A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 classes. They are on the device if they fit into half of
@@ -24,13 +24,13 @@ what is free there, else on the host, from where each chunk is copied anew for e
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice, product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from pretrain.data.label_sets import LabelSet
@@ -43,6 +43,7 @@ from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_lo
 from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
 from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
 
@@ -51,27 +52,29 @@ CHUNK = 16_384  # with so many of the memory: 0.5 GiB of similarities
 TIMED_FROM = 1e11  # comparisons of which it is found out before how long they take; fewer are minutes on a CPU
 
 
-@dataclass(frozen=True)
-class InContextSettings:
+class InContextSettings(Settings):
     """The protocol; sources are of open-hummingbird-eval."""
 
-    image_px: int = 512  # README: 512, and 504 with patches of 14; ours: rounded down to whole patches
-    k: int = 30  # hbird_eval.py: n_neighbours
-    temperature: float = 0.02  # hbird_eval.py: beta
-    memory_size: int = 10_240_000  # README: the largest, of the published figures
-    passes: int = 2  # README: augmentation epochs, through all training images
-    augment: bool = True  # crops and colours of the training images; false (ours): the whole images
-    crop_scale: tuple[float, float] = (0.5, 2.0)  # transforms.py; shares above 1 never fit and are drawn again
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # image_transformations.py
-    jitter: float = 0.1  # transforms.py: brightness, contrast, saturation and hue, in this order, before the crop
-    jitter_p: float = 0.5  # transforms.py: of each
-    seed: int = 0  # ours: of crops, colours and the choice of patches
-    map_px: int = 224  # ours: side of the maps for pictures
-
-    def __post_init__(self) -> None:
-        for name in ("k", "temperature", "memory_size", "passes", "map_px"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"in_context.{name}={getattr(self, name)}: more than 0")
+    image_px: int = setting(
+        512, "side of an image, 504 with patches of 14; ours: rounded down to whole patches", source="README", ge=1
+    )
+    k: int = setting(30, "nearest patches of the memory", source="hbird_eval.py: n_neighbors", ge=1)
+    temperature: float = setting(0.02, "of the softmax over cosines", source="hbird_eval.py: beta", gt=0)
+    memory_size: int = setting(10_240_000, "patches; the largest of the published figures", source="README", ge=1)
+    passes: int = setting(2, "through all training images", source="README: augmentation epochs", ge=1)
+    augment: bool = setting(True, "crops and colors of the training images; false (ours): the whole images", source="transforms.py")
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
+        (0.5, 2.0), "share of the image's area; shares above 1 never fit and are drawn again", source="transforms.py"
+    )
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = setting(
+        (3 / 4, 4 / 3), "width / height of a crop", source="image_transformations.py"
+    )
+    jitter: float = setting(
+        0.1, "of brightness, contrast, saturation and hue, in this order, before the crop", source="transforms.py", ge=0
+    )
+    jitter_p: float = setting(0.5, "probability of each", source="transforms.py", ge=0, le=1)
+    seed: int = setting(0, "of crops, colors and the choice of patches", source="ours", ge=0)
+    map_px: int = setting(224, "side of the maps for figures", source="ours", ge=1)
 
 
 def in_context(
@@ -125,7 +128,7 @@ def in_context(
 
 
 class Memory:
-    """Normalised features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches of at most 181 px)."""
+    """Normalized features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches of at most 181 px)."""
 
     def __init__(self, most: int, dim: int, n_classes: int, device: torch.device) -> None:
         self.device, self.n = device, 0

@@ -1,4 +1,4 @@
-"""K-means: Lloyd's iterations from k-means++ centres, on the CPU or a GPU, the same each time on one machine.
+"""K-means: Lloyd's iterations from k-means++ centers, on the CPU or a GPU, the same each time on one machine.
 
 Distances are of the data's dtype, of data moved to mean 0; sums are float64. No step adds by scattering, the order of which a GPU
 leaves open. What is held beside the data is one chunk of distances.
@@ -19,63 +19,63 @@ class Clusters:
     """What K-means found.
 
     Attributes:
-        centres: [K, D]; some may be equal where there are fewer different rows than clusters.
-        labels: [n] int64, the nearest centre of each row.
+        centers: [K, D]; some may be equal where there are fewer different rows than clusters.
+        labels: [n] int64, the nearest center of each row.
         inertia: sum of the squared distances to them.
     """
 
-    centres: Tensor
+    centers: Tensor
     labels: Tensor
     inertia: float
 
 
-def nearest_centres(x: Tensor, centres: Tensor, chunk: int = CHUNK) -> Tensor:
-    """The nearest of ``centres`` [K, D] for each row of ``x`` [n, D], the first of equals: [n] int64."""
-    norms = centres.square().sum(1)  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all c
-    return torch.cat([torch.addmm(norms, part, centres.T, alpha=-2).argmin(1) for part in _chunks(x, len(centres), chunk)])
+def nearest_centers(x: Tensor, centers: Tensor, chunk: int = CHUNK) -> Tensor:
+    """The nearest of ``centers`` [K, D] for each row of ``x`` [n, D], the first of equals: [n] int64."""
+    norms = centers.square().sum(1)  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all c
+    return torch.cat([torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in _chunks(x, len(centers), chunk)])
 
 
 def lloyd(
     x: Tensor,
-    centres: Tensor,
+    centers: Tensor,
     max_iterations: int = 100,
     tolerance: float = 0.0,
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
-    """Lloyd's iterations from given centres [K, D], until no row changes its cluster. An empty cluster takes the row farthest from
-    its centre (as scikit-learn's).
+    """Lloyd's iterations from given centers [K, D], until no row changes its cluster. An empty cluster takes the row farthest from
+    its center (as scikit-learn's).
 
     Args:
         x: [n, D].
         max_iterations: at most.
-        tolerance: or until the centres move by no more: the sum of their squared distances in units of the mean variance of a
+        tolerance: or until the centers move by no more: the sum of their squared distances in units of the mean variance of a
             feature (as scikit-learn's).
         chunk: distances held at a time, which bounds the memory.
         tick: called after each iteration; what it raises ends them.
     """
     mean = x.mean(0, dtype=torch.float64).to(x.dtype)
-    x, centres = x - mean, centres - mean
+    x, centers = x - mean, centers - mean
     enough = tolerance * x.square().mean().item()
-    labels = nearest_centres(x, centres, chunk)
+    labels = nearest_centers(x, centers, chunk)
     for _ in range(max_iterations):
-        moved = _means(x, labels, centres, chunk)
-        shift = (moved - centres).double().square().sum().item()
-        before, centres = labels, moved
-        labels = nearest_centres(x, centres, chunk)
+        moved = _means(x, labels, centers, chunk)
+        shift = (moved - centers).double().square().sum().item()
+        before, centers = labels, moved
+        labels = nearest_centers(x, centers, chunk)
         if torch.equal(labels, before) or shift <= enough:
             break
         tick()
-    return Clusters(centres + mean, labels, _distances(x, labels, centres, chunk).sum().item())
+    return Clusters(centers + mean, labels, _distances(x, labels, centers, chunk).sum().item())
 
 
-def spread_centres(x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None) -> Tensor:
+def spread_centers(x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to those taken before; of
     2 + ln K drawn at a time the one is taken that leaves the least inertia (as scikit-learn's).
 
     Args:
         generator: on the CPU.
-        tick: called after each centre.
+        tick: called after each center.
 
     Returns:
         [K, D]; rows are taken twice only where there are fewer different ones.
@@ -105,40 +105,40 @@ def kmeans(
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
-    """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centres`; the arguments are theirs.
+    """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the arguments are theirs.
 
     Raises:
         ValueError: more clusters than rows.
     """
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
-    firsts = (spread_centres(x, n_clusters, generator, tick) for _ in range(n_restarts))
+    firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
     return min((lloyd(x, first, max_iterations, tolerance, chunk, tick) for first in firsts), key=lambda run: run.inertia)
 
 
-def _means(x: Tensor, labels: Tensor, centres: Tensor, chunk: int) -> Tensor:
+def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
     """Mean of each cluster's rows; [K, D]."""
-    n_clusters = len(centres)
+    n_clusters = len(centers)
     counts = torch.bincount(labels, minlength=n_clusters)
-    sums = centres.new_zeros(centres.shape, dtype=torch.float64)
+    sums = centers.new_zeros(centers.shape, dtype=torch.float64)
     for part, own in zip(_chunks(x, n_clusters, chunk), _chunks(labels, n_clusters, chunk)):
         members = own[:, None] == torch.arange(n_clusters, device=x.device)  # [c, K]
         sums += members.double().T @ part.double()
     if (empty := (counts == 0).nonzero().flatten()).numel():
-        distances = _distances(x, labels, centres, chunk)
+        distances = _distances(x, labels, centers, chunk)
         far = distances.topk(min(len(empty), len(x))).indices
         for cluster, row in zip(empty.tolist(), far[distances[far] > 0].tolist()):
             sums[labels[row]] -= x[row].double()
             counts[labels[row]] -= 1
             sums[cluster], counts[cluster] = x[row].double(), 1
     means = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
-    return torch.where(counts[:, None] > 0, means, centres)
+    return torch.where(counts[:, None] > 0, means, centers)
 
 
-def _distances(x: Tensor, labels: Tensor, centres: Tensor, chunk: int) -> Tensor:
-    """Squared distance of each row to the centre of its cluster; [n] float64."""
+def _distances(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
+    """Squared distance of each row to the center of its cluster; [n] float64."""
     parts = zip(_chunks(x, x.shape[1], chunk), _chunks(labels, x.shape[1], chunk))
-    return torch.cat([(part.double() - centres[own].double()).square().sum(1) for part, own in parts])
+    return torch.cat([(part.double() - centers[own].double()).square().sum(1) for part, own in parts])
 
 
 def _to_rows(x: Tensor, rows: list[int]) -> Tensor:

@@ -6,22 +6,23 @@
   experiments/linear_segmentation. The same but for the batch and the order.
 
 A 1x1 convolution reads the classes off the patch tokens after the final norm, with neither batch norm nor dropout before it. Logits
-and labels meet at 100 x 100, in training and in validation: labels by the nearest neighbour, first at the image's size. (The public
+and labels meet at 100 x 100, in training and in validation: labels by the nearest neighbor, first at the image's size. (The public
 code enlarges the features instead; a 1x1 convolution commutes with that.)
 
 Ours: images are resized bicubically, as everywhere here; the order is drawn anew each epoch (so Leopart; NeCo keeps that of VOC and
 ADE20K); every validation image counts (their VOC loader drops the last ones); the network after the last epoch counts, not the best
-of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labelled" is
+of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labeled" is
 no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from pretrain.data.label_sets import LabelSet
@@ -34,36 +35,43 @@ from pretrain.evaluation.dense.long_work import check_signals
 from pretrain.evaluation.dense.matching import class_ious, mean_iou, named_ious
 from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, shrink, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
 HELD_BYTES = 2**31  # features of the training part that stay in the host's memory where they are the same in each epoch
 
 
-@dataclass(frozen=True)
-class LinearSettings:
+class LinearSettings(Settings):
     """The protocol; sources are files of the two public codes."""
 
-    image_px: int = 448  # configs: size_crops; ours: rounded down to whole patches, where it is none
-    label_px: int = 100  # linear_finetune.py: train_mask_size, val_mask_size
-    epochs: int = 25  # configs: max_epochs
-    coco_images: int = 11_828  # linear_finetune.py: of COCO a tenth of train2017, drawn at random; of other sets all
-    batch_size: int = 128  # NeCo's configs; Leopart's: 60 on each of 2 GPUs. The rest of an epoch is left out
-    lr: float = 0.01  # configs; SGD
-    momentum: float = 0.9  # linear_finetune.py: configure_optimizers
-    weight_decay: float = 1e-4  # there
-    drop_at: int = 20  # configs; epochs (StepLR)
-    drop_factor: float = 0.1  # linear_finetune.py: decay_rate
-    augment: bool = True  # crops and flips of the training images; false (ours): the whole images, in each epoch
-    crop_scale: tuple[float, float] = (0.8, 1.0)  # linear_finetune.py: RandomResizedCrop
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # linear_finetuning_transforms.py
-    flip_p: float = 0.5  # linear_finetune.py
-    seed: int = 0  # ours: of the first weights, the order, the crops and COCO's images
-    map_px: int = 224  # ours: side of the maps for pictures
-
-    def __post_init__(self) -> None:
-        for name in ("label_px", "epochs", "coco_images", "batch_size", "drop_at", "map_px"):
-            if getattr(self, name) < 1:
-                raise UserError(f"linear.{name}={getattr(self, name)}: at least 1")
+    image_px: int = setting(448, "side of an image; ours: rounded down to whole patches", source="configs: size_crops", ge=1)
+    label_px: int = setting(
+        100, "side at which logits and labels meet", source="linear_finetune.py: train_mask_size, val_mask_size", ge=1
+    )
+    epochs: int = setting(25, "through the training images", source="configs: max_epochs", ge=1)
+    coco_images: int = setting(
+        11_828, "a tenth of train2017, drawn at random; of other sets all", source="linear_finetune.py", ge=1
+    )
+    batch_size: int = setting(
+        128, "images a step, the rest of an epoch is left out; Leopart: 60 on each of 2 GPUs", source="NeCo's configs", ge=1
+    )
+    lr: float = setting(0.01, "of SGD", source="configs", ge=0)
+    momentum: float = setting(0.9, "of SGD", source="linear_finetune.py: configure_optimizers", ge=0)
+    weight_decay: float = setting(1e-4, "of SGD", source="linear_finetune.py: configure_optimizers", ge=0)
+    drop_at: int = setting(20, "the lr drops every so many epochs (StepLR)", source="configs", ge=1)
+    drop_factor: float = setting(0.1, "factor on the lr", source="linear_finetune.py: decay_rate", ge=0)
+    augment: bool = setting(
+        True, "crops and flips of the training images; false (ours): the whole images, in each epoch", source="linear_finetune.py"
+    )
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
+        (0.8, 1.0), "share of the image's area", source="linear_finetune.py: RandomResizedCrop"
+    )
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = setting(
+        (3 / 4, 4 / 3), "width / height of a crop", source="linear_finetuning_transforms.py"
+    )
+    flip_p: float = setting(0.5, "probability of a horizontal flip", source="linear_finetune.py", ge=0, le=1)
+    seed: int = setting(0, "of the first weights, the order, the crops and COCO's images", source="ours", ge=0)
+    map_px: int = setting(224, "side of the maps for figures", source="ours", ge=1)
 
 
 def linear(
@@ -104,7 +112,7 @@ def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
 
 
 class Head(nn.Module):
-    """A 1x1 convolution, initialised as torch's: uniform within 1 / sqrt(D)."""
+    """A 1x1 convolution, initialized as torch's: uniform within 1 / sqrt(D)."""
 
     def __init__(self, dim: int, n_classes: int, seed: int) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
-"""Protocols of dense evaluation: the tasks, the settings of each, and all in which a run departs from them."""
+"""Protocols of dense evaluation: the tasks, the settings of each, and the deviations of a run from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from pretrain.errors import UserError
@@ -9,18 +8,24 @@ from pretrain.evaluation.dense.classification import KnnSettings
 from pretrain.evaluation.dense.clustering import ClusteringSettings
 from pretrain.evaluation.dense.in_context import InContextSettings
 from pretrain.evaluation.dense.linear import LinearSettings
-from pretrain.overrides import assignments, differences, with_overrides
 from pretrain.results.schema import Protocol
+from pretrain.settings import Settings, as_dict, build, differences, read_words, replaced, split_words
 
 VERSION = 1
-KNN = "knn"  # on a labelled folder; all others are on a set with a label a pixel
-SETTINGS: dict[str, type] = {
-    "linear": LinearSettings,
-    "in_context": InContextSettings,
-    "clustering": ClusteringSettings,
-    KNN: KnnSettings,
-}
-DENSE_TASKS = tuple(name for name in SETTINGS if name != KNN)
+KNN = "knn"  # on a labeled folder; all others are on a set with a label a pixel
+
+
+class DenseSettings(Settings):
+    """The settings of every task; a field is a task's name."""
+
+    linear: LinearSettings = LinearSettings()
+    in_context: InContextSettings = InContextSettings()
+    clustering: ClusteringSettings = ClusteringSettings()
+    knn: KnnSettings = KnnSettings()
+
+
+TASKS = tuple(DenseSettings.model_fields)
+DENSE_TASKS = tuple(name for name in TASKS if name != KNN)
 # Images of the training and of the validation part that the public protocols have; a set that is none of these has no such number.
 N_IMAGES = {
     "voc2012": (10_582, 1_449),  # "trainaug": with the masks of SBD
@@ -30,7 +35,7 @@ N_IMAGES = {
     KNN: (1_281_167, 50_000),  # ImageNet-1K
 }
 SEED = "seed"  # a field of some settings; another seed is the same protocol
-NO_DEPARTURE = (SEED, "map_px")  # and so are pictures of another size
+NO_DEVIATION = (SEED, "map_px")  # and so are figures of another size
 
 
 def named_tasks(words: Iterable[str], what: str) -> tuple[str, ...]:
@@ -57,27 +62,27 @@ def settings_of(tasks: Sequence[str], words: Sequence[str] = (), seed: int = 0) 
         seed: of everything that a task draws.
 
     Raises:
-        UserError: an unknown task or field, a value of another type, a change of a task that is not among ``tasks``.
+        UserError: an unknown task or field, a value of another type or out of range, a change of a task that is not among
+            ``tasks``.
     """
-    changes: dict[str, dict[str, str]] = {task: {} for task in tasks}
-    for key, value in assignments(words).items():
+    for key, value in split_words(words).items():
         task, dot, field = key.partition(".")
-        if not dot or task not in SETTINGS:
-            raise UserError(f"{key}={value}: should be TASK.FIELD=VALUE, TASK one of {', '.join(SETTINGS)}")
+        if not dot or task not in TASKS:
+            raise UserError(f"{key}={value}: should be TASK.FIELD=VALUE, TASK one of {', '.join(TASKS)}")
         if field == SEED:
             raise UserError(f"{key}={value}: give it as --seed, which all tasks share")
-        if task not in changes:
+        if task not in tasks:
             raise UserError(f"{key}={value} has no effect: {task} is not asked for")
-        changes[task][field] = value
-    return {task: seeded(with_overrides(SETTINGS[task](), changes[task], task), seed) for task in tasks}
+    settings = build(DenseSettings, [read_words(words)], "settings")
+    return {task: seeded(getattr(settings, task), seed) for task in tasks}
 
 
 def seeded(settings: Any, seed: int) -> Any:
     """The same settings with this seed, where they have one."""
-    return with_overrides(settings, {SEED: seed}) if hasattr(settings, SEED) else settings
+    return replaced(settings, {SEED: seed}) if hasattr(settings, SEED) else settings
 
 
-def departures_of_data(set_name: str, n_images: tuple[int, int], max_images: int) -> dict[str, tuple[Any, Any]]:
+def deviations_of_data(set_name: str, n_images: tuple[int, int], max_images: int) -> dict[str, tuple[Any, Any]]:
     """(The protocol's, the run's) numbers of images.
 
     Args:
@@ -86,7 +91,8 @@ def departures_of_data(set_name: str, n_images: tuple[int, int], max_images: int
         max_images: that are used of each; 0: all.
     """
     expected = N_IMAGES.get(set_name, n_images)
-    pairs: dict[str, tuple[Any, Any]] = {f"{part}_images": pair for part, pair in zip(("train", "val"), zip(expected, n_images))}
+    parts = zip(("train", "val"), zip(expected, n_images))
+    pairs: dict[str, tuple[Any, Any]] = {f"{part}_images": pair for part, pair in parts}
     return pairs | {"max_images": ("all", max_images if 0 < max_images < max(n_images) else "all")}
 
 
@@ -96,24 +102,20 @@ def name_of(set_name: str) -> str:
 
 
 def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str, Sequence[Any]]) -> Protocol:
-    """Protocol ``dense-SET``, and every departure from it. A task that was left out is none: it has no metric.
+    """Protocol ``dense-SET``, and every deviation from it. A task that was left out is none: it has no metric.
 
     Args:
-        set_name: of the labelled set, :data:`KNN` for the labelled folder.
+        set_name: of the labeled set, :data:`KNN` for the labeled folder.
         settings: by task, of those that were run.
         others: (the protocol's, the run's) values of all that no task sets.
     """
     changed: dict[str, list[Any]] = {name: list(pair) for name, pair in others.items() if pair[0] != pair[1]}
     for task, used in settings.items():
         pairs = differences(type(used)(), used)
-        changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEPARTURE}
+        changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEVIATION}
     return Protocol(name=name_of(set_name), version=VERSION, full=not changed, deviations=changed)
 
 
-def as_plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_plain(settings: Mapping[str, Settings]) -> dict[str, Any]:
     """Settings by task as what JSON holds, for hashes and files."""
-    return {task: {field: _plain(value) for field, value in asdict(used).items()} for task, used in settings.items()}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return {task: as_dict(used) for task, used in settings.items()}

@@ -1,41 +1,42 @@
 """Dense evaluation of one checkpoint on one set, task by task: what is finished is kept, and leaves one ``result.json``.
 
-``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps for pictures.
+``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps for figures.
 """
 
 import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel
 from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
 from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
 from pretrain.evaluation.dense.linear import linear
 from pretrain.evaluation.dense.long_work import check_signals
-from pretrain.evaluation.dense.protocol import KNN, SETTINGS, as_plain, departures_of_data, name_of, protocol_of
+from pretrain.evaluation.dense.protocol import KNN, TASKS, as_plain, deviations_of_data, name_of, protocol_of
 from pretrain.evaluation.features import Features
 from pretrain.progress import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib, provenance
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
+from pretrain.settings import compared
 from pretrain.signals import StopSignals
-from pretrain.subject import Subject
 
 Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
 EVALUATORS: Mapping[str, Evaluator] = {"linear": linear, "in_context": in_context, "clustering": clustering}
 TASKS_FOLDER = "tasks"
-KIND = "dense"
+KIND: Final = "dense"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint on one labelled set.
+    """One checkpoint on one labeled set.
 
     Attributes:
         subject: the checkpoint.
@@ -62,7 +63,7 @@ class Job:
         val: the validation part, of a set with a label a pixel.
     """
 
-    subject: Subject
+    subject: EvalModel
     set_name: str
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -91,7 +92,7 @@ class Job:
 
 
 def job_on_set(
-    subject: Subject,
+    subject: EvalModel,
     train: LabelSet,
     val: LabelSet,
     settings: Mapping[str, Any],
@@ -109,7 +110,7 @@ def job_on_set(
         max_images: of each part; 0: all.
         n_shown: images of the validation part that maps are kept of.
     """
-    others = {**others, **departures_of_data(train.name, (len(train), len(val)), max_images)}
+    others = {**others, **deviations_of_data(train.name, (len(train), len(val)), max_images)}
     others |= {f"{part.part}_set": ("as published", part.departure) for part in (train, val) if part.departure}
     if max_images:
         train, val = train.first(max_images), val.first(max_images)
@@ -126,7 +127,7 @@ def job_on_set(
 
 
 def job_on_classes(
-    subject: Subject,
+    subject: EvalModel,
     root: Path,
     settings: KnnSettings,
     others: Mapping[str, tuple[Any, Any]],
@@ -136,7 +137,7 @@ def job_on_classes(
 ) -> Job:
     """k-NN classification of a folder of classes; the arguments are those of :func:`job_on_set`."""
     train, val = open_class_folders(root)
-    others = {**others, **departures_of_data(KNN, (len(train), len(val)), max_images)}
+    others = {**others, **deviations_of_data(KNN, (len(train), len(val)), max_images)}
     data = {part.folder.name: {"images": len(part), "names": _hash([name for _, name in part.files])} for part in (train, val)}
     data["classes"] = {"number": len(train.classes), "names": _hash(train.classes)}
     if max_images:
@@ -290,13 +291,14 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
         content = json.loads(file.read_text(encoding="utf-8"))
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             maps = {name: list(arrays[name]) for name in arrays.files}
-        before = {key: value for key, value in content["of"].items() if key in identity or key not in SETTINGS}
+        before = {key: value for key, value in content["of"].items() if key in identity or key not in TASKS}
         metrics: dict[str, Any] = content["metrics"]
         cost = float(content["wall_time_s"]), float(content["peak_memory_mib"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: no finished task can be read here ({type(error).__name__}: {error}); remove it") from error
-    if changed := list(_differences(before, identity)):
-        raise UserError(f"{file} is of another evaluation: {', '.join(changed)}; choose another folder")
+    if changed := compared(before, identity):
+        told = [_told(key, *changed[key]) for key in sorted(changed)]
+        raise UserError(f"{file} is of another evaluation: {', '.join(told)}; choose another folder")
     return Finished(Outcome(metrics, maps), *cost)
 
 
@@ -312,11 +314,7 @@ def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
     os.replace(partial, file)
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the values that differ, short ones with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        pair = f"{json.dumps(before)}, now {json.dumps(now)}"
-        yield f"{name} ({pair})" if len(pair) < 80 else name
+def _told(key: str, before: Any, now: Any) -> str:
+    """A value that differs: short ones with both."""
+    pair = f"{json.dumps(before)}, now {json.dumps(now)}"
+    return f"{key} ({pair})" if len(pair) < 80 else key

@@ -1,4 +1,4 @@
-"""Pixels as targets: an image's patches, each normalized by itself, and the error where they are masked (MAE)."""
+"""Pixels as targets: an image's patches, each normalized by itself; the error where they are masked (MAE)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ EPS = 1e-6  # added to a patch's variance (MAE's code)
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Images [B, 3, H, W] as patches [B, N, p * p * 3].
 
-    Patches are row-major, pixels in a patch too, and a pixel's colors come last (MAE's code). H and W are multiples of
-    p = ``patch_size``.
+    Patches are row-major, pixels in a patch too, and a pixel's colors come last (MAE's code). H and W are
+    multiples of p = ``patch_size``.
     """
     cells = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [B, 3, h, p, w, p]
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -27,8 +27,14 @@ def normalized(patches: Tensor) -> Tensor:
     return (patches - mean) / (variance + EPS).sqrt()
 
 
-def masked_pixel_loss(predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True) -> Tensor:
-    """Mean squared error of the masked patches' pixels, a scalar; visible patches do not count (MAE, section 3).
+def masked_pixel_loss(
+    predictions: Tensor,
+    images: Tensor,
+    masked: Tensor,
+    patch_size: int,
+    normalize: bool = True,
+) -> Tensor:
+    """Mean squared error of the masked patches' pixels, a scalar; visible ones do not count (MAE, section 3).
 
     Args:
         predictions: [B, M, p * p * 3] of the masked patches.

@@ -1,4 +1,4 @@
-"""The checkpoints that an analysis compares: read one after the other, named apart, and what each leaves in its ``result.json``."""
+"""The checkpoints that an analysis compares: how they are read and named, and the ``result.json`` of each."""
 
 import argparse
 import hashlib
@@ -20,11 +20,11 @@ from pretrain.weights import backbone_name, read_checkpoint
 FOLDER = "checkpoints"  # of an analysis' output: one folder a checkpoint
 OF_RUN = "backbone.safetensors"
 
-Settings = Mapping[str, tuple[Any, Any]]
+UsedSettings = Mapping[str, tuple[Any, Any]]  # {name: (value of the protocol, value of this run)}
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """One checkpoint.
 
     Attributes:
@@ -35,7 +35,8 @@ class Subject:
         has_token: the file holds a position mask token, and does not say that no loss ever read it.
         source: that of :func:`pretrain.build.build_backbone`.
         seed: of the training that left the file; 0 where it does not say one.
-        training: config hash of that training, equal for those that differ in their seed alone; None where it is not said.
+        training: config hash of that training, equal for trainings that differ in their seed alone; None:
+            unknown.
     """
 
     label: str
@@ -57,30 +58,39 @@ class Subject:
         return f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
 
     def build(self, mask_tokens: bool = False) -> ViT:
-        """The backbone, in evaluation mode, on the CPU; with ``mask_tokens``, fresh ones where the file holds none."""
+        """The backbone in evaluation mode, on the CPU; ``mask_tokens``: new ones where the file has none."""
         vit = build_backbone(self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens)
         return vit.eval()
 
-    def settings_hash(self, protocol: str, settings: Settings) -> str:
+    def settings_hash(self, protocol: str, settings: UsedSettings) -> str:
         """The ``config_hash`` of :meth:`write`."""
         return config_hash(self._used(protocol, settings))
 
-    def found(self, folder: Path, protocol: str, settings: Settings) -> Result | None:
-        """What :meth:`write` left before, of the same weights and settings; none if there is no such thing."""
+    def found(self, folder: Path, protocol: str, settings: UsedSettings) -> Result | None:
+        """What :meth:`write` left before, of the same weights and settings; None: no such result."""
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
-        same = (before.config_hash, before.weights_hash) == (self.settings_hash(protocol, settings), file_hash(self.path))
+        same = (before.config_hash, before.weights_hash) == (
+            self.settings_hash(protocol, settings),
+            file_hash(self.path),
+        )
         return before if same else None
 
     def write(
-        self, folder: Path, protocol: str, settings: Settings, metrics: Mapping[str, Any], started: float, seed: int = 0
+        self,
+        folder: Path,
+        protocol: str,
+        settings: UsedSettings,
+        metrics: Mapping[str, Any],
+        started: float,
+        seed: int = 0,
     ) -> None:
         """Leave ``folder/result.json``, of kind ``analysis``.
 
         Args:
             protocol: its name; version 1.
-            settings: {name: (value of the protocol, value of this run)}; where they differ the run is no full one.
+            settings: a run is full where no value differs from the protocol's.
             started: ``time.perf_counter()`` at its beginning.
         """
         changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
@@ -97,34 +107,53 @@ class Subject:
         )
         write_result(result, folder)
 
-    def _used(self, protocol: str, settings: Settings) -> dict[str, Any]:
+    def _used(self, protocol: str, settings: UsedSettings) -> dict[str, Any]:
         built = {"backbone": self.backbone, "patch_px": self.patch_px, "source": self.source}
         return {"protocol": protocol, **built, **{name: pair[1] for name, pair in settings.items()}}
 
 
 def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that say which checkpoints, the same in every tool: those of :func:`open_subjects`."""
+    """The options that say which checkpoints, the same in every tool: those of :func:`open_models`."""
     add = parser.add_argument
-    add("--weights", type=Path, nargs="+", required=required, default=[], metavar="FILE", help="any checkpoints, or run folders")
-    add("--names", nargs="+", default=[], metavar="NAME", help="of their methods, one each; else what the files say")
-    add("--source", metavar="NAME", help="whose files they all are (dino, mae, ...); else found out from each file")
+    add(
+        "--weights",
+        type=Path,
+        nargs="+",
+        required=required,
+        default=[],
+        metavar="FILE",
+        help="any checkpoints, or run folders",
+    )
+    add(
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of their methods, one each; else what the files say",
+    )
+    add(
+        "--source",
+        metavar="NAME",
+        help="whose files they all are (dino, mae, ...); else found out from each file",
+    )
     add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
 
 
-def subjects_of(options: argparse.Namespace) -> list[Subject]:
-    """:func:`open_subjects` for :func:`add_options`."""
-    return open_subjects(options.weights, options.names, options.source, options.backbone, options.patch_size)
+def models_of(options: argparse.Namespace) -> list[EvalModel]:
+    """:func:`open_models` for :func:`add_options`."""
+    return open_models(options.weights, options.names, options.source, options.backbone, options.patch_size)
 
 
-def open_subjects(
+def open_models(
     paths: Sequence[Path],
     names: Sequence[str] = (),
     source: str | None = None,
     backbone: str | None = None,
     patch_px: int | None = None,
-) -> list[Subject]:
-    """The checkpoints of these files, in order; every file is read once now, so that a bad one is told before the first hour.
+) -> list[EvalModel]:
+    """The checkpoints of these files, in order. Every file is read now: a bad one fails before the first
+    hour.
 
     Args:
         paths: files or folders of weights; the folder of a pre-training run stands for its backbone.
@@ -132,8 +161,8 @@ def open_subjects(
         source, backbone, patch_px: of all files, ``backbone`` where they do not say it.
 
     Raises:
-        UserError: a file that cannot be read, or is of no registered size; names that are not as many as the files, empty or
-            not unique.
+        UserError: a file that cannot be read, or is of no registered size; names that are empty, not unique,
+            or not as many as the files.
     """
     if names and len(names) != len(paths):
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
@@ -143,17 +172,17 @@ def open_subjects(
     if patch_px is not None and patch_px < 1:
         raise UserError(f"--patch-size: {patch_px} is less than 1")
     paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
-    subjects = []
+    models = []
     for i, path in enumerate(paths):
         checkpoint = read_checkpoint(path, source)
         said = checkpoint.provenance
         epochs, seed, training = (said.get(key) for key in ("effective_epochs", "seed", "config_hash"))
-        subjects.append(
-            Subject(
+        models.append(
+            EvalModel(
                 label="",
                 path=path,
                 backbone=backbone or checkpoint.backbone or backbone_name(None, path, source),
-                patch_px=patch_px or int(checkpoint.flags["patch_size"]),
+                patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
                 method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
                 effective_epochs=None if epochs is None else float(epochs),
                 has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
@@ -162,20 +191,21 @@ def open_subjects(
                 training=training if isinstance(training, str) else None,
             )
         )
-    return named_apart(subjects)
+    return named_apart(models)
 
 
-def named_apart(subjects: Sequence[Subject]) -> list[Subject]:
-    """The same with labels of their own: the method; of several of one method with the file's name, of several such numbered."""
-    labels = [subject.method for subject in subjects]
-    for texts in ([_stem(subject.path) for subject in subjects], [f"#{i}" for i in range(1, len(subjects) + 1)]):
+def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
+    """The same with unique labels: the method, then the file's name and a number where it takes these."""
+    labels = [model.method for model in models]
+    for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
         labels = [f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in zip(labels, texts)]
-    return [replace(subject, label=label) for subject, label in zip(subjects, map(_printable, labels))]
+    return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 
 def _stem(path: Path) -> str:
-    """A file's name, a folder's, and of ``backbone.safetensors`` its folder's: all runs' backbones have one name."""
+    """A file's or folder's name; of ``backbone.safetensors``, as every run calls its backbone, the
+    folder's."""
     path = path.absolute()
     return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
 
