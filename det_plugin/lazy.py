@@ -111,7 +111,7 @@ def config(
             "optimizer": _optimizer(protocol),
             "lr_multiplier": _lr_multiplier(protocol),
         },
-        model_kwargs={"allow_objects": True},
+        flags={"allow_objects": True},
     )
 
 
@@ -345,7 +345,7 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
                 accumulate=1,
             ),
         ),
-        model_kwargs={"allow_objects": True},
+        flags={"allow_objects": True},
     )
 
 

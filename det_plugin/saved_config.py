@@ -100,7 +100,7 @@ def resolved(cfg: DictConfig) -> DictConfig:
         UserError: the validation data are not there.
     """
     origin, given = origin_in(cfg), model_kwargs_in(cfg)
-    cfg = OmegaConf.create(cfg, model_kwargs={"allow_objects": True})  # a copy
+    cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
     cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
     if origin is not None:
         cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_kwargs": given}
