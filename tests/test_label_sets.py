@@ -13,7 +13,7 @@ import torch
 from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
-from pretrain.data import pictures
+from pretrain.data import images
 from pretrain.data.images import square
 from pretrain.data.label_sets import KINDS, coco, open_label_set
 from pretrain.data.label_sets.maps import nearest, read_map
@@ -270,7 +270,7 @@ def test_squares_are_whole_pictures_in_the_order_that_is_asked_for(tmp_path):
 
 
 def test_squares_hold_no_more_than_a_batch_and_what_is_read_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "READ_AHEAD", 5)
+    monkeypatch.setattr(images, "READ_AHEAD", 5)
     found, begun = open_label_set(write_ade(tmp_path), "train"), []
     read = type(found).read
     monkeypatch.setattr(type(found), "read", lambda self, index: begun.append(index) or read(self, index))
@@ -284,7 +284,7 @@ def test_squares_hold_no_more_than_a_batch_and_what_is_read_ahead(tmp_path, monk
 
 def test_a_caller_that_stops_early_waits_for_nothing_more():
     begun = []
-    made = pictures.in_threads(lambda item: begun.append(item) or time.sleep(0.01) or item, range(1000))
+    made = images.in_threads(lambda item: begun.append(item) or time.sleep(0.01) or item, range(1000))
     assert next(made) == 0
     made.close()
     assert len(begun) < 40  # of the 64 that waited

@@ -1,5 +1,7 @@
 """What is wrong with a labeled set is said in one line that names the file and the value."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from label_set_fixture import gray_png, save_map, write_ade, write_coco, write_folder, write_voc

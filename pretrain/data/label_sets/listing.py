@@ -64,7 +64,9 @@ def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] 
 
 
 def listed_stems(file: Path) -> list[str]:
-    """The images that a text file names, one a line: the first word's last part, with or without a suffix of images.
+    """The images that a text file names, one a line: the last part of the first word, with or without a suffix of images.
+
+    Empty lines and lines that start with ``#`` are left out.
 
     Raises:
         UserError: it cannot be read, names none, or one twice.
@@ -73,7 +75,7 @@ def listed_stems(file: Path) -> list[str]:
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable list of images ({error})") from error
-    stems = [_stem(words[0]) for words in lines if words]
+    stems = [_stem(words[0]) for words in lines if words and not words[0].startswith("#")]
     if not stems:
         raise UserError(f"{file} names no image")
     if len(set(stems)) < len(stems):
