@@ -92,7 +92,8 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
         method = _method_in(_recipe(settings.recipe).layers)
         if find_method(method) is not find_method(settings.method):
-            raise UserError(f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another")
+            of = f"is of method={method}, not of {settings.method}"
+            raise UserError(f"config: recipe={settings.recipe} {of}; take another")
     return settings
 
 
@@ -180,16 +181,17 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
         if not isinstance(base, str):
             raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
         chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
+    if isinstance(info, str):  # a run's config.yaml names its recipe
+        values["recipe"] = info
     own = _modern(Layer(layer.name, _own_path(values, path), layer.comments))
     if path.parent.resolve() == RECIPES.resolve():
         info = {**as_dict(chain.info), **info} if chain.recipe else info
         layers = (*chain.layers, own)
         return _Chain(layers, path.stem, len(layers), build(RecipeInfo, [Layer(str(path), info)], "recipe"))
-    named = info if isinstance(info, str) else own.values.get("recipe", "")  # a run's config.yaml names its recipe
     if info and not isinstance(info, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if named:
-        chain = chain.over(_recipe(named))
+    if own.values.get("recipe"):
+        chain = chain.over(_recipe(own.values["recipe"]))
     return chain.over(_Chain((own,)))
 
 
@@ -260,7 +262,7 @@ class _Renamed(Settings):
 
 
 def _modern(layer: Layer) -> Layer:
-    """A layer under today's names. A whole config of an earlier version held the keys of all methods and named no recipe."""
+    """A layer under today's names. A whole config of an earlier version held all methods' keys and named no recipe."""
     values = upgraded(_Renamed, layer.values)
     method = values.get("method")
     if isinstance(method, str):
@@ -270,7 +272,9 @@ def _modern(layer: Layer) -> Layer:
             model = find_method(method).Settings
             values = _known(model, values)
             held = flat(build(model, [Layer("saved config", values)])).items()
-            values["recipe"] = ["", *(name for name, told in RECIPES_TOLD_BY.items() if told.items() <= held)][-1]
+            for name, told in RECIPES_TOLD_BY.items():
+                if told.items() <= held:
+                    values["recipe"] = name
     return replace(layer, values=values)
 
 

@@ -26,7 +26,9 @@ from pretrain.views.boxes import (
 from pretrain.views.colour import ColorSettings, draw_colours
 from pretrain.views.pixels import crop_resize, normalise
 
-PAKA = CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
+PAKA = CropSettings(
+    n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside"
+)
 SIZES = [(480, 640), (640, 427), (100, 1000), (37, 41), (7, 8), (3, 2000), (1, 50), (50, 1), (1, 1)]
 FIXED = PositionSettings(augment=False)
 
@@ -60,10 +62,14 @@ def test_every_local_crop_lies_in_its_parent(size, inside):
     low, high = np.maximum(parent[..., :2], local[..., :2]), np.minimum(parent[..., 2:], local[..., 2:])
     common = (high - low).clip(0).prod(-1)
     assert (common >= inside * area(local) - 1e-9).all()
-    assert (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
+    assert (
+        (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
+    )
     assert (local[..., 2:] - local[..., :2] >= 1).all()
     if min(size) > 300 and inside < 1:
-        assert (common < area(local)).mean() > 0.05 and (common / area(local)).min() < inside + 0.1  # the slack is used
+        assert (common < area(local)).mean() > 0.05 and (
+            common / area(local)
+        ).min() < inside + 0.1  # the slack is used
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 427), (2000, 1000)])
@@ -96,11 +102,15 @@ def test_places_are_uniform():
     side = local[:, 2:] - local[:, :2]
     slack = np.floor(side * (1 - math.sqrt(0.9)))
     free = ((parent[:, :2] > slack) & (parent[:, 2:] + slack < 2000)).all(1)
-    where = (local[:, :2] - parent[:, :2] + slack) / (parent[:, 2:] - parent[:, :2] - side + 2 * slack)  # [n, 2] in [0, 1]
+    where = (local[:, :2] - parent[:, :2] + slack) / (
+        parent[:, 2:] - parent[:, :2] - side + 2 * slack
+    )  # [n, 2] in [0, 1]
     for axis in (0, 1):
         ranks = np.sort(where[free, axis])
         distance = abs(ranks - (np.arange(len(ranks)) + 0.5) / len(ranks)).max()
-        assert distance < 1.95 / math.sqrt(len(ranks)) + 0.005  # Kolmogorov-Smirnov, once in a thousand; and the pixels
+        assert (
+            distance < 1.95 / math.sqrt(len(ranks)) + 0.005
+        )  # Kolmogorov-Smirnov, once in a thousand; and the pixels
     assert abs(np.corrcoef(where[free].T)[0, 1]) < 0.05
 
 
@@ -131,10 +141,16 @@ def test_rules_take_the_same_numbers(positions, tied):
     plain = changed(PAKA, local_rule="image")
     first, rngs, _ = draw((480, 640), plain, 8, positions, tied)
     after = [rng.random() for rng in rngs]
-    for rule in (changed(plain, local_rule="inside"), changed(plain, local_rule="same"), changed(plain, plain_globals=True)):
+    for rule in (
+        changed(plain, local_rule="inside"),
+        changed(plain, local_rule="same"),
+        changed(plain, plain_globals=True),
+    ):
         views, rngs, _ = draw((480, 640), rule, 8, positions, tied)
         assert [rng.random() for rng in rngs] == after
-        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(views.flips[:, 2:], first.flips[:, 2:])
+        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(
+            views.flips[:, 2:], first.flips[:, 2:]
+        )
         assert torch.equal(views.boxes, first.boxes) == (rule.local_rule == "image")
         assert torch.equal(views.flips, first.flips) != rule.plain_globals
         assert not rule.plain_globals or not views.flips[:, :2].any()
@@ -146,15 +162,28 @@ def test_the_default_draw_is_what_it_was():
     views, _, _ = draw((333, 517), rule, 1, PositionSettings())
     rng = np.random.default_rng([0, 0])
     u = rng.random((1, 10, 2 * TRIES + 3))
-    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [517, 333, 517, 333]
+    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [
+        517,
+        333,
+        517,
+        333,
+    ]
     moved = augment_positions(crops, PositionSettings(), 2, np.array([draw_move(PositionSettings(), rng)]))
-    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(views.flips, torch.from_numpy(u[..., 0] < 0.5))
+    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(
+        views.flips, torch.from_numpy(u[..., 0] < 0.5)
+    )
     assert torch.equal(views.position_boxes, torch.from_numpy(moved).float()) and views.tied
 
 
 def test_plain_globals_keep_their_colours():
     def colours(plain):
-        return draw_colours(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
+        return draw_colours(
+            6,
+            2,
+            ColorSettings(solarize_p=(0.5, 0.5, 0.5)),
+            [np.random.default_rng(i) for i in range(50)],
+            plain,
+        )
 
     on, off = colours(True), colours(False)
     for name in ("jitter", "grey", "sigma", "solarize"):

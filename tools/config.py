@@ -1,7 +1,6 @@
-"""Print a config: every value with what it means and where it comes from, as YAML that loads again.
+"""Print a config, every value with its meaning and its source, as YAML that loads again.
 
-``python tools/config.py configs/pretrain/toy.yaml optim.epochs=3 > mine.yaml``; with ``--schema`` the JSON schema of its method's
-settings, by which editors complete and check YAML files.
+``python tools/config.py configs/pretrain/toy.yaml optim.epochs=3 > mine.yaml``
 """
 
 import sys
@@ -19,16 +18,19 @@ from pretrain.settings import json_schema, printed
 
 def main(arguments: list[str]) -> None:
     """Parse, load, print."""
-    parser = argparse.ArgumentParser(description="Print every value of a pre-training config with its meaning and its source.")
+    parser = argparse.ArgumentParser(description="Print every value of a config with its meaning and source.")
     parser.add_argument("name", help="a YAML file, or a recipe: paka-25ep")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="changes, e.g. optim.batch_size=64")
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema of its method's settings instead")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="changes: optim.batch_size=64")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of its keys, for editors"
+    )
     options = parser.parse_intermixed_args(arguments)
     config = options.name, options.words
     if options.schema:
         schema = json_schema(model_of(*config))
-        base = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files, or recipes, that it changes"}
-        schema["properties"]["base"] = base
+        schema["properties"]["base"] = {
+            "type": ["string", "array"]
+        }  # which files have, and settings have not
         print(json.dumps(schema, indent=2))
     else:
         print(printed(load_config(*config), layers_of(*config)), end="")
