@@ -10,7 +10,7 @@ from pretrain.weights import backbone_name as _name_in
 dependencies = ["torch", "numpy", "fvcore", "safetensors", "msgpack"]
 
 
-def posfield(weights, backbone=None, source=None, **flags):
+def posfield(weights, backbone=None, source=None, **model_kwargs):
     """A ViT with any supported file of weights, in evaluation mode.
 
     weights: a file of ours or of another method, or a folder of Hugging Face's. backbone: a registry name, where the weights do not
@@ -18,15 +18,15 @@ def posfield(weights, backbone=None, source=None, **flags):
 
     vit(image) gives cls [B, D], registers [B, R, D] and patches [B, N, D]; vit.feature_map(image) [B, D, h, w].
     """
-    return _build(_name_in(backbone, weights, source), weights, source=source, **flags).eval()
+    return _build(_name_in(backbone, weights, source), weights, source=source, **model_kwargs).eval()
 
 
 def _entry(name):
-    def entry(weights=None, source=None, **flags):
-        return _build(name, weights, source=source, **flags).eval()
+    def entry(weights=None, source=None, **model_kwargs):
+        return _build(name, weights, source=source, **model_kwargs).eval()
 
     entry.__name__ = name
-    entry.__doc__ = f"{name}, in evaluation mode: of a file of weights, or freshly initialised without one; flags as for posfield."
+    entry.__doc__ = f"{name}, in evaluation mode: of a file of weights, or freshly initialized without one; flags as for posfield."
     return entry
 
 

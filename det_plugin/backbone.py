@@ -79,7 +79,7 @@ class RegistryBackbone(Backbone):
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            _ORIGINS[str(weights)] = _origin(weights, model_kwargs.get("source"), self.vit.flags)
+            _ORIGINS[str(weights)] = _origin(weights, model_kwargs.get("source"), self.vit.model_kwargs)
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]

@@ -42,10 +42,10 @@ class Checkpoints(HookBase):
         start_it: where this process begins; files of the iterations before count among those to keep.
     """
 
-    def __init__(self, checkpointer: WholeCheckpointer, start_it: int, *, period: int, max_to_keep: int) -> None:
+    def __init__(self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int) -> None:
         self.checkpointer, self.period, self.max_to_keep, self.saved_s = checkpointer, period, max_to_keep, time.monotonic()
         files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
-        self.files = [file for file in files if file.stem < f"model_{start_it:07d}"]
+        self.files = [file for file in files if file.stem < f"model_{start_iter:07d}"]
 
     def after_step(self) -> None:
         """Called by the trainer."""

@@ -80,15 +80,15 @@ class TrainLoader:
 
         Before a part comes out, torch's generators are set: drop path and the sampling of boxes draw from them in the step.
         """
-        start_it = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
-        loaded = batches(self.samples, self._positions(start_it, accumulate), self.workers, torch.device("cpu"))
-        for part, samples in zip(self._positions(start_it, accumulate), loaded):
+        start_iter = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
+        loaded = batches(self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu"))
+        for part, samples in zip(self._positions(start_iter, accumulate), loaded):
             torch.manual_seed(int(_draws(self.seed, STEP, part[0]).generate_state(1, np.uint64)[0]))
             yield samples
 
-    def _positions(self, start_it: int, accumulate: int) -> Iterator[list[int]]:
+    def _positions(self, start_iter: int, accumulate: int) -> Iterator[list[int]]:
         micro = micro_batch_size(self.batch_size, accumulate)
-        for it in count(start_it):
+        for it in count(start_iter):
             own = positions(it, self.batch_size, distributed.rank(), distributed.world_size())
             yield from (list(own[i : i + micro]) for i in range(0, len(own), micro))
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from det_plugin.lazy import config
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.saved_config import NET_KEYS, SURROUNDINGS, model_kwargs_in, plain
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.settings import compared
 
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
@@ -30,7 +30,7 @@ def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
     made_from, net = protocol_in(cfg), cfg.model.backbone.net
     model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}
     changed = deviations(made_from, net.name)
-    if given := network_flags(model_kwargs_in(cfg)):
+    if given := network_kwargs(model_kwargs_in(cfg)):
         changed["model_kwargs"] = [{}, given]
     expected = config(made_from, net.name, model_kwargs=model_kwargs)
     different = compared(plain(expected), plain(cfg))

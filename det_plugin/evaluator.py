@@ -19,7 +19,7 @@ from det_plugin.run import first_names
 from det_plugin.saved_config import ASKED, RESOLVED, load_config, model_kwargs_in, origin_in, resolved
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.settings import as_dict
@@ -123,7 +123,7 @@ def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | N
     changed |= other_images(*images, recipe.train_share)
     settings = {
         "backbone": name,
-        "model_kwargs": network_flags(model_kwargs_in(trained)),
+        "model_kwargs": network_kwargs(model_kwargs_in(trained)),
         "protocol": as_dict(recipe),
         "deviations": changed,
         "engine": "detectron2",

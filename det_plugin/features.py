@@ -75,7 +75,7 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
     """The last layer's patch tokens as a map; ``vit.feature_map(x)`` with the default options.
 
     Args:
-        x: [B, 3, H, W] normalised pixels, any H and W.
+        x: [B, 3, H, W] normalized pixels, any H and W.
 
     Returns:
         [B, D, ceil(H / p), ceil(W / p)].

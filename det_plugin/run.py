@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from det_plugin.protocol import DetectionProtocol, deviations, other_images
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
@@ -58,7 +58,7 @@ class DetectionRun:
         """What defines the outcome, as plain values: no folder of this machine."""
         return {
             "backbone": self.backbone,
-            "model_kwargs": network_flags(self.model_kwargs),
+            "model_kwargs": network_kwargs(self.model_kwargs),
             "protocol": as_dict(self.protocol),
             "seed": self.seed,
         }
@@ -102,7 +102,7 @@ def leave_result(
     changed |= other_images(*images, run.protocol.train_share)
     if run.protocol.amp and choose_device(run.device).type != "cuda":
         changed["amp"] = [True, False]
-    if given := network_flags(run.model_kwargs):
+    if given := network_kwargs(run.model_kwargs):
         changed["model_kwargs"] = [{}, given]
     result = Result(
         kind="detection",

@@ -16,7 +16,7 @@ from pretrain.weights.patch import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
 # Settings of a run, not of a network: an override never contradicts the file.
-RUN_FLAGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
+RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
 
 
 class BackboneSettings(Settings):
@@ -63,15 +63,15 @@ def build_backbone(
     """
     if name not in BACKBONES:
         raise UserError(f"backbone: {name!r} is not registered; there are {', '.join(backbone_names())}")
-    flags = dict(overrides)
+    model_kwargs = dict(overrides)
     checkpoint = None
     if weights is not None:
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
         if "patch_size" in overrides:
             checkpoint = with_patch_size(checkpoint, overrides["patch_size"])
-        flags = _merge(name, checkpoint, overrides)
+        model_kwargs = _merge(name, checkpoint, overrides)
     try:
-        model: ViT = BACKBONES.get(name)(**flags)
+        model: ViT = BACKBONES.get(name)(**model_kwargs)
     except (TypeError, ValueError) as error:
         where = f"backbone {name}" if checkpoint is None else f"weights: {checkpoint.path}, as {name}"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
@@ -80,36 +80,38 @@ def build_backbone(
     return model
 
 
-def build_for_fine_tuning(name: str, weights: str | Path | None = None, **flags: Any) -> ViT:
+def build_for_fine_tuning(name: str, weights: str | Path | None = None, **model_kwargs: Any) -> ViT:
     """:func:`build_backbone` for the two protocols, which are of 16 px patches: a file of others is resampled,
     unless ``patch_size`` is given."""
-    return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **flags})
+    return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
 
 
-def network_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+def network_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of :func:`build_backbone`'s arguments that change the network, and not only how its file is read."""
-    return {key: value for key, value in flags.items() if key != "source"}
+    return {key: value for key, value in model_kwargs.items() if key != "source"}
 
 
 def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
     """The file's flags, with the run's own on top; an override that contradicts the file is an error."""
-    flags = {**checkpoint.flags, "mask_tokens": False}
-    width = SIZES.get(name.split("_")[1], flags)["embed_dim"]
-    if flags["embed_dim"] != width:
-        raise UserError(f"weights: {checkpoint.path} is {flags['embed_dim']} wide, but {name} is {width} wide")
-    named, registers = re.search(r"_reg(\d+)$", name), flags.get("n_registers", 0)  # a name without says nothing of them
+    model_kwargs = {**checkpoint.model_kwargs, "mask_tokens": False}
+    width = SIZES.get(name.split("_")[1], model_kwargs)["embed_dim"]
+    if model_kwargs["embed_dim"] != width:
+        raise UserError(f"weights: {checkpoint.path} is {model_kwargs['embed_dim']} wide, but {name} is {width} wide")
+    named, registers = re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0)  # a name without says nothing of them
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     _warn_of_depth(name, checkpoint, overrides)
     for key, value in overrides.items():
-        if key in flags and key not in RUN_FLAGS and flags[key] != value:
-            raise UserError(f"weights: {checkpoint.path} was made with {key}={flags[key]!r}, but {key}={value!r} is asked for")
-    return {**flags, **overrides}
+        if key in model_kwargs and key not in RUN_KWARGS and model_kwargs[key] != value:
+            raise UserError(
+                f"weights: {checkpoint.path} was made with {key}={model_kwargs[key]!r}, but {key}={value!r} is asked for"
+            )
+    return {**model_kwargs, **overrides}
 
 
 def _warn_of_depth(name: str, checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> None:
     """Where a file's depth is only counted, one that lost its last blocks looks whole."""
-    depth, usual = checkpoint.flags["depth"], SIZES.get(name.split("_")[1], checkpoint.flags)["depth"]
+    depth, usual = checkpoint.model_kwargs["depth"], SIZES.get(name.split("_")[1], checkpoint.model_kwargs)["depth"]
     if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual:
         warnings.warn(
             f"weights: {checkpoint.path} has {depth} blocks where {name} has {usual}: blocks may be missing", stacklevel=4

@@ -101,9 +101,7 @@ def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights 
 
 def _asked(entry: Entry) -> dict[str, Any]:
     """What an entry says of its file: options of :func:`convert`."""
-    return {
-        key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")
-    }
+    return {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
 
 
 def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
@@ -191,9 +189,7 @@ class FineTuning:
         return Stage(self.task, self.folder, [sys.executable, *command], self.identity)
 
 
-def plan(
-    comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1
-) -> list[FineTuning]:
+def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1) -> list[FineTuning]:
     """The runs of all entries of which there are weights ({name: weights}). They go seed by seed, so that an
     unfinished comparison has every row; a sweep comes with the first seed."""
     runs: list[FineTuning] = []
@@ -239,9 +235,7 @@ def _segmentation(
     yield FineTuning(entry, "seg", folder, words, identity, is_sweep)
 
 
-def _arguments(
-    comparison: Comparison, weights: Weights, folder: Path, options: list[str], overrides: list[str]
-) -> tuple[str, ...]:
+def _arguments(comparison: Comparison, weights: Weights, folder: Path, options: list[str], overrides: list[str]) -> tuple[str, ...]:
     workers = [] if comparison.workers is None else ["--workers", str(comparison.workers)]
     shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device]
     return (*overrides, *options, *shared, *workers)
@@ -258,9 +252,7 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
             raise UserError(f"{key}: there is no {folder}")
 
 
-def run_all(
-    runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int, seconds: float, device: str
-) -> dict[str, str]:
+def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int, seconds: float, device: str) -> dict[str, str]:
     """Run them on this machine, ``n_at_once`` at a time on ``n_gpus`` GPUs each.
 
     Returns:
@@ -353,8 +345,8 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
     lines = []
     for name, entry in {name_of(run.entry): run.entry for run in done}.items():
         metadata = _metadata(weights[name].file)
-        flags, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
-        patch = told.get("patch_size_before", flags.get("patch_size", PROTOCOL_PATCH_PX))
+        model_kwargs, told = (json.loads(metadata.get(key, "{}")) for key in ("flags", "provenance"))
+        patch = told.get("patch_size_before", model_kwargs.get("patch_size", PROTOCOL_PATCH_PX))
         read_as = " ".join(str(told[key]) for key in ("source", "subnet") if key in told) or "ours"
         who = (name, entry.method, entry.file)
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
@@ -371,9 +363,7 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
     )
 
 
-def write_tables(
-    done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str
-) -> str:
+def write_tables(done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str) -> str:
     """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables with what was measured beside
     them, and the files of weights.
 

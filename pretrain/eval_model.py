@@ -55,15 +55,11 @@ class EvalModel:
         """``checkpoints/NAME``, another one for each label: of letters, digits, ``-``, ``_`` and ``.``."""
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.label).strip(".")[:60]
         exact = safe and safe == self.label
-        return (
-            f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
-        )
+        return f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
 
     def build(self, mask_tokens: bool = False) -> ViT:
         """The backbone in evaluation mode, on the CPU; ``mask_tokens``: new ones where the file has none."""
-        vit = build_backbone(
-            self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens
-        )
+        vit = build_backbone(self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens)
         return vit.eval()
 
     def settings_hash(self, protocol: str, settings: UsedSettings) -> str:
@@ -172,9 +168,7 @@ def open_models(
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
     for name in names:
         if not name.strip() or names.count(name) > 1:
-            raise UserError(
-                f"--names: {name!r} names {names.count(name)} weights; give each a name of its own"
-            )
+            raise UserError(f"--names: {name!r} names {names.count(name)} weights; give each a name of its own")
     if patch_px is not None and patch_px < 1:
         raise UserError(f"--patch-size: {patch_px} is less than 1")
     paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
@@ -188,7 +182,7 @@ def open_models(
                 label="",
                 path=path,
                 backbone=backbone or checkpoint.backbone or backbone_name(None, path, source),
-                patch_px=patch_px or int(checkpoint.flags["patch_size"]),
+                patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
                 method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
                 effective_epochs=None if epochs is None else float(epochs),
                 has_token="pos_mask_token" in checkpoint.state and bool(said.get("position_masks", True)),
@@ -205,10 +199,7 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
-        labels = [
-            f"{label}, {text}" if counts[label] > 1 and text != label else label
-            for label, text in zip(labels, texts)
-        ]
+        labels = [f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in zip(labels, texts)]
     return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 

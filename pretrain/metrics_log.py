@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
+"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
 
 * ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves the same bytes as
   an uninterrupted one.
@@ -84,20 +84,20 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path, start_it: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
+        self, folder: Path, start_iter: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = WandbRun(folder, wandb, config or {}) if wandb else None  # first: it may fail
         self.files: dict[str, TextIO] = {}
         for name in NAMES:
             path = folder / f"{name}.jsonl"
-            truncate_lines(path, start_it)
+            truncate_lines(path, start_iter)
             self.files[name] = open(path, "a", buffering=1)
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_it)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iter)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
         """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``, ``probe/knn_top1``, ..."""
@@ -110,17 +110,17 @@ class MetricsLog:
             self.wandb.scalars(scalars, iteration)
 
     @property
-    def shows_pictures(self) -> bool:
-        """Whether there is anything that pictures would go to."""
+    def shows_images(self) -> bool:
+        """Whether there is anything that images would go to."""
         return self.writer is not None or self.wandb is not None
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
         if self.writer is not None:
-            for name, picture in pictures.items():
-                self.writer.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
+            for name, image in images.items():
+                self.writer.add_image(f"images/{name}", image, iteration, dataformats="HWC")
         if self.wandb is not None:
-            self.wandb.pictures({f"pictures/{name}": picture for name, picture in pictures.items()}, iteration)
+            self.wandb.images({f"images/{name}": image for name, image in images.items()}, iteration)
 
     def flush(self) -> None:
         """Everything so far reaches the disk."""
@@ -163,15 +163,15 @@ class WandbRun:
             reason = str(error).splitlines()[0]
             raise UserError(f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)") from error
         known.write_text(f"{self.run.id}\n")
-        self.image = wandb.Image
+        self.to_image = wandb.Image
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Numbers of an iteration."""
         self.run.log(dict(values), step=iteration)
 
-    def pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Pictures of an iteration, uint8 [H, W, 3] each."""
-        self.run.log({name: self.image(picture) for name, picture in pictures.items()}, step=iteration)
+    def images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Images of an iteration, uint8 [H, W, 3] each."""
+        self.run.log({name: self.to_image(image) for name, image in images.items()}, step=iteration)
 
 
 class Speed:
@@ -198,7 +198,7 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside (probes, pictures, checkpoints) is not the speed of training; the time left knows it."""
+        """What is done inside (probes, images, checkpoints) is not the speed of training; the time left knows it."""
         started = self.clock()
         try:
             yield
@@ -275,28 +275,28 @@ class ProgressLine:
         console: where to; stderr without.
     """
 
-    def __init__(self, title: str, total_it: int, start_it: int, console: Console | None = None) -> None:
-        self.total_it, self.title, self.told = total_it, title, 0.0
+    def __init__(self, title: str, total_iters: int, start_iter: int, console: Console | None = None) -> None:
+        self.total_iters, self.title, self.told = total_iters, title, 0.0
         self.console = console or Console(stderr=True)
         self.bar: _Display | None = None
         if self.console.is_terminal:
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
             self.bar = _Display(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(title, total=total_it, completed=start_it, eta="")
+            self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
 
     def update(self, done_it: int, note: str, eta_s: float) -> None:
         """``done_it`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
         pause_s = 1 if self.bar is not None else QUIET_S
-        if done_it < self.total_it and time.time() - self.told < pause_s:
+        if done_it < self.total_iters and time.time() - self.told < pause_s:
             return
         self.told = time.time()
-        left = f"{in_words(eta_s)} left" if done_it < self.total_it else "done"
+        left = f"{in_words(eta_s)} left" if done_it < self.total_iters else "done"
         if self.bar is not None:
             self.bar.note = note
             self.bar.update(self.task, completed=done_it, eta=left)
         else:
-            print(f"{self.title} {done_it}/{self.total_it}  {note}  {left}", file=self.console.file, flush=True)
+            print(f"{self.title} {done_it}/{self.total_iters}  {note}  {left}", file=self.console.file, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -1,4 +1,4 @@
-"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and optimiser are sharded)."""
+"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and optimizer are sharded)."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -3,18 +3,18 @@
 import math
 
 
-def cosine(it: int, total_it: int, start: float, end: float) -> float:
+def cosine(it: int, total_iters: int, start: float, end: float) -> float:
     """From ``start`` at iteration 0 towards ``end`` at ``total_it`` along half a cosine; ``end`` afterwards."""
-    if it >= total_it:
+    if it >= total_iters:
         return end
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * it / total_it))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * it / total_iters))
 
 
-def warmup_cosine(it: int, total_it: int, warmup_it: int, peak: float, end: float) -> float:
+def warmup_cosine(it: int, total_iters: int, warmup_iters: int, peak: float, end: float) -> float:
     """Linear from 0 to ``peak`` (reached at the last warm-up iteration, as DINOv2's), then a cosine to ``end``."""
-    if it < warmup_it:
-        return peak * it / max(warmup_it - 1, 1)
-    return cosine(it - warmup_it, total_it - warmup_it, peak, end)
+    if it < warmup_iters:
+        return peak * it / max(warmup_iters - 1, 1)
+    return cosine(it - warmup_iters, total_iters - warmup_iters, peak, end)
 
 
 def scaled_lr(base_lr: float, batch_size: int, rule: str) -> float:

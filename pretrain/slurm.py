@@ -178,7 +178,7 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
         cpus_per_task=resources.cpus,
         time=max(1, round(60 * resources.hours)),
         signal_delay_s=resources.notice_s,
-        array_parallelism=resources.at_once,
+        array_parallelizm=resources.at_once,
         wckey=None,  # submitit's own would be refused where a cluster checks them
         # A failed node or a preemption without grace: SLURM itself starts the job again.
         additional_parameters={"requeue": True, **resources.extra},

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from pretrain import checkpoints, distributed
-from pretrain.analysis.pictures import training_pictures
+from pretrain.analysis.training_images import training_images
 from pretrain.config import from_saved, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
@@ -25,7 +25,7 @@ from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
 from pretrain.schedules import effective_epochs
-from pretrain.settings import as_dict, differences, keys_where
+from pretrain.settings import as_dict, compared, flat, keys_where
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
@@ -143,13 +143,19 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     except UserError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
     free = keys_where(type(config), "fixed", False)
-    changed = {key: pair for key, pair in differences(saved, config).items() if key not in free}
+    pairs = compared(flat(without_paths(saved)), flat(without_paths(config)))
+    changed = {key: pair for key, pair in pairs.items() if key not in free}
     if changed:
-        pairs = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
-        raise UserError(f"resume: {found.path} was made with other settings: {pairs}; set them back, or choose another run.output")
+        told = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
+        raise UserError(f"resume: {found.path} was made with other settings: {told}; set them back, or choose another run.output")
     if found.meta["n_images"] != n_images:
         now = f"{config.data.root} has {n_images}"
         raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
+
+
+def without_paths(config: TrainSettings) -> dict[str, Any]:
+    """Plain values of a config, its method by name alone: where a method's file lies changes no run."""
+    return {**as_dict(config), "method": Path(config.method).stem}
 
 
 def run_name(config: TrainSettings) -> str:
@@ -267,10 +273,10 @@ class Run:
         if not every or it % every:
             return
         backbone = self.trainer.exported_backbone()
-        if self.log and self.log.shows_pictures and backbone is not None:
+        if self.log and self.log.shows_images and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
-            self.log.pictures(it, training_pictures(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
+            self.log.images(it, training_images(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
 
     def probe(self, done: int) -> None:
         """Ask the probes about the network that the run leaves, where it is time."""
@@ -306,7 +312,7 @@ class Run:
         origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"
-        save_backbone(path, state, name=config.backbone.name, flags=backbone.flags, provenance=origin)
+        save_backbone(path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin)
         result = Result(
             kind="pretrain",
             method=run_name(config),
@@ -324,7 +330,7 @@ class Run:
             wall_time_s=now.wall_time_s,
             loss_terms=now.loss_terms,
             post_training=self.trainer.method.stage == "posttrain",
-            **provenance(as_dict(config), path),
+            **provenance(without_paths(config), path),
         )
         write_result(result, self.folder)
 
@@ -337,7 +343,7 @@ class Run:
             "method": run_name(config),
             "effective_epochs": round(epochs, 2),
             "seed": config.run.seed,
-            "config_hash": config_hash(as_dict(config)),
+            "config_hash": config_hash(without_paths(config)),
             "data": f"{len(self.dataset)} images",
             "position_masks": learns_positions(self.trainer),  # whether pos_mask_token was ever learned
         }

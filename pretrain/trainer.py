@@ -179,6 +179,6 @@ class Trainer:
         state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
         if not distributed.is_main():
             return None
-        whole = ViT(**backbone.flags).to(self.device, self.dtype)
+        whole = ViT(**backbone.model_kwargs).to(self.device, self.dtype)
         whole.load_state_dict(state)
         return whole

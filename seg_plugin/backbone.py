@@ -67,7 +67,7 @@ class PosfieldViT(BaseModule):
         """[B, 3, H, W] normalized pixels -> one map that covers exactly these H x W pixels.
 
         [B, D, H/p, W/p] where p divides H and W. Else the ViT pads at the bottom and on the right to whole patches, and its map
-        covers the padding too; a head that stretches its logits to H x W, as mmseg's do, would squeeze the picture. So the map
+        covers the padding too; a head that stretches its logits to H x W, as mmseg's do, would squeeze the image. So the map
         is brought to the resolution of pixels, by the same bilinear rule as the heads', and the padding is cut off: [B, D, H, W].
         A linear head commutes with both, so its logits are exactly those of the padded image, cropped.
         """

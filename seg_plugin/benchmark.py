@@ -64,10 +64,10 @@ def measure(
 def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
     """One of :data:`CONTENDERS`, with the same weights, in training mode: images [B, 3, H, W] -> (map [B, D, h, w],)."""
     torch.manual_seed(0)
-    flags: dict[str, Any] = {"pos_grid": crop_px // 16, **({"depth": depth} if depth else {})}
+    model_kwargs: dict[str, Any] = {"pos_grid": crop_px // 16, **({"depth": depth} if depth else {})}
     if name != "mmseg":
-        return PosfieldViT(backbone, checkpointing=name.endswith("checkpointed"), **flags)
-    ours: ViT = BACKBONES.get(backbone)(**flags)
+        return PosfieldViT(backbone, checkpointing=name.endswith("checkpointed"), **model_kwargs)
+    ours: ViT = BACKBONES.get(backbone)(**model_kwargs)
     return mmseg_vit(ours, crop_px)
 
 
@@ -76,7 +76,7 @@ def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
 
     The options are those with which the two are the same function; its defaults leave out the patch embedding's bias and the norm.
     """
-    size = ours.flags
+    size = ours.model_kwargs
     theirs = VisionTransformer(
         img_size=(image_px, image_px),
         patch_size=size["patch_size"],

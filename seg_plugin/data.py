@@ -17,14 +17,14 @@ EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # a photograph whose rows are i
 
 
 def check_masks(located: Located, split: str, protocol: SegmentationProtocol) -> None:
-    """Read every mask of a split (about 3 ms each). A mask without a labelled pixel is fine; a whole split of them is not.
+    """Read every mask of a split (about 3 ms each). A mask without a labeled pixel is fine; a whole split of them is not.
 
     Raises:
         UserError: names the first file that is unreadable or cut off, has another size than its image or more than one channel of
             8 bits, or holds a label out of range.
     """
     first = int(protocol.reduce_zero_label)  # how class 0 is stored
-    labelled = False
+    labeled = False
     for image, path in located.pairs(split):
         try:
             with Image.open(path) as mask:
@@ -36,8 +36,8 @@ def check_masks(located: Located, split: str, protocol: SegmentationProtocol) ->
         if labels.shape != (size := _size(image)):
             raise UserError(f"data: {path} is {labels.shape}, but its image is {size} (height, width)")
         check_whole(image)
-        labelled |= bool(((labels >= first) & (labels != protocol.ignore_index)).any())
-    if not labelled:
+        labeled |= bool(((labels >= first) & (labels != protocol.ignore_index)).any())
+    if not labeled:
         raise UserError(f"data: no pixel of the {split} masks in {located.root} has a class")
 
 
@@ -53,7 +53,7 @@ def _size(image: Path) -> tuple[int, int]:
 
 
 def check_whole(image: str | Path) -> None:
-    """A JPEG has its end; OpenCV 4 fills what is missing with grey, and says so on stderr alone.
+    """A JPEG has its end; OpenCV 4 fills what is missing with gray, and says so on stderr alone.
 
     Raises:
         UserError: names the file where it has none.

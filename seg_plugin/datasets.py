@@ -39,7 +39,7 @@ class Dataset:
 
     Attributes:
         protocol: the one name under which its results stand.
-        kind: MMSegmentation's class, which knows the classes and their colours.
+        kind: MMSegmentation's class, which knows the classes and their colors.
         counts: images of training and validation; none: not known.
         inside: folders in which it may lie below the folder that is given.
         mark: what lies in its root and in no other data set's.

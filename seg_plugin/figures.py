@@ -1,4 +1,4 @@
-"""Pictures of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colours."""
+"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
 
 import json
 from collections import Counter
@@ -15,10 +15,10 @@ from PIL import Image
 
 from seg_plugin.predict import Segmented, segment_dataset, spread
 
-IGNORED_COLOUR = (225, 225, 225)
+IGNORED_COLOR = (225, 225, 225)
 MAX_LEGEND = 24  # classes; the largest ones, more would not be read
-OVERLAY = 0.55  # the colours' share
-COLUMN_IN = 2.7  # width of a picture, in inches
+OVERLAY = 0.55  # the colors' share
+COLUMN_IN = 2.7  # width of an image, in inches
 
 
 def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:
@@ -30,7 +30,7 @@ def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path
         rows,
         dataset.metainfo,
         title="Segmentation of validation images",
-        caption=caption + "evenly spaced in the list; light grey: not labelled.",
+        caption=caption + "evenly spaced in the list; light gray: not labeled.",
     )
 
 
@@ -46,7 +46,7 @@ def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: s
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
-    """Colours of the classes, [classes, 3] uint8. Of few classes the data set's, which MMSegmentation may have drawn at random,
+    """Colors of the classes, [classes, 3] uint8. Of few classes the data set's, which MMSegmentation may have drawn at random,
     would be hard to tell apart."""
     count = len(metainfo["classes"])
     if count > 20:
@@ -56,7 +56,7 @@ def palette_of(metainfo: Any) -> np.ndarray:
 
 
 def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False) -> None:
-    """One row an image; ground truth where there is any; the colours of the classes below, the largest first.
+    """One row an image; ground truth where there is any; the colors of the classes below, the largest first.
 
     Args:
         palette: [classes, 3] uint8.
@@ -77,11 +77,11 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
     for line, row in zip(axes, rows):
-        predicted = coloured(row.predicted, palette)
+        predicted = colored(row.predicted, palette)
         pictures = {"image": row.pixels, "prediction": predicted}
         pictures["prediction over the image"] = (OVERLAY * predicted + (1 - OVERLAY) * row.pixels).astype(np.uint8)
         if row.truth is not None:
-            pictures["ground truth"] = coloured(row.truth, palette)
+            pictures["ground truth"] = colored(row.truth, palette)
         for axis, title in zip(line, titles):
             axis.set_axis_off()
             if title in pictures:
@@ -94,11 +94,11 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def coloured(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """[H, W] -> [H, W, 3] uint8; ignored pixels are light grey."""
-    colours = np.full((256, 3), IGNORED_COLOUR, np.uint8)
-    colours[: len(palette)] = palette
-    return colours[labels.astype(np.uint8)]
+def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """[H, W] -> [H, W, 3] uint8; ignored pixels are light gray."""
+    colors = np.full((256, 3), IGNORED_COLOR, np.uint8)
+    colors[: len(palette)] = palette
+    return colors[labels.astype(np.uint8)]
 
 
 def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, *, first: int) -> None:

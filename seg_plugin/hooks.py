@@ -77,7 +77,7 @@ class PosfieldRunHook(Hook):
                 "model.backbone.weights (or take the config that the run was made from)"
             )
         self.origin = _origin(backbone.weights, self.origin, given_model_kwargs(runner.cfg))
-        self.identity = identity(runner.cfg, backbone.vit.flags, self.origin["weights_hash"], get_world_size())
+        self.identity = identity(runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size())
         self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
             self.folder = Path(runner.work_dir)
@@ -103,7 +103,7 @@ class PosfieldRunHook(Hook):
         """The config again, with the arguments that the checkpoint holds, and without the checkpoint."""
         old = runner.cfg.model.backbone
         kept = {key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old}
-        runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.flags, **kept, "weights": None}
+        runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.model_kwargs, **kept, "weights": None}
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
                 hook.origin = self.origin

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from pretrain.build import network_flags
+from pretrain.build import network_kwargs
 from pretrain.results.provenance import config_hash
 from pretrain.settings import compared
 from seg_plugin import protocol as protocols
@@ -77,7 +77,7 @@ def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str
     for split, count in zip(SPLITS, dataset.counts or ()):
         if (here := len(images(cfg, split))) != count:
             changed[f"{split}_images"] = [count, here]
-    if given := network_flags(model_kwargs):
+    if given := network_kwargs(model_kwargs):
         changed["model_kwargs"] = [{}, given]
     return {**changed, **protocols.not_swept(declared)}
 

@@ -34,7 +34,7 @@ class PosfieldIoU(IoUMetric):
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """mIoU, mAcc, aAcc in percent, of the (intersect, union, prediction, label) pixel counts [classes] of every image.
 
-        Classes without a pixel (IoU), or without a labelled pixel (Acc), are left out of the means.
+        Classes without a pixel (IoU), or without a labeled pixel (Acc), are left out of the means.
         """
         if self.format_only:
             return super().compute_metrics(results)

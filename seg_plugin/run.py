@@ -163,7 +163,7 @@ def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
     model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
     vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
     weights_hash = file_hash(run.weights) if run.weights else None
-    ours = identity(cfg, vit.flags, weights_hash, processes())
+    ours = identity(cfg, vit.model_kwargs, weights_hash, processes())
     difference = first_difference(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))
     if difference:
         raise UserError(f"output: {run.output} holds a run with other settings ({difference}); take another folder")

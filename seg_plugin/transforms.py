@@ -36,7 +36,7 @@ class SeedFromPosition(BaseTransform):
 class PosfieldLoadImage(LoadImageFromFile):
     """mmcv's ``LoadImageFromFile``, whose error names the file.
 
-    As there: 8-bit BGR; a grey image gets three equal channels, transparency is dropped, 16 bits become 8, and a photograph is
+    As there: 8-bit BGR; a gray image gets three equal channels, transparency is dropped, 16 bits become 8, and a photograph is
     turned as its EXIF orientation says (so must its mask be, which has none).
     """
 

@@ -1,11 +1,11 @@
-"""Tiny data sets in the layouts of ADE20K and others, written in milliseconds: rectangles whose colour tells the class."""
+"""Tiny data sets in the layouts of ADE20K and others, written in milliseconds: rectangles whose color tells the class."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-COLOURS = np.array([(200, 60, 60), (60, 180, 60), (60, 80, 200), (210, 200, 70), (150, 70, 180)], np.uint8)
+COLORS = np.array([(200, 60, 60), (60, 180, 60), (60, 80, 200), (210, 200, 70), (150, 70, 180)], np.uint8)
 
 
 def write_ade(root: Path, *, n_train: int = 6, n_val: int = 3, size: tuple[int, int] = (40, 56), classes: int = 4) -> Path:
@@ -24,7 +24,7 @@ def write_ade(root: Path, *, n_train: int = 6, n_val: int = 3, size: tuple[int, 
             for _ in range(3):
                 top, left = random.integers(0, size[0] - 8), random.integers(0, size[1] - 8)
                 labels[top : top + 16, left : left + 20] = 1 + random.integers(classes)
-            pixels = np.clip(COLOURS[labels - 1] + random.normal(0, 8, (*size, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(COLORS[labels - 1] + random.normal(0, 8, (*size, 3)), 0, 255).astype(np.uint8)
             labels[:2] = 0
             if index % 2:
                 labels, pixels = labels.T, pixels.transpose(1, 0, 2)

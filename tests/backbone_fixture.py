@@ -3,8 +3,8 @@
 import torch
 
 
-def randomise(model, seed=0):
-    """Weights of ordinary size everywhere, so that no term hides behind a zero initialisation."""
+def randomize(model, seed=0):
+    """Weights of ordinary size everywhere, so that no term hides behind a zero initialization."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 CATEGORIES = {3: "rectangle", 7: "disc", 90: "bar"}  # ids with gaps, as in COCO
-COLOURS = {3: (220, 60, 60), 7: (60, 200, 90), 90: (70, 90, 230)}
+COLORS = {3: (220, 60, 60), 7: (60, 200, 90), 90: (70, 90, 230)}
 SIZES = ((96, 64), (64, 96), (128, 100), (80, 80), (100, 128), (72, 120))  # width, height in turns
 
 
@@ -22,7 +22,7 @@ def polygon_of(kind: int, x: int, y: int, w: int, h: int) -> list[float]:
 
 
 def shapes(index: int, width: int, height: int) -> list[tuple[int, int, int, int, int]]:
-    """Two objects (category, x, y, w, h) of the picture ``index``, apart from each other."""
+    """Two objects (category, x, y, w, h) of the image ``index``, apart from each other."""
     rng = np.random.default_rng([7, index])
     found = []
     for half, kind in enumerate(rng.permutation(list(CATEGORIES))[:2].tolist()):
@@ -34,7 +34,7 @@ def shapes(index: int, width: int, height: int) -> list[tuple[int, int, int, int
 
 
 def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
-    """Write the set. The last picture of each split is empty; the first has a crowd (RLE) and an RLE in place of a polygon."""
+    """Write the set. The last image of each split is empty; the first has a crowd (RLE) and an RLE in place of a polygon."""
     (root / "annotations").mkdir(parents=True)
     for split, n, first_id in (("train", n_train, 1), ("val", n_val, 1001)):
         (root / f"{split}2017").mkdir()
@@ -45,7 +45,7 @@ def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
             objects = shapes(first_id + i, width, height) if i < n - 1 else []
             for number, (kind, x, y, w, h) in enumerate(objects):
                 polygon = polygon_of(kind, x, y, w, h)
-                cv2.fillPoly(image, [np.array(polygon).reshape(-1, 2).round().astype(np.int32)], COLOURS[kind])
+                cv2.fillPoly(image, [np.array(polygon).reshape(-1, 2).round().astype(np.int32)], COLORS[kind])
                 segmentation = rle_of_box(width, height, x, y, w, h) if i == number == 0 and kind != 7 else [polygon]
                 annotations.append(annotation(len(annotations) + 1, first_id + i, kind, (x, y, w, h), segmentation))
             if i == 0:

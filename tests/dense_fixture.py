@@ -22,12 +22,12 @@ TIED = ["positions.encoding=field", "positions.augment=true"]
 GRAM = ["alignment.loss=gram", "alignment.head=false", "optim.teacher_momentum=1.0"]
 
 
-def write_start(path, name="vit_tiny_patch16", **flags):
+def write_start(path, name="vit_tiny_patch16", **model_kwargs):
     """A backbone of random weights, larger than at a fresh start, so that patches differ; returns its file."""
     torch.manual_seed(5)
-    vit = build_backbone(name, **{"depth": 2, "pos_encoding": "standard", "pos_grid": 4, **flags})
+    vit = build_backbone(name, **{"depth": 2, "pos_encoding": "standard", "pos_grid": 4, **model_kwargs})
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     told = {"method": "earlier", "effective_epochs": 12.5}
-    return save_backbone(path, vit.state_dict(), name=name, flags=vit.flags, provenance=told)
+    return save_backbone(path, vit.state_dict(), name=name, model_kwargs=vit.model_kwargs, provenance=told)

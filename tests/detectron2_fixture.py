@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from detectron2.config import LazyConfig
 
 from det_plugin.deviations import protocol_in
@@ -21,9 +21,9 @@ FIELD = dict(depth=2, pos_encoding="field", n_registers=2, layerscale=1e-2)
 
 def save_pretrained(path):
     """A backbone as pre-training leaves it: field, registers, LayerScale, mask tokens, and what it says about itself."""
-    model = randomise(build_backbone(TINY, mask_tokens=True, **FIELD))
+    model = randomize(build_backbone(TINY, mask_tokens=True, **FIELD))
     said = {"method": "ours", "effective_epochs": 3}
-    return save_backbone(path, model.state_dict(), name=TINY, flags=model.flags, provenance=said)
+    return save_backbone(path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs, provenance=said)
 
 
 def toy_run(folder, coco, weights, **changes):

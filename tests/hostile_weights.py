@@ -144,7 +144,7 @@ def pickles():
         "hex": hexed(34),
         "numpy": np.zeros(3),
         "sparse": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 20, 1 << 20)),
-        "quantised": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+        "quantized": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
         "meta": torch.zeros(1 << 40, device="meta"),
         "expanded": torch.zeros(1).expand(1 << 40),
         "strided": torch.zeros(10).as_strided((1 << 20, 1 << 20), (0, 0)),
@@ -200,8 +200,14 @@ def named_states():
 
 def our_metadata(**changes):
     vit = build_backbone(NAME, depth=1)
-    flags = {**vit.flags, **changes}
-    told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": json.dumps(flags)}
+    model_kwargs = {**vit.model_kwargs, **changes}
+    told = {
+        "format": "posfield-backbone",
+        "format_version": "1",
+        "backbone": NAME,
+        "provenance": "{}",
+        "flags": json.dumps(model_kwargs),
+    }
     return save(vit.state_dict(), metadata=told)
 
 
@@ -226,10 +232,10 @@ def ours():
         "unknown": dict(surprise=1),
     }.items():
         yield f"ours_{name}.safetensors", our_metadata(**changes), REFUSED
-    for name, flags in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
-        told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": flags}
+    for name, model_kwargs in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
+        told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": model_kwargs}
         yield f"ours_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
-        told |= {"flags": "{}", "provenance": flags}
+        told |= {"flags": "{}", "provenance": model_kwargs}
         yield f"ours_provenance_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
 
 

@@ -1,7 +1,7 @@
-"""Tiny labelled sets in the real layouts of Pascal VOC 2012, ADE20K, COCO-Stuff 164k and of one's own folders, made on the spot.
+"""Tiny labeled sets in the real layouts of Pascal VOC 2012, ADE20K, COCO-Stuff 164k and of one's own folders, made on the spot.
 
-Every picture is a plain ground with rectangles and a strip of void along its top; colour and stripes tell the class, so that a
-linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` pictures below ``root`` and returns ``root``,
+Every image is a plain ground with rectangles and a strip of void along its top; color and stripes tell the class, so that a
+linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` images below ``root`` and returns ``root``,
 which ``open_label_set(root, part)`` takes (COCO: with its kind). The classes that occur:
 
 * ``write_voc``: background, aeroplane, bicycle, bird (of 21); trainaug unless ``augmented=False``.
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = (64, 80)  # height, width in pixels; every second picture is turned
-COLOURS = np.array([(90, 90, 90), (210, 60, 50), (60, 170, 70), (60, 80, 210), (215, 200, 70), (150, 70, 180)], np.uint8)
+SIZE = (64, 80)  # height, width in pixels; every second image is turned
+COLORS = np.array([(90, 90, 90), (210, 60, 50), (60, 170, 70), (60, 80, 210), (215, 200, 70), (150, 70, 180)], np.uint8)
 COCO_VALUES = {"sky-other": 156, "tree": 168, "grass": 123, "person": 0, "dog": 17, "car": 2}  # category - 1
 COCO_VOID, VOC_VOID = 255, 255
 VOID_ROWS = 3
@@ -33,14 +33,14 @@ def scene(index: int, n_classes: int, size: tuple[int, int] = SIZE) -> tuple[np.
         top, left = rng.integers(0, size[0] // 2), rng.integers(0, size[1] // 2)
         classes[top : top + size[0] // 2, left : left + size[1] // 2] = rng.integers(n_classes)
     stripes = 25 * ((np.arange(size[1])[None] // (1 + classes)) % 2)  # [H, W], of a width of its own a class
-    pixels = COLOURS[classes] + stripes[..., None] - 12 + rng.normal(0, 6, (*size, 3))
+    pixels = COLORS[classes] + stripes[..., None] - 12 + rng.normal(0, 6, (*size, 3))
     classes[:VOID_ROWS] = -1
     pixels = np.clip(pixels, 0, 255).astype(np.uint8)
     return (pixels.transpose(1, 0, 2), classes.T) if index % 2 else (pixels, classes)
 
 
 def save_scene(index: int, image: Path, label_map: Path, values: Sequence[int], void: int, palette: bool = False) -> None:
-    """A picture and its map, in which class k is stored as ``values[k]``."""
+    """An image and its map, in which class k is stored as ``values[k]``."""
     pixels, classes = scene(index, len(values))
     stored = np.array([*values, void])[classes]
     image.parent.mkdir(parents=True, exist_ok=True)
@@ -50,15 +50,15 @@ def save_scene(index: int, image: Path, label_map: Path, values: Sequence[int], 
 
 
 def save_map(file: Path, values: np.ndarray, palette: bool = False) -> None:
-    """Values [H, W] as a PNG of 8 bits, grey or with a palette, or of 16."""
+    """Values [H, W] as a PNG of 8 bits, gray or with a palette, or of 16."""
     made = Image.fromarray(np.asarray(values).astype(np.uint8 if values.max() < 256 else np.uint16))
     if palette:
         made.putpalette([channel for k in range(256) for channel in (k, 255 - k, 128)])
     made.save(file)
 
 
-def grey_png(values: np.ndarray, bits: int, size: tuple[int, int] | None = None) -> bytes:
-    """A grey PNG of 1 to 8 bits a pixel, which PIL writes with 8 alone; ``size``: the height and width that it declares."""
+def gray_png(values: np.ndarray, bits: int, size: tuple[int, int] | None = None) -> bytes:
+    """A gray PNG of 1 to 8 bits a pixel, which PIL writes with 8 alone; ``size``: the height and width that it declares."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -72,7 +72,7 @@ def grey_png(values: np.ndarray, bits: int, size: tuple[int, int] | None = None)
 
 
 def _parts(n_train: int, n_val: int) -> list[tuple[str, int]]:
-    """Part and index of each picture; no two parts share one."""
+    """Part and index of each image; no two parts share one."""
     return [("train", i) for i in range(n_train)] + [("val", 1000 + i) for i in range(n_val)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -14,21 +14,28 @@ from pretrain.errors import UserError
 NAME, TINY = "vit_tiny_patch16", dict(embed_dim=192, depth=2, num_heads=3, num_classes=0)
 
 
-def timm_vit(patch=14, grid=(7, 7), registers=0, seed=0, **flags):
+def timm_vit(patch=14, grid=(7, 7), registers=0, seed=0, **model_kwargs):
     """A small ViT of timm's, every weight of ordinary size."""
     size = (patch * grid[0], patch * grid[1])
     model = timm.create_model(
         "vit_tiny_patch16_224",
-        **{**TINY, "patch_size": patch, "img_size": size, "reg_tokens": registers, "no_embed_class": bool(registers), **flags},
+        **{
+            **TINY,
+            "patch_size": patch,
+            "img_size": size,
+            "reg_tokens": registers,
+            "no_embed_class": bool(registers),
+            **model_kwargs,
+        },
     )
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
-def at_grid(state, grid, rule, **flags):
+def at_grid(state, grid, rule, **model_kwargs):
     """timm's model of the same weights for another grid, its positions resampled by a restated rule."""
     patch = state["patch_embed.proj.weight"].shape[-1]
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    model = timm_vit(patch, grid, registers, **flags)
+    model = timm_vit(patch, grid, registers, **model_kwargs)
     n_prefix = 0 if registers or "cls_token" not in state else 1
     positions = state["pos_embed"]
     learned = positions[:, n_prefix:]

@@ -69,7 +69,7 @@ def small_config(name: str, photos: Path, start: Path, path: str, accumulate: in
 def batches_config(name: str, photos: Path, start: Path) -> Any:
     """The rules of views at the recipe's own size; crops are not made."""
     words = [*SMALL, f"data.root={photos}", "data.path=device"]
-    if name == "whole":  # the same crops for teacher and student, as Gram anchoring of whole pictures has it
+    if name == "whole":  # the same crops for teacher and student, as Gram anchoring of whole images has it
         name, words = "toy_gram", [*words, "crops.local_rule=same", "crops.n_local=2", "crops.local_px=112"]
     words += [f"backbone.weights={start}"] if name in POST_TRAININGS else []
     return load(name, words)
@@ -93,7 +93,7 @@ def write_start(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         folder / "start.safetensors",
         vit.state_dict(),
         name="vit_tiny_patch16",
-        flags=vit.flags,
+        model_kwargs=vit.model_kwargs,
         provenance={},
     )
     return path, vit.state_dict()
@@ -124,7 +124,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
 
     found = []
     for batch, _ in build_loader(config, build_dataset(config), 0, n):
-        views, masks, colors = batch.views, batch.masks, batch.colours
+        views, masks, colors = batch.views, batch.masks, batch.colors
         if masks is None:  # a post-training masks nothing; 2c21771 drew empty masks for it
             nothing = np.zeros((views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool)
             masks = Masks.of(nothing, nothing)
@@ -143,7 +143,7 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
                 "color_jitter": colors.jitter,
                 "color_order": colors.order,
                 "color_factors": colors.factors,
-                "color_gray": colors.grey,
+                "color_gray": colors.gray,
                 "color_sigma": colors.sigma,
                 "color_solarize": colors.solarize,
             }
@@ -344,8 +344,8 @@ def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)
-    flags = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
-    cfg = config(recipe, "vit_tiny_patch16", **flags)
+    model_kwargs = dict(data=coco, output=folder, model_kwargs=DET_FLAGS, seed=5, device="cpu", workers=0)
+    cfg = config(recipe, "vit_tiny_patch16", **model_kwargs)
     torch.manual_seed(5)
     np.random.seed(5)
     with deterministic(True):
@@ -381,7 +381,7 @@ def mmseg_run(ade: Path, folder: Path) -> tuple[list[dict[str, float]], dict[str
     return lines, torch.load(folder / "iter_2.pth", weights_only=True)["state_dict"]
 
 
-# --- pictures by integer arithmetic ---------------------------------------------------------------
+# --- images by integer arithmetic ---------------------------------------------------------------
 
 
 def picture(index: int, height: int, width: int) -> np.ndarray:
@@ -403,14 +403,14 @@ def write_png(path: Path, pixels: np.ndarray) -> Path:
 
 
 def write_photos(folder: Path, n: int = 20) -> Path:
-    """A folder of small pictures of several shapes."""
+    """A folder of small images of several shapes."""
     for i in range(n):
         write_png(folder / f"{i:03}.png", picture(i, 60 + 9 * (i % 5), 150 - 11 * (i % 7)))
     return folder
 
 
 def write_coco(root: Path) -> Path:
-    """COCO's layout: rectangles and diamonds of three classes in nine pictures, with an RLE and a crowd."""
+    """COCO's layout: rectangles and diamonds of three classes in nine images, with an RLE and a crowd."""
     for split, n, first in (("train", 6, 1), ("val", 3, 101)):
         images, annotations = [], []
         for i in range(n):
@@ -758,7 +758,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     )
     files["loca"] = (loca, {})
     (folder / "lomar").mkdir()
-    lomar = test_lomar.randomise(test_lomar.PublicLoMaR()).state_dict()
+    lomar = test_lomar.randomize(test_lomar.PublicLoMaR()).state_dict()
     files["lomar"] = (test_lomar.write(folder / "lomar" / "checkpoint-399.pth", lomar), {})
     for layouts in (test_weights_mae.LAYOUTS, test_weights_tuned.LAYOUTS):
         for name, (_, content, _) in layouts.items():
@@ -770,7 +770,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 @torch.no_grad()
 def weight_features(folder: Path) -> dict[str, Any]:
-    """Features of one picture by a backbone of every source."""
+    """Features of one image by a backbone of every source."""
     found = {}
     for name, (path, options) in weight_files(folder).items():
         says, vit, said = read_backbone(path, options)

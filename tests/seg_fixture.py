@@ -41,7 +41,7 @@ def write_weights(folder):
     vit = build_backbone("vit_tiny_patch16_reg4", depth=2, pos_encoding="field", pos_grid=10, layerscale=0.1)
     provenance = {"method": "posfield", "effective_epochs": 400.0}
     path = folder / "backbone.safetensors"
-    return save_backbone(path, vit.state_dict(), name="vit_tiny_patch16_reg4", flags=vit.flags, provenance=provenance)
+    return save_backbone(path, vit.state_dict(), name="vit_tiny_patch16_reg4", model_kwargs=vit.model_kwargs, provenance=provenance)
 
 
 def stock_tool(name):
@@ -51,14 +51,14 @@ def stock_tool(name):
     return Path(mmseg.__file__).parent / ".mim" / "tools" / name
 
 
-def write_config(folder, data, *, backbone="vit_tiny_patch16", workers=0, flags=None, **numbers):
+def write_config(folder, data, *, backbone="vit_tiny_patch16", workers=0, model_kwargs=None, **numbers):
     """``folder/seg.py``: a tiny config as our users write them, for the stock launchers."""
     (folder / "seg.py").write_text(
         "_base_ = []\n"
         "from seg_plugin.config import segmenter_config\n"
         "from seg_plugin.protocol import protocol, with_overrides\n"
         f"globals().update(segmenter_config(with_overrides(protocol(), { ({**TINY, **numbers})!r}), {backbone!r}, "
-        f"model_kwargs={flags!r}, data_root={str(data)!r}, workers={workers}))\n"
+        f"model_kwargs={model_kwargs!r}, data_root={str(data)!r}, workers={workers}))\n"
     )
     return folder / "seg.py"
 
@@ -68,9 +68,9 @@ def command_line(output, data, *words, backbone="vit_tiny_patch16", workers=0, *
     fields = [
         f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in {**TINY, **numbers}.items()
     ]
-    flags = [f"backbone.{key}={value}" for key, value in FLAGS.items()]
+    model_kwargs = [f"backbone.{key}={value}" for key, value in FLAGS.items()]
     options = ["--dataset", "ade20k", "--data", data, "--output", output, "--workers", workers, "--device", "cpu"]
-    return [*map(str, ["--backbone", backbone, *options, *words]), *fields, *flags]
+    return [*map(str, ["--backbone", backbone, *options, *words]), *fields, *model_kwargs]
 
 
 def launch(script, *words, cwd, code=0, environment=()):

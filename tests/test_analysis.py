@@ -1,4 +1,4 @@
-"""Attention maps, PCA, figures, pictures of a running training, and k-NN."""
+"""Attention maps, PCA, figures, images of a running training, and k-NN."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from pretrain.analysis.attention import last_layer, last_layer_attention
 from pretrain.analysis.pca import pca_rgb, principal_components
-from pretrain.analysis.pictures import training_pictures
+from pretrain.analysis.training_images import training_images
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_accuracy, knn_predict
@@ -33,7 +33,7 @@ def test_last_layer_attention_by_hand():
         tokens, _ = model.embed(x)
         q, k, _ = model.blocks[1].attn.heads(model.blocks[1].norm1(model.blocks[0](tokens)))
         scores = (q[0] @ k[0].transpose(-2, -1) / 2)[:, 3:, 3:]  # [heads, 6, 6]; sqrt(12 / 3) = 2
-    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalising is a softmax over what is left
+    expected = scores.softmax(-1).mean(0)  # cutting rows and renormalizing is a softmax over what is left
     got = last_layer_attention(model, x)
     assert got.shape == (2, 6, 6)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
@@ -50,28 +50,20 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
     expected = oracle.transform(rows) * np.sign(largest[:, 0])
     got = principal_components(torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-9)
-    np.testing.assert_allclose(
-        principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9
-    )
+    np.testing.assert_allclose(principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9)
 
 
-def test_pca_colours_are_joint_and_scaled_by_percentiles():
+def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
-    features[0] += 10 * torch.tensor(
-        [1.0, 0, 0, 0, 0, 0]
-    )  # one picture is of another kind than the two others
+    features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one image is of another kind than the two others
     rgb = pca_rgb(features)
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
-    assert (
-        rgb[0, :, 0].min() > rgb[1:, :, 0].max()
-    )  # its colour is another, for the components are those of all pictures
+    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all images
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
 
-@pytest.mark.parametrize(
-    ("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)]
-)
+@pytest.mark.parametrize(("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)])
 def test_pictures_of_a_running_training(encoding, n_global, n_local):
     n_images, rng = 5, np.random.default_rng(0)
     corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, n_global + n_local, 2))).float()
@@ -82,16 +74,16 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
     torch.manual_seed(0)
     teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
     state = torch.get_rng_state()
-    pictures = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    pictures = training_images(teacher, crops, small, views, masks, n_images=2)
     assert set(pictures) == {"views", "masks", "attention", "pca"}
     for picture in pictures.values():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 50
     assert teacher.training and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in teacher.parameters())
-    again = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    again = training_images(teacher, crops, small, views, masks, n_images=2)
     assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
-    unmasked = training_pictures(teacher, crops, small, views, None, n_images=2)
+    unmasked = training_images(teacher, crops, small, views, None, n_images=2)
     assert set(unmasked) == {"views", "attention", "pca"}
 
 
@@ -99,9 +91,7 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
 def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     """A post-training reads the field of its start over the whole of every crop: there is no place in P to show; or no [CLS]."""
     shown = []
-    monkeypatch.setattr(
-        "pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1)
-    )
+    monkeypatch.setattr("pretrain.analysis.training_images.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
@@ -109,7 +99,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     for tied in (True, False):
         shown.clear()
         crops, small = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 16, 16)
-        training_pictures(backbone, crops, small, Views(boxes, flips, boxes, n_global=2, tied=tied), nothing)
+        training_images(backbone, crops, small, Views(boxes, flips, boxes, n_global=2, tied=tied), nothing)
         titles.append({axis.get_title() for figure in shown for axis in figure.axes})
     assert titles[0] - titles[1] == {"crops at their position boxes in P"} and titles[1] <= titles[0]
     assert ("attention of [CLS]" in titles[0]) == has_cls
@@ -123,9 +113,7 @@ def test_knn_equals_a_plain_loop():
     for query in queries:
         cosine = [float(torch.nn.functional.cosine_similarity(query, b, dim=0)) for b in bank]
         near = sorted(range(40), key=lambda i: -cosine[i])[:7]
-        votes = [
-            sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)
-        ]
+        votes = [sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)]
         expected.append(votes.index(max(votes)))
     got = knn_predict(bank, labels, queries, 7, 4, chunk=4)
     assert got.tolist() == expected
@@ -152,6 +140,4 @@ def test_a_runs_figures(tmp_path, capsys):
     assert set(captions) == {"views.png", "masks.png", "scales.png", "attention.png"}
     for name, entry in captions.items():
         picture = Image.open(tmp_path / "run" / "figures" / name).convert("L")
-        assert (
-            picture.size[0] > 200 and len(picture.getcolors(256)) > 20 and entry["title"] and entry["caption"]
-        )
+        assert picture.size[0] > 200 and len(picture.getcolors(256)) > 20 and entry["title"] and entry["caption"]

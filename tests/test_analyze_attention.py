@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from tool_fixture import load_tool
@@ -23,7 +23,7 @@ from pretrain.cli import REQUEUE_CODE, run
 from pretrain.data.decode import decode
 from pretrain.errors import Interrupted, UserError
 from pretrain.results import read_result
-from pretrain.views.pixels import crop_resize, normalise
+from pretrain.views.pixels import crop_resize, normalize
 from pretrain.weights import save_backbone
 
 HOSTILE = '<script>alert("1")</script> $\\frac{$ =1+1, "x"\n../../figures'
@@ -36,12 +36,12 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attention")
     write_photos(folder / "photos", n=3)
     (folder / "photos" / "001<b>.jpg").write_bytes(b"\xff\xd8\xff and no more")
-    for seed, (name, flags) in enumerate(FLAGS.items()):
-        model = randomise(build_backbone("vit_tiny_patch16", depth=2, **flags), seed)
+    for seed, (name, model_kwargs) in enumerate(FLAGS.items()):
+        model = randomize(build_backbone("vit_tiny_patch16", depth=2, **model_kwargs), seed)
         provenance = {"method": "<i>Method</i>", "effective_epochs": 12.5} if name == "ours" else {}
         (folder / name).mkdir()
         path = folder / name / "backbone.safetensors"
-        save_backbone(path, model.state_dict(), name="vit_tiny_patch16", flags=model.flags, provenance=provenance)
+        save_backbone(path, model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs, provenance=provenance)
     return folder
 
 
@@ -63,7 +63,7 @@ def arguments(folder, output, *more):
 
 
 @pytest.fixture(scope="module")
-def analysed(setting):
+def analyzed(setting):
     """The output folder of one analysis, and what was printed."""
     lines = []
     with pytest.MonkeyPatch.context() as patch:
@@ -89,11 +89,11 @@ def by_hand(setting, name):
     photos = [decode((setting / "photos" / f"{i:03}.jpg").read_bytes()) for i in range(3)]
     squares = np.stack([crop_resize(photo, (0, 0, 90, 70), False, 48) for photo in photos])
     backbone = build_backbone("vit_tiny_patch16", setting / name / "backbone.safetensors").eval()
-    return attention_statistics(backbone, normalise(torch.from_numpy(squares).permute(0, 3, 1, 2)))
+    return attention_statistics(backbone, normalize(torch.from_numpy(squares).permute(0, 3, 1, 2)))
 
 
-def test_the_numbers_are_the_functions(setting, analysed):
-    output, _ = analysed
+def test_the_numbers_are_the_functions(setting, analyzed):
+    output, _ = analyzed
     rows = read_csv(output / "statistics.csv")
     names = {"ours": "ours", "other": HOSTILE.replace("\n", "\\n"), "box-wise": "box-wise", "cross-wise": "cross-wise"}
     assert [row["weights"] for row in rows[:: 3 * 2 * 3]] == list(names.values())
@@ -107,8 +107,8 @@ def test_the_numbers_are_the_functions(setting, analysed):
     assert rows[6]["image"] == "001.jpg"
 
 
-def test_the_summary_is_over_the_images(setting, analysed):
-    rows = read_csv(analysed[0] / "summary.csv")
+def test_the_summary_is_over_the_images(setting, analyzed):
+    rows = read_csv(analyzed[0] / "summary.csv")
     heads = by_hand(setting, "ours").mad_px.mean(2)  # [3, 2]
     for layer in range(2):
         assert rows[layer]["weights"] == "ours" and rows[layer]["layer"] == str(layer + 1) and rows[layer]["images"] == "3"
@@ -118,8 +118,8 @@ def test_the_summary_is_over_the_images(setting, analysed):
     assert one.by_layer("nmi")[1].tolist() == [0, 0]
 
 
-def test_results(analysed):
-    output, lines = analysed
+def test_results(analyzed):
+    output, lines = analyzed
     result = read_result(output / "checkpoints" / "ours")
     assert (result.kind, result.method, result.backbone, result.effective_epochs) == (
         "analysis",
@@ -138,8 +138,8 @@ def test_results(analysed):
     assert any(line.startswith("ours: 3 of 3 images, ") for line in lines)
 
 
-def test_figures_and_the_page(analysed):
-    output, _ = analysed
+def test_figures_and_the_page(analyzed):
+    output, _ = analyzed
     names = {"statistics", "heads_nmi", "heads_mad", "queries_01", "queries_02", "masks", "scales"}
     assert {path.stem for path in (output / "figures").glob("*.png")} == names
     for name in names:
@@ -154,7 +154,7 @@ def test_figures_and_the_page(analysed):
     assert "size_px 480 → 48" in page and "images 100 → 3" in page
 
 
-def test_what_is_measured_is_kept(setting, analysed, tmp_path, monkeypatch, capsys):
+def test_what_is_measured_is_kept(setting, analyzed, tmp_path, monkeypatch, capsys):
     tool = load_tool("analyze_attention")
     tool.main(arguments(setting, tmp_path, "--shown", "2", "--queries", "0.5,0.5"))
     capsys.readouterr()
@@ -232,7 +232,7 @@ def test_no_image_that_can_be_read(setting, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"none")
     with pytest.raises(UserError, match="none of the 1 images of .* can be read; the first: a.jpg"):
         load_tool("analyze_attention").main([*arguments(setting, tmp_path / "out"), "--images", str(tmp_path)])
-    with pytest.raises(UserError, match="nothing to analyse"):
+    with pytest.raises(UserError, match="nothing to analyze"):
         load_tool("analyze_attention").main(["--images", str(tmp_path), "--output", str(tmp_path)])
 
 

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -62,7 +62,7 @@ def test_identity_attention():
 
 
 def test_a_shifted_permutation():
-    """Each patch looks at its right neighbour, the last of a row at the first."""
+    """Each patch looks at its right neighbor, the last of a row at the first."""
     attention = torch.eye(N, dtype=torch.float64).unflatten(1, GRID).roll(1, 2).flatten(1)
     width = GRID[1]
     assert nmi(attention).item() == pytest.approx(1, abs=1e-12)
@@ -127,8 +127,8 @@ VITS = {
 }
 
 
-def tiny(depth=3, **flags):
-    model = randomise(ViT(embed_dim=12, depth=depth, num_heads=3, patch_size=8, **flags)).double()
+def tiny(depth=3, **model_kwargs):
+    model = randomize(ViT(embed_dim=12, depth=depth, num_heads=3, patch_size=8, **model_kwargs)).double()
     for block in model.blocks:
         block.norm1.weight.data *= 10
         block.attn.qkv.weight.data *= 5  # attention far from uniform
@@ -141,7 +141,7 @@ def pixels(*shape):
 
 @torch.no_grad()
 def whole_attention(model, x):
-    """Of every layer at once, rows over the patches renormalised: [B, L, heads, N, N]."""
+    """Of every layer at once, rows over the patches renormalized: [B, L, heads, N, N]."""
     tokens, grid = model.embed(x)
     buckets, first, maps = model.buckets(grid), model.n_prefix, []
     for block in model.blocks:

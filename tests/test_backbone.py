@@ -5,7 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.backbones.attention import choose_attention
 from pretrain.backbones.vit import ViewGroup, ViT
@@ -24,7 +24,7 @@ def as_timm(ours: ViT, image_size):
         patch_size=ours.patch_size,
         num_classes=0,
         global_pool="",
-        init_values=ours.flags["layerscale"],
+        init_values=ours.model_kwargs["layerscale"],
         reg_tokens=registers,
         no_embed_class=registers > 0,
         dynamic_img_size=True,
@@ -43,7 +43,7 @@ def as_timm(ours: ViT, image_size):
 @pytest.mark.parametrize("layerscale", [None, 1e-5])
 @pytest.mark.parametrize("size", [(224, 224), (160, 272), (100, 75)])
 def test_equals_timm(n_registers, layerscale, size):
-    ours = randomise(ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias"))
+    ours = randomize(ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias"))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens, expected = ours(x), as_timm(ours, size).forward_features(x)
@@ -53,7 +53,7 @@ def test_equals_timm(n_registers, layerscale, size):
 
 
 def test_feature_map_is_the_patch_grid():
-    model = randomise(ViT(**SMALL, pos_encoding="field", n_registers=2))
+    model = randomize(ViT(**SMALL, pos_encoding="field", n_registers=2))
     x = torch.randn(1, 3, 40, 70)  # 3 x 5 patches after padding
     with torch.no_grad():
         maps, tokens = model.feature_map(x), model(x)
@@ -83,7 +83,7 @@ def test_drop_path_keeps_the_mean_and_is_off_in_eval():
 
 
 def test_attention_map_is_what_sdpa_uses():
-    model = randomise(ViT(**SMALL))
+    model = randomize(ViT(**SMALL))
     attention, x = model.blocks[0].attn, torch.randn(2, 7, 48)
     with torch.no_grad():
         _, _, v = attention.heads(x)
@@ -92,7 +92,7 @@ def test_attention_map_is_what_sdpa_uses():
 
 
 def test_masks_replace_content_or_position_alone():
-    model = randomise(ViT(**SMALL, pos_encoding="field", mask_tokens=True))
+    model = randomize(ViT(**SMALL, pos_encoding="field", mask_tokens=True))
     x = torch.randn(1, 3, 64, 64)
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True
@@ -109,9 +109,9 @@ def test_masks_replace_content_or_position_alone():
 
 @pytest.mark.parametrize("pos_encoding", ["field", "standard"])
 def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
-    flags = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
-    model = randomise(build_backbone("vit_tiny_patch16", **flags))
-    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", flags=model.flags)
+    model_kwargs = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
+    model = randomize(build_backbone("vit_tiny_patch16", **model_kwargs))
+    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
     again = build_backbone("vit_tiny_patch16", weights=path).eval()
     assert "mask_token" not in again.state_dict()
     assert "mask_token" in build_backbone("vit_tiny_patch16", weights=path, mask_tokens=True).state_dict()
@@ -120,8 +120,8 @@ def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
         assert torch.equal(again.feature_map(x), model.feature_map(x))
 
 
-def test_timm_state_dict_is_recognised(tmp_path):
-    theirs = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True))
+def test_timm_state_dict_is_recognized(tmp_path):
+    theirs = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True))
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     ours = build_backbone("vit_tiny_patch16", weights=tmp_path / "timm.pth").eval()
     x = torch.randn(1, 3, 96, 160)
@@ -133,7 +133,7 @@ def save_tiny(tmp_path, edit):
     model = build_backbone("vit_tiny_patch16", depth=1)
     state = dict(model.state_dict())
     edit(state)
-    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", flags=model.flags)
+    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_bad_requests_name_the_value(tmp_path):
         ((("vit_huge",), {}), "vit_huge"),
         ((("vit_base_patch16", path), {}), "192 wide"),
         ((("vit_tiny_patch16", path), {"n_registers": 4}), "n_registers=4"),
-        ((("vit_tiny_patch16",), {"colour": 1}), "colour"),
+        ((("vit_tiny_patch16",), {"color": 1}), "color"),
         ((("vit_tiny_patch16",), {"pos_encoding": "rope"}), "rope"),
         ((("vit_tiny_patch16", tmp_path / "none.pth"), {}), "none.pth"),
         ((("vit_tiny_patch16", tmp_path / "junk.safetensors"), {}), "junk.safetensors"),
@@ -200,10 +200,10 @@ def packed_inputs(dtype=torch.float64):
     return [large, small]
 
 
-def packed_model(dtype=torch.float64, **flags):
+def packed_model(dtype=torch.float64, **model_kwargs):
     torch.manual_seed(0)
-    flags = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | flags
-    return build_backbone("vit_tiny_patch16", **flags).to(dtype)
+    model_kwargs = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | model_kwargs
+    return build_backbone("vit_tiny_patch16", **model_kwargs).to(dtype)
 
 
 def ramp(x):

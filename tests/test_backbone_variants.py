@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from pretrain.backbones.vit import ViewGroup
@@ -27,12 +27,12 @@ EACH = pytest.mark.parametrize("flags", VARIANTS, ids=lambda f: f"cls{f['has_cls
 BARE = dict(has_cls=False, final_norm=False, pos_encoding="none")
 
 
-def variant(flags, **more):
-    grid = {"none": {}, "standard": dict(pos_grid=4), "field": dict(pos_grid=9)}[flags["pos_encoding"]]
-    return randomise(build_backbone(TINY, depth=2, **grid, **flags, **more))
+def variant(model_kwargs, **more):
+    grid = {"none": {}, "standard": dict(pos_grid=4), "field": dict(pos_grid=9)}[model_kwargs["pos_encoding"]]
+    return randomize(build_backbone(TINY, depth=2, **grid, **model_kwargs, **more))
 
 
-def restated(state, flags, x):
+def restated(state, model_kwargs, x):
     """Tokens after the last block, and norm if there is one: [B, (1 +) 16, D] of [B, 3, 64, 64]."""
 
     def norm(name, tokens):
@@ -42,11 +42,11 @@ def restated(state, flags, x):
         return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
     tokens = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16).flatten(2).mT
-    cls = state["cls_token"] if flags["has_cls"] else torch.zeros(1, 0, 192)
-    if flags["pos_encoding"] == "standard":
+    cls = state["cls_token"] if model_kwargs["has_cls"] else torch.zeros(1, 0, 192)
+    if model_kwargs["pos_encoding"] == "standard":
         cls, tokens = cls + state["pos_embed"][:, : cls.shape[1]], tokens + state["pos_embed"][:, cls.shape[1] :]
-    if flags["pos_encoding"] == "field":  # 9 x 9 samples, of which each second lies at the centre of one of 4 x 4 patches
-        cls = cls + state["cls_pos"] if flags["has_cls"] else cls
+    if model_kwargs["pos_encoding"] == "field":  # 9 x 9 samples, of which each second lies at the center of one of 4 x 4 patches
+        cls = cls + state["cls_pos"] if model_kwargs["has_cls"] else cls
         tokens = tokens + state["pos_field"][..., 1::2, 1::2].flatten(2).mT
     tokens = torch.cat([cls.expand(len(x), -1, -1), tokens], 1)
     for block in ("blocks.0", "blocks.1"):
@@ -54,7 +54,7 @@ def restated(state, flags, x):
         heads = [(q_ @ k_.mT / 8).softmax(-1) @ v_ for q_, k_, v_ in zip(*(t.split(64, -1) for t in (q, k, v)))]
         tokens = tokens + linear(f"{block}.attn.proj", torch.cat(heads, -1))
         tokens = tokens + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens))))
-    return norm("norm", tokens) if flags["final_norm"] else tokens
+    return norm("norm", tokens) if model_kwargs["final_norm"] else tokens
 
 
 def images(*size):
@@ -62,19 +62,21 @@ def images(*size):
 
 
 @EACH
-def test_features_equal_the_formulas_and_what_is_absent_has_no_tensor(flags):
-    vit, x = variant(flags), images(64, 64)
+def test_features_equal_the_formulas_and_what_is_absent_has_no_tensor(model_kwargs):
+    vit, x = variant(model_kwargs), images(64, 64)
     state = vit.state_dict()
-    own = {"none": [], "standard": ["pos_embed"], "field": ["pos_field"] + ["cls_pos"] * flags["has_cls"]}[flags["pos_encoding"]]
-    own += ["cls_token"] * flags["has_cls"] + ["norm"] * flags["final_norm"]
+    own = {"none": [], "standard": ["pos_embed"], "field": ["pos_field"] + ["cls_pos"] * model_kwargs["has_cls"]}[
+        model_kwargs["pos_encoding"]
+    ]
+    own += ["cls_token"] * model_kwargs["has_cls"] + ["norm"] * model_kwargs["final_norm"]
     assert {key.split(".")[0] for key in state} == {"patch_embed", "blocks", *own}
     with torch.no_grad():
-        expected, got = restated(state, flags, x), vit(x)
+        expected, got = restated(state, model_kwargs, x), vit(x)
         (packed,) = vit.forward_views([ViewGroup(x)])
         maps = vit.feature_map(x)
     assert vit.n_prefix == expected.shape[1] - 16 and got.registers.shape == (2, 0, 192)
     patches = expected[:, vit.n_prefix :]
-    cls = expected[:, 0] if flags["has_cls"] else sum(patches[:, i] for i in range(16)) / 16
+    cls = expected[:, 0] if model_kwargs["has_cls"] else sum(patches[:, i] for i in range(16)) / 16
     assert patches.abs().max() > 0.5
     for tokens in (got, packed):
         torch.testing.assert_close(tokens.patches, patches, rtol=0, atol=1e-5)
@@ -83,20 +85,22 @@ def test_features_equal_the_formulas_and_what_is_absent_has_no_tensor(flags):
 
 
 @EACH
-def test_a_file_builds_the_same_network(tmp_path, flags):
-    vit, x = variant(flags, n_registers=2), images(40, 70)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+def test_a_file_builds_the_same_network(tmp_path, model_kwargs):
+    vit, x = variant(model_kwargs, n_registers=2), images(40, 70)
+    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     again = build_backbone(TINY, file).eval()
-    assert again.flags == vit.flags
+    assert again.model_kwargs == vit.model_kwargs
     with torch.no_grad():
         assert all(torch.equal(one, two) for one, two in zip(again(x), vit(x)))
-    with pytest.raises(UserError, match=f"has_cls={flags['has_cls']}, but has_cls={not flags['has_cls']} is asked for"):
-        build_backbone(TINY, file, has_cls=not flags["has_cls"])
+    with pytest.raises(
+        UserError, match=f"has_cls={model_kwargs['has_cls']}, but has_cls={not model_kwargs['has_cls']} is asked for"
+    ):
+        build_backbone(TINY, file, has_cls=not model_kwargs["has_cls"])
 
 
 @EACH
-def test_detectors_take_it(flags):
-    vit, x = variant(flags), images(64, 64)
+def test_detectors_take_it(model_kwargs):
+    vit, x = variant(model_kwargs), images(64, 64)
     with torch.no_grad():
         assert torch.equal(detection_features(vit, x, FeatureOptions()), vit.feature_map(x))
         assert detection_features(vit, x, FeatureOptions(window_size=3, global_blocks=1)).shape == (2, 192, 4, 4)
@@ -113,12 +117,12 @@ def test_detectors_take_it(flags):
 
 
 @pytest.mark.parametrize("flags", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="field")], ids=str)
-def test_segmentation_takes_it(tmp_path, flags):
+def test_segmentation_takes_it(tmp_path, model_kwargs):
     pytest.importorskip("mmseg", reason="MMSegmentation is not installed (pip install 'posfield[seg]')")
     from seg_plugin.backbone import PosfieldViT
 
-    vit, x = variant(flags), images(48, 64)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    vit, x = variant(model_kwargs), images(48, 64)
+    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     model = PosfieldViT(TINY, file, checkpointing=True)
     (got,) = model(x)
     torch.testing.assert_close(got, vit.feature_map(x), rtol=0, atol=1e-5)
@@ -127,8 +131,8 @@ def test_segmentation_takes_it(tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="standard")], ids=str)
-def test_a_program_does_what_it_does(tmp_path, flags):
-    assert export(variant(flags), "torch", (40, 64), tmp_path / "a.pt2") < 1e-5
+def test_a_program_does_what_it_does(tmp_path, model_kwargs):
+    assert export(variant(model_kwargs), "torch", (40, 64), tmp_path / "a.pt2") < 1e-5
 
 
 def test_positions_that_are_not_there_have_no_grid():
@@ -148,9 +152,9 @@ def test_positions_that_are_not_there_have_no_grid():
     ],
     ids=["no-cls", "no-positions"],
 )
-def test_pretraining_cannot_start_from_such_a_file(tmp_path, flags, said):
-    vit = build_backbone(TINY, depth=2, **flags)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+def test_pretraining_cannot_start_from_such_a_file(tmp_path, model_kwargs, said):
+    vit = build_backbone(TINY, depth=2, **model_kwargs)
+    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     settings = [f"backbone.name={TINY}", "backbone.depth=2", "positions.grid=4", "data.root=x", f"backbone.weights={file}"]
     with pytest.raises(UserError, match=said):
         Intertwined(load_config(None, settings))

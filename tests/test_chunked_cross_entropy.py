@@ -119,7 +119,7 @@ def test_sinkhorn_as_a_center_is_sinkhorn(n_rows):
     torch.testing.assert_close(got, q * 9, rtol=1e-10, atol=0)
 
 
-def test_prototypes_have_norm_one_and_the_gradient_of_normalisation():
+def test_prototypes_have_norm_one_and_the_gradient_of_normalization():
     weight = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(unit_rows(weight), F.normalize(weight, dim=1))
     upstream = torch.randn(20, 4, dtype=torch.float64)

@@ -304,7 +304,7 @@ def test_images_in_subfolders(root):
 
 
 def test_turned_photographs_are_upright(root):
-    """EXIF: the file holds 64 x 96 pixels, the annotations speak of the picture as it is seen, 96 x 64."""
+    """EXIF: the file holds 64 x 96 pixels, the annotations speak of the image as it is seen, 96 x 64."""
     upright = Image.open(root / "train2017" / "000000000001.png").convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -470,7 +470,7 @@ def test_the_engine_is_that_of_the_folder(tmp_path):
 def test_a_checkpoint_of_another_width_ends_in_one_line(root, tmp_path):
     torch.manual_seed(0)
     vit = build_backbone(TINY, depth=1)
-    file = save_backbone(tmp_path / "tiny.safetensors", vit.state_dict(), name=TINY, flags=vit.flags, provenance={})
+    file = save_backbone(tmp_path / "tiny.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance={})
     with pytest.raises(UserError, match=r"tiny\.safetensors.*") as error:  # pretrain.cli prints it and ends with code 2
         tool.main(words(root, tmp_path / "out", "--backbone", "vit_small_patch16", "--weights", file))
     assert "192" in str(error.value) and "384" in str(error.value) and "\n" not in str(error.value)

@@ -50,13 +50,13 @@ def write_ours(file, seed=0, method="intertwined", epochs=3.5):
     torch.manual_seed(seed)
     vit = build_backbone(TINY, depth=2, pos_encoding="field", pos_grid=6, n_registers=1)
     origin = {"method": method, "effective_epochs": epochs}
-    return save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
+    return save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=origin)
 
 
-def write_timm(file, seed=0, **flags):
+def write_timm(file, seed=0, **model_kwargs):
     """A flat state dict under timm's names, with a classifier."""
     torch.manual_seed(seed)
-    state = build_backbone(TINY, depth=2, pos_grid=4, **flags).state_dict()
+    state = build_backbone(TINY, depth=2, pos_grid=4, **model_kwargs).state_dict()
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, file)
     return file
@@ -99,9 +99,9 @@ def write_timm(file, seed=0, **flags):
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, row, keys, message):
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as unsupported:
         load_comparison(write_yaml(tmp_path, row, **keys), detections=PROTOCOLS)
-    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path) in str(unsupported.value) and "\n" not in str(unsupported.value)
 
 
 BOMB = "[x, x, &a [y, y, y, y], " + ", ".join(f"&{b} [{', '.join(6 * [f'*{a}'])}]" for a, b in pairwise("abcdefghijklmn")) + "]"
@@ -122,9 +122,9 @@ BOMB = "[x, x, &a [y, y, y, y], " + ", ".join(f"&{b} [{', '.join(6 * [f'*{a}'])}
 )
 def test_yaml_that_does_harm_is_an_error_of_one_line(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UserError, match=f"{tmp_path}/c.yaml.*{message}") as refused:
+    with pytest.raises(UserError, match=f"{tmp_path}/c.yaml.*{message}") as unsupported:
         load_comparison(tmp_path / "c.yaml")
-    assert len(str(refused.value)) < 400
+    assert len(str(unsupported.value)) < 400
 
 
 def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
@@ -139,7 +139,7 @@ def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
 
 
 def test_a_base_and_words_change_single_keys(tmp_path):
-    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones": [3, 4]})
+    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones_it": [3, 4]})  # an old name
     (tmp_path / "between.yaml").write_text("base: c.yaml\ndetection_overrides: {amp: true}\n")
     (tmp_path / "child.yaml").write_text("base: between.yaml\nweights: there\n")
     words = ["coco=here #{1}", "seeds=0,2", "detection_overrides.lr=3e-4", "accumulate=4", "segmentation=none"]
@@ -166,15 +166,15 @@ def test_bases_that_lead_back_are_named(tmp_path):
     (folder / "more").mkdir(parents=True)
     for name, base in (("a", "more/b.yaml"), ("more/b", "../c.yaml"), ("c", "more/b.yaml")):
         (folder / f"{name}.yaml").write_text(f"base: {base}\n")
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as unsupported:
         load_comparison(folder / "a.yaml")
-    message = str(refused.value)
+    message = str(unsupported.value)
     circle = message.split("base: ")[1].split(" is a circle")[0].split(" -> ")
     assert [Path(name).name for name in circle] == ["a.yaml", "b.yaml", "c.yaml", "b.yaml"]
     (folder / "c.yaml").write_text("seed: 1\n")
-    with pytest.raises(UserError, match=r"unknown key 'seed' \(.*c.yaml\); did you mean seeds\?") as refused:
+    with pytest.raises(UserError, match=r"unknown key 'seed' \(.*c.yaml\); did you mean seeds\?") as unsupported:
         load_comparison(folder / "a.yaml")
-    assert str(refused.value).startswith(f"{folder}/a.yaml: ")
+    assert str(unsupported.value).startswith(f"{folder}/a.yaml: ")
 
 
 @pytest.mark.parametrize("model", [Comparison, Entry])
@@ -300,7 +300,7 @@ def test_a_foreign_file_becomes_one_of_ours_once(tmp_path):
     assert weights.file == out / "weights/dino_vitt16.safetensors" and not weights.is_ready(note)
     compare.prepare(entry, weights, out)
     found = read_checkpoint(weights.file)
-    assert weights.is_ready(note) and (found.backbone, found.flags["patch_size"]) == (TINY, 8)
+    assert weights.is_ready(note) and (found.backbone, found.model_kwargs["patch_size"]) == (TINY, 8)
     assert (found.provenance["method"], found.provenance["effective_epochs"]) == ("DINO", 1600)
     before = weights.file.stat().st_mtime_ns
     compare.prepare(entry, weights, out)

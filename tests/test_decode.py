@@ -15,7 +15,7 @@ from pretrain.data.decode import BrokenImage, decode
 
 
 def picture(width=97, height=61, seed=0):
-    """A smooth random RGB picture, bright and dark, without a grey corner."""
+    """A smooth random RGB image, bright and dark, without a gray corner."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -31,13 +31,13 @@ def by_pil(data):
     return np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
 
 
-def png(width, height, rows=b"", colour=2, depth=8, chunks=()):
+def png(width, height, rows=b"", color=2, depth=8, chunks=()):
     """A PNG of these raw rows (each begins with its filter byte), whatever its header declares."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), *chunks]
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)), *chunks]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -56,7 +56,7 @@ def test_jpeg_pixels_are_pils(either_decoder, size, options):
         data = encoded(image, quality=90, **options)
         pixels = decode(data)
         assert pixels.dtype == np.uint8 and pixels.shape == (size[1], size[0], 3)
-        assert pixels.flags.c_contiguous and pixels.flags.writeable
+        assert pixels.model_kwargs.c_contiguous and pixels.model_kwargs.writeable
         assert np.array_equal(pixels, by_pil(data))
 
 
@@ -72,7 +72,7 @@ def test_other_formats_are_pils(kind, mode):
     assert np.array_equal(decode(data), by_pil(data))
 
 
-def test_transparency_is_dropped_and_the_colours_below_it_stay():
+def test_transparency_is_dropped_and_the_colors_below_it_stay():
     rgba = np.full((4, 5, 4), [10, 20, 30, 0], np.uint8)
     assert (decode(encoded(Image.fromarray(rgba), "PNG")) == [10, 20, 30]).all()
     palette = picture().convert("P")
@@ -107,7 +107,7 @@ def test_exif_orientation(orientation, kind):
     exif[decoding.ORIENTATION] = orientation
     data = encoded(picture(), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
     pixels = decode(data)
-    assert pixels.shape[:2] == ((61, 97) if orientation <= 4 else (97, 61)) and pixels.flags.c_contiguous
+    assert pixels.shape[:2] == ((61, 97) if orientation <= 4 else (97, 61)) and pixels.model_kwargs.c_contiguous
     assert np.array_equal(pixels, by_pil(data))
     assert max(decode(data, max_side_px=40).shape) == 40
 
@@ -124,7 +124,7 @@ def test_unknown_orientations_and_damaged_exif_ask_for_nothing(value):
     assert np.array_equal(decode(data[: at + 8] + b"\xff" * 8 + data[at + 16 :]), plain)
 
 
-def test_colour_profiles_are_ignored():
+def test_color_profiles_are_ignored():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for kind in ("JPEG", "PNG", "WEBP"):
         assert np.array_equal(decode(encoded(picture(), kind, icc_profile=profile)), decode(encoded(picture(), kind)))
@@ -153,7 +153,7 @@ def test_the_size_is_bounded(either_decoder):
     full = to_image(by_pil(data))[None]
     expected = functional.interpolate(full, size=(384, 512), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     bounded = decode(data, max_side_px=512)
-    assert bounded.shape == (384, 512, 3) and bounded.flags.c_contiguous and np.array_equal(bounded, expected.numpy())
+    assert bounded.shape == (384, 512, 3) and bounded.model_kwargs.c_contiguous and np.array_equal(bounded, expected.numpy())
     assert np.array_equal(decode(data, max_side_px=640), decode(data))
     reduced = np.array(_drafted(data, 320))
     assert reduced.shape == (240, 320, 3)
@@ -227,9 +227,9 @@ def test_a_machine_short_of_memory_is_no_broken_image(monkeypatch, kind):
 def test_a_side_that_pil_cannot_hold_is_broken_not_short_of_memory():
     for width in (50_000_000, 2**24 + 1):
         with pytest.raises(BrokenImage, match=f"declares {width} x 1 pixels, a side of more than 16777216"):
-            decode(png(width, 1, colour=6, depth=16))
+            decode(png(width, 1, color=6, depth=16))
     with pytest.raises(BrokenImage, match="truncated"):  # read as far as it goes
-        decode(png(2**24, 1, colour=6, depth=16))
+        decode(png(2**24, 1, color=6, depth=16))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
@@ -241,7 +241,7 @@ def test_every_truncation_is_broken(either_decoder, kind):
             decode(data[:cut])
 
 
-def test_a_jpeg_whose_data_ends_with_a_marker_is_not_filled_with_grey(either_decoder):
+def test_a_jpeg_whose_data_ends_with_a_marker_is_not_filled_with_gray(either_decoder):
     for options in ({}, {"restart_marker_rows": 1}, {"subsampling": 0}):
         data = encoded(picture(), quality=90, **options)
         start = data.index(b"\xff\xda") + 14
@@ -250,11 +250,11 @@ def test_a_jpeg_whose_data_ends_with_a_marker_is_not_filled_with_grey(either_dec
                 continue  # the marker would be another
             with pytest.raises(BrokenImage, match="ends before the picture"):
                 decode(data[:cut] + b"\xff\xd9")
-    grey = Image.new("RGB", (64, 48), (128, 128, 128))
+    gray = Image.new("RGB", (64, 48), (128, 128, 128))
     for options in ({}, {"restart_marker_rows": 1}, {"progressive": True}):
-        assert (decode(encoded(grey, **options)) == 128).all()  # a grey picture is none of these
-        assert (decode(encoded(grey.convert("L"), **options)) == 128).all()
-    data = encoded(grey, progressive=True)
+        assert (decode(encoded(gray, **options)) == 128).all()  # a gray image is none of these
+        assert (decode(encoded(gray.convert("L"), **options)) == 128).all()
+    data = encoded(gray, progressive=True)
     second_scan = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
     with pytest.raises(BrokenImage, match="fewer than 2"):
         decode(data[: data.rindex(b"\xff\xc4", 0, second_scan)] + b"\xff\xd9")

@@ -15,7 +15,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import classification as module
 from pretrain.evaluation.dense.classification import KnnSettings, center_crop, open_class_folders
 from pretrain.evaluation.features import Features, frozen, read_picture
-from pretrain.evaluation.knn import class_votes, knn_predict, knn_predict_each, neighbours
+from pretrain.evaluation.knn import class_votes, knn_predict, knn_predict_each, neighbors
 from pretrain.signals import StopSignals
 
 SMALL = KnnSettings(resize_px=40, crop_px=32, k=(2, 5, 20))
@@ -30,7 +30,7 @@ def features():
 
 
 def write_classes(root, n_train=9, n_val=4, classes=("n01440764", "n01443537", "n02085620")):
-    """Pictures of each class in its own tint, more or less."""
+    """Images of each class in its own tint, more or less."""
     for part, n in (("train", n_train), ("val", n_val)):
         for c, name in enumerate(classes):
             folder = write_photos(root / part / name, n, seed=2 * c + (part == "val"))
@@ -43,7 +43,7 @@ def write_classes(root, n_train=9, n_val=4, classes=("n01440764", "n01443537", "
 
 
 def knn_classification(features, root, settings, max_images=10**6, **others):
-    """Of the first pictures of a folder's parts."""
+    """Of the first images of a folder's parts."""
     return module.knn_classification(features, *(part.first(max_images) for part in open_class_folders(root)), settings, **others)
 
 
@@ -53,7 +53,7 @@ def root(tmp_path):
 
 
 def by_loop(features, root, k, resize_px=40, crop_px=32):
-    """DINO's rule, picture by picture, from torchvision's transforms."""
+    """DINO's rule, image by image, from torchvision's transforms."""
     crop = transforms.Compose(
         [transforms.Resize(resize_px, interpolation=3), transforms.CenterCrop(crop_px), transforms.PILToTensor()]
     )
@@ -98,7 +98,7 @@ def test_chunks_of_the_search_change_nothing():
         torch.randn(37, 8, generator=g),
         torch.randint(0, 5, (300,), generator=g),
     )
-    whole, chunked = neighbours(bank, queries, 30), neighbours(bank, queries, 30, bank_chunk=16)
+    whole, chunked = neighbors(bank, queries, 30), neighbors(bank, queries, 30, bank_chunk=16)
     plain = F.cosine_similarity(queries[:, None], bank[None], dim=2).sort(dim=1, descending=True)
     assert torch.equal(whole[1], plain.indices[:, :30]) and torch.equal(chunked[1], whole[1])
     torch.testing.assert_close(whole[0], plain.values[:, :30])
@@ -113,14 +113,14 @@ def test_chunks_of_the_search_change_nothing():
     assert votes.shape == (2, 37, 5) and (votes[1] >= votes[0]).all()
 
 
-def test_too_many_neighbours_are_left_out_with_a_warning(features, root):
-    with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training pictures"):
+def test_too_many_neighbors_are_left_out_with_a_warning(features, root):
+    with pytest.warns(UserWarning, match=r"knn: k=\[100, 200\] left out: .*set/train has 27 training images"):
         metrics = knn_classification(features, root, KnnSettings(resize_px=40, crop_px=32)).metrics
     assert list(metrics) == ["knn_top1", "knn_top1_k10", "knn_top1_k20"]
     with pytest.warns(UserWarning, match=r"k=\[20\]"):
         metrics = knn_classification(features, root, SMALL, max_images=6).metrics  # of each part
     assert list(metrics) == ["knn_top1_k2", "knn_top1_k5"]
-    with pytest.raises(UserError, match="knn: k=2 is more than the 1 training pictures"):
+    with pytest.raises(UserError, match="knn: k=2 is more than the 1 training images"):
         knn_classification(features, root, SMALL, max_images=1)
 
 
@@ -142,7 +142,7 @@ def test_pictures_are_read_once_and_a_few_at_a_time(features, root, monkeypatch)
 
     monkeypatch.setattr(module, "read_picture", watched)
     monkeypatch.setattr(module, "FORWARD_BATCH", 4)
-    monkeypatch.setattr("pretrain.data.pictures.READ_AHEAD", 6)
+    monkeypatch.setattr("pretrain.data.images.READ_AHEAD", 6)
     knn_classification(Watched(features.backbone, features.device, features.autocast), root, SMALL)
     assert sorted(read) == sorted(root.glob("*/*/*")) and len(read) == 39
     assert most <= 6 + 4
@@ -150,14 +150,14 @@ def test_pictures_are_read_once_and_a_few_at_a_time(features, root, monkeypatch)
 
 def test_folders(root):
     (root / "train" / ".cache").mkdir()
-    (root / "train" / "n09999999").mkdir()  # without a picture
+    (root / "train" / "n09999999").mkdir()  # without an image
     (root / "train" / "n01440764" / "notes.txt").write_text("no picture")
     train, val = open_class_folders(root)
     assert train.classes == val.classes == ("n01440764", "n01443537", "n02085620") and (len(train), len(val)) == (27, 12)
     assert train.labels().tolist() == [0] * 9 + [1] * 9 + [2] * 9 and val.first(3).labels().tolist() == [0, 1, 2]
     (root / "val" / "n09999999").mkdir()
     Image.new("RGB", (8, 8)).save(root / "val" / "n09999999" / "0.png")
-    with pytest.raises(UserError, match="class 'n09999999' of val has no picture in train"):
+    with pytest.raises(UserError, match="class 'n09999999' of val has no image in train"):
         open_class_folders(root)
 
 
@@ -171,7 +171,7 @@ def test_a_class_of_train_alone_is_one_that_can_be_wrong(features, root):
     "spoil, change, message",
     [
         (lambda r: (r / "val").rename(r / "test"), {}, "no folder .*val"),
-        (lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")], {}, r"no picture CLASS/\*.* in .*val"),
+        (lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")], {}, r"no image CLASS/\*.* in .*val"),
         (lambda r: (r / "val" / "n01443537" / "002.JPEG").write_bytes(b"no"), {}, r"n01443537/002\.JPEG cannot be read"),
         (None, {"crop_px": 30}, "crop_px=30 is no multiple of the patch size 16"),
     ],

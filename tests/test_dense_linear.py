@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from torch import nn
 
 from pretrain.backbones.vit import Tokens, ViT
@@ -21,7 +21,7 @@ from pretrain.evaluation.dense.patches import confusion_of, cropped, shrink, who
 from pretrain.evaluation.dense.protocol import settings_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.settings import replaced
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 
 CPU, PATCH, SIDE = torch.device("cpu"), 16, 64
 WHOLE = LinearSettings(image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_at=2, augment=False, map_px=32)
@@ -29,7 +29,7 @@ WHOLE = LinearSettings(image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class InMemory(LabelSet):
-    """A labelled set of arrays; ``files`` are their places."""
+    """A labeled set of arrays; ``files`` are their places."""
 
     images: list
     labels: list
@@ -53,16 +53,16 @@ def random_set(n, part="train", seed=0, side=SIDE, n_classes=3):
     return held(images, labels, part, n_classes)
 
 
-def tiny_vit(**flags):
-    return randomise(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **flags}))
+def tiny_vit(**model_kwargs):
+    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_grid=4), **model_kwargs}))
 
 
 def features_of(backbone, autocast=None):
     return Features(backbone, CPU, autocast or nullcontext())
 
 
-class Colours(nn.Module):
-    """A stand-in for a ViT: a patch's feature is the mean of its colours, and 1."""
+class Colors(nn.Module):
+    """A stand-in for a ViT: a patch's feature is the mean of its colors, and 1."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Colours(nn.Module):
 
 
 def blocks_set(n, part, classes, seed=0):
-    """Whole patches of one colour each, by which their class is told: red, green or blue."""
+    """Whole patches of one color each, by which their class is told: red, green or blue."""
     labels = np.random.default_rng([seed, part == "val"]).choice(classes, (n, SIDE // PATCH, SIDE // PATCH))
     labels = labels.repeat(PATCH, 1).repeat(PATCH, 2).astype(np.int32)
     return held(np.eye(4, dtype=np.uint8)[labels][..., 1:] * 200 + 20, labels, part)
@@ -94,7 +94,7 @@ def test_the_head_is_trained_as_the_published_loop_trains_it(chunk, monkeypatch)
         conv.bias.copy_(head.bias)
         fit(head, features_of(backbone), train, replaced(WHOLE, dict(seed=3, lr=0.5)), SIDE)
         images = torch.from_numpy(np.stack(train.images)).permute(0, 3, 1, 2)
-        maps = backbone(normalise(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
+        maps = backbone(normalize(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
     masks = torch.from_numpy(np.stack(train.labels)).float()[:, None] - 1
     masks[masks < 0] = 255
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.5, momentum=0.9, weight_decay=0.0001)
@@ -120,7 +120,7 @@ def test_miou_is_that_of_the_published_validation():
     with frozen(backbone):
         confusion, _ = confusion_of(head, features_of(backbone), val, SIDE, 20, 32, 0)
         images = torch.from_numpy(np.stack(val.images)).permute(0, 3, 1, 2)
-        maps = backbone(normalise(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
+        maps = backbone(normalize(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
         enlarged = F.interpolate(maps, size=(20, 20), mode="bilinear")
         predicted = F.conv2d(enlarged, head.weight[..., None, None], head.bias).argmax(1)
     masks = F.interpolate(torch.from_numpy(np.stack(val.labels)).float()[:, None], size=(20, 20), mode="nearest")[:, 0].long()
@@ -130,22 +130,22 @@ def test_miou_is_that_of_the_published_validation():
     assert confusion.sum() == (masks > 0).sum() < masks.numel()
 
 
-def test_a_set_that_colour_separates_is_segmented():
+def test_a_set_that_color_separates_is_segmented():
     train, val = (blocks_set(n, part, (1, 2, 3)) for n, part in ((24, "train"), (6, "val")))
     settings = replaced(WHOLE, dict(label_px=4, map_px=SIDE, epochs=25, batch_size=8, lr=0.3, augment=True, crop_scale=(1.0, 1.0)))
-    outcome = linear(features_of(Colours()), train, val, replaced(settings, dict(crop_ratio=(1.0, 1.0))), n_shown=2)
+    outcome = linear(features_of(Colors()), train, val, replaced(settings, dict(crop_ratio=(1.0, 1.0))), n_shown=2)
     assert outcome.metrics["linear_miou"] == 100
     assert outcome.metrics["linear_class_iou"] == {"a": 100, "b": 100, "c": 100}
     assert len(outcome.maps["linear"]) == 2
     for found, labels in zip(outcome.maps["linear"], val.labels):
         assert found.dtype == np.int32 and found.shape == (SIDE, SIDE) and set(np.unique(found)) <= {1, 2, 3}
-        centres = np.s_[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
-        assert np.array_equal(found[centres], labels[centres])
+        centers = np.s_[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+        assert np.array_equal(found[centers], labels[centers])
 
 
 def test_classes_that_a_part_lacks():
     settings = replaced(WHOLE, dict(label_px=4, epochs=25, batch_size=8, lr=0.3))
-    features = features_of(Colours())
+    features = features_of(Colors())
     absent = linear(features, blocks_set(24, "train", (1, 2, 3)), blocks_set(6, "val", (1, 3)), settings).metrics
     assert absent == {"linear_miou": 100, "linear_class_iou": {"a": 100, "c": 100}}
     val = blocks_set(6, "val", (1, 2))
@@ -172,14 +172,14 @@ def test_what_is_not_counted_changes_nothing():
 
     train, val, empty = random_set(6), random_set(4, "val"), np.zeros((6, SIDE, SIDE), np.int32)
     with pytest.raises(UserError, match="set: no pixel of the training part"):
-        linear(features_of(Colours()), held(train.images, empty), val, WHOLE)
+        linear(features_of(Colors()), held(train.images, empty), val, WHOLE)
     with pytest.raises(UserError, match="set: no pixel of the validation part"):
-        linear(features_of(Colours()), train, held(val.images, empty[:4], "val"), WHOLE)
+        linear(features_of(Colors()), train, held(val.images, empty[:4], "val"), WHOLE)
 
 
 def weights_after(settings, train, backbone=None):
     head = Head(4 if backbone is None else backbone.embed_dim, 3, settings.seed)
-    fit(head, features_of(backbone or Colours()), train, settings, SIDE)
+    fit(head, features_of(backbone or Colors()), train, settings, SIDE)
     return torch.cat([head.weight, head.bias[:, None]], 1).detach()
 
 
@@ -273,7 +273,7 @@ def test_bad_settings_and_features():
 
 
 def test_of_coco_the_layer_sees_some_images_drawn_from_the_seed(monkeypatch):
-    train, features, settings = random_set(12), features_of(Colours()), replaced(WHOLE, dict(coco_images=5, label_px=4))
+    train, features, settings = random_set(12), features_of(Colors()), replaced(WHOLE, dict(coco_images=5, label_px=4))
     coco = replace(train, name="coco_stuff")
     assert drawn(train, settings) is train and list(drawn(coco, replaced(settings, dict(coco_images=99))).files) == list(range(12))
     for seed in range(3):

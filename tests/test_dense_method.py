@@ -15,7 +15,7 @@ from pretrain.errors import UserError
 from pretrain.methods.method import Progress
 from pretrain.methods.paka import PaKA
 from pretrain.trainer import Length, Trainer
-from pretrain.views.colour import NO_COLOR
+from pretrain.views.color import NO_COLOR
 
 EXACT = ["run.precision=float64", "backbone.drop_path=0.0"]
 
@@ -70,7 +70,7 @@ def patches_in(network, crop, place, box, flip, region, bins):
 
 
 def overlap(first, second, least):
-    """The overlap of two crops (box, patches a side) between their outermost centres, none where it is too narrow."""
+    """The overlap of two crops (box, patches a side) between their outermost centers, none where it is too narrow."""
     boxes = []
     for box, n in (first, second):
         half = (box[2:] - box[:2]) / (2 * n)
@@ -81,8 +81,8 @@ def overlap(first, second, least):
 
 
 def one_minus_cka(s, t):
-    centre = torch.eye(len(s), dtype=s.dtype) - 1 / len(s)
-    k, l = centre @ s @ s.T @ centre, centre @ t @ t.T @ centre
+    center = torch.eye(len(s), dtype=s.dtype) - 1 / len(s)
+    k, l = center @ s @ s.T @ center, center @ t @ t.T @ center
     return 1 - (k * l).sum() / (k.norm() * l.norm())
 
 
@@ -258,7 +258,7 @@ def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
         config = settings(folder, *px, f"backbone.weights={path}", *EXACT)
         method = apart(config)
         backbone = method.backbone
-        assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.flags["mask_tokens"]
+        assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.model_kwargs["mask_tokens"]
         assert bool(terms_of(method, first_batch(config, torch.float64))["loss"] > 0)
 
 

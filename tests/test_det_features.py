@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
@@ -42,9 +42,9 @@ def detectron2s(vit, window_size, blocks):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
     from detectron2.modeling.backbone.vit import ViT
 
-    flags = vit.flags
+    model_kwargs = vit.model_kwargs
     theirs = ViT(
-        img_size=112, embed_dim=flags["embed_dim"], depth=flags["depth"], num_heads=flags["num_heads"], use_rel_pos=False,
+        img_size=112, embed_dim=model_kwargs["embed_dim"], depth=model_kwargs["depth"], num_heads=model_kwargs["num_heads"], use_rel_pos=False,
         window_size=window_size, window_block_indexes=blocks, norm_layer=lambda dim: torch.nn.LayerNorm(dim, eps=1e-6),
     )  # fmt: skip
     theirs.load_state_dict(vit.state_dict(), strict=False)
@@ -54,7 +54,7 @@ def detectron2s(vit, window_size, blocks):
 @pytest.mark.parametrize("window_size, n_global, windowed", [(3, 2, [0, 2]), (4, 1, [0, 1, 2]), (0, 4, []), (9, 4, [])])
 @pytest.mark.detectron2
 def test_windows_are_detectron2s(window_size, n_global, windowed):
-    vit = randomise(build_backbone(TINY, depth=4, pos_interpolation="bicubic")).double()
+    vit = randomize(build_backbone(TINY, depth=4, pos_interpolation="bicubic")).double()
     theirs, options = (
         detectron2s(vit, window_size, windowed),
         FeatureOptions(window_size=window_size, global_blocks=n_global, **BARE),
@@ -75,7 +75,7 @@ def test_windows_are_detectron2s(window_size, n_global, windowed):
 @pytest.mark.parametrize("grid, size, n_special", [((7, 5), 3, 0), ((7, 5), 3, 3), ((6, 4), 2, 1), ((2, 3), 4, 2)])
 def test_who_sees_whom(grid, size, n_special):
     """Against one softmax over all tokens with a mask, the padding written out as tokens whose projection is the bias."""
-    attention = randomise(Attention(12, 2)).double()
+    attention = randomize(Attention(12, 2)).double()
     height, width = (-(-side // size) * size for side in grid)
     n = grid[0] * grid[1]
     x = torch.randn(2, n_special + n, 12, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_global_blocks_end_equal_groups():
 
 @pytest.mark.parametrize("options", [FeatureOptions(), WINDOWED, FeatureOptions(**BARE)], ids=["global", "windows", "bare"])
 def test_checkpointing_changes_no_gradient(options):
-    vit = randomise(build_backbone(TINY, depth=2, drop_path=0.5, **FULL))
+    vit = randomize(build_backbone(TINY, depth=2, drop_path=0.5, **FULL))
     plain, again = (gradients(vit, FeatureOptions(**{**vars(options), "checkpointing": on})) for on in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plain, again) if a is not None)
     assert any(not torch.equal(a, b) for a, b in zip(plain, gradients(vit, options, seed=5)) if a is not None)  # paths are dropped
@@ -166,7 +166,7 @@ def test_a_frozen_vit_keeps_nothing_and_drops_nothing(window_size):
 @pytest.mark.parametrize("options", [FeatureOptions(), WINDOWED], ids=["global", "windows"])
 def test_compiled_blocks_give_the_same_gradients(monkeypatch, options, checkpointing):
     monkeypatch.setattr(det, "COMPILER", "aot_eager")
-    vit = randomise(build_backbone(TINY, depth=2, drop_path=0.5, **FULL)).double()
+    vit = randomize(build_backbone(TINY, depth=2, drop_path=0.5, **FULL)).double()
     compiled = FeatureOptions(**{**vars(options), "compile": True, "checkpointing": checkpointing})
     for plain, again in zip(gradients(vit, options), gradients(vit, compiled)):
         torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
@@ -181,7 +181,7 @@ def test_blocks_are_compiled_whole_and_once_for_all(monkeypatch):
         return graph
 
     monkeypatch.setattr(det, "_compiled", lambda _: torch.compile(det.run_block, backend=backend, fullgraph=True))
-    vit = randomise(build_backbone(TINY, depth=6, drop_path=0.5, **FULL))
+    vit = randomize(build_backbone(TINY, depth=6, drop_path=0.5, **FULL))
     options = FeatureOptions(window_size=3, global_blocks=2, compile=True)
     keys = list(vit.state_dict())
     gradients(vit, options)
@@ -195,7 +195,7 @@ def test_blocks_are_compiled_whole_and_once_for_all(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [FeatureOptions(), WINDOWED], ids=["global", "windows"])
 def test_inductor_gives_the_same_gradients(options):
-    vit = randomise(build_backbone(TINY, depth=2, drop_path=0.5, **FULL)).double()
+    vit = randomize(build_backbone(TINY, depth=2, drop_path=0.5, **FULL)).double()
     compiled = FeatureOptions(**{**vars(options), "compile": True, "checkpointing": True})
     for plain, again in zip(gradients(vit, options), gradients(vit, compiled)):
         assert (again - plain).abs().max() <= 1e-6 * plain.abs().max()
@@ -205,8 +205,8 @@ def test_inductor_gives_the_same_gradients(options):
 
 
 @pytest.mark.parametrize("flags", [FULL, dict()], ids=["field", "standard"])
-def test_every_tensor_has_its_learning_rate_and_weight_decay(flags):
-    vit = build_backbone(TINY, depth=2, **flags)
+def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
+    vit = build_backbone(TINY, depth=2, **model_kwargs)
     expected = {  # layer, whether weights decay
         **dict.fromkeys(("cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"), (0, True)),
         **dict.fromkeys(("pos_embed", "pos_field", "cls_pos"), (0, False)),

@@ -134,7 +134,7 @@ def test_every_field_is_a_deviation_when_changed():
     ("pyramid_scales", (2.0, 1.0)),
 ])  # fmt: skip
 def test_impossible_numbers_are_named(key, value):
-    with pytest.raises(UserError, match=rf"^protocol: {key}(\.\d)?=.* (must be|should) "):
+    with pytest.raises(UserError, match=rf"^protocol: {key}(\[\d\])?=.* (must be|should) "):
         with_overrides(DetectionProtocol(), {key: value})
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
 
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from coco_fixture import annotation_file, rle_of_box, write_coco
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
@@ -80,10 +80,10 @@ def toy():
 
 
 @pytest.mark.parametrize("flags", [FIELD, dict(depth=2)], ids=["field", "standard"])
-def test_feature_map_is_the_backbones(tmp_path, flags):
+def test_feature_map_is_the_backbones(tmp_path, model_kwargs):
     path = tmp_path / "b.safetensors"
-    model = randomise(build_backbone(TINY, **flags))
-    save_backbone(path, model.state_dict(), name=TINY, flags=model.flags)
+    model = randomize(build_backbone(TINY, **model_kwargs))
+    save_backbone(path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs)
     net = RegistryBackbone(TINY, path, drop_path=0.5, **ON).eval()
     x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_file_must_fit_in_every_tensor(tmp_path, edit, named):
     model = build_backbone(TINY, **FIELD)
     state = dict(model.state_dict())
     edit(state)
-    path = save_backbone(tmp_path / "b.safetensors", state, name=TINY, flags=model.flags)
+    path = save_backbone(tmp_path / "b.safetensors", state, name=TINY, model_kwargs=model.model_kwargs)
     with pytest.raises(UserError, match=named):
         instantiate(config(ODD, TINY, path).model.backbone.net)
     with pytest.raises(UserError, match=r"b\.safetensors.*vit_tiny|192"):

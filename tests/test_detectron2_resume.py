@@ -127,7 +127,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
         evaluator = cfg.dataloader.evaluator
         evaluator.overrides = {old.get(key, key): value for key, value in evaluator.overrides.items()}
         if origin := evaluator.get("origin"):
-            origin.update(flags=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
+            origin.update(model_kwargs=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
         LazyConfig.save(cfg, str(file))
     assert "iterations_it" in file.read_text() and "given_flags" in file.read_text()
     assert load_detector(done.output, "cpu").protocol == whole.protocol
@@ -174,16 +174,16 @@ def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
     cfg = LazyConfig.load(str(TOY))
     cfg.dataloader.root, cfg.model.roi_heads.num_classes, cfg.dataloader.train.total_batch_size = str(coco), 3, 4
 
-    def drawn(n_parts, accumulate=1, start_it=0, **changes):
+    def drawn(n_parts, accumulate=1, start_iter=0, **changes):
         """Images and torch's next random number, part by part."""
-        with EventStorage(start_it):
+        with EventStorage(start_iter):
             cfg.dataloader.train.update(changes)
             parts = itertools.islice(instantiate(cfg.dataloader.train).parts(accumulate), n_parts)
             return [([sample["image"] for sample in part], torch.rand(()).item()) for part in parts]
 
     whole = drawn(6, accumulate=2)
     assert len({number for _, number in whole}) == 6
-    assert_equal(drawn(2, accumulate=2, start_it=2, num_workers=2), whole[4:])
+    assert_equal(drawn(2, accumulate=2, start_iter=2, num_workers=2), whole[4:])
     assert_equal([image for images, _ in drawn(3) for image in images], [image for images, _ in whole for image in images])
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):  # two ranks are two parts

@@ -1,4 +1,4 @@
-"""The device path: crops as matrix products, colours a sample, and the same pixels as the CPU path."""
+"""The device path: crops as matrix products, colors a sample, and the same pixels as the CPU path."""
 
 import cv2
 import numpy as np
@@ -12,10 +12,10 @@ from torchvision.transforms.v2 import functional as on_tensors
 from pretrain.data.loader import lay_out
 from pretrain.views import device_pixels
 from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
-from pretrain.views.colour import NO_COLOR, OPERATIONS, ColorSettings, Colours, draw_colours
-from pretrain.views.device_pixels import CanvasBatch, apply_colours
+from pretrain.views.color import NO_COLOR, OPERATIONS, Colors, ColorSettings, draw_colors
+from pretrain.views.device_pixels import CanvasBatch, apply_colors
 from pretrain.views.masks import MaskSettings, draw_masks
-from pretrain.views.pixels import STD, normalise, render
+from pretrain.views.pixels import STD, normalize, render
 from pretrain.views.resample import blur_weights, resize_weights, sandwich
 
 CPU = torch.device("cpu")
@@ -23,45 +23,34 @@ SIZES = [(90, 120), (75, 61), (40, 128), (31, 33)]
 
 
 def photograph(height, width, seed):
-    """Smooth colours with a little grain. (In pure noise the bytes between the CPU path's two passes clip what overshoots.)"""
+    """Smooth colors with a little grain. (In pure noise the bytes between the CPU path's two passes clip what overshoots.)"""
     smooth = cv2.GaussianBlur(picture(height, width, seed), (9, 9), 2.0).astype(np.float64)
-    return (
-        (smooth + np.random.default_rng(seed).normal(0, 5, smooth.shape))
-        .clip(0, 255)
-        .round()
-        .astype(np.uint8)
-    )
+    return (smooth + np.random.default_rng(seed).normal(0, 5, smooth.shape)).clip(0, 255).round().astype(np.uint8)
 
 
 def canvas_batch(n_images=4, rule=None, n_local=3, global_px=64, local_px=32):
-    """A batch of pictures of several sizes as a worker hands it over, and its pictures."""
+    """A batch of images of several sizes as a worker hands it over, and its images."""
     rule = rule or ColorSettings()
     images = [photograph(*SIZES[i % len(SIZES)], i) for i in range(n_images)]
     canvas, sizes = lay_out(images)
     crops = CropSettings(n_local=n_local)
-    views = draw_views(
-        sizes, crops, PositionSettings(), [np.random.default_rng([1, i]) for i in range(n_images)]
-    )
-    colours = draw_colours(2 + n_local, 2, rule, [np.random.default_rng([2, i]) for i in range(n_images)])
+    views = draw_views(sizes, crops, PositionSettings(), [np.random.default_rng([1, i]) for i in range(n_images)])
+    colors = draw_colors(2 + n_local, 2, rule, [np.random.default_rng([2, i]) for i in range(n_images)])
     masks = draw_masks(n_images, 2, (4, 4), MaskSettings(), (0,))
-    return CanvasBatch(
-        canvas, torch.from_numpy(sizes).float(), views, colours, masks, rule, global_px, local_px
-    ), images
+    return CanvasBatch(canvas, torch.from_numpy(sizes).float(), views, colors, masks, rule, global_px, local_px), images
 
 
 def on_the_cpu_path(batch, images):
-    """The same draws through the workers' code: normalised crops, view-major."""
+    """The same draws through the workers' code: normalized crops, view-major."""
     groups = []
     for i, image in enumerate(images):
-        views, colours = (record.map(lambda t, i=i: t[i : i + 1]) for record in (batch.views, batch.colours))
-        groups.append(
-            render(image, views, colours, batch.rule, global_px=batch.global_px, local_px=batch.local_px)
-        )
-    return [normalise(torch.stack(crops, dim=1).flatten(0, 1)) for crops in zip(*groups)]
+        views, colors = (record.map(lambda t, i=i: t[i : i + 1]) for record in (batch.views, batch.colors))
+        groups.append(render(image, views, colors, batch.rule, global_px=batch.global_px, local_px=batch.local_px))
+    return [normalize(torch.stack(crops, dim=1).flatten(0, 1)) for crops in zip(*groups)]
 
 
 def levels_apart(a, b):
-    """Differences of normalised crops in levels of 255, flat and rising."""
+    """Differences of normalized crops in levels of 255, flat and rising."""
     return ((a - b).abs() * torch.tensor(STD).view(3, 1, 1) * 255).flatten().sort().values
 
 
@@ -69,21 +58,14 @@ def levels_apart(a, b):
 def test_crop_resize_by_matrices_equals_interpolation_of_the_crop(size):
     """1.4e-5 on values in [0, 1], growing and shrinking, flipped or not, down to a single pixel."""
     image = torch.rand(3, 90, 130, generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor(
-        [[3, 5, 120, 80], [10, 10, 30, 25], [0, 0, 130, 90], [50, 50, 51, 52], [129, 0, 130, 90]]
-    )
+    boxes = torch.tensor([[3, 5, 120, 80], [10, 10, 30, 25], [0, 0, 130, 90], [50, 50, 51, 52], [129, 0, 130, 90]])
     left, top, right, bottom = boxes.float()[None].unbind(-1)
     for flip in (False, True):
         flips = torch.full((1, len(boxes)), flip)
-        rows, columns = (
-            resize_weights(top, bottom - top, 90, size),
-            resize_weights(left, right - left, 130, size, flips),
-        )
+        rows, columns = resize_weights(top, bottom - top, 90, size), resize_weights(left, right - left, 130, size, flips)
         ours = sandwich(rows, image.permute(1, 0, 2)[None], columns)[0].transpose(1, 2)  # [V, 3, size, size]
         for (x0, y0, x1, y1), crop in zip(boxes.tolist(), ours):
-            expected = F.interpolate(
-                image[None, :, y0:y1, x0:x1], (size, size), mode="bicubic", antialias=True
-            )[0]
+            expected = F.interpolate(image[None, :, y0:y1, x0:x1], (size, size), mode="bicubic", antialias=True)[0]
             torch.testing.assert_close(crop, expected.flip(-1) if flip else expected, atol=1.4e-5, rtol=0)
 
 
@@ -99,27 +81,23 @@ def test_blur_by_matrices_equals_torchvisions():
 
 
 def test_every_order_of_the_jitter_equals_torchvisions():
-    """All 24 orders in one batch, and a sample without jitter beside each; then grey and solarize by sample."""
+    """All 24 orders in one batch, and a sample without jitter beside each; then gray and solarize by sample."""
     orders = torch.tensor([[0, 1, 2, 3]])[:, torch.cartesian_prod(*[torch.arange(4)] * 4)][0]
     orders = orders[[len(set(order.tolist())) == 4 for order in orders]]
     n = len(orders)
     image = torch.from_numpy(picture(24, 24)).permute(2, 0, 1).float()
     factors = torch.tensor([1.3, 0.7, 1.15, -0.08]).expand(n, 2, -1)
     on = torch.tensor([True, False]).expand(n, 2)
-    colours = Colours(on, orders[:, None].expand(-1, 2, -1), factors, ~on, torch.zeros(n, 2), ~on)
+    colors = Colors(on, orders[:, None].expand(-1, 2, -1), factors, ~on, torch.zeros(n, 2), ~on)
     start = image.transpose(0, 1).expand(n, 2, -1, -1, -1)
-    ours = apply_colours(start, colours, ColorSettings(solarize_threshold=100)).transpose(
-        2, 3
-    )  # [24, 2, 3, y, x]
-    grey = on_tensors.rgb_to_grayscale(image, 3)
+    ours = apply_colors(start, colors, ColorSettings(solarize_threshold=100)).transpose(2, 3)  # [24, 2, 3, y, x]
+    gray = on_tensors.rgb_to_grayscale(image, 3)
     for order, (jittered, plain) in zip(orders.tolist(), ours):
         expected = image.double() / 255
         for i in order:
             expected = getattr(on_tensors, f"adjust_{OPERATIONS[i]}")(expected, factors[0, 0, i].item())
-        torch.testing.assert_close(
-            jittered.double(), expected * 255, atol=0.02, rtol=0
-        )  # torchvision's luma: 0.2989, 0.587, 0.114
-        inverted = torch.where(grey.round() >= 100, 255 - grey, grey)
+        torch.testing.assert_close(jittered.double(), expected * 255, atol=0.02, rtol=0)  # torchvision's luma: 0.2989, 0.587, 0.114
+        inverted = torch.where(gray.round() >= 100, 255 - gray, gray)
         torch.testing.assert_close(plain, inverted, atol=0.03, rtol=0)
 
 
@@ -139,7 +117,7 @@ def test_both_paths_make_the_same_pixels(working, monkeypatch):
         assert apart.mean() < 0.5 and apart[int(0.999 * len(apart))] < 4 and apart[-1] < 8
 
 
-def test_without_colour_both_paths_agree_to_one_level():
+def test_without_color_both_paths_agree_to_one_level():
     plain = ColorSettings(**NO_COLOR)
     batch, images = canvas_batch(4, plain)
     made = batch.to(CPU)
@@ -209,6 +187,4 @@ def test_the_batch_goes_with_its_views_masks_and_dtype():
     assert made.local_crops.shape == (0, 3, 32, 32) and made.n_images == batch.n_images == 3
     assert torch.equal(made.views.position_boxes, batch.views.position_boxes)
     assert torch.equal(made.masks.content_index, batch.masks.content_index)
-    assert made.global_crops.dtype == torch.float64 and torch.equal(
-        made.global_crops, plain.global_crops.double()
-    )
+    assert made.global_crops.dtype == torch.float64 and torch.equal(made.global_crops, plain.global_crops.double())

@@ -12,7 +12,7 @@ import pytest
 import scipy.linalg
 import scipy.ndimage
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from coco_fixture import write_coco
 from PIL import Image
 from tool_fixture import load_tool
@@ -118,8 +118,8 @@ def test_boxes_and_their_ious_by_hand():
 
 
 @pytest.mark.parametrize("flags", [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)])
-def test_keys_are_those_of_the_last_attention(flags):
-    backbone = randomise(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **flags))
+def test_keys_are_those_of_the_last_attention(model_kwargs):
+    backbone = randomize(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **model_kwargs))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 40, 70), dtype=np.uint8))
     features = Features(backbone, CPU, nullcontext())
     with frozen(backbone):
@@ -140,10 +140,10 @@ def two_tone(height=150, width=170, box=(48, 32, 112, 96)):
     return pixels
 
 
-def contrast_vit(**flags):
-    """No positions and no biases: what is embedded is the colour alone."""
+def contrast_vit(**model_kwargs):
+    """No positions and no biases: what is embedded is the color alone."""
     torch.manual_seed(0)
-    backbone = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="none", **flags)
+    backbone = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="none", **model_kwargs)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name.endswith("bias"):
@@ -153,13 +153,13 @@ def contrast_vit(**flags):
 
 @pytest.mark.parametrize("of", ["keys", "tokens"])
 @pytest.mark.parametrize("flags", [dict(has_cls=False), dict(patch_size=8, n_registers=2), {}])
-def test_an_object_in_a_picture_is_found_exactly(of, flags):
-    features = Features(contrast_vit(**flags), CPU, nullcontext())
+def test_an_object_in_a_picture_is_found_exactly(of, model_kwargs):
+    features = Features(contrast_vit(**model_kwargs), CPU, nullcontext())
     truth = np.array([[0, 100, 30, 140.0], [48, 32, 112, 96]])
     with frozen(features.backbone):
         found = discover(features, two_tone(), truth, list(METHODS), of)
         scaled = discover(
-            features, two_tone(160, 192), truth, list(METHODS), of, short_px=80 if flags.get("patch_size") == 8 else 320
+            features, two_tone(160, 192), truth, list(METHODS), of, short_px=80 if model_kwargs.get("patch_size") == 8 else 320
         )
     for judged in [*found.values(), *scaled.values()]:
         assert judged.box.tolist() == [48, 32, 112, 96] and judged.iou == 1 and judged.hit
@@ -186,12 +186,12 @@ def voc_object(box, name="dog", truncated=0, difficult=0):
 
 
 def write_voc(root: Path) -> Path:
-    """Four pictures, each with its planted box as VOC counts; one more that is hard, and one that is not in the split."""
+    """Four images, each with its planted box as VOC counts; one more that is hard, and one that is not in the split."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for i, box in enumerate([*PLANTED, PLANTED[0], PLANTED[1]]):
         Image.fromarray(two_tone(box=box)).save(root / "JPEGImages" / f"{i:06d}.jpg", quality=95)
-        # the third picture's truth is elsewhere; the fifth has only difficult and truncated ones
+        # the third image's truth is elsewhere; the fifth has only difficult and truncated ones
         true = (1, 1, 40, 40) if i == 2 else (box[0] + 1, box[1] + 1, *box[2:])
         hard = [voc_object(true, difficult=1), voc_object((1, 1, 9, 9), truncated=1)]
         objects = hard if i == 4 else [voc_object((1, 130, 20, 150), "cat"), voc_object(true)]
@@ -315,7 +315,11 @@ def weights(tmp_path):
                 parameter.zero_()
     said = {"method": "mine", "effective_epochs": 12}
     return save_backbone(
-        tmp_path / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags, provenance=said
+        tmp_path / "b.safetensors",
+        backbone.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=backbone.model_kwargs,
+        provenance=said,
     )
 
 

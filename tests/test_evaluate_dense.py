@@ -68,8 +68,8 @@ def evaluate(*given, figures=False, **named):
     tool.main(words(*given, **named))
 
 
-def features_of(weights, **flags):
-    backbone = build_backbone("vit_tiny_patch16", weights, **flags).eval()
+def features_of(weights, **model_kwargs):
+    backbone = build_backbone("vit_tiny_patch16", weights, **model_kwargs).eval()
     return Features(backbone, CPU, nullcontext())
 
 
@@ -140,7 +140,9 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     start = read_checkpoint(home / "ours.safetensors")
     for said in (0, 1, 2, True, -1, "x"):
         told = {"method": "paka", "seed": said, "config_hash": "c"}
-        save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+        save_backbone(
+            tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+        )
         evaluate(
             tmp_path, tmp_path / "out" / f"of_{said}", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy"
         )
@@ -154,7 +156,9 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     assert (row["seeds"], row["linear_miou_n"]) == ("0, 1, 2", "3") and len({run.weights_hash for run in found.values()}) == 6
     assert float(row["linear_miou"]) == pytest.approx(np.mean(values)) and len(set(values)) == 3
     told = {"method": "paka", "seed": 3, "config_hash": "of another recipe"}
-    save_backbone(tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", flags=start.flags, provenance=told)
+    save_backbone(
+        tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+    )
     evaluate(tmp_path, tmp_path / "out" / "other", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
     rows = dense_table([*(found[f"of_{seed}"] for seed in (0, 1, 2)), read_result(tmp_path / "out" / "other")]).records
     assert sorted(row["seeds"] for row in rows) == ["0, 1, 2", "3"]  # of one name, but no seed of that training
@@ -325,7 +329,7 @@ def main(arguments):
         (["linear.lr=nan"], "linear.lr=nan should be a finite number"),
         ([*KNN_WORDS, "knn.crop_px=48", "knn.resize_px=40"], "knn.crop_px=48 is more than knn.resize_px=40"),
         ([*KNN_WORDS, "knn.k="], "knn.k=[]"),
-        ([*KNN_WORDS, "knn.k=0,5"], "knn.k.0=0"),
+        ([*KNN_WORDS, "knn.k=0,5"], "knn.k[0]=0"),
         ([*KNN_WORDS, "knn.temperature=0"], "knn.temperature=0.0"),
         (["cluster.k=2"], "cluster.k=2: should be TASK.FIELD=VALUE"),
         (["knn.k=5"], "knn.k=5 has no effect: knn is not asked for"),

@@ -23,9 +23,9 @@ needs_onnx = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join
 PROGRAMS = [pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in ("torch", "onnx")]
 
 
-def backbone(**flags) -> ViT:
+def backbone(**model_kwargs) -> ViT:
     """Weights of ordinary size everywhere, so that no term hides behind a zero."""
-    vit, generator = build_backbone(TINY, depth=2, **flags), torch.Generator().manual_seed(0)
+    vit, generator = build_backbone(TINY, depth=2, **model_kwargs), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -49,8 +49,8 @@ def read(path: Path):
     [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
-def test_a_file_equals_the_backbone(tmp_path, format, flags, size):
-    vit, path = backbone(**flags), tmp_path / "new" / f"backbone{FORMATS[format].suffix}"
+def test_a_file_equals_the_backbone(tmp_path, format, model_kwargs, size):
+    vit, path = backbone(**model_kwargs), tmp_path / "new" / f"backbone{FORMATS[format].suffix}"
     told = export(vit, format, size, path)
     run, generator = read(path), torch.Generator().manual_seed(1)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # one file, and nothing beside it
@@ -141,8 +141,8 @@ def detection_run(train, folder, **changes):
                  rpn_post_nms=(50, 20), anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10, lr=0.1)  # fmt: skip
     recipe = with_overrides(protocol("coco-12ep", TINY), {**small, **changes})
     data = write_coco(folder.parent / "coco", n_train=2, n_val=2)
-    flags = dict(depth=1, **WITH_ALL)
-    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=flags))
+    model_kwargs = dict(depth=1, **WITH_ALL)
+    train(DetectionRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs))
     return folder
 
 
@@ -216,15 +216,15 @@ def test_the_backbone_of_a_segmentation_run(tmp_path, tool):
     small = dict(max_iters=1, val_every=1, batch_size=1, resize_px=(56, 40), crop_px=32, slide_crop_px=32,
                  slide_stride_px=32, num_classes=4, lr=0.1)  # fmt: skip
     data, folder = write_ade(tmp_path / "ade", n_train=2, n_val=2), tmp_path / "run"
-    recipe, flags = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
-    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=flags))
+    recipe, model_kwargs = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
+    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs))
     state = torch.load(folder / "iter_1.pth", weights_only=False)["state_dict"]  # our own file, of this test
     assert is_in_checkpoint(tool.backbone_of_run(folder), state, "backbone.vit.")
 
 
 def test_the_tool_exports_a_pretraining_file(tmp_path, tool, capsys):
     vit, file, out = backbone(**WITH_ALL), tmp_path / "backbone.safetensors", tmp_path / "backbone.pt2"
-    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags)
+    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     tool.main(["--weights", str(file), "--size", "64", "48", "--output", str(out)])
     assert "64 x 48 px, largest relative difference from the backbone" in capsys.readouterr().out
     image = torch.randn(2, 3, 64, 48)

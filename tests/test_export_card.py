@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
@@ -21,8 +21,8 @@ FULL = Protocol(name="coco-12ep", version=1, full=True, deviations={})
 SHORT = Protocol(name="ade20k-160k", version=1, full=False, deviations={"max_iters": [160000, 2000]})
 
 
-def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+def backbone(**model_kwargs):
+    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def weights(tmp_path):
     """A file of ours, as pre-training leaves it."""
     vit = backbone(pos_encoding="field", pos_grid=5, layerscale=0.3)
     told = {"method": "intertwined", "effective_epochs": 347.25, "seed": 3, "config_hash": "0123456789ab"}
-    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, flags=vit.flags, provenance=told)
+    return save_backbone(
+        tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told
+    )
 
 
 def measured(folder, weights_hash, kind="detection", protocol=FULL, **metrics):
@@ -55,10 +57,10 @@ def measured(folder, weights_hash, kind="detection", protocol=FULL, **metrics):
         *((format, dict(n_registers=4, layerscale=0.3)) for format in ("timm", "huggingface", "safetensors")),
     ],
 )
-def test_the_code_in_a_card_runs_and_gives_our_features(tmp_path, monkeypatch, format, flags):
+def test_the_code_in_a_card_runs_and_gives_our_features(tmp_path, monkeypatch, format, model_kwargs):
     if format in PACKAGE and importlib.util.find_spec(PACKAGE[format]) is None:
         pytest.skip(f"{PACKAGE[format]} is not installed (pip install 'posfield[export]')")
-    vit, file = backbone(**flags), f"exported{FORMATS[format].suffix}"
+    vit, file = backbone(**model_kwargs), f"exported{FORMATS[format].suffix}"
     export(vit, format, (32, 32), tmp_path / file)
     card = model_card(vit, format, (32, 32), 1e-6, file=file)
     monkeypatch.chdir(tmp_path)
@@ -90,7 +92,7 @@ def test_a_card_tells_what_the_file_says(tmp_path, weights, tool, capsys):
         "| Config hash | 0123456789ab |",
         "mean [0.485, 0.456, 0.406]",
         "None were given",
-        "The licence of the weights",
+        "The license of the weights",
     ):
         assert fact in card, fact
     assert str(tmp_path) not in card and "Made from a file" not in card  # it is that file
@@ -126,8 +128,8 @@ def test_what_is_unknown_is_said_to_be(tmp_path):
         (dict(patch_size=14), (28, 28), "# ViT-T/14, method unknown"),
     ],
 )
-def test_a_card_says_what_the_export_did(flags, size, sentence):
-    assert re.search(sentence, model_card(backbone(**flags), "torchvision", size, 0.0, file="a.safetensors"))
+def test_a_card_says_what_the_export_did(model_kwargs, size, sentence):
+    assert re.search(sentence, model_card(backbone(**model_kwargs), "torchvision", size, 0.0, file="a.safetensors"))
 
 
 def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
@@ -140,7 +142,7 @@ def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
     tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs")])
     text = card.read_text()
     assert "41.2" in text and "36.5" in text and "99.0" not in text
-    assert re.search(r"37\.\d ‡1", text) and "iterations\\_it 160000 → 2000" in text
+    assert re.search(r"37\.\d ‡1", text) and "max\\_iters 160000 → 2000" in text
     assert "ade20k-160k, scaled down (1 change)" in text and "published" not in text.split("## Results")[1].split("- ")[0]
     with pytest.raises(UserError, match="results: none of the 1 there was measured with these weights"):
         tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs" / "c")])
@@ -161,9 +163,9 @@ def test_what_was_measured_before_a_fine_tuning_is_not_its_result(tmp_path, tool
     vit, file, told = backbone(), tmp_path / "a.safetensors", {"weights_hash": "ffffffffffff"}
     measured(tmp_path / "runs", "ffffffffffff", box_ap=41.25)
     arguments = ["--weights", str(file), "--format", "timm", "--size", "32", "--results", str(tmp_path / "runs"), "--output"]
-    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance=told)  # only converted
+    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told)  # only converted
     tool.main([*arguments, str(tmp_path / "b")])
-    save_backbone(file, vit.state_dict(), name=TINY, flags=vit.flags, provenance={**told, "fine_tuned": "detection"})
+    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance={**told, "fine_tuned": "detection"})
     with pytest.raises(UserError, match="none of the 1 there was measured with these weights"):
         tool.main([*arguments, str(tmp_path / "c")])
 
@@ -171,7 +173,7 @@ def test_what_was_measured_before_a_fine_tuning_is_not_its_result(tmp_path, tool
 @pytest.mark.parametrize("told", [{"effective_epochs": "abc"}, {"effective_epochs": [1]}, {"method": ["x"]}, {"weights_hash": {}}])
 def test_what_a_file_says_of_itself_may_be_nonsense(tmp_path, told):
     vit = backbone()
-    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, flags=vit.flags, provenance=told)
+    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told)
     with pytest.raises(UserError, match=rf"a\.safetensors has damaged metadata \({[*told][0]} "):
         read_checkpoint(tmp_path / "a.safetensors")
 
@@ -219,7 +221,7 @@ def test_any_file_as_one_of_ours(tmp_path, tool, capsys):
     tool.main([*common, "--method", "Theirs", "--effective-epochs", "300", "--output", str(tmp_path / "ours.safetensors")])
     assert "every tool takes it as --weights" in capsys.readouterr().out
     found = read_checkpoint(tmp_path / "ours.safetensors")
-    assert found.backbone == TINY and found.flags["depth"] == 2
+    assert found.backbone == TINY and found.model_kwargs["depth"] == 2
     assert found.provenance["method"] == "Theirs" and found.provenance["effective_epochs"] == 300
     assert found.provenance["weights_hash"] == file_hash(tmp_path / "theirs.pth")
     assert all(torch.equal(found.state[key], value) for key, value in vit.state_dict().items())
@@ -235,14 +237,14 @@ def test_any_file_as_one_of_ours(tmp_path, tool, capsys):
 
 def test_mask_tokens_outlive_a_conversion(tmp_path):
     vit = backbone(mask_tokens=True, pos_encoding="field")
-    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert torch.equal(read_checkpoint(tmp_path / "b.safetensors").state["mask_token"], vit.mask_token)
 
 
 def test_a_patch_size_travels_into_the_card(tmp_path, tool):
     vit = backbone(patch_size=14, pos_grid=2)
-    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     arguments = ["--weights", str(tmp_path / "a.safetensors"), "--patch-size", "16", "--format", "torchvision", "--size", "32"]
     tool.main([*arguments, "--output", str(tmp_path / "b.safetensors"), "--card", str(tmp_path / "card.md")])
     card = (tmp_path / "card.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import backbone_names, build_backbone
 from pretrain.weights import save_backbone
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = "vit_tiny_patch16"
 
 
-def hub(*arguments, **flags):
-    return torch.hub.load(str(ROOT), *arguments, source="local", **flags)
+def hub(*arguments, **model_kwargs):
+    return torch.hub.load(str(ROOT), *arguments, source="local", **model_kwargs)
 
 
 @pytest.fixture
 def weights(tmp_path):
-    vit = randomise(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
-    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    vit = randomize(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
+    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
 
 
 @torch.no_grad()

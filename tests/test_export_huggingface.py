@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
@@ -34,14 +34,14 @@ CASES = {
 }
 
 
-def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+def backbone(**model_kwargs):
+    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, flags, size", CASES.values(), ids=CASES)
-def test_transformers_gives_our_features(tmp_path, name, flags, size):
-    vit, folder = backbone(**flags), tmp_path / "exported"
+def test_transformers_gives_our_features(tmp_path, name, model_kwargs, size):
+    vit, folder = backbone(**model_kwargs), tmp_path / "exported"
     assert export(vit, "huggingface", size, folder) < 1e-5
     model, found = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model).__name__ == name and not any(found.values())
@@ -64,17 +64,17 @@ def test_transformers_gives_our_features(tmp_path, name, flags, size):
     ],
     ids=["ViT", "DINOv2", "DINOv2-reg"],
 )
-def test_at_another_size_transformers_resamples_as_a_vit_of_that_rule(tmp_path, flags, asked):
-    vit, image = backbone(pos_grid=2, **flags), torch.randn(2, 3, 48, 64)
+def test_at_another_size_transformers_resamples_as_a_vit_of_that_rule(tmp_path, model_kwargs, asked):
+    vit, image = backbone(pos_grid=2, **model_kwargs), torch.randn(2, 3, 48, 64)
     export(vit, "huggingface", (32, 32), tmp_path / "a")
     model = transformers.AutoModel.from_pretrained(tmp_path / "a").eval()
     torch.testing.assert_close(model(pixel_values=image, **asked).pooler_output, vit(image).cls, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
-def test_the_names_on_disk_are_transformers_own(tmp_path, flags):
+def test_the_names_on_disk_are_transformers_own(tmp_path, model_kwargs):
     """Whatever it calls its modules now, ``save_pretrained`` leaves the names that every version reads."""
-    export(backbone(**flags), "huggingface", (32, 32), tmp_path / "a")
+    export(backbone(**model_kwargs), "huggingface", (32, 32), tmp_path / "a")
     transformers.AutoModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     from safetensors.torch import load_file
 
@@ -83,7 +83,7 @@ def test_the_names_on_disk_are_transformers_own(tmp_path, flags):
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def test_the_processor_normalises_as_our_training(tmp_path):
+def test_the_processor_normalizes_as_our_training(tmp_path):
     export(backbone(), "huggingface", (32, 48), tmp_path / "a")
     told = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
     assert told["image_mean"] == [0.485, 0.456, 0.406] and told["image_std"] == [0.229, 0.224, 0.225]
@@ -97,7 +97,7 @@ def test_the_processor_normalises_as_our_training(tmp_path):
 
 
 def test_what_transformers_has_no_place_for_is_refused(tmp_path, monkeypatch):
-    for flags, size, message in [
+    for model_kwargs, size, message in [
         (dict(has_cls=False), (32, 32), r"transformers has no ViT without \[CLS\]"),
         (dict(final_norm=False), (32, 32), "transformers has no ViT without a final norm"),
         (dict(has_cls=False, final_norm=False), (32, 32), r"without \[CLS\], nor one without a final norm; take another --format"),
@@ -107,7 +107,7 @@ def test_what_transformers_has_no_place_for_is_refused(tmp_path, monkeypatch):
         (dict(), (40, 40), "40 x 40 px are not whole patches of 16 px"),
     ]:
         with pytest.raises(UserError, match=message):
-            export(backbone(**flags), "huggingface", size, tmp_path / "a")
+            export(backbone(**model_kwargs), "huggingface", size, tmp_path / "a")
     monkeypatch.setattr("pretrain.export.fixed_size.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"format huggingface needs transformers: pip install 'posfield\[export\]'"):
         export(backbone(), "huggingface", (32, 32), tmp_path / "a")
@@ -128,8 +128,8 @@ def test_a_tensor_too_few_is_found_before_the_folder_stays(tmp_path, monkeypatch
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
-def test_what_transformers_has_comes_back_exactly(tmp_path, flags):
-    vit = backbone(pos_encoding="field", **flags)
+def test_what_transformers_has_comes_back_exactly(tmp_path, model_kwargs):
+    vit = backbone(pos_encoding="field", **model_kwargs)
     export(vit, "huggingface", (32, 32), tmp_path / "a")
     again = build_backbone(TINY, tmp_path / "a" / "model.safetensors").eval()
     image = torch.randn(2, 3, 32, 32)

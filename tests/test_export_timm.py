@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from safetensors.torch import load_file, save_file
 
 from pretrain.build import build_backbone
@@ -31,14 +31,14 @@ CASES = {
 }
 
 
-def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+def backbone(**model_kwargs):
+    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags, size", CASES.values(), ids=CASES)
-def test_timm_gives_our_features(tmp_path, flags, size):
-    vit, folder = backbone(**flags), tmp_path / "new" / "exported"
+def test_timm_gives_our_features(tmp_path, model_kwargs, size):
+    vit, folder = backbone(**model_kwargs), tmp_path / "new" / "exported"
     assert export(vit, "timm", size, folder) < 1e-5
     assert [file.name for file in folder.parent.iterdir()] == ["exported"]
     image = torch.randn(2, 3, *size)
@@ -76,7 +76,7 @@ def test_timm_finds_what_it_needs_beside_the_weights(tmp_path):
 
 
 def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_path):
-    export(randomise(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
+    export(randomize(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "a" / "model.safetensors"))
     assert json.loads((tmp_path / "a" / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
     assert torch.equal(model.pos_embed, load_file(tmp_path / "a" / "model.safetensors")["pos_embed"])
@@ -84,9 +84,9 @@ def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags, size", CASES.values(), ids=CASES)
-def test_what_timm_has_comes_back_exactly(tmp_path, flags, size):
+def test_what_timm_has_comes_back_exactly(tmp_path, model_kwargs, size):
     """With all that no tensor shows; a grid that is not square is none of ours, and is not taken for another one."""
-    vit, folder, patch = backbone(**flags), tmp_path / "a", {"patch_size": flags.get("patch_size", 16)}
+    vit, folder, patch = backbone(**model_kwargs), tmp_path / "a", {"patch_size": model_kwargs.get("patch_size", 16)}
     export(vit, "timm", size, folder)
     if size[0] != size[1]:
         with pytest.raises(UserError, match=f"positions for images of {size[0]} x {size[1]} px, not of a square grid"):
@@ -100,13 +100,13 @@ def test_what_timm_has_comes_back_exactly(tmp_path, flags, size):
 
 
 def test_what_timm_has_no_place_for_is_refused(tmp_path, monkeypatch):
-    for flags, size, message in [
+    for model_kwargs, size, message in [
         (dict(ln_eps=1e-5), (32, 32), r"timm has no ViT with ln_eps 1e-05 \(its is 1e-06\)"),
         (dict(relative_positions=True, pos_encoding="none"), (32, 32), "timm has no ViT with relative positions"),
         (dict(), (40, 32), "size: 40 x 32 px are not whole patches of 16 px"),
     ]:
         with pytest.raises(UserError, match=message):
-            export(backbone(**flags), "timm", size, tmp_path / "a")
+            export(backbone(**model_kwargs), "timm", size, tmp_path / "a")
     monkeypatch.setattr("pretrain.export.fixed_size.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"format timm needs timm: pip install 'posfield\[export\]'"):
         export(backbone(), "timm", (32, 32), tmp_path / "a")

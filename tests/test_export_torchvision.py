@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
@@ -30,14 +30,14 @@ PLAIN = {
 }
 
 
-def backbone(**flags):
-    return randomise(build_backbone(TINY, depth=2, **flags))
+def backbone(**model_kwargs):
+    return randomize(build_backbone(TINY, depth=2, **model_kwargs))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags, side", OF_TORCHVISION.values(), ids=OF_TORCHVISION)
-def test_torchvision_gives_our_features(tmp_path, flags, side):
-    vit, path = backbone(**flags), tmp_path / "exported.safetensors"
+def test_torchvision_gives_our_features(tmp_path, model_kwargs, side):
+    vit, path = backbone(**model_kwargs), tmp_path / "exported.safetensors"
     assert export(vit, "torchvision", (side, side), path) < 1e-5
     with safe_open(path, framework="pt") as file:
         model = VisionTransformer(**json.loads(file.metadata()["arguments"]))
@@ -64,7 +64,7 @@ def test_the_fold_of_layerscale_is_its_closed_form(tmp_path):
 
 
 def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
-    for flags, size, message in [
+    for model_kwargs, size, message in [
         (dict(n_registers=4), (32, 32), r"torchvision has no ViT with registers \(this one has 4\)"),
         (dict(has_cls=False), (32, 32), r"torchvision has no ViT without \[CLS\]"),
         (dict(final_norm=False), (32, 32), "torchvision has no ViT without a final norm"),
@@ -75,7 +75,7 @@ def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
         (dict(), (40, 40), "40 x 40 px are not whole patches of 16 px"),
     ]:
         with pytest.raises(UserError, match=message):
-            export(backbone(**flags), "torchvision", size, tmp_path / "a.safetensors")
+            export(backbone(**model_kwargs), "torchvision", size, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(UserError, match="format torchvision is a file, and .*b.safetensors is a folder"):
@@ -84,8 +84,8 @@ def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags, size", PLAIN.values(), ids=PLAIN)
-def test_plain_tensors_come_back_exactly(tmp_path, flags, size):
-    vit, path = backbone(**flags), tmp_path / "exported.safetensors"
+def test_plain_tensors_come_back_exactly(tmp_path, model_kwargs, size):
+    vit, path = backbone(**model_kwargs), tmp_path / "exported.safetensors"
     export(vit, "safetensors", size, path, {"method": "ours", "effective_epochs": 12})
     keys = load_file(path).keys()
     assert not {"pos_field", "cls_pos", "mask_token", "pos_mask_token"} & keys
@@ -93,8 +93,8 @@ def test_plain_tensors_come_back_exactly(tmp_path, flags, size):
     again, image = build_backbone(TINY, path).eval(), torch.randn(2, 3, *size)
     for output, expected in zip(again(image), vit(image)):
         assert torch.equal(output, expected)
-    assert again.flags == {**vit.flags, "mask_tokens": False} | {
-        key: again.flags[key] for key in ("pos_encoding", "pos_grid", "pos_interpolation")
+    assert again.model_kwargs == {**vit.model_kwargs, "mask_tokens": False} | {
+        key: again.model_kwargs[key] for key in ("pos_encoding", "pos_grid", "pos_interpolation")
     }
     told = read_checkpoint(path).provenance
     assert told["method"] == "ours" and told["effective_epochs"] == 12

@@ -1,4 +1,4 @@
-"""Views of features: layers through hooks, PCA over pictures of several sizes, similarity, figures and the page."""
+"""Views of features: layers through hooks, PCA over images of several sizes, similarity, figures and the page."""
 
 import json
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -16,11 +16,11 @@ from tool_fixture import load_tool
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Boxed, Shown, boxes_figure, gallery, similarity_figure
 from pretrain.analysis.figures import plain
-from pretrain.analysis.pca import background_by_pca, pca_colours, pca_rgb
+from pretrain.analysis.pca import background_by_pca, pca_colors, pca_rgb
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.data.pictures import read_pictures, whole
+from pretrain.data.images import read_images, whole
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
@@ -44,8 +44,8 @@ def test_pictures_keep_their_aspect_to_whole_patches():
 @pytest.mark.parametrize(
     "flags", [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)]
 )
-def test_each_layer_is_what_flows_through_the_network(flags):
-    backbone = randomise(ViT(embed_dim=24, depth=3, num_heads=2, **flags))
+def test_each_layer_is_what_flows_through_the_network(model_kwargs):
+    backbone = randomize(ViT(embed_dim=24, depth=3, num_heads=2, **model_kwargs))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (35, 3, 32, 48), dtype=np.uint8))
     features, seen = Features(backbone, CPU, nullcontext()), {}
     with frozen(backbone):
@@ -56,7 +56,7 @@ def test_each_layer_is_what_flows_through_the_network(flags):
         expected = [x]
         for block in backbone.blocks:
             expected.append(x := block(x))
-        if backbone.flags["final_norm"]:
+        if backbone.model_kwargs["final_norm"]:
             expected.append(backbone.norm(x))
     assert list(seen) == list(range(len(expected))) == list(range(len(layer_names(backbone))))
     for layer, tokens in enumerate(expected):
@@ -86,15 +86,15 @@ def test_places():
             read_place(text)
 
 
-def test_colours_over_pictures_of_several_sizes_are_those_of_all_their_patches():
+def test_colors_over_pictures_of_several_sizes_are_those_of_all_their_patches():
     rows = np.random.default_rng(0).normal(size=(50, 6)) * [4, 3, 2, 1, 0.5, 0.2]
     parts = [torch.from_numpy(part) for part in np.split(rows, [12, 20])]
-    got = pca_colours(parts)
+    got = pca_colors(parts)
     assert [len(part) for part in got] == [12, 8, 30]
     assert torch.equal(torch.cat(got), pca_rgb(torch.from_numpy(rows)[None])[0])
     hidden = [torch.from_numpy(part) for part in np.split(np.arange(50) % 3 == 0, [12, 20])]
     kept = np.arange(50) % 3 != 0
-    masked = torch.cat(pca_colours(parts, hidden)).numpy()
+    masked = torch.cat(pca_colors(parts, hidden)).numpy()
     assert not masked[~kept].any()
     oracle = PCA(3).fit(rows[kept])
     signs = np.sign(np.take_along_axis(oracle.components_, np.abs(oracle.components_).argmax(1)[:, None], 1)[:, 0])
@@ -147,15 +147,18 @@ def weights(tmp_path):
     write_photos(tmp_path / "photos", n=2, size=(90, 70))
     write_photos(tmp_path / "photos" / "<b>$tall$", n=1, size=(50, 80), seed=1)
     files = []
-    for name, flags in (("fourteen", dict(patch_size=14, has_cls=False)), ("registers", dict(n_registers=4, pos_encoding="field"))):
-        backbone = build_backbone("vit_tiny_patch16", depth=2, **flags)
+    for name, model_kwargs in (
+        ("fourteen", dict(patch_size=14, has_cls=False)),
+        ("registers", dict(n_registers=4, pos_encoding="field")),
+    ):
+        backbone = build_backbone("vit_tiny_patch16", depth=2, **model_kwargs)
         said = {"method": f"<i>{name}$"}
         files.append(
             save_backbone(
                 tmp_path / f"{name}.safetensors",
                 backbone.state_dict(),
                 name="vit_tiny_patch16",
-                flags=backbone.flags,
+                model_kwargs=backbone.model_kwargs,
                 provenance=said,
             )
         )
@@ -198,7 +201,7 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
 
 def test_pictures_at_equal_steps(tmp_path):
     (write_photos(tmp_path, n=6) / "002.jpg").write_bytes(b"no")
-    found = read_pictures(DataSettings(root=str(tmp_path)), 3, lambda pixels: pixels.shape)
+    found = read_images(DataSettings(root=str(tmp_path)), 3, lambda pixels: pixels.shape)
     assert found.names == ["000.jpg", "004.jpg"] and found.pixels == [(70, 90, 3)] * 2
     assert len(found.broken) == 1 and found.broken[0].startswith("002.jpg: ")
 

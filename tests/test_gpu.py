@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from dense_fixture import DENSE, GRAM, TIED, write_start
-from photos import TINY, write_photos
+from photos import TINY, last, write_photos
 
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.torchvision_engine.model import build_model
@@ -50,9 +50,9 @@ def logs_of_straight_and_resumed(folder, overrides):
             f"run.device={DEVICE}",
             "run.deterministic=always",
         ]
-        config = load_config(None, [*overrides, *words])
+        config = load_config(None, last([*overrides, *words]))
         for stop in stops:
-            train(config, resume="auto" if stop is None else "", stop_after_it=stop)
+            train(config, resume="auto" if stop is None else "", stop_after=stop)
         logs.append([json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()])
     return logs
 
@@ -107,20 +107,20 @@ CHUNKED_AND_PLAIN = [[], ["step.checkpointing=full"], ["step.checkpointing=selec
 @pytest.mark.parametrize("extra", CHUNKED_AND_PLAIN, ids=lambda extra: extra[0] if extra else "method")
 def test_a_step_never_waits_for_the_device(extra):
     """In the steady state the host only queues work; and the losses are the plain form's, to bfloat16's rounding."""
-    config = load_config(None, [*TINY, "run.device=cuda", *extra])
-    plain = load_config(None, [*TINY, "run.device=cuda", "step.loss_rows=0", *extra])
-    trainer, reference = Trainer(config, Length(10, 100, 0, 0)), Trainer(plain, Length(10, 100, 0, 0))
+    config = load_config(None, last([*TINY, "run.device=cuda", *extra]))
+    plain = load_config(None, last([*TINY, "run.device=cuda", "step.loss_rows=0", *extra]))
+    trainer, reference = Trainer(config, Length(1, 100, 0)), Trainer(plain, Length(1, 100, 0))
     batches = [synthetic_batch(config, it).pin_memory() for it in range(4)]
     for batch in batches[:3]:
         trainer.step([batch]), reference.step([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        terms, _ = trainer.step([batches[3]])
+        losses = trainer.step([batches[3]]).losses
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for name, value in reference.step([batches[3]])[0].items():
-        torch.testing.assert_close(terms[name], value, rtol=0.05, atol=0.05)
+    for name, value in reference.step([batches[3]]).losses.items():
+        torch.testing.assert_close(losses[name], value, rtol=0.05, atol=0.05)
 
 
 def test_the_detector_steps_in_mixed_precision():

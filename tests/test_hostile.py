@@ -1,4 +1,4 @@
-"""500 hostile image files: no crash, no hang, memory bounded, every file is a picture or a BrokenImage, nothing is said aside.
+"""500 hostile image files: no crash, no hang, memory bounded, every file is an image or a BrokenImage, nothing is said aside.
 
 ``python tests/test_hostile.py LIST`` reads the images of a list in a process of its own and prints what came of each.
 """
@@ -46,8 +46,8 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width, height, *, extra=b"", data=b"\0" * 100, depth=8, colour=2):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width, height, *, extra=b"", data=b"\0" * 100, depth=8, color=2):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
 
 
@@ -92,7 +92,7 @@ def declared_sizes():
         yield f"declared4900x4890.{kind}", with_size(kind, 4900, 4890), outcome
     yield "negative.bmp", with_size("bmp", -120, 90), BROKEN
     yield "huge.png", png(2**31 - 1, 2**31 - 1), BROKEN
-    yield "bits.png", png(100_000, 100_000, data=bytes(10_000_000), depth=1, colour=0), BROKEN
+    yield "bits.png", png(100_000, 100_000, data=bytes(10_000_000), depth=1, color=0), BROKEN
 
 
 def expanding():
@@ -205,7 +205,7 @@ def read_all(path):
             for max_side_px in (0, 512):
                 pixels = decode(data, max_side_px, MAX_MPX)
                 assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
-                assert pixels.flags.c_contiguous and (not max_side_px or max(pixels.shape) <= max_side_px)
+                assert pixels.model_kwargs.c_contiguous and (not max_side_px or max(pixels.shape) <= max_side_px)
             outcomes[source.name(i)] = READ
         except BrokenImage as error:
             outcomes[source.name(i)] = f"{BROKEN}: {error}"

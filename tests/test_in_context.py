@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as T
 from ade_fixture import write_ade
-from test_dense_linear import CPU, PATCH, SIDE, Colours, blocks_set, features_of, held, random_set, tiny_vit
+from test_dense_linear import CPU, PATCH, SIDE, Colors, blocks_set, features_of, held, random_set, tiny_vit
 from test_dense_linear import WHOLE as WHOLE_LINEAR
 
 from pretrain.data.label_sets import open_label_set
@@ -21,7 +21,7 @@ from pretrain.evaluation.dense.protocol import settings_of
 from pretrain.evaluation.features import frozen
 from pretrain.settings import replaced
 from pretrain.signals import StopSignals
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 
 GRID = SIDE // PATCH
 WHOLE = InContextSettings(image_px=SIDE, k=5, memory_size=10_000, passes=1, augment=False, map_px=SIDE)
@@ -101,7 +101,7 @@ def test_renamed_classes_cost_the_identity_and_not_the_hungarian_miou():
     whole = [np.repeat(m[:1, :1], SIDE, 0).repeat(SIDE, 1) for m in val.labels]  # one class an image: no edges to enlarge
     val = held([np.broadcast_to(image[:1, :1], image.shape) for image in val.images], whole, "val")
     settings = replaced(WHOLE, dict(k=1))
-    right = in_context(features_of(Colours()), train, val, settings).metrics
+    right = in_context(features_of(Colors()), train, val, settings).metrics
     names = sorted({"abc"[m[0, 0] - 1] for m in whole})
     assert right == {
         "in_context_miou": 100,
@@ -109,7 +109,7 @@ def test_renamed_classes_cost_the_identity_and_not_the_hungarian_miou():
         "in_context_class_iou": dict.fromkeys(names, 100),  # a class that val lacks is none
     }
     renamed = held(train.images, [np.array([0, 2, 3, 1])[m] for m in train.labels])
-    wrong = in_context(features_of(Colours()), renamed, val, settings).metrics
+    wrong = in_context(features_of(Colors()), renamed, val, settings).metrics
     assert wrong["in_context_miou"] == 0 and wrong["in_context_hungarian_miou"] == 100
 
 
@@ -130,7 +130,7 @@ def memory_of(features, counts):
     return memory
 
 
-def test_equal_neighbours_weigh_the_same_and_half_shares_are_kept():
+def test_equal_neighbors_weigh_the_same_and_half_shares_are_kept():
     memory = memory_of([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]], [[256, 0, 0], [0, 0, 7], [0, 4, 0]])
     query = torch.tensor([[3.0, 0.0]])
     torch.testing.assert_close(memory.attend(query, 2, 0.02), torch.tensor([[0.5, 0.0, 0.5]]))
@@ -174,12 +174,12 @@ def test_patches_of_rare_classes_are_held_first():
 
 
 def test_the_memory_is_bounded_and_drawn_from_all_images():
-    train, features = blocks_set(10, "train", (1, 2, 3)), features_of(Colours())
+    train, features = blocks_set(10, "train", (1, 2, 3)), features_of(Colors())
     sizes = {
         size: remember(features, train, replaced(WHOLE, dict(memory_size=size, passes=2)), SIDE).n for size in (1000, 320, 100, 7)
     }
     assert sizes == {1000: 2 * 10 * 16, 320: 2 * 10 * 16, 100: 2 * 10 * 5, 7: 2 * 3}
-    labels = held(train.images, [m * (i == 4) for i, m in enumerate(train.labels)])  # one image is labelled
+    labels = held(train.images, [m * (i == 4) for i, m in enumerate(train.labels)])  # one image is labeled
     assert remember(features, labels, replaced(WHOLE, dict(memory_size=100)), SIDE).n == 10
     with pytest.raises(UserError, match="set: no pixel of the training part is counted"):
         remember(features, held(train.images, [m * 0 for m in train.labels]), WHOLE, SIDE)
@@ -187,11 +187,11 @@ def test_the_memory_is_bounded_and_drawn_from_all_images():
         in_context(features, train, held(train.images[:2], [m * 0 for m in train.labels[:2]], "val"), WHOLE)
 
 
-def test_memory_holds_normalised_features_beside_their_own_labels():
+def test_memory_holds_normalized_features_beside_their_own_labels():
     train, backbone = ragged_set(3, "train"), tiny_vit()
     with frozen(backbone):
         memory = remember(features_of(backbone), train, replaced(WHOLE, dict(memory_size=30)), SIDE)
-        patches = backbone(normalise(pixels_of(train))).patches
+        patches = backbone(normalize(pixels_of(train))).patches
     assert memory.n == 30 and memory.features.dtype == torch.float16
     for index in range(3):
         counts = patch_counts(train.labels[index], PATCH, 3)
@@ -251,10 +251,10 @@ def test_jitter_is_torchvisions():
 def test_a_folder_of_images_as_they_come(tmp_path):
     write_ade(tmp_path, n_train=8, n_val=4)
     train, val = (open_label_set(tmp_path, part, "folder", 4) for part in ("train", "val"))
-    found = in_context(features_of(Colours()), train, val, replaced(WHOLE, dict(augment=True, passes=2)), 1)
+    found = in_context(features_of(Colors()), train, val, replaced(WHOLE, dict(augment=True, passes=2)), 1)
     assert found.metrics["in_context_miou"] > 60 and found.maps["in_context"][0].max() <= 4
     settings = LinearSettings(image_px=SIDE, label_px=20, batch_size=4, lr=0.5)
-    assert linear(features_of(Colours()), train, val, settings).metrics["linear_miou"] > 40
+    assert linear(features_of(Colors()), train, val, settings).metrics["linear_miou"] > 40
 
 
 def test_sides_that_are_no_whole_patches_and_bad_settings():
@@ -273,7 +273,7 @@ def test_a_signal_stops_the_search_between_chunks(monkeypatch):
     train, val, features, signals, seen = (
         blocks_set(4, "train", (1, 2, 3)),
         blocks_set(3, "val", (1, 2)),
-        features_of(Colours()),
+        features_of(Colors()),
         StopSignals(),
         [],
     )
@@ -290,7 +290,7 @@ def test_a_signal_stops_the_search_between_chunks(monkeypatch):
 
 
 def test_hours_of_search_are_told_before(monkeypatch, capsys):
-    train, val, features = blocks_set(4, "train", (1, 2, 3)), blocks_set(3, "val", (1, 2)), features_of(Colours())
+    train, val, features = blocks_set(4, "train", (1, 2, 3)), blocks_set(3, "val", (1, 2)), features_of(Colors())
     monkeypatch.setattr(in_context_module, "search_seconds", lambda features, k: 3600 * 50 / (48 * 64))
     in_context(features, train, val, WHOLE, signals=StopSignals())
     assert " h on this device" not in capsys.readouterr().out  # too few to be worth a measurement
@@ -306,6 +306,6 @@ def test_hours_of_search_are_told_before(monkeypatch, capsys):
 
 def test_a_comparison_is_timed(monkeypatch):
     monkeypatch.setattr(in_context_module, "CHUNK", 64)
-    features, state = features_of(Colours()), torch.get_rng_state()
+    features, state = features_of(Colors()), torch.get_rng_state()
     assert 0 < in_context_module.search_seconds(features, 5) < 1e-3
     assert torch.equal(torch.get_rng_state(), state)

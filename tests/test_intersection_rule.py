@@ -23,12 +23,10 @@ from pretrain.views.boxes import (
     draw_views,
     pixel_boxes,
 )
-from pretrain.views.colour import ColorSettings, draw_colours
-from pretrain.views.pixels import crop_resize, normalise
+from pretrain.views.color import ColorSettings, draw_colors
+from pretrain.views.pixels import crop_resize, normalize
 
-PAKA = CropSettings(
-    n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside"
-)
+PAKA = CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
 SIZES = [(480, 640), (640, 427), (100, 1000), (37, 41), (7, 8), (3, 2000), (1, 50), (50, 1), (1, 1)]
 FIXED = PositionSettings(augment=False)
 
@@ -62,14 +60,10 @@ def test_every_local_crop_lies_in_its_parent(size, inside):
     low, high = np.maximum(parent[..., :2], local[..., :2]), np.minimum(parent[..., 2:], local[..., 2:])
     common = (high - low).clip(0).prod(-1)
     assert (common >= inside * area(local) - 1e-9).all()
-    assert (
-        (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
-    )
+    assert (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
     assert (local[..., 2:] - local[..., :2] >= 1).all()
     if min(size) > 300 and inside < 1:
-        assert (common < area(local)).mean() > 0.05 and (
-            common / area(local)
-        ).min() < inside + 0.1  # the slack is used
+        assert (common < area(local)).mean() > 0.05 and (common / area(local)).min() < inside + 0.1  # the slack is used
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 427), (2000, 1000)])
@@ -89,7 +83,7 @@ def test_areas_and_ratios_are_the_rules(size):
 
 
 def test_places_are_uniform():
-    """The centres' mean is the parent's; in a parent far from the image's border the place is uniform, slack included."""
+    """The centers' mean is the parent's; in a parent far from the image's border the place is uniform, slack included."""
     _, _, crops = draw((600, 800), PAKA, 4000)
     parent, local = with_parents(crops, PAKA)
     size = parent[..., 2:] - parent[..., :2]
@@ -102,15 +96,11 @@ def test_places_are_uniform():
     side = local[:, 2:] - local[:, :2]
     slack = np.floor(side * (1 - math.sqrt(0.9)))
     free = ((parent[:, :2] > slack) & (parent[:, 2:] + slack < 2000)).all(1)
-    where = (local[:, :2] - parent[:, :2] + slack) / (
-        parent[:, 2:] - parent[:, :2] - side + 2 * slack
-    )  # [n, 2] in [0, 1]
+    where = (local[:, :2] - parent[:, :2] + slack) / (parent[:, 2:] - parent[:, :2] - side + 2 * slack)  # [n, 2] in [0, 1]
     for axis in (0, 1):
         ranks = np.sort(where[free, axis])
         distance = abs(ranks - (np.arange(len(ranks)) + 0.5) / len(ranks)).max()
-        assert (
-            distance < 1.95 / math.sqrt(len(ranks)) + 0.005
-        )  # Kolmogorov-Smirnov, once in a thousand; and the pixels
+        assert distance < 1.95 / math.sqrt(len(ranks)) + 0.005  # Kolmogorov-Smirnov, once in a thousand; and the pixels
     assert abs(np.corrcoef(where[free].T)[0, 1]) < 0.05
 
 
@@ -141,16 +131,10 @@ def test_rules_take_the_same_numbers(positions, tied):
     plain = changed(PAKA, local_rule="image")
     first, rngs, _ = draw((480, 640), plain, 8, positions, tied)
     after = [rng.random() for rng in rngs]
-    for rule in (
-        changed(plain, local_rule="inside"),
-        changed(plain, local_rule="same"),
-        changed(plain, plain_globals=True),
-    ):
+    for rule in (changed(plain, local_rule="inside"), changed(plain, local_rule="same"), changed(plain, plain_globals=True)):
         views, rngs, _ = draw((480, 640), rule, 8, positions, tied)
         assert [rng.random() for rng in rngs] == after
-        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(
-            views.flips[:, 2:], first.flips[:, 2:]
-        )
+        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(views.flips[:, 2:], first.flips[:, 2:])
         assert torch.equal(views.boxes, first.boxes) == (rule.local_rule == "image")
         assert torch.equal(views.flips, first.flips) != rule.plain_globals
         assert not rule.plain_globals or not views.flips[:, :2].any()
@@ -162,33 +146,20 @@ def test_the_default_draw_is_what_it_was():
     views, _, _ = draw((333, 517), rule, 1, PositionSettings())
     rng = np.random.default_rng([0, 0])
     u = rng.random((1, 10, 2 * TRIES + 3))
-    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [
-        517,
-        333,
-        517,
-        333,
-    ]
+    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [517, 333, 517, 333]
     moved = augment_positions(crops, PositionSettings(), 2, np.array([draw_move(PositionSettings(), rng)]))
-    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(
-        views.flips, torch.from_numpy(u[..., 0] < 0.5)
-    )
+    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(views.flips, torch.from_numpy(u[..., 0] < 0.5))
     assert torch.equal(views.position_boxes, torch.from_numpy(moved).float()) and views.tied
 
 
-def test_plain_globals_keep_their_colours():
-    def colours(plain):
-        return draw_colours(
-            6,
-            2,
-            ColorSettings(solarize_p=(0.5, 0.5, 0.5)),
-            [np.random.default_rng(i) for i in range(50)],
-            plain,
-        )
+def test_plain_globals_keep_their_colors():
+    def colors(plain):
+        return draw_colors(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
 
-    on, off = colours(True), colours(False)
-    for name in ("jitter", "grey", "sigma", "solarize"):
+    on, off = colors(True), colors(False)
+    for name in ("jitter", "gray", "sigma", "solarize"):
         assert not getattr(on, name)[:, :2].any() and getattr(off, name)[:, :2].any()
-    for name in ("jitter", "order", "factors", "grey", "sigma", "solarize"):
+    for name in ("jitter", "order", "factors", "gray", "sigma", "solarize"):
         assert torch.equal(getattr(on, name)[:, 2:], getattr(off, name)[:, 2:])
 
 
@@ -213,11 +184,11 @@ def test_both_data_paths_follow_the_rules(dataset):
     for name in ("boxes", "flips", "position_boxes"):
         assert torch.equal(getattr(on_cpu.views, name), getattr(on_device.views, name))
     assert not on_cpu.views.flips[:, :2].any()
-    for view, crop in enumerate(on_cpu.global_crops):  # cropped, resized, normalised, and nothing else
+    for view, crop in enumerate(on_cpu.global_crops):  # cropped, resized, normalized, and nothing else
         g, image = divmod(view, 4)
         pixels = dataset.read(image)[0]
         box = pixel_boxes(on_cpu.views.boxes[image, g], *pixels.shape[:2]).int().tolist()
-        plain = normalise(torch.from_numpy(crop_resize(pixels, box, False, 64)).permute(2, 0, 1))
+        plain = normalize(torch.from_numpy(crop_resize(pixels, box, False, 64)).permute(2, 0, 1))
         assert torch.equal(crop, plain)
         assert (on_device.global_crops[view] - plain).abs().mean() * 0.23 * 255 < 0.5
     augmented = batches(dataset, **rules | {"plain_globals": False})
@@ -244,7 +215,7 @@ def test_what_positions_a_method_reads(dataset, encoding):
 
 
 def test_untied_positions_are_those_of_inference():
-    """In flipped views too: at inference nothing mirrors the positions of a picture."""
+    """In flipped views too: at inference nothing mirrors the positions of an image."""
     model = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="field", pos_grid=9).double()
     torch.nn.init.normal_(model.pos_field)
     crops = torch.randn(4, 3, 32, 48, dtype=torch.float64)  # two views of two images

@@ -1,4 +1,4 @@
-"""The readers of labelled sets: each in its own layout, its table against the ids that its files are known to hold."""
+"""The readers of labeled sets: each in its own layout, its table against the ids that its files are known to hold."""
 
 import ast
 import importlib.util
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_set_fixture import SIZE, grey_png, save_map, scene, write_ade, write_coco, write_folder, write_voc
+from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
 from pretrain.data import pictures
+from pretrain.data.images import square
 from pretrain.data.label_sets import KINDS, coco, open_label_set
 from pretrain.data.label_sets.maps import nearest, read_map
-from pretrain.data.pictures import square
 
 # COCO's list of stuff, 92 banner .. 182 wood: the supercategory of each.
 STUFF = (
@@ -126,7 +126,7 @@ def test_a_set_in_its_own_layout(tmp_path, write, kind, name, n_classes, labels)
             expected, _ = scene(first + index, len(labels))
             np.testing.assert_array_equal(read, classes_of(found, index, first + index, labels))
             assert pixels.dtype == np.uint8 and pixels.shape == expected.shape and read.dtype == np.int32
-            assert np.abs(pixels.astype(int) - expected).mean() < 12  # the right picture; JPEG loses some
+            assert np.abs(pixels.astype(int) - expected).mean() < 12  # the right image; JPEG loses some
 
 
 def test_vocs_training_part_says_whether_it_is_trainaug(tmp_path):
@@ -242,18 +242,18 @@ def test_a_folder_of_more_classes_than_a_byte_holds(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("colour_type", ["grey", "palette"])
-def test_a_map_of_few_bits_holds_its_values(tmp_path, bits, colour_type):
+@pytest.mark.parametrize("color_type", ["gray", "palette"])
+def test_a_map_of_few_bits_holds_its_values(tmp_path, bits, color_type):
     values = (np.arange(64) % (1 << bits)).astype(np.uint8).reshape(8, 8)
     file = tmp_path / "map.png"
-    if colour_type == "palette":
+    if color_type == "palette":
         image = Image.fromarray(values)
         image.putpalette([7 * k % 256 for k in range(3 * (1 << bits))])
         image.save(file, bits=bits)
     else:
-        file.write_bytes(grey_png(values, bits))
+        file.write_bytes(gray_png(values, bits))
     with Image.open(file) as image:
-        assert image.mode == {"palette": "P", "grey": "1" if bits == 1 else "L"}[colour_type]
+        assert image.mode == {"palette": "P", "gray": "1" if bits == 1 else "L"}[color_type]
     np.testing.assert_array_equal(read_map(file), values)
 
 

@@ -1,8 +1,8 @@
-"""What is wrong with a labelled set is said in one line that names the file and the value."""
+"""What is wrong with a labeled set is said in one line that names the file and the value."""
 
 import numpy as np
 import pytest
-from label_set_fixture import grey_png, save_map, write_ade, write_coco, write_folder, write_voc
+from label_set_fixture import gray_png, save_map, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
 from pretrain.data.label_sets import open_label_set
@@ -51,7 +51,7 @@ def put(file, content):
             "train",
             "1 images of trainaug are of val, too; the first: 2007_001001",
         ),
-        (write_coco, lambda r: None, "val", "several labelled sets: say which kind, coco_things or coco_stuff"),
+        (write_coco, lambda r: None, "val", "several labeled sets: say which kind, coco_things or coco_stuff"),
     ],
 )
 def test_a_set_that_is_not_whole(tmp_path, write, spoil, part, message):
@@ -142,7 +142,7 @@ def turned(file):
 
 
 def tall(file):
-    put(file, grey_png(np.ones((1, 1)), 8, size=(2**31 - 1, 1)))
+    put(file, gray_png(np.ones((1, 1)), 8, size=(2**31 - 1, 1)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from torch import nn
 
 from det_plugin import features as det
@@ -104,7 +104,7 @@ class PublicLoMaR(nn.Module):
 
 @pytest.fixture(scope="module")
 def public():
-    return randomise(PublicLoMaR())
+    return randomize(PublicLoMaR())
 
 
 def write(path, state):
@@ -123,8 +123,8 @@ def noise(*shape, seed=1, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def relative_vit(dtype=torch.float32, **flags):
-    return randomise(build_backbone(TINY, **{**FLAGS, **flags})).to(dtype)
+def relative_vit(dtype=torch.float32, **model_kwargs):
+    return randomize(build_backbone(TINY, **{**FLAGS, **model_kwargs})).to(dtype)
 
 
 # --- buckets
@@ -167,13 +167,13 @@ def test_what_is_read_and_what_is_dropped(public, file, tmp_path):
     assert set(public.state_dict()) - set(found.state) == {"pos_embed", "encoder_pred.weight", "encoder_pred.bias"}
     vit = build_backbone(TINY, file, mask_tokens=True).eval()
     assert vit.pos_encoding == "none" and torch.equal(vit.mask_token, public.mask_token[0])
-    ours = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, flags=vit.flags)
+    ours = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
     again, x = build_backbone(TINY, ours).eval(), noise(1, 3, 64, 48)
     with torch.no_grad():
         assert torch.equal(again.feature_map(x), vit.feature_map(x))
     plain = build_backbone(TINY, depth=1)
-    older = {key: value for key, value in plain.flags.items() if key != "relative_positions"}
-    ours = save_backbone(tmp_path / "old.safetensors", plain.state_dict(), name=TINY, flags=older)
+    older = {key: value for key, value in plain.model_kwargs.items() if key != "relative_positions"}
+    ours = save_backbone(tmp_path / "old.safetensors", plain.state_dict(), name=TINY, model_kwargs=older)
     assert build_backbone(TINY, ours).buckets((2, 2)) is None
 
 

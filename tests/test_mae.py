@@ -428,7 +428,11 @@ def test_what_a_run_leaves(tmp_path, photos):
     tensors, vit = tensors_of(folder), build_backbone("vit_tiny_patch16", weights=path)
     encoder = {key: tensors[f"method.student.backbone.{key}"] for key in vit.state_dict()}
     assert all(torch.equal(value, encoder[key]) for key, value in vit.state_dict().items())
-    assert vit.flags["pos_encoding"] == "standard" and vit.flags["layerscale"] is None and not vit.flags["mask_tokens"]
+    assert (
+        vit.model_kwargs["pos_encoding"] == "standard"
+        and vit.model_kwargs["layerscale"] is None
+        and not vit.model_kwargs["mask_tokens"]
+    )
     said = read_checkpoint(path).provenance
     assert said["method"] == "mae" and said["position_masks"] is False
     again = MAE(load_config(None, tiny(photos, f"backbone.weights={path}")))

@@ -63,7 +63,7 @@ class Scripted:
 
 @pytest.mark.parametrize("keep_first", [True, False])
 @pytest.mark.parametrize("row, column", [(0, 0), (7, 7), (14, 3), (2, 14)])
-def test_a_short_cross_keeps_the_cells_near_its_centre(row, column, keep_first):
+def test_a_short_cross_keeps_the_cells_near_its_center(row, column, keep_first):
     rows, columns = np.indices((15, 15))
     on_cross, distance = (rows == row) | (columns == column), np.maximum(abs(rows - row), abs(columns - column))
     for target in range(1, 29):
@@ -145,7 +145,7 @@ def test_lists_of_masked_patches():
 
 
 def test_box_masks_are_boxy():
-    """A quarter of the crop by boxes of at least 4 patches: most masked patches have a masked neighbour."""
+    """A quarter of the crop by boxes of at least 4 patches: most masked patches have a masked neighbor."""
     lonely = []
     for seed in range(50):
         mask = np.pad(box_mask(GRID, 49, MaskSettings(), np.random.default_rng(seed)), 1)

@@ -21,7 +21,7 @@ def pixels(n_clusters, n_classes, n=500, seed=0):
 
 
 def iou(predicted, labels, c):
-    """Of class c (1 ..) over the labelled pixels."""
+    """Of class c (1 ..) over the labeled pixels."""
     a, b = (predicted == c) & (labels > 0), labels == c
     return (a & b).sum() / (a | b).sum() if (a | b).any() else np.nan
 

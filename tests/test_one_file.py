@@ -23,7 +23,7 @@ def file(request, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return save_backbone(tmp_path / "backbone.safetensors", model.state_dict(), name=NAME, flags=model.flags)
+    return save_backbone(tmp_path / "backbone.safetensors", model.state_dict(), name=NAME, model_kwargs=model.model_kwargs)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_tensor_too_few_or_too_many_is_named(file, consumer, edit, named):
         del state[named]
     else:
         state[named] = torch.zeros(1)
-    save_backbone(file, state, name=NAME, flags=model.flags)
+    save_backbone(file, state, name=NAME, model_kwargs=model.model_kwargs)
     build = {
         "torchvision": lambda: build_backbone(NAME, file),
         "detectron2": lambda: detectron2_backbone(file),

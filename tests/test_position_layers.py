@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from sklearn.linear_model import Ridge
@@ -23,11 +23,11 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.eval_model import open_models
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
-from pretrain.evaluation.position_probe import PositionProbe, centres, draw_masks, hide_with
+from pretrain.evaluation.position_probe import PositionProbe, centers, draw_masks, hide_with
 from pretrain.progress import Progress
 from pretrain.results.schema import read_result
 from pretrain.signals import StopSignals
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 from pretrain.weights import save_backbone
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ KINDS = [
 ]
 
 
-def vit(**flags):
-    return randomise(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, mask_tokens=True), **flags}))
+def vit(**model_kwargs):
+    return randomize(ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, mask_tokens=True), **model_kwargs}))
 
 
 def images_of(n, height=64, width=64):
@@ -52,8 +52,8 @@ def features_of(backbone):
 
 
 @pytest.mark.parametrize("flags", KINDS)
-def test_the_last_layer_is_the_probe_of_the_training(flags):
-    backbone, images = vit(**flags), images_of(70)  # more than one batch of 32 in each half
+def test_the_last_layer_is_the_probe_of_the_training(model_kwargs):
+    backbone, images = vit(**model_kwargs), images_of(70)  # more than one batch of 32 in each half
     probe = PositionProbe.of(images, backbone.patch_size)
     with frozen(backbone):
         expected = probe(features_of(backbone))
@@ -75,13 +75,13 @@ def test_every_layer_equals_a_plain_restatement(shape):
         told: list[int] = []
         scores = position_layers(features_of(backbone), images, draws=2, shape=shape, tell=told.append)
         assert told == [6, 12, 18, 24]
-        tokens, _ = backbone.embed(normalise(images), position_mask=masks)
+        tokens, _ = backbone.embed(normalize(images), position_mask=masks)
         layers = [tokens]
         for block in backbone.blocks:
             layers.append(block(layers[-1]))
         layers.append(backbone.norm(layers[-1]))
     place = np.array([[(j + 0.5) / 5, (i + 0.5) / 3] for i in range(3) for j in range(5)])
-    np.testing.assert_allclose(centres(3, 5).numpy(), place)
+    np.testing.assert_allclose(centers(3, 5).numpy(), place)
     assert len(scores) == 2 * len(layers)
     for score in scores:
         x = layers[score.layer][:, 2:].double().numpy()
@@ -97,9 +97,9 @@ def test_every_layer_equals_a_plain_restatement(shape):
         assert got.chance == pytest.approx(np.linalg.norm(y_test - y.mean(0), axis=1).mean(), rel=1e-9)
 
 
-def planted(**flags):
-    """Blocks that change nothing; the embedding of a patch is its mean colour and its position."""
-    backbone = vit(embed_dim=6, num_heads=1, final_norm=False, **flags)
+def planted(**model_kwargs):
+    """Blocks that change nothing; the embedding of a patch is its mean color and its position."""
+    backbone = vit(embed_dim=6, num_heads=1, final_norm=False, **model_kwargs)
     with torch.no_grad():
         for block in backbone.blocks:
             for layer in (block.attn.proj, block.mlp.fc2):
@@ -177,11 +177,13 @@ def weights(tmp_path):
     kinds = {"ours": dict(mask_tokens=True, pos_encoding="field", pos_grid=7), "fourteen": dict(patch_size=14, has_cls=False)}
     kinds |= {"none": dict(pos_encoding="none")}
     files = []
-    for name, flags in kinds.items():
-        backbone = build_backbone("vit_tiny_patch16", depth=1, **flags)
+    for name, model_kwargs in kinds.items():
+        backbone = build_backbone("vit_tiny_patch16", depth=1, **model_kwargs)
         said = {"method": "same <b>" if name != "none" else "other", "effective_epochs": 350}
         file = tmp_path / name / "backbone.safetensors"
-        files.append(save_backbone(file, backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags, provenance=said))
+        files.append(
+            save_backbone(file, backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs, provenance=said)
+        )
     return files
 
 
@@ -254,12 +256,16 @@ def test_checkpoints_are_named_apart(weights, tmp_path):
     backbone = subjects[0].build(mask_tokens=True)
     said = {"position_masks": False}  # a run without position masks: its token is as it was drawn
     drawn = save_backbone(
-        tmp_path / "d.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags, provenance=said
+        tmp_path / "d.safetensors",
+        backbone.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=backbone.model_kwargs,
+        provenance=said,
     )
     assert not open_models([drawn])[0].has_token
     assert [s.label for s in open_models([drawn, drawn])] == ["d, #1", "d, #2"]  # its name would tell nothing
     assert [s.has_token for s in subjects] == [True, True, False] and not subjects[0].build().training
-    assert subjects[2].build(mask_tokens=True).flags["mask_tokens"] and not subjects[2].build().flags["mask_tokens"]
+    assert subjects[2].build(mask_tokens=True).model_kwargs["mask_tokens"] and not subjects[2].build().model_kwargs["mask_tokens"]
     subjects[0].write(tmp_path / "r", "p", {"a": (1, 1)}, {"m": 1.0}, 0.0)
     assert subjects[0].found(tmp_path / "r", "p", {"a": (1, 1)}).metrics == {"m": 1.0}
     assert not subjects[0].found(tmp_path / "r", "p", {"a": (1, 2)}) and not subjects[2].found(tmp_path / "r", "p", {"a": (1, 1)})

@@ -1,4 +1,4 @@
-"""A detector on one's own images: both engines alike, the results' file, the pictures, and what cannot be read."""
+"""A detector on one's own images: both engines alike, the results' file, the images, and what cannot be read."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.checkpoint import save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
-from det_plugin.torchvision_engine.figures import Shown, colour_of, draw_objects
+from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
 from det_plugin.torchvision_engine.folder import resolved_config, write_config
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
@@ -50,7 +50,7 @@ def trained(data, tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Pictures as people have them, and a few that are none."""
+    """Images as people have them, and a few that are none."""
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     (folder / "sub").mkdir(parents=True)
     pixels = cv2.GaussianBlur(rng.integers(0, 256, (60, 90, 3), np.uint8), (9, 9), 0)
@@ -60,7 +60,7 @@ def images(tmp_path):
     Image.fromarray(pixels).save(folder / "a.png")
     Image.fromarray(pixels).save(folder / "sub" / "a.jpg")
     Image.fromarray(np.dstack([pixels, pixels[:, :, 0]]), "RGBA").save(folder / "alpha.png")
-    Image.fromarray(pixels[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(pixels[:, :, 0]).save(folder / "gray.png")
     (folder / "cut.jpg").write_bytes((folder / "sub" / "a.jpg").read_bytes()[:400])
     (folder / "empty.png").write_bytes(b"")
     (folder / "notes.txt").write_text("no image")
@@ -124,7 +124,7 @@ def predict(trained, *words):
 
 
 def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
-    output = images / "found"  # inside the folder: its pictures are not taken for images
+    output = images / "found"  # inside the folder: its images are not taken for images
     for _ in range(2):
         predict(trained, "--images", images, "--output", output, "--min-score", 0.002)
     said = capsys.readouterr()
@@ -132,7 +132,7 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
     assert "cut.jpg: " in said.err and "empty.png: empty file" in said.err and "notes.txt" not in said.err
     coco = coco_api().COCO(str(output / "predictions.json"))
     names = {image["file_name"]: (image["width"], image["height"]) for image in coco.dataset["images"]}
-    assert names == {"a.jpg": (60, 90), **dict.fromkeys(["a.png", "alpha.png", "grey.png", "sub/a.jpg"], (90, 60))}
+    assert names == {"a.jpg": (60, 90), **dict.fromkeys(["a.png", "alpha.png", "gray.png", "sub/a.jpg"], (90, 60))}
     assert {c["id"]: c["name"] for c in coco.dataset["categories"]} == CATEGORIES
     assert len(coco.anns) > 20 and min(a["score"] for a in coco.anns.values()) >= 0.002
     for annotation in coco.anns.values():
@@ -140,7 +140,7 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
         assert annotation["segmentation"]["size"] == [image["height"], image["width"]]
         assert annotation["area"] == coco.annToMask(annotation).sum() and annotation["iscrowd"] == 0
     pictures = sorted(path.relative_to(output / "pictures").as_posix() for path in (output / "pictures").rglob("*.*"))
-    assert pictures == ["a.jpg", "a.png.jpg", "alpha.png.jpg", "grey.png.jpg", "sub/a.jpg"]
+    assert pictures == ["a.jpg", "a.png.jpg", "alpha.png.jpg", "gray.png.jpg", "sub/a.jpg"]
     assert cv2.imread(str(output / "pictures" / "a.jpg")).shape == (640, 427, 3)  # enlarged, upright
 
 
@@ -182,7 +182,7 @@ def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
     evaluate_folder(folder, data, device="cpu", workers=0)
     tool.main([*base, "--images", "1003,1001", "--min-score", "0.1"])
     assert f"predictions: {folder / 'predictions.json'}" in capsys.readouterr().out
-    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other pictures, whose ids are those of these
+    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other images, whose ids are those of these
     shutil.copytree(same_ids / "val2017", same_ids / "train2017", dirs_exist_ok=True)
     shutil.copy(annotation_file(same_ids, "val"), annotation_file(same_ids, "train"))
     tool.main([*base[:2], "--data", str(same_ids), *base[4:], "--split", "train", "--count", "4"])
@@ -201,14 +201,14 @@ def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
         tool.main(["--run", str(folder), "--data", str(tmp_path / "other"), "--device", "cpu", "--images", "1001"])
 
 
-def test_labels_keep_apart_and_classes_have_their_colours():
+def test_labels_keep_apart_and_classes_have_their_colors():
     """Six boxes at one place: every label's background is whole, so none lies on another."""
     mask, objects = np.zeros((300, 400), bool), []
     for k in range(6):
         objects.append(Shown(k, mask, (100, 80, 300, 220), "label"))
     drawn = draw_objects(np.zeros((300, 400, 3), np.uint8), objects)
-    sizes = [int((drawn == colour_of(k)).all(axis=2).sum()) for k in range(6)]
+    sizes = [int((drawn == color_of(k)).all(axis=2).sum()) for k in range(6)]
     assert min(sizes) > 200
-    colours = np.array([colour_of(k) for k in range(80)], float)
-    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(80)
+    colors = np.array([color_of(k) for k in range(80)], float)
+    distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + 1e3 * np.eye(80)
     assert distances.min() > 5 and distances[:12, :12].min() > 60

@@ -19,13 +19,13 @@ from sklearn.linear_model import Ridge
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
-from pretrain.data.pictures import spread, square
+from pretrain.data.images import spread, square
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import knn_predict, knn_votes
-from pretrain.evaluation.labelled import Labelled, nearest, read_classes, read_segmentation
+from pretrain.evaluation.labeled import Labeled, nearest, read_classes, read_segmentation
 from pretrain.evaluation.linear import Moments, discriminant, ridge
-from pretrain.evaluation.position_probe import PositionProbe, centres
+from pretrain.evaluation.position_probe import PositionProbe, centers
 from pretrain.evaluation.probes import Probes
 from pretrain.evaluation.segmentation import SegmentationProbe, confusion, mean_iou, patch_labels
 from pretrain.train import train
@@ -36,9 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def tiny_vit(**flags):
+def tiny_vit(**model_kwargs):
     torch.manual_seed(0)
-    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **flags})
+    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **model_kwargs})
 
 
 def random_images(n, side=64, seed=0):
@@ -149,9 +149,9 @@ def test_votes_and_their_chunks():
 
 def test_patch_labels_by_hand():
     labels = torch.tensor(np.random.default_rng(0).integers(0, 4, (3, 8, 8)))
-    labels[0, :4, :4] = 0  # nothing labelled
+    labels[0, :4, :4] = 0  # nothing labeled
     labels[1, :4, :4] = torch.tensor([3, 3, 2, 2]).view(4, 1)  # even: the smaller class
-    labels[2, :4, :4] = torch.tensor([0, 0, 0, 3]).view(4, 1)  # the majority of what is labelled
+    labels[2, :4, :4] = torch.tensor([0, 0, 0, 3]).view(4, 1)  # the majority of what is labeled
     got = patch_labels(labels.to(torch.uint8), 4, 3)
     assert got.shape == (3, 4) and got[:, 0].tolist() == [0, 2, 3]
     for image, patches in zip(labels, got):
@@ -164,7 +164,7 @@ def test_patch_labels_by_hand():
 def test_mean_iou_equals_a_plain_restatement():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 5, (4, 9, 9)), rng.integers(0, 3, (4, 9, 9))
-    labels[labels == 4] = 1  # class 4 is neither labelled nor predicted; class 3 (2 from 0) is both
+    labels[labels == 4] = 1  # class 4 is neither labeled nor predicted; class 3 (2 from 0) is both
     matrix = confusion(torch.from_numpy(labels), torch.from_numpy(predicted), 5)
     assert matrix.sum() == (labels > 0).sum()
     ious = []
@@ -176,13 +176,13 @@ def test_mean_iou_equals_a_plain_restatement():
 
 
 def test_segmentation_equals_a_plain_restatement():
-    """All pictures at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
+    """All images at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
     backbone, rng = tiny_vit(patch_size=8).eval(), np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 4, (45, 4, 4)))
     labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
     labels[:, :, :3] = 0
     images = (random_images(45, 32) // 2 + 40 * labels[:, None].to(torch.uint8)).contiguous()
-    train, val = (Labelled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45)))
+    train, val = (Labeled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45)))
     probe = SegmentationProbe(train, val, patch_labels(train.labels, 8, 3), 3, k=5)
     with torch.no_grad():
         got = probe(features_of(backbone))
@@ -203,11 +203,11 @@ def test_segmentation_equals_a_plain_restatement():
         assert got[f"probe/seg_{name}_miou"] == pytest.approx(100 * np.mean(ious), rel=1e-5)
 
 
-def test_segmentation_of_pictures_of_one_colour_is_perfect():
-    colours = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)
+def test_segmentation_of_pictures_of_one_color_is_perfect():
+    colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)
     labels = (torch.arange(30) % 3).view(-1, 1, 1).expand(-1, 32, 32)
-    images = colours[labels].permute(0, 3, 1, 2).contiguous()
-    train, val = (Labelled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30)))
+    images = colors[labels].permute(0, 3, 1, 2).contiguous()
+    train, val = (Labeled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30)))
     probe = SegmentationProbe(train, val, patch_labels(train.labels, 16, 3), 3, k=8)
     with torch.no_grad():
         got = probe(features_of(tiny_vit()))
@@ -218,7 +218,7 @@ def test_the_position_probe_equals_a_plain_restatement():
     backbone, images = tiny_vit().eval(), random_images(10)
     probe = PositionProbe.of(images, patch_size=16)
     assert probe.masks.shape == (10, 16) and probe.masks.sum(1).tolist() == [8] * 10
-    assert centres(4)[6].tolist() == [2.5 / 4, 1.5 / 4]
+    assert centers(4)[6].tolist() == [2.5 / 4, 1.5 / 4]
     with torch.no_grad():
         got = probe(features_of(backbone))
         patches = torch.cat([t.patches for t in features_of(backbone)(images, probe.masks)]).double().numpy()
@@ -236,7 +236,7 @@ def test_the_position_probe_equals_a_plain_restatement():
 
 
 def test_the_position_probe_sees_places_only_where_features_hold_them():
-    """Pictures whose colour is the place can be read; the same field without position in the pictures cannot, for it is masked."""
+    """Images whose color is the place can be read; the same field without position in the images cannot, for it is masked."""
     ramp = torch.linspace(0, 255, 64)
     place = torch.stack([ramp.expand(64, 64), ramp.view(64, 1).expand(64, 64), torch.full((64, 64), 128.0)]).to(torch.uint8)
     backbone = tiny_vit(embed_dim=48).eval()
@@ -300,7 +300,7 @@ def test_a_share_of_each_part(sets):
         (lambda f: Image.new("RGB", (40, 56)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is no label map"),
         (lambda f: Image.new("L", (8, 8)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is \(8, 8\)"),
         (lambda f: [Image.new("L", (56, 40)).save(f / f"ade/annotations/validation/{i:04}.png") for i in (0, 2)]
-         + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labelled pixel in validation"),
+         + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labeled pixel in validation"),
         (None, ["probes.image_px=72"], r"probes\.image_px=72 is no multiple of backbone\.patch_size=16"),
         (None, ["data.root=/nowhere"], r"data\.root"),
         (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"needs 2 images.* 1 can be read"),
@@ -332,7 +332,9 @@ def test_a_broken_training_image_is_left_out_of_the_position_probe(sets):
 
 def test_the_tool_gives_the_same_numbers(sets, capsys):
     backbone = build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, pos_encoding="field", pos_grid=7)
-    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    weights = save_backbone(
+        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+    )
     roots = ["--knn-root", sets / "knn", "--seg-root", sets / "ade", "--position-root", sets / "photos"]
     numbers = ["--knn-k", 3, "--seg-classes", 4, "--image-px", 64, "--device", "cpu", "--json", sets / "out" / "probes.json"]
     tool("--weights", weights, *roots, *numbers)
@@ -348,7 +350,9 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
 @pytest.mark.parametrize("encoding", ["standard", "field", "none"])
 def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(sets, capsys, encoding):
     plain = build_backbone("vit_tiny_patch16", depth=1, pos_encoding=encoding)
-    weights = save_backbone(sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", flags=plain.flags)
+    weights = save_backbone(
+        sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", model_kwargs=plain.model_kwargs
+    )
     numbers = ["--image-px", 64, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--position-root", sets / "photos", *numbers)
     told = "no positions that could be hidden" if encoding == "none" else "the mean of all positions stands for a hidden one"
@@ -356,7 +360,7 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
     found = json.loads((sets / "probes.json").read_text())["metrics"]
 
     probe = probes_of(config_of(sets, "probes.knn_root=", "probes.seg_root=")).probes[0]
-    features, places = plain.eval().positions((4, 4)), centres(4)
+    features, places = plain.eval().positions((4, 4)), centers(4)
 
     class Hidden(ViT):
         """The plain network, the positions of masked patches replaced by hand."""
@@ -382,7 +386,9 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
 def test_the_tool_probes_other_patch_sizes(sets):
     """14 divides neither crop of the recipe, which the probes have no use for."""
     backbone = build_backbone("vit_tiny_patch16", patch_size=14, depth=1)
-    weights = save_backbone(sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", flags=backbone.flags)
+    weights = save_backbone(
+        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+    )
     rest = ["--knn-k", 3, "--image-px", 56, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--knn-root", sets / "knn", *rest)
     assert list(json.loads((sets / "probes.json").read_text())["metrics"]) == ["probe/knn_top1"]

@@ -1,4 +1,4 @@
-"""What is too slow for ``make test``: ``make proofs`` runs these, minutes each on two cores."""
+"""What is too slow for ``make test``: ``make test-slow`` runs these, minutes each on two cores."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.data.toy_classes import write_toy_classes
 from pretrain.evaluation.probes import Probes
-from pretrain.methods.intertwined import build_student_backbone
+from pretrain.methods.backbones import new_backbone
 from pretrain.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
@@ -41,10 +41,12 @@ def test_a_short_pretraining_learns(tmp_path, toy_objects, recipe):
     errors of a difference of two shares of 600 examples (5.8 points). The recipe was chosen on other data and another seed.
     """
     overrides = [f"data.root={toy_objects / 'train'}", f"run.output={tmp_path / 'run'}", "probes.image_px=96",
-                 f"probes.knn_root={toy_objects}", "probes.period_it=300"]  # fmt: skip
+                 f"probes.knn_root={toy_objects}", "probes.every=300"]  # fmt: skip
     config = load_config(f"configs/pretrain/{recipe}.yaml", overrides)
     torch.manual_seed(config.run.seed)
-    before = Probes(config).run(build_student_backbone(config, drop_path=0.0), torch.device("cpu"))["probe/knn_top1"]
+    start = new_backbone(config, drop_path=0.0, positions=config.positions, mask_tokens=True)
+    probes = Probes(config.probes, config.data, config.backbone.patch_size)
+    before = probes.run(start, torch.device("cpu"))["probe/knn_top1"]
     folder = train(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [x["iteration"] for x in lines] == list(range(300))

@@ -81,12 +81,12 @@ def built(data):
     return get
 
 
-def config_of(size, length, **flags):
+def config_of(size, length, **model_kwargs):
     """A config file as the stock launcher reads it."""
     from detectron2.config import LazyConfig
 
     cfg = LazyConfig.load(str(ROOT / "configs" / "det" / f"mask_rcnn_vit{size}16_coco_{length}ep.py"))
-    cfg.model.backbone.net.update(flags)
+    cfg.model.backbone.net.update(model_kwargs)
     return cfg
 
 
@@ -175,7 +175,7 @@ def test_50_epochs_differ_in_the_schedule_alone(size):
     }  # fmt: skip
 
 
-# --- optimiser --------------------------------------------------------------------------------------------------------
+# --- optimizer --------------------------------------------------------------------------------------------------------
 
 LAYERS = {
     "cls_token": 0, "patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "blocks.0.attn.qkv.weight": 1,
@@ -383,8 +383,8 @@ def test_pooling(engine, size, built):
         pooled = heads.box_pooler(maps, [Boxes(box)])
     else:
         pooled = heads.box_roi_pool(maps, [box])
-    centre = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centred on 0.5
-    assert pooled[0, 0, 3, 3].item() == pytest.approx(2 * (100 * centre[1] + centre[0]).item(), rel=1e-4)
+    center = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centerd on 0.5
+    assert pooled[0, 0, 3, 3].item() == pytest.approx(2 * (100 * center[1] + center[0]).item(), rel=1e-4)
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_pooling(engine, size, built):
 
 @both
 @sizes
-def test_a_normalised_square_of_1024(engine, size, built):
+def test_a_normalized_square_of_1024(engine, size, built):
     model = built(engine, size).model
     image = torch.full((3, 40, 70), 200, dtype=torch.uint8)
     if engine == "detectron2":
@@ -410,7 +410,7 @@ def test_a_normalised_square_of_1024(engine, size, built):
     assert x.shape == (1, 3, 1024, 1024) and list(map(tuple, batch.image_sizes)) == [(40, 70)]
     for channel, (mean, std) in enumerate(zip(MEAN, STD)):
         assert x[0, channel, 39, 69].item() == pytest.approx((200 - mean) / std, rel=1e-5)
-    assert x[:, :, 40:].abs().max() == x[:, :, :, 70:].abs().max() == 0  # the padding lies bottom right, after normalisation
+    assert x[:, :, 40:].abs().max() == x[:, :, :, 70:].abs().max() == 0  # the padding lies bottom right, after normalization
 
 
 @needs_detectron2

@@ -51,7 +51,7 @@ def test_backbone_equals_the_registrys_after_init_weights(way, weights):
         (got,) = model.eval().backbone(x)
         torch.testing.assert_close(got, plain.eval().feature_map(x), atol=1e-5, rtol=0)
     assert got.shape == (2, 192, 3, 4)
-    assert model.backbone.vit.flags["n_registers"] == 4 and model.backbone.vit.pos_encoding == "field"
+    assert model.backbone.vit.model_kwargs["n_registers"] == 4 and model.backbone.vit.pos_encoding == "field"
     assert model.backbone.vit.blocks[1].drop_path.rate == pytest.approx(0.1)  # a run's flag, beside the file's
 
 
@@ -63,14 +63,14 @@ def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tm
         MODELS.build({**backbone, "weights": None, "init_cfg": dict(type="Kaiming", layer="Conv2d")})
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     state = {key: value for key, value in vit.state_dict().items() if key != "blocks.1.mlp.fc2.bias"}
-    path = save_backbone(tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", flags=vit.flags)
+    path = save_backbone(tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
     with pytest.raises(UserError, match="missing blocks.1.mlp.fc2.bias"):
         MODELS.build({**backbone, "weights": str(path)})
 
 
 @pytest.mark.parametrize("size", [(40, 56), (48, 57), (17, 48)])
 def test_a_window_that_is_no_multiple_of_the_patch(size):
-    """Its logits are exactly those of the padded picture, cropped: each at the pixel where it belongs."""
+    """Its logits are exactly those of the padded image, cropped: each at the pixel where it belongs."""
     model = segmentor(model_kwargs=FLAGS).eval()
     image = torch.randn(1, 3, *size)
     padded = F.pad(image, (0, -size[1] % 16, 0, -size[0] % 16))
@@ -113,13 +113,13 @@ def test_layer_decay_by_depth(weights):
     assert found[vit + "norm.weight"] == found["decode_head.conv_seg.weight"] == 1.0
 
 
-def test_trap_patch_bias_attention_and_normalisation(weights):
+def test_trap_patch_bias_attention_and_normalization(weights):
     model = segmentor(weights=weights)
     assert model.backbone.vit.patch_embed.proj.bias is not None
     assert {block.attn.backend for block in model.backbone.vit.blocks} == {"sdpa"}
-    pixels = torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)  # BGR, the mean colour
-    normalised = model.data_preprocessor({"inputs": [pixels]})["inputs"]
-    assert normalised.abs().max() < 0.01
+    pixels = torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)  # BGR, the mean color
+    normalized = model.data_preprocessor({"inputs": [pixels]})["inputs"]
+    assert normalized.abs().max() < 0.01
 
 
 # --- What learns, and what it costs

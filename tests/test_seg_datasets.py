@@ -273,7 +273,7 @@ def test_a_damaged_mask_is_named(tmp_path):
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
-    """Also one with a preview, which has an end of its own. OpenCV 4 fills what is missing with grey."""
+    """Also one with a preview, which has an end of its own. OpenCV 4 fills what is missing with gray."""
     root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
     path = root / "images" / "validation" / "0000.jpg"
     preview = path.read_bytes()

@@ -84,4 +84,4 @@ def test_toy_config_fits_the_toy_data(tmp_path, monkeypatch):
     assert cfg.model.decode_head.num_classes == 1 + len(CLASSES) and cfg.train_cfg.max_iters == 20
     assert cfg.train_dataloader.dataset.metainfo.classes == ("background", *CLASSES)
     assert cfg.train_dataloader.dataset.data_root == str(tmp_path) and "CLASSES" not in cfg
-    assert MODELS.build(cfg.model).backbone.vit.flags["depth"] == 4
+    assert MODELS.build(cfg.model).backbone.vit.model_kwargs["depth"] == 4

@@ -109,7 +109,7 @@ def test_head_and_loss(built):
     torch.testing.assert_close(loss(logits, labels, ignore_index=255), plain)
 
 
-def test_normalisation(runner):
+def test_normalization(runner):
     processor = runner.model.data_preprocessor
     assert processor.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
     assert processor.std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])
@@ -135,10 +135,10 @@ def test_sliding_windows(runner):
     assert [tuple(shape) for shape in seen] == [(512, 512)] * 3  # at 0, 480 and 488: one scale, no flips
 
 
-# --- the optimiser and its schedule
+# --- the optimizer and its schedule
 
 
-def test_optimiser(runner):
+def test_optimizer(runner):
     wrapper = runner.optim_wrapper
     assert type(wrapper) is OptimWrapper and wrapper.clip_grad_kwargs is None and wrapper._accumulative_counts == 1
     optimizer = wrapper.optimizer
@@ -363,7 +363,7 @@ def test_options_reach_their_objects():
     ],
 )
 def test_impossible_numbers_are_named(field, value, demand):
-    with pytest.raises(UserError, match=rf"^protocol: {field}(\.0)?=.* {demand}"):
+    with pytest.raises(UserError, match=rf"^protocol: {field}(\[0\])?=.* {demand}"):
         with_overrides(protocol(), {field: value})
 
 

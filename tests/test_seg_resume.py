@@ -91,7 +91,7 @@ def load(folder):
 
 
 def assert_equal(folder, other):
-    """Weights, the optimiser's tensors, the schedule, and the metrics."""
+    """Weights, the optimizer's tensors, the schedule, and the metrics."""
     one, two = load(folder), load(other)
     pairs = [(one["state_dict"][key], two["state_dict"][key], key) for key in one["state_dict"]]
     states = one["optimizer"]["state"], two["optimizer"]["state"]
@@ -185,7 +185,7 @@ def test_killed_between_checkpoints_our_tool_goes_on_to_the_same_bits(ade, whole
 
 def test_killed_between_checkpoints_the_stock_launcher_goes_on_to_the_same_bits(ade, whole, killer, tmp_path):
     """Also: both launchers make the same run."""
-    config = write_config(tmp_path, ade, flags=FLAGS, **NUMBERS)
+    config = write_config(tmp_path, ade, model_kwargs=FLAGS, **NUMBERS)
     words = [config, "--work-dir", "run"]
     launch(killer, stock_tool("train.py"), *words, cwd=tmp_path, code=-signal.SIGKILL)
     launch(stock_tool("train.py"), *words, "--resume", cwd=tmp_path)

@@ -85,7 +85,7 @@ def test_bad_label_met_by_a_worker_is_one_line(ade, tmp_path):
 def test_nan_stops_the_run_and_says_where(ade, tmp_path):
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     vit.patch_embed.proj.weight.data.fill_(1e38)  # finite, and its products are not
-    path = save_backbone(tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", flags=vit.flags)
+    path = save_backbone(tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
     with pytest.raises(FloatingPointError, match="iteration 1: loss is nan, decode.loss_ce is nan"):
         train(tiny_run(ade, tmp_path / "run", weights=path))
 
@@ -145,8 +145,8 @@ def test_a_training_mask_of_another_size_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_grey_transparent_and_palette_images_become_three_channels(mode, tmp_path):
-    """As OpenCV reads them: grey three times, transparency dropped."""
+def test_gray_transparent_and_palette_images_become_three_channels(mode, tmp_path):
+    """As OpenCV reads them: gray three times, transparency dropped."""
     from seg_plugin.transforms import PosfieldLoadImage
 
     random = np.random.default_rng(0)

@@ -136,7 +136,7 @@ def test_coco_api_is_needed(monkeypatch):
 
 
 def geometries(source, n=40):
-    """Random training geometries of a picture, some smaller than the target and some cropped."""
+    """Random training geometries of an image, some smaller than the target and some cropped."""
     recipe = with_overrides(RECIPE, dict(jitter_scale=(0.4, 2.5)))
     return [jitter(source, recipe, np.random.default_rng(i)) for i in range(n)]
 
@@ -165,14 +165,14 @@ def test_pixels_and_points_go_the_same_way():
     for g in geometries((width, height)):
         seen = g.pixels(image).astype(float)
         assert seen.shape[:2] == (g.crop[3], g.crop[2])
-        centres = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], axis=1)
-        mapped = g.points(centres)
+        centers = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], axis=1)
+        mapped = g.points(centers)
         inside = ((mapped > 4) & (mapped < np.array(g.crop[2:]) - 4)).all(axis=1)  # away from what is mirrored at the border
         assert inside.sum() > 20
         column, row = np.floor(mapped[inside]).astype(int).T
-        tolerance = 0.5 + 0.5 / min(g.scale) + 1  # rounding of grey values; a centre lies within half a pixel of either
-        assert np.abs(seen[row, column, 0] - (centres[inside, 0] - 0.5)).max() <= tolerance
-        assert np.abs(seen[row, column, 1] - (centres[inside, 1] - 0.5)).max() <= tolerance
+        tolerance = 0.5 + 0.5 / min(g.scale) + 1  # rounding of gray values; a center lies within half a pixel of either
+        assert np.abs(seen[row, column, 0] - (centers[inside, 0] - 0.5)).max() <= tolerance
+        assert np.abs(seen[row, column, 1] - (centers[inside, 1] - 0.5)).max() <= tolerance
 
 
 OBJECTS = (0, [polygon_of(7, 10, 8, 30, 40)]), (2, [polygon_of(3, 50, 20, 41, 17), polygon_of(3, 2, 50, 9, 9)])

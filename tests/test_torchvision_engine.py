@@ -46,10 +46,10 @@ def boxes(n, size=120.0, seed=0):
     return torch.cat([corner, corner + side], dim=1)
 
 
-def detector(recipe=SMALL, **flags):
+def detector(recipe=SMALL, **model_kwargs):
     """A detector whose weights are of ordinary size everywhere."""
     torch.manual_seed(0)
-    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **flags}), recipe)
+    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **model_kwargs}), recipe)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.03 if parameter.ndim > 1 else 0.01))
@@ -290,7 +290,7 @@ def test_images_without_objects_train(batch):
     sum(losses.values()).backward()
 
 
-def test_padding_comes_after_normalisation():
+def test_padding_comes_after_normalization():
     image = torch.full((3, 5, 7), 200, dtype=torch.uint8)
     images, _ = SquarePad(SMALL)([image, image[:, :2]])
     assert images.tensors.shape == (2, 3, 128, 128) and images.image_sizes == [(5, 7), (2, 7)]
@@ -387,7 +387,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         assert detection["masks"].shape == (100, 1, 28, 28)
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
+# --- optimization -----------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_the_protocol():

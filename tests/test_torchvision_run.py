@@ -70,7 +70,7 @@ def backbone_file(path, seed):
     torch.manual_seed(seed)
     vit = build_backbone(TINY, **FLAGS)
     origin = {"method": "intertwined", "effective_epochs": 3.5}
-    return save_backbone(path, vit.state_dict(), name=TINY, flags=vit.flags, provenance=origin)
+    return save_backbone(path, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=origin)
 
 
 def lines(folder):
@@ -128,7 +128,7 @@ def test_config_builds_the_network_again(finished):
     config = read_config(finished.output)
     assert protocol_of(config) == finished.protocol
     vit = backbone_of(config)
-    assert vit.flags == {**build_backbone(TINY, **FLAGS).flags, "mask_tokens": False}
+    assert vit.model_kwargs == {**build_backbone(TINY, **FLAGS).model_kwargs, "mask_tokens": False}
     assert config["data"] == {"train_images": 5, "category_ids": [3, 7, 90], "class_names": ["rectangle", "disc", "bar"]}
     assert classes_of(finished.output, config) == {3: "rectangle", 7: "disc", 90: "bar"}
     del config["data"]["category_ids"]  # as a former version left it
@@ -177,7 +177,7 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
 
 
 def assert_same_run(whole, parts):
-    """Bit for bit: weights, optimiser state, log, predictions and result."""
+    """Bit for bit: weights, optimizer state, log, predictions and result."""
     expected, found = load_checkpoint(whole.output), load_checkpoint(parts.output)
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
@@ -191,7 +191,7 @@ def assert_same_run(whole, parts):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted(make, stop):
-    """Bit for bit: weights, optimiser state, log and predictions. Two iterations are an evaluation's, one is not."""
+    """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one is not."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)
@@ -537,9 +537,9 @@ def words_of(run, *more):
     """A run's settings as a command line."""
     fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
-    flags = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
+    model_kwargs = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
     base = ["--engine", "torchvision", "--device", "cpu", "--workers", 0, "--data", run.data, "--output", run.output]
-    return [*base, *more, *named, *flags]
+    return [*base, *more, *named, *model_kwargs]
 
 
 def test_two_processes_train_stop_go_on_and_evaluate_together(make):

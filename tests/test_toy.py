@@ -39,7 +39,7 @@ def read_rgb(path):
     return cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-# Pictures
+# Images
 
 
 def test_a_picture_depends_on_its_arguments_alone():
@@ -279,7 +279,7 @@ def test_the_tool(folder, tmp_path):
     assert made.returncode == 0 and "2 pictures" in made.stdout
     assert contents(tmp_path / "a") == contents(folder)
     assert "nothing to do" in call("--output", str(tmp_path / "a")).stdout
-    refused = call("--output", str(tmp_path / "a"), "--seed", "1")
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.startswith("error: ") and str(tmp_path / "a") in refused.stderr
+    unsupported = call("--output", str(tmp_path / "a"), "--seed", "1")
+    assert unsupported.returncode == 2 and unsupported.stdout == ""
+    assert unsupported.stderr.startswith("error: ") and str(tmp_path / "a") in unsupported.stderr
     assert call("--output", str(tmp_path / "a"), "--seed", "1", "--overwrite").returncode == 0

@@ -1,4 +1,4 @@
-"""Pictures of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
+"""Images of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from ade_fixture import write_ade
 from seg_fixture import ROOT, tiny, tiny_run
 
 from pretrain.errors import UserError
-from seg_plugin.figures import coloured, leave_page, palette_of, save_labels
+from seg_plugin.figures import colored, leave_page, palette_of, save_labels
 from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
 from seg_plugin.run import train
 
@@ -36,7 +36,7 @@ def test_pages_of_the_validation_images_and_their_label_maps(run, tool, tmp_path
     tool(["--run", str(run.output), "--device", "cpu", "--overlay", "--labels", "--output", str(tmp_path)])
     captions = json.loads((tmp_path / "captions.json").read_text())
     assert captions.keys() == {"validation_001.png", "validation_002.png"}  # five images, four a page
-    assert captions["validation_002.png"]["caption"] == "0004; light grey: not labelled."
+    assert captions["validation_002.png"]["caption"] == "0004; light gray: not labeled."
     assert all(Image.open(tmp_path / name).width > 800 for name in captions)
     labels = sorted((tmp_path / "labels").iterdir())
     assert [path.stem for path in labels] == [f"{k:04d}" for k in range(5)]
@@ -45,15 +45,15 @@ def test_pages_of_the_validation_images_and_their_label_maps(run, tool, tmp_path
 
 
 def test_own_images_get_the_labels_that_validation_gives(run, tool, tmp_path):
-    """Also grey ones, in folders; without ground truth the page has two columns."""
+    """Also gray ones, in folders; without ground truth the page has two columns."""
     model = load_run(run.output, "cpu")
     images = run.data / "images" / "validation"
     (tmp_path / "own" / "inner").mkdir(parents=True)
     (tmp_path / "own" / "inner" / "a.jpg").write_bytes((images / "0000.jpg").read_bytes())
-    Image.open(images / "0001.jpg").convert("L").save(tmp_path / "own" / "grey.png")
+    Image.open(images / "0001.jpg").convert("L").save(tmp_path / "own" / "gray.png")
     (validated,) = segment_dataset(model, dataset_of_run(model, "validation"), [0])
-    grey, copied = segment_folder(model, tmp_path / "own")
-    assert np.array_equal(copied.predicted, validated.predicted) and copied.truth is None and grey.predicted.shape == (56, 40)
+    gray, copied = segment_folder(model, tmp_path / "own")
+    assert np.array_equal(copied.predicted, validated.predicted) and copied.truth is None and gray.predicted.shape == (56, 40)
     tool(["--run", str(run.output), "--device", "cpu", "--images", str(tmp_path / "own"), "--labels", "--output", str(tmp_path)])
     assert (tmp_path / "labels" / "inner" / "a.png").is_file() and (tmp_path / "predictions_001.png").is_file()
     assert np.array_equal(np.array(Image.open(tmp_path / "labels" / "inner" / "a.png")), validated.predicted + 1)
@@ -85,10 +85,10 @@ def test_a_label_that_is_no_class_is_not_in_the_legend(tmp_path):
     assert Image.open(tmp_path / "page.png").width > 500
 
 
-def test_colours(tmp_path):
+def test_colors(tmp_path):
     palette = palette_of({"classes": ("a", "b")})
     labels = np.array([[0, 1, 255]])
-    assert coloured(labels, palette).tolist() == [[palette[0].tolist(), palette[1].tolist(), [225, 225, 225]]]
+    assert colored(labels, palette).tolist() == [[palette[0].tolist(), palette[1].tolist(), [225, 225, 225]]]
     save_labels(tmp_path / "x.png", labels[:, :2], palette, first=1)
     saved = Image.open(tmp_path / "x.png")
     assert np.array(saved).tolist() == [[1, 2]]

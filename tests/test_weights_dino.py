@@ -71,10 +71,10 @@ def test_full_checkpoints_give_the_teacher_or_the_student(source, tmp_path):
 @pytest.mark.parametrize(
     "source, method", [("dino", "DINO"), ("ibot", "iBOT"), ("mugs", "Mugs"), ("cribo", "CrIBo"), ("croc", "CrOC")]
 )
-def test_full_checkpoints_are_recognised_by_what_they_hold(source, method, tmp_path):
+def test_full_checkpoints_are_recognized_by_what_they_hold(source, method, tmp_path):
     found = read_checkpoint(saved(tmp_path, full(source)[0]))
     assert dict(found.provenance) == {"source": source, "method": method, "subnet": "teacher", "epoch": 8}
-    assert found.flags["pos_interpolation"] == "dinov2"
+    assert found.model_kwargs["pos_interpolation"] == "dinov2"
 
 
 def test_a_full_checkpoint_without_its_loss_is_dinos_where_nothing_speaks_against(tmp_path):
@@ -104,7 +104,7 @@ def test_a_backbone_alone_is_known_by_the_files_name_only(name, wrapper, source,
     assert read_checkpoint(path).provenance["source"] == source
     for forced in ("dino", "ibot", "mugs", "cribo", "croc"):
         found = read_checkpoint(path, forced)
-        assert (found.provenance["source"], found.flags["pos_interpolation"]) == (forced, "dinov2")
+        assert (found.provenance["source"], found.model_kwargs["pos_interpolation"]) == (forced, "dinov2")
     ours = build_backbone("vit_tiny_patch16", path, source="dino")
     assert max(difference(teacher, ours, size) for size in SIZES) < 1e-5
 

@@ -46,7 +46,7 @@ def test_published(tmp_path, registers, rule, grid):
     checkpoint = read_checkpoint(path)
     method = "DINOv2-reg" if registers else "DINOv2"
     assert checkpoint.provenance == {"source": "dinov2", "method": method}
-    assert checkpoint.flags["patch_size"] == 14 and checkpoint.flags["n_registers"] == registers
+    assert checkpoint.model_kwargs["patch_size"] == 14 and checkpoint.model_kwargs["n_registers"] == registers
     assert checkpoint.backbone == ("vit_tiny_patch16_reg4" if registers else "vit_tiny_patch16")
 
 
@@ -120,9 +120,9 @@ def test_patches_stay_unless_they_are_asked_for(tmp_path):
     path = tmp_path / "dinov2_vits14_pretrain.pth"
     torch.save(published()[0], path)
     stays = build_backbone(NAME, weights=path)
-    assert stays.patch_size == 14 and stays.flags["pos_grid"] == 7 and "mask_token" not in stays.state_dict()
+    assert stays.patch_size == 14 and stays.model_kwargs["pos_grid"] == 7 and "mask_token" not in stays.state_dict()
     for converts in (build_backbone(NAME, weights=path, patch_size=16), build_for_fine_tuning(NAME, path)):
-        assert converts.patch_embed.proj.weight.shape == (192, 3, 16, 16) and converts.flags["pos_grid"] == 7
+        assert converts.patch_embed.proj.weight.shape == (192, 3, 16, 16) and converts.model_kwargs["pos_grid"] == 7
     assert build_for_fine_tuning(NAME, path, patch_size=14).patch_size == 14
 
 

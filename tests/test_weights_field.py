@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, by_scale, by_size, images, timm_vit
 from reference_vit import DinoViT, filled, saved
 from test_weights_dinov2 import published
 
-from pretrain.backbones.position import axis_weights, patch_centres, resample_grid, sample_field
+from pretrain.backbones.position import axis_weights, patch_centers, resample_grid, sample_field
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, save_backbone
@@ -35,8 +35,8 @@ def timms_without_cls(folder):
 
 
 def own(folder):
-    vit = randomise(build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, gelu="tanh", pos_grid=6))
-    return save_backbone(folder / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags), 6, 16
+    vit = randomize(build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, gelu="tanh", pos_grid=6))
+    return save_backbone(folder / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs), 6, 16
 
 
 def converted(path, size, interpolation="bicubic"):
@@ -51,7 +51,12 @@ def test_the_network_is_the_same_at_its_own_size(file, interpolation, tmp_path):
     path, side, patch = file(tmp_path)
     checkpoint = converted(path, 50, interpolation)
     before, after = (build_backbone(NAME, weights).eval() for weights in (path, checkpoint))
-    assert after.flags == {**before.flags, "pos_encoding": "field", "pos_grid": 50, "pos_interpolation": interpolation}
+    assert after.model_kwargs == {
+        **before.model_kwargs,
+        "pos_encoding": "field",
+        "pos_grid": 50,
+        "pos_interpolation": interpolation,
+    }
     assert checkpoint.provenance == {**read_checkpoint(path).provenance, "pos_grid_before": side}
     x = images((side, side), patch)
     for ours, theirs in zip(after(x), before(x)):
@@ -67,7 +72,7 @@ def test_the_network_is_the_same_at_its_own_size(file, interpolation, tmp_path):
 def test_reading_the_field_gives_the_grid(side, interpolation):
     zero = torch.zeros(1, dtype=torch.float64)
     size = max(50, int(side * SAMPLES_A_CELL) + 1)
-    read = axis_weights(patch_centres(zero, zero + 1, side)[0], size, interpolation)
+    read = axis_weights(patch_centers(zero, zero + 1, side)[0], size, interpolation)
     torch.testing.assert_close(
         read @ grid_to_field(side, size, interpolation), torch.eye(side, dtype=torch.float64), atol=1e-12, rtol=0
     )
@@ -86,13 +91,13 @@ def test_nothing_rings(interpolation):
 
 
 def waves(side, *, phase=0.3):
-    """[D, side, side] of a smooth function of the image's coordinates at the centres of patches, and that function."""
+    """[D, side, side] of a smooth function of the image's coordinates at the centers of patches, and that function."""
 
     def function(x, y):
         return torch.stack([torch.cos(3 * x + k * phase) * torch.sin(2 * y - k * phase) for k in range(8)])
 
-    centres = (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    return function(centres, centres[:, None]), function
+    centers = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    return function(centers, centers[:, None]), function
 
 
 def as_field(grid, size, interpolation="bicubic"):
@@ -141,14 +146,14 @@ def test_a_linear_grid_is_a_linear_field(side, interpolation):
 
 def test_what_has_a_field_stays(tmp_path):
     vit = build_backbone(NAME, depth=1, pos_encoding="field", pos_grid=10)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags)
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
     checkpoint = read_checkpoint(path)
     assert with_position_field(checkpoint, 50) is checkpoint
 
 
 def test_what_cannot_be(tmp_path):
     vit = build_backbone(NAME, depth=1, pos_encoding="none")
-    none = save_backbone(tmp_path / "none.safetensors", vit.state_dict(), name=NAME, flags=vit.flags)
+    none = save_backbone(tmp_path / "none.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
     grid = own(tmp_path)[0]
     for path, size, interpolation, named in [
         (none, 50, "bicubic", r"none\.safetensors has no absolute positions .*positions\.encoding=field"),
@@ -158,7 +163,7 @@ def test_what_cannot_be(tmp_path):
         with pytest.raises(UserError, match=named) as error:
             with_position_field(read_checkpoint(path), size, interpolation)
         assert "\n" not in str(error.value)
-    assert converted(grid, 8).flags["pos_grid"] == 8
+    assert converted(grid, 8).model_kwargs["pos_grid"] == 8
 
 
 def test_the_grid_is_read_row_by_row(tmp_path):
@@ -167,7 +172,7 @@ def test_the_grid_is_read_row_by_row(tmp_path):
     rows = torch.arange(7.0)[:, None].expand(7, 7)
     with torch.no_grad():
         vit.pos_embed[0, 1:] = rows.flatten().unsqueeze(1)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags)
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
     field = converted(path, 50).state["pos_field"][0, 0]
     assert float(field.std(1).max()) < 1e-4 and float(field.diff(dim=0).amin()) > -0.1 and float(field[-1, 0]) > 5.5
     torch.testing.assert_close(

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, features, images
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +23,8 @@ DINOV2 = dict(TINY, patch_size=14, image_size=70)
 
 def tiny(name, **config):
     cls = getattr(transformers, name)
-    flags = {**(DINOV2 if "Dinov2" in name else VIT), **config}
-    return randomise(cls(cls.config_class(**flags)))
+    model_kwargs = {**(DINOV2 if "Dinov2" in name else VIT), **config}
+    return randomize(cls(cls.config_class(**model_kwargs)))
 
 
 def saved(model, folder, **options):
@@ -89,7 +89,7 @@ def test_a_backbone_and_names_in_memory(tmp_path):
         torch.save(model.state_dict(), tmp_path / f"{name}.pth")
         x = images((3, 7), model.config.patch_size)
         torch.testing.assert_close(features(tmp_path / f"{name}.pth", x), theirs(model, x), atol=1e-5, rtol=1e-5)
-        assert read_checkpoint(tmp_path / f"{name}.pth").flags["ln_eps"] == eps
+        assert read_checkpoint(tmp_path / f"{name}.pth").model_kwargs["ln_eps"] == eps
 
 
 def test_parts_and_pickles(tmp_path):

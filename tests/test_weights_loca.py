@@ -70,7 +70,7 @@ def packed(tree, chunk_bytes=2**30):
 
 
 def resize(position, height, width):
-    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid, normalised."""
+    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid, normalized."""
 
     def weights(n, m):
         at = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5
@@ -139,7 +139,7 @@ def test_features_equal(tmp_path, grid):
     checkpoint = read_checkpoint(path)
     assert checkpoint.provenance == {"source": "loca", "method": "LOCA", "subnet": "teacher"} and checkpoint.backbone == NAME
     wanted = dict(has_cls=False, gelu="tanh", ln_eps=1e-6, pos_interpolation="bilinear_antialias", pos_grid=SIDE, num_heads=HEADS)
-    assert {key: checkpoint.flags[key] for key in wanted} == wanted
+    assert {key: checkpoint.model_kwargs[key] for key in wanted} == wanted
 
 
 def as_torch(tree):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from photos import write_photos
 from PIL import Image
 from public_fixture import NAME
@@ -34,10 +34,10 @@ def blockwise(x, old, new):
 @pytest.fixture
 def file(tmp_path):
     """A backbone of 14 px patches, its projection of the size that a trained one has."""
-    model = randomise(build_backbone(NAME, depth=2, pos_encoding="standard", patch_size=14, pos_grid=GRID))
+    model = randomize(build_backbone(NAME, depth=2, pos_encoding="standard", patch_size=14, pos_grid=GRID))
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(0.2)
-    return save_backbone(tmp_path / "b.safetensors", model.state_dict(), name=NAME, flags=model.flags)
+    return save_backbone(tmp_path / "b.safetensors", model.state_dict(), name=NAME, model_kwargs=model.model_kwargs)
 
 
 @pytest.mark.parametrize("old, new", [(14, 16), (16, 14), (16, 8), (8, 32)])
@@ -125,6 +125,6 @@ def test_an_image_resized_as_a_whole(file, tmp_path):
 def test_positions_are_resampled_for_the_new_grid(file):
     """16 px patches of an image of 5 x 14 px make another grid, and the old grid of positions serves it."""
     original, converted = build_backbone(NAME, file), build_backbone(NAME, file, patch_size=16)
-    assert converted.flags["pos_grid"] == GRID and torch.equal(converted.positions((4, 7)), original.positions((4, 7)))
+    assert converted.model_kwargs["pos_grid"] == GRID and torch.equal(converted.positions((4, 7)), original.positions((4, 7)))
     assert torch.equal(converted.positions((GRID, GRID)), original.pos_embed[:, 1:])
     assert converted.eval()(torch.randn(1, 3, 80, 112)).patches.shape == (1, 35, 192)

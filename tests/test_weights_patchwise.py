@@ -47,7 +47,7 @@ def test_full_checkpoints(source, tmp_path):
     found = read_checkpoint(path)
     method = "SelfPatch" if source == "selfpatch" else "FLSL"
     assert dict(found.provenance) == {"source": method.lower(), "method": method, "subnet": "teacher", "epoch": 8}
-    assert (found.flags["has_cls"], found.flags["final_norm"]) == (False, source == "flsl")
+    assert (found.model_kwargs["has_cls"], found.model_kwargs["final_norm"]) == (False, source == "flsl")
     name = backbone_name(None, path)
     assert max(difference(teacher, build_backbone(name, path), size) for size in SIZES) < 1e-5
     assert max(difference(student, build_backbone(name, path, subnet="student"), size) for size in SIZES) < 1e-5

@@ -53,7 +53,7 @@ def in_a_process(folder, names, list_file):
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, cwd=list_file.parent)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantised tensors
+@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantized tensors
 def test_hostile_files(tmp_path):
     expected = write_hostile_files(tmp_path / "files")
     assert len(expected) > 250
@@ -126,7 +126,7 @@ def test_a_zip_is_mapped_and_not_read(tmp_path):
         (flax, "flax_items_of_items", "more than 1000000 items"),
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantised tensors
+@pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantized tensors
 def test_what_is_wrong_is_named(tmp_path, make, name, named):
     content = next(content for found, content, _ in make() if found == name)
     (tmp_path / name).write_bytes(content)
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_named(tmp_path, make, name, named):
 
 def test_a_file_of_ours_still_flows(tmp_path):
     vit = build_backbone(NAME, depth=1, mask_tokens=True)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags)
+    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
     folder = tmp_path / "run"
     folder.mkdir()
     path.rename(folder / "backbone.safetensors")
@@ -148,7 +148,9 @@ def test_a_file_of_ours_still_flows(tmp_path):
 @pytest.mark.parametrize("method", ["a\nb", "a" * 256, 3, None])
 def test_a_method_is_a_line(tmp_path, method):
     vit = build_backbone(NAME, depth=1)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, flags=vit.flags, provenance={"method": method})
+    path = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs, provenance={"method": method}
+    )
     if method is None:
         assert read_checkpoint(path).provenance["method"] is None
         return

@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from backbone_fixture import randomise
+from backbone_fixture import randomize
 from public_fixture import NAME, TINY, features, images, theirs, timm_vit
 from safetensors.torch import save_file
 
@@ -27,11 +27,11 @@ ARCHITECTURES = {
 }
 
 
-def small(architecture, size=None, **flags):
+def small(architecture, size=None, **model_kwargs):
     """timm's architecture, narrow and shallow; of a lvd142m model at a small native size."""
     native = 70 if "patch14" in architecture else 64
-    flags = {**TINY, "img_size": size or native, "dynamic_img_size": True, **flags}
-    return randomise(timm.create_model(architecture, pretrained=False, **flags))
+    model_kwargs = {**TINY, "img_size": size or native, "dynamic_img_size": True, **model_kwargs}
+    return randomize(timm.create_model(architecture, pretrained=False, **model_kwargs))
 
 
 @pytest.mark.parametrize("grid", [None, (3, 6)])
@@ -53,11 +53,11 @@ def test_flags_of_what_lacks_tokens_and_norms(tmp_path):
     pooled = small("vit_base_patch16_224", global_pool="avg").state_dict()
     assert "fc_norm.weight" in pooled and "norm.weight" not in pooled
     torch.save({"state_dict": pooled}, tmp_path / "a.pth")
-    flags = read_checkpoint(tmp_path / "a.pth").flags
-    assert flags["has_cls"] and not flags["final_norm"]
+    model_kwargs = read_checkpoint(tmp_path / "a.pth").model_kwargs
+    assert model_kwargs["has_cls"] and not model_kwargs["final_norm"]
     torch.save({"model": small("vit_base_patch16_gap_224").state_dict()}, tmp_path / "b.pth")
-    flags = read_checkpoint(tmp_path / "b.pth").flags
-    assert not flags["has_cls"] and flags["final_norm"]
+    model_kwargs = read_checkpoint(tmp_path / "b.pth").model_kwargs
+    assert not model_kwargs["has_cls"] and model_kwargs["final_norm"]
 
 
 def hub_folder(folder, model, architecture="vit_tiny_patch16_224", mean=MEAN, std=STD, tag="augreg_in21k"):
@@ -92,7 +92,7 @@ def test_imagenets_pixels_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("mean, std", [([0.5], 0.5), ("imagenet", 0.5), (0.5, [0.5, 0.5, 0.0]), ([0.1, 0.2, None], 1), (0.5, -1)])
-def test_pixels_of_no_normalisation(tmp_path, mean, std):
+def test_pixels_of_no_normalization(tmp_path, mean, std):
     folder = hub_folder(tmp_path / "odd", timm_vit(16, (4, 4)), mean=mean, std=std)
     with pytest.raises(UserError, match="pixels with a (mean|standard deviation)"):
         read_checkpoint(folder)
@@ -102,16 +102,16 @@ def test_pixels_of_no_normalisation(tmp_path, mean, std):
     "flags, named",
     [
         (dict(pre_norm=True), "norm before the first block"),
-        (dict(qk_norm=True), "normalised queries and keys"),
+        (dict(qk_norm=True), "normalized queries and keys"),
         (dict(global_pool="map"), "attention pooling"),
         (dict(scale_attn_norm=True), "norms inside"),
         (dict(mlp_layer=timm.layers.SwiGLUPacked, mlp_ratio=6.0), "SwiGLU"),
     ],
 )
-def test_departures_are_refused_by_name(tmp_path, flags, named):
+def test_departures_are_refused_by_name(tmp_path, model_kwargs, named):
     if named == "SwiGLU":
-        flags["act_layer"] = torch.nn.SiLU
-    model = small("vit_tiny_patch16_224", **flags)
+        model_kwargs["act_layer"] = torch.nn.SiLU
+    model = small("vit_tiny_patch16_224", **model_kwargs)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     with pytest.raises(UserError, match=named):
         build_backbone(NAME, weights=tmp_path / "a.pth", source="timm")

@@ -70,7 +70,7 @@ def test_neco_on_dinov2(n_registers, with_head, tmp_path):
     state = {key: value for key, value in reference.state_dict().items() if with_head or not key.startswith("projection_head.")}
     path = saved(tmp_path, state, "neco_on_dinov2_vit14_teacher.ckpt")
     found = read_checkpoint(path)
-    assert (found.provenance["source"], found.flags["pos_interpolation"]) == ("neco", "dinov2")
+    assert (found.provenance["source"], found.model_kwargs["pos_interpolation"]) == ("neco", "dinov2")
     name = backbone_name(None, path)
     assert name == "vit_tiny_patch16" + ("_reg4" if n_registers else "")
     ours = build_backbone(name, path)

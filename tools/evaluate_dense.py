@@ -54,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--set", default="auto", choices=("auto", *KINDS), help="which one; auto: what DIR looks like (%(default)s)")
     add("--classes", type=int, default=0, metavar="N", help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)")
     add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({' '.join(DENSE_TASKS)})")
-    add("--knn-root", type=Path, metavar="DIR", help="labelled folder for k-NN classification: ImageNet")
+    add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
     add("--output", type=Path, required=True, metavar="DIR")
     add("--resume", action="store_true", help="keep the tasks that DIR holds; the result is of those that are asked for")
     add("--seed", type=int, help="of all tasks; else that of the training that left FILE, where FILE says it, or 0")

@@ -8,7 +8,7 @@ python tools/export_backbone.py --weights runs/det --size 1024 --output tuned.pt
 Formats: torch (.pt2) and onnx, programs of one image size; timm and huggingface, folders with a model card; torchvision and
 safetensors, tensors; posfield, any other method's file as one of ours. What is written is read again by the library that it is for
 and compared with the network before it is kept; how to load it is printed. Features come after the final norm; images are RGB,
-normalised by the mean and std that the file holds.
+normalized by the mean and std that the file holds.
 """
 
 import sys

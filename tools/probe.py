@@ -1,4 +1,4 @@
-"""Probe any weights: k-NN on a labelled folder, linear and k-NN segmentation, the position probe.
+"""Probe any weights: k-NN on a labeled folder, linear and k-NN segmentation, the position probe.
 
 python tools/probe.py --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade --seg-classes 150
 python tools/probe.py --weights runs/x/backbone.safetensors --position-root sets/coco/val2017 --json probes.json
@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
     parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
     parser.add_argument("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
-    parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbours (%(default)s)")
+    parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
     parser.add_argument("--seg-root", default="", metavar="DIR", help="images/ and annotations/{training,validation}")
-    parser.add_argument("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labelled")
+    parser.add_argument("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labeled")
     parser.add_argument("--position-root", default="", metavar="PATH", help="images: anything that data.root may be")
     parser.add_argument("--image-px", type=int, default=defaults.image_px, help="side of a picture (%(default)s)")
     parser.add_argument("--max-images", type=int, default=defaults.max_images, help="of each part of a set (%(default)s)")

@@ -22,7 +22,7 @@ import torch
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
-from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.images import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
@@ -38,7 +38,7 @@ from pretrain.views.masks import SHAPES
 
 TABLE = "position_layers.csv"
 PROTOCOL = {"size": 224, "max_images": 2000, "draws": 3, "shape": "cross", "mask": "auto", "bf16": False}
-CAPTION = "How well a linear read-out finds a patch's centre: solid, its position was hidden; dotted, it was given."
+CAPTION = "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, it was given."
 
 
 def main(arguments: list[str]) -> None:

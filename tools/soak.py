@@ -34,7 +34,7 @@ run.device=cpu log.every=1 log.tensorboard=false log.images_every=0""".split()
 
 
 def write_photos(folder: Path) -> None:
-    """Six small coloured gradients."""
+    """Six small colored gradients."""
     folder.mkdir(parents=True, exist_ok=True)
     ramp = Image.linear_gradient("L").resize((90, 90))
     for i in range(6):
@@ -90,11 +90,11 @@ def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, kind: str, a
     return False
 
 
-def soak(folder: Path, overrides: list[str], total_it: int, kills: int, rng: random.Random) -> None:
+def soak(folder: Path, overrides: list[str], total_iters: int, kills: int, rng: random.Random) -> None:
     """A run that is killed ``kills`` times and resumed, until it ends; a UserError where it ends before that."""
     for i in range(kills):
         kind = ("write", "step", "write", "start")[i % 4]
-        at_it = done_it(folder) + 1 if kind == "start" else max(PERIOD_IT, int(total_it * (i + rng.random()) / (kills + 1)))
+        at_it = done_it(folder) + 1 if kind == "start" else max(PERIOD_IT, int(total_iters * (i + rng.random()) / (kills + 1)))
         with started(folder, overrides) as process:
             if not wait_for_moment(process, folder, kind, at_it, rng):
                 raise UserError(f"soak: the run ended (code {process.poll()}) before kill {i + 1}: {said(folder)}")
@@ -129,20 +129,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", help="folder of the runs, which stays; without it, a temporary one")
     options = parser.parse_args(arguments)
     kills = options.kills if options.kills is not None else 3 if options.quick else 20
-    total_it = (6 if options.quick else 16) * (kills + 1)
+    total_iters = (6 if options.quick else 16) * (kills + 1)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(options.output or temporary)
         alone, killed = root / "alone", root / "killed"
         if any(root.glob("*/checkpoints")):
             raise UserError(f"--output: {root} already holds runs")
         write_photos(root / "photos")
-        overrides = [*TINY, f"optim.epoch_iters={total_it // 2}", f"log.checkpoint_every={PERIOD_IT}"]
+        overrides = [*TINY, f"optim.epoch_iters={total_iters // 2}", f"log.checkpoint_every={PERIOD_IT}"]
         overrides += [f"data.workers={0 if options.quick else 1}", f"data.root={root / 'photos'}"]
         for folder, n in [(alone, 0), (killed, kills)]:
-            soak(folder, overrides, total_it, n, random.Random(options.seed))
+            soak(folder, overrides, total_iters, n, random.Random(options.seed))
         found = differences(killed, alone)
     verdict = "DIFFERS" if found else "the same, bit for bit"
-    print(*found[:20], f"soak: {kills} kills, {total_it} iterations: {verdict}", sep="\n")
+    print(*found[:20], f"soak: {kills} kills, {total_iters} iterations: {verdict}", sep="\n")
     sys.exit(1 if found else 0)
 
 

@@ -1,4 +1,4 @@
-"""Look at patch features: their principal components as colours, and what is like a query patch.
+"""Look at patch features: their principal components as colors, and what is like a query patch.
 
 python tools/view_features.py --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images photos --output views \\
     --query 0.3,0.5 --query 0.7,0.5
@@ -22,10 +22,10 @@ from torch import Tensor
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, similarity_figure
 from pretrain.analysis.figures import forget, keep
-from pretrain.analysis.pca import background_by_pca, pca_colours
+from pretrain.analysis.pca import background_by_pca, pca_colors
 from pretrain.analysis.similarity import Place, read_place, similarity_to
 from pretrain.cli import run
-from pretrain.data.pictures import read_pictures, resized, whole
+from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
@@ -54,22 +54,22 @@ def main(arguments: list[str]) -> None:
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
-    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
+    pictures = read_images(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
 
-    colours: Maps = {}
+    colors: Maps = {}
     cosines: list[Maps] = [{} for _ in pictures.names]
     for subject in subjects:
         grids, features = look(subject, pictures.pixels, options, device)
         hidden = background_by_pca(features, grids) if options.foreground else None
         if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
             raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
-        colours[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(pca_colours(features, hidden), grids)]
+        colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(pca_colors(features, hidden), grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
     images = [shown(pixels, options.size) for pixels in pictures.pixels]
-    found = draw(options, pictures.names, images, queries, colours, cosines)
+    found = draw(options, pictures.names, images, queries, colors, cosines)
     about = {
         "Images": [f"{len(images)}, shorter side {options.size} px"],
         "Checkpoints": [s.label for s in subjects],
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shown(pixels: np.ndarray, short_px: int) -> Tensor:
-    """A picture as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
+    """An image as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
     scale = short_px / min(pixels.shape[:2])
     return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
 
@@ -89,7 +89,7 @@ def shown(pixels: np.ndarray, short_px: int) -> Tensor:
 def look(
     subject: EvalModel, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[Tensor]]:
-    """Grids (h, w) and patch features [N, D] of each picture, of the layer that is asked for."""
+    """Grids (h, w) and patch features [N, D] of each image, of the layer that is asked for."""
     backbone = subject.build().to(device)
     names = layer_names(backbone)
     if not -len(names) <= options.layer < len(names):
@@ -105,14 +105,14 @@ def look(
 
 
 def draw(
-    options: argparse.Namespace, names: list[str], images: list[Tensor], queries: list[Place], colours: Maps, cosines: list[Maps]
+    options: argparse.Namespace, names: list[str], images: list[Tensor], queries: list[Place], colors: Maps, cosines: list[Maps]
 ) -> list[Shown]:
     """All figures, with the captions of the page."""
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
     if options.foreground:
         caption += " Black: the background, one side of the first component of all patches."
     forget(options.output / "figures", r"similarity-\d+")
-    found = [keep(pca_figure(images, colours), options.output / "figures", "pca", "Principal components", caption)]
+    found = [keep(pca_figure(images, colors), options.output / "figures", "pca", "Principal components", caption)]
     for number, (name, image, maps) in enumerate(zip(names, images, cosines), 1):
         figure = similarity_figure(image, queries, maps)
         caption = "Cosine similarity of every patch to the one with the red dot; one row a checkpoint."

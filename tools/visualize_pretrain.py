@@ -18,7 +18,7 @@ from pretrain.cli import run
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, build_dataset
 from pretrain.errors import UserError
-from pretrain.views.pixels import crop_resize, normalise
+from pretrain.views.pixels import crop_resize, normalize
 
 QUERIES = [(0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)]
 
@@ -41,7 +41,7 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     dataset, figures = build_dataset(config), folder / "figures"
     images = [dataset.read(i)[0] for i in range(n_images)]
     samples = [dataset.sample(i, image) for i, image in enumerate(images)]
-    crops = [[*normalise(s.global_crops), *normalise(s.local_crops)] for s in samples]
+    crops = [[*normalize(s.global_crops), *normalize(s.local_crops)] for s in samples]
     rules = dataset.rules
     has_field = rules.positions is not None and rules.positions.encoding == "field"
     in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
@@ -74,7 +74,7 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
         whole = [torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images]
         backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
         save(
-            attention_figure(backbone, normalise(torch.stack(whole).permute(0, 3, 1, 2)), QUERIES),
+            attention_figure(backbone, normalize(torch.stack(whole).permute(0, 3, 1, 2)), QUERIES),
             figures,
             "attention.png",
             "Last-layer attention",

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         root, what, name = Path(dataset.data_prefix["img_path"]), f"Segmentation of {options.split} images", options.split
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
-        caption = ", ".join(row.path.stem for row in rows) + ("" if options.images else "; light grey: not labelled") + "."
+        caption = ", ".join(row.path.stem for row in rows) + ("" if options.images else "; light gray: not labeled") + "."
         path = folder / f"{name}_{page:03d}.png"
         leave_page(path, rows, metainfo, title=f"{what}, page {page}", caption=caption, overlay=options.overlay)
         drawn += len(rows)

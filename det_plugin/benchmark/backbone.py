@@ -101,7 +101,7 @@ def their_network(
         model_kwargs: of :func:`our_network`.
     """
     ours = our_network(backbone, **(model_kwargs or {}))
-    size, depth = ours.flags, ours.flags["depth"]
+    size, depth = ours.model_kwargs, ours.model_kwargs["depth"]
     everywhere = global_blocks(depth, GLOBAL_BLOCKS) if window else range(depth)
     theirs: nn.Module = TheirViT(
         img_size=image_px,

@@ -52,8 +52,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 def _load_old(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+    except Exception as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
         raise UserError(f"resume: {path} is no whole checkpoint ({type(error).__name__})") from error
     return state

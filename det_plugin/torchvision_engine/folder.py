@@ -27,7 +27,7 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
         "engine": ENGINE,
         **run.settings(),
         "accumulate": run.accumulate,
-        "model_kwargs": vit.flags,
+        "model_kwargs": vit.model_kwargs,
         "given_kwargs": dict(run.model_kwargs),  # some are no part of the network: drop_path, attention
         "weights_hash": file_hash(run.weights) if run.weights else None,
         "data": {

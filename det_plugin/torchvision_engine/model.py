@@ -7,18 +7,18 @@ Where torchvision differs from Detectron2 and this engine follows Detectron2:
 * anchors are not rounded (:mod:`proposals`); box offsets are decoded in float32 (:mod:`boxes`);
 * all box losses are L1; both RPN losses are divided by ``rpn_batch_per_image * images`` (:mod:`proposals`, :mod:`heads`);
 * heads: four convolutions without bias, each with LayerNorm; no box offsets or mask for the background; Detectron2's
-  initialisation (:mod:`heads`);
+  initialization (:mod:`heads`);
 * ground-truth masks are polygons, cut at the crop's edges and filled at the mask head's resolution under each sampled box; bitmaps
   where an image has an RLE (:mod:`masks`);
 * test: boxes without extent are dropped after the NMS and predicted masks sampled at sub-pixel positions (:mod:`heads`,
   :mod:`evaluate`);
-* pixels are padded with zeros after normalisation, to a square of whole strides of the coarsest map (:class:`SquarePad`).
+* pixels are padded with zeros after normalization, to a square of whole strides of the coarsest map (:class:`SquarePad`).
 
 What still differs from Detectron2's ViTDet configuration:
 
 * class 0 is background (Detectron2: the last class), a permutation of the classifier's rows;
-* the crop is cut out while resizing, not after it: grey values differ by up to 2 of 255;
-* polygons that leave the picture are cut at its edge, also where the picture is smaller than the crop;
+* the crop is cut out while resizing, not after it: gray values differ by up to 2 of 255;
+* polygons that leave the image are cut at its edge, also where the image is smaller than the crop;
 * images are drawn in one shuffled order, not in two groups by aspect ratio (all are padded to the same square).
 """
 
@@ -38,7 +38,7 @@ from pretrain.backbones.vit import ViT
 
 
 class SquarePad(nn.Module):
-    """Images of any size up to the square -> one normalised batch; sizes are the data's business (:mod:`augment`).
+    """Images of any size up to the square -> one normalized batch; sizes are the data's business (:mod:`augment`).
 
     Args:
         stride: S, the square's side, is the protocol's ``image_size_px`` rounded up to a multiple of it, as Detectron2 does.
@@ -65,7 +65,7 @@ class SquarePad(nn.Module):
     def postprocess(
         self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Detections as they are: pasting needs the picture's own size, which only the evaluation knows."""
+        """Detections as they are: pasting needs the image's own size, which only the evaluation knows."""
         return result
 
 

@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 
 
 class Anchors(nn.Module):
-    """Anchors of every level, one size a level, not rounded; the first is centred on the image's corner (offset 0)."""
+    """Anchors of every level, one size a level, not rounded; the first is centerd on the image's corner (offset 0)."""
 
     def __init__(self, sizes_px: tuple[int, ...], ratios: tuple[float, ...], strides: list[int]) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ class ProposalNetwork(RegionProposalNetwork):
         positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
         sampled = torch.where(positive | negative)[0]
         positive = torch.where(positive)[0]
-        normaliser = self.batch_per_image * len(labels)
+        normalizer = self.batch_per_image * len(labels)
         target = torch.cat(labels)[sampled]
         loss_cls = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], target, reduction="sum")
         loss_loc = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
-        return loss_cls / normaliser, loss_loc / normaliser
+        return loss_cls / normalizer, loss_loc / normalizer
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None

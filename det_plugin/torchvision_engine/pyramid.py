@@ -77,6 +77,6 @@ class PyramidBackbone(nn.Module):
         prepare(vit, options)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, 3, S, S] normalised pixels -> the pyramid's maps."""
+        """[B, 3, S, S] normalized pixels -> the pyramid's maps."""
         features = detection_features(self.vit, x, self.options)  # [B, D, S / p, S / p]
         return self.pyramid(features.contiguous(memory_format=torch.channels_last))

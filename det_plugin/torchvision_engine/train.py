@@ -76,9 +76,9 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         trainer.restore(state)
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
-    end_it = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
+    end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
-        metrics = _loop(trainer, data, terms, started, end_it, signals)
+        metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         images = len(data.train.pictures), len(data.val.pictures)
         leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
@@ -125,7 +125,7 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
 
 
 def _loop(
-    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_it: int, signals: StopSignals
+    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_iter: int, signals: StopSignals
 ) -> dict[str, Any]:
     """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found.
 
@@ -142,7 +142,7 @@ def _loop(
             if log and terms:
                 log.write(first_it - 1, terms, metrics)
         rank, world = distributed.rank(), distributed.world_size()
-        indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_it))
+        indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_iter))
         samples = TrainSamples(data.train, p, trainer.run.seed)
         for batch, waited_s in _timed(batches(samples, indices, trainer.run.workers, trainer.device)):
             it, terms, metrics = trainer.iteration, trainer.step(batch), {}
@@ -151,7 +151,7 @@ def _loop(
                 log.step(terms, waited_s)
                 if it % log_period == 0 and not is_due:
                     log.write(it, terms, {})
-                if is_due or stopping or it + 1 == end_it or log.is_old:
+                if is_due or stopping or it + 1 == end_iter or log.is_old:
                     log.save_checkpoint(terms)
             if stopping:  # an evaluation that is due can wait: the resumed run makes up for it
                 distributed.barrier()
@@ -192,7 +192,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
 
 
 def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """For :func:`evaluate`: tells ``show`` which share of the pictures is done, and how many seconds are left."""
+    """For :func:`evaluate`: tells ``show`` which share of the images is done, and how many seconds are left."""
     started = time.monotonic()
     return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
 
@@ -228,7 +228,7 @@ class Log:
         self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
 
     def evaluated(self, share: float, left_s: float) -> None:
-        """An evaluation goes on: a ``share`` of the pictures is done."""
+        """An evaluation goes on: a ``share`` of the images is done."""
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Attention of a pre-trained backbone, as the paper looks at it (appendix A, Fig. 6).
 
-The analyses are of patch-to-patch attention: the special tokens are cut off and each row is renormalised (METHOD.md 8).
+The analyses are of patch-to-patch attention: the special tokens are cut off and each row is renormalized (METHOD.md 8).
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,10 +55,10 @@ def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Itera
 
 @torch.no_grad()
 def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None) -> LastLayer:
-    """Attention of the last layer, special tokens cut off and rows renormalised, and the patch features, in one pass.
+    """Attention of the last layer, special tokens cut off and rows renormalized, and the patch features, in one pass.
 
     Args:
-        x: [B, 3, H, W] normalised pixels.
+        x: [B, 3, H, W] normalized pixels.
         boxes, flips: [B, 4], [B]: position boxes of crops, none for whole images.
     """
     tokens, grid = backbone.embed(x, boxes, flips)
@@ -72,7 +72,7 @@ def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Ten
 
 
 def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:
-    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalised pixels."""
+    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalized pixels."""
     return last_layer(backbone, x).patches
 
 
@@ -87,7 +87,7 @@ def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, floa
     """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), without the rows of all others.
 
     Args:
-        x: [B, 3, H, W] normalised pixels.
+        x: [B, 3, H, W] normalized pixels.
         places: (x, y) in image units, of Q queries.
 
     Returns:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretrain.analysis.attention_tables import METRICS, Measured
-from pretrain.analysis.figures import GLOBAL_COLOUR, LOCAL_COLOUR, bare, displayable, heat_map, plain, query_dot
+from pretrain.analysis.figures import GLOBAL_COLOR, LOCAL_COLOR, bare, displayable, heat_map, plain, query_dot
 from pretrain.results.curves import style_of
 
 PANELS_A_ROW = 4
@@ -25,11 +25,11 @@ def statistics_figure(measured: Sequence[Measured]) -> Figure:
     names = [m.name for m in measured]
     for axis, (metric, label) in zip(axes, METRICS.items()):
         for i, m in enumerate(measured):
-            colour, dash = style_of(m.name, names, i // 8)
+            color, dash = style_of(m.name, names, i // 8)
             mean, std = m.by_layer(metric)
             layers = np.arange(1, len(mean) + 1)
-            axis.plot(layers, mean, color=colour, linestyle=dash, marker="o", markersize=3.5, label=plain(m.name))
-            axis.fill_between(layers, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(layers, mean, color=color, linestyle=dash, marker="o", markersize=3.5, label=plain(m.name))
+            axis.fill_between(layers, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         _layer_axis(axis, label)
         from_zero(axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -51,11 +51,11 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
     for axis in axes.flat[len(measured) :]:
         axis.set_axis_off()
     for axis, m in zip(axes.flat, measured):
-        colour, _ = style_of(m.name, names, 0)
+        color, _ = style_of(m.name, names, 0)
         heads = getattr(m, metric).mean(0)  # [L, heads]
         layers = np.arange(1, len(heads) + 1)
-        axis.plot(layers, heads.mean(1), color=colour, linewidth=1.2)
-        axis.scatter(layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=colour, alpha=0.55, linewidths=0)
+        axis.plot(layers, heads.mean(1), color=color, linewidth=1.2)
+        axis.scatter(layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=color, alpha=0.55, linewidths=0)
         _layer_axis(axis, METRICS[metric] if axis in axes[:, 0] else "")
         axis.set_title(plain(m.name, LONGEST_NAME), fontsize=8)
     from_zero(axes[0, 0], *axes.flat)  # of all, now that all is drawn
@@ -73,7 +73,7 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
     """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig. 6).
 
     Args:
-        picture: uint8 or normalised [3, H, W].
+        image: uint8 or normalized [3, H, W].
         maps: names, and what the Q queries attend to, [Q, h, w] (:func:`pretrain.analysis.attention.query_attention`).
         queries: Q places (x, y) in image units.
     """
@@ -97,7 +97,7 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
     share of each column of patches, in which vertical lines are spikes (paper Fig. 7, appendix C). The queries take turns.
 
     Args:
-        pictures: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
+        images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
     """
     height, width = pictures.shape[2:]
     rows = len(pictures)
@@ -107,14 +107,14 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
     for i, (row, picture) in enumerate(zip(axes, pictures)):
         query = queries[i % len(queries)]
         bare(row[0], "image and query").imshow(displayable(picture), extent=(0, width, height, 0))
-        for axis, maps, name, colour in (
-            (row[1], boxwise, "box-wise", GLOBAL_COLOUR),
-            (row[2], crosswise, "cross-wise", LOCAL_COLOUR),
+        for axis, maps, name, color in (
+            (row[1], boxwise, "box-wise", GLOBAL_COLOR),
+            (row[2], crosswise, "cross-wise", LOCAL_COLOR),
         ):
             heat = maps[i, i % len(queries)]
             heat_map(bare(axis, name), heat, query, (height, width))
             share = heat.sum(0) * heat.shape[1]  # [w]
-            row[3].plot((np.arange(len(share)) + 0.5) / len(share), share, color=colour, linewidth=1.2, label=name)
+            row[3].plot((np.arange(len(share)) + 0.5) / len(share), share, color=color, linewidth=1.2, label=name)
         query_dot(row[0], query, (boxwise.shape[2], boxwise.shape[3]), (height, width))
         row[3].set_title("attention to each column, left to right (1: even)", fontsize=8)
         row[3].set_xlim(0, 1)

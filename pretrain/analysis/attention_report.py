@@ -32,7 +32,7 @@ def draw(
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
 
     Args:
-        names, pictures: of the n images shown, [n, 3, S, S].
+        names, images: of the n images shown, [n, 3, S, S].
         maps: {checkpoint: [n, Q, h, w]} of the Q queries.
         compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """
@@ -42,7 +42,7 @@ def draw(
         "statistics": (
             statistics_figure(measured),
             "Attention by layer",
-            "Normalised mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
+            "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
             "of the heads; bands: one standard deviation over the images (paper Fig. 5).",
         ),
         "heads_nmi": (heads_figure(measured, "nmi"), "NMI of every head", heads),
@@ -96,7 +96,7 @@ def _summary(measured: Sequence[Measured], results: Sequence[Result], broken: Se
     heads = ["weights", "method", "backbone", "images", "NMI", "last layer", "MAD (px)", "last layer", "protocol"]
     parts = [html_table("Patch-to-patch attention, means over images, heads and layers", heads, rows, {3, 4, 5, 6, 7})]
     parts.append(
-        '<p class="soft">NMI: normalised mutual information of query and key; 0: all queries look at the same keys. MAD: mean '
+        '<p class="soft">NMI: normalized mutual information of query and key; 0: all queries look at the same keys. MAD: mean '
         "distance from a query to its keys. Every number: statistics.csv and summary.csv beside this page.</p>"
     )
     scaled = next((result.protocol for result in results if result.protocol.deviations), None)

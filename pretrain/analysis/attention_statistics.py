@@ -2,10 +2,10 @@
 
 A [N (query), N (key)] is the patch-to-patch attention of one head, each row summing to 1.
 
-* NMI, normalised mutual information of query and key: p(q, k) = A_qk / N, I / sqrt(H(q) H(k)). 0: all queries look at the same
+* NMI, normalized mutual information of query and key: p(q, k) = A_qk / N, I / sqrt(H(q) H(k)). 0: all queries look at the same
   keys; 1: each looks at one key, and each at another. Since I = H(k) - mean_q H(A_q), one pass over the rows is enough.
   Where H(q) or H(k) is 0 (a single patch; all queries look at one and the same key) NMI is 0: it is at most sqrt(H(k) / H(q)).
-* MAD, mean attention distance: mean over q of sum_k A_qk times the distance of the two patches' centres, in pixels.
+* MAD, mean attention distance: mean over q of sum_k A_qk times the distance of the two patches' centers, in pixels.
 
 :func:`nmi` and :func:`mad_px` are the plain form, of a whole A. :func:`attention_statistics` streams: beside the network's own
 forward pass it holds ``block`` rows of the attention of one layer at a time, and so takes about
@@ -43,7 +43,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def distances_px(grid: tuple[int, int], patch_px: int, queries: slice = slice(None), device: torch.device | None = None) -> Tensor:
-    """Distances between the centres of patches of a grid (h, w), [M (query), h * w] float32."""
+    """Distances between the centers of patches of a grid (h, w), [M (query), h * w] float32."""
     rows, columns = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
     y, x = rows.flatten() * patch_px, columns.flatten() * patch_px  # [N]
     return ((y[queries, None] - y).square() + (x[queries, None] - x).square()).sqrt()
@@ -77,7 +77,7 @@ def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statis
 
     Args:
         backbone: in evaluation mode, on the device of ``x``.
-        x: [B, 3, H, W] normalised pixels; H and W multiples of the patch size, else patches of padding count as patches.
+        x: [B, 3, H, W] normalized pixels; H and W multiples of the patch size, else patches of padding count as patches.
         block: queries at a time; see the module's memory bound.
     """
     assert block > 0, block

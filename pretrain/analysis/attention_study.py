@@ -18,14 +18,14 @@ from pretrain.analysis.attention import query_attention
 from pretrain.analysis.attention_statistics import BLOCK, attention_statistics
 from pretrain.analysis.attention_tables import Measured, metrics_of, read_statistics, write_statistics
 from pretrain.backbones.vit import ViT
-from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.images import check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.progress import Progress
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 
 PROTOCOL = {"size_px": 480, "patch_px": 16, "images": 100, "crop": False, "bf16": False}  # appendix A; number of images: ours
 STATISTICS = "statistics.csv"
@@ -112,14 +112,14 @@ class Study:
         maps = []
         for image in images.split(1):
             with self.autocast:
-                maps.append(query_attention(backbone, normalise(image.to(self.device)), queries).cpu())
+                maps.append(query_attention(backbone, normalize(image.to(self.device)), queries).cpu())
         return torch.cat(maps)
 
     def _measure(self, label: str, backbone: ViT) -> Measured:
         parts, done, tell = [], 0, Progress(label, len(self.images), self.signals)
         for images in self.images.split(self.batch):
             with self.autocast:
-                parts.append(attention_statistics(backbone, normalise(images.to(self.device)), self.block))
+                parts.append(attention_statistics(backbone, normalize(images.to(self.device)), self.block))
             done += len(images)
             tell(done)
         return Measured(label, *(torch.cat(values).numpy() for values in zip(*parts)))

@@ -1,7 +1,7 @@
 """Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch features.
 
-Classes have colours that differ for the eye with and without a deficiency of colour vision, as far as their number
-allows; pixels that are not counted are hatched in grey.
+Classes have colors that differ for the eye with and without a deficiency of color vision, as far as their number
+allows; pixels that are not counted are hatched in gray.
 """
 
 from collections import Counter
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from pretrain.analysis.feature_figures import pca_figure
 from pretrain.analysis.figures import bare, forget, plain, save
-from pretrain.analysis.pca import as_colours, principal_components, turned_like
+from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.data.pictures import resized
+from pretrain.data.images import resized
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
-Colours = Mapping[int, tuple[float, float, float]]
+Colors = Mapping[int, tuple[float, float, float]]
 OUTLINED = "clustering"  # the map over which the labels' outlines are drawn: it was made without labels
 MOST_IN_LEGEND = 32
-COLUMN_IN, SIDE_PX = 2.6, 360  # of a picture: width in inches; longer side in pixels
-SHARE = 0.75  # of the colours over the grey image
-HATCHED = (0.62, 0.8)  # grey levels of pixels that are not counted
+COLUMN_IN, SIDE_PX = 2.6, 360  # of an image: width in inches; longer side in pixels
+SHARE = 0.75  # of the colors over the gray image
+HATCHED = (0.62, 0.8)  # gray levels of pixels that are not counted
 # What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1: protan, deutan, tritan.
 DEFICIENT = np.array(
     [
@@ -82,23 +82,23 @@ def write(
         caption = "Images of the validation part, their labels, and what was predicted from frozen features."
         if OUTLINED in shown:
             caption += (
-                " Clustering: patches by K-means without labels, each cluster in the colour of the class that it was matched to; "
+                " Clustering: patches by K-means without labels, each cluster in the color of the class that it was matched to; "
                 "lines are the labels' outlines."
             )
         if any((part == 0).any() for part in labels):
-            caption += " Hatched grey: not counted."
+            caption += " Hatched gray: not counted."
         save(labels_figure(images, labels, shown, classes), figures, "segmentation.png", "Segmentation and clusters", caption)
     if images and features:
         caption = "The first three principal components of the patches of all images together, as red, green and blue."
         if len(features) > 1:
-            caption += f" Each row has its own, turned so that the colours come nearest to those of {features[0][0]}."
+            caption += f" Each row has its own, turned so that the colors come nearest to those of {features[0][0]}."
         pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
         figure = pca_figure(pictures, components(images, features, image_px))
         save(figure, figures, "components.png", "Principal components of the patches", caption)
 
 
 def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int) -> dict[str, list[Tensor]]:
-    """The colours of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
+    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
 
     Args:
         images: [H, W, 3] each, squeezed to squares of ``image_px``, rounded to whole patches.
@@ -117,7 +117,7 @@ def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]
             first = scores
         elif first.shape == scores.shape:
             scores = turned_like(scores, first)
-        found[name] = list(as_colours(scores).view(len(images), side, side, 3))
+        found[name] = list(as_colors(scores).view(len(images), side, side, 3))
     return found
 
 
@@ -130,12 +130,12 @@ def labels_figure(
         as of :func:`write`.
     """
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
-    # Those of the labels come first: they have the same colours in all figures of the same images, whatever was predicted.
+    # Those of the labels come first: they have the same colors in all figures of the same images, whatever was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
-    colours = dict(zip(present, distinct_colours(len(present))))
+    colors = dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
     width = COLUMN_IN * len(columns)
-    names = [Patch(facecolor=colours[k], label=plain(classes[k - 1], 28)) for k, _ in (in_labels + in_maps).most_common()]
+    names = [Patch(facecolor=colors[k], label=plain(classes[k - 1], 28)) for k, _ in (in_labels + in_maps).most_common()]
     if len(names) > MOST_IN_LEGEND:
         names[MOST_IN_LEGEND:] = [Patch(alpha=0, label=f"and {len(names) - MOST_IN_LEGEND} more")]
     n_columns = max(1, int(width / (0.5 + 0.075 * max((len(str(patch.get_label())) for patch in names), default=0))))
@@ -144,9 +144,9 @@ def labels_figure(
     figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False, layout="constrained", height_ratios=ratios)
     for i, (row, image, truth) in enumerate(zip(axes, images, labels)):
         bare(row[0]).imshow(image)
-        bare(row[1]).imshow(painted(image, truth, colours))
+        bare(row[1]).imshow(painted(image, truth, colors))
         for axis, (name, found) in zip(row[2:], maps.items()):
-            bare(axis).imshow(painted(image, found[i], colours, truth if name == OUTLINED else None))
+            bare(axis).imshow(painted(image, found[i], colors, truth if name == OUTLINED else None))
     for axis, title in zip(axes[0], columns):
         axis.set_title(title.replace("_", " "), fontsize=10)
     if names:
@@ -163,8 +163,8 @@ def _shares(maps: Sequence[Labels]) -> Counter[int]:
     return shares
 
 
-def painted(image: Pixels, labels: Labels, colours: Colours, outlined: Labels | None = None) -> NDArray[np.float64]:
-    """The image in grey under the colours of its labels, float [h, w, 3] in [0, 1]; label 0 hatched.
+def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | None = None) -> NDArray[np.float64]:
+    """The image in gray under the colors of its labels, float [h, w, 3] in [0, 1]; label 0 hatched.
 
     Args:
         image: [H, W, 3]; labels: [S, S], of the whole image.
@@ -175,13 +175,13 @@ def painted(image: Pixels, labels: Labels, colours: Colours, outlined: Labels | 
     pixels = resized(image, size).permute(1, 2, 0).numpy() / 255
     here = _at_size(labels, size)
     table = np.zeros((int(here.max()) + 1, 3))
-    for label, colour in colours.items():
+    for label, color in colors.items():
         if label < len(table):
-            table[label] = colour
+            table[label] = color
     rows, columns = np.indices(size)
     hatch = np.where((rows + columns) // 5 % 2, *HATCHED)
-    coloured = np.where((here == 0)[..., None], hatch[..., None], table[here])
-    mixed = SHARE * coloured + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colours
+    colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
+    mixed = SHARE * colored + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colors
     if outlined is not None:
         edges = _edges(_at_size(outlined, size))
         mixed[_widened(edges)] = 1.0
@@ -190,13 +190,13 @@ def painted(image: Pixels, labels: Labels, colours: Colours, outlined: Labels | 
 
 
 def _at_size(labels: Labels, size: tuple[int, int]) -> Labels:
-    """Nearest neighbours."""
+    """Nearest neighbors."""
     rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(size, labels.shape))
     return labels[np.ix_(rows.astype(int), columns.astype(int))]
 
 
 def _edges(labels: Labels) -> NDArray[np.bool_]:
-    """Pixels whose neighbour to the right or below has another label."""
+    """Pixels whose neighbor to the right or below has another label."""
     edges = np.zeros(labels.shape, bool)
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
@@ -204,19 +204,19 @@ def _edges(labels: Labels) -> NDArray[np.bool_]:
 
 
 def _widened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With the four neighbours of each pixel."""
+    """With the four neighbors of each pixel."""
     wide = np.pad(mask, 1)
     return wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
 
 
-# --- colours ----------------------------------------------------------------------------------------------------------
+# --- colors ----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
-def distinct_colours(count: int) -> tuple[tuple[float, float, float], ...]:
-    """Colours (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for any count.
+def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
+    """Colors (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for any count.
 
-    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black, white or grey.
+    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black, white or gray.
     """
     levels = np.linspace(0, 1, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
@@ -224,11 +224,11 @@ def distinct_colours(count: int) -> tuple[tuple[float, float, float], ...]:
     lightness, chroma = seen[0, :, 0], np.hypot(seen[0, :, 1], seen[0, :, 2])
     keep = (lightness > 25) & (lightness < 92) & (chroma > 25)
     candidates, seen = candidates[keep], seen[:, keep]
-    greys = _lab(np.repeat([[0.0], [0.45], [HATCHED[0]], [HATCHED[1]], [1.0]], 3, axis=1))
-    nearest = np.min([_distance(seen, greys[:, i : i + 1]) for i in range(greys.shape[1])], axis=0)
+    grays = _lab(np.repeat([[0.0], [0.45], [HATCHED[0]], [HATCHED[1]], [1.0]], 3, axis=1))
+    nearest = np.min([_distance(seen, grays[:, i : i + 1]) for i in range(grays.shape[1])], axis=0)
     chosen: list[tuple[float, float, float]] = []
     for _ in range(count):
-        best = int(nearest.argmax())  # more colours than candidates begin anew
+        best = int(nearest.argmax())  # more colors than candidates begin anew
         red, green, blue = candidates[best].tolist()
         chosen.append((red, green, blue))
         nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))
@@ -236,7 +236,7 @@ def distinct_colours(count: int) -> tuple[tuple[float, float, float], ...]:
 
 
 def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of colours [eyes, M, 3] and [eyes, 1, 3] to the worst eye, [M]."""
+    """Of colors [eyes, M, 3] and [eyes, 1, 3] to the worst eye, [M]."""
     return np.sqrt(np.square(a - b).sum(-1)).min(0)
 
 

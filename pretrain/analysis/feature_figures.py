@@ -1,4 +1,4 @@
-"""Figures of what patch features hold: PCA colours, similarity to a query, places read layer by layer, objects found; and a page.
+"""Figures of what patch features hold: PCA colors, similarity to a query, places read layer by layer, objects found; and a page.
 
 Each function draws one matplotlib figure. :func:`gallery` puts several into one html page.
 """
@@ -20,7 +20,7 @@ from pretrain.results.curves import style_of
 from pretrain.results.report import page, picture
 from pretrain.results.runs import Figure as Shown
 
-TRUE_COLOUR, FOUND_COLOURS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
+TRUE_COLOR, FOUND_COLORS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
 MAX_WIDTH_IN = 24.0
 
 
@@ -31,28 +31,28 @@ def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Sh
     return page(title, {"Settings": f"<dl>{items}</dl>", "Figures": f'<div class="pictures">{pictures}</div>'})
 
 
-def _panels(rows: int, widths: Sequence[float], height: float, colour_bars: bool = False) -> tuple[Figure, Any]:
-    """A grid of bare axes whose columns are as wide as their pictures are at one height (in inches)."""
+def _panels(rows: int, widths: Sequence[float], height: float, color_bars: bool = False) -> tuple[Figure, Any]:
+    """A grid of bare axes whose columns are as wide as their images are at one height (in inches)."""
     wide = sum(widths) * height
     shrink = min(1.0, MAX_WIDTH_IN / wide)
-    size = (wide * shrink + 0.5 + 0.8 * colour_bars, (height * shrink + 0.25) * rows)
+    size = (wide * shrink + 0.5 + 0.8 * color_bars, (height * shrink + 0.25) * rows)
     figure, axes = plt.subplots(rows, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
     for axis in axes.flat:
         bare(axis).spines[:].set_visible(False)
     return figure, axes
 
 
-def pca_figure(images: Sequence[Tensor], colours: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """The images in the first row, and the colours of their patches in one row a checkpoint.
+def pca_figure(images: Sequence[Tensor], colors: Mapping[str, Sequence[Tensor]]) -> Figure:
+    """The images in the first row, and the colors of their patches in one row a checkpoint.
 
     Args:
         images: uint8 [3, H, W] each.
-        colours: {label: [h, w, 3] in [0, 1] an image}.
+        colors: {label: [h, w, 3] in [0, 1] an image}.
     """
-    figure, axes = _panels(1 + len(colours), [image.shape[2] / image.shape[1] for image in images], 2.0)
+    figure, axes = _panels(1 + len(colors), [image.shape[2] / image.shape[1] for image in images], 2.0)
     for axis, image in zip(axes[0], images):
         axis.imshow(image.permute(1, 2, 0).numpy())
-    for row, (label, maps) in zip(axes[1:], colours.items()):
+    for row, (label, maps) in zip(axes[1:], colors.items()):
         row[0].set_ylabel(plain(label, 28), fontsize=9)
         for axis, image, rgb in zip(row, images, maps):
             axis.imshow(rgb.numpy(), interpolation="nearest", extent=(0, image.shape[2], image.shape[1], 0))
@@ -62,13 +62,13 @@ def pca_figure(images: Sequence[Tensor], colours: Mapping[str, Sequence[Tensor]]
 def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str, Sequence[Tensor]]) -> Figure:
     """One image: in each column a query patch, marked with a red dot; in each row a checkpoint and what is like that patch to it.
 
-    The colours of a row run from its least similarity, which the bar tells, to 1: features differ in how alike they all are.
+    The colors of a row run from its least similarity, which the bar tells, to 1: features differ in how alike they all are.
 
     Args:
         image: uint8 [3, H, W]; maps: {label: cosine [h, w] a query}.
     """
     height, width = image.shape[1:]
-    figure, axes = _panels(1 + len(maps), [width / height] * len(queries), 2.2, colour_bars=True)
+    figure, axes = _panels(1 + len(maps), [width / height] * len(queries), 2.2, color_bars=True)
     extent = (0, width, height, 0)
     for axis, (x, y) in zip(axes[0], queries):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=extent)
@@ -80,8 +80,8 @@ def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str
             rows, columns = cosine.shape
             shown = axis.imshow(cosine.numpy(), extent=extent, interpolation="nearest", cmap="viridis", vmin=min(low, 0.99), vmax=1)
             i, j = patch_at(query, (rows, columns))
-            centre = ((j + 0.5) / columns * width, (i + 0.5) / rows * height)
-            axis.plot(*centre, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+            center = ((j + 0.5) / columns * width, (i + 0.5) / rows * height)
+            axis.plot(*center, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
         figure.colorbar(shown, ax=row.tolist(), shrink=0.85, pad=0.01, aspect=14).ax.tick_params(labelsize=7)
     return figure
 
@@ -98,29 +98,29 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
     labels = list(dict.fromkeys(row["checkpoint"] for row in rows))
     for axis, field in zip(axes, ("error", "r2")):
         for label in labels:
-            colour, _ = style_of(label, labels, 0)
+            color, _ = style_of(label, labels, 0)
             for patches, dash in (("hidden", "-"), ("given", ":")):
                 chosen = [row for row in rows if row["checkpoint"] == label and row["patches"] == patches]
                 x = [int(row["layer"]) for row in chosen]
                 y, std = (np.array([float(row[name]) for row in chosen]) for name in (field, f"{field}_std"))
                 name = plain(label) if patches == "hidden" else None
-                axis.plot(x, y, dash, color=colour, linewidth=1.7, marker="o", markersize=3, label=name)
-                axis.fill_between(x, y - std, y + std, color=colour, alpha=0.18, linewidth=0)
+                axis.plot(x, y, dash, color=color, linewidth=1.7, marker="o", markersize=3, label=name)
+                axis.fill_between(x, y - std, y + std, color=color, alpha=0.18, linewidth=0)
                 if chosen and chosen[-1]["after"] == "norm":
-                    axis.plot(x[-1], y[-1], "s", color=colour, markersize=5.5)
+                    axis.plot(x[-1], y[-1], "s", color=color, markersize=5.5)
         axis.set_xlabel("layer (0: embedding; k: after block k; square: after the final norm)", fontsize=9)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     for patches, dash in (("hidden", "--"), ("given", ":")):  # they lie elsewhere, so that their guesses differ, too
         for level in {round(float(row["chance"]), 3) for row in rows if row["patches"] == patches}:
-            axes[0].axhline(level, color="grey", linestyle=dash, linewidth=1)
-    axes[1].axhline(0, color="grey", linestyle="--", linewidth=1)
-    axes[0].set(ylabel="mean distance from the true centre (sides are 1)", ylim=(0, None))
+            axes[0].axhline(level, color="gray", linestyle=dash, linewidth=1)
+    axes[1].axhline(0, color="gray", linestyle="--", linewidth=1)
+    axes[0].set(ylabel="mean distance from the true center (sides are 1)", ylim=(0, None))
     axes[1].set(ylabel="$R^2$", ylim=(min(-0.1, axes[1].get_ylim()[0]), 1.03))
     axes[0].plot([], [], "-", color="black", label="position hidden")
     axes[0].plot([], [], ":", color="black", label="position given")
-    axes[0].plot([], [], "--", color="grey", label="hidden: constant guess")
-    axes[0].plot([], [], ":", color="grey", label="given: constant guess")
+    axes[0].plot([], [], "--", color="gray", label="hidden: constant guess")
+    axes[0].plot([], [], ":", color="gray", label="given: constant guess")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
     return figure
@@ -143,10 +143,10 @@ def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
         axis.set_axis_off()
     for axis, one in zip(axes.flat, pictures):
         axis.imshow(one.pixels)
-        boxes = [(box, TRUE_COLOUR, "-") for box in one.truth]
-        boxes += [(box, FOUND_COLOURS[method], "--") for method, (box, _) in one.found.items()]
-        for (x0, y0, x1, y1), colour, dash in boxes:
-            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=dash, linewidth=1.8))
+        boxes = [(box, TRUE_COLOR, "-") for box in one.truth]
+        boxes += [(box, FOUND_COLORS[method], "--") for method, (box, _) in one.found.items()]
+        for (x0, y0, x1, y1), color, dash in boxes:
+            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle=dash, linewidth=1.8))
         words = ", ".join(f"{method} {'hit' if hit else 'miss'}" for method, (_, hit) in one.found.items())
         axis.set_title(f"{plain(one.name, 24)}: {words}", fontsize=8)
     return figure

@@ -1,7 +1,7 @@
 """Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
-report finds it; :func:`as_array` gives its pixels. The pictures of a running training are in :mod:`pretrain.analysis.pictures`.
+report finds it; :func:`as_array` gives its pixels. The images of a running training are in :mod:`pretrain.analysis.images`.
 """
 
 import json
@@ -29,7 +29,7 @@ from pretrain.views.boxes import PositionSettings, Views, draw_s
 from pretrain.views.masks import Masks
 from pretrain.views.pixels import MEAN, STD
 
-GLOBAL_COLOUR, LOCAL_COLOUR = "#d1495b", "#00798c"
+GLOBAL_COLOR, LOCAL_COLOR = "#d1495b", "#00798c"
 
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
@@ -74,7 +74,7 @@ def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
 
 
 def displayable(pixels: Tensor) -> np.ndarray:
-    """Levels (uint8) or normalised floats [3, H, W] to [H, W, 3] in [0, 1]."""
+    """Levels (uint8) or normalized floats [3, H, W] to [H, W, 3] in [0, 1]."""
     if pixels.dtype == torch.uint8:
         return pixels.cpu().permute(1, 2, 0).numpy() / 255
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -92,9 +92,9 @@ def bare(axis: Any, title: str = "") -> Any:
 def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height: float = 1) -> None:
     """Outlines of boxes [V, 4] in image units on an axis of this width and height: global ones red, local ones blue."""
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
-        colour = GLOBAL_COLOUR if i < n_global else LOCAL_COLOUR
+        color = GLOBAL_COLOR if i < n_global else LOCAL_COLOR
         place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
-        axis.add_patch(Rectangle(place, *size, fill=False, edgecolor=colour, linewidth=1.6))
+        axis.add_patch(Rectangle(place, *size, fill=False, edgecolor=color, linewidth=1.6))
 
 
 def views_figure(
@@ -103,7 +103,7 @@ def views_figure(
     """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
     Args:
-        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalised, a list an image.
+        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalized, a list an image.
     """
     n_crops, n_boxes = len(crops[0]), 1 + has_field
     figure, axes = plt.subplots(
@@ -123,19 +123,19 @@ def views_figure(
 
 
 def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
-    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in grey, in the second.
+    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in gray, in the second.
 
     Args:
-        crops: [C, 3, S, S], levels or normalised; masks: of the same crops.
+        crops: [C, 3, S, S], levels or normalized; masks: of the same crops.
     """
-    rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOUR)]
+    rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOR)]
     rows = [row for row in rows if row[1].any()]
     figure, axes = plt.subplots(
         max(len(rows), 1), n_each, figsize=(1.9 * n_each, 2.1 * max(len(rows), 1)), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, (kind, mask, colour) in zip(axes, rows):
+    for row, (kind, mask, color) in zip(axes, rows):
         chosen = mask.any(1).nonzero().flatten().tolist()[:n_each]
         for axis, crop in zip(row, chosen):
             axis.set_axis_on()
@@ -143,11 +143,11 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
             bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
             side = crops.shape[-1]
             pixels = displayable(crops[crop])
-            if kind == "position":  # red shows on grey, whatever the picture
+            if kind == "position":  # red shows on gray, whatever the image
                 pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
             axis.imshow(pixels, extent=(0, side, side, 0))
             cover = np.zeros((*grid, 4))
-            cover[..., :3] = matplotlib.colors.to_rgb(colour)
+            cover[..., :3] = matplotlib.colors.to_rgb(color)
             cover[..., 3] = mask[crop].unflatten(0, grid).numpy() * (0.9 if kind == "content" else 0.55)
             axis.imshow(cover, extent=(0, side, side, 0), interpolation="nearest")
     return figure
@@ -161,7 +161,7 @@ def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
         drawn_from = replaced(rule, {"scale": scale})
         values = [draw_s(drawn_from, rng) for _ in range(n)]
         axis.hist(values, bins=60, range=(0, 1), density=True, histtype="step", linewidth=1.5, label=scale)
-    axis.axvline(rule.s_max, color="grey", linestyle="--", label="constant")
+    axis.axvline(rule.s_max, color="gray", linestyle="--", label="constant")
     axis.set(xlabel="s (area of the augmented region, |P| = 1)", ylabel="density")
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -171,7 +171,7 @@ def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[floa
     """Last-layer attention of query patches over each image, the query marked with a red dot (paper Fig. 6).
 
     Args:
-        images: [B, 3, H, W] normalised, H and W multiples of the patch size.
+        images: [B, 3, H, W] normalized, H and W multiples of the patch size.
         queries: places (x, y) in image units.
     """
     backbone.eval()
@@ -204,7 +204,7 @@ def heat_map(axis: Any, heat: Tensor, query: tuple[float, float], size_px: Seque
 
 
 def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size_px: Sequence[int]) -> None:
-    """A red dot at the centre of the patch at ``query`` (x, y in image units)."""
+    """A red dot at the center of the patch at ``query`` (x, y in image units)."""
     row, column = patch_at(query, grid)
     axis.plot((column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0], "o", color="red", markersize=5)
 

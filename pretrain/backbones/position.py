@@ -1,7 +1,7 @@
 """Position embeddings of a view: a vector field cropped together with the image (paper 3.2.1, METHOD.md 2).
 
 The field P [D, h_p, w_p] is aligned with the image's corners: its sample (r, c) stands at the image point
-(c / (w_p - 1), r / (h_p - 1)), in image units [0, 1]. The embedding of a patch is P interpolated at the patch's centre.
+(c / (w_p - 1), r / (h_p - 1)), in image units [0, 1]. The embedding of a patch is P interpolated at the patch's center.
 The patches of one view form a regular grid, so the interpolation is separable, R_y P R_x^T with one small weight matrix an axis:
 two matrix products, the same on CPU and GPU, and deterministic in the backward pass (an index-gather is not).
 """
@@ -52,8 +52,8 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     return inner + padded_first + padded_last
 
 
-def patch_centres(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
-    """Centres of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image units.
+def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
+    """Centers of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image units.
 
     Where ``mirrored`` [V] is true, the order is reversed: patch j of a flipped view sits where patch n - 1 - j was.
     """
@@ -68,7 +68,7 @@ def patch_centres(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | 
 def sample_field(
     field: Tensor, boxes: Tensor, grid: tuple[int, int], flips: Tensor | None = None, interpolation: str = "bicubic"
 ) -> Tensor:
-    """Position embeddings of views: the field at every patch centre (METHOD.md 2).
+    """Position embeddings of views: the field at every patch center (METHOD.md 2).
 
     Args:
         field: [1, D, h_p, w_p], corners aligned with the image's corners.
@@ -83,8 +83,8 @@ def sample_field(
     height, width = grid
     boxes = boxes.to(field.device, torch.promote_types(field.dtype, torch.float32))
     flips = None if flips is None else flips.to(field.device)
-    x = patch_centres(boxes[:, 0], boxes[:, 2], width, flips)
-    y = patch_centres(boxes[:, 1], boxes[:, 3], height)
+    x = patch_centers(boxes[:, 0], boxes[:, 2], width, flips)
+    y = patch_centers(boxes[:, 1], boxes[:, 3], height)
     with torch.autocast(device_type=field.device.type, enabled=False):  # half a patch is 1% of an axis: keep float32
         r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
         r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]

@@ -139,7 +139,7 @@ class ViT(nn.Module):
         self.embed_dim, self.patch_size, self.n_registers, self.has_cls = embed_dim, patch_size, n_registers, has_cls
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
         # Everything that a file must say so that the same network can be built again.
-        self.flags: dict[str, Any] = dict(
+        self.model_kwargs: dict[str, Any] = dict(
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
@@ -187,7 +187,7 @@ class ViT(nn.Module):
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
     def _init_weights(self) -> None:
-        """DINOv2's initialisation; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
+        """DINOv2's initialization; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -198,7 +198,7 @@ class ViT(nn.Module):
         for name in ("pos_field", "cls_pos", "pos_embed"):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
-        if self.flags["mask_tokens"]:
+        if self.model_kwargs["mask_tokens"]:
             nn.init.trunc_normal_(self.pos_mask_token, std=0.02)  # mask_token starts at zero, as DINOv2's
 
     @property
@@ -236,7 +236,7 @@ class ViT(nn.Module):
             [S + N, S + N] long, the relative position of each query and key, special tokens first; none where there are no
             relative positions, and nothing needs to be told.
         """
-        if not self.flags["relative_positions"]:
+        if not self.model_kwargs["relative_positions"]:
             return None
         return relative_buckets(grid, self.n_prefix, self.patch_embed.proj.weight.device)
 
@@ -252,7 +252,7 @@ class ViT(nn.Module):
         """The sequence that enters the first block (paper 3.3), and its grid.
 
         Args:
-            x: [B, 3, H, W] normalised pixels.
+            x: [B, 3, H, W] normalized pixels.
             boxes, flips: [B, 4], [B]: the crops' places (with position augmentation), none for whole images.
             content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
             visible: [B, n] int64, the patches that enter the sequence, in this order; the same number for each image, none of them
@@ -261,7 +261,7 @@ class ViT(nn.Module):
         Returns:
             [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``: [B, S + n, D].
         """
-        assert visible is None or not self.flags["relative_positions"], "relative positions belong to whole grids"
+        assert visible is None or not self.model_kwargs["relative_positions"], "relative positions belong to whole grids"
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
@@ -340,8 +340,8 @@ SIZES: Mapping[str, dict[str, int]] = {
 
 
 def _register(size: str, n_registers: int) -> None:
-    def make(**flags: Any) -> ViT:
-        return ViT(**{**SIZES[size], "patch_size": 16, "n_registers": n_registers, **flags})
+    def make(**model_kwargs: Any) -> ViT:
+        return ViT(**{**SIZES[size], "patch_size": 16, "n_registers": n_registers, **model_kwargs})
 
     make.__name__ = f"vit_{size}_patch16" + (f"_reg{n_registers}" if n_registers else "")
     BACKBONES.register(make)

@@ -14,6 +14,7 @@ from pretrain.benchmark.turns import Work, in_turns, ratio
 from pretrain.config import load_config, recipe_info
 from pretrain.device import choose_device
 from pretrain.methods.backbones import new_backbone
+from pretrain.settings import fields
 from pretrain.trainer import Trainer
 from pretrain.weights import save_backbone
 
@@ -46,7 +47,7 @@ def measure(
         batch_size: images a step.
         rounds: counted turns of each.
         patch_size: 16 | 14.
-        overrides: more ``key=value``, for all.
+        overrides: more ``key=value``, each for all that have its key.
 
     Returns:
         ``time_ratio`` and ``memory_ratio``, PaKA over DINOv2, and ``gram_...``, Gram anchoring over DINOv2; seconds, images/s and
@@ -56,9 +57,9 @@ def measure(
         UserError: no such backbone or device; settings that do not fit.
     """
     where = choose_device(device)
-    words = {
-        name: [*own, *overrides, f"run.device={where.type}"] for name, own in words_of(backbone, patch_size, batch_size).items()
-    }
+    words = words_of(backbone, patch_size, batch_size)
+    for name, more in shared(overrides).items():
+        words[name] += [*more, f"run.device={where.type}"]
     n_steps = STEPS_A_TURN.get(where.type, 1)
     with tempfile.TemporaryDirectory() as folder:
         weights = write_start(Path(folder) / "backbone.safetensors", words["dinov2"])
@@ -86,6 +87,16 @@ def measure(
     }
 
 
+def shared(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """``key=value`` words by contender: whatever it has, and what none has, which is then refused."""
+    keys = {
+        name: {key for key, _, _ in fields(type(load_config(recipe, ["backbone.weights=FILE"])))}
+        for name, recipe in RECIPES.items()
+    }
+    known = set[str]().union(*keys.values())
+    return {name: [word for word in overrides if word.split("=")[0] not in known - own] for name, own in keys.items()}
+
+
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
     """Hours of PaKA's whole recipe at the measured seconds a step, and how they come about."""
     recipe = load_config(RECIPES["paka"], ["backbone.weights=FILE"])
@@ -102,7 +113,7 @@ def write_start(path: Path, words: Sequence[str]) -> Path:
     """A file of the network that a config would train from scratch, with random weights."""
     config = load_config(RECIPES["dinov2"], words)
     vit = new_backbone(config, 0.0, config.positions)
-    return save_backbone(path, vit.state_dict(), name=config.backbone.name, flags=vit.flags)
+    return save_backbone(path, vit.state_dict(), name=config.backbone.name, model_kwargs=vit.model_kwargs)
 
 
 def training_steps(recipe: str, words: Sequence[str], n_steps: int) -> Work:

@@ -102,7 +102,7 @@ def start_peak(device: torch.device) -> float:
 
 
 def tensors_mib(trainer: Trainer) -> float:
-    """MiB of what a trainer holds between steps: networks, centres, moments."""
+    """MiB of what a trainer holds between steps: networks, centers, moments."""
     return sum(t.numel() * t.element_size() for t in trainer.tensors().values()) / 2**20
 
 
@@ -155,7 +155,7 @@ def flops_an_image(config: Any) -> float:
     and the MLP, 4 N D a token for attention. The teacher: forward, global crops. The student: three times forward (itself, and
     the gradients by input and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every
     [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the
-    optimiser are not.
+    optimizer are not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
     size = SIZES[backbone.name.split("_")[1]]

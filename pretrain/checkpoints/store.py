@@ -57,9 +57,7 @@ def begin(folder: Path, iteration: int) -> Path:
     return part
 
 
-def publish(
-    folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None
-) -> Path:
+def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None) -> Path:
     """Make ``it_N.tmp`` the run's newest checkpoint; ``records`` lists its files, which are on disk.
 
     Removes all but the ``keep`` newest, and those of later iterations, which a run that went back has left
@@ -93,9 +91,7 @@ def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
         final = directory(folder, iteration)
         shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
         reason = error.strerror or str(error)
-        raise OSError(
-            error.errno, f"checkpoint {final} cannot be written, earlier ones stay: {reason}"
-        ) from error
+        raise OSError(error.errno, f"checkpoint {final} cannot be written, earlier ones stay: {reason}") from error
 
 
 def write_json(path: Path, values: Any) -> Record:

@@ -1,16 +1,16 @@
 """An encoded image to pixels: uint8 RGB, upright, bounded in size, or :class:`BrokenImage`.
 
-JPEG, PNG (APNG), WebP, BMP and GIF, told by their content, never by a name; of several frames, the first. Greyscale, palette and
-CMYK become RGB, transparency is dropped (the colours below it are kept) and colour profiles are ignored, all as PIL converts.
-16-bit greyscale is scaled to 8 bits; of 16-bit RGB the high byte is taken. TIFF is left out: its decoder writes what it does not
+JPEG, PNG (APNG), WebP, BMP and GIF, told by their content, never by a name; of several frames, the first. Grayscale, palette and
+CMYK become RGB, transparency is dropped (the colors below it are kept) and color profiles are ignored, all as PIL converts.
+16-bit grayscale is scaled to 8 bits; of 16-bit RGB the high byte is taken. TIFF is left out: its decoder writes what it does not
 like to stderr.
 
 Memory: a header that declares more than ``max_mpx`` is refused before a pixel is decoded, and the parts of a file that expand
 (text, profiles) are bounded by PIL, as is WebP at 179 million pixels. Decoding takes at most about 14 bytes a pixel.
 
 Broken means what it means to PIL, and two things more: a PNG with a wrong checksum, and a JPEG of one scan whose coded data
-ends before the picture (a decoder fills the rest with grey and says nothing). Other changed bytes of a JPEG or WebP cannot be
-told from a picture. ``simplejpeg``, where it is installed, decodes whole plain JPEGs 1.5 times as fast, to the same pixels; PIL
+ends before the image (a decoder fills the rest with gray and says nothing). Other changed bytes of a JPEG or WebP cannot be
+told from an image. ``simplejpeg``, where it is installed, decodes whole plain JPEGs 1.5 times as fast, to the same pixels; PIL
 judges all others, so that what is broken does not depend on it.
 """
 
@@ -128,14 +128,14 @@ def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px:
 
 
 def _is_filled(pixel: np.ndarray) -> bool:
-    """Whether the last pixel may be the grey of missing data: its luma; the colour may come from the block before it."""
+    """Whether the last pixel may be the gray of missing data: its luma; the color may come from the block before it."""
     return bool(abs(pixel @ [0.299, 0.587, 0.114] - 128) < 2)
 
 
 def _ends_early(data: bytes, n_components: int) -> bool:
-    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error) before the picture.
+    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error) before the image.
 
-    For a picture that ends in grey, as libjpeg fills what is missing: the JPEG is decoded again without what follows its
+    For an image that ends in gray, as libjpeg fills what is missing: the JPEG is decoded again without what follows its
     coded data, so that a decoder which needs more has to say so.
     """
     at, marker, restarts = 2, 0, False

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pretrain import distributed
 from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sampler import COLOURS, MASKS, SUBSTITUTES, VIEWS, Order, SampleIndices, generator
+from pretrain.data.sampler import COLORS, MASKS, SUBSTITUTES, VIEWS, Order, SampleIndices, generator
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.views import Colours, Masks, PositionSettings, Views, ViewSettings, draw_colours, draw_masks, draw_views
+from pretrain.views import Colors, Masks, PositionSettings, Views, ViewSettings, draw_colors, draw_masks, draw_views
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.pixels import Pixels, render
@@ -65,12 +65,12 @@ class Decoding:
     max_mpx: float = 200.0
 
 
-def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colours]:
+def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colors]:
     """Views and colors of some samples of the run, [B, V]; ``sizes_px`` is [B, 2], height and width."""
     rngs = [generator(seed, VIEWS, i) for i in sample_indices]
     views = draw_views(sizes_px, rules.crops, rules.positions or PLAIN, rngs, rules.tied)
-    rngs = [generator(seed, COLOURS, i) for i in sample_indices]
-    return views, draw_colours(views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals)
+    rngs = [generator(seed, COLORS, i) for i in sample_indices]
+    return views, draw_colors(views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals)
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
@@ -104,8 +104,8 @@ class ViewsDataset(Dataset[Sample | Decoded]):
     def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
         """The views of a sample, made here."""
         rules = self.rules
-        views, colours = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
-        crops = render(image, views, colours, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px)
+        views, colors = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
+        crops = render(image, views, colors, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px)
         return Sample(sample_index, *crops, views, broken)
 
     def read(self, sample_index: int) -> tuple[Pixels, tuple[str, ...]]:
@@ -158,10 +158,10 @@ class Collate:
         """Of images whose crops the training device will make."""
         rules = self.rules
         canvas, sizes_px = lay_out([item.image for item in images])
-        views, colours = draw(rules, self.seed, [item.sample_index for item in images], sizes_px)
+        views, colors = draw(rules, self.seed, [item.sample_index for item in images], sizes_px)
         sizes = torch.from_numpy(sizes_px.astype(np.float32))
         sides_px = rules.crops.global_px, rules.crops.local_px
-        return CanvasBatch(canvas, sizes, views, colours, self.masks(images), rules.color, *sides_px)
+        return CanvasBatch(canvas, sizes, views, colors, self.masks(images), rules.color, *sides_px)
 
     def masks(self, items: Sequence[Sample | Decoded]) -> Masks | None:
         """The items' rows of their iteration's masks; ``None`` for a method that masks nothing."""

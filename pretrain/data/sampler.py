@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-ORDER, VIEWS, MASKS, COLOURS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, kept apart by the second word of their seed
+ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, kept apart by the second word of their seed
 
 
 def generator(seed: int, stream: int, sample_index: int) -> np.random.Generator:

@@ -1,8 +1,8 @@
-"""The demo's pictures: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as data sets).
+"""The demo's images: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as data sets).
 
 The photographs lie inside the installed packages scikit-image and scikit-learn and are read by path (nothing is
-imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out: validation pictures
-are made of these alone, background and surfaces of objects alike; the training and pre-training pictures never use them.
+imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out: validation images
+are made of these alone, background and surfaces of objects alike; the training and pre-training images never use them.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 
 SPLITS = ("pretrain", "train", "val")
 
-# A shape is one or two outlines: the distances of its corners from the centre, at equal angles. Two outlines: a hole.
+# A shape is one or two outlines: the distances of its corners from the center, at equal angles. Two outlines: a hole.
 SHAPES = {
     "disc": [[1.0] * 64],
     "square": [[1.0] * 4],
@@ -33,18 +33,18 @@ TRAIN_PHOTOGRAPHS = ("astronaut.png", "china.jpg", "coffee.png", "grass.png", "g
 VAL_PHOTOGRAPHS = ("brick.png", "camera.png", "chelsea.png", "flower.jpg")
 SKLEARN_PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
-SIZE_RANGE = (0.2, 0.65)  # of an object, in short sides of the picture
+SIZE_RANGE = (0.2, 0.65)  # of an object, in short sides of the image
 MAX_OBJECTS = 5
-MIN_VISIBLE = 0.3  # of the part of an object that lies inside the picture
+MIN_VISIBLE = 0.3  # of the part of an object that lies inside the image
 MIN_AREA_PX = 40
 TEXTURES = ("stripes", "checks", "noise", "gradient", "photograph")
 FAVOURITE_TEXTURE = 0.4  # chance of the class's own texture (the k-th of class k); otherwise any
-FAVOURITE_HUE = 0.75  # chance of the class's own hue; otherwise two colours of a photograph. Minutes of training learn this much
+FAVOURITE_HUE = 0.75  # chance of the class's own hue; otherwise two colors of a photograph. Minutes of training learn this much
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A composed picture and what is visible in it; objects from back to front."""
+    """A composed image and what is visible in it; objects from back to front."""
 
     image: np.ndarray  # [H, W, 3] uint8 RGB
     masks: list[np.ndarray]  # each [H, W] bool: the visible part; disjoint
@@ -69,7 +69,7 @@ def photographs() -> dict[str, Path]:
 
 
 def photographs_of(split: str) -> list[str]:
-    """The names that the pictures of a split ("pretrain", "train" or "val") are made of."""
+    """The names that the images of a split ("pretrain", "train" or "val") are made of."""
     return [Path(file).stem for file in (VAL_PHOTOGRAPHS if split == "val" else TRAIN_PHOTOGRAPHS)]
 
 
@@ -88,7 +88,7 @@ def _locate(file: str) -> Path:
 
 @cache
 def _photograph(name: str) -> np.ndarray:
-    """[H, W, 3] uint8 RGB; grey photographs with three equal channels."""
+    """[H, W, 3] uint8 RGB; gray photographs with three equal channels."""
     path = photographs()[name]
     bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if bgr is None:
@@ -97,7 +97,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _crop(random: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly recoloured."""
+    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly recolored."""
     photograph = _photograph(name)
     scale = min(photograph.shape[0] / height, photograph.shape[1] / width) * random.uniform(0.4, 1.0)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -163,7 +163,7 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
 
 
 def _surface(random: np.random.Generator, item: _Object, names: list[str], light: float) -> tuple[np.ndarray, str]:
-    """The texture of an object over the whole picture, [H, W, 3] float32 in 0..255, and the photograph behind it."""
+    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind it."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
     name = str(random.choice(names))
     height, width = item.alpha.shape
@@ -185,8 +185,8 @@ def _surface(random: np.random.Generator, item: _Object, names: list[str], light
             blend = 0.6 * u
         blend = np.clip(0.5 + (0.5 if texture == "gradient" else 1.5) * blend, 0, 1)[..., None]
         palette = _photograph(name).reshape(-1, 3)
-        first, second = palette[random.integers(len(palette), size=2)].astype(np.float32)  # colours of the real world
-        own = _colours(random, item.kind)
+        first, second = palette[random.integers(len(palette), size=2)].astype(np.float32)  # colors of the real world
+        own = _colors(random, item.kind)
         if random.random() < FAVOURITE_HUE:
             first, second = own
         surface = first + (second - first) * blend
@@ -194,15 +194,15 @@ def _surface(random: np.random.Generator, item: _Object, names: list[str], light
     return np.clip(surface * shade + random.uniform(-10, 10), 0, 255).astype(np.float32), name
 
 
-def _colours(random: np.random.Generator, kind: int) -> np.ndarray:
-    """[2, 3] float32 RGB in 0..255: a light and a dark colour of the class's hue."""
+def _colors(random: np.random.Generator, kind: int) -> np.ndarray:
+    """[2, 3] float32 RGB in 0..255: a light and a dark color of the class's hue."""
     hue = (180 * (kind + random.uniform(-0.2, 0.2)) / len(CLASSES)) % 180  # OpenCV: 180 is the full circle
     hsv = np.array([[[hue, random.uniform(150, 255), light] for light in (random.uniform(190, 255), random.uniform(70, 140))]])
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)[0].astype(np.float32)
 
 
 def compose(index: int, split: str, seed: int, size_px: int) -> Picture:
-    """Picture ``index`` of a split; it depends on these arguments alone.
+    """Image ``index`` of a split; it depends on these arguments alone.
 
     ``size_px`` is the short side; the long side is 1 to 4/3 of it, lying or standing.
     """

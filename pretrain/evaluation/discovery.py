@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.pictures import check_grid, whole
+from pretrain.data.images import check_grid, whole
 from pretrain.evaluation.features import Features
 
 LOST_PATCHES = 100  # k: patches of low degree that may join the seed
@@ -42,7 +42,7 @@ def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
     """The patch that fewest others are like, and the low-degree patches like it; then all that is like these on the whole.
 
     Args:
-        features: [N, D] of one image, row-major, not normalised.
+        features: [N, D] of one image, row-major, not normalized.
         grid: (h, w), N = h * w.
         k: how many patches of lowest degree are asked to join the seed.
     """
@@ -60,9 +60,9 @@ def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
 
 
 def tokencut(features: Tensor, grid: Grid, tau: float = TOKENCUT_TAU, eps: float = TOKENCUT_EPS) -> Found:
-    """The normalised cut of the graph whose edges are 1 between alike patches and ``eps`` between all others.
+    """The normalized cut of the graph whose edges are 1 between alike patches and ``eps`` between all others.
 
-    The second smallest generalised eigenvector y of (D - W) y = lambda D y is split at its mean; the object is on the side of its
+    The second smallest generalized eigenvector y of (D - W) y = lambda D y is split at its mean; the object is on the side of its
     largest absolute value, in the connected component that holds it.
 
     Args:
@@ -120,7 +120,7 @@ def discover(
         short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole patches.
 
     Raises:
-        UserError: an image of too many patches, see :func:`pretrain.data.pictures.whole`.
+        UserError: an image of too many patches, see :func:`pretrain.data.images.whole`.
     """
     patch_size = features.backbone.patch_size
     if short_px:

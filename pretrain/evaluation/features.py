@@ -1,4 +1,4 @@
-"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 pictures."""
+"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 
-FORWARD_BATCH = 32  # pictures a forward pass: probes run beside a training that already fills the memory
+FORWARD_BATCH = 32  # images a forward pass: probes run beside a training that already fills the memory
 
 LayerVisitor = Callable[[slice, int, Tensor], None]
 
@@ -33,7 +33,7 @@ def read_picture(file: Path) -> np.ndarray:
 
 def layer_names(backbone: ViT) -> list[str]:
     """What :meth:`Features.visit` counts: ``embedding``, ``block 1``, ..., and ``norm`` where there is a final one."""
-    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + ["norm"] * backbone.flags["final_norm"]
+    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + ["norm"] * backbone.model_kwargs["final_norm"]
 
 
 @contextmanager
@@ -63,7 +63,7 @@ class Features:
     autocast: AbstractContextManager[Any]
 
     def __call__(self, images: Tensor, position_masks: Tensor | None = None) -> Iterator[Tokens]:
-        """Tokens after the final norm, ``FORWARD_BATCH`` pictures at a time, in order.
+        """Tokens after the final norm, ``FORWARD_BATCH`` images at a time, in order.
 
         Args:
             images: uint8 [n, 3, S, S], whole images.
@@ -92,7 +92,7 @@ class Features:
             hooks.enter_context(backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0])))
             for i, block in enumerate(backbone.blocks):
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out)))
-            if backbone.flags["final_norm"]:
+            if backbone.model_kwargs["final_norm"]:
                 hooks.enter_context(backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out)))
             for start in range(0, len(images), FORWARD_BATCH):
                 part = slice(start, start + FORWARD_BATCH)
@@ -121,7 +121,7 @@ class Features:
 
     def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
         dtype = self.backbone.patch_embed.proj.weight.dtype
-        pixels = normalise(images.to(self.device)).to(dtype)
+        pixels = normalize(images.to(self.device)).to(dtype)
         with self.autocast:
             tokens: Tokens = self.backbone(pixels, position_mask=None if position_masks is None else position_masks.to(self.device))
         return tokens

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (DINO's protocol: temperature 0.07)."""
+"""Weighted k-nearest-neighbor classification on frozen features (DINO's protocol: temperature 0.07)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features
-from pretrain.evaluation.labelled import Labelled, read_classes
+from pretrain.evaluation.labeled import Labeled, read_classes
 
 TEMPERATURE = 0.07  # DINO
 BANK_CHUNK = 2**16  # features of the bank compared at a time: with 1024 queries 268 MB of cosines
-VOTES_CHUNK = 2**24  # votes of single neighbours for all classes counted at a time: 67 MB
+VOTES_CHUNK = 2**24  # votes of single neighbors for all classes counted at a time: 67 MB
 
 
-def neighbours(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHUNK) -> tuple[Tensor, Tensor]:
+def neighbors(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHUNK) -> tuple[Tensor, Tensor]:
     """The k features of ``bank`` [M, D] that are most similar to each of ``queries`` [Q, D], exactly, the most similar first.
 
     Memory: Q * bank_chunk cosines, and as many features of the bank as float32.
@@ -42,10 +42,10 @@ def neighbours(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHU
 
 
 def class_votes(cosines: Tensor, labels: Tensor, ks: Sequence[int], n_classes: int, temperature: float = TEMPERATURE) -> Tensor:
-    """Votes of the first k neighbours for each k of ``ks``, each weighing exp(cosine / temperature).
+    """Votes of the first k neighbors for each k of ``ks``, each weighing exp(cosine / temperature).
 
     Args:
-        cosines, labels: [Q, K] of :func:`neighbours`, and their classes in 0 .. n_classes - 1.
+        cosines, labels: [Q, K] of :func:`neighbors`, and their classes in 0 .. n_classes - 1.
         ks: at most K.
 
     Returns:
@@ -63,8 +63,8 @@ def knn_votes(
 
     Args:
         bank: [M, D]; bank_labels: [M] in 0 .. n_classes - 1; queries: [Q, D].
-        k: neighbours, at most M.
-        chunk: queries compared at a time, which bounds the memory (:func:`neighbours`).
+        k: neighbors, at most M.
+        chunk: queries compared at a time, which bounds the memory (:func:`neighbors`).
 
     Returns:
         [Q, n_classes].
@@ -91,7 +91,7 @@ def knn_predict_each(
     temperature: float = TEMPERATURE,
     chunk: int = 1024,
 ) -> Tensor:
-    """:func:`knn_predict` for each k of ``ks``, the neighbours found once: [len(ks), Q] int64."""
+    """:func:`knn_predict` for each k of ``ks``, the neighbors found once: [len(ks), Q] int64."""
     parts = _votes(bank, bank_labels, queries, ks, n_classes, temperature, chunk)
     return torch.cat([votes.argmax(2) for votes in parts], 1)
 
@@ -102,7 +102,7 @@ def _votes(
     """:func:`class_votes` of all queries in turn, a few at a time."""
     few = max(1, VOTES_CHUNK // (max(ks) * n_classes))
     for part in queries.split(chunk):
-        cosines, rows = neighbours(bank, part, max(ks))
+        cosines, rows = neighbors(bank, part, max(ks))
         for some, of_rows in zip(cosines.split(few), labels[rows].split(few)):
             yield class_votes(some, of_rows, ks, n_classes, temperature)
 
@@ -118,10 +118,10 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class KnnProbe:
-    """k-NN on the [CLS] features of a labelled folder: ``probe/knn_top1`` in percent."""
+    """k-NN on the [CLS] features of a labeled folder: ``probe/knn_top1`` in percent."""
 
-    train: Labelled
-    val: Labelled
+    train: Labeled
+    val: Labeled
     k: int
 
     @staticmethod
@@ -129,7 +129,7 @@ class KnnProbe:
         """The probe of ``probes.knn_root``.
 
         Raises:
-            UserError: a bad folder (:func:`read_classes`), or fewer training pictures than neighbours.
+            UserError: a bad folder (:func:`read_classes`), or fewer training images than neighbors.
         """
         train, val = read_classes(root, side_px, max_images, "probes.knn_root")
         if k > len(train.images):

@@ -1,7 +1,7 @@
 """Linear read-outs in closed form, float64: the same features give the same read-out, with nothing to tune or to draw.
 
-Features are standardised; D / n is added to the diagonal of their D x D correlation matrix, n being the rows (ours): as if D rows
-of noise had been seen too, which matters for the few pictures of a small probe and vanishes with many.
+Features are standardized; D / n is added to the diagonal of their D x D correlation matrix, n being the rows (ours): as if D rows
+of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class ReadOut:
 
 
 def ridge(moments: Moments) -> ReadOut:
-    """Ridge regression: least squares on standardised features, with D times their squared weights as a penalty."""
+    """Ridge regression: least squares on standardized features, with D times their squared weights as a penalty."""
     mean, std, correlation = moments.standard()
     y_mean = moments.y / moments.n
     covariance = (moments.xy / moments.n - torch.outer(mean, y_mean)) / std[:, None]  # [D, K]
@@ -68,7 +68,7 @@ def discriminant(moments: Moments) -> ReadOut:
     """
     mean, std, correlation = moments.standard()
     share = moments.y / moments.n  # [K]
-    means = (moments.xy / moments.y.clamp(min=1) - mean[:, None]) / std[:, None]  # [D, K], of standardised features
+    means = (moments.xy / moments.y.clamp(min=1) - mean[:, None]) / std[:, None]  # [D, K], of standardized features
     means = means * (share > 0)
     within = correlation - (means * share) @ means.T
     weight = torch.linalg.solve(_ridged(within, moments.n), means)  # [D, K]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pretrain.evaluation.features import Features, layer_names
-from pretrain.evaluation.position_probe import PlaceReader, Score, centres, draw_masks
+from pretrain.evaluation.position_probe import PlaceReader, Score, centers, draw_masks
 
 PATCHES = ("hidden", "given")  # which patches are read: those whose position was hidden, those that had it
 
@@ -70,7 +70,7 @@ def _one_draw(
     features: Features, images: Tensor, masks: Tensor, grid: tuple[int, int], done: int, tell: Callable[[int], None]
 ) -> list[list[PlaceReader]]:
     """Readers of the hidden and of the given patches, one a layer; ``done``: images of the draws before."""
-    dim, device, places = features.backbone.embed_dim, features.device, centres(*grid)
+    dim, device, places = features.backbone.embed_dim, features.device, centers(*grid)
     readers = [[PlaceReader(dim, device) for _ in layer_names(features.backbone)] for _ in PATCHES]
     last = len(readers[0]) - 1
     for half, learn in ((slice(0, None, 2), PlaceReader.fit), (slice(1, None, 2), PlaceReader.judge)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
-from pretrain.data.pictures import Pictures, read_pictures, square
+from pretrain.data.images import Images, read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import FORWARD_BATCH, Features
@@ -30,7 +30,7 @@ MASKED_SHARE = 0.5  # ours: the most that training masks (Table 6), the same for
 class PositionProbe:
     """Error of the read-out on every second image, fitted on the others.
 
-    * ``probe/position_error``: mean distance between the read and the true centre of a patch, in image units (the sides are 1).
+    * ``probe/position_error``: mean distance between the read and the true center of a patch, in image units (the sides are 1).
     * ``probe/position_chance``: the same for the constant guess, the mean place of the patches that the fit saw.
     * ``probe/position_r2``: share of the variance of the coordinates that the read-out explains; 0 is the constant guess.
 
@@ -62,7 +62,7 @@ class PositionProbe:
         reader = PlaceReader(features.backbone.embed_dim, features.device)
         for part, learn in ((slice(0, None, 2), reader.fit), (slice(1, None, 2), reader.judge)):
             images, masks = self.images[part], self.masks[part]
-            places = centres(images.shape[-1] // features.backbone.patch_size)
+            places = centers(images.shape[-1] // features.backbone.patch_size)
             for tokens, mask in zip(features(images, masks), masks.split(FORWARD_BATCH)):
                 learn(tokens.patches[mask.to(features.device)], places.expand(len(mask), -1, -1)[mask])
         return {f"probe/position_{name}": value for name, value in reader.score()._asdict().items()}
@@ -105,8 +105,8 @@ class PlaceReader:
         return Score(error / self.n, chance / self.n, 1 - explained / total)
 
 
-def centres(rows: int, columns: int | None = None) -> Tensor:
-    """Centres (x, y) in [0, 1] of the patches of a grid (square without ``columns``), [rows * columns, 2] float64, row-major."""
+def centers(rows: int, columns: int | None = None) -> Tensor:
+    """Centers (x, y) in [0, 1] of the patches of a grid (square without ``columns``), [rows * columns, 2] float64, row-major."""
     x, y = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (columns or rows, rows))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
@@ -149,9 +149,9 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
     return mask if backbone.pos_encoding != "none" else "none"
 
 
-def read_squares(data: DataSettings, side_px: int, max_images: int) -> Pictures[Tensor]:
+def read_squares(data: DataSettings, side_px: int, max_images: int) -> Images[Tensor]:
     """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of :meth:`PositionProbe.read`."""
-    found = read_pictures(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
+    found = read_images(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
     if len(found.names) < 2:
         raise UserError(f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read")
     return found

@@ -1,7 +1,7 @@
-"""Dense probes: segmentation of a small labelled set from frozen patch features, by a linear read-out and by k-NN.
+"""Dense probes: segmentation of a small labeled set from frozen patch features, by a linear read-out and by k-NN.
 
-Both are fitted on whole patches, labelled by the majority of their labelled pixels. Both give class probabilities on the patch
-grid, which are upsampled bilinearly; mIoU is over the labelled pixels of the squeezed pictures. All of this is ours: it costs two
+Both are fitted on whole patches, labeled by the majority of their labeled pixels. Both give class probabilities on the patch
+grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the squeezed images. All of this is ours: it costs two
 forward passes and has nothing to tune, for curves during a training. The benchmark is ``tools/train_seg.py``.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.knn import knn_votes
-from pretrain.evaluation.labelled import Labelled, read_segmentation
+from pretrain.evaluation.labeled import Labeled, read_segmentation
 from pretrain.evaluation.linear import Moments, ReadOut, discriminant
 
 BANK_PATCHES = 50_000  # of the training set, at equal steps, that k-NN compares with
@@ -22,13 +22,13 @@ QUERY_PATCHES = 512  # compared at a time: 100 MB of similarities
 
 
 def patch_labels(labels: Tensor, patch_size: int, n_classes: int) -> Tensor:
-    """Majority of the labelled pixels of each patch; the smaller class where two are even.
+    """Majority of the labeled pixels of each patch; the smaller class where two are even.
 
     Args:
-        labels: [n, S, S] in 0 (not labelled) .. n_classes; S a multiple of the patch size.
+        labels: [n, S, S] in 0 (not labeled) .. n_classes; S a multiple of the patch size.
 
     Returns:
-        [n, N] int64, row-major; 0 for a patch without a labelled pixel.
+        [n, N] int64, row-major; 0 for a patch without a labeled pixel.
     """
     n, side = len(labels), labels.shape[1] // patch_size
     width = n_classes + 1
@@ -68,8 +68,8 @@ class SegmentationProbe:
         train_patches: [n, N], :func:`patch_labels` of the training part.
     """
 
-    train: Labelled
-    val: Labelled
+    train: Labeled
+    val: Labeled
     train_patches: Tensor
     n_classes: int
     k: int
@@ -86,7 +86,7 @@ class SegmentationProbe:
         parts = read_segmentation(root, n_classes, side_px, max_images, "probes.seg_root")
         for part, name in zip(parts, ("training", "validation")):
             if not part.labels.any():
-                raise UserError(f"probes.seg_root: {root} has no labelled pixel in {name}")
+                raise UserError(f"probes.seg_root: {root} has no labeled pixel in {name}")
         patches = [patch_labels(labels, patch_size, n_classes) for labels in parts[0].labels.split(FORWARD_BATCH)]
         return SegmentationProbe(*parts, torch.cat(patches), n_classes, k)
 
@@ -109,9 +109,9 @@ class SegmentationProbe:
         """The linear read-out, and the bank of patches [M, D] with their classes [M] (0 .. n_classes - 1), in one pass."""
         labels = self.train_patches
         moments = Moments(features.backbone.embed_dim, self.n_classes, features.device)
-        labelled = labels.flatten().nonzero().flatten()
-        step = -(-len(labelled) // BANK_PATCHES)
-        kept = torch.zeros(labels.numel(), dtype=torch.bool).index_fill_(0, labelled[::step], True).view_as(labels)
+        labeled = labels.flatten().nonzero().flatten()
+        step = -(-len(labeled) // BANK_PATCHES)
+        kept = torch.zeros(labels.numel(), dtype=torch.bool).index_fill_(0, labeled[::step], True).view_as(labels)
         bank = []
         for tokens, classes, in_bank in zip(features(self.train.images), labels.split(FORWARD_BATCH), kept.split(FORWARD_BATCH)):
             use = classes > 0
@@ -125,5 +125,5 @@ def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
     """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after bilinear upsampling."""
     grid = round(scores.shape[1] ** 0.5)
     maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
-    # One picture at a time: 150 classes at 224 px are 30 MB each.
+    # One image at a time: 150 classes at 224 px are 30 MB each.
     return torch.cat([F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)])

@@ -23,9 +23,9 @@ INTRODUCTION = (
     "A Vision Transformer backbone for image features, without a head. Written by posfield; what the weights do not say of "
     "themselves is given as unknown."
 )
-LICENCE = (
-    "Not stated here. The licence of the weights, and of the images that they were trained on, is for whoever publishes them to "
-    "state; posfield's own licence covers its code alone."
+LICENSE = (
+    "Not stated here. The license of the weights, and of the images that they were trained on, is for whoever publishes them to "
+    "state; posfield's own license covers its code alone."
 )
 TOLD = {
     "source": "Read as",
@@ -78,7 +78,7 @@ def model_card(
         "Loading": _loading(usage, size, difference),
         "Where it comes from": _table(_origin(told, file_hash, format)),
         "Results": _results(results),
-        "Licence": [LICENCE],
+        "License": [LICENSE],
         "Limits": _limits(vit, size, told),
     }
     lines = [
@@ -97,8 +97,8 @@ def model_card(
 
 def _front_matter(library: str) -> list[str]:
     tags = [f"- {tag}" for tag in ("image-feature-extraction", "vision-transformer", "posfield")]
-    licence = "# license: for whoever publishes these weights to state"
-    return ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", *tags, licence, "---"]
+    license = "# license: for whoever publishes these weights to state"
+    return ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", *tags, license, "---"]
 
 
 def _loading(usage: Usage, size: Size, difference: float) -> list[str]:
@@ -122,8 +122,8 @@ def _architecture(vit: ViT) -> str:
 
 
 def _what(vit: ViT, told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    flags = vit.flags
-    scale = "yes" if flags["layerscale"] is not None else "none"
+    model_kwargs = vit.model_kwargs
+    scale = "yes" if model_kwargs["layerscale"] is not None else "none"
     millions = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
     positions = {"field": f"a field of {vit.pos_grid} x {vit.pos_grid} samples", "none": "none"}
     epochs = told.get("effective_epochs")
@@ -132,12 +132,12 @@ def _what(vit: ViT, told: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Effective epochs", UNKNOWN if epochs is None else epochs_text(float(epochs))),
         ("Pre-training data", str(told.get("data") or UNKNOWN)),
         ("Parameters", f"{millions:.1f} M before the export"),
-        ("Blocks, width, heads", f"{flags['depth']}, {flags['embed_dim']}, {flags['num_heads']}"),
-        ("MLP ratio, GELU", f"{flags['mlp_ratio']:g}, {'exact' if flags['gelu'] == 'erf' else 'tanh approximation'}"),
+        ("Blocks, width, heads", f"{model_kwargs['depth']}, {model_kwargs['embed_dim']}, {model_kwargs['num_heads']}"),
+        ("MLP ratio, GELU", f"{model_kwargs['mlp_ratio']:g}, {'exact' if model_kwargs['gelu'] == 'erf' else 'tanh approximation'}"),
         ("Patch", f"{vit.patch_size} px"),
         ("[CLS], registers", f"{'yes' if vit.has_cls else 'no'}, {vit.n_registers}"),
         ("LayerScale", scale),
-        ("Final norm, epsilon", f"{'yes' if flags['final_norm'] else 'no'}, {flags['ln_eps']:g}"),
+        ("Final norm, epsilon", f"{'yes' if model_kwargs['final_norm'] else 'no'}, {model_kwargs['ln_eps']:g}"),
         (
             "Positions, as learned",
             positions.get(vit.pos_encoding, f"one vector for each of {vit.pos_grid} x {vit.pos_grid} patches"),

@@ -33,15 +33,15 @@ def build_whole(
         UserError: all that :func:`pretrain.build.build_backbone` raises.
     """
     found = read_checkpoint(weights, source, subnet)
-    flags: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
-    if found.flags.get("mask_tokens"):
-        flags["mask_tokens"] = True  # pre-training goes on with them, and the position probe asks them
-    vit = build_backbone(backbone_name(name, weights, source), weights, source=source, subnet=subnet, **flags)
+    model_kwargs: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
+    if found.model_kwargs.get("mask_tokens"):
+        model_kwargs["mask_tokens"] = True  # pre-training goes on with them, and the position probe asks them
+    vit = build_backbone(backbone_name(name, weights, source), weights, source=source, subnet=subnet, **model_kwargs)
     told: dict[str, Any] = {"weights_hash": file_hash(weights), **found.provenance}
     if subnet is not None:
         told["subnet"] = subnet
-    if vit.patch_size != found.flags["patch_size"]:
-        told["patch_size_before"] = found.flags["patch_size"]
+    if vit.patch_size != found.model_kwargs["patch_size"]:
+        told["patch_size_before"] = found.model_kwargs["patch_size"]
     return vit, told
 
 
@@ -56,7 +56,7 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     name = registry_name(vit.embed_dim, vit.n_registers)
     if name is None:
         raise UserError(f"output: {output} would be {vit.embed_dim} wide, as no registered backbone is")
-    return save_backbone(output, vit.state_dict(), name=name, flags=vit.flags, provenance=provenance)
+    return save_backbone(output, vit.state_dict(), name=name, model_kwargs=vit.model_kwargs, provenance=provenance)
 
 
 def convert(

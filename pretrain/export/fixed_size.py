@@ -128,7 +128,7 @@ def require(format: str, *packages: str) -> None:
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of a file must know, as JSON: it travels inside."""
-    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1", "backbone": vit.flags}
+    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1", "backbone": vit.model_kwargs}
     return json.dumps({**told, "provenance": dict(provenance)}, sort_keys=True)
 
 

@@ -62,7 +62,7 @@ def model_class(vit: ViT) -> str:
     """The class of transformers that is this network."""
     if vit.n_registers:
         return "Dinov2WithRegistersModel"
-    return "ViTModel" if vit.flags["layerscale"] is None else "Dinov2Model"
+    return "ViTModel" if vit.model_kwargs["layerscale"] is None else "Dinov2Model"
 
 
 def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
@@ -74,8 +74,8 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     width = vit.embed_dim
     if is_vit:  # the pooler gives [CLS] as it is
         return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    mask_token = vit.mask_token.detach().clone() if vit.flags["mask_tokens"] else torch.zeros(1, width)
-    if vit.flags["layerscale"] is None:
+    mask_token = vit.mask_token.detach().clone() if vit.model_kwargs["mask_tokens"] else torch.zeros(1, width)
+    if vit.model_kwargs["layerscale"] is None:
         state |= {f"encoder.layer.{i}.layer_scale{n}.lambda1": torch.ones(width) for i in range(len(vit.blocks)) for n in (1, 2)}
     return {**state, "embeddings.mask_token": mask_token}
 
@@ -89,9 +89,9 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     """
     require("huggingface", "transformers")
     departures = {
-        "with relative positions": vit.flags["relative_positions"],
+        "with relative positions": vit.model_kwargs["relative_positions"],
         "without [CLS]": not vit.has_cls,
-        "without a final norm": not vit.flags["final_norm"],
+        "without a final norm": not vit.model_kwargs["final_norm"],
     }
     refuse("transformers", departures)
     grid, name = whole_patches(vit, size), model_class(vit)
@@ -100,7 +100,9 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
             raise UserError(
                 f"size: {size[0]} x {size[1]} px: the grid of positions of transformers' {name} is square; give one side"
             )
-        refuse(f"transformers ({name})", {f"with mlp_ratio {vit.flags['mlp_ratio']:g}": vit.flags["mlp_ratio"] % 1 != 0})
+        refuse(
+            f"transformers ({name})", {f"with mlp_ratio {vit.model_kwargs['mlp_ratio']:g}": vit.model_kwargs["mlp_ratio"] % 1 != 0}
+        )
     path.mkdir()
     write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
     for file, content in (("config.json", _config(vit, size)), ("preprocessor_config.json", _preprocessor(size))):
@@ -124,13 +126,13 @@ outputs = model(pixel_values=image)
 cls = outputs.pooler_output  # [B, D]
 patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
     name = model_class(vit)
-    notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalises."]
+    notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalizes."]
     if name == "ViTModel":
         notes.append('The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.')
         notes.append("At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only.")
-    elif vit.flags["layerscale"] is None:
+    elif vit.model_kwargs["layerscale"] is None:
         notes.append("The network has no LayerScale; the class's is filled with ones.")
-    if name != "ViTModel" and not vit.flags["mask_tokens"]:
+    if name != "ViTModel" and not vit.model_kwargs["mask_tokens"]:
         notes.append("`mask_token` is zeros: the class holds one, the weights did not.")
     return Usage("transformers", code, tuple(notes))
 
@@ -153,15 +155,15 @@ def _renamed(key: str, value: Tensor, inside: Mapping[str, str]) -> dict[str, Te
 
 def _config(vit: ViT, size: Size) -> dict[str, Any]:
     """``config.json``: what the class does not have by default, and what its defaults have not always been."""
-    flags, name = vit.flags, model_class(vit)
+    model_kwargs, name = vit.model_kwargs, model_class(vit)
     config: dict[str, Any] = {
         "architectures": [name],
         "model_type": TYPES[name],
         "hidden_size": vit.embed_dim,
-        "num_hidden_layers": flags["depth"],
-        "num_attention_heads": flags["num_heads"],
-        "hidden_act": ACTIVATIONS[flags["gelu"]],
-        "layer_norm_eps": flags["ln_eps"],
+        "num_hidden_layers": model_kwargs["depth"],
+        "num_attention_heads": model_kwargs["num_heads"],
+        "hidden_act": ACTIVATIONS[model_kwargs["gelu"]],
+        "layer_norm_eps": model_kwargs["ln_eps"],
         "image_size": size[0] if size[0] == size[1] else list(size),
         "patch_size": vit.patch_size,
         "num_channels": 3,
@@ -169,14 +171,18 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
         "dtype": "float32",
     }
     if name == "ViTModel":
-        hidden = int(vit.embed_dim * flags["mlp_ratio"])
+        hidden = int(vit.embed_dim * model_kwargs["mlp_ratio"])
         return {**config, "intermediate_size": hidden, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
-    config |= {"mlp_ratio": int(flags["mlp_ratio"]), "layerscale_value": flags["layerscale"] or 1.0, "use_swiglu_ffn": False}
+    config |= {
+        "mlp_ratio": int(model_kwargs["mlp_ratio"]),
+        "layerscale_value": model_kwargs["layerscale"] or 1.0,
+        "use_swiglu_ffn": False,
+    }
     return {**config, "num_register_tokens": vit.n_registers} if vit.n_registers else config
 
 
 def _preprocessor(size: Size) -> dict[str, Any]:
-    """``preprocessor_config.json``: the whole image at the size, bicubic, normalised."""
+    """``preprocessor_config.json``: the whole image at the size, bicubic, normalized."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

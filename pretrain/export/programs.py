@@ -10,7 +10,7 @@ from torch import Tensor
 from pretrain.backbones.vit import ViT
 from pretrain.export.fixed_size import FixedSizeViT, Outputs, Run, Size, Usage, description, require
 
-INPUT = "image"  # [B, 3, H, W], normalised as in training
+INPUT = "image"  # [B, 3, H, W], normalized as in training
 OPSET = 18  # the oldest that torch's exporter writes directly
 
 

@@ -22,15 +22,15 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     if name is None:
         raise UserError(f"format: safetensors names the network by its width, and {vit.embed_dim} is none of the registry's")
     height, width = whole_patches(vit, size)
-    state, flags = plain_state(vit, size), {**vit.flags, "mask_tokens": False}
+    state, model_kwargs = plain_state(vit, size), {**vit.model_kwargs, "mask_tokens": False}
     if vit.pos_encoding == "none":
         del state["pos_embed"]
     elif height != width:
         raise UserError(f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm")
     else:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
-        flags |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
-    save_backbone(path, state, name=name, flags=flags, provenance={"source": "posfield", **provenance})
+        model_kwargs |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
+    save_backbone(path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance})
     return FixedSizeViT(build_backbone(name, path).eval(), size)
 
 

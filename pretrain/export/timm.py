@@ -36,20 +36,20 @@ def architecture(vit: ViT) -> str:
 
 def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
     """What ``timm.create_model(architecture, **arguments)`` needs for this network; JSON values."""
-    flags = vit.flags
+    model_kwargs = vit.model_kwargs
     arguments: dict[str, Any] = {"img_size": list(size)}
-    arguments |= {key: flags[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-    if flags["layerscale"] is not None:
-        arguments["init_values"] = flags["layerscale"]
+    arguments |= {key: model_kwargs[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    if model_kwargs["layerscale"] is not None:
+        arguments["init_values"] = model_kwargs["layerscale"]
     if vit.n_registers:
         arguments["reg_tokens"] = vit.n_registers
     if _embeds_patches_alone(vit):
         arguments["no_embed_class"] = True
     if not vit.has_cls:  # features then are the mean of the normed patches, as ours
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    if not flags["final_norm"]:
+    if not model_kwargs["final_norm"]:
         arguments["final_norm"] = False
-    if flags["gelu"] == "tanh":
+    if model_kwargs["gelu"] == "tanh":
         arguments["act_layer"] = "gelu_tanh"
     return arguments
 
@@ -74,8 +74,8 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     import timm
 
     departures = {
-        "with relative positions": vit.flags["relative_positions"],
-        f"with ln_eps {vit.flags['ln_eps']:g} (its is {LN_EPS:g})": vit.flags["ln_eps"] != LN_EPS,
+        "with relative positions": vit.model_kwargs["relative_positions"],
+        f"with ln_eps {vit.model_kwargs['ln_eps']:g} (its is {LN_EPS:g})": vit.model_kwargs["ln_eps"] != LN_EPS,
     }
     refuse("timm", departures)
     grid, state = whole_patches(vit, size), timm_state(vit, size)

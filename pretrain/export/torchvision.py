@@ -41,10 +41,10 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
     return {
         "image_size": size[0],
         "patch_size": vit.patch_size,
-        "num_layers": vit.flags["depth"],
-        "num_heads": vit.flags["num_heads"],
+        "num_layers": vit.model_kwargs["depth"],
+        "num_heads": vit.model_kwargs["num_heads"],
         "hidden_dim": vit.embed_dim,
-        "mlp_dim": int(vit.embed_dim * vit.flags["mlp_ratio"]),
+        "mlp_dim": int(vit.embed_dim * vit.model_kwargs["mlp_ratio"]),
     }
 
 
@@ -67,14 +67,14 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     Raises:
         UserError: what the class has no place for, by name; a size that is not square.
     """
-    flags = vit.flags
+    model_kwargs = vit.model_kwargs
     departures = {
-        "with relative positions": flags["relative_positions"],
+        "with relative positions": model_kwargs["relative_positions"],
         f"with registers (this one has {vit.n_registers})": vit.n_registers > 0,
         "without [CLS]": not vit.has_cls,
-        "without a final norm": not flags["final_norm"],
-        "with the tanh GELU": flags["gelu"] != "erf",
-        f"with ln_eps {flags['ln_eps']:g} (its is {LN_EPS:g})": flags["ln_eps"] != LN_EPS,
+        "without a final norm": not model_kwargs["final_norm"],
+        "with the tanh GELU": model_kwargs["gelu"] != "erf",
+        f"with ln_eps {model_kwargs['ln_eps']:g} (its is {LN_EPS:g})": model_kwargs["ln_eps"] != LN_EPS,
     }
     refuse("torchvision", departures)
     grid = whole_patches(vit, size)
@@ -110,7 +110,7 @@ patches = model.encoder(tokens)[:, 1:]  # [B, N, D]"""
     notes = [
         "The image size is fixed; `torchvision.models.vision_transformer.interpolate_embeddings` makes a file for another one."
     ]
-    if vit.flags["layerscale"] is not None:
+    if vit.model_kwargs["layerscale"] is not None:
         notes.append("LayerScale is multiplied into `self_attention.out_proj` and `mlp.3`, which is exact.")
     return Usage("torchvision", code, tuple(notes))
 

@@ -24,7 +24,7 @@ def new_backbone(
     if positions is None:
         side, _ = settings.view_settings().grid
         positions = PositionSettings(encoding="standard", grid=side, interpolation="dinov2", augment=False)
-    flags: dict[str, Any] = dict(
+    model_kwargs: dict[str, Any] = dict(
         patch_size=backbone.patch_size,
         layerscale=backbone.layer_scale_init or None,
         drop_path=drop_path,
@@ -33,9 +33,9 @@ def new_backbone(
         pos_grid=positions.grid,
         pos_interpolation=positions.interpolation,
         mask_tokens=mask_tokens,
-        **own_flags(settings),
+        **own_kwargs(settings),
     )
-    vit = build_backbone(backbone.name, weights=backbone.weights or None, **flags)
+    vit = build_backbone(backbone.name, weights=backbone.weights or None, **model_kwargs)
     vit.checkpointing = settings.step.checkpointing
     return vit
 
@@ -55,13 +55,13 @@ def started_backbone(settings: TrainSettings, drop_path: float, positions: Posit
     checkpoint = read_checkpoint(backbone.weights)
     if positions.encoding == "field":
         checkpoint = with_position_field(checkpoint, positions.grid, positions.interpolation)
-    flags: dict[str, Any] = dict(patch_size=backbone.patch_size, drop_path=drop_path, attention=backbone.attention)
-    vit = build_backbone(backbone.name, weights=checkpoint, **flags, **own_flags(settings))
+    model_kwargs: dict[str, Any] = dict(patch_size=backbone.patch_size, drop_path=drop_path, attention=backbone.attention)
+    vit = build_backbone(backbone.name, weights=checkpoint, **model_kwargs, **own_kwargs(settings))
     vit.checkpointing = settings.step.checkpointing
     return vit
 
 
-def own_flags(settings: TrainSettings) -> dict[str, Any]:
+def own_kwargs(settings: TrainSettings) -> dict[str, Any]:
     """Depth and registers where a config names them; 0: the name's, or the file's, own."""
     found = {key: getattr(settings.backbone, key) for key in ("depth", "n_registers")}
     return {key: value for key, value in found.items() if value}

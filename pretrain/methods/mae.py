@@ -26,7 +26,7 @@ from pretrain.settings import Settings as Group
 from pretrain.settings import setting
 from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSettings, ViewSettings
 from pretrain.views.batch import Batch
-from pretrain.views.colour import NO_COLOR
+from pretrain.views.color import NO_COLOR
 
 
 class MAESettings(Group):

@@ -45,11 +45,7 @@ def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     losses = ordered_terms([curve.result for curve in curves], present)
     first = [*losses, *(term for term in SCORES if term in present and term not in losses)]
     rest = sorted(present - set(first))
-    shown = [
-        term
-        for term in rest
-        if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)
-    ]
+    shown = [term for term in rest if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)]
     return first + shown, [term for term in rest if term not in shown]
 
 
@@ -68,9 +64,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
         "font.size": 9,
         "font.family": "sans-serif",
     }
-    settings |= dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    )
+    settings |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     with rc_context(settings):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -96,7 +90,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, mean, smallest and largest of at most MOST_POINTS runs of neighbours."""
+    """x, mean, smallest and largest of at most MOST_POINTS runs of neighbors."""
     size = -(-len(points) // MOST_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[value for _, value in part] for part in parts]

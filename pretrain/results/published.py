@@ -36,7 +36,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class PublishedDense:
-    """What a method's authors, or those who compared it, report of its frozen features on one labelled set.
+    """What a method's authors, or those who compared it, report of its frozen features on one labeled set.
 
     scores  {metric, named as in a `result.json` of the kind "dense": percent}, those that were published.
             In-context mIoU is that of the public Hummingbird evaluation, which matches classes (Hungarian)

@@ -43,9 +43,7 @@ _PAGE = """<!doctype html>
 """
 
 
-def build_report(
-    runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
-) -> str:
+def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = "") -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
     Args:
@@ -75,14 +73,9 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     """A page with its style: the sections {head (one word): html} that are not empty, and links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
-    parts = [
-        f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>'
-        for head, body in sections.items()
-    ]
+    parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
     style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
-    return _PAGE.format(
-        title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts])
-    )
+    return _PAGE.format(title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
 
 
 def _order(run: Run) -> tuple:
@@ -125,9 +118,7 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
         if times:
             stages.append([kind, str(len(times)), duration_text(sum(times))])
     stages.append(["all", str(len(results)), duration_text(sum(result.wall_time_s for result in results))])
-    lines.append(
-        html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2})
-    )
+    lines.append(html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2}))
     owners = [f"{r.kind}: {name}" for r, name in zip(results, names)]
     lines.append("<h3>Hardware</h3>" + _distinct([r.hardware for r in results], owners))
     lines.append("<h3>Versions</h3>" + _distinct([r.packages for r in results], owners))
@@ -147,9 +138,7 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
         shared.setdefault(text, []).append(owner)
     if len(shared) == 1:
         return next(iter(shared))
-    return "\n".join(
-        f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items()
-    )
+    return "\n".join(f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items())
 
 
 # --- curves, tables, figures --------------------------------------------------------------------------------
@@ -164,9 +153,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         for run, name in zip(runs, names):
             if run.result.stage == stage and run.log:
                 method = run.result.method
-                curves.append(
-                    Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method)))
-                )
+                curves.append(Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method))))
                 seen.append(method)
         if curves:
             parts.append(f"<h3>{title}</h3>\n{_curve_figure(stage, curves)}")
@@ -184,9 +171,7 @@ def _curve_figure(stage: str, curves: Sequence[Curve]) -> str:
         grid = _grid([panels[term] for term in others])
         lines.append(f"<details><summary>Other terms ({len(others)})</summary>{grid}</details>")
     if max(len(curve.log) for curve in curves) > MOST_POINTS:
-        lines.append(
-            "<figcaption>Long curves: means of neighbouring values, in the band that they span.</figcaption>"
-        )
+        lines.append("<figcaption>Long curves: means of neighboring values, in the band that they span.</figcaption>")
     return "\n".join([*lines, "</figure>"])
 
 
@@ -200,7 +185,7 @@ def _grid(panels: Sequence[str]) -> str:
 
 
 def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Run by run: every number that it measured, and its pictures."""
+    """Run by run: every number that it measured, and its images."""
     parts = []
     for run, name in zip(runs, names):
         pictures = "".join(picture(figure) for figure in run.figures)
@@ -215,7 +200,7 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """A <figure> that holds its picture itself, a large one as WebP; title and caption are escaped."""
+    """A <figure> that holds its image itself, a large one as WebP; title and caption are escaped."""
     kind, pixels = _light(figure.png)
     data = base64.b64encode(pixels).decode("ascii")
     title, caption = html.escape(figure.title), html.escape(figure.caption)
@@ -224,7 +209,7 @@ def picture(figure: Figure) -> str:
 
 
 def _light(png: bytes) -> tuple[str, bytes]:
-    """(type, file) of a picture: photographs, which PNG keeps badly, in a quarter of the bytes."""
+    """(type, file) of an image: photographs, which PNG keeps badly, in a quarter of the bytes."""
     from PIL import Image, features
 
     if len(png) < LARGE_BYTES or not features.check("webp"):
@@ -276,10 +261,7 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
     """A <table> that scrolls. Cells are escaped, the caption is html; ``numeric``: columns set right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>"
-            for i, t in enumerate(texts)
-        )
+        return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
@@ -288,7 +270,5 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _list(entries: dict[str, str]) -> str:
-    items = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items()
-    )
+    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items())
     return f"<dl>{items}</dl>"

@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 
 from pretrain.views.boxes import CropSettings, PositionSettings, Views, draw_views
-from pretrain.views.colour import ColorSettings, Colours, draw_colours
+from pretrain.views.color import Colors, ColorSettings, draw_colors
 from pretrain.views.masks import Masks, MaskSettings, draw_masks
 
 __all__ = [
     "ColorSettings",
-    "Colours",
+    "Colors",
     "CropSettings",
     "MaskSettings",
     "Masks",
     "PositionSettings",
     "ViewSettings",
     "Views",
-    "draw_colours",
+    "draw_colors",
     "draw_masks",
     "draw_views",
 ]

@@ -181,7 +181,7 @@ def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> t
 def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -> Array:
     """Local crops (left, top, right, bottom) in whole pixels, [B, L, 4], each nearly inside its parent.
 
-    Global-local intersection maximisation (PaKA): the area is a share of the parent's, the ratio is as ever, and at least
+    Global-local intersection maximization (PaKA): the area is a share of the parent's, the ratio is as ever, and at least
     ``local_inside`` of the crop lies within the parent, all of it in the image. **Ours**, without trying again: a crop may stick
     out by the same part of its width and of its height, at a uniform place, and is cut to its parent's sides if it is longer.
 

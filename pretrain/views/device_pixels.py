@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pretrain.views.batch import Batch
 from pretrain.views.boxes import Views, pixel_boxes
-from pretrain.views.colour import HUE, OPERATIONS, ColorSettings, Colours
+from pretrain.views.color import HUE, OPERATIONS, Colors, ColorSettings
 from pretrain.views.masks import Masks
-from pretrain.views.pixels import normalise
+from pretrain.views.pixels import normalize
 from pretrain.views.records import Record
 from pretrain.views.resample import blur_weights, resize_weights, sandwich
 
@@ -35,16 +35,16 @@ class CanvasBatch(Record):
     Attributes:
         canvas: [B, H, W, 3] uint8, each image in the top left corner.
         sizes: [B, 2] float32, height and width of each image in pixels.
-        views, colours: [B, G + L].
+        views, colors: [B, G + L].
         masks: of the global crops, [G * B, N], if any.
-        rule: the colours' kernel and threshold.
+        rule: the colors' kernel and threshold.
         global_px, local_px: sides of the crops.
     """
 
     canvas: Tensor
     sizes: Tensor
     views: Views
-    colours: Colours
+    colors: Colors
     masks: Masks | None
     rule: ColorSettings
     global_px: int
@@ -67,13 +67,13 @@ class CanvasBatch(Record):
         return Batch(global_crops.to(dtype), local_crops.to(dtype), here.views, here.masks)
 
     def _render(self, image: Tensor, views: slice, size_px: int) -> Tensor:
-        """Some views' crops, view-major: [n * B, 3, size, size], normalised float32."""
-        boxes, flips, colours = self.views.boxes[:, views], self.views.flips[:, views], self.colours.of(views)
+        """Some views' crops, view-major: [n * B, 3, size, size], normalized float32."""
+        boxes, flips, colors = self.views.boxes[:, views], self.views.flips[:, views], self.colors.of(views)
         if not boxes.shape[1]:
             return torch.zeros(0, 3, size_px, size_px, device=image.device)
         boxes_px = pixel_boxes(boxes, *self.sizes[:, :, None].unbind(1))
-        pixels = apply_colours(crop_resize(image, boxes_px, flips, size_px), colours, self.rule)  # [B, n, y, 3, x]
-        return normalise(pixels.permute(1, 0, 3, 2, 4).flatten(0, 1))
+        pixels = apply_colors(crop_resize(image, boxes_px, flips, size_px), colors, self.rule)  # [B, n, y, 3, x]
+        return normalize(pixels.permute(1, 0, 3, 2, 4).flatten(0, 1))
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -98,34 +98,34 @@ def crop_resize(image: Tensor, boxes_px: Tensor, flips: Tensor, size_px: int) ->
     return sandwich(rows, image, columns).round_().clamp_(0, 255)
 
 
-def apply_colours(pixels: Tensor, colours: Colours, rule: ColorSettings) -> Tensor:
-    """The drawn colours on crops, in DINOv2's order: jitter, greyscale, blur, solarize.
+def apply_colors(pixels: Tensor, colors: Colors, rule: ColorSettings) -> Tensor:
+    """The drawn colors on crops, in DINOv2's order: jitter, grayscale, blur, solarize.
 
     Args:
         pixels: [B, V, y, 3, x] levels.
-        colours: [B, V].
+        colors: [B, V].
     """
-    pixels = jitter(pixels, colours)
-    pixels = torch.where(_per_sample(colours.grey), luma(pixels), pixels)
-    blurs = blur_weights(colours.sigma, rule.blur_kernel_px, pixels.shape[-1])
+    pixels = jitter(pixels, colors)
+    pixels = torch.where(_per_sample(colors.gray), luma(pixels), pixels)
+    blurs = blur_weights(colors.sigma, rule.blur_kernel_px, pixels.shape[-1])
     pixels = sandwich(blurs, pixels, blurs)
-    inverted = _per_sample(colours.solarize) & (pixels.round() >= rule.solarize_threshold)
+    inverted = _per_sample(colors.solarize) & (pixels.round() >= rule.solarize_threshold)
     return torch.where(inverted, 255 - pixels, pixels)
 
 
-def jitter(pixels: Tensor, colours: Colours) -> Tensor:
+def jitter(pixels: Tensor, colors: Colors) -> Tensor:
     """Brightness, contrast, saturation and hue, each sample in its own order.
 
     The first three are blends: ``factor * pixels + (1 - factor) * other``, and the identity at factor 1. So three blends stand
     before the hue and three after it, and each of a sample's blends acts on its side: seven operations, not 4 x 4.
     """
-    place_of_hue = (colours.order == HUE).int().argmax(-1)
-    blends = colours.order.gather(-1, torch.argsort((colours.order == HUE).int(), dim=-1, stable=True))[..., :3]  # in drawn order
-    factors = torch.where(colours.jitter[..., None], colours.factors.gather(-1, blends), 1.0)
+    place_of_hue = (colors.order == HUE).int().argmax(-1)
+    blends = colors.order.gather(-1, torch.argsort((colors.order == HUE).int(), dim=-1, stable=True))[..., :3]  # in drawn order
+    factors = torch.where(colors.jitter[..., None], colors.factors.gather(-1, blends), 1.0)
     for place in range(3):
         here = torch.where(place < place_of_hue, factors[..., place], 1.0)
         pixels = blend(pixels, blends[..., place], here)
-    pixels = turn_hue(pixels, torch.where(colours.jitter, colours.factors[..., HUE], 0.0))
+    pixels = turn_hue(pixels, torch.where(colors.jitter, colors.factors[..., HUE], 0.0))
     for place in range(3):
         here = torch.where(place >= place_of_hue, factors[..., place], 1.0)
         pixels = blend(pixels, blends[..., place], here)
@@ -133,20 +133,20 @@ def jitter(pixels: Tensor, colours: Colours) -> Tensor:
 
 
 def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, as each sample's ``operation`` says: with black, the mean grey, or the grey image.
+    """Brightness, contrast or saturation, as each sample's ``operation`` says: with black, the mean gray, or the gray image.
 
     Args:
         pixels: [B, V, y, 3, x] levels; operation, factor: [B, V].
     """
-    grey = luma(pixels)  # [B, V, y, 1, x]
-    mean = grey.mean((-3, -2, -1), keepdim=True)
+    gray = luma(pixels)  # [B, V, y, 1, x]
+    mean = gray.mean((-3, -2, -1), keepdim=True)
     flat = torch.where(_per_sample(operation == CONTRAST), mean, 0.0)
-    other = torch.where(_per_sample(operation == SATURATION), grey, flat)
+    other = torch.where(_per_sample(operation == SATURATION), gray, flat)
     return torch.lerp(other, pixels, _per_sample(factor).to(pixels.dtype)).clamp_(0, 255)
 
 
 def luma(pixels: Tensor) -> Tensor:
-    """Grey of [..., y, 3, x], [..., y, 1, x]: ITU-R 601, as PIL, OpenCV and torchvision."""
+    """Gray of [..., y, 3, x], [..., y, 1, x]: ITU-R 601, as PIL, OpenCV and torchvision."""
     red, green, blue = pixels.split(1, dim=-2)
     return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -154,13 +154,13 @@ def luma(pixels: Tensor) -> Tensor:
 def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Hue turned by ``shift`` [B, V] of a full circle, in HSV: value and saturation stay.
 
-    With h in sixths of the circle, channel c of a colour is ``max - (max - min) * clamp(min(k, 4 - k), 0, 1)``, where
+    With h in sixths of the circle, channel c of a color is ``max - (max - min) * clamp(min(k, 4 - k), 0, 1)``, where
     k = (n_c + h) mod 6 and n = 5, 3, 1.
     """
     red, green, blue = pixels.unbind(-2)  # [B, V, y, x]
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
-    nonzero = chroma.clamp(min=1e-3)  # grey has no hue; float16 holds nothing much smaller
+    nonzero = chroma.clamp(min=1e-3)  # gray has no hue; float16 holds nothing much smaller
     hue = torch.where(high == green, 2 + (blue - red) / nonzero, 4 + (red - green) / nonzero)
     hue = torch.where(high == red, (green - blue) / nonzero, hue)
     hue = hue + (6 * shift[..., None, None]).to(hue.dtype)

@@ -1,7 +1,7 @@
 """Which patches of the student's global crops lose their content or their position (paper 3.3, METHOD.md 4).
 
 Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes, as DINOv2's;
-position masks are crosses: full row and column bands around drawn centres. MAE's masks are patches at random.
+position masks are crosses: full row and column bands around drawn centers. MAE's masks are patches at random.
 
 While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is that patch: to shift, unite and count these
 takes a fraction of a microsecond, arrays of 14 x 14 take several. So do single numbers of NumPy's generators, hence Python's.
@@ -139,9 +139,9 @@ def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskSettings, rng: N
 def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
     """Cross-wise mask of exactly ``target`` patches, [h, w] (paper Fig. 4; the exact reading is ours, METHOD.md 4).
 
-    A centre is drawn; its full row band and column band are masked, one patch thick, or two when the target is at least twice the
+    A center is drawn; its full row band and column band are masked, one patch thick, or two when the target is at least twice the
     cells of a cross one patch thick; again until the target is reached. Of the last cross's new cells, those farthest from its
-    centre are dropped, to hit the target exactly; of equally far ones the first or the last in reading order, as one drawn bit
+    center are dropped, to hit the target exactly; of equally far ones the first or the last in reading order, as one drawn bit
     says, so that masks lean to no side: turned by 180 degrees, the one choice is the other.
     """
     height, width = grid
@@ -159,14 +159,14 @@ def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
     return _array(mask, grid)
 
 
-def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool) -> int:
-    """The ``n`` of the cells nearest to a cross's centre, by the larger distance of rows and columns.
+def _nearest(cells: int, n: int, center: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool) -> int:
+    """The ``n`` of the cells nearest to a cross's center, by the larger distance of rows and columns.
 
     Of cells that tie, the first in reading order, or the last.
     """
     inner = 0
     for radius in count():
-        outer = cells & _square(centre, radius, thickness, grid)
+        outer = cells & _square(center, radius, thickness, grid)
         if outer.bit_count() >= n:
             break
         inner = outer
@@ -179,10 +179,10 @@ def _nearest(cells: int, n: int, centre: tuple[int, int], thickness: int, grid: 
 
 
 @cache
-def _square(centre: tuple[int, int], radius: int, thickness: int, grid: tuple[int, int]) -> int:
-    """The bits within ``radius`` of a centre of thickness x thickness cells."""
-    top, left = (max(place - radius, 0) for place in centre)
-    bottom, right = (min(place + thickness + radius, side) for place, side in zip(centre, grid))
+def _square(center: tuple[int, int], radius: int, thickness: int, grid: tuple[int, int]) -> int:
+    """The bits within ``radius`` of a center of thickness x thickness cells."""
+    top, left = (max(place - radius, 0) for place in center)
+    bottom, right = (min(place + thickness + radius, side) for place, side in zip(center, grid))
     return _rectangle(bottom - top, right - left, grid[1]) << (top * grid[1] + left)
 
 

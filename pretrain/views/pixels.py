@@ -1,4 +1,4 @@
-"""The pixels of views on the CPU: crop, resize, flip, colour, one view after the other, in a loader's worker.
+"""The pixels of views on the CPU: crop, resize, flip, color, one view after the other, in a loader's worker.
 
 Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation is torchvision's on the same parameters within one level of 255, as
 tests/test_pixels.py holds (PIL's hue is coarser); OpenCV and torch's uint8 kernels do the work, several times faster than PIL.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.views.boxes import Views, pixel_boxes
-from pretrain.views.colour import HUE, ColorSettings, Colour, Colours
+from pretrain.views.color import HUE, Color, Colors, ColorSettings
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as DINOv2
 STD = (0.229, 0.224, 0.225)
@@ -40,14 +40,14 @@ def adjust_brightness(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
-    """Blend with the mean of the grey image."""
+    """Blend with the mean of the gray image."""
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     return cv2.addWeighted(image, factor, image, 0, (1 - factor) * mean)  # type: ignore[return-value]
 
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
-    """Blend with the grey image."""
-    return cv2.addWeighted(image, factor, to_grey(image), 1 - factor, 0)  # type: ignore[return-value]
+    """Blend with the gray image."""
+    return cv2.addWeighted(image, factor, to_gray(image), 1 - factor, 0)  # type: ignore[return-value]
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
@@ -57,7 +57,7 @@ def adjust_hue(image: Pixels, shift: float) -> Pixels:
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))  # type: ignore[return-value]
 
 
-def to_grey(image: Pixels) -> Pixels:
+def to_gray(image: Pixels) -> Pixels:
     """The luma, three times."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
 
@@ -79,36 +79,36 @@ def _solarized(threshold: int) -> Pixels:
     return np.where(values < threshold, values, 255 - values)
 
 
-ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # in the order of colour.OPERATIONS
+ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)  # in the order of color.OPERATIONS
 assert ADJUST[HUE] is adjust_hue
 
 
-def apply_colour(image: Pixels, colour: Colour, rule: ColorSettings) -> Pixels:
-    """The drawn colour of a view on its crop, in DINOv2's order: jitter, greyscale, blur, solarize."""
-    if colour.jitter:
-        for operation in colour.order:
-            image = ADJUST[operation](image, colour.factors[operation])
-    if colour.grey:
-        image = to_grey(image)
-    if colour.sigma > 0:
-        image = blur(image, colour.sigma, rule.blur_kernel_px)
-    if colour.solarize:
+def apply_color(image: Pixels, color: Color, rule: ColorSettings) -> Pixels:
+    """The drawn color of a view on its crop, in DINOv2's order: jitter, grayscale, blur, solarize."""
+    if color.jitter:
+        for operation in color.order:
+            image = ADJUST[operation](image, color.factors[operation])
+    if color.gray:
+        image = to_gray(image)
+    if color.sigma > 0:
+        image = blur(image, color.sigma, rule.blur_kernel_px)
+    if color.solarize:
         image = solarize(image, rule.solarize_threshold)
     return image
 
 
 def render(
-    image: Pixels, views: Views, colours: Colours, rule: ColorSettings, *, global_px: int, local_px: int
+    image: Pixels, views: Views, colors: Colors, rule: ColorSettings, *, global_px: int, local_px: int
 ) -> tuple[Tensor, Tensor]:
     """All views of one image.
 
     Args:
         image: uint8 [H, W, 3].
-        views, colours: its views, B = 1.
+        views, colors: its views, B = 1.
 
     Returns:
         global views [n_global, 3, global_px, global_px] and local views [n_local, 3, local_px, local_px], uint8. In memory the
-        channels are last, as OpenCV leaves them: :func:`normalise` undoes that on the training device.
+        channels are last, as OpenCV leaves them: :func:`normalize` undoes that on the training device.
     """
     n_views, n_global = views.flips.shape[1], views.n_global
     boxes, flips = pixel_boxes(views.boxes[0], *image.shape[:2]).int().tolist(), views.flips[0].tolist()
@@ -116,15 +116,15 @@ def render(
         np.empty((n_global, global_px, global_px, 3), np.uint8),
         np.empty((n_views - n_global, local_px, local_px, 3), np.uint8),
     )
-    for view, (box, flip, colour) in enumerate(zip(boxes, flips, colours.rows(0))):
+    for view, (box, flip, color) in enumerate(zip(boxes, flips, colors.rows(0))):
         size, group, place = (local_px, 1, view - n_global) if view >= n_global else (global_px, 0, view)
         crop = crop_resize(image, box, flip, size)
-        crops[group][place] = apply_colour(crop, colour, rule)
+        crops[group][place] = apply_color(crop, color, rule)
     global_crops, local_crops = (torch.from_numpy(crop).permute(0, 3, 1, 2) for crop in crops)
     return global_crops, local_crops
 
 
-def normalise(image: Tensor) -> Tensor:
+def normalize(image: Tensor) -> Tensor:
     """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and standard deviation 1."""
     mean, std = _mean_and_std(image.device)
     levels = torch.empty(image.shape, dtype=torch.float32, device=image.device).copy_(image)

@@ -1,11 +1,11 @@
 """Where two crops of an image overlap, and the patch features of both there, bin by bin: ROI-Align by two matrix products.
 
-A view's patch features stand at the centres of its patches. Between the centres they are interpolated linearly; beyond the
+A view's patch features stand at the centers of its patches. Between the centers they are interpolated linearly; beyond the
 outermost ones there is nothing to interpolate. So the overlap of two views is that of the rectangles through their outermost
-centres (each view inset by half a patch): no bin ever reads a repeated border, and features that are linear in the image's
+centers (each view inset by half a patch): no bin ever reads a repeated border, and features that are linear in the image's
 coordinates come out the same from both views, flips included, in every bin, the border ones too.
 
-Two crops of one box (``crops.local_rule=same``) need no inset as long as no point lies beyond their outermost centres, which is so
+Two crops of one box (``crops.local_rule=same``) need no inset as long as no point lies beyond their outermost centers, which is so
 for n_bins * n_samples <= h: read in all of the box, h bins of one point are the patches themselves.
 """
 
@@ -78,13 +78,13 @@ def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regi
 
 
 def _bin_weights(low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patches: int, n_bins: int, n_samples: int) -> Tensor:
-    """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centres, averaged over each bin's points."""
+    """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centers, averaged over each bin's points."""
     steps = (torch.arange(n_bins * n_samples, device=low.device, dtype=low.dtype) + 0.5) / (n_bins * n_samples)
     points = start.unsqueeze(-1) + steps * (end - start).unsqueeze(-1)  # [V, K, n s], image units
     size = (high - low)[:, None, None]
-    at = ((points - low[:, None, None]) / size * n_patches - 0.5).clamp(0, n_patches - 1)  # in patch centres
-    centres = torch.arange(n_patches, device=low.device, dtype=low.dtype)
-    weights = (1 - (at.unsqueeze(-1) - centres).abs()).clamp(min=0)  # [V, K, n s, n_patches]
+    at = ((points - low[:, None, None]) / size * n_patches - 0.5).clamp(0, n_patches - 1)  # in patch centers
+    centers = torch.arange(n_patches, device=low.device, dtype=low.dtype)
+    weights = (1 - (at.unsqueeze(-1) - centers).abs()).clamp(min=0)  # [V, K, n s, n_patches]
     return weights.unflatten(2, (n_bins, n_samples)).mean(3)
 
 

@@ -12,7 +12,7 @@ def resize_weights(start: Tensor, size: Tensor, length: int, out: int, flip: Ten
     """Rows that crop [start, start + size) from ``length`` samples and resize it to ``out``, bicubic with antialiasing.
 
     As ``F.interpolate(crop, antialias=True)``: Keys' kernel, a = -1/2, stretched by the scale where the crop shrinks, cut at the
-    crop's border and normalised.
+    crop's border and normalized.
 
     Args:
         start, size: [...] whole pixels, as floats.
@@ -50,7 +50,7 @@ def blur_weights(sigma: Tensor, kernel_px: int, length: int) -> Tensor:
         [..., length, length].
     """
     offsets = torch.arange(kernel_px, device=sigma.device) - kernel_px // 2
-    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[..., None]) ** 2)  # sigma 0: exp(-huge) = 0 but at the centre
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[..., None]) ** 2)  # sigma 0: exp(-huge) = 0 but at the center
     kernel = kernel / kernel.sum(-1, keepdim=True)  # [..., kernel_px]
     places = torch.arange(length, device=sigma.device)[:, None] + offsets  # [length, kernel_px]
     places = places.abs()

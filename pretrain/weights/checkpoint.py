@@ -23,7 +23,7 @@ class Checkpoint:
 
     path: Path
     state: Mapping[str, Tensor]
-    flags: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
     backbone: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     depth_is_counted: bool = False

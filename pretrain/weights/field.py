@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patch_centres
+from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patch_centers
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
@@ -20,13 +20,13 @@ SAMPLES_A_CELL = Fraction(4, 3)
 def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") -> Tensor:
     """A [F, G], float64: the samples of a field along one axis from the cells of a grid, which R reads back exactly, R A = 1.
 
-    R [G, F] reads the field at the centres of G patches (:func:`pretrain.backbones.position.axis_weights`). A smooth resampling S
+    R [G, F] reads the field at the centers of G patches (:func:`pretrain.backbones.position.axis_weights`). A smooth resampling S
     of the cells, bicubic with replicated borders, is nearly its inverse; the least change makes it one: A = S + R^+ (1 - R S).
     """
     zero = torch.zeros(1, dtype=torch.float64)
-    read = axis_weights(patch_centres(zero, zero + 1, n_cells)[0], n_samples, interpolation)
+    read = axis_weights(patch_centers(zero, zero + 1, n_cells)[0], n_samples, interpolation)
     corners = torch.arange(n_samples, dtype=torch.float64) / (n_samples - 1)  # of the image, where the field's samples stand
-    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)  # the same between the centres of the outermost cells
+    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)  # the same between the centers of the outermost cells
     smooth = axis_weights(cells, n_cells)
     return smooth + torch.linalg.pinv(read) @ (torch.eye(n_cells, dtype=torch.float64) - read @ smooth)
 
@@ -44,15 +44,15 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     Raises:
         UserError: no positions; a field too small for the grid; an interpolation that fields do not have.
     """
-    flags, path = checkpoint.flags, checkpoint.path
-    encoding = flags.get("pos_encoding", "standard")
+    model_kwargs, path = checkpoint.model_kwargs, checkpoint.path
+    encoding = model_kwargs.get("pos_encoding", "standard")
     if encoding == "field":
         return checkpoint
     if encoding == "none":
         raise UserError(f"weights: {path} has no absolute positions of which positions.encoding=field could make a field")
     if interpolation not in FIELD_INTERPOLATIONS:
         raise UserError(f"config: positions.interpolation={interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field")
-    n_cls, side = int(flags["has_cls"]), flags["pos_grid"]
+    n_cls, side = int(model_kwargs["has_cls"]), model_kwargs["pos_grid"]
     least = math.ceil(side * SAMPLES_A_CELL)
     if size < least:
         raise UserError(
@@ -70,6 +70,6 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     return replace(
         checkpoint,
         state=state,
-        flags={**flags, "pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation},
+        model_kwargs={**model_kwargs, "pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation},
         provenance={**checkpoint.provenance, "pos_grid_before": side},
     )

@@ -49,7 +49,7 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
     """Hold every tensor of a tree against what its file can hold, whatever shape it declares.
 
     Raises:
-        UserError: a tensor without a printable name, sparse, quantised, or larger than its storage; too many views of one storage.
+        UserError: a tensor without a printable name, sparse, quantized, or larger than its storage; too many views of one storage.
     """
     total, seen = 0, {id(tree)}
     left: list[tuple[str, int, Any]] = [("", 0, tree)]
@@ -95,20 +95,20 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     """Flags come from the file's metadata or its keys: without a bound they would build a network of any size."""
-    flags = checkpoint.flags
-    if not isinstance(flags, Mapping):
+    model_kwargs = checkpoint.model_kwargs
+    if not isinstance(model_kwargs, Mapping):
         raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
-    sides = {key: flags.get(key, 0) for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")}
+    sides = {key: model_kwargs.get(key, 0) for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")}
     for key, value in sides.items():
         needed = key not in ("n_registers", "pos_grid")
         if type(value) is not int or not needed <= value <= MAX_SIDE:
             raise UserError(f"weights: {checkpoint.path}: {key} of {value!r} is no size of a network")
-    width, ratio = sides["embed_dim"], flags.get("mlp_ratio", 4.0)
+    width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
     if width % sides["num_heads"]:
         raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
     if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
         raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r} is no size of a network")
-    eps = flags.get("ln_eps", 1e-6)
+    eps = model_kwargs.get("ln_eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)

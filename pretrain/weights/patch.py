@@ -21,7 +21,7 @@ def resize_matrix(old_px: int, new_px: int) -> Tensor:
 def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
     """The kernel v that responds to a resized patch R x as ``kernel`` w does to x.
 
-    v = (R^T)^+ w minimises the error of <R x, v> = <x, w> over all x; for ``new_px`` at least the old size it is exact.
+    v = (R^T)^+ w minimizes the error of <R x, v> = <x, w> over all x; for ``new_px`` at least the old size it is exact.
 
     Args:
         kernel: [D, C, p, p].
@@ -39,11 +39,11 @@ def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
 
 def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
     """The same network for patches of ``new_px`` pixels; its grid of positions stays, to be resampled as ever."""
-    old_px = checkpoint.flags["patch_size"]
+    old_px = checkpoint.model_kwargs["patch_size"]
     if new_px < 1:
         raise UserError(f"patch_size: {new_px} px is no patch")
     if old_px == new_px:
         return checkpoint
     state = {**checkpoint.state, KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}
     provenance = {**checkpoint.provenance, "patch_size_before": old_px}
-    return replace(checkpoint, state=state, flags={**checkpoint.flags, "patch_size": new_px}, provenance=provenance)
+    return replace(checkpoint, state=state, model_kwargs={**checkpoint.model_kwargs, "patch_size": new_px}, provenance=provenance)

@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, sound
-from pretrain.weights.sources import SOURCES, Evidence, Source, refused
+from pretrain.weights.sources import SOURCES, Match, Source, unsupported
 
 TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # of a file's provenance, what tables and cards repeat
 TRAINING_ONLY = ("mask_token", "pos_mask_token")  # read by pre-training and position probes, dropped elsewhere
@@ -59,7 +59,7 @@ def _exported(file: Container) -> dict[str, Any]:
 
 def source_names() -> list[str]:
     """All that ``source=`` takes and that can be read."""
-    return [source.name for source in SOURCES if source not in refused.SOURCES]
+    return [source.name for source in SOURCES if source not in unsupported.SOURCES]
 
 
 def find_source(file: Container, name: str | None = None) -> Source:
@@ -73,9 +73,9 @@ def find_source(file: Container, name: str | None = None) -> Source:
             if source.name == name:
                 return source
         raise UserError(f"weights: source {name!r} is none of {', '.join(source_names())}")
-    evidence = [source.recognise(file) for source in SOURCES]
+    evidence = [source.match(file) for source in SOURCES]
     best = max(evidence)
-    if best == Evidence.NONE:
+    if best == Match.NONE:
         names = ", ".join(source_names())
         raise UserError(
             f"weights: {file.path} is of no supported layout; it holds {_shown(file) or 'nothing'}; source= takes {names}"
@@ -118,7 +118,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     wanted = model.state_dict()
     given = {k: v for k, v in checkpoint.state.items() if k in wanted or k not in TRAINING_ONLY}
-    if not checkpoint.flags.get("mask_tokens"):
+    if not checkpoint.model_kwargs.get("mask_tokens"):
         given |= {key: wanted[key] for key in TRAINING_ONLY if key in wanted and key not in given}
     problems = [f"missing {key}" for key in wanted if key not in given]
     problems += [f"left over {key}" for key in given if key not in wanted]

@@ -23,7 +23,7 @@ RECORD_HEADER_BYTES = 30  # at the least
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
 # What a checkpoint of plain tensors is made of. torch's own list for weights_only is longer: a bytearray of any size,
-# sparse and quantised tensors. Namespace, paths and numpy's scalars are in public full checkpoints (arguments, losses).
+# sparse and quantized tensors. Namespace, paths and numpy's scalars are in public full checkpoints (arguments, losses).
 ALLOWED = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) set|pathlib(\._local)? (Posix|Windows)Path"
     r"|_codecs encode|numpy dtype|numpy\._?core\.multiarray scalar"

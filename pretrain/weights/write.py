@@ -18,7 +18,7 @@ def save_backbone(
     state: Mapping[str, Tensor],
     *,
     name: str,
-    flags: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a backbone so that ``build_backbone(name, weights=path)`` and every plug-in can build it again.
@@ -35,7 +35,7 @@ def save_backbone(
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "backbone": name,
-        "flags": json.dumps(dict(flags), sort_keys=True),
+        "flags": json.dumps(dict(model_kwargs), sort_keys=True),
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

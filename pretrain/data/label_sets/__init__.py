@@ -61,7 +61,7 @@ def _kind_of(root: Path) -> str:
         found.remove("folder")
     if not found:
         layouts = "; ".join(dict.fromkeys(f"{layout}" for layout, _, _ in _KINDS.values()))
-        raise UserError(f"{root} holds no labelled set that is known: looked for {layouts}")
+        raise UserError(f"{root} holds no labeled set that is known: looked for {layouts}")
     if len(found) > 1:
-        raise UserError(f"{root} holds several labelled sets: say which kind, {' or '.join(found)}")
+        raise UserError(f"{root} holds several labeled sets: say which kind, {' or '.join(found)}")
     return found[0]

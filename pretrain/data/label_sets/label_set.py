@@ -1,4 +1,4 @@
-"""One part of a labelled set: a list of files and a table from what their maps hold to labels."""
+"""One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import in_threads, spread, square
 from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
 class LabelSet:
-    """One part of a labelled set.
+    """One part of a labeled set.
 
     Attributes:
         name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one that is named so).

@@ -1,4 +1,4 @@
-"""Label maps: PNG files whose values, not colours, are labels."""
+"""Label maps: PNG files whose values, not colors, are labels."""
 
 import io
 import os
@@ -16,11 +16,11 @@ from pretrain.errors import UserError
 
 UNKNOWN = -1  # in a table of labels: no such value
 MAX_MPX = 200.0  # million pixels, as of images
-GREY_STEPS = {"L;2": 85, "L;4": 17}  # PIL spreads grey of 2 and 4 bits over 0 .. 255
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # PIL spreads gray of 2 and 4 bits over 0 .. 255
 
 
 def read_map(file: Path) -> NDArray[np.integer]:
-    """What a label map holds: values [H, W] as stored, of grey (1 to 16 bits) or, of a palette, its indices.
+    """What a label map holds: values [H, W] as stored, of gray (1 to 16 bits) or, of a palette, its indices.
 
     Raises:
         UserError: names the file: missing, broken, no PNG, of several channels.
@@ -32,7 +32,7 @@ def read_map(file: Path) -> NDArray[np.integer]:
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_MPX * 1e6:
                 raise BrokenImage(f"declares {image.width} x {image.height} pixels, more than {MAX_MPX:g} million")
-            step = GREY_STEPS.get(str(image.tile[0][3]), 1)
+            step = GRAY_STEPS.get(str(image.tile[0][3]), 1)
             check_png(data)
             values = np.array(image)
     except Exception as error:  # PIL raises many kinds
@@ -43,6 +43,6 @@ def read_map(file: Path) -> NDArray[np.integer]:
 
 
 def nearest(labels: NDArray[np.int32], side_px: int) -> Tensor:
-    """[H, W] -> int32 [side, side]: the label at the centre of each pixel of the squeezed map."""
+    """[H, W] -> int32 [side, side]: the label at the center of each pixel of the squeezed map."""
     rows, columns = (((np.arange(side_px) + 0.5) * n / side_px).astype(int) for n in labels.shape)
     return torch.from_numpy(labels[rows[:, None], columns[None]])

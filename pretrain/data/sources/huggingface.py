@@ -1,6 +1,6 @@
 """A data set that ``datasets`` of Hugging Face left with ``save_to_disk``, read with pyarrow alone.
 
-The arrow files are mapped into memory, so that a row is read without its neighbours: random order costs nothing more.
+The arrow files are mapped into memory, so that a row is read without its neighbors: random order costs nothing more.
 """
 
 import json

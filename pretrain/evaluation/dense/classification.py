@@ -1,8 +1,8 @@
-"""k-NN classification of whole pictures on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
+"""k-NN classification of whole images on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
 
-Pictures are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28 million training
-pictures 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
-chunk at a time (:func:`pretrain.evaluation.knn.neighbours`: 0.5 GB at D = 384).
+Images are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28 million training
+images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
+chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D = 384).
 """
 
 import os
@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from pretrain.data.pictures import in_threads, spread
+from pretrain.data.images import in_threads, spread
 from pretrain.data.sources.files import SUFFIXES, is_image
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
@@ -55,7 +55,7 @@ class ClassFolder:
     Attributes:
         folder: of the part.
         classes: of the training part, which both parts number alike.
-        files: (number of the class, file's name) of each picture, by class and name.
+        files: (number of the class, file's name) of each image, by class and name.
     """
 
     folder: Path
@@ -66,11 +66,11 @@ class ClassFolder:
         return len(self.files)
 
     def first(self, most: int) -> "ClassFolder":
-        """The same with at most ``most`` pictures, at equal steps from the first one."""
+        """The same with at most ``most`` images, at equal steps from the first one."""
         return replace(self, files=spread(self.files, most))
 
     def labels(self) -> Tensor:
-        """Number of the class of each picture; [n] int64."""
+        """Number of the class of each image; [n] int64."""
         return torch.tensor([number for number, _ in self.files])
 
     def crops(self, settings: KnnSettings) -> Iterator[Tensor]:
@@ -84,8 +84,8 @@ class ClassFolder:
             pixels = read_picture(self.folder / self.classes[item[0]] / item[1])
             return center_crop(pixels, settings.resize_px, settings.crop_px)
 
-        with closing(in_threads(crop, self.files)) as pictures:
-            while batch := list(islice(pictures, FORWARD_BATCH)):
+        with closing(in_threads(crop, self.files)) as crops:
+            while batch := list(islice(crops, FORWARD_BATCH)):
                 yield torch.stack(batch)
 
 
@@ -93,12 +93,12 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     """``train/CLASS/*`` and ``val/CLASS/*`` of a folder.
 
     Raises:
-        UserError: a folder that is missing or holds no picture, a class of val without a picture in train.
+        UserError: a folder that is missing or holds no image, a class of val without an image in train.
     """
     train, val = (_list(Path(root) / part) for part in ("train", "val"))
     classes = tuple(train)
     if missing := [name for name in val if name not in train]:
-        raise UserError(f"{root}: class {missing[0]!r} of val has no picture in train")
+        raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
     parts = []
     for part, found in (("train", train), ("val", val)):
         files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
@@ -107,7 +107,7 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
 
 
 def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
-    """A picture as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
+    """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -161,9 +161,9 @@ def _possible(features: Features, train: ClassFolder, settings: KnnSettings) -> 
         raise UserError(f"knn: crop_px={settings.crop_px} is no multiple of the patch size {patch_px}")
     ks = sorted({k for k in settings.k if k <= len(train)})
     if not ks:
-        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training pictures of {train.folder}")
+        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training images of {train.folder}")
     if left_out := sorted(set(settings.k) - set(ks)):
-        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training pictures", stacklevel=3)
+        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training images", stacklevel=3)
     return ks
 
 
@@ -182,7 +182,7 @@ def _features(features: Features, part: ClassFolder, settings: KnnSettings, sign
 
 
 def _list(folder: Path) -> dict[str, list[str]]:
-    """Names of the pictures by class, both sorted; classes without one are left out."""
+    """Names of the images by class, both sorted; classes without one are left out."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     with os.scandir(folder) as entries:
@@ -194,5 +194,5 @@ def _list(folder: Path) -> dict[str, list[str]]:
         if files:
             found[name] = files
     if not found:
-        raise UserError(f"no picture CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
+        raise UserError(f"no image CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
     return found

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from pretrain.data.images import in_threads, square
 from pretrain.data.label_sets import LabelSet
 from pretrain.data.label_sets.maps import nearest
-from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
@@ -58,7 +58,7 @@ class InContextSettings(Settings):
     image_px: int = setting(
         512, "side of an image, 504 with patches of 14; ours: rounded down to whole patches", source="README", ge=1
     )
-    k: int = setting(30, "nearest patches of the memory", source="hbird_eval.py: n_neighbours", ge=1)
+    k: int = setting(30, "nearest patches of the memory", source="hbird_eval.py: n_neighbors", ge=1)
     temperature: float = setting(0.02, "of the softmax over cosines", source="hbird_eval.py: beta", gt=0)
     memory_size: int = setting(10_240_000, "patches; the largest of the published figures", source="README", ge=1)
     passes: int = setting(2, "through all training images", source="README: augmentation epochs", ge=1)

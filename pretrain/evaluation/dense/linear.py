@@ -11,7 +11,7 @@ code enlarges the features instead; a 1x1 convolution commutes with that.)
 
 Ours: images are resized bicubically, as everywhere here; the order is drawn anew each epoch (so Leopart; NeCo keeps that of VOC and
 ADE20K); every validation image counts (their VOC loader drops the last ones); the network after the last epoch counts, not the best
-of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labelled" is
+of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labeled" is
 no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.
 """
 
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from pretrain.data.images import in_threads, square
 from pretrain.data.label_sets import LabelSet
 from pretrain.data.label_sets.maps import nearest
-from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
@@ -112,7 +112,7 @@ def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
 
 
 class Head(nn.Module):
-    """A 1x1 convolution, initialised as torch's: uniform within 1 / sqrt(D)."""
+    """A 1x1 convolution, initialized as torch's: uniform within 1 / sqrt(D)."""
 
     def __init__(self, dim: int, n_classes: int, seed: int) -> None:
         super().__init__()

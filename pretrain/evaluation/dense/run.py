@@ -1,6 +1,6 @@
 """Dense evaluation of one checkpoint on one set, task by task: what is finished is kept, and leaves one ``result.json``.
 
-``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps for pictures.
+``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps for figures.
 """
 
 import json

@@ -1,11 +1,11 @@
 """The sources: whose file it is, and what to take from it. One file a family; of equal evidence the first is taken."""
 
-from pretrain.weights.sources import dino, dinov2, huggingface, loca, lomar, mae, patchwise, posfield, refused, timm, tuned
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources import dino, dinov2, huggingface, loca, lomar, mae, patchwise, posfield, timm, tuned, unsupported
+from pretrain.weights.sources.source import Match, Source
 
 SOURCES: tuple[Source, ...] = (
     *posfield.SOURCES,
-    *refused.SOURCES,
+    *unsupported.SOURCES,
     *lomar.SOURCES,
     *mae.SOURCES,
     *loca.SOURCES,
@@ -17,4 +17,4 @@ SOURCES: tuple[Source, ...] = (
     *dino.SOURCES,
 )
 
-__all__ = ["SOURCES", "Evidence", "Source"]
+__all__ = ["SOURCES", "Match", "Source"]

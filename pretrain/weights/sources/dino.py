@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
 from pretrain.weights.layout import plain_vit, strip, without
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 State = dict[str, Tensor]
 NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
@@ -70,22 +70,22 @@ class Method:
     renamed: Callable[[str], str] = str
 
 
-def recognise(method: Method, file: Container) -> Evidence:
+def match(method: Method, file: Container) -> Match:
     """By what only this method's files hold, else by the file's name; DINO's own full checkpoints are those without such marks."""
     networks, marks = networks_of(file), marks_of(file)
     if any((method.source,) == sources for sources, _ in marks):
-        return Evidence.MARKED
+        return Match.MARKED
     if any(method.source not in sources for sources, _ in marks) or not networks:
-        return Evidence.NONE
+        return Match.NONE
     if method.source == "dino" and "dino_loss" in file.tree and not marks:
-        return Evidence.MARKED
+        return Match.MARKED
     if not all(fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
-        return Evidence.NONE
+        return Match.NONE
     if is_named(file, method.file_name) or (method.source == "ibot" and is_ibots_backbone(file)):
-        return Evidence.NAMED
+        return Match.NAMED
     if "" in networks:  # with all that timm's have, it is anybody's
-        return Evidence.POSSIBLE if method.needed != NEEDED else Evidence.NONE
-    return Evidence.POSSIBLE if method.source == "dino" and not marks else Evidence.NONE
+        return Match.POSSIBLE if method.needed != NEEDED else Match.NONE
+    return Match.POSSIBLE if method.source == "dino" and not marks else Match.NONE
 
 
 def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
@@ -108,7 +108,7 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
 
 def source_of(method: Method) -> Source:
     """The method as a source."""
-    return Source(method.source, method.method, partial(recognise, method), partial(convert, method))
+    return Source(method.source, method.method, partial(match, method), partial(convert, method))
 
 
 def networks_of(file: Container) -> dict[str, State]:

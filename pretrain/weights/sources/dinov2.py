@@ -18,7 +18,7 @@ from pretrain.weights.container import Container, is_state
 from pretrain.weights.layout import only_network, strip
 from pretrain.weights.sources.dino import NEEDED as DINOS
 from pretrain.weights.sources.dino import whole_vit, with_origin
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")  # all that is published
 NEEDED = (*DINOS, "blocks.0.ls1.gamma")
@@ -27,17 +27,17 @@ HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By the heads of its training; of a backbone alone, which others have tuned, by the file's name."""
     if any(_training(file, name) and any(head in key for key in _network(file, name) for head in HEADS) for name in NETWORKS):
-        return Evidence.MARKED
+        return Match.MARKED
     state = file.flat
     needed = ("mask_token", "cls_token", "pos_embed", "patch_embed.proj.weight")
     if not all(key in state for key in needed) or not all(key.startswith(OWN) for key in state):
-        return Evidence.NONE
+        return Match.NONE
     if state["mask_token"].ndim != 2 or "pos_mask_token" in state:
-        return Evidence.NONE
-    return Evidence.NAMED if file.path.name.startswith("dinov2") else Evidence.POSSIBLE
+        return Match.NONE
+    return Match.NAMED if file.path.name.startswith("dinov2") else Match.POSSIBLE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -80,4 +80,4 @@ def _unchunked(key: str) -> str:
     return CHUNK.sub(r"blocks.\1.", key)
 
 
-SOURCES = (Source("dinov2", "DINOv2", recognise, convert),)
+SOURCES = (Source("dinov2", "DINOv2", match, convert),)

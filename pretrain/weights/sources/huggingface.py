@@ -16,8 +16,8 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import HEAD_DIM, only_network, plain_vit
-from pretrain.weights.normalisation import with_imagenet_pixels
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.normalization import with_imagenet_pixels
+from pretrain.weights.sources.source import Match, Source
 
 MARK = "embeddings.patch_embeddings.projection.weight"
 PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone in a model with a head
@@ -52,9 +52,9 @@ RENAMED = (
 )
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By the name of the patch projection, which is Hugging Face's alone."""
-    return Evidence.MARKED if any(prefix + MARK in file.flat for prefix in PREFIXES) else Evidence.NONE
+    return Match.MARKED if any(prefix + MARK in file.flat for prefix in PREFIXES) else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -136,7 +136,7 @@ def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
 
 
 def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:
-    """The normalisation that preprocessor_config.json says."""
+    """The normalization that preprocessor_config.json says."""
     told = file.preprocessor
     if "image_mean" not in told or "image_std" not in told:
         return checkpoint
@@ -148,4 +148,4 @@ def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:
     return with_imagenet_pixels(checkpoint, told["image_mean"], told["image_std"])
 
 
-SOURCES = (Source("huggingface", "Hugging Face", recognise, convert),)
+SOURCES = (Source("huggingface", "Hugging Face", match, convert),)

@@ -16,7 +16,7 @@ from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import plain_vit, without
 from pretrain.weights.sources.dino import with_origin
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
 # Of training alone, dropped: cluster prediction, localisation.
@@ -26,11 +26,11 @@ ATTENTION = "MultiHeadDotProductAttention_0."
 NORMS = {"scale": "weight", "bias": "bias"}
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By Scenic's name of the patch projection, in a network without [CLS]."""
     trees = [file.tree.get(key) for keys in NETWORKS.values() for key in keys]
     found = [tree[TOKENS[:-1]] for tree in trees if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)]
-    return Evidence.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Evidence.NONE
+    return Match.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -114,4 +114,4 @@ class _Reader:
         return {ours + key: value for key, value in state.items()}
 
 
-SOURCES = (Source("loca", "LOCA", recognise, convert),)
+SOURCES = (Source("loca", "LOCA", match, convert),)

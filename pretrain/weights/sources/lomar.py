@@ -14,15 +14,15 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import plain_vit, without
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 MARK = ".attn.rpe_"  # of iRPE in any of its variants
 TABLE = ".attn.rpe_k.lookup_table_weight"  # of LoMaR's
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By iRPE's tables in the blocks."""
-    return Evidence.MARKED if any(MARK in key for key in file.tensors("model") or {}) else Evidence.NONE
+    return Match.MARKED if any(MARK in key for key in file.tensors("model") or {}) else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -51,4 +51,4 @@ def _refuse_other_variants(path: Path, state: Mapping[str, Tensor]) -> None:
         raise UserError(f"{said} no tensor encoder_pred.weight, which LoMaR's pre-training leaves; {reason}")
 
 
-SOURCES = (Source("lomar", "LoMaR", recognise, convert),)
+SOURCES = (Source("lomar", "LoMaR", match, convert),)

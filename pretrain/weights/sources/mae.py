@@ -16,30 +16,30 @@ from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
 from pretrain.weights.layout import strip, without
 from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, is_named, marks_of, whole_vit, with_origin
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 MAE_UNUSED = ("decoder_", "mask_token")
 DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
 
 
-def recognise_mae(file: Container) -> Evidence:
+def match_mae(file: Container) -> Match:
     """By the decoder of pixels; of an encoder alone, by the fixed positions under ``model``."""
     state = file.flat if is_state(file.tree.get("model")) else {}
     if any("mae" not in sources for sources, _ in marks_of(file)):
-        return Evidence.NONE
+        return Match.NONE
     if "decoder_pred.weight" in state and "decoder_pos_embed" in state:
-        return Evidence.MARKED
+        return Match.MARKED
     if not is_fixed(state):
-        return Evidence.NONE
-    return Evidence.NAMED if is_named(file, "mae") else Evidence.POSSIBLE
+        return Match.NONE
+    return Match.NAMED if is_named(file, "mae") else Match.POSSIBLE
 
 
-def recognise_droppos(file: Container) -> Evidence:
+def match_droppos(file: Container) -> Match:
     """By the token of dropped positions; an encoder alone, which could be any descendant of MAE's, by the file's name."""
     state = next(iter(_droppos_networks(file).values()), {})
     if "mask_pos_token" in state:
-        return Evidence.MARKED
-    return Evidence.NAMED if is_fixed(state) and is_named(file, "droppos") else Evidence.NONE
+        return Match.MARKED
+    return Match.NAMED if is_fixed(state) and is_named(file, "droppos") else Match.NONE
 
 
 def convert_mae(file: Container, subnet: str | None) -> Checkpoint:
@@ -96,6 +96,6 @@ def _encoder(
 
 
 SOURCES = (
-    Source("mae", "MAE", recognise_mae, convert_mae),
-    Source("droppos", "DropPos", recognise_droppos, convert_droppos),
+    Source("mae", "MAE", match_mae, convert_mae),
+    Source("droppos", "DropPos", match_droppos, convert_droppos),
 )

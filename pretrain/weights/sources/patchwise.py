@@ -9,9 +9,9 @@ the file.
 from dataclasses import replace
 
 from pretrain.weights.container import Container
-from pretrain.weights.sources.dino import Method, backbone_of, networks_of, recognise, source_of
+from pretrain.weights.sources.dino import Method, backbone_of, match, networks_of, source_of
 from pretrain.weights.sources.mae import is_fixed
-from pretrain.weights.sources.source import Evidence
+from pretrain.weights.sources.source import Match
 
 SELFPATCH = Method(
     "selfpatch",
@@ -25,15 +25,15 @@ SELFPATCH = Method(
 FLSL = Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",))
 
 
-def recognise_flsl(file: Container) -> Evidence:
+def match_flsl(file: Container) -> Match:
     """By its loss; of a backbone alone, by a [CLS] token that the fixed positions know nothing of, else by the file's name."""
-    evidence, networks = recognise(FLSL, file), networks_of(file)
-    if "" not in networks or evidence == Evidence.NONE:
+    evidence, networks = match(FLSL, file), networks_of(file)
+    if "" not in networks or evidence == Match.NONE:
         return evidence
     backbone, _ = backbone_of(networks[""])
     if "cls_token" in backbone and is_fixed(backbone, has_cls=False):
-        return Evidence.MARKED
-    return evidence if evidence > Evidence.POSSIBLE else Evidence.NONE
+        return Match.MARKED
+    return evidence if evidence > Match.POSSIBLE else Match.NONE
 
 
-SOURCES = (source_of(SELFPATCH), replace(source_of(FLSL), recognise=recognise_flsl))
+SOURCES = (source_of(SELFPATCH), replace(source_of(FLSL), match=match_flsl))

@@ -6,13 +6,13 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import only_network
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 from pretrain.weights.write import FORMAT, FORMAT_VERSION
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By the format that the metadata names."""
-    return Evidence.MARKED if file.metadata.get("format") == FORMAT else Evidence.NONE
+    return Match.MARKED if file.metadata.get("format") == FORMAT else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -25,10 +25,10 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         version = int(metadata["format_version"])
         if version > FORMAT_VERSION:
             raise UserError(f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}")
-        flags, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
-        return Checkpoint(path, file.tensors() or {}, flags, metadata["backbone"], {"source": "posfield", **provenance})
+        model_kwargs, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
+        return Checkpoint(path, file.tensors() or {}, model_kwargs, metadata["backbone"], {"source": "posfield", **provenance})
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
 
 
-SOURCES = (Source("posfield", "posfield", recognise, convert),)
+SOURCES = (Source("posfield", "posfield", match, convert),)

@@ -8,7 +8,7 @@ from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 
 
-class Evidence(IntEnum):
+class Match(IntEnum):
     """How well a file fits a source."""
 
     NONE = 0  # the layout is another
@@ -24,7 +24,7 @@ class Source:
     Attributes:
         name: what ``source=`` takes: ``dino``.
         method: as tables write it: ``DINO``.
-        recognise: how well an opened file fits, from its keys, shapes and values and from the file's name; it never raises.
+        recognize: how well an opened file fits, from its keys, shapes and values and from the file's name; it never raises.
         convert: the file as a checkpoint under our names. The second argument is ``subnet``, which of several networks in the file:
             ``teacher`` | ``student`` | none for the one that the method's authors evaluate. What it does not know it leaves in
             the state, where it becomes an error by name; it drops what the source lists, and no more. Where the network is none
@@ -33,5 +33,5 @@ class Source:
 
     name: str
     method: str
-    recognise: Callable[[Container], Evidence]
+    match: Callable[[Container], Match]
     convert: Callable[[Container, str | None], Checkpoint]

@@ -20,8 +20,8 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import only_network, plain_vit, without
-from pretrain.weights.normalisation import with_imagenet_pixels
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.normalization import with_imagenet_pixels
+from pretrain.weights.sources.source import Match, Source
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
@@ -29,7 +29,7 @@ HEADS = ("head.", "fc_norm.", "pre_logits.")  # dropped
 GELUS = {"gelu": "erf", "gelu_tanh": "tanh"}
 DEPARTURES = {
     r"norm_pre\.": "a norm before the first block",
-    r"blocks\.\d+\.attn\.[qk]_norm\.": "normalised queries and keys",
+    r"blocks\.\d+\.attn\.[qk]_norm\.": "normalized queries and keys",
     r"blocks\.\d+\.(attn|mlp)\.norm\.": "norms inside its blocks",
     r"attn_pool\.": "attention pooling (SigLIP)",
     r"patch_embed\.(backbone|norm)\.": "more than a projection before its blocks",
@@ -39,13 +39,13 @@ DEPARTURES = {
 OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")  # networks whose departures no tensor shows
 
 
-def recognise(file: Container) -> Evidence:
+def match(file: Container) -> Match:
     """By the hub's description; without it by the names alone, which many sources share."""
     if not all(key in file.flat for key in NEEDED):
-        return Evidence.NONE
+        return Match.NONE
     if _described(file):
-        return Evidence.MARKED
-    return Evidence.POSSIBLE if any(key in file.flat for key in NORMS) else Evidence.NONE
+        return Match.MARKED
+    return Match.POSSIBLE if any(key in file.flat for key in NORMS) else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
@@ -113,4 +113,4 @@ def _is_square(n: int) -> bool:
     return n > 0 and math.isqrt(n) ** 2 == n
 
 
-SOURCES = (Source("timm", "timm", recognise, convert),)
+SOURCES = (Source("timm", "timm", match, convert),)

@@ -13,25 +13,25 @@ from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import strip, without
 from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, inside_of, is_named, whole_vit, with_origin
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 HEADS = ("projection_head.", "prototypes.")
 
 
-def recognise_neco(file: Container) -> Evidence:
+def match_neco(file: Container) -> Match:
     """By a projection head without prototypes; of a backbone alone, by the file's name."""
     names = _names(_networks(file, "model.") or _flat(file))
     if any(name.startswith("prototypes.") for name in names):
-        return Evidence.NONE
+        return Match.NONE
     return _evidence(names, "projection_head.", is_named(file, "neco"))
 
 
-def recognise_timet(file: Container) -> Evidence:
+def match_timet(file: Container) -> Match:
     """By the names of its wrapper."""
-    return Evidence.MARKED if any(key.startswith("feature_extractor.backbone.") for key in file.flat) else Evidence.NONE
+    return Match.MARKED if any(key.startswith("feature_extractor.backbone.") for key in file.flat) else Match.NONE
 
 
-def recognise_leopart(file: Container) -> Evidence:
+def match_leopart(file: Container) -> Match:
     """By its prototypes; without them, by the file's name."""
     return _evidence(_names(_networks(file, "model.")), "prototypes.", is_named(file, "leopart"))
 
@@ -77,13 +77,13 @@ def _names(networks: Mapping[str, State]) -> list[str]:
     return [key for state in networks.values() for key in state]
 
 
-def _evidence(names: list[str], mark: str, named: bool) -> Evidence:
+def _evidence(names: list[str], mark: str, named: bool) -> Match:
     """Of a network of these tensors: by the start of a name that marks it, else by the file's name."""
     if not any(name.startswith("blocks.") for name in names):
-        return Evidence.NONE
+        return Match.NONE
     if any(name.startswith(mark) for name in names):
-        return Evidence.MARKED
-    return Evidence.NAMED if named else Evidence.NONE
+        return Match.MARKED
+    return Match.NAMED if named else Match.NONE
 
 
 def _convert(
@@ -104,7 +104,7 @@ def _convert(
 
 
 SOURCES = (
-    Source("neco", "NeCo", recognise_neco, convert_neco),
-    Source("timet", "TimeT", recognise_timet, convert_timet),
-    Source("leopart", "Leopart", recognise_leopart, convert_leopart),
+    Source("neco", "NeCo", match_neco, convert_neco),
+    Source("timet", "TimeT", match_timet, convert_timet),
+    Source("leopart", "Leopart", match_leopart, convert_leopart),
 )

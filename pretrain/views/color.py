@@ -50,26 +50,26 @@ class ColorSettings(Settings):
 NO_COLOR = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0))  # pixels as they are
 
 
-class Colour(NamedTuple):
-    """One view's colour; the attributes are those of :class:`Colours`."""
+class Color(NamedTuple):
+    """One view's color; the attributes are those of :class:`Colors`."""
 
     jitter: bool
     order: list[int]
     factors: list[float]
-    grey: bool
+    gray: bool
     sigma: float
     solarize: bool
 
 
 @dataclass(frozen=True)
-class Colours(Record):
-    """The colours of a batch's views, applied in the order of the attributes.
+class Colors(Record):
+    """The colors of a batch's views, applied in the order of the attributes.
 
     Attributes:
         jitter: [B, V] bool, whether the four operations below are applied at all.
         order: [B, V, 4] int64, the operation (index into ``OPERATIONS``) at each of the four places.
         factors: [B, V, 4] float32 by operation: factors of brightness, contrast, saturation, and the shift of the hue in turns.
-        grey: [B, V] bool.
+        gray: [B, V] bool.
         sigma: [B, V] float32, of the blur in pixels of the crop; 0: no blur.
         solarize: [B, V] bool.
     """
@@ -77,24 +77,24 @@ class Colours(Record):
     jitter: Tensor
     order: Tensor
     factors: Tensor
-    grey: Tensor
+    gray: Tensor
     sigma: Tensor
     solarize: Tensor
 
-    def rows(self, image: int) -> list["Colour"]:
+    def rows(self, image: int) -> list["Color"]:
         """One image's views as plain numbers."""
-        return [Colour(*row) for row in zip(*(getattr(self, name)[image].tolist() for name in Colour._fields))]
+        return [Color(*row) for row in zip(*(getattr(self, name)[image].tolist() for name in Color._fields))]
 
-    def of(self, views: slice) -> "Colours":
-        """The colours of some views."""
+    def of(self, views: slice) -> "Colors":
+        """The colors of some views."""
         return self.map(lambda tensor: tensor[:, views])
 
 
-def draw_colours(
+def draw_colors(
     n_views: int, n_global: int, rule: ColorSettings, rngs: Sequence[np.random.Generator], plain_globals: bool = False
-) -> Colours:
-    """The colours of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
-    and solarize. With ``plain_globals`` the global views keep their colours; those of the locals are the same."""
+) -> Colors:
+    """The colors of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
+    and solarize. With ``plain_globals`` the global views keep their colors; those of the locals are the same."""
     kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
     u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
     spread = np.array(rule.jitter)
@@ -110,4 +110,4 @@ def draw_colours(
         np.where(changed & (u[..., 11] < np.array(rule.blur_p)[kinds]), sigma, 0).astype(np.float32),
         changed & (u[..., 12] < np.array(rule.solarize_p)[kinds]),
     )
-    return Colours(*(torch.from_numpy(values) for values in drawn))
+    return Colors(*(torch.from_numpy(values) for values in drawn))

@@ -1,4 +1,4 @@
-"""Networks that people will try and that are no plain ViT: recognised, so that the error says why."""
+"""Networks that people will try and that are no plain ViT: recognized, so that the error says why."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from functools import partial
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.sources.source import Evidence, Source
+from pretrain.weights.sources.source import Match, Source
 
 ROPE = "rotary positions (RoPE) in every attention"
 RELATIVE = "a bias of relative positions in every attention"
@@ -97,11 +97,11 @@ REFUSED = (
 )
 
 
-def recognise(refusal: Refusal, file: Container) -> Evidence:
+def match(refusal: Refusal, file: Container) -> Match:
     """By the names of the tensors."""
     names = "\n".join(_names(file))
     found = any(all(_holds(names, pattern) for pattern in patterns) for patterns in refusal.marks)
-    return Evidence.MARKED if found else Evidence.NONE
+    return Match.MARKED if found else Match.NONE
 
 
 def convert(refusal: Refusal, file: Container, subnet: str | None) -> Checkpoint:
@@ -123,4 +123,4 @@ def _holds(names: str, pattern: str) -> bool:
     return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
 
 
-SOURCES = tuple(Source(refusal.name, refusal.method, partial(recognise, refusal), partial(convert, refusal)) for refusal in REFUSED)
+SOURCES = tuple(Source(refusal.name, refusal.method, partial(match, refusal), partial(convert, refusal)) for refusal in REFUSED)

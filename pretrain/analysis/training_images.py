@@ -1,4 +1,4 @@
-"""Pictures of a running training for TensorBoard: its views, its masks, and what the teacher makes of them."""
+"""Images of a running training for TensorBoard: its views, its masks, and what the teacher makes of them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,7 +20,7 @@ LOCALS_SHOWN = 4
 QUERIES = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))
 
 
-def training_pictures(
+def training_images(
     teacher: ViT,
     global_crops: Tensor,
     local_crops: Tensor,
@@ -30,13 +30,13 @@ def training_pictures(
     n_images: int = 3,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pictures of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
+    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
 
     The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random number is drawn.
 
     Args:
         teacher: on the device of the crops.
-        global_crops: [G * B, 3, S, S] normalised, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
+        global_crops: [G * B, 3, S, S] normalized, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
         views, masks: of the same batch.
     """
     batch_size = len(views.boxes)
@@ -117,7 +117,7 @@ def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_
 
 
 def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
-    """One row an image: its global crops, each with the colours of its patches; one PCA over all of them.
+    """One row an image: its global crops, each with the colors of its patches; one PCA over all of them.
 
     Args:
         crops: [v, n, 3, S, S]; rgb: [v, n, h, w, 3] in [0, 1].

@@ -1,4 +1,4 @@
-"""The small labelled sets of the probes, read once at a run's start: whatever is wrong with them is told then, by key and file."""
+"""The small labeled sets of the probes, read once at a run's start: whatever is wrong with them is told then, by key and file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import in_threads, spread, square
 from pretrain.data.label_sets.maps import nearest, read_map
-from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One part of a labelled set: uint8 [n, 3, S, S], and labels [n] (classes) or [n, S, S] (pixels)."""
+class Labeled:
+    """One part of a labeled set: uint8 [n, 3, S, S], and labels [n] (classes) or [n, S, S] (pixels)."""
 
     images: Tensor
     labels: Tensor
 
 
-def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[Labelled, Labelled]:
+def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
     """``train/CLASS/*`` and ``val/CLASS/*`` as central squares; at most ``max_images`` of each, at equal steps.
 
     Args:
         key: the setting that names ``root``, for messages.
 
     Raises:
-        UserError: a folder that is missing or empty, a class of val that train has not, a file that is no picture.
+        UserError: a folder that is missing or empty, a class of val that train has not, a file that is no image.
     """
     folders = [_folder(Path(root) / part, key) for part in ("train", "val")]
     numbers = {path.name: number for number, path in enumerate(_class_folders(folders[0]))}
@@ -44,15 +44,15 @@ def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[La
             raise UserError(f"{key}: no picture CLASS/*{'|'.join(SUFFIXES)} in {folder}")
         chosen = spread(found, max_images)
         images = list(in_threads(lambda pair: square(_pixels(pair[0], key), side_px, crop=True), chosen))
-        parts.append(Labelled(torch.stack(images), torch.tensor([number for _, number in chosen])))
+        parts.append(Labeled(torch.stack(images), torch.tensor([number for _, number in chosen])))
     return parts[0], parts[1]
 
 
-def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, key: str) -> tuple[Labelled, Labelled]:
-    """A set in ADE20K's layout, pictures and label maps squeezed to squares; at most ``max_images`` of each part, at equal steps.
+def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
+    """A set in ADE20K's layout, images and label maps squeezed to squares; at most ``max_images`` of each part, at equal steps.
 
     Returns:
-        ``training`` and ``validation``; labels 0 (not labelled) or 1 .. n_classes, uint8 (int32 beyond 255 classes).
+        ``training`` and ``validation``; labels 0 (not labeled) or 1 .. n_classes, uint8 (int32 beyond 255 classes).
 
     Raises:
         UserError: a folder or label map that is missing, a label beyond ``n_classes``, sizes that differ, an unreadable file.
@@ -73,12 +73,12 @@ def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, 
 
         images, labels = zip(*in_threads(read, chosen))
         dtype = torch.uint8 if n_classes < 256 else torch.int32
-        parts.append(Labelled(torch.stack(images), torch.stack(labels).to(dtype)))
+        parts.append(Labeled(torch.stack(images), torch.stack(labels).to(dtype)))
     return parts[0], parts[1]
 
 
 def read_labels(file: Path, n_classes: int, key: str) -> np.ndarray:
-    """A label map (PNG: grey, palette or 16 bits) as integers [H, W] in 0 .. n_classes.
+    """A label map (PNG: gray, palette or 16 bits) as integers [H, W] in 0 .. n_classes.
 
     Raises:
         UserError: no such file, no label map, or a label beyond.

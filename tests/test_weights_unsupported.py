@@ -1,4 +1,4 @@
-"""Networks that are none of ours: recognised by their files' names, and refused with the reason."""
+"""Networks that are none of ours: recognized by their files' names, and refused with the reason."""
 
 import re
 
@@ -10,7 +10,7 @@ from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, source_names
 from pretrain.weights.container import Container
 from pretrain.weights.read import find_source
-from pretrain.weights.sources import SOURCES, Evidence, refused
+from pretrain.weights.sources import SOURCES, Match, unsupported
 
 D = 8
 FROM_TIMM = {
@@ -100,10 +100,10 @@ def test_no_plain_vit_is_refused(tmp_path):
 
 
 def test_the_table():
-    assert len({refusal.name for refusal in refused.REFUSED}) == len(refused.REFUSED)
-    assert not {refusal.name for refusal in refused.REFUSED} & set(source_names())
-    assert all(isinstance(source.recognise.args[0].reason, str) for source in refused.SOURCES)
-    assert {source.name for source in SOURCES} >= {"dinov3", "franca", "posfield", "timm"} and Evidence.MARKED == max(Evidence)
+    assert len({refusal.name for refusal in unsupported.REFUSED}) == len(unsupported.REFUSED)
+    assert not {refusal.name for refusal in unsupported.REFUSED} & set(source_names())
+    assert all(isinstance(source.match.args[0].reason, str) for source in unsupported.SOURCES)
+    assert {source.name for source in SOURCES} >= {"dinov3", "franca", "posfield", "timm"} and Match.MARKED == max(Match)
 
 
 @pytest.mark.parametrize("name", ["dinov3", "franca"])

@@ -1,4 +1,4 @@
-"""Pixels of another normalisation: the difference folded into the patch projection, so that every backbone takes ImageNet's."""
+"""Pixels of another normalization: the difference folded into the patch projection, so that every backbone takes ImageNet's."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ BIAS = "patch_embed.proj.bias"
 
 
 def with_imagenet_pixels(checkpoint: Checkpoint, mean: Any, std: Any) -> Checkpoint:
-    """The same features from pixels normalised with ImageNet's mean and standard deviation (m, s) as from (``mean``, ``std``).
+    """The same features from pixels normalized with ImageNet's mean and standard deviation (m, s) as from (``mean``, ``std``).
 
     Of one pixel p the network was shown (p - mean) / std = (x s + m - mean) / std, with x = (p - m) / s, so that
     W' = W s / std for each channel and b' = b + sum W (m - mean) / std. It is exact wherever an image has pixels.
