@@ -68,7 +68,7 @@ def test_a_finished_pre_training_gives_its_backbone_and_a_start(root):
     assert (len(vit.blocks), vit.model_kwargs["pos_encoding"], vit.model_kwargs["pos_grid"]) == (1, "field", 20)
     output = root / "new"
     old_runs.start_from(folder, output)
-    assert read_result(output).protocol.deviations["run.start_from"] == ["from scratch", "pretrain_finished"]
+    assert read_result(output).protocol.deviations["run.init_from"] == ["from scratch", "pretrain_finished"]
 
 
 @pytest.mark.parametrize(
