@@ -1,7 +1,7 @@
 # make setup   .venv with everything from PyPI, and Detectron2 from $WHEELHOUSE where a wheel lies there
 # make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
 # make test    lint, types, import contracts, tests
-# make proofs  the slow proofs
+# make test-slow  the slow ones
 # make soak    a pre-training killed twenty times equals one that was not
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 DETECTRON2_WHEEL := $(lastword $(sort $(wildcard $(WHEELHOUSE)/detectron2-*.whl)))
 
-.PHONY: setup demo test lint proofs soak clean
+.PHONY: setup demo test lint test-slow soak clean
 
 setup: $(VENV)/.installed detectron2
 
@@ -49,7 +49,7 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
-proofs: setup
+test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 soak: setup

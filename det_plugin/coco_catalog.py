@@ -1,4 +1,4 @@
-"""COCO-format data for Detectron2: the same pictures and objects, in the same order, as the torchvision engine reads."""
+"""COCO-format data for Detectron2: the same images and objects, in the same order, as the torchvision engine reads."""
 
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def coco_dicts(
     Args:
         num_classes: of the model; the data must have as many categories.
         filter_empty: leave out what nothing can be learned from.
-        share: of the pictures; the same ones in every run.
+        share: of the images; the same ones in every run.
 
     Raises:
         UserError: as :func:`det_plugin.torchvision_engine.coco.read_split`.
@@ -95,8 +95,8 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
 
 
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
-    """What of an object's polygons lies within the picture. Detectron2 cuts at the training square alone, so that what leaves a
-    picture smaller than that would be learned as an object of the padding."""
+    """What of an object's polygons lies within the image. Detectron2 cuts at the training square alone, so that what leaves a
+    image smaller than that would be learned as an object of the padding."""
     if all(min(p) >= 0 and max(p[0::2]) <= width and max(p[1::2]) <= height for p in polygons):
         return polygons
     return [part.tolist() for p in polygons for part in clip(np.asarray(p, float), width, height)]

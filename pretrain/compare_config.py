@@ -9,12 +9,13 @@ from pydantic import model_validator
 
 from pretrain.build import backbone_names
 from pretrain.errors import UserError
+from pretrain.results import renamed
 from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.settings import Layer, Settings, build, flat, read_layers, read_words, setting, shown
 from pretrain.weights import source_names
 
 NONE, SWEEP, POINT = "none", "sweep", "point"
-OVERRIDES = ("detection_overrides", "segmentation_overrides")
+OVERRIDES = {"detection_overrides": renamed.DETECTION, "segmentation_overrides": renamed.SEGMENTATION}  # {group: old names}
 OF_EVERY_ROW = ("detection", "segmentation")  # a word of the command line is for all rows
 
 
@@ -120,16 +121,16 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
 
 
 def _with_texts(layer: Layer) -> Layer:
-    """The overrides as a command line writes them: ``backbone.KEY``, and ``8,16`` for a list."""
+    """The overrides as a command line writes them: ``backbone.KEY``, ``8,16`` for a list; fields under today's names."""
 
     def text(value: Any) -> Any:
         plain_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
         return ",".join(value) if plain_list else value
 
     values = dict(layer.values)
-    for group in OVERRIDES:
+    for group, new in OVERRIDES.items():
         if isinstance(values.get(group), Mapping):
-            values[group] = {key: text(value) for key, value in flat(values[group]).items()}
+            values[group] = {new.get(key, key): text(value) for key, value in flat(values[group]).items()}
     return Layer(layer.name, values, layer.comments)
 
 

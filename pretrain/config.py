@@ -34,6 +34,7 @@ from pretrain.settings import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"  # of a checkout
 VERSION = 1
 SMALLEST_SIDE_PX = 512  # images scaled down to this before they are cropped are the data path's affair; below, they are other data
 
@@ -96,6 +97,11 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     return settings
 
 
+def model_of(path: str | Path | None = None, words: Sequence[str] = ()) -> type[TrainSettings]:
+    """The model of the settings that :func:`load_config` builds."""
+    return _resolved(path, words)[0]
+
+
 def layers_of(path: str | Path | None = None, words: Sequence[str] = ()) -> list[Layer]:
     """The layers that :func:`load_config` builds its settings of, the most basic first."""
     return _resolved(path, words)[1]
@@ -114,13 +120,13 @@ def from_saved(values: Mapping[str, Any]) -> Any:
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
-    """The YAML that a name stands for: a path (relative to ``beside``), or a recipe's name.
+    """The YAML that a name stands for: a path (relative to ``beside``), a recipe's name, or one of ``configs/pretrain``.
 
     Raises:
         UserError: there is none.
     """
     path = (beside or Path()) / os.path.expanduser(name)
-    for found in (path, RECIPES / f"{name}.yaml", RECIPES / "ablation" / f"{name}.yaml"):
+    for found in (path, *(folder / f"{name}.yaml" for folder in (RECIPES, RECIPES / "ablation", CONFIGS))):
         if os.path.isfile(found):  # no error for a name that no file can have
             return found
     raise UserError(f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}")
@@ -175,8 +181,10 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
         if not isinstance(base, str):
             raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
         chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
-    own = _modern(Layer(layer.name, _own_path(values, path), layer.comments))
-    if path.parent.resolve() == RECIPES.resolve():
+    is_recipe = path.parent.resolve() == RECIPES.resolve()
+    name = f"recipe {path.stem}" if is_recipe else layer.name
+    own = _modern(Layer(name, _own_path(values, path), layer.comments))
+    if is_recipe:
         info = {**as_dict(chain.info), **info} if chain.recipe else info
         layers = (*chain.layers, own)
         return _Chain(layers, path.stem, len(layers), build(RecipeInfo, [Layer(str(path), info)], "recipe"))
@@ -232,22 +240,6 @@ def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
 # --- configs of earlier versions --------------------------------------------------------------------------------------
 
 METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
-# How they told recipes apart, where a whole config named none: of those whose values it holds, the last.
-RECIPES_TOLD_BY: Mapping[str, Mapping[str, Any]] = {
-    "intertwined-100ep": {"method": "intertwined"},
-    "dinov2-100ep": {
-        "method": "intertwined",
-        "positions.encoding": "standard",
-        "positions.interpolation": "dinov2",
-        "positions.augment": False,
-        "masks.position_share": 0.0,
-        "losses.position": 0.0,
-    },
-    "paka-25ep": {"method": "paka"},
-    "paka-tied-25ep": {"method": "paka", "positions.encoding": "field"},
-    "gram-25ep": {"method": "paka", "alignment.loss": "gram"},
-    "gram-whole-25ep": {"method": "paka", "alignment.loss": "gram", "crops.local_rule": "same"},
-}
 
 
 class _Renamed(Settings):
@@ -264,8 +256,7 @@ def _modern(layer: Layer) -> Layer:
         if is_whole and "recipe" not in values:
             model = find_method(method).Settings
             values = _known(model, values)
-            held = flat(build(model, [Layer("saved config", values)])).items()
-            values["recipe"] = ["", *(name for name, told in RECIPES_TOLD_BY.items() if told.items() <= held)][-1]
+            values["recipe"] = _recipe_of(build(model, [Layer("saved config", values)]))
     return replace(layer, values=values)
 
 
@@ -280,6 +271,23 @@ def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, A
         if keys or not isinstance(keys, Mapping):
             kept[group] = keys
     return kept
+
+
+def _recipe_of(settings: TrainSettings) -> str:
+    """The recipe of a config that names none: it holds all words (texts, true, false) by which the recipe differs from the
+    defaults; of several the one with the most. Numbers tell nothing, since runs are scaled down. Else the method's own recipe."""
+    model, held = type(settings), flat(settings)
+    weights = Layer("run", {"backbone": {"weights": settings.backbone.weights}})
+    defaults, no_part = flat(build(model, [weights])), keys_where(model, "in_recipe", False)
+    n_words = {str(model.model_fields["recipe"].default): -1}
+    for name in recipe_names():
+        layers = _recipe(name).layers
+        if _method_in(layers) == settings.method:
+            recipe = flat(build(model, [*layers, weights]))
+            words = {k: v for k, v in recipe.items() if isinstance(v, str | bool) and v != defaults[k] and k not in no_part}
+            if words.items() <= held.items():
+                n_words[name] = len(words)
+    return max(n_words, key=lambda name: n_words[name])
 
 
 # --- the recipe of a run ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
+"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
 
 * ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves the same bytes as
   an uninterrupted one.
@@ -110,17 +110,17 @@ class MetricsLog:
             self.wandb.scalars(scalars, iteration)
 
     @property
-    def shows_pictures(self) -> bool:
-        """Whether there is anything that pictures would go to."""
+    def shows_images(self) -> bool:
+        """Whether there is anything that images would go to."""
         return self.writer is not None or self.wandb is not None
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images by name, uint8 [H, W, 3] each, in TensorBoard and W&B."""
         if self.writer is not None:
-            for name, picture in pictures.items():
-                self.writer.add_image(f"pictures/{name}", picture, iteration, dataformats="HWC")
+            for name, image in images.items():
+                self.writer.add_image(f"images/{name}", image, iteration, dataformats="HWC")
         if self.wandb is not None:
-            self.wandb.pictures({f"pictures/{name}": picture for name, picture in pictures.items()}, iteration)
+            self.wandb.images({f"images/{name}": image for name, image in images.items()}, iteration)
 
     def flush(self) -> None:
         """Everything so far reaches the disk."""
@@ -163,15 +163,15 @@ class WandbRun:
             reason = str(error).splitlines()[0]
             raise UserError(f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)") from error
         known.write_text(f"{self.run.id}\n")
-        self.image = wandb.Image
+        self.to_image = wandb.Image
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Numbers of an iteration."""
         self.run.log(dict(values), step=iteration)
 
-    def pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Pictures of an iteration, uint8 [H, W, 3] each."""
-        self.run.log({name: self.image(picture) for name, picture in pictures.items()}, step=iteration)
+    def images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Images of an iteration, uint8 [H, W, 3] each."""
+        self.run.log({name: self.to_image(image) for name, image in images.items()}, step=iteration)
 
 
 class Speed:
@@ -198,7 +198,7 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside (probes, pictures, checkpoints) is not the speed of training; the time left knows it."""
+        """What is done inside (probes, images, checkpoints) is not the speed of training; the time left knows it."""
         started = self.clock()
         try:
             yield

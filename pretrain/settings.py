@@ -546,11 +546,17 @@ def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
             depth = parent.count(".")
             lines += ["", f"{'  ' * depth}{parent.rpartition('.')[2]}:"]
             group = parent
-        value = json.dumps(values.get(key, {}), ensure_ascii=False)
+        value = _readable(json.dumps(values.get(key, {}), ensure_ascii=False))
         indent = "  " * (key.count("."))
-        origin = f"; here: {origins[key]}" if key in origins else ""
+        origin = f"; here: {_readable(origins[key])}" if key in origins else ""
         lines.append(f"{indent}{name}: {value}".ljust(40) + f"  # {info.description}{origin}")
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _readable(text: str) -> str:
+    """A text whose characters YAML does not take, or takes for the end of a line, are escaped as in JSON."""
+    taken = r"\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff"
+    return re.sub(f"[^{taken}]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def json_schema(model: type[Settings]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from pretrain import checkpoints, distributed
-from pretrain.analysis.pictures import training_pictures
+from pretrain.analysis.training_images import training_images
 from pretrain.config import from_saved, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
@@ -267,10 +267,10 @@ class Run:
         if not every or it % every:
             return
         backbone = self.trainer.exported_backbone()
-        if self.log and self.log.shows_pictures and backbone is not None:
+        if self.log and self.log.shows_images and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
-            self.log.pictures(it, training_pictures(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
+            self.log.images(it, training_images(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
 
     def probe(self, done: int) -> None:
         """Ask the probes about the network that the run leaves, where it is time."""

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
+"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
 
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ from seg_plugin.predict import Segmented, segment_dataset, spread
 IGNORED_COLOR = (225, 225, 225)
 MAX_LEGEND = 24  # classes; the largest ones, more would not be read
 OVERLAY = 0.55  # the colors' share
-COLUMN_IN = 2.7  # width of a picture, in inches
+COLUMN_IN = 2.7  # width of an image, in inches
 
 
 def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:

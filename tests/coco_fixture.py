@@ -22,7 +22,7 @@ def polygon_of(kind: int, x: int, y: int, w: int, h: int) -> list[float]:
 
 
 def shapes(index: int, width: int, height: int) -> list[tuple[int, int, int, int, int]]:
-    """Two objects (category, x, y, w, h) of the picture ``index``, apart from each other."""
+    """Two objects (category, x, y, w, h) of the image ``index``, apart from each other."""
     rng = np.random.default_rng([7, index])
     found = []
     for half, kind in enumerate(rng.permutation(list(CATEGORIES))[:2].tolist()):
@@ -34,7 +34,7 @@ def shapes(index: int, width: int, height: int) -> list[tuple[int, int, int, int
 
 
 def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
-    """Write the set. The last picture of each split is empty; the first has a crowd (RLE) and an RLE in place of a polygon."""
+    """Write the set. The last image of each split is empty; the first has a crowd (RLE) and an RLE in place of a polygon."""
     (root / "annotations").mkdir(parents=True)
     for split, n, first_id in (("train", n_train, 1), ("val", n_val, 1001)):
         (root / f"{split}2017").mkdir()

@@ -28,7 +28,7 @@ def all_cores():
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """A COCO root of a few pictures."""
+    """A COCO root of a few images."""
     from coco_fixture import write_coco
 
     return write_coco(tmp_path_factory.mktemp("data") / "coco")

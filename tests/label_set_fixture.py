@@ -1,7 +1,7 @@
 """Tiny labeled sets in the real layouts of Pascal VOC 2012, ADE20K, COCO-Stuff 164k and of one's own folders, made on the spot.
 
-Every picture is a plain ground with rectangles and a strip of void along its top; color and stripes tell the class, so that a
-linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` pictures below ``root`` and returns ``root``,
+Every image is a plain ground with rectangles and a strip of void along its top; color and stripes tell the class, so that a
+linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` images below ``root`` and returns ``root``,
 which ``open_label_set(root, part)`` takes (COCO: with its kind). The classes that occur:
 
 * ``write_voc``: background, aeroplane, bicycle, bird (of 21); trainaug unless ``augmented=False``.
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = (64, 80)  # height, width in pixels; every second picture is turned
+SIZE = (64, 80)  # height, width in pixels; every second image is turned
 COLORS = np.array([(90, 90, 90), (210, 60, 50), (60, 170, 70), (60, 80, 210), (215, 200, 70), (150, 70, 180)], np.uint8)
 COCO_VALUES = {"sky-other": 156, "tree": 168, "grass": 123, "person": 0, "dog": 17, "car": 2}  # category - 1
 COCO_VOID, VOC_VOID = 255, 255
@@ -40,7 +40,7 @@ def scene(index: int, n_classes: int, size: tuple[int, int] = SIZE) -> tuple[np.
 
 
 def save_scene(index: int, image: Path, label_map: Path, values: Sequence[int], void: int, palette: bool = False) -> None:
-    """A picture and its map, in which class k is stored as ``values[k]``."""
+    """An image and its map, in which class k is stored as ``values[k]``."""
     pixels, classes = scene(index, len(values))
     stored = np.array([*values, void])[classes]
     image.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def gray_png(values: np.ndarray, bits: int, size: tuple[int, int] | None = None)
 
 
 def _parts(n_train: int, n_val: int) -> list[tuple[str, int]]:
-    """Part and index of each picture; no two parts share one."""
+    """Part and index of each image; no two parts share one."""
     return [("train", i) for i in range(n_train)] + [("val", 1000 + i) for i in range(n_val)]
 
 

@@ -2,7 +2,7 @@
 
 The file holds, for each run, its texts word for word ({ROOT}: the folder around; {WEIGHTS}: the hash of
 the backbone's file), and of its tensors names and shapes: values are drawn here, by name. The runs were
-made on the pictures of safety_net.py with configs/pretrain/toy.yaml and toy_paka.yaml, and with the
+made on the images of safety_net.py with configs/pretrain/toy.yaml and toy_paka.yaml, and with the
 protocols coco-12ep and ade20k-160k at a size of seconds. ``*_stopped`` stopped after two of four iterations.
 
 The product is called by the functions of the second block alone. What :func:`resumed` finds is recorded
@@ -189,7 +189,7 @@ def evaluate_detectron2(folder: Path) -> dict[str, Any]:
 
 
 def detections(folder: Path, pixels: np.ndarray) -> list[dict[str, Any]]:
-    """What a detection run's last checkpoint sees in a picture."""
+    """What a detection run's last checkpoint sees in an image."""
     from det_plugin.detector import load_detector
 
     return load_detector(folder, device="cpu").detect([pixels])[0]
@@ -209,7 +209,7 @@ def resume_segmentation(folder: Path) -> Path:
 
 
 def segmented(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What a segmentation run's last checkpoint sees in its validation pictures, and the truth."""
+    """What a segmentation run's last checkpoint sees in its validation images, and the truth."""
     from seg_plugin.predict import dataset_of_run, load_run, segment_dataset
 
     model = load_run(folder, device="cpu")

@@ -5,7 +5,7 @@ from PIL import Image
 
 
 def write_photos(folder, n=6, size=(90, 70), seed=0):
-    """``n`` smooth random pictures (width, height) as JPEG files; returns the folder."""
+    """``n`` smooth random images (width, height) as JPEG files; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(n):

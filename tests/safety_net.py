@@ -69,7 +69,7 @@ def small_config(name: str, photos: Path, start: Path, path: str, accumulate: in
 def batches_config(name: str, photos: Path, start: Path) -> Any:
     """The rules of views at the recipe's own size; crops are not made."""
     words = [*SMALL, f"data.root={photos}", "data.path=device"]
-    if name == "whole":  # the same crops for teacher and student, as Gram anchoring of whole pictures has it
+    if name == "whole":  # the same crops for teacher and student, as Gram anchoring of whole images has it
         name, words = "toy_gram", [*words, "crops.local_rule=same", "crops.n_local=2", "crops.local_px=112"]
     words += [f"backbone.weights={start}"] if name in POST_TRAININGS else []
     return load(name, words)
@@ -381,7 +381,7 @@ def mmseg_run(ade: Path, folder: Path) -> tuple[list[dict[str, float]], dict[str
     return lines, torch.load(folder / "iter_2.pth", weights_only=True)["state_dict"]
 
 
-# --- pictures by integer arithmetic ---------------------------------------------------------------
+# --- images by integer arithmetic ---------------------------------------------------------------
 
 
 def picture(index: int, height: int, width: int) -> np.ndarray:
@@ -403,14 +403,14 @@ def write_png(path: Path, pixels: np.ndarray) -> Path:
 
 
 def write_photos(folder: Path, n: int = 20) -> Path:
-    """A folder of small pictures of several shapes."""
+    """A folder of small images of several shapes."""
     for i in range(n):
         write_png(folder / f"{i:03}.png", picture(i, 60 + 9 * (i % 5), 150 - 11 * (i % 7)))
     return folder
 
 
 def write_coco(root: Path) -> Path:
-    """COCO's layout: rectangles and diamonds of three classes in nine pictures, with an RLE and a crowd."""
+    """COCO's layout: rectangles and diamonds of three classes in nine images, with an RLE and a crowd."""
     for split, n, first in (("train", 6, 1), ("val", 3, 101)):
         images, annotations = [], []
         for i in range(n):
@@ -770,7 +770,7 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 @torch.no_grad()
 def weight_features(folder: Path) -> dict[str, Any]:
-    """Features of one picture by a backbone of every source."""
+    """Features of one image by a backbone of every source."""
     found = {}
     for name, (path, options) in weight_files(folder).items():
         says, vit, said = read_backbone(path, options)

@@ -1,4 +1,4 @@
-"""Attention maps, PCA, figures, pictures of a running training, and k-NN."""
+"""Attention maps, PCA, figures, images of a running training, and k-NN."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from pretrain.analysis.attention import last_layer, last_layer_attention
 from pretrain.analysis.pca import pca_rgb, principal_components
-from pretrain.analysis.pictures import training_pictures
+from pretrain.analysis.training_images import training_images
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_accuracy, knn_predict
@@ -55,10 +55,10 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
 
 def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
-    features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one picture is of another kind than the two others
+    features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one image is of another kind than the two others
     rgb = pca_rgb(features)
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
-    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all pictures
+    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all images
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
@@ -74,16 +74,16 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
     torch.manual_seed(0)
     teacher = ViT(embed_dim=12, depth=2, num_heads=3, pos_encoding=encoding, mask_tokens=True).train()
     state = torch.get_rng_state()
-    pictures = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    pictures = training_images(teacher, crops, small, views, masks, n_images=2)
     assert set(pictures) == {"views", "masks", "attention", "pca"}
     for picture in pictures.values():
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 50
     assert teacher.training and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in teacher.parameters())
-    again = training_pictures(teacher, crops, small, views, masks, n_images=2)
+    again = training_images(teacher, crops, small, views, masks, n_images=2)
     assert all(np.array_equal(pictures[name], again[name]) for name in pictures)
-    unmasked = training_pictures(teacher, crops, small, views, None, n_images=2)
+    unmasked = training_images(teacher, crops, small, views, None, n_images=2)
     assert set(unmasked) == {"views", "attention", "pca"}
 
 
@@ -91,7 +91,7 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
 def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     """A post-training reads the field of its start over the whole of every crop: there is no place in P to show; or no [CLS]."""
     shown = []
-    monkeypatch.setattr("pretrain.analysis.pictures.as_array", lambda figure: shown.append(figure) or np.zeros(1))
+    monkeypatch.setattr("pretrain.analysis.training_images.as_array", lambda figure: shown.append(figure) or np.zeros(1))
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
@@ -99,7 +99,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     for tied in (True, False):
         shown.clear()
         crops, small = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 16, 16)
-        training_pictures(backbone, crops, small, Views(boxes, flips, boxes, n_global=2, tied=tied), nothing)
+        training_images(backbone, crops, small, Views(boxes, flips, boxes, n_global=2, tied=tied), nothing)
         titles.append({axis.get_title() for figure in shown for axis in figure.axes})
     assert titles[0] - titles[1] == {"crops at their position boxes in P"} and titles[1] <= titles[0]
     assert ("attention of [CLS]" in titles[0]) == has_cls

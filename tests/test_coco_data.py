@@ -304,7 +304,7 @@ def test_images_in_subfolders(root):
 
 
 def test_turned_photographs_are_upright(root):
-    """EXIF: the file holds 64 x 96 pixels, the annotations speak of the picture as it is seen, 96 x 64."""
+    """EXIF: the file holds 64 x 96 pixels, the annotations speak of the image as it is seen, 96 x 64."""
     upright = Image.open(root / "train2017" / "000000000001.png").convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -139,7 +139,7 @@ def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
 
 
 def test_a_base_and_words_change_single_keys(tmp_path):
-    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones": [3, 4]})
+    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones_it": [3, 4]})  # an old name
     (tmp_path / "between.yaml").write_text("base: c.yaml\ndetection_overrides: {amp: true}\n")
     (tmp_path / "child.yaml").write_text("base: between.yaml\nweights: there\n")
     words = ["coco=here #{1}", "seeds=0,2", "detection_overrides.lr=3e-4", "accumulate=4", "segmentation=none"]

@@ -15,7 +15,7 @@ from pretrain.data.decode import BrokenImage, decode
 
 
 def picture(width=97, height=61, seed=0):
-    """A smooth random RGB picture, bright and dark, without a gray corner."""
+    """A smooth random RGB image, bright and dark, without a gray corner."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -252,7 +252,7 @@ def test_a_jpeg_whose_data_ends_with_a_marker_is_not_filled_with_gray(either_dec
                 decode(data[:cut] + b"\xff\xd9")
     gray = Image.new("RGB", (64, 48), (128, 128, 128))
     for options in ({}, {"restart_marker_rows": 1}, {"progressive": True}):
-        assert (decode(encoded(gray, **options)) == 128).all()  # a gray picture is none of these
+        assert (decode(encoded(gray, **options)) == 128).all()  # a gray image is none of these
         assert (decode(encoded(gray.convert("L"), **options)) == 128).all()
     data = encoded(gray, progressive=True)
     second_scan = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)

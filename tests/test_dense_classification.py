@@ -30,7 +30,7 @@ def features():
 
 
 def write_classes(root, n_train=9, n_val=4, classes=("n01440764", "n01443537", "n02085620")):
-    """Pictures of each class in its own tint, more or less."""
+    """Images of each class in its own tint, more or less."""
     for part, n in (("train", n_train), ("val", n_val)):
         for c, name in enumerate(classes):
             folder = write_photos(root / part / name, n, seed=2 * c + (part == "val"))
@@ -43,7 +43,7 @@ def write_classes(root, n_train=9, n_val=4, classes=("n01440764", "n01443537", "
 
 
 def knn_classification(features, root, settings, max_images=10**6, **others):
-    """Of the first pictures of a folder's parts."""
+    """Of the first images of a folder's parts."""
     return module.knn_classification(features, *(part.first(max_images) for part in open_class_folders(root)), settings, **others)
 
 
@@ -53,7 +53,7 @@ def root(tmp_path):
 
 
 def by_loop(features, root, k, resize_px=40, crop_px=32):
-    """DINO's rule, picture by picture, from torchvision's transforms."""
+    """DINO's rule, image by image, from torchvision's transforms."""
     crop = transforms.Compose(
         [transforms.Resize(resize_px, interpolation=3), transforms.CenterCrop(crop_px), transforms.PILToTensor()]
     )
@@ -142,7 +142,7 @@ def test_pictures_are_read_once_and_a_few_at_a_time(features, root, monkeypatch)
 
     monkeypatch.setattr(module, "read_picture", watched)
     monkeypatch.setattr(module, "FORWARD_BATCH", 4)
-    monkeypatch.setattr("pretrain.data.pictures.READ_AHEAD", 6)
+    monkeypatch.setattr("pretrain.data.images.READ_AHEAD", 6)
     knn_classification(Watched(features.backbone, features.device, features.autocast), root, SMALL)
     assert sorted(read) == sorted(root.glob("*/*/*")) and len(read) == 39
     assert most <= 6 + 4
@@ -150,7 +150,7 @@ def test_pictures_are_read_once_and_a_few_at_a_time(features, root, monkeypatch)
 
 def test_folders(root):
     (root / "train" / ".cache").mkdir()
-    (root / "train" / "n09999999").mkdir()  # without a picture
+    (root / "train" / "n09999999").mkdir()  # without an image
     (root / "train" / "n01440764" / "notes.txt").write_text("no picture")
     train, val = open_class_folders(root)
     assert train.classes == val.classes == ("n01440764", "n01443537", "n02085620") and (len(train), len(val)) == (27, 12)

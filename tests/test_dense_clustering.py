@@ -26,7 +26,7 @@ SMALL = ClusteringSettings(image_px=SIDE, label_px=40, pca_dim=6, overclusters=(
 
 
 def write_set(folder, n=12, seed=0):
-    """Pictures of colored squares of two patches; labels of their colors with every fifth one wrong and some of 0."""
+    """Images of colored squares of two patches; labels of their colors with every fifth one wrong and some of 0."""
     rng, files = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -94,7 +94,7 @@ def test_equals_scikit_learn_and_scipy(features, squares):
 
 
 def test_unlabeled_pixels_are_not_counted(features, squares, tmp_path):
-    """The same pictures with more labels missing: the numbers are those of the pixels that are left."""
+    """The same images with more labels missing: the numbers are those of the pixels that are left."""
     files = []
     for i, (image, labels) in enumerate(squares.files):
         kept = np.array(Image.open(labels))

@@ -96,7 +96,7 @@ def test_colors_differ_for_every_eye():
     assert chroma.min() > 20  # none is taken for the gray of pixels that are not counted
 
 
-# --- one picture ------------------------------------------------------------------------------------------------------
+# --- one image ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(36, 72), (720, 360), (50, 50)])

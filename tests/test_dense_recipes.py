@@ -44,7 +44,7 @@ def test_what_makes_another_post_training_is_said():
 
 
 def test_gram_anchoring_and_paka_are_two_configs_of_few_keys():
-    """The comparison that PaKA's reviewers asked for: the same weights, pictures, crops and regions."""
+    """The comparison that PaKA's reviewers asked for: the same weights, images, crops and regions."""
     paka, gram, whole = (recipe(name, *START) for name in ("paka_dinov2reg_vits16", "gram_dinov2reg_vits16", "gram_whole_vits16"))
     named = {"recipe", "run.name", "run.output"}
     assert set(differences(paka, gram)) == named | {"alignment.loss", "alignment.head", "optim.teacher_momentum"}

@@ -58,7 +58,7 @@ def state_of(tensors, network):
 
 
 def test_a_run_leaves_the_student_and_says_where_it_comes_from(folder, tmp_path):
-    """From a start of 14 px patches with registers, through the tool, with pictures."""
+    """From a start of 14 px patches with registers, through the tool, with images."""
     start = write_start(tmp_path / "somewhere" / "start.safetensors", patch_size=14, n_registers=4)
     px = ["backbone.patch_size=14", "crops.global_px=56", "crops.local_px=42", f"backbone.weights={start}"]
     shown = ["log.tensorboard=true", "log.images_every=12"]

@@ -29,7 +29,7 @@ def photograph(height, width, seed):
 
 
 def canvas_batch(n_images=4, rule=None, n_local=3, global_px=64, local_px=32):
-    """A batch of pictures of several sizes as a worker hands it over, and its pictures."""
+    """A batch of images of several sizes as a worker hands it over, and its images."""
     rule = rule or ColorSettings()
     images = [photograph(*SIZES[i % len(SIZES)], i) for i in range(n_images)]
     canvas, sizes = lay_out(images)

@@ -186,12 +186,12 @@ def voc_object(box, name="dog", truncated=0, difficult=0):
 
 
 def write_voc(root: Path) -> Path:
-    """Four pictures, each with its planted box as VOC counts; one more that is hard, and one that is not in the split."""
+    """Four images, each with its planted box as VOC counts; one more that is hard, and one that is not in the split."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for i, box in enumerate([*PLANTED, PLANTED[0], PLANTED[1]]):
         Image.fromarray(two_tone(box=box)).save(root / "JPEGImages" / f"{i:06d}.jpg", quality=95)
-        # the third picture's truth is elsewhere; the fifth has only difficult and truncated ones
+        # the third image's truth is elsewhere; the fifth has only difficult and truncated ones
         true = (1, 1, 40, 40) if i == 2 else (box[0] + 1, box[1] + 1, *box[2:])
         hard = [voc_object(true, difficult=1), voc_object((1, 1, 9, 9), truncated=1)]
         objects = hard if i == 4 else [voc_object((1, 130, 20, 150), "cat"), voc_object(true)]

@@ -18,7 +18,7 @@ SIDE, CATEGORIES = 240, {2: "cat", 5: "dog", 17: "cup", 90: "bird"}  # nothing i
 
 
 def disc(box):
-    """Pixels of an ellipse in a box (x, y, width, height), and a corner of the picture where it leaves nothing."""
+    """Pixels of an ellipse in a box (x, y, width, height), and a corner of the image where it leaves nothing."""
     x, y, w, h = box
     rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
     return ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1

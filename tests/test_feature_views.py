@@ -1,4 +1,4 @@
-"""Views of features: layers through hooks, PCA over pictures of several sizes, similarity, figures and the page."""
+"""Views of features: layers through hooks, PCA over images of several sizes, similarity, figures and the page."""
 
 import json
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from pretrain.analysis.pca import background_by_pca, pca_colors, pca_rgb
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.data.pictures import read_pictures, whole
+from pretrain.data.images import read_images, whole
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen, layer_names
@@ -201,7 +201,7 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
 
 def test_pictures_at_equal_steps(tmp_path):
     (write_photos(tmp_path, n=6) / "002.jpg").write_bytes(b"no")
-    found = read_pictures(DataSettings(root=str(tmp_path)), 3, lambda pixels: pixels.shape)
+    found = read_images(DataSettings(root=str(tmp_path)), 3, lambda pixels: pixels.shape)
     assert found.names == ["000.jpg", "004.jpg"] and found.pixels == [(70, 90, 3)] * 2
     assert len(found.broken) == 1 and found.broken[0].startswith("002.jpg: ")
 

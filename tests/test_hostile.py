@@ -1,4 +1,4 @@
-"""500 hostile image files: no crash, no hang, memory bounded, every file is a picture or a BrokenImage, nothing is said aside.
+"""500 hostile image files: no crash, no hang, memory bounded, every file is an image or a BrokenImage, nothing is said aside.
 
 ``python tests/test_hostile.py LIST`` reads the images of a list in a process of its own and prints what came of each.
 """

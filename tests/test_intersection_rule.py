@@ -215,7 +215,7 @@ def test_what_positions_a_method_reads(dataset, encoding):
 
 
 def test_untied_positions_are_those_of_inference():
-    """In flipped views too: at inference nothing mirrors the positions of a picture."""
+    """In flipped views too: at inference nothing mirrors the positions of an image."""
     model = ViT(embed_dim=24, depth=1, num_heads=2, pos_encoding="field", pos_grid=9).double()
     torch.nn.init.normal_(model.pos_field)
     crops = torch.randn(4, 3, 32, 48, dtype=torch.float64)  # two views of two images

@@ -14,9 +14,9 @@ from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_
 from PIL import Image
 
 from pretrain.data import pictures
+from pretrain.data.images import square
 from pretrain.data.label_sets import KINDS, coco, open_label_set
 from pretrain.data.label_sets.maps import nearest, read_map
-from pretrain.data.pictures import square
 
 # COCO's list of stuff, 92 banner .. 182 wood: the supercategory of each.
 STUFF = (
@@ -126,7 +126,7 @@ def test_a_set_in_its_own_layout(tmp_path, write, kind, name, n_classes, labels)
             expected, _ = scene(first + index, len(labels))
             np.testing.assert_array_equal(read, classes_of(found, index, first + index, labels))
             assert pixels.dtype == np.uint8 and pixels.shape == expected.shape and read.dtype == np.int32
-            assert np.abs(pixels.astype(int) - expected).mean() < 12  # the right picture; JPEG loses some
+            assert np.abs(pixels.astype(int) - expected).mean() < 12  # the right image; JPEG loses some
 
 
 def test_vocs_training_part_says_whether_it_is_trainaug(tmp_path):

@@ -41,8 +41,8 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
 def test_lines_are_on_the_disk_after_a_flush(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=False)
     log.write("speed", 4, {"img_per_s": 2.5})
-    assert not log.shows_pictures
-    log.pictures(4, {"views": PICTURE})  # nowhere to go
+    assert not log.shows_images
+    log.images(4, {"views": PICTURE})  # nowhere to go
     log.flush()
     assert (tmp_path / "speed.jsonl").read_text() == '{"iteration": 4, "img_per_s": 2.5}\n'
     log.close()
@@ -52,16 +52,16 @@ def test_tensorboard_holds_scalars_and_pictures(tmp_path):
     log = MetricsLog(tmp_path, 0, tensorboard=True)
     log.write("metrics", 7, {"loss": 1.5})
     log.write("probes", 7, {"probe/knn_top1": 50.0})
-    log.pictures(7, {"views": PICTURE})
-    assert log.shows_pictures
+    log.images(7, {"views": PICTURE})
+    assert log.shows_images
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"metrics/loss", "probe/knn_top1"}
     assert [(e.step, e.value) for e in events.Scalars("metrics/loss")] == [(7, 1.5)]
-    (picture,) = events.Images("pictures/views")
+    (image,) = events.Images("images/views")
     from PIL import Image
 
-    assert picture.step == 7 and np.array_equal(np.array(Image.open(io.BytesIO(picture.encoded_image_string))), PICTURE)
+    assert image.step == 7 and np.array_equal(np.array(Image.open(io.BytesIO(image.encoded_image_string))), PICTURE)
 
 
 class FakeWandb(types.ModuleType):
@@ -70,7 +70,7 @@ class FakeWandb(types.ModuleType):
     class Error(Exception):
         pass
 
-    Image = staticmethod(lambda picture: ("image", picture.shape))
+    Image = staticmethod(lambda image: ("image", image.shape))
 
     def __init__(self, refuses=""):
         super().__init__("wandb")
@@ -96,14 +96,14 @@ def test_wandb_gets_everything_and_a_resume_goes_on_in_the_same_run(tmp_path, mo
         log = MetricsLog(tmp_path / "run", start_iter, False, wandb="birds", config={"run": {"seed": 1}})
         log.write("metrics", start_iter, {"loss": 2.0})
         log.write("probes", start_iter, {"probe/knn_top1": 50.0})
-        log.pictures(start_iter, {"views": PICTURE})
+        log.images(start_iter, {"views": PICTURE})
         log.close()
     one = dict(project="birds", resume="allow", name="run", dir=str(tmp_path / "run"), config={"run": {"seed": 1}})
     assert fake.inits == [{**one, "id": None}, {**one, "id": "run7"}] and fake.finished == 2
     assert fake.logged[:3] == [
         (0, {"metrics/loss": 2.0}),
         (0, {"probe/knn_top1": 50.0}),
-        (0, {"pictures/views": ("image", PICTURE.shape)}),
+        (0, {"images/views": ("image", PICTURE.shape)}),
     ]
     assert [step for step, _ in fake.logged] == [0, 0, 0, 3, 3, 3]
 

@@ -63,7 +63,7 @@ def test_resized_bytes_are_near_the_exact_sum():
 def test_jitter_is_torchvisions(operation):
     """Exact to rounding (of the gray image, too) against torchvision's floats; one level against its bytes, and PIL's.
 
-    PIL's hue is coarser, for its HSV has eight bits a channel: the smooth part of the picture is then within 16 levels.
+    PIL's hue is coarser, for its HSV has eight bits a channel: the smooth part of the image is then within 16 levels.
     """
     image, name = picture(), f"adjust_{OPERATIONS[operation]}"
     for factor in (-0.5, -0.1, -0.03, 0, 0.04, 0.1, 0.5) if OPERATIONS[operation] == "hue" else (0, 0.6, 0.83, 1, 1.2, 1.4):

@@ -1,4 +1,4 @@
-"""A detector on one's own images: both engines alike, the results' file, the pictures, and what cannot be read."""
+"""A detector on one's own images: both engines alike, the results' file, the images, and what cannot be read."""
 
 import importlib
 import importlib.util
@@ -50,7 +50,7 @@ def trained(data, tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Pictures as people have them, and a few that are none."""
+    """Images as people have them, and a few that are none."""
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     (folder / "sub").mkdir(parents=True)
     pixels = cv2.GaussianBlur(rng.integers(0, 256, (60, 90, 3), np.uint8), (9, 9), 0)
@@ -124,7 +124,7 @@ def predict(trained, *words):
 
 
 def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
-    output = images / "found"  # inside the folder: its pictures are not taken for images
+    output = images / "found"  # inside the folder: its images are not taken for images
     for _ in range(2):
         predict(trained, "--images", images, "--output", output, "--min-score", 0.002)
     said = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
     evaluate_folder(folder, data, device="cpu", workers=0)
     tool.main([*base, "--images", "1003,1001", "--min-score", "0.1"])
     assert f"predictions: {folder / 'predictions.json'}" in capsys.readouterr().out
-    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other pictures, whose ids are those of these
+    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other images, whose ids are those of these
     shutil.copytree(same_ids / "val2017", same_ids / "train2017", dirs_exist_ok=True)
     shutil.copy(annotation_file(same_ids, "val"), annotation_file(same_ids, "train"))
     tool.main([*base[:2], "--data", str(same_ids), *base[4:], "--split", "train", "--count", "4"])

@@ -19,7 +19,7 @@ from sklearn.linear_model import Ridge
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
-from pretrain.data.pictures import spread, square
+from pretrain.data.images import spread, square
 from pretrain.errors import UserError
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import knn_predict, knn_votes
@@ -176,7 +176,7 @@ def test_mean_iou_equals_a_plain_restatement():
 
 
 def test_segmentation_equals_a_plain_restatement():
-    """All pictures at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
+    """All images at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
     backbone, rng = tiny_vit(patch_size=8).eval(), np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 4, (45, 4, 4)))
     labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -236,7 +236,7 @@ def test_the_position_probe_equals_a_plain_restatement():
 
 
 def test_the_position_probe_sees_places_only_where_features_hold_them():
-    """Pictures whose color is the place can be read; the same field without position in the pictures cannot, for it is masked."""
+    """Images whose color is the place can be read; the same field without position in the images cannot, for it is masked."""
     ramp = torch.linspace(0, 255, 64)
     place = torch.stack([ramp.expand(64, 64), ramp.view(64, 1).expand(64, 64), torch.full((64, 64), 128.0)]).to(torch.uint8)
     backbone = tiny_vit(embed_dim=48).eval()

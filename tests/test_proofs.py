@@ -1,4 +1,4 @@
-"""What is too slow for ``make test``: ``make proofs`` runs these, minutes each on two cores."""
+"""What is too slow for ``make test``: ``make test-slow`` runs these, minutes each on two cores."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""``make proofs``: dense post-training of a toy backbone, three seeds of three recipes, and what it does to its features."""
+"""``make test-slow``: dense post-training of a toy backbone, three seeds of three recipes, and what it does to its features."""
 
 import csv
 import io
@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_cores")]
 
 SEEDS = (0, 1, 2)
 RECIPES = ("toy_paka", "toy_gram", "toy_paka_tied")
-# The protocols' settings but for their sizes: pictures of 160 px, and what is held of them for all epochs.
+# The protocols' settings but for their sizes: images of 160 px, and what is held of them for all epochs.
 REDUCED = ["linear.image_px=160", "linear.label_px=80", "linear.augment=false", "linear.batch_size=32", "in_context.image_px=160",
            "in_context.memory_size=20000", "in_context.passes=1", "in_context.augment=false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """The demo's pictures, and a backbone that was pre-trained on them."""
+    """The demo's images, and a backbone that was pre-trained on them."""
     folder = tmp_path_factory.mktemp("dense")
     write_toy_data(folder / "data", n_images=400, n_train=240, n_val=60, size_px=160, seed=0, overwrite=False)
     train(load_config("configs/pretrain/toy.yaml", [f"data.root={folder / 'data/images'}", f"run.output={folder / 'start'}"]))
@@ -31,7 +31,7 @@ def toy(tmp_path_factory):
 
 
 def evaluate(toy, weights, output, seed):
-    """Linear and in-context segmentation of the toy's labeled pictures, by the tool: what its result says."""
+    """Linear and in-context segmentation of the toy's labeled images, by the tool: what its result says."""
     words = ["--weights", str(weights), "--data", str(toy / "data/ade/ADEChallengeData2016"), "--set", "folder"]
     words += ["--tasks", "linear", "in_context", "--output", str(output), "--seed", str(seed), *REDUCED]
     load_tool("evaluate_dense").main(words)
@@ -39,7 +39,7 @@ def evaluate(toy, weights, output, seed):
 
 
 def test_dense_post_training_of_a_toy_backbone(toy, capsys):
-    """PaKA, Gram anchoring on the same pictures and crops, and PaKA with crop-tied positions, three seeds each: the loss falls in
+    """PaKA, Gram anchoring on the same images and crops, and PaKA with crop-tied positions, three seeds each: the loss falls in
     every run, every run changes the features, and the table holds mean and standard deviation of what came out, better or worse."""
     found = {"start": [evaluate(toy, toy / "start/backbone.safetensors", toy / f"out/start_{seed}", seed) for seed in SEEDS]}
     for recipe in RECIPES:

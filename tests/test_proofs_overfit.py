@@ -1,6 +1,6 @@
-"""`make proofs`: both plug-ins learn eight toy pictures by heart, in minutes on two cores.
+"""`make test-slow`: both plug-ins learn eight toy images by heart, in minutes on two cores.
 
-Training and validation are the same eight pictures of :mod:`pretrain.data.toy`, whose objects are at least 48 px high and wide;
+Training and validation are the same eight images of :mod:`pretrain.data.toy`, whose objects are at least 48 px high and wide;
 a tiny ViT from random weights, and every augmentation off. What a wrong box code, target, crop or learning rate costs shows here.
 """
 
@@ -25,7 +25,7 @@ BACKBONE, FLAGS = "vit_tiny_patch16", dict(depth=4, pos_encoding="field")
 DETECTION = dict(
     # Nothing random but the sampling of boxes.
     jitter_scale=(1.0, 1.0), flip=0.0, drop_path=0.0, amp=False,
-    # Objects of 48 to 110 px in pictures of 160.
+    # Objects of 48 to 110 px in images of 160.
     image_size_px=LONG_PX, anchor_sizes_px=(16, 32, 64, 96, 128), num_classes=len(CLASSES), detections_per_image=20,
     channels=64, box_convs=1, box_fc=256, mask_convs=2,
     rpn_batch_per_image=64, roi_batch_per_image=64, rpn_pre_nms=(200, 100), rpn_post_nms=(100, 50),
@@ -36,7 +36,7 @@ DETECTION = dict(
 SEGMENTATION = dict(
     ratio_range=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, drop_path=0.0,
     brightness=0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0,
-    # Crops and windows of one size that fits into each picture: what was learned by heart is lost where positions are others.
+    # Crops and windows of one size that fits into each image: what was learned by heart is lost where positions are others.
     resize_px=(2 * LONG_PX, 2 * SHORT_PX), crop_px=2 * SHORT_PX, slide_crop_px=2 * SHORT_PX, slide_stride_px=LONG_PX,
     num_classes=1 + len(CLASSES), batch_size=4, max_iters=500, val_every=500, warmup_iters=20,
     lr=5e-4, weight_decay=0.0,
@@ -54,7 +54,7 @@ def is_easy(picture):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """The first eight such pictures of the endless series, by their number in it."""
+    """The first eight such images of the endless series, by their number in it."""
     series = (compose(index, "train", 0, SHORT_PX) for index in count())
     return list(islice(filter(is_easy, series), N_IMAGES))
 
@@ -93,7 +93,7 @@ def ade(pictures, tmp_path_factory):
 
 
 def learn_boxes_by_heart(train, coco, folder):
-    """Box and mask AP in percent on the pictures that an engine was trained on."""
+    """Box and mask AP in percent on the images that an engine was trained on."""
     recipe = with_overrides(protocol("coco-12ep", BACKBONE), DETECTION)
     run = DetectionRun(BACKBONE, None, coco, folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS)
     metrics = read_result(train(run)).metrics
@@ -117,7 +117,7 @@ def test_detectron2_learns_eight_pictures(tmp_path, coco):
 
 
 def test_segmentation_learns_eight_pictures(tmp_path, ade):
-    """Pictures at twice their size: patches of 16 px must draw the edges of objects of 48 px."""
+    """Images at twice their size: patches of 16 px must draw the edges of objects of 48 px."""
     pytest.importorskip("mmseg", reason="MMSegmentation is not installed (pip install 'posfield[seg]')")
     from seg_plugin.protocol import protocol, with_overrides
     from seg_plugin.run import SegmentationRun, train

@@ -70,7 +70,7 @@ def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tm
 
 @pytest.mark.parametrize("size", [(40, 56), (48, 57), (17, 48)])
 def test_a_window_that_is_no_multiple_of_the_patch(size):
-    """Its logits are exactly those of the padded picture, cropped: each at the pixel where it belongs."""
+    """Its logits are exactly those of the padded image, cropped: each at the pixel where it belongs."""
     model = segmentor(model_kwargs=FLAGS).eval()
     image = torch.randn(1, 3, *size)
     padded = F.pad(image, (0, -size[1] % 16, 0, -size[0] % 16))

@@ -136,7 +136,7 @@ def test_coco_api_is_needed(monkeypatch):
 
 
 def geometries(source, n=40):
-    """Random training geometries of a picture, some smaller than the target and some cropped."""
+    """Random training geometries of an image, some smaller than the target and some cropped."""
     recipe = with_overrides(RECIPE, dict(jitter_scale=(0.4, 2.5)))
     return [jitter(source, recipe, np.random.default_rng(i)) for i in range(n)]
 

@@ -39,7 +39,7 @@ def read_rgb(path):
     return cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
-# Pictures
+# Images
 
 
 def test_a_picture_depends_on_its_arguments_alone():

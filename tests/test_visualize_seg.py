@@ -1,4 +1,4 @@
-"""Pictures of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
+"""Images of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
 
 import json
 import runpy

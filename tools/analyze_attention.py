@@ -30,7 +30,7 @@ from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
 from pretrain.cli import run
-from pretrain.data.pictures import read_pictures, square
+from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     queries = list(map(read_place, options.queries))
     output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
     device = choose_device(options.device)
-    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
+    pictures = read_images(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
     images = torch.stack(pictures.pixels)

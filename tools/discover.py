@@ -5,7 +5,7 @@ python tools/discover.py --weights A.pth B.pth --data sets/coco --split train201
 
 --data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole patches, as in the public
 code of both; --size scales their shorter side. Leaves corloc.csv and checkpoints/NAME/ of each with result.json, boxes.csv
-(one row an image) and pictures of found and true boxes.
+(one row an image) and images of found and true boxes.
 """
 
 import sys
@@ -25,7 +25,7 @@ from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
 from pretrain.data.box_sets import BoxedImage, read_boxes
-from pretrain.data.pictures import spread
+from pretrain.data.images import spread
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, models_of

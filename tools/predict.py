@@ -3,7 +3,7 @@
 python tools/predict.py --run runs/det --images photos/ --output found
 
 OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and annotations with
-image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/pictures/ holds
+image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/images/ holds
 the images with masks, boxes, names and scores. Images that cannot be read are named and skipped.
 """
 

@@ -22,7 +22,7 @@ import torch
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
-from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.images import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError

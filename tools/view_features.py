@@ -25,7 +25,7 @@ from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colors
 from pretrain.analysis.similarity import Place, read_place, similarity_to
 from pretrain.cli import run
-from pretrain.data.pictures import read_pictures, resized, whole
+from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
-    pictures = read_pictures(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
+    pictures = read_images(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
 
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shown(pixels: np.ndarray, short_px: int) -> Tensor:
-    """A picture as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
+    """An image as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
     scale = short_px / min(pixels.shape[:2])
     return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
 
@@ -89,7 +89,7 @@ def shown(pixels: np.ndarray, short_px: int) -> Tensor:
 def look(
     subject: EvalModel, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[Tensor]]:
-    """Grids (h, w) and patch features [N, D] of each picture, of the layer that is asked for."""
+    """Grids (h, w) and patch features [N, D] of each image, of the layer that is asked for."""
     backbone = subject.build().to(device)
     names = layer_names(backbone)
     if not -len(names) <= options.layer < len(names):

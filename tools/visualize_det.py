@@ -1,4 +1,4 @@
-"""Draw a detector's predictions beside the ground truth, as pages of pictures (a run folder of either engine).
+"""Draw a detector's predictions beside the ground truth, as pages of images (a run folder of either engine).
 
 python tools/visualize_det.py --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
 
@@ -26,7 +26,7 @@ LEFT = ("predictions.json", "coco_instances_results.json", "inference/coco_insta
 
 
 def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
-    """Pictures by id (``397133,37777``), or some of all."""
+    """Images by id (``397133,37777``), or some of all."""
     if ids is None:
         return spread(split, count)
     by_id = {str(picture.id): picture for picture in split.pictures}
@@ -37,7 +37,7 @@ def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
 
 
 def are_of(found: list[Prediction], split: CocoSplit) -> bool:
-    """Whether predictions can be of a split: each of a picture and a class of it, its mask of the picture's size. Other data may
+    """Whether predictions can be of a split: each of an image and a class of it, its mask of the image's size. Other data may
     have the same ids."""
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
     return bool(found) and all(
@@ -46,7 +46,7 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
 
 
 def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool) -> list[Prediction]:
-    """Those that the run has left of this split, if it was evaluated on it, or new ones of these pictures."""
+    """Those that the run has left of this split, if it was evaluated on it, or new ones of these images."""
     left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
     if evaluated and left is not None:
         found: list[Prediction] = json.loads(left.read_text())

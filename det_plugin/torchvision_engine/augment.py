@@ -24,10 +24,10 @@ class Geometry:
     """Flip left-right, resize, then crop.
 
     Attributes:
-        source: width, height of the picture in pixels.
+        source: width, height of the image in pixels.
         flip: whether left and right change places.
         resized: width, height after resizing.
-        crop: x, y, width, height in the resized picture.
+        crop: x, y, width, height in the resized image.
     """
 
     source: tuple[int, int]
@@ -41,7 +41,7 @@ class Geometry:
         return self.resized[0] / self.source[0], self.resized[1] / self.source[1]
 
     def points(self, xy: np.ndarray) -> np.ndarray:
-        """Continuous coordinates [N, 2] in pixels (a picture spans 0 to its width) -> those after the map."""
+        """Continuous coordinates [N, 2] in pixels (an image spans 0 to its width) -> those after the map."""
         if self.flip:
             xy = np.stack([self.source[0] - xy[:, 0], xy[:, 1]], axis=1)
         return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
@@ -80,7 +80,7 @@ def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
 
 
 def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
-    """Draw a training geometry: flip, a uniform scale of the target square into which the picture is fitted, a random crop."""
+    """Draw a training geometry: flip, a uniform scale of the target square into which the image is fitted, a random crop."""
     flip = bool(rng.random() < protocol.flip)
     target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
     scale = min(target / source[0], target / source[1])

@@ -3,16 +3,16 @@
 What is allowed, and what becomes of it:
 
 * category ids with gaps, or from 0: class k is the k-th id in order; a name that two ids share gets the id behind it;
-* crowds are left out of training and count in evaluation as COCO's ignored regions; a picture with nothing but crowds, or with
+* crowds are left out of training and count in evaluation as COCO's ignored regions; an image with nothing but crowds, or with
   nothing at all, is left out of training and kept in evaluation;
 * objects of zero extent are left out of training; evaluation keeps every object, as COCO's own does;
 * masks are polygons, compressed or uncompressed RLEs; polygons of fewer than three points are left out, and an object without any
   other cannot be learned (training) or found as a mask (evaluation);
-* boxes and polygons that leave the picture: in training only the part inside counts, in evaluation they are as annotated;
+* boxes and polygons that leave the image: in training only the part inside counts, in evaluation they are as annotated;
 * ``file_name`` in subfolders, an absent ``supercategory``, further keys; absent ``area`` and ``iscrowd`` are filled in.
 
 An error that names the entry: ids that are no integers, or twice there; unknown image or category ids; no masks (Mask R-CNN learns
-from them); boxes or polygons that are no numbers; an RLE that does not cover its picture; a ``file_name`` that is missing or leads
+from them); boxes or polygons that are no numbers; an RLE that does not cover its image; a ``file_name`` that is missing or leads
 out of the folder; images that are missing, unreadable (as far as their headers say), or of another size than stated.
 """
 
@@ -84,7 +84,7 @@ class PackedList(Sequence[Picture]):
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A split: its pictures in the file's order, and what class k is called there."""
+    """A split: its images in the file's order, and what class k is called there."""
 
     file: Path
     folder: Path
@@ -142,7 +142,7 @@ def read_split(data: str | Path, split: str, *, num_classes: int | None, trainin
         split: ``train`` | ``val``.
         num_classes: of the model; none: not compared.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
-        share: of the pictures that are left, the same ones in every run, in the file's order; a smaller share is part of a larger.
+        share: of the images that are left, the same ones in every run, in the file's order; a smaller share is part of a larger.
 
     Raises:
         UserError: names the file, the entry and what is wrong with it.
@@ -242,7 +242,7 @@ def _check_ids(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training: bool) -> list[Picture]:
-    """The pictures of a file, with their objects."""
+    """The images of a file, with their objects."""
     _check_ids("image", content["images"])
     _check_ids("annotation", content["annotations"])
     objects: dict[int, list[tuple[int, Segmentation]]] = {}
@@ -308,7 +308,7 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
 
 
 def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
-    """``rle``, if it covers its picture: pycocotools would fill what is missing with whatever the memory holds."""
+    """``rle``, if it covers its image: pycocotools would fill what is missing with whatever the memory holds."""
     try:
         size, counts = list(rle["size"]), rle["counts"]
         runs = counts if isinstance(counts, list) else run_lengths(counts)

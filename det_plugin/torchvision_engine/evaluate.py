@@ -34,7 +34,7 @@ def detect(
     Args:
         model: detector of :func:`build_model` in evaluation mode.
         images: uint8 [3, h_i, w_i], resized for the detector.
-        sizes: height, width of each picture itself, in whose pixels the results are.
+        sizes: height, width of each image itself, in whose pixels the results are.
     """
     found = model([image.to(device, non_blocking=True) for image in images])
     results = []
@@ -54,11 +54,11 @@ def predict(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """All detections of a split; every rank takes its share and gets the whole, in the order of the pictures.
+    """All detections of a split; every rank takes its share and gets the whole, in the order of the images.
 
     Args:
         model: detector of :func:`build_model`; in evaluation mode afterwards.
-        progress: is told (pictures done, of how many): of this rank's share.
+        progress: is told (images done, of how many): of this rank's share.
     """
     model.eval()
     mine = list(range(rank(), len(split.pictures), world_size()))
@@ -79,12 +79,12 @@ def predict(
 def as_coco(
     detection: Mapping[str, Tensor], resized: tuple[int, int], size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Prediction]:
-    """A detector's output for one image -> COCO results in the picture's own pixels (Detectron2's ``detector_postprocess``).
+    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's ``detector_postprocess``).
 
     Args:
         detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N], ``masks``
             [N, 1, s, s] probabilities under the boxes; on the CPU.
-        resized, size: height, width of what the detector saw, without padding, and of the picture.
+        resized, size: height, width of what the detector saw, without padding, and of the image.
     """
     scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
     limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
@@ -93,7 +93,7 @@ def as_coco(
     results = []
     for i in kept.tolist():
         rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
-        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large picture would not fit anywhere
+        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large image would not fit anywhere
         mask[rows, columns] = (chances >= 0.5).numpy()
         results.append(
             {
@@ -107,7 +107,7 @@ def as_coco(
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
-    """Probabilities [s, s] of a box [4] (pixels) -> rows and columns of the picture (height, width: ``size``), and the
+    """Probabilities [s, s] of a box [4] (pixels) -> rows and columns of the image (height, width: ``size``), and the
     probabilities there: bilinear at the pixels' centers, 0 elsewhere (Detectron2's ``paste_masks_in_image``)."""
     sides = []
     for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):

@@ -1,4 +1,4 @@
-"""Pictures of detections for people: masks, boxes, names and scores on an image, and pages of them beside ground truth."""
+"""Images of detections for people: masks, boxes, names and scores on an image, and pages of them beside ground truth."""
 
 import colorsys
 import json
@@ -18,7 +18,7 @@ from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import Prediction
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
-COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between pictures; of the line above each
+COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between images; of the line above each
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 Color = tuple[int, int, int]
 
@@ -34,7 +34,7 @@ class Shown:
 
 
 def draw_detections(split: CocoSplit, predictions: Sequence[Prediction], folder: Path) -> Path:
-    """Write ``detections.png`` and its caption (``captions.json``); the pictures are spread evenly over the split.
+    """Write ``detections.png`` and its caption (``captions.json``); the images are spread evenly over the split.
 
     Args:
         predictions: of :func:`evaluate.predict`; those of at least :data:`MIN_SCORE` are shown.
@@ -44,7 +44,7 @@ def draw_detections(split: CocoSplit, predictions: Sequence[Prediction], folder:
 
 
 def spread(split: CocoSplit, count: int) -> list[Picture]:
-    """``count`` pictures, evenly over the split."""
+    """``count`` images, evenly over the split."""
     chosen = np.unique(np.linspace(0, len(split.pictures) - 1, count).round().astype(int))
     return [split.pictures[index] for index in chosen.tolist()]
 
@@ -52,7 +52,7 @@ def spread(split: CocoSplit, count: int) -> list[Picture]:
 def draw_page(
     split: CocoSplit, pictures: Sequence[Picture], predictions: Sequence[Prediction], path: Path, min_score: float = MIN_SCORE
 ) -> Path:
-    """Write a PNG with ground truth and predictions of some pictures, side by side; its caption goes into ``captions.json``."""
+    """Write a PNG with ground truth and predictions of some images, side by side; its caption goes into ``captions.json``."""
     cells = []
     for picture in pictures:
         mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= min_score]
@@ -71,10 +71,10 @@ def draw_page(
 
 
 def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classes: dict[int, str]) -> np.ndarray:
-    """A picture [H, W, 3] uint8 with what was found in it; very small ones are enlarged and very large ones reduced.
+    """An image [H, W, 3] uint8 with what was found in it; very small ones are enlarged and very large ones reduced.
 
     Args:
-        predictions: COCO results of this picture.
+        predictions: COCO results of this image.
         classes: category id -> name, in the order of the classes.
     """
     small, geometry = _resized(image, min(max(*image.shape[:2], 640), 1600))
@@ -82,7 +82,7 @@ def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classe
 
 
 def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[int, str]) -> list[Shown]:
-    """Predictions of one picture as they are drawn after the map; the highest scores last, on top."""
+    """Predictions of one image as they are drawn after the map; the highest scores last, on top."""
     kinds, found = {id: k for k, id in enumerate(classes)}, []
     for p in sorted(predictions, key=lambda prediction: prediction["score"]):
         x, y, w, h = p["bbox"]
@@ -140,7 +140,7 @@ def _shared(a: Corners, b: Corners) -> float:
 
 
 def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
-    """A picture with its annotations."""
+    """An image with its annotations."""
     image, geometry = _resized(split.load(picture), SIDE_PX)
     objects = []
     for kind, segmentation in zip(picture.classes, picture.segmentations):
@@ -157,7 +157,7 @@ def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:
 
 
 def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
-    """An object's pixels in the drawn image; of an RLE of a large picture no more are looked at than are drawn."""
+    """An object's pixels in the drawn image; of an RLE of a large image no more are looked at than are drawn."""
     if not isinstance(segmentation, dict):
         return geometry.mask(segmentation, coco_api().mask).astype(bool)
     steps = [(np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])]  # rows, columns
@@ -166,7 +166,7 @@ def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
 
 
 def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
-    """Pictures with a line of text above each, in rows."""
+    """Images with a line of text above each, in rows."""
     columns = min(columns, len(cells))
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [HEADER_PX + max(image.shape[0] for _, image in row) + GAP_PX for row in rows]

@@ -157,7 +157,7 @@ class DetectionHeads(RoIHeads):
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score threshold, the best after an
-        NMS within the class. Boxes without extent stay until they are back in the picture's pixels (torchvision drops them here).
+        NMS within the class. Boxes without extent stay until they are back in the image's pixels (torchvision drops them here).
         """
         counts = [len(own) for own in proposals]
         all_boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)

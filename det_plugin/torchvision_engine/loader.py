@@ -24,7 +24,7 @@ ORDER, AUGMENT = 0, 1  # streams of random numbers of one seed
 
 
 def stream_index(position: int, length: int, seed: int) -> int:
-    """Which picture stands at a position of the endless stream: one permutation of all pictures after the other."""
+    """Which image stands at a position of the endless stream: one permutation of all images after the other."""
     epoch, place = divmod(position, length)
     return int(_order(length, seed, epoch)[place])
 
@@ -63,7 +63,7 @@ class TrainSamples(Dataset[Sample]):
 
 
 class EvalSamples(Dataset[Sample]):
-    """Index of a picture -> ``image`` [3, h, w] uint8, resized, and its ``index``."""
+    """Index of an image -> ``image`` [3, h, w] uint8, resized, and its ``index``."""
 
     def __init__(self, split: CocoSplit, image_size_px: int) -> None:
         self.split, self.image_size_px = split, image_size_px
@@ -83,7 +83,7 @@ def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int
     """Lists of samples in the order of ``indices``.
 
     Workers hand over one sample at a time, and are one batch ahead: a worker that made whole batches would let the first one wait
-    for all its pictures, and hold gigabytes of shared memory and a thousand open files where one process has a batch of 64.
+    for all its images, and hold gigabytes of shared memory and a thousand open files where one process has a batch of 64.
 
     Raises:
         UserError: of a sample, also where a worker process met it.

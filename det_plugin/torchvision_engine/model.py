@@ -18,7 +18,7 @@ What still differs from Detectron2's ViTDet configuration:
 
 * class 0 is background (Detectron2: the last class), a permutation of the classifier's rows;
 * the crop is cut out while resizing, not after it: gray values differ by up to 2 of 255;
-* polygons that leave the picture are cut at its edge, also where the picture is smaller than the crop;
+* polygons that leave the image are cut at its edge, also where the image is smaller than the crop;
 * images are drawn in one shuffled order, not in two groups by aspect ratio (all are padded to the same square).
 """
 
@@ -65,7 +65,7 @@ class SquarePad(nn.Module):
     def postprocess(
         self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Detections as they are: pasting needs the picture's own size, which only the evaluation knows."""
+        """Detections as they are: pasting needs the image's own size, which only the evaluation knows."""
         return result
 
 

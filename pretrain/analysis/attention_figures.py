@@ -73,7 +73,7 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
     """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig. 6).
 
     Args:
-        picture: uint8 or normalized [3, H, W].
+        image: uint8 or normalized [3, H, W].
         maps: names, and what the Q queries attend to, [Q, h, w] (:func:`pretrain.analysis.attention.query_attention`).
         queries: Q places (x, y) in image units.
     """
@@ -97,7 +97,7 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
     share of each column of patches, in which vertical lines are spikes (paper Fig. 7, appendix C). The queries take turns.
 
     Args:
-        pictures: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
+        images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
     """
     height, width = pictures.shape[2:]
     rows = len(pictures)

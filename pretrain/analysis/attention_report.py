@@ -32,7 +32,7 @@ def draw(
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
 
     Args:
-        names, pictures: of the n images shown, [n, 3, S, S].
+        names, images: of the n images shown, [n, 3, S, S].
         maps: {checkpoint: [n, Q, h, w]} of the Q queries.
         compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """

@@ -18,7 +18,7 @@ from pretrain.analysis.attention import query_attention
 from pretrain.analysis.attention_statistics import BLOCK, attention_statistics
 from pretrain.analysis.attention_tables import Measured, metrics_of, read_statistics, write_statistics
 from pretrain.backbones.vit import ViT
-from pretrain.data.pictures import check_grid, content_hash
+from pretrain.data.images import check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.progress import Progress

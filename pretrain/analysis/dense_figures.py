@@ -22,14 +22,14 @@ from pretrain.analysis.feature_figures import pca_figure
 from pretrain.analysis.figures import bare, forget, plain, save
 from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.data.pictures import resized
+from pretrain.data.images import resized
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Colors = Mapping[int, tuple[float, float, float]]
 OUTLINED = "clustering"  # the map over which the labels' outlines are drawn: it was made without labels
 MOST_IN_LEGEND = 32
-COLUMN_IN, SIDE_PX = 2.6, 360  # of a picture: width in inches; longer side in pixels
+COLUMN_IN, SIDE_PX = 2.6, 360  # of an image: width in inches; longer side in pixels
 SHARE = 0.75  # of the colors over the gray image
 HATCHED = (0.62, 0.8)  # gray levels of pixels that are not counted
 # What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1: protan, deutan, tritan.

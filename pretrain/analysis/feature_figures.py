@@ -32,7 +32,7 @@ def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Sh
 
 
 def _panels(rows: int, widths: Sequence[float], height: float, color_bars: bool = False) -> tuple[Figure, Any]:
-    """A grid of bare axes whose columns are as wide as their pictures are at one height (in inches)."""
+    """A grid of bare axes whose columns are as wide as their images are at one height (in inches)."""
     wide = sum(widths) * height
     shrink = min(1.0, MAX_WIDTH_IN / wide)
     size = (wide * shrink + 0.5 + 0.8 * color_bars, (height * shrink + 0.25) * rows)

@@ -1,7 +1,7 @@
 """Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
-report finds it; :func:`as_array` gives its pixels. The pictures of a running training are in :mod:`pretrain.analysis.pictures`.
+report finds it; :func:`as_array` gives its pixels. The images of a running training are in :mod:`pretrain.analysis.images`.
 """
 
 import json
@@ -143,7 +143,7 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
             bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
             side = crops.shape[-1]
             pixels = displayable(crops[crop])
-            if kind == "position":  # red shows on gray, whatever the picture
+            if kind == "position":  # red shows on gray, whatever the image
                 pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
             axis.imshow(pixels, extent=(0, side, side, 0))
             cover = np.zeros((*grid, 4))

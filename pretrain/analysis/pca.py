@@ -1,4 +1,4 @@
-"""Principal components of patch features as colors: what belongs together gets the same color, across pictures."""
+"""Principal components of patch features as colors: what belongs together gets the same color, across images."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ PERCENTILES = (0.02, 0.98)  # what lies beyond is clipped: a few outlying patche
 def principal_components(features: Tensor, n: int = 3) -> Tensor:
     """Scores of all rows on the first ``n`` principal components, the largest first.
 
-    The sign of a component is fixed: its largest loading is positive, so that colors do not flip from one picture to the next.
+    The sign of a component is fixed: its largest loading is positive, so that colors do not flip from one image to the next.
 
     Args:
         features: [M, D], D at least ``n``.
@@ -28,7 +28,7 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
 
 
 def pca_rgb(features: Tensor) -> Tensor:
-    """:func:`pca_colors` of pictures of one size.
+    """:func:`pca_colors` of images of one size.
 
     Args:
         features: [B, N, D].
@@ -40,14 +40,14 @@ def pca_rgb(features: Tensor) -> Tensor:
 
 
 def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The first three components of the patches of several pictures, found over all of them together, as red, green and blue.
+    """The first three components of the patches of several images, found over all of them together, as red, green and blue.
 
     Args:
-        features: [N, D] a picture; N may differ.
-        background: [N] bool a picture, patches that are left out and become black; at least three patches remain.
+        features: [N, D] an image; N may differ.
+        background: [N] bool an image, patches that are left out and become black; at least three patches remain.
 
     Returns:
-        [N, 3] float32 in [0, 1] on the CPU a picture; each channel runs from its 2nd to its 98th percentile.
+        [N, 3] float32 in [0, 1] on the CPU an image; each channel runs from its 2nd to its 98th percentile.
     """
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
     kept = torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
@@ -64,7 +64,7 @@ def as_colors(scores: Tensor) -> Tensor:
 
 def turned_like(scores: Tensor, like: Tensor) -> Tensor:
     """Scores turned or mirrored as a whole so that they come nearest to others of the same patches: the colors of one place in two
-    pictures can be compared, which the order and signs of components otherwise forbid (orthogonal Procrustes problem).
+    images can be compared, which the order and signs of components otherwise forbid (orthogonal Procrustes problem).
 
     Args:
         scores, like: [M, 3], of mean 0.
@@ -77,13 +77,13 @@ def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int
     """Patches on the background's side of the first component, as DINOv2's authors show their features.
 
     The threshold is 0, the mean of all patches. Which side is the background is not theirs to say, for the sign of a component
-    means nothing; ours: the side that has more of the pictures' border patches.
+    means nothing; ours: the side that has more of the images' border patches.
 
     Args:
-        features: [N, D] a picture; grids: its (h, w), N = h * w.
+        features: [N, D] an image; grids: its (h, w), N = h * w.
 
     Returns:
-        [N] bool a picture, on the CPU.
+        [N] bool an image, on the CPU.
     """
     scores = principal_components(torch.cat([part.detach().cpu() for part in features]), 1)[:, 0]
     above = scores > 0

@@ -9,8 +9,8 @@ Memory: a header that declares more than ``max_mpx`` is refused before a pixel i
 (text, profiles) are bounded by PIL, as is WebP at 179 million pixels. Decoding takes at most about 14 bytes a pixel.
 
 Broken means what it means to PIL, and two things more: a PNG with a wrong checksum, and a JPEG of one scan whose coded data
-ends before the picture (a decoder fills the rest with gray and says nothing). Other changed bytes of a JPEG or WebP cannot be
-told from a picture. ``simplejpeg``, where it is installed, decodes whole plain JPEGs 1.5 times as fast, to the same pixels; PIL
+ends before the image (a decoder fills the rest with gray and says nothing). Other changed bytes of a JPEG or WebP cannot be
+told from an image. ``simplejpeg``, where it is installed, decodes whole plain JPEGs 1.5 times as fast, to the same pixels; PIL
 judges all others, so that what is broken does not depend on it.
 """
 
@@ -133,9 +133,9 @@ def _is_filled(pixel: np.ndarray) -> bool:
 
 
 def _ends_early(data: bytes, n_components: int) -> bool:
-    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error) before the picture.
+    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error) before the image.
 
-    For a picture that ends in gray, as libjpeg fills what is missing: the JPEG is decoded again without what follows its
+    For an image that ends in gray, as libjpeg fills what is missing: the JPEG is decoded again without what follows its
     coded data, so that a decoder which needs more has to say so.
     """
     at, marker, restarts = 2, 0, False

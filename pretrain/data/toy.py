@@ -1,8 +1,8 @@
-"""The demo's pictures: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as data sets).
+"""The demo's images: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as data sets).
 
 The photographs lie inside the installed packages scikit-image and scikit-learn and are read by path (nothing is
-imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out: validation pictures
-are made of these alone, background and surfaces of objects alike; the training and pre-training pictures never use them.
+imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out: validation images
+are made of these alone, background and surfaces of objects alike; the training and pre-training images never use them.
 """
 
 import importlib.util
@@ -33,9 +33,9 @@ TRAIN_PHOTOGRAPHS = ("astronaut.png", "china.jpg", "coffee.png", "grass.png", "g
 VAL_PHOTOGRAPHS = ("brick.png", "camera.png", "chelsea.png", "flower.jpg")
 SKLEARN_PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
-SIZE_RANGE = (0.2, 0.65)  # of an object, in short sides of the picture
+SIZE_RANGE = (0.2, 0.65)  # of an object, in short sides of the image
 MAX_OBJECTS = 5
-MIN_VISIBLE = 0.3  # of the part of an object that lies inside the picture
+MIN_VISIBLE = 0.3  # of the part of an object that lies inside the image
 MIN_AREA_PX = 40
 TEXTURES = ("stripes", "checks", "noise", "gradient", "photograph")
 FAVOURITE_TEXTURE = 0.4  # chance of the class's own texture (the k-th of class k); otherwise any
@@ -44,7 +44,7 @@ FAVOURITE_HUE = 0.75  # chance of the class's own hue; otherwise two colors of a
 
 @dataclass(frozen=True)
 class Picture:
-    """A composed picture and what is visible in it; objects from back to front."""
+    """A composed image and what is visible in it; objects from back to front."""
 
     image: np.ndarray  # [H, W, 3] uint8 RGB
     masks: list[np.ndarray]  # each [H, W] bool: the visible part; disjoint
@@ -69,7 +69,7 @@ def photographs() -> dict[str, Path]:
 
 
 def photographs_of(split: str) -> list[str]:
-    """The names that the pictures of a split ("pretrain", "train" or "val") are made of."""
+    """The names that the images of a split ("pretrain", "train" or "val") are made of."""
     return [Path(file).stem for file in (VAL_PHOTOGRAPHS if split == "val" else TRAIN_PHOTOGRAPHS)]
 
 
@@ -163,7 +163,7 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
 
 
 def _surface(random: np.random.Generator, item: _Object, names: list[str], light: float) -> tuple[np.ndarray, str]:
-    """The texture of an object over the whole picture, [H, W, 3] float32 in 0..255, and the photograph behind it."""
+    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind it."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
     name = str(random.choice(names))
     height, width = item.alpha.shape
@@ -202,7 +202,7 @@ def _colors(random: np.random.Generator, kind: int) -> np.ndarray:
 
 
 def compose(index: int, split: str, seed: int, size_px: int) -> Picture:
-    """Picture ``index`` of a split; it depends on these arguments alone.
+    """Image ``index`` of a split; it depends on these arguments alone.
 
     ``size_px`` is the short side; the long side is 1 to 4/3 of it, lying or standing.
     """

@@ -1,6 +1,6 @@
 """The toy objects one by one, as a labeled folder for k-NN: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
-An example is the square around one object of a composed picture (:mod:`pretrain.data.toy`), with whatever else lies in it. As
+An example is the square around one object of a composed image (:mod:`pretrain.data.toy`), with whatever else lies in it. As
 there, ``val`` is made of the held-out photographs alone.
 """
 
@@ -18,7 +18,7 @@ MIN_SIDE_PX = 24  # of the object's box: below it the shape is hardly there
 
 
 def examples(picture: Picture) -> Iterator[tuple[np.ndarray, int]]:
-    """The objects of a picture that are large enough, each as pixels [S, S, 3] uint8 RGB, and its class."""
+    """The objects of an image that are large enough, each as pixels [S, S, 3] uint8 RGB, and its class."""
     height, width = picture.image.shape[:2]
     for mask, kind in zip(picture.masks, picture.classes):
         y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -32,7 +32,7 @@ def examples(picture: Picture) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def write_toy_classes(folder: Path, *, n_train: int = 600, n_val: int = 300, size_px: int = 128, seed: int = 0) -> None:
-    """Write ``n_train`` and ``n_val`` examples, of pictures whose short side is ``size_px``; the same arguments, the same bytes."""
+    """Write ``n_train`` and ``n_val`` examples, of images whose short side is ``size_px``; the same arguments, the same bytes."""
     for split, n in (("train", n_train), ("val", n_val)):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 from pretrain.data.toy import CLASSES, SPLITS, Picture, compose, photographs, photographs_of
 from pretrain.errors import UserError
 
-GENERATOR_VERSION = 1  # raise it when the same arguments give other pictures
+GENERATOR_VERSION = 1  # raise it when the same arguments give other images
 CATEGORY_IDS = (1, 2, 3, 5, 6)  # of COCO, with a gap as in the real data set; class k is category CATEGORY_IDS[k]
 ADE_RIM, ADE_BACKGROUND, ADE_FIRST_CLASS = 0, 1, 2  # class k is label k + 2
 MIN_SIZE_PX = 64  # below it many objects would fall under toy.MIN_AREA_PX
@@ -158,7 +158,7 @@ def _begin(folder: Path, ours: bool) -> Path:
 
 
 def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) -> None:
-    """The same pictures as COCO (``coco/``) and as ADE20K (``ade/ADEChallengeData2016/``)."""
+    """The same images as COCO (``coco/``) and as ADE20K (``ade/ADEChallengeData2016/``)."""
     coco, ade = folder / "coco", folder / "ade" / "ADEChallengeData2016"
     ade_split = {"train": "training", "val": "validation"}[split]
     targets = [coco / f"{split}2017", ade / "images" / ade_split, ade / "annotations" / ade_split, coco / "annotations"]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.pictures import check_grid, whole
+from pretrain.data.images import check_grid, whole
 from pretrain.evaluation.features import Features
 
 LOST_PATCHES = 100  # k: patches of low degree that may join the seed
@@ -120,7 +120,7 @@ def discover(
         short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole patches.
 
     Raises:
-        UserError: an image of too many patches, see :func:`pretrain.data.pictures.whole`.
+        UserError: an image of too many patches, see :func:`pretrain.data.images.whole`.
     """
     patch_size = features.backbone.patch_size
     if short_px:

@@ -1,4 +1,4 @@
-"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 pictures."""
+"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.views.pixels import normalize
 
-FORWARD_BATCH = 32  # pictures a forward pass: probes run beside a training that already fills the memory
+FORWARD_BATCH = 32  # images a forward pass: probes run beside a training that already fills the memory
 
 LayerVisitor = Callable[[slice, int, Tensor], None]
 
@@ -63,7 +63,7 @@ class Features:
     autocast: AbstractContextManager[Any]
 
     def __call__(self, images: Tensor, position_masks: Tensor | None = None) -> Iterator[Tokens]:
-        """Tokens after the final norm, ``FORWARD_BATCH`` pictures at a time, in order.
+        """Tokens after the final norm, ``FORWARD_BATCH`` images at a time, in order.
 
         Args:
             images: uint8 [n, 3, S, S], whole images.

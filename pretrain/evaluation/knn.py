@@ -129,7 +129,7 @@ class KnnProbe:
         """The probe of ``probes.knn_root``.
 
         Raises:
-            UserError: a bad folder (:func:`read_classes`), or fewer training pictures than neighbors.
+            UserError: a bad folder (:func:`read_classes`), or fewer training images than neighbors.
         """
         train, val = read_classes(root, side_px, max_images, "probes.knn_root")
         if k > len(train.images):

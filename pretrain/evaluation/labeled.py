@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import in_threads, spread, square
 from pretrain.data.label_sets.maps import nearest, read_map
-from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
 
@@ -29,7 +29,7 @@ def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[La
         key: the setting that names ``root``, for messages.
 
     Raises:
-        UserError: a folder that is missing or empty, a class of val that train has not, a file that is no picture.
+        UserError: a folder that is missing or empty, a class of val that train has not, a file that is no image.
     """
     folders = [_folder(Path(root) / part, key) for part in ("train", "val")]
     numbers = {path.name: number for number, path in enumerate(_class_folders(folders[0]))}
@@ -49,7 +49,7 @@ def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[La
 
 
 def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
-    """A set in ADE20K's layout, pictures and label maps squeezed to squares; at most ``max_images`` of each part, at equal steps.
+    """A set in ADE20K's layout, images and label maps squeezed to squares; at most ``max_images`` of each part, at equal steps.
 
     Returns:
         ``training`` and ``validation``; labels 0 (not labeled) or 1 .. n_classes, uint8 (int32 beyond 255 classes).

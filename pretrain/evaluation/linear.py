@@ -1,7 +1,7 @@
 """Linear read-outs in closed form, float64: the same features give the same read-out, with nothing to tune or to draw.
 
 Features are standardized; D / n is added to the diagonal of their D x D correlation matrix, n being the rows (ours): as if D rows
-of noise had been seen too, which matters for the few pictures of a small probe and vanishes with many.
+of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
-from pretrain.data.pictures import Pictures, read_pictures, square
+from pretrain.data.images import Images, read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.features import FORWARD_BATCH, Features
@@ -149,9 +149,9 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
     return mask if backbone.pos_encoding != "none" else "none"
 
 
-def read_squares(data: DataSettings, side_px: int, max_images: int) -> Pictures[Tensor]:
+def read_squares(data: DataSettings, side_px: int, max_images: int) -> Images[Tensor]:
     """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of :meth:`PositionProbe.read`."""
-    found = read_pictures(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
+    found = read_images(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
     if len(found.names) < 2:
         raise UserError(f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read")
     return found

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pretrain.backbones.vit import ViT
+from pretrain.data.images import in_threads
 from pretrain.data.label_sets import LabelSet, open_label_set
-from pretrain.data.pictures import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.dense.protocol import named_tasks, settings_of
@@ -99,7 +99,7 @@ class DenseProbe:
 
 
 class Probes:
-    """All probes that a config asks for, with their pictures in memory (3 * image_px^2 bytes each), but for the dense one's.
+    """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the dense one's.
 
     Nothing is drawn from torch's or NumPy's random state, and the same backbone on the same hardware gives the same numbers: an
     exactly resumed run logs what an uninterrupted one does. One rank is enough; the others only have to wait for it.
@@ -108,7 +108,7 @@ class Probes:
         settings: of the probes.
         data: of the run: the position probe looks at its images.
         patch_size: of the backbone.
-        reads: read the pictures; a rank that never asks only has to know when the probes are due.
+        reads: read the images; a rank that never asks only has to know when the probes are due.
 
     Raises:
         UserError: whatever would keep a probe from working, by key and file.

@@ -1,7 +1,7 @@
 """Dense probes: segmentation of a small labeled set from frozen patch features, by a linear read-out and by k-NN.
 
 Both are fitted on whole patches, labeled by the majority of their labeled pixels. Both give class probabilities on the patch
-grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the squeezed pictures. All of this is ours: it costs two
+grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the squeezed images. All of this is ours: it costs two
 forward passes and has nothing to tune, for curves during a training. The benchmark is ``tools/train_seg.py``.
 """
 
@@ -125,5 +125,5 @@ def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
     """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after bilinear upsampling."""
     grid = round(scores.shape[1] ** 0.5)
     maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
-    # One picture at a time: 150 classes at 224 px are 30 MB each.
+    # One image at a time: 150 classes at 224 px are 30 MB each.
     return torch.cat([F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)])

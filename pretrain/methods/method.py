@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def exported_backbone(self) -> ViT:
-        """The backbone that the run leaves and that probes and pictures look at."""
+        """The backbone that the run leaves and that probes and images look at."""
         return self.backbone
 
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Any) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def _grid(panels: Sequence[str]) -> str:
 
 
 def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Run by run: every number that it measured, and its pictures."""
+    """Run by run: every number that it measured, and its images."""
     parts = []
     for run, name in zip(runs, names):
         pictures = "".join(picture(figure) for figure in run.figures)
@@ -200,7 +200,7 @@ def _figures(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """A <figure> that holds its picture itself, a large one as WebP; title and caption are escaped."""
+    """A <figure> that holds its image itself, a large one as WebP; title and caption are escaped."""
     kind, pixels = _light(figure.png)
     data = base64.b64encode(pixels).decode("ascii")
     title, caption = html.escape(figure.title), html.escape(figure.caption)
@@ -209,7 +209,7 @@ def picture(figure: Figure) -> str:
 
 
 def _light(png: bytes) -> tuple[str, bytes]:
-    """(type, file) of a picture: photographs, which PNG keeps badly, in a quarter of the bytes."""
+    """(type, file) of an image: photographs, which PNG keeps badly, in a quarter of the bytes."""
     from PIL import Image, features
 
     if len(png) < LARGE_BYTES or not features.check("webp"):

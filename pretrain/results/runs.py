@@ -19,7 +19,7 @@ Log = dict[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of a run: its title and caption as plain text, its PNG file as bytes."""
+    """An image of a run: its title and caption as plain text, its PNG file as bytes."""
 
     title: str
     caption: str

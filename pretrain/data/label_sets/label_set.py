@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.images import in_threads, spread, square
 from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.pictures import in_threads, spread, square
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 

@@ -12,7 +12,7 @@ class Outcome:
 
     Attributes:
         metrics: as ``result.json`` holds them: numbers in percent, or one a class by its name.
-        maps: for pictures, by the evaluation's name: what it predicts for the first images of the validation part, [S, S] each, in
+        maps: for images, by the evaluation's name: what it predicts for the first images of the validation part, [S, S] each, in
             1 .. C.
     """
 

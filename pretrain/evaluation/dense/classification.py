@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from pretrain.data.pictures import in_threads, spread
+from pretrain.data.images import in_threads, spread
 from pretrain.data.sources.files import SUFFIXES, is_image
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from pretrain.data.images import in_threads, square
 from pretrain.data.label_sets import LabelSet
 from pretrain.data.label_sets.maps import nearest
-from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome

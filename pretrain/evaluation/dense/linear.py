@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from pretrain.data.images import in_threads, square
 from pretrain.data.label_sets import LabelSet
 from pretrain.data.label_sets.maps import nearest
-from pretrain.data.pictures import in_threads, square
 from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome

@@ -1,4 +1,4 @@
-"""A few pictures of a set, all in memory, as probes and analyses look at them: whole, each time the same ones."""
+"""A few images of a set, all in memory, as probes and analyses look at them: whole, each time the same ones."""
 
 import hashlib
 import os
@@ -18,16 +18,16 @@ from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.errors import UserError
 
-MAX_PATCHES = 16_384  # of one picture: an N x N matrix of them takes 1 GiB
-READ_AHEAD = 64  # pictures that are held at a time, encoded or as what was made of them
+MAX_PATCHES = 16_384  # of one image: an N x N matrix of them takes 1 GiB
+READ_AHEAD = 64  # images that are held at a time, encoded or as what was made of them
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Pictures(Generic[Made]):
-    """The pictures that could be read.
+class Images(Generic[Made]):
+    """The images that could be read.
 
     Attributes:
         names: n names.
@@ -40,7 +40,7 @@ class Pictures(Generic[Made]):
     broken: list[str]
 
 
-def read_pictures(data: DataSettings, most: int, make: Callable[[np.ndarray], Made]) -> Pictures[Made]:
+def read_images(data: DataSettings, most: int, make: Callable[[np.ndarray], Made]) -> Images[Made]:
     """At most ``most`` images of ``data.root``, at equal steps from the first.
 
     Args:
@@ -67,7 +67,7 @@ def read_pictures(data: DataSettings, most: int, make: Callable[[np.ndarray], Ma
         except BrokenImage as error:
             return name, None, str(error)
 
-    found: Pictures[Made] = Pictures([], [], [])
+    found: Images[Made] = Images([], [], [])
     for name, picture, reason in in_threads(made, encoded()):
         if picture is None:
             found.broken.append(f"{name}: {reason}")
@@ -80,11 +80,11 @@ def read_pictures(data: DataSettings, most: int, make: Callable[[np.ndarray], Ma
 
 
 def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
-    """A picture as uint8 [3, side, side], by antialiased bicubic resizing.
+    """An image as uint8 [3, side, side], by antialiased bicubic resizing.
 
     Args:
         pixels: uint8 [H, W, 3].
-        crop: the central square of the picture; else all of it, squeezed.
+        crop: the central square of the image; else all of it, squeezed.
     """
     height, width = pixels.shape[:2]
     if crop:
@@ -95,13 +95,13 @@ def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
 
 
 def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
-    """A picture uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
+    """An image uint8 [H, W, 3] as uint8 [3, height, width], by antialiased bicubic resizing."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     return F.interpolate(image, size=size_px, mode="bicubic", antialias=True)[0].contiguous()
 
 
 def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
-    """A picture as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
+    """An image as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
 
     Args:
         pixels: uint8 [h, w, 3].

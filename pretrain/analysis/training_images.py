@@ -1,4 +1,4 @@
-"""Pictures of a running training for TensorBoard: its views, its masks, and what the teacher makes of them."""
+"""Images of a running training for TensorBoard: its views, its masks, and what the teacher makes of them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,7 +20,7 @@ LOCALS_SHOWN = 4
 QUERIES = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))
 
 
-def training_pictures(
+def training_images(
     teacher: ViT,
     global_crops: Tensor,
     local_crops: Tensor,
@@ -30,7 +30,7 @@ def training_pictures(
     n_images: int = 3,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pictures of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
+    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
 
     The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random number is drawn.
 
