@@ -125,6 +125,8 @@ def read_yaml(path: str | Path) -> Layer:
         raise UserError(f"config: no file {path}: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise UserError(f"config: {path} is no readable YAML ({reason}); save it as UTF-8 YAML") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
