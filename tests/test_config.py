@@ -427,7 +427,7 @@ def test_a_base_that_leads_back_is_named(write):
     assert refused([], a) == f"config: base: {a} -> {b} -> {a} is a circle; take one base out"
     assert refused([], b) == f"config: base: {b} -> {a} -> {b} is a circle; take one base out"
     own = write(f"base: '../{HOSTILE}/own.yaml'\n", "own.yaml")
-    assert f"{own} -> {own} is a circle" in refused([], own)
+    assert f"base: {own} -> " in refused([], own) and "own.yaml is a circle" in refused([], own)
 
 
 @pytest.mark.parametrize("base", ["none.yaml", "[none.yaml]", "{none.yaml: 1}", "[[a]]", "[{a: b}]", "."])
