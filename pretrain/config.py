@@ -150,7 +150,8 @@ def _recipe(name: str) -> "_Chain":
 
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = _modern(read_words(words))
+    said = read_words(words)
+    typed = _modern(replace(said, values=_own_path(dict(said.values), Path())))
     chain = _Chain() if path is None else _read_chain(find_config(path))
     method = find_method(_method_in([*chain.layers, typed]))
     own = method.Settings.model_fields["recipe"].default
@@ -183,7 +184,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
         chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
     is_recipe = path.parent.resolve() == RECIPES.resolve()
     name = f"recipe {path.stem}" if is_recipe else layer.name
-    own = _modern(Layer(name, _own_path(values, path), layer.comments))
+    own = _modern(Layer(name, _own_path(values, path.parent), layer.comments))
     if is_recipe:
         info = {**as_dict(chain.info), **info} if chain.recipe else info
         layers = (*chain.layers, own)
@@ -196,11 +197,11 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
     return chain.over(_Chain((own,)))
 
 
-def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A method that is a file is named relative to the config that names it."""
+def _own_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
-        return {**values, "method": str((path.parent / name).resolve())}
+        return {**values, "method": str((folder / name).resolve())}
     return values
 
 
