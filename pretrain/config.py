@@ -182,6 +182,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
         if not isinstance(base, str):
             raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
         chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
+    if isinstance(info, str):  # a run's config.yaml names its recipe
+        values["recipe"] = info
     is_recipe = path.parent.resolve() == RECIPES.resolve()
     name = f"recipe {path.stem}" if is_recipe else layer.name
     own = _modern(Layer(name, _own_path(values, path.parent), layer.comments))
@@ -189,11 +191,10 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
         info = {**as_dict(chain.info), **info} if chain.recipe else info
         layers = (*chain.layers, own)
         return _Chain(layers, path.stem, len(layers), build(RecipeInfo, [Layer(str(path), info)], "recipe"))
-    named = info if isinstance(info, str) else own.values.get("recipe", "")  # a run's config.yaml names its recipe
     if info and not isinstance(info, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if named:
-        chain = chain.over(_recipe(named))
+    if own.values.get("recipe"):
+        chain = chain.over(_recipe(own.values["recipe"]))
     return chain.over(_Chain((own,)))
 
 
