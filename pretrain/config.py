@@ -130,7 +130,8 @@ def _recipe_path(name: str) -> Path:
 
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = _modern(read_words(words))
+    said = read_words(words)
+    typed = _modern(replace(said, values=_own_path(dict(said.values), Path())))
     layers = [] if path is None else _read(find_config(path))
     model = find_method(_method_in([*layers, typed])).Settings
     if not _recipe_in(layers)[0]:
@@ -171,11 +172,11 @@ def _prepared(layer: Layer) -> Layer:
     return layer
 
 
-def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A method that is a file is named relative to the config that names it."""
+def _own_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
-        return {**values, "method": str((path.parent / name).resolve())}
+        return {**values, "method": str((folder / name).resolve())}
     return values
 
 
