@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.checkpoints.store import MANIFEST, META, Record, directory, read_json, verify, whole_directories
+from pretrain.checkpoints.store import MANIFEST, META, Record, directory, verify, whole_directories
 from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_tensors
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 LAYOUTS = {"single": STATE, "sharded": INDEX}
 
@@ -47,7 +48,7 @@ def open_checkpoint(path: Path) -> Found:
     if not path.is_dir():
         raise UserError(f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read")
     records = verify(path)
-    meta = read_json(path / META)
+    meta = read_json(path / META, "checkpoint")
     iteration, layout = meta.get("iteration"), meta.get("layout")
     if not isinstance(iteration, int) or not isinstance(layout, str) or LAYOUTS.get(layout) not in records:
         raise UserError(f"checkpoint: {path / META} names no iteration, or no layout whose files are there")
