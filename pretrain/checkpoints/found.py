@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import distributed
 from pretrain.checkpoints.store import MANIFEST, META, Record, directory, verify, whole_directories
-from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_tensors
+from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_pieces
 from pretrain.errors import UserError
 from pretrain.json_file import read_json
 
@@ -36,7 +37,11 @@ class Found:
         Raises:
             UserError: names the file that cannot be read as tensors.
         """
-        return read_tensors(self.path, self.contents())
+        entries = self.contents()
+        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+        for name, piece, values in read_pieces(self.path, entries):
+            tensors[name][piece.slices].copy_(values)
+        return tensors
 
 
 def open_checkpoint(path: Path) -> Found:

@@ -188,11 +188,3 @@ def read_pieces(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str,
         with opened(path / name_of_file) as file:
             for name, piece in items:
                 yield name, piece, read_piece(file, piece, entries[name].dtype)
-
-
-def read_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU."""
-    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-    for name, piece, values in read_pieces(path, entries):
-        tensors[name][piece.slices].copy_(values)
-    return tensors
