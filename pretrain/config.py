@@ -160,7 +160,7 @@ def _prepared(layer: Layer) -> Layer:
     is_recipe = path.parent.resolve() == RECIPES.resolve()
     if is_recipe:
         values["recipe"] = path.stem
-    layer = _modern(replace(layer, values=_own_path(values, path)))
+    layer = _modern(replace(layer, values=_own_path(values, path.parent)))
     if is_recipe:
         return replace(layer, name=f"recipe {path.stem}")
     if not isinstance(block, str):
