@@ -131,7 +131,7 @@ def _recipe_path(name: str) -> Path:
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
     said = read_words(words)
-    typed = _modern(replace(said, values=_own_path(dict(said.values), Path())))
+    typed = _modern(replace(said, values=_own_path(said.values, Path())))
     layers = [] if path is None else _read(find_config(path))
     model = find_method(_method_in([*layers, typed])).Settings
     if not _recipe_in(layers)[0]:
@@ -172,7 +172,7 @@ def _prepared(layer: Layer) -> Layer:
     return layer
 
 
-def _own_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _own_path(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
