@@ -4,7 +4,6 @@ Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
-from pretrain.results.provenance import file_hash
-from pretrain.weights import read_checkpoint
+from pretrain.weights import origin_of as weights_origin
 
 with detectron2_installed():
     from detectron2.modeling import Backbone, SimpleFeaturePyramid
@@ -23,23 +21,14 @@ with detectron2_installed():
 FEATURE = "last_feat"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a backbone's weights come from, and all that builds the same network without the file."""
-
-    model_kwargs: Mapping[str, Any]  # of the ViT
-    method: str
-    effective_epochs: float | None
-    weights_hash: str | None
+# Stock launchers hand an evaluator no model, and at the end of a long run the file may be gone. So each file's origin, and the
+# arguments of the ViT that was built from it, are kept for as long as this process lasts.
+_ORIGINS: dict[str, dict[str, Any]] = {}
 
 
-# The stock launchers hand an evaluator no model, and at the end of a long run the file may be gone: what each file said
-# when a backbone was built from it, in this process.
-_ORIGINS: dict[str, Origin] = {}
-
-
-def origin_of(weights: str | Path) -> Origin:
-    """What a file said when a :class:`RegistryBackbone` of this process read it."""
+def origin_of(weights: str | Path) -> dict[str, Any]:
+    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all arguments of the ViT,
+    and what :func:`pretrain.weights.origin_of` gives."""
     return _ORIGINS[str(weights)]
 
 
@@ -79,7 +68,8 @@ class RegistryBackbone(Backbone):
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            _ORIGINS[str(weights)] = _origin(weights, model_kwargs.get("source"), self.vit.model_kwargs)
+            origin = weights_origin(weights, model_kwargs.get("source"))
+            _ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
@@ -103,12 +93,6 @@ class PaddedPyramid(SimpleFeaturePyramid):
     def padding_constraints(self) -> dict[str, int]:
         """What ``GeneralizedRCNN.preprocess_image`` pads to."""
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
-
-
-def _origin(weights: str | Path, source: str | None, model_kwargs: Mapping[str, Any]) -> Origin:
-    provenance = read_checkpoint(weights, source).provenance
-    method = str(provenance.get("method", Path(weights).stem))
-    return Origin(dict(model_kwargs), method, provenance.get("effective_epochs"), file_hash(weights))
 
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from det_plugin.requires import detectron2_installed
+from det_plugin.step import micro_batch_size
 from det_plugin.torchvision_engine.loader import batches, positions, stream_index
 from pretrain import distributed
 from pretrain.errors import UserError
@@ -91,18 +92,6 @@ class TrainLoader:
         for it in count(start_iter):
             own = positions(it, self.batch_size, distributed.rank(), distributed.world_size())
             yield from (list(own[i : i + micro]) for i in range(0, len(own), micro))
-
-
-def micro_batch_size(batch_size: int, accumulate: int) -> int:
-    """Images that one rank computes on at a time.
-
-    Raises:
-        UserError: the batch cannot be shared equally by ranks and parts.
-    """
-    ranks = distributed.world_size()
-    if accumulate < 1 or batch_size % (ranks * accumulate):
-        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}")
-    return batch_size // (ranks * accumulate)
 
 
 def _draws(seed: int, stream: int, position: int) -> np.random.SeedSequence:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from det_plugin.coco_catalog import dataset_name, train_images
+from det_plugin.coco_catalog import coco_root, dataset_name, train_images
 from det_plugin.deviations import config_deviations, protocol_in
 from det_plugin.protocol import other_images, protocol
 from det_plugin.requires import detectron2_installed
-from det_plugin.run import first_names
+from det_plugin.run import DetectionRun, leave_result
 from det_plugin.saved_config import ASKED, RESOLVED, load_config, model_kwargs_in, origin_in, resolved
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
-from pretrain.build import network_kwargs
-from pretrain.results.provenance import provenance
-from pretrain.results.schema import Protocol, Result, write_result
-from pretrain.settings import as_dict
+from pretrain.weights import origin_of
 
 with detectron2_installed():
     from detectron2.config import LazyConfig
@@ -77,10 +73,9 @@ class ResultEvaluator(COCOEvaluator):
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
             # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
-            started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
             share = cfg.dataloader.train.dataset.get("share", 1.0)
             trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
-            write_result(result_of(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), started), self.folder)
+            _leave_result(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), self.folder)
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
@@ -105,39 +100,36 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return metrics
 
 
-def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], started: float) -> Result:
-    """The ``result.json`` of the run that trained what ``cfg`` evaluates.
+def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path) -> Path:
+    """Write the ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
         cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
         images: number of images for training (none: not known) and evaluation.
     """
     changed, trained = config_deviations(cfg), cfg
-    if has_event_storage():
-        if cfg.train.init_checkpoint:
-            changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
-    else:
+    if not has_event_storage():
         trained, unlike = _training_of(cfg)
         changed = {**config_deviations(trained), **changed, **unlike}
-    recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
+    elif cfg.train.init_checkpoint:
+        changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
+    recipe, origin = protocol_in(trained), origin_in(trained) or origin_of(None)
     changed |= other_images(*images, recipe.train_share)
-    settings = {
-        "backbone": name,
-        "model_kwargs": network_kwargs(model_kwargs_in(trained)),
-        "protocol": as_dict(recipe),
-        "deviations": changed,
-        "engine": "detectron2",
-    }
-    return Result(
-        kind="detection",
-        method=origin.method if origin else "from scratch",
-        backbone=name,
-        effective_epochs=origin.effective_epochs if origin else None,
-        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
-        metrics=dict(metrics),
-        seed=trained.train.seed,
-        wall_time_s=time.time() - started,
-        **{**provenance(first_names(settings)), "weights_hash": origin.weights_hash if origin else None},
+    return leave_result(
+        DetectionRun(
+            backbone=trained.model.backbone.net.name,
+            weights=None,
+            data=coco_root(cfg.dataloader.root),
+            output=folder,
+            protocol=recipe,
+            seed=trained.train.seed,
+            model_kwargs=model_kwargs_in(trained),
+        ),
+        metrics,
+        changed,
+        origin={key: value for key, value in origin.items() if key != "model_kwargs"},
+        started=(folder / ASKED).stat().st_mtime,  # the launcher's first act
+        hashed={"engine": "detectron2", "deviations": changed},
     )
 
 

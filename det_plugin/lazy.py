@@ -18,13 +18,14 @@ from det_plugin.backbone import FEATURE, PaddedPyramid, RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
 from det_plugin.detectron2_checkpoint import last_whole
-from det_plugin.detectron2_loader import TrainLoader, micro_batch_size
+from det_plugin.detectron2_loader import TrainLoader
 from det_plugin.features import FeatureOptions
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
 from det_plugin.saved_config import ASKED, RESOLVED, classes_in, is_over, load_config, resolved
+from det_plugin.step import micro_batch_size
 from det_plugin.torchvision_engine.coco import read_classes
 from det_plugin.torchvision_engine.trainer import Data
 from det_plugin.trainer import evaluate, fit

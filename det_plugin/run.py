@@ -11,10 +11,9 @@ from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
-from pretrain.results.provenance import file_hash, provenance
+from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.settings import as_dict
-from pretrain.weights import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,39 +63,17 @@ class DetectionRun:
         }
 
 
-def origin_of(run: DetectionRun) -> dict[str, Any]:
-    """``method``, ``effective_epochs`` and ``weights_hash`` of the backbone's file, for :func:`leave_result`. To be read before the
-    training: at its end the file may be gone, or another one."""
-    if run.weights is None:
-        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    said = read_checkpoint(run.weights, run.model_kwargs.get("source")).provenance
-    method, epochs = str(said.get("method", run.weights.stem)), said.get("effective_epochs")
-    return {"method": method, "effective_epochs": epochs, "weights_hash": file_hash(run.weights)}
-
-
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the names that their keys had first: a renamed key must not change a run's config hash."""
     first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
     return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
-def leave_result(
-    run: DetectionRun,
-    metrics: Mapping[str, Any],
-    *,
-    engine: str,
-    origin: Mapping[str, Any],
-    images: tuple[int, int],
-    started: float,
-) -> Path:
-    """Write ``result.json`` into the run's folder.
+def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
+    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's value]}``.
 
     Args:
-        metrics: ``box_ap``, ``mask_ap``, ... in percent.
-        engine: ``torchvision``.
-        origin: of :func:`origin_of`.
         images: number of images that it was trained and evaluated on.
-        started: ``time.time()`` at the start.
     """
     changed = deviations(run.protocol, run.backbone)
     changed |= other_images(*images, run.protocol.train_share)
@@ -104,6 +81,27 @@ def leave_result(
         changed["amp"] = [True, False]
     if given := network_kwargs(run.model_kwargs):
         changed["model_kwargs"] = [{}, given]
+    return changed
+
+
+def leave_result(
+    run: DetectionRun,
+    metrics: Mapping[str, Any],
+    changed: dict[str, list[Any]],
+    *,
+    origin: Mapping[str, Any],
+    started: float,
+    hashed: Mapping[str, Any],
+) -> Path:
+    """Write ``result.json`` into the run's folder.
+
+    Args:
+        metrics: ``box_ap``, ``mask_ap``, ... in percent.
+        changed: the run's deviations.
+        origin: of :func:`pretrain.weights.origin_of`, read before the training: at its end the file may be gone, or another one.
+        started: ``time.time()`` at the start.
+        hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
+    """
     result = Result(
         kind="detection",
         backbone=run.backbone,
@@ -111,6 +109,6 @@ def leave_result(
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,
-        **{**provenance(first_names({**run.settings(), "engine": engine})), **origin},
+        **{**provenance(first_names({**run.settings(), **hashed})), **origin},
     )
     return write_result(result, run.output)

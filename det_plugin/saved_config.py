@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from det_plugin.backbone import Origin, origin_of
+from det_plugin.backbone import origin_of
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
@@ -72,13 +72,16 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in cfg.model.backbone.net.items() if key not in NET_KEYS}
 
 
-def origin_in(cfg: DictConfig) -> Origin | None:
-    """Where the backbone of a run came from; none for random initialization. It must have been built in this process."""
+def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
+    """What :func:`det_plugin.backbone.origin_of` said of a run's weights; none for random initialization.
+
+    Of a config that is not resolved, the backbone must have been built in this process.
+    """
     origin = cfg.dataloader.evaluator.get("origin")
-    if origin is None:
-        weights = cfg.model.backbone.net.weights
-        return None if weights is None else origin_of(weights)
-    return Origin(**{f.name: origin[f.name] for f in dataclasses.fields(Origin)})
+    if origin is not None:
+        return {key: value for key, value in OmegaConf.to_container(origin).items() if key != "given_kwargs"}  # type: ignore
+    weights = cfg.model.backbone.net.weights
+    return None if weights is None else origin_of(weights)
 
 
 def classes_in(cfg: DictConfig) -> dict[int, str]:
@@ -103,8 +106,8 @@ def resolved(cfg: DictConfig) -> DictConfig:
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
     cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
     if origin is not None:
-        cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_kwargs": given}
-        cfg.model.backbone.net.update(weights=None, **origin.model_kwargs)
+        cfg.dataloader.evaluator.origin = {**origin, "given_kwargs": given}
+        cfg.model.backbone.net.update(weights=None, **origin["model_kwargs"])
     cfg.train.init_checkpoint = ""
     return cfg
 

@@ -6,19 +6,19 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.data import DataLoader
 
 from det_plugin.detectron2_checkpoint import Checkpoints, WholeCheckpointer, last_whole
 from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED
+from det_plugin.step import averaging, mean_losses
 from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
@@ -115,28 +115,17 @@ class AccumulatingTrainer(SimpleTrainer):
             start = time.perf_counter()
             samples = next(self._data_loader_iter)
             waited_s += time.perf_counter() - start
-            with nullcontext() if part + 1 == self.accumulate else self._without_sync():
+            with averaging(self.model, now=part + 1 == self.accumulate):
                 with torch.autocast("cuda", torch.float16, enabled=self.amp):
                     losses = self.model(samples)
                 self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
             terms.append({name: loss.detach() for name, loss in losses.items()})
-        self._record(terms, waited_s)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _without_sync(self) -> Any:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def _record(self, terms: list[dict[str, Tensor]], waited_s: float) -> None:
-        """The terms' means over parts and ranks, and their sum."""
-        means = torch.stack([torch.stack([term[name] for term in terms]).mean() for name in terms[0]])
-        values = dict(zip(terms[0], distributed.mean_over_ranks(means).tolist()))
-        if not all(math.isfinite(value) for value in values.values()):
-            named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(f"iteration {self.iter}: a loss is no number ({named})")
+        values = mean_losses(terms, self.iter)
         losses = {"total_loss": sum(values.values()), **values}
         self.last = {**losses, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
         self.storage.put_scalars(data_time=waited_s, **losses)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """As Detectron2's AMPTrainer, and what a resumed run has to go on with."""

@@ -21,10 +21,10 @@ from mmseg.registry import HOOKS
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import truncate_lines
-from pretrain.results.provenance import file_hash, provenance
+from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.signals import StopSignals
-from pretrain.weights import read_checkpoint
+from pretrain.weights import origin_of
 from seg_plugin.identity import deviations, given_model_kwargs, identity
 
 METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
@@ -210,13 +210,5 @@ def _drop_validation(path: Path, iteration: int) -> None:
 def _origin(weights: str | None, saved: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Where the backbone comes from: its file, else what the saved config says, else nowhere."""
     model_kwargs = saved["model_kwargs"] if saved else model_kwargs
-    nowhere = {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    if weights is None:
-        return {**nowhere, **(saved or {}), "model_kwargs": model_kwargs}
-    told = read_checkpoint(weights, model_kwargs.get("source")).provenance
-    return {
-        "method": str(told.get("method", Path(weights).stem)),
-        "effective_epochs": told.get("effective_epochs"),
-        "weights_hash": file_hash(weights),
-        "model_kwargs": model_kwargs,
-    }
+    found = saved if weights is None and saved else origin_of(weights, model_kwargs.get("source"))
+    return {**found, "model_kwargs": model_kwargs}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from det_plugin.run import DetectionRun, leave_result, origin_of
+from det_plugin.run import DetectionRun, leave_result, run_deviations
 from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
@@ -32,6 +32,7 @@ from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
 from pretrain.signals import StopSignals
+from pretrain.weights import origin_of
 
 LOG_LINES = 1000  # about so many lines has the metrics.jsonl of a long run
 SAVE_PERIOD_S = 900  # that a run loses at most when its process is killed
@@ -59,7 +60,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     distributed.start(device.type)
     trainer = Trainer(run, device)  # first: settings are checked in seconds, data in minutes
     data = Data.read(run.data, run.protocol)
-    config, origin = resolved_config(run, trainer.vit, data.train), origin_of(run) if distributed.is_main() else {}
+    config = resolved_config(run, trainer.vit, data.train)
+    origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
     is_over = enter(run.output, config, resume)
     state = load_checkpoint(run.output) if resume and not is_over else None
     if len(set(gather_objects((is_over, state and state["iteration"])))) > 1:
@@ -80,8 +82,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
         metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
-        images = len(data.train.pictures), len(data.val.pictures)
-        leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
+        changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
+        leave_result(run, metrics, changed, origin=origin, started=started, hashed={"engine": ENGINE})
     return run.output / RESULT
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, sound
@@ -55,6 +56,25 @@ def _exported(file: Container) -> dict[str, Any]:
         return {key: value for key, value in told.items() if key != "source" and isinstance(value, str | int | float)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str, Any]:
+    """What a ``result.json`` says of the weights that a run starts from: ``method``, ``effective_epochs``, ``weights_hash``.
+
+    Args:
+        weights: a checkpoint; none: random initialization.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if weights is None:
+        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
+    said = read_checkpoint(weights, source).provenance
+    return {
+        "method": str(said.get("method", Path(weights).stem)),
+        "effective_epochs": said.get("effective_epochs"),
+        "weights_hash": file_hash(weights),
+    }
 
 
 def source_names() -> list[str]:
