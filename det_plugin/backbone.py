@@ -13,6 +13,7 @@ from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
+from pretrain.weights import check_fit
 from pretrain.weights import origin_of as weights_origin
 
 with detectron2_installed():
@@ -97,9 +98,6 @@ class PaddedPyramid(SimpleFeaturePyramid):
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """fvcore's checkpointer drops what does not fit and loads with ``strict=False``; this runs in between."""
-    wanted = {prefix + key for key in module.state_dict()}
-    given = {key for key in state if key.startswith(prefix)}
-    problems = [f"missing {key}" for key in sorted(wanted - given)] + [f"left over {key}" for key in sorted(given - wanted)]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise UserError(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}: {shown}")
+    wanted = {prefix + key: value for key, value in module.state_dict().items()}
+    given = {key: value for key, value in state.items() if key.startswith(prefix)}
+    check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)

@@ -14,7 +14,6 @@ import yaml
 
 from pretrain.errors import UserError
 
-SPLITS = ("train", "val")
 # (annotations, images) below the root; the first whose annotations are there is taken.
 LAYOUTS = {
     split: (
@@ -45,7 +44,7 @@ def locate(data: str | Path, split: str) -> CocoFiles:
     Raises:
         UserError: what was looked for and is missing, by path.
     """
-    assert split in SPLITS, split
+    assert split in LAYOUTS, split
     data = Path(data)
     if data.is_file():
         found = _named(data, split)

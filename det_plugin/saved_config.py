@@ -19,6 +19,7 @@ from det_plugin.protocol import DetectionProtocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
+from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import compared, upgraded
 
@@ -113,24 +114,14 @@ def resolved(cfg: DictConfig) -> DictConfig:
 
 
 def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
-    """Whether a folder holds the result of this very run; false for a new folder and for a run to go on with.
-
-    Raises:
-        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
-    """
-    if (folder / FILE_NAME).is_file() and not (folder / RESOLVED).is_file():
-        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
-    has_begun = (folder / LAST).is_file() or (folder / FILE_NAME).is_file()
-    if has_begun and (folder / RESOLVED).is_file():
-        changed = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
-        told = [f"{k} {changed[k][0]!r} -> {changed[k][1]!r}" for k in sorted(changed) if not k.startswith(SURROUNDINGS)]
-        if told:
-            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(told[:3])}); choose another folder")
-        if (folder / FILE_NAME).is_file():
-            return True
-    if (folder / LAST).is_file() and not resume:
-        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
-    return False
+    """:func:`pretrain.results.runs.holds_result` of a run with this config."""
+    changed, has_checkpoint = None, (folder / LAST).is_file()
+    if (folder / RESOLVED).is_file():
+        changed = {}
+        if has_checkpoint or (folder / FILE_NAME).is_file():
+            different = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
+            changed = {key: pair for key, pair in different.items() if not key.startswith(SURROUNDINGS)}
+    return holds_result(folder, changed, has_checkpoint, resume)
 
 
 def plain(cfg: Any) -> Any:

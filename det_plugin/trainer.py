@@ -22,7 +22,7 @@ from det_plugin.step import averaging, mean_losses
 from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
-from pretrain.metrics_log import MetricsLog, peak_memory_gb
+from pretrain.metrics_log import MetricsLog, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
 
 with detectron2_installed():
@@ -179,12 +179,6 @@ class MetricsLines(HookBase):
             speed = {"img_per_s": self.batch_size / found["time"], "peak_memory_gb": peak_memory_gb(self.device)}
             self.log.write("speed", storage.iter, speed)
         self.log.flush()
-
-
-def is_logged(folder: Path, it: int) -> bool:
-    """Whether ``metrics.jsonl`` has the line of an iteration."""
-    path, start = folder / "metrics.jsonl", f'{{"iteration": {it},'
-    return path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
 
 
 class TestBatches:

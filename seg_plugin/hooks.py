@@ -24,7 +24,7 @@ from pretrain.metrics_log import truncate_lines
 from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.signals import StopSignals
-from pretrain.weights import origin_of
+from pretrain.weights import check_fit, origin_of
 from seg_plugin.identity import deviations, given_model_kwargs, identity
 
 METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
@@ -58,14 +58,8 @@ class PosfieldRunHook(Hook):
         self.loaded = True
         self.earlier_s = float(checkpoint.get("posfield", {}).get("wall_time_s", 0.0))
         source = checkpoint.get("state_dict", checkpoint)
-        given = {key.removeprefix("module."): tuple(value.shape) for key, value in source.items()}
-        wanted = {key: tuple(value.shape) for key, value in _model(runner).state_dict().items()}
-        problems = [f"missing {key}" for key in wanted if key not in given]
-        problems += [f"left over {key}" for key in given if key not in wanted]
-        problems += [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise UserError(f"checkpoint: does not fit the config's model: {'; '.join(problems[:8])}{more}")
+        given = {key.removeprefix("module."): value for key, value in source.items()}
+        check_fit("checkpoint: it does not fit the config's model", _model(runner).state_dict(), given)
 
     def before_train(self, runner: Any) -> None:
         """Know what this run is, and save it."""

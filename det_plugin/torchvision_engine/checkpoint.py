@@ -46,12 +46,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return checkpoints.load_state(found)
     if messages:
         raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
-    return _load_old(folder / OLD) if (folder / OLD).is_file() else None
-
-
-def _load_old(path: Path) -> dict[str, Any]:
+    old = folder / OLD
+    if not old.is_file():
+        return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
     except Exception as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
-        raise UserError(f"resume: {path} is no whole checkpoint ({type(error).__name__})") from error
-    return state
+        raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

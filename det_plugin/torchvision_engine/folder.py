@@ -14,10 +14,11 @@ from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
+from pretrain.results.runs import holds_result
 from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, RESULT, PREDICTIONS = "config.json", "result.json", "predictions.json"
+CONFIG, PREDICTIONS = "config.json", "predictions.json"
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
@@ -40,35 +41,20 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
     return plain
 
 
-def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """Check that a folder is empty or belongs to this run; whether the run is over.
-
-    Raises:
-        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
-    """
+def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
+    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
+    changed = None
     if (folder / CONFIG).is_file():
-        # A run may go on with fewer GPUs, in more parts.
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
-        if changed:
-            told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
-            raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
-    elif (folder / RESULT).is_file():
-        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
-    if (folder / RESULT).is_file():
-        return True
-    if has_checkpoint(folder) and not resume:
-        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
-    return False
+    return holds_result(folder, changed, has_checkpoint(folder), resume)
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
-    """``config.json``, in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG
-    temporary = path.with_name(f".{CONFIG}.partial")
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a file so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(temporary, path)
-    return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:

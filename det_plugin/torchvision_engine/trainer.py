@@ -13,8 +13,8 @@ from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
 from det_plugin.step import averaging, mean_losses, micro_batch_size
 from det_plugin.torchvision_engine.coco import CocoSplit, read_split
-from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict, save_predictions
-from det_plugin.torchvision_engine.folder import PREDICTIONS
+from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict
+from det_plugin.torchvision_engine.folder import PREDICTIONS, write_json
 from det_plugin.torchvision_engine.loader import Sample, to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
@@ -133,5 +133,5 @@ def evaluate(
     )
     if not distributed.is_main():
         return {}, predictions
-    save_predictions(predictions, output / PREDICTIONS)
+    write_json(output / PREDICTIONS, predictions)
     return coco_metrics(split.file, predictions), predictions

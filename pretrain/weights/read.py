@@ -5,13 +5,13 @@ error that names it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
@@ -140,6 +140,19 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     given = {k: v for k, v in checkpoint.state.items() if k in wanted or k not in TRAINING_ONLY}
     if not checkpoint.model_kwargs.get("mask_tokens"):
         given |= {key: wanted[key] for key in TRAINING_ONLY if key in wanted and key not in given}
+    check_fit(f"weights: {checkpoint.path} does not fit the backbone", wanted, given)
+    model.load_state_dict(dict(given))
+
+
+def check_fit(told: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Whether tensors of a file are those of a model.
+
+    Args:
+        told: an error's beginning.
+
+    Raises:
+        UserError: names each tensor that is missing, left over or of another shape.
+    """
     problems = [f"missing {key}" for key in wanted if key not in given]
     problems += [f"left over {key}" for key in given if key not in wanted]
     problems += [
@@ -149,5 +162,4 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(f"weights: {checkpoint.path} does not fit the backbone: {shown}")
-    model.load_state_dict(dict(given))
+        raise UserError(f"{told}: {shown}")
