@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from det_plugin.layer_decay import lr_rate
+from pretrain.layer_decay import lr_rate
 
 VIT = "backbone.net.vit."
 # Without weight decay, besides norms: by the last part of the name, as Detectron2's overrides are.

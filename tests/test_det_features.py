@@ -10,12 +10,12 @@ from backbone_fixture import randomize
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.torchvision_engine.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from det_plugin.windows import Windows, global_blocks, partition, unpartition, windowed_attention
 from pretrain.backbones.attention import Attention
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.layer_decay import lr_rate, no_decay
 
 TINY = "vit_tiny_patch16"
 BARE = dict(final_norm=False, keep_special_tokens=False)

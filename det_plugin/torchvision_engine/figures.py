@@ -33,16 +33,6 @@ class Shown:
     text: str
 
 
-def draw_detections(split: CocoSplit, predictions: Sequence[Prediction], folder: Path) -> Path:
-    """Write ``detections.png`` and its caption (``captions.json``); the images are spread evenly over the split.
-
-    Args:
-        predictions: of :func:`evaluate.predict`; those of at least :data:`MIN_SCORE` are shown.
-        folder: the run's ``figures/``.
-    """
-    return draw_page(split, spread(split, SHOWN), predictions, folder / "detections.png")
-
-
 def spread(split: CocoSplit, count: int) -> list[Picture]:
     """``count`` images, evenly over the split."""
     chosen = np.unique(np.linspace(0, len(split.pictures) - 1, count).round().astype(int))

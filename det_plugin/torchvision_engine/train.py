@@ -12,7 +12,7 @@ from det_plugin.run import DetectionRun, leave_result, run_deviations
 from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
-from det_plugin.torchvision_engine.figures import draw_detections
+from det_plugin.torchvision_engine.figures import SHOWN, draw_page, spread
 from det_plugin.torchvision_engine.folder import (
     CONFIG,
     ENGINE,
@@ -189,7 +189,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
         trainer.model, data.val, trainer.protocol, workers=run.workers, device=trainer.device, output=run.output, progress=progress
     )
     if distributed.is_main():
-        draw_detections(data.val, predictions, run.output / "figures")
+        draw_page(data.val, spread(data.val, SHOWN), predictions, run.output / "figures" / "detections.png")
         distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
