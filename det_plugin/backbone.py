@@ -36,8 +36,8 @@ def origin_of(weights: str | Path) -> dict[str, Any]:
 class RegistryBackbone(Backbone):
     """A ViT by its registry name; one feature map, ``last_feat`` [B, D, H / 16, W / 16].
 
-    The weights are read here, in the constructor, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded
-    later must hold every tensor of the backbone (Detectron2 alone would only warn).
+    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded later must
+    hold every tensor of the backbone; Detectron2 alone only warns.
 
     Args:
         name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
@@ -45,7 +45,7 @@ class RegistryBackbone(Backbone):
             :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
-        UserError: as ``build_backbone``; `patch_size` other than 16; a detector's checkpoint that does not fit, by tensor.
+        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does not fit, by tensor.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class RegistryBackbone(Backbone):
 class PaddedPyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid with its padding enforced.
 
-    There, ``padding_constraints`` carries a misspelled key (``size_divisiblity``, Detectron2 issue 4676), so nothing makes an
-    input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded bottom right.
+    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes an input divisible
+    by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded at the bottom and on the right.
     """
 
     @property
@@ -97,7 +97,7 @@ class PaddedPyramid(SimpleFeaturePyramid):
 
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """fvcore's checkpointer drops what does not fit and loads with ``strict=False``; this runs in between."""
+    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with ``strict=False``."""
     wanted = {prefix + key: value for key, value in module.state_dict().items()}
     given = {key: value for key, value in state.items() if key.startswith(prefix)}
     check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)

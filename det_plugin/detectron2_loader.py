@@ -1,9 +1,9 @@
-"""Training batches for Detectron2 as a pure function of (seed, position in the stream), whoever drives the loop.
+"""Training batches for Detectron2: a pure function of (seed, position in the stream), whoever drives the loop.
 
-Detectron2's own loader starts its shuffled stream anew whenever a run is resumed, and every worker draws augmentations from a
-state of its own. Here the image, its augmentations and the random numbers of the step depend on (seed, position) alone, so
-workers, ranks, accumulation and resuming cannot change them. Images are not grouped by aspect ratio: Detectron2 does that to save
-padding, but here every batch is padded to the same square.
+Detectron2's own loader restarts its shuffled stream when a run is resumed, and each worker draws augmentations from a state of
+its own. Here the image, its augmentations and the step's random numbers depend only on (seed, position). Workers, ranks,
+accumulation and resuming cannot change them. Images are not grouped by aspect ratio. Detectron2 does that to save padding, but
+here every batch is padded to the same square.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -29,11 +29,11 @@ AUGMENT, STEP = 1, 2  # streams of random numbers of one seed; 0 is the order of
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> what the mapper makes of the image that stands there.
+    """Position in the stream -> what the mapper makes of the image there.
 
     Args:
         dicts: Detectron2's dataset dicts.
-        mapper: dict -> sample; it may draw from numpy's global generator, as Detectron2's augmentations do.
+        mapper: dict -> sample. It may draw from NumPy's global generator, as Detectron2's augmentations do.
     """
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Sample], seed: int) -> None:
@@ -45,17 +45,17 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TrainLoader:
-    """This rank's batches, endless: lists of samples. Under a Detectron2 trainer they begin at its iteration.
+    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its iteration.
 
     Args:
         dataset: Detectron2's dataset dicts.
         mapper: of :class:`TrainSamples`.
-        total_batch_size: images an iteration, of all ranks together.
+        total_batch_size: images an iteration, over all ranks.
         num_workers: data-loading processes of this rank.
         seed: of the order, the augmentations and the steps.
 
     Raises:
-        UserError: a batch that the ranks cannot share equally, or a negative seed.
+        UserError: the ranks cannot share a batch equally, or the seed is negative.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class TrainLoader:
         return self.parts(1)
 
     def parts(self, accumulate: int) -> Generator[list[Sample], None, None]:
-        """Each batch in ``accumulate`` equal parts, one after another.
+        """Each batch in ``accumulate`` equal parts, in turn.
 
-        Before a part comes out, torch's generators are set: drop path and the sampling of boxes draw from them in the step.
+        torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in the step.
         """
         start_iter = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
         loaded = batches(self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu"))

@@ -1,5 +1,7 @@
-"""Deviations of a config from the protocol that it is named after, whoever changed it: a protocol's override, a config file,
-or a ``key=value`` on a stock launcher's command line."""
+"""Where a config deviates from the protocol that it is named after.
+
+It does not matter what changed it: a protocol's override, a config file, or a ``key=value`` on a stock launcher's command line.
+"""
 
 from typing import Any
 
@@ -22,7 +24,7 @@ def protocol_in(cfg: DictConfig) -> DetectionProtocol:
 
 
 def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
-    """``{field, "model_kwargs" or key of the config: [the protocol's value, the run's]}``; an absent key's value is None.
+    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's key; absent: None.
 
     Args:
         cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.

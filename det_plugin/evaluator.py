@@ -1,4 +1,4 @@
-"""COCO's evaluation that leaves ``result.json``: it stands in the config, so stock launchers leave it too."""
+"""COCO evaluation that writes ``result.json``. It is part of the config, so stock launchers write it too."""
 
 import contextlib
 import io
@@ -33,16 +33,16 @@ METRICS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm":
 class ResultEvaluator(COCOEvaluator):
     """Box and mask AP of the validation split, by pycocotools.
 
-    In training, the evaluation after the last iteration writes ``result.json``; those before it do not. ``--eval-only`` writes it
-    for the checkpoint that it was given. Its wall time is that of the process (our loop: of the run, however often it was
-    interrupted). Every evaluation leaves its detections in ``coco_instances_results.json``.
+    In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes it for the checkpoint
+    that it was given. The wall time is the process's; in our loop it is the whole run's, however often it was interrupted. Every
+    evaluation writes its detections to ``coco_instances_results.json``.
 
     Args:
-        root: data of any layout, none for ``$DETECTRON2_DATASETS/coco``.
-        output_dir: run folder, with the ``config.yaml`` that the launcher wrote there.
+        root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
+        output_dir: run folder. The launcher wrote ``config.yaml`` there.
         protocol, overrides: what the config was made from (:func:`det_plugin.deviations.protocol_in`).
-        accumulate: micro-batches a step; only recorded.
-        origin, classes: in a resolved config, what the backbone's file said, and category id -> name.
+        accumulate: micro-batches a step. It is only recorded.
+        origin, classes: of a resolved config: what the backbone's file said; category id -> name.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ResultEvaluator(COCOEvaluator):
         if has_event_storage():
             LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
-            # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
+            # Where nothing was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
             share = cfg.dataloader.train.dataset.get("share", 1.0)
             trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
@@ -79,16 +79,16 @@ class ResultEvaluator(COCOEvaluator):
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # With an output folder from the start, the base class would leave the same again as a pickle.
+        # Given the folder in the constructor, the base class would write the detections a second time, as a pickle.
         self._output_dir: str | None = str(self.folder)
         super()._eval_predictions(predictions, img_ids)
         self._output_dir = None
 
 
 def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes`` and the same of masks.
+    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes``; the same for masks.
 
-    What has no ground truth (NaN) is left out.
+    Metrics without ground truth (NaN) are left out.
     """
     metrics: dict[str, Any] = {}
     for task, name in TASKS.items():
@@ -134,7 +134,7 @@ def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int
 
 
 def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
-    """The config that ``train.init_checkpoint`` was trained with, and what is wrong with taking the two for one run."""
+    """The config that ``train.init_checkpoint`` was trained with, and the deviations that its checkpoint shows."""
     planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).max_iters
     if not cfg.train.init_checkpoint:
         return cfg, {"max_iters": [planned, 0]}
