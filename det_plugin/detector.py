@@ -118,8 +118,7 @@ def _detectron2(run: Path, device: torch.device) -> Detector:
     from detectron2.data.transforms import AugInput, AugmentationList
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-    from det_plugin.deviations import protocol_in
-    from det_plugin.saved_config import classes_in
+    from det_plugin.saved_config import classes_in, protocol_in
 
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)

@@ -11,13 +11,26 @@ import torch
 from omegaconf import DictConfig
 
 from det_plugin.coco_catalog import coco_root, dataset_name, train_images
-from det_plugin.deviations import config_deviations, protocol_in
-from det_plugin.protocol import other_images, protocol
+from det_plugin.lazy import config
+from det_plugin.protocol import deviations, other_images, protocol
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun, leave_result
-from det_plugin.saved_config import ASKED, RESOLVED, load_config, model_kwargs_in, origin_in, resolved
+from det_plugin.saved_config import (
+    ASKED,
+    NET_KEYS,
+    RESOLVED,
+    SURROUNDINGS,
+    load_config,
+    model_kwargs_in,
+    origin_in,
+    plain,
+    protocol_in,
+    resolved,
+)
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
+from pretrain.build import network_kwargs
+from pretrain.settings import compared
 from pretrain.weights import origin_of
 
 with detectron2_installed():
@@ -28,6 +41,8 @@ with detectron2_installed():
 
 TASKS = {"bbox": "box", "segm": "mask"}
 METRICS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
+# Keys of a config that are no part of its recipe.
+NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
 
 class ResultEvaluator(COCOEvaluator):
@@ -40,7 +55,7 @@ class ResultEvaluator(COCOEvaluator):
     Args:
         root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder. The launcher wrote ``config.yaml`` there.
-        protocol, overrides: what the config was made from (:func:`det_plugin.deviations.protocol_in`).
+        protocol, overrides: what the config was made from (:func:`det_plugin.saved_config.protocol_in`).
         accumulate: micro-batches a step. It is only recorded.
         origin, classes: of a resolved config: what the backbone's file said; category id -> name.
     """
@@ -98,6 +113,22 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         if classes:
             metrics[f"{name}_ap_classes"] = classes
     return metrics
+
+
+def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
+    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's key; absent: None.
+
+    Args:
+        cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
+    """
+    made_from, net = protocol_in(cfg), cfg.model.backbone.net
+    model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}
+    changed = deviations(made_from, net.name)
+    if given := network_kwargs(model_kwargs_in(cfg)):
+        changed["model_kwargs"] = [{}, given]
+    expected = config(made_from, net.name, model_kwargs=model_kwargs)
+    different = compared(plain(expected), plain(cfg))
+    return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
 
 
 def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path) -> Path:

@@ -15,7 +15,7 @@ from det_plugin.backbone import origin_of
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
-from det_plugin.protocol import DetectionProtocol
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.requires import detectron2_installed
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
@@ -63,6 +63,13 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     if (origin := evaluator.get("origin")) is not None and "flags" in origin:
         origin.update(model_kwargs=origin.pop("flags"), given_kwargs=origin.pop("given_flags"))
     return cfg
+
+
+def protocol_in(cfg: DictConfig) -> DetectionProtocol:
+    """The protocol, full or scaled down, that a config was made from."""
+    evaluator = cfg.dataloader.evaluator
+    base = protocol(evaluator.protocol, cfg.model.backbone.net.name)
+    return with_overrides(base, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
 
 
 def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from det_plugin.backbone import RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts, dataset_name
 from det_plugin.detectron2_loader import TrainLoader
-from det_plugin.deviations import config_deviations
+from det_plugin.evaluator import config_deviations
 from det_plugin.lazy import config
 from det_plugin.optim import ClippedAdamW
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides

@@ -18,11 +18,10 @@ from tool_fixture import load_tool
 
 from det_plugin.detector import load_detector
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.checkpoint import save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
-from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, write_json
+from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
 

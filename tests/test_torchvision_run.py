@@ -19,9 +19,8 @@ from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
-from det_plugin.torchvision_engine.checkpoint import load_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
+from det_plugin.torchvision_engine.folder import backbone_of, classes_of, load_checkpoint, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer

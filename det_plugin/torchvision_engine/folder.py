@@ -1,4 +1,8 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over."""
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over.
+
+Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still read, as tensors and
+plain values, and never written.
+"""
 
 import json
 import os
@@ -6,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.checkpoint import has_checkpoint
 from det_plugin.torchvision_engine.coco import CocoSplit
+from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
+from pretrain.distributed import log
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
@@ -19,6 +26,8 @@ from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
 CONFIG, PREDICTIONS = "config.json", "predictions.json"
+OLD_CHECKPOINT = "checkpoint.pt"
+KEEP = 2  # where the newest checkpoint is damaged, the one before is used
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
@@ -100,3 +109,42 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     if ids is None:  # 1, 2, ... would be wrong for COCO
         raise UserError(f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again")
     return dict(zip(ids, names))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Write ``folder/checkpoints/it_<iteration>``; for the main process alone.
+
+    Args:
+        state: ``iteration``, and what :func:`pretrain.checkpoints.save_state` takes.
+
+    Raises:
+        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
+    """
+    return checkpoints.save_state(folder, state["iteration"], state, KEEP)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint; its contents are not read."""
+    return bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The state in the run's newest whole checkpoint, None where there is none.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; names the file.
+    """
+    found, messages = checkpoints.newest(folder)
+    for message in messages:
+        log(message)
+    if found is not None:
+        return checkpoints.load_state(found)
+    if messages:
+        raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
+    old = folder / OLD_CHECKPOINT
+    if not old.is_file():
+        return None
+    try:
+        return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+        raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

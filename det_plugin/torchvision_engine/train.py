@@ -9,7 +9,6 @@ from typing import Any
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from det_plugin.run import DetectionRun, leave_result, run_deviations
-from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
 from det_plugin.torchvision_engine.figures import SHOWN, draw_page, spread
@@ -18,9 +17,11 @@ from det_plugin.torchvision_engine.folder import (
     ENGINE,
     backbone_of,
     is_over,
+    load_checkpoint,
     protocol_of,
     read_config,
     resolved_config,
+    save_checkpoint,
     write_json,
 )
 from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
