@@ -1,4 +1,4 @@
-"""What one detection fine-tuning is, for either engine: its inputs, and the ``result.json`` that it leaves."""
+"""One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
 import time
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ class DetectionRun:
 
     Attributes:
         backbone: registry name.
-        weights: checkpoint of the backbone, none for random initialization.
-        data: root of a COCO-format set of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
+        weights: the backbone's checkpoint; None: random initialization.
+        data: root of a COCO-format set in any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
         output: run folder.
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
-        accumulate: micro-batches a step; the schedule does not change.
-        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`; they change speed and memory alone.
+        accumulate: micro-batches a step. The schedule does not change.
+        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and memory.
 
     Raises:
-        UserError: a seed or a number of workers that cannot be.
+        UserError: the seed or the number of workers is out of range.
     """
 
     backbone: str
@@ -54,7 +54,7 @@ class DetectionRun:
             raise UserError(f"workers: {self.workers} must be at least 0")
 
     def settings(self) -> dict[str, Any]:
-        """What defines the outcome, as plain values: no folder of this machine."""
+        """What defines the outcome, as plain values. No folder of this machine is in it."""
         return {
             "backbone": self.backbone,
             "model_kwargs": network_kwargs(self.model_kwargs),
@@ -64,7 +64,7 @@ class DetectionRun:
 
 
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names that their keys had first: a renamed key must not change a run's config hash."""
+    """Settings under the first names of their keys: a renamed key must not change a run's config hash."""
     first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
     return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
@@ -73,7 +73,7 @@ def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list
     """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's value]}``.
 
     Args:
-        images: number of images that it was trained and evaluated on.
+        images: how many images it was trained on, and evaluated on.
     """
     changed = deviations(run.protocol, run.backbone)
     changed |= other_images(*images, run.protocol.train_share)
@@ -98,7 +98,7 @@ def leave_result(
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         changed: the run's deviations.
-        origin: of :func:`pretrain.weights.origin_of`, read before the training: at its end the file may be gone, or another one.
+        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file may be gone or changed.
         started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
     """

@@ -1,8 +1,8 @@
 """The configs that a Detectron2 run leaves in its folder.
 
-``config.yaml`` is what was asked for (stock launchers write it, and ours). ``config_resolved.yaml`` builds the same network
-without the pre-training file: ``weights`` is null, every argument of the backbone is written out, and the evaluator carries what
-the file said about itself and what the classes are called.
+``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml`` builds the same
+network without the pre-training file. There ``weights`` is null, every argument of the backbone is written out, and the evaluator
+carries the names of the classes and what the file said about itself.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ with detectron2_installed():
     from detectron2.utils.registry import locate
 
 ASKED, RESOLVED = "config.yaml", "config_resolved.yaml"
-# What config() writes for the backbone whatever the network; all else there is an argument of the ViT.
+# What config() writes for any backbone. All other keys are arguments of the ViT.
 NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
 SURROUNDINGS = (
     "train.output_dir",
-    "train.init_checkpoint",  # the evaluator judges it
+    "train.init_checkpoint",  # the evaluator checks it
     "train.checkpointer.",
     "train.log_period",
     "train.device",
@@ -41,7 +41,7 @@ SURROUNDINGS = (
     "dataloader.root",
     "dataloader.train.num_workers",
     "dataloader.test.num_workers",
-    "dataloader.evaluator.accumulate",  # a run may go on with fewer GPUs, in more parts
+    "dataloader.evaluator.accumulate",  # a run may continue with fewer GPUs, in more parts
     "model.backbone.net.weights",
     "model.backbone.net.checkpointing",
     "model.backbone.net.compile",
@@ -49,7 +49,7 @@ SURROUNDINGS = (
 
 
 def load_config(folder: str | Path, name: str) -> DictConfig:
-    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, old names under their new ones.
+    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, with old names replaced by new ones.
 
     Raises:
         UserError: no such file.
@@ -73,7 +73,7 @@ def protocol_in(cfg: DictConfig) -> DetectionProtocol:
 
 
 def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
-    """The arguments of the ViT that the user gave (in a resolved config: had given)."""
+    """The arguments of the ViT that the user gave."""
     origin = cfg.dataloader.evaluator.get("origin")
     if origin is not None:
         return OmegaConf.to_container(origin.given_kwargs)  # type: ignore[return-value]
@@ -93,10 +93,10 @@ def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def classes_in(cfg: DictConfig) -> dict[int, str]:
-    """Category id -> name, in the order of the detector's classes, of a resolved config; no data are needed.
+    """Category id -> name of a resolved config, in the order of the detector's classes. No data are needed.
 
     Raises:
-        UserError: it does not say.
+        UserError: the config does not name them.
     """
     classes = cfg.dataloader.evaluator.get("classes")
     if not classes:
@@ -105,7 +105,7 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training, in need of no pre-training file, no checkpoint of a detector, and no data to name the classes.
+    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name the classes.
 
     Raises:
         UserError: the validation data are not there.
@@ -132,8 +132,8 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
 
 
 def plain(cfg: Any) -> Any:
-    """A config as nested plain values: interpolations as they are written, ``_target_`` by its full name (the same function
-    goes by several)."""
+    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full name, because the
+    same function has several."""
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=False)
     if isinstance(cfg, dict):
