@@ -7,7 +7,7 @@ where its values stand; a block ``recipe:`` in it says what else belongs to it (
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from pretrain.settings import (
     flat,
     keys_where,
     put,
+    read_layers,
     read_words,
-    read_yaml,
     setting,
     shown,
     upgraded,
@@ -56,26 +56,6 @@ class RecipeInfo(Settings):
     variants: tuple[Variant, ...] = setting((), "what it changes for some sizes", source="ours")
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """What a config stands on: its layers, the most basic first; the recipe, and the layers up to it."""
-
-    layers: tuple[Layer, ...] = ()
-    recipe: str = ""
-    n_of_recipe: int = 0
-    info: RecipeInfo = RecipeInfo()
-
-    def over(self, other: "_Chain") -> "_Chain":
-        """``other`` after these layers, without those that are here already; its recipe, where it brings a new one, is that of the
-        whole."""
-        known = {os.path.realpath(layer.name) for layer in self.layers}
-        new = [layer for layer in other.layers if os.path.realpath(layer.name) not in known]
-        layers = (*self.layers, *new)
-        if not other.recipe or os.path.realpath(other.layers[other.n_of_recipe - 1].name) in known:
-            return replace(self, layers=layers)
-        return _Chain(layers, other.recipe, len(layers) - len(other.layers) + other.n_of_recipe, other.info)
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +71,7 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     """
     settings = build(*_resolved(path, words))
     if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
-        method = _method_in(_recipe(settings.recipe).layers)
+        method = _method_in(_recipe(settings.recipe))
         if find_method(method) is not find_method(settings.method):
             raise UserError(f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another")
     return settings
@@ -137,70 +117,66 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _recipe(name: str) -> "_Chain":
-    """What a recipe stands on, itself included.
+def _recipe(name: str) -> list[Layer]:
+    """The layers of a recipe; none for "". Raises UserError where there is none of that name."""
+    return _read(_recipe_path(name)) if name else []
 
-    Raises:
-        UserError: there is none of that name.
-    """
+
+def _recipe_path(name: str) -> Path:
     if name not in recipe_names():
         raise UserError(f"config: recipe={name!r} is none of {', '.join(recipe_names())}; take one of these")
-    return _read_chain(RECIPES / f"{name}.yaml")
+    return RECIPES / f"{name}.yaml"
 
 
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = _modern(read_words(words))
-    chain = _Chain() if path is None else _read_chain(find_config(path))
-    method = find_method(_method_in([*chain.layers, typed]))
-    own = method.Settings.model_fields["recipe"].default
-    if not chain.recipe and own:
-        base = _recipe(own)
-        chain = replace(base, layers=(*base.layers, *chain.layers))
-    layers = [*chain.layers, typed]
-    of_recipe = [Layer(f"recipe {chain.recipe}", {"recipe": chain.recipe})] if chain.recipe else []
-    varied = _variants(method.Settings, layers, chain.info)
-    n = chain.n_of_recipe
-    return method.Settings, [*layers[:n], *varied, *of_recipe, *layers[n:]]
+    said = read_words(words)
+    typed = _modern(replace(said, values=_own_path(dict(said.values), Path())))
+    layers = [] if path is None else _read(find_config(path))
+    model = find_method(_method_in([*layers, typed])).Settings
+    if not _recipe_in(layers)[0]:
+        layers = [*_recipe(model.model_fields["recipe"].default), *layers]
+    name, n = _recipe_in(layers)
+    layers.append(typed)
+    return model, [*layers[:n], *_variants(model, layers, _info(name)), *layers[n:]]
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> _Chain:
-    """A file and what it stands on.
+def _recipe_in(layers: Sequence[Layer]) -> tuple[str, int]:
+    """The recipe that layers stand on, the last one, and the number of layers up to it; ("", 0) without one."""
+    of_recipes = {f"recipe {name}": name for name in recipe_names()}
+    found = [(of_recipes[layer.name], n) for n, layer in enumerate(layers, 1) if layer.name in of_recipes]
+    return found[-1] if found else ("", 0)
 
-    Raises:
-        UserError: a file that stands on itself; a base that is not there.
-    """
-    if path.resolve() in seen:
-        circle = " -> ".join(p.name for p in (*seen, path))
-        raise UserError(f"config: {path}: base: {circle} is a circle; remove one base")
-    layer = read_yaml(path)
-    values = dict(layer.values)
-    bases = values.pop("base", [])
-    info, chain = values.pop("recipe", {}), _Chain()
-    for base in [] if bases == "" else [bases] if isinstance(bases, str) else bases:
-        if not isinstance(base, str):
-            raise UserError(f"config: {path}: base: {base!r} is no name of a file or recipe")
-        chain = chain.over(_read_chain(find_config(base, path.parent), (*seen, path.resolve())))
+
+def _read(path: Path) -> list[Layer]:
+    """The layers of a config or recipe, under today's names; that of a recipe is called after it. Errors as :func:`read_layers`."""
+    return read_layers(path, find_config, _prepared)
+
+
+def _prepared(layer: Layer) -> Layer:
+    """A file's layer, whose ``recipe`` is a recipe's own name, or one more base."""
+    path, values = Path(layer.name), dict(layer.values)
+    block = values.get("recipe", "")
     is_recipe = path.parent.resolve() == RECIPES.resolve()
-    name = f"recipe {path.stem}" if is_recipe else layer.name
-    own = _modern(Layer(name, _own_path(values, path), layer.comments))
     if is_recipe:
-        info = {**as_dict(chain.info), **info} if chain.recipe else info
-        layers = (*chain.layers, own)
-        return _Chain(layers, path.stem, len(layers), build(RecipeInfo, [Layer(str(path), info)], "recipe"))
-    named = info if isinstance(info, str) else own.values.get("recipe", "")  # a run's config.yaml names its recipe
-    if info and not isinstance(info, str):
+        values["recipe"] = path.stem
+    layer = _modern(replace(layer, values=_own_path(values, path)))
+    if is_recipe:
+        return replace(layer, name=f"recipe {path.stem}")
+    if not isinstance(block, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if named:
-        chain = chain.over(_recipe(named))
-    return chain.over(_Chain((own,)))
+    if named := layer.values.get("recipe", ""):  # a run's config.yaml names its recipe
+        bases = layer.values.get("base", [])
+        bases = [*(bases if isinstance(bases, list) else [bases]), str(_recipe_path(named).resolve())]
+        return replace(layer, values={**layer.values, "base": bases})
+    return layer
 
 
-def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A method that is a file is named relative to the config that names it."""
+def _own_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
-        return {**values, "method": str((path.parent / name).resolve())}
+        return {**values, "method": str((folder / name).resolve())}
     return values
 
 
@@ -281,7 +257,7 @@ def _recipe_of(settings: TrainSettings) -> str:
     defaults, no_part = flat(build(model, [weights])), keys_where(model, "in_recipe", False)
     n_words = {str(model.model_fields["recipe"].default): -1}
     for name in recipe_names():
-        layers = _recipe(name).layers
+        layers = _recipe(name)
         if _method_in(layers) == settings.method:
             recipe = flat(build(model, [*layers, weights]))
             words = {k: v for k, v in recipe.items() if isinstance(v, str | bool) and v != defaults[k] and k not in no_part}
@@ -314,16 +290,21 @@ def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
 
 def recipe_info(settings: TrainSettings) -> RecipeInfo:
     """What the recipe of a run says of itself."""
-    return _recipe(settings.recipe).info if settings.recipe else RecipeInfo()
+    return _info(settings.recipe)
+
+
+def _info(recipe: str) -> RecipeInfo:
+    """The blocks ``recipe:`` of a recipe and its bases, each over those before it."""
+    layers = read_layers(_recipe_path(recipe), find_config) if recipe else []
+    return build(RecipeInfo, [Layer(layer.name, layer.values.get("recipe", {})) for layer in layers], "recipe")
 
 
 def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
     """{dotted key: [the recipe's value, the run's]}."""
     model = type(settings)
-    chain = _recipe(recipe) if recipe else _Chain()
-    info = chain.info
+    info = _info(recipe)
     said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
-    layers = [*chain.layers, *_variants(model, said, info)]
+    layers = [*_recipe(recipe), *_variants(model, said, info)]
     own = Layer("run", {"backbone": {"weights": settings.backbone.weights}})  # a post-training is none without
     reference = build(model, [*layers, own])
     no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}

@@ -125,37 +125,50 @@ def read_yaml(path: str | Path) -> Layer:
         raise UserError(f"config: no file {path}: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise UserError(f"config: {path} is no readable YAML ({reason}); save it as UTF-8 YAML") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
     return Layer(str(path), values, dict(_comments(node, text.splitlines())))
 
 
-def read_layers(path: str | Path, find: Callable[[str, Path], Path] | None = None) -> list[Layer]:
-    """A YAML file and the bases that it names, the most basic first; ``base:`` is in no layer.
+def read_layers(
+    path: str | Path,
+    find: Callable[[str, Path], Path] = lambda base, folder: folder / base,
+    prepare: Callable[[Layer], Layer] = lambda layer: layer,
+) -> list[Layer]:
+    """A YAML file and the files that it stands on (``base:``, a name or a list of names), the most basic first, each file once.
 
     Args:
-        find: what ``base:`` says, and the folder of the file that says it -> the base's path; None: a path
-            relative to that folder.
+        path: of the file.
+        find: gives a base's path, from its name and the folder of the file that names it.
+        prepare: is called on each file's layer, before its bases are read.
+
+    Returns:
+        the layers, without ``base``.
 
     Raises:
-        UserError: as :func:`read_yaml`; a base that is no text, or that leads back to a file before it.
+        UserError: as :func:`read_yaml`; a base that is not a name, or that leads back to a file before it.
     """
-    layers: list[Layer] = []
-    chain, at = list[Path](), Path(path)
-    while True:
-        chain.append(at)
-        if at.resolve() in [before.resolve() for before in chain[:-1]]:
+    layers: dict[Path, Layer] = {}
+
+    def read(at: Path, above: tuple[Path, ...]) -> None:
+        chain = (*above, at)
+        if at.resolve() in [before.resolve() for before in above]:
             raise UserError(f"config: base: {' -> '.join(map(str, chain))} is a circle; take one base out")
-        layer = read_yaml(at)
+        layer = prepare(read_yaml(at))
         values = dict(layer.values)
-        base = values.pop("base", "")
-        layers.insert(0, replace(layer, values=values))
-        if not isinstance(base, str):
-            raise UserError(f"config: base={shown(base)} ({at}) should be one file's name")
-        if base in NOTHING:
-            return layers
-        at = find(base, at.parent) if find else at.parent / base
+        bases = values.pop("base", [])
+        for base in bases if isinstance(bases, list) else [bases]:
+            if not isinstance(base, str):
+                raise UserError(f"config: base={shown(base)} ({at}) should be the name of a file")
+            if base not in NOTHING:
+                read(find(base, at.parent), chain)
+        layers.setdefault(at.resolve(), replace(layer, values=values))
+
+    read(Path(path), ())
+    return list(layers.values())
 
 
 def _comments(node: Any, lines: Sequence[str], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -222,7 +235,9 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
     Raises:
         UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and file.
     """
-    merged: dict[str, Any] = {}
+    # A group's default may differ from its model's defaults: a layer that sets one key of it keeps the others.
+    defaults = {key: info.default for key, info in model.model_fields.items()}
+    merged = {key: group.model_dump() for key, group in defaults.items() if isinstance(group, Settings)}
     origins: dict[str, str] = {}
     for layer in layers:
         values = upgraded(model, layer.values)
@@ -560,5 +575,16 @@ def _readable(text: str) -> str:
 
 
 def json_schema(model: type[Settings]) -> dict[str, Any]:
-    """The JSON schema of a model, for editors that complete and check YAML files."""
-    return model.model_json_schema()
+    """The JSON schema of a YAML file of a model's settings, for editors that complete and check it; ``base`` is allowed in it."""
+    schema = _without_marks(model.model_json_schema())
+    base = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files, or recipes, that it changes"}
+    schema["properties"]["base"] = base
+    return schema
+
+
+def _without_marks(schema: Any) -> Any:
+    """A schema without our own keys of a field, and without titles, which repeat its name."""
+    if isinstance(schema, dict):
+        is_mark = {"title", "source", "in_recipe", "fixed", "settable"}
+        return {k: _without_marks(v) for k, v in schema.items() if k not in is_mark or isinstance(v, dict)}
+    return [_without_marks(item) for item in schema] if isinstance(schema, list) else schema

@@ -228,8 +228,8 @@ def edit(root, name, old, new):
         (lambda r: edit(r, "Annotations/000001.xml", "</annotation>", ""), r"000001\.xml: no readable annotation"),
         (lambda r: (r / "Annotations/000001.xml").unlink(), r"000001\.xml: no readable annotation"),
         (lambda r: edit(r, "Annotations/000001.xml", "<annotation>", '<!DOCTYPE a><annotation>'), "no document type"),
-        (lambda r: (r / "ImageSets/Main/trainval.txt").write_text("\n"), r"trainval\.txt: no image is named"),
-        (lambda r: (r / "ImageSets/Main/trainval.txt").unlink(), r"trainval\.txt: no readable list"),
+        (lambda r: (r / "ImageSets/Main/trainval.txt").write_text("\n"), r"trainval\.txt names no image"),
+        (lambda r: (r / "ImageSets/Main/trainval.txt").unlink(), r"trainval\.txt is no readable list"),
         (lambda r: (r / "JPEGImages").rename(r / "J"), "holds neither"),
     ],
 )  # fmt: skip

@@ -55,9 +55,9 @@ class CanvasBatch(Record):
         """B."""
         return len(self.canvas)
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:  # type: ignore[override]
         """The batch that a step sees, its crops made on ``device``; pixels in ``dtype``."""
-        here = self.moved(device)
+        here = super().to(device)
         n_global = self.views.n_global
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             image = here.canvas.permute(0, 1, 3, 2)  # [B, H, 3, W]
