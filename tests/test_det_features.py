@@ -204,7 +204,7 @@ def test_inductor_gives_the_same_gradients(options):
 # --- learning rates
 
 
-@pytest.mark.parametrize("flags", [FULL, dict()], ids=["field", "standard"])
+@pytest.mark.parametrize("model_kwargs", [FULL, dict()], ids=["field", "standard"])
 def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
     vit = build_backbone(TINY, depth=2, **model_kwargs)
     expected = {  # layer, whether weights decay

@@ -79,7 +79,7 @@ def toy():
 # --- backbone
 
 
-@pytest.mark.parametrize("flags", [FIELD, dict(depth=2)], ids=["field", "standard"])
+@pytest.mark.parametrize("model_kwargs", [FIELD, dict(depth=2)], ids=["field", "standard"])
 def test_feature_map_is_the_backbones(tmp_path, model_kwargs):
     path = tmp_path / "b.safetensors"
     model = randomize(build_backbone(TINY, **model_kwargs))

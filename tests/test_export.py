@@ -45,7 +45,7 @@ def read(path: Path):
 
 @pytest.mark.parametrize("format", PROGRAMS)
 @pytest.mark.parametrize(
-    "flags, size",
+    "model_kwargs, size",
     [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
