@@ -51,7 +51,7 @@ def features_of(backbone):
     return Features(backbone, CPU, nullcontext())
 
 
-@pytest.mark.parametrize("flags", KINDS)
+@pytest.mark.parametrize("model_kwargs", KINDS)
 def test_the_last_layer_is_the_probe_of_the_training(model_kwargs):
     backbone, images = vit(**model_kwargs), images_of(70)  # more than one batch of 32 in each half
     probe = PositionProbe.of(images, backbone.patch_size)
