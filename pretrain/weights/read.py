@@ -114,8 +114,8 @@ def _shown(file: Container, n: int = 6) -> str:
     return ", ".join(islice(told(), n)) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
 
 
-def backbone_name(name: str | None, weights: str | Path | None, source: str | None = None) -> str:
-    """The registry name that a user means: the one given, else the one that a file says, or its shapes.
+def backbone_name(name: str | None, weights: str | Path | Checkpoint | None, source: str | None = None) -> str:
+    """The registry name that a user means: the one given, else the one that a file (read already or not) says, or its shapes.
 
     Raises:
         UserError: neither is there.
@@ -124,10 +124,10 @@ def backbone_name(name: str | None, weights: str | Path | None, source: str | No
         return name
     if weights is None:
         raise UserError("backbone: a name is needed, or weights that say it")
-    found = read_checkpoint(weights, source).backbone
-    if found is None:
-        raise UserError(f"backbone: {weights} is of no registered size; give the name of a backbone")
-    return found
+    found = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source)
+    if found.backbone is None:
+        raise UserError(f"backbone: {found.path} is of no registered size; give the name of a backbone")
+    return found.backbone
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
