@@ -25,12 +25,12 @@ from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
 from pretrain.data.box_sets import BoxedImage, read_boxes
-from pretrain.data.images import spread
+from pretrain.data.images import read_picture, spread
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.discovery import METHODS, discover
-from pretrain.evaluation.features import Features, frozen, read_picture
+from pretrain.evaluation.features import Features, frozen
 from pretrain.progress import Progress
 from pretrain.results.csv_file import write_csv
 from pretrain.results.provenance import config_hash, file_hash

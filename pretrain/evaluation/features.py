@@ -1,34 +1,21 @@
 """What all probes share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.views.pixels import normalize
 
 FORWARD_BATCH = 32  # images a forward pass: probes run beside a training that already fills the memory
 
 LayerVisitor = Callable[[slice, int, Tensor], None]
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3]; one that cannot be read is a UserError that names it."""
-    try:
-        return decode(read_file(os.fsencode(file)))
-    except BrokenImage as error:
-        raise UserError(f"{file} cannot be read ({error})") from error
 
 
 def layer_names(backbone: ViT) -> list[str]:
@@ -107,7 +94,7 @@ class Features:
         found: list[Tensor] = []
         wanted = range(len(layer_names(self.backbone)))[layer]
         self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
-        return _numbers(torch.cat(found))
+        return finite(torch.cat(found))
 
     def keys(self, images: Tensor) -> Tensor:
         """Keys of the last attention layer, heads side by side, of the patches alone: [n, N, D]."""
@@ -117,7 +104,7 @@ class Features:
         with last.attn.qkv.register_forward_hook(lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))):
             for start in range(0, len(images), FORWARD_BATCH):
                 self._forward(images[start : start + FORWARD_BATCH], None)
-        return _numbers(torch.cat(found)[:, self.backbone.n_prefix :])
+        return finite(torch.cat(found)[:, self.backbone.n_prefix :])
 
     def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
         dtype = self.backbone.patch_embed.proj.weight.dtype
@@ -127,7 +114,8 @@ class Features:
         return tokens
 
 
-def _numbers(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
+    """Features, all of them finite; else a UserError."""
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite numbers")
     return x

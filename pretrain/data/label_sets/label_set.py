@@ -1,6 +1,5 @@
 """One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,10 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.images import in_threads, spread, square
+from pretrain.data.images import in_threads, read_picture, spread, square
 from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
 
@@ -51,10 +48,7 @@ class LabelSet:
             UserError: names the file: unreadable, of another size than its map, a raw value that the set does not know.
         """
         image, label_map = self.files[index]
-        try:
-            pixels = decode(read_file(os.fsencode(image)))
-        except BrokenImage as error:
-            raise UserError(f"{image} cannot be read ({error})") from error
+        pixels = read_picture(image)
         labels = self.labels_of(read_map(label_map), label_map)
         if labels.shape != pixels.shape[:2]:
             sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image} {pixels.shape[1]} x {pixels.shape[0]}"

@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.class_folders import open_class_folders
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
+from pretrain.evaluation.dense.classification import KnnSettings, knn_classification
 from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
 from pretrain.evaluation.dense.linear import linear
