@@ -30,7 +30,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(REQUEUE_CODE)
-    except FloatingPointError as error:  # a loss is no number; the run has said where
+    except FloatingPointError as error:  # a loss is not finite; the run has said where
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)

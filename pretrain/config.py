@@ -153,22 +153,20 @@ def _read(path: Path) -> list[Layer]:
 
 
 def _prepared(layer: Layer) -> Layer:
-    """A file's layer, whose ``recipe`` is a recipe's own name, or one more base."""
-    path, values = Path(layer.name), dict(layer.values)
-    block = values.pop("recipe", "")
-    layer = _modern(replace(layer, values=_own_path(values, path)))
+    """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is one more base."""
+    path = Path(layer.name)
+    values = _modern(replace(layer, values=_own_path(layer.values, path))).values
+    named, bases = values.get("recipe", ""), values.get("base", [])
     if path.parent.resolve() == RECIPES.resolve():
-        return replace(layer, name=f"recipe {path.stem}", values={**layer.values, "recipe": path.stem})
-    if not isinstance(block, str):
+        return Layer(f"recipe {path.stem}", {**values, "recipe": path.stem}, layer.comments)
+    if not isinstance(named, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if named := block or layer.values.get("recipe", ""):  # a run's config.yaml names its recipe
-        bases = layer.values.get("base", [])
+    if named:
         bases = [*(bases if isinstance(bases, list) else [bases]), str(_recipe_path(named).resolve())]
-        return replace(layer, values={**layer.values, "base": bases})
-    return layer
+    return replace(layer, values={**values, "base": bases})
 
 
-def _own_path(values: dict[str, Any], path: Path) -> dict[str, Any]:
+def _own_path(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """A method that is a file is named relative to the config that names it."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():

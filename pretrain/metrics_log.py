@@ -28,8 +28,8 @@ from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
 QUIET_S = 20  # between progress lines where there is no terminal
-WINDOW_IT = 50  # iterations that the speed is a mean over
-WARM_IT = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
+WINDOW_ITERS = 50  # iterations that the speed is a mean over
+WARM_ITERS = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
 
 
 class LogSettings(Settings):
@@ -50,14 +50,14 @@ class LogSettings(Settings):
     wandb: str = setting("", "project in Weights & Biases, where it is installed; none without", source="ours")
 
 
-def truncate_lines(path: Path, before_it: int) -> None:
-    """Drop a log's lines of iterations >= ``before_it`` (they will be computed again), and a last line that was cut off."""
+def truncate_lines(path: Path, before_iter: int) -> None:
+    """Drop a log's lines of iterations >= ``before_iter`` (they will be computed again), and a last line that was cut off."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["iteration"] < before_it:
+            if json.loads(line)["iteration"] < before_iter:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
@@ -67,14 +67,14 @@ def truncate_lines(path: Path, before_it: int) -> None:
 
 
 class MetricsLog:
-    """Writes the logs of one run from iteration ``start_it`` on; only the main process should hold one.
+    """Writes the logs of one run from iteration ``start_iter`` on; only the main process should hold one.
 
     A line of iteration i must be on the disk (:meth:`flush`) before a checkpoint says that i + 1 iterations are done: a resumed run
     does not write it again.
 
     Args:
         folder: of the run.
-        start_it: the first iteration that will be computed; later lines of the files are dropped.
+        start_iter: the first iteration that will be computed; later lines of the files are dropped.
         tensorboard: also write ``folder/tensorboard``.
         wandb: project in Weights & Biases, none without; a resumed run goes on in the same W&B run.
         config: what W&B shows as the run's settings.
@@ -185,13 +185,13 @@ class Speed:
     def __init__(self, batch_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.batch_size, self.clock = batch_size, clock
         self.done, self.paused_s, self.waited_s = 0, 0.0, 0.0
-        self.window: deque[tuple[float, float]] = deque([(clock(), 0.0)], WINDOW_IT + 1)  # time at work, time of it waited
+        self.window: deque[tuple[float, float]] = deque([(clock(), 0.0)], WINDOW_ITERS + 1)  # time at work, time of it waited
 
     def tick(self, waited_s: float) -> None:
         """An iteration is done, ``waited_s`` of it went by before its batch was there."""
         self.done += 1
         self.waited_s += waited_s
-        if self.done == WARM_IT + 1:
+        if self.done == WARM_ITERS + 1:
             while len(self.window) > 1:
                 self.window.popleft()
         self.window.append((self.clock() - self.paused_s, self.waited_s))
@@ -223,10 +223,10 @@ class Speed:
         seconds, waited = self._rates()
         return waited / seconds if seconds > 0 else 0.0
 
-    def eta_s(self, left_it: int) -> float:
-        """Seconds that ``left_it`` iterations will take, with pauses as they have been so far."""
+    def eta_s(self, left_iters: int) -> float:
+        """Seconds that ``left_iters`` iterations will take, with pauses as they have been so far."""
         seconds, _ = self._rates()
-        return left_it * (seconds + self.paused_s / max(self.done, 1))
+        return left_iters * (seconds + self.paused_s / max(self.done, 1))
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -285,18 +285,18 @@ class ProgressLine:
             self.bar.start()
             self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
 
-    def update(self, done_it: int, note: str, eta_s: float) -> None:
-        """``done_it`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
+    def update(self, done_iters: int, note: str, eta_s: float) -> None:
+        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
         pause_s = 1 if self.bar is not None else QUIET_S
-        if done_it < self.total_iters and time.time() - self.told < pause_s:
+        if done_iters < self.total_iters and time.time() - self.told < pause_s:
             return
         self.told = time.time()
-        left = f"{in_words(eta_s)} left" if done_it < self.total_iters else "done"
+        left = f"{in_words(eta_s)} left" if done_iters < self.total_iters else "done"
         if self.bar is not None:
             self.bar.note = note
-            self.bar.update(self.task, completed=done_it, eta=left)
+            self.bar.update(self.task, completed=done_iters, eta=left)
         else:
-            print(f"{self.title} {done_it}/{self.total_iters}  {note}  {left}", file=self.console.file, flush=True)
+            print(f"{self.title} {done_iters}/{self.total_iters}  {note}  {left}", file=self.console.file, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

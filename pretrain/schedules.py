@@ -4,7 +4,7 @@ import math
 
 
 def cosine(it: int, total_iters: int, start: float, end: float) -> float:
-    """From ``start`` at iteration 0 towards ``end`` at ``total_it`` along half a cosine; ``end`` afterwards."""
+    """From ``start`` at iteration 0 towards ``end`` at ``total_iters`` along half a cosine; ``end`` afterwards."""
     if it >= total_iters:
         return end
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * it / total_iters))

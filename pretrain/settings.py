@@ -125,6 +125,8 @@ def read_yaml(path: str | Path) -> Layer:
         raise UserError(f"config: no file {path}: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise UserError(f"config: {path} is no readable YAML ({reason}); save it as UTF-8 YAML") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is no mapping of keys, such as 'run: ...'")
@@ -571,5 +573,16 @@ def _readable(text: str) -> str:
 
 
 def json_schema(model: type[Settings]) -> dict[str, Any]:
-    """The JSON schema of a model, for editors that complete and check YAML files."""
-    return model.model_json_schema()
+    """The JSON schema of a YAML file of a model's settings, for editors that complete and check it; ``base`` is allowed in it."""
+    schema = _without_marks(model.model_json_schema())
+    base = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files, or recipes, that it changes"}
+    schema["properties"]["base"] = base
+    return schema
+
+
+def _without_marks(schema: Any) -> Any:
+    """A schema without our own keys of a field, and without titles, which repeat its name."""
+    if isinstance(schema, dict):
+        is_mark = {"title", "source", "in_recipe", "fixed", "settable"}
+        return {k: _without_marks(v) for k, v in schema.items() if k not in is_mark or isinstance(v, dict)}
+    return [_without_marks(item) for item in schema] if isinstance(schema, list) else schema

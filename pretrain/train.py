@@ -25,7 +25,7 @@ from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
 from pretrain.schedules import effective_epochs
-from pretrain.settings import as_dict, differences, keys_where
+from pretrain.settings import as_dict, compared, flat, keys_where
 from pretrain.signals import StopSignals
 from pretrain.trainer import Length, StepLogs, Trainer
 from pretrain.weights import read_checkpoint, save_backbone
@@ -143,13 +143,19 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     except UserError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
     free = keys_where(type(config), "fixed", False)
-    changed = {key: pair for key, pair in differences(saved, config).items() if key not in free}
+    pairs = compared(flat(without_paths(saved)), flat(without_paths(config)))
+    changed = {key: pair for key, pair in pairs.items() if key not in free}
     if changed:
-        pairs = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
-        raise UserError(f"resume: {found.path} was made with other settings: {pairs}; set them back, or choose another run.output")
+        told = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
+        raise UserError(f"resume: {found.path} was made with other settings: {told}; set them back, or choose another run.output")
     if found.meta["n_images"] != n_images:
         now = f"{config.data.root} has {n_images}"
         raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
+
+
+def without_paths(config: TrainSettings) -> dict[str, Any]:
+    """Plain values of a config, its method by name alone: where a method's file lies changes no run."""
+    return {**as_dict(config), "method": Path(config.method).stem}
 
 
 def run_name(config: TrainSettings) -> str:
@@ -324,7 +330,7 @@ class Run:
             wall_time_s=now.wall_time_s,
             loss_terms=now.loss_terms,
             post_training=self.trainer.method.stage == "posttrain",
-            **provenance(as_dict(config), path),
+            **provenance(without_paths(config), path),
         )
         write_result(result, self.folder)
 
@@ -337,7 +343,7 @@ class Run:
             "method": run_name(config),
             "effective_epochs": round(epochs, 2),
             "seed": config.run.seed,
-            "config_hash": config_hash(as_dict(config)),
+            "config_hash": config_hash(without_paths(config)),
             "data": f"{len(self.dataset)} images",
             "position_masks": learns_positions(self.trainer),  # whether pos_mask_token was ever learned
         }

@@ -82,7 +82,7 @@ class PosfieldRunHook(Hook):
         if is_main_process():
             self.folder = Path(runner.work_dir)
             (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
-            truncate_lines(self.folder / "metrics.jsonl", before_it=runner.iter + 1)  # of iterations that will run again
+            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)  # of iterations that will run again
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:

@@ -117,7 +117,7 @@ def test_boxes_and_their_ious_by_hand():
     assert box_ious(np.array([0, 0, 2, 2.0]), np.array([[0, 0, 2, 1.0], [5, 5, 6, 6]])).tolist() == [0.5, 0]
 
 
-@pytest.mark.parametrize("flags", [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)])
+@pytest.mark.parametrize("model_kwargs", [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)])
 def test_keys_are_those_of_the_last_attention(model_kwargs):
     backbone = randomize(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **model_kwargs))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 40, 70), dtype=np.uint8))
@@ -152,7 +152,7 @@ def contrast_vit(**model_kwargs):
 
 
 @pytest.mark.parametrize("of", ["keys", "tokens"])
-@pytest.mark.parametrize("flags", [dict(has_cls=False), dict(patch_size=8, n_registers=2), {}])
+@pytest.mark.parametrize("model_kwargs", [dict(has_cls=False), dict(patch_size=8, n_registers=2), {}])
 def test_an_object_in_a_picture_is_found_exactly(of, model_kwargs):
     features = Features(contrast_vit(**model_kwargs), CPU, nullcontext())
     truth = np.array([[0, 100, 30, 140.0], [48, 32, 112, 96]])
@@ -228,8 +228,8 @@ def edit(root, name, old, new):
         (lambda r: edit(r, "Annotations/000001.xml", "</annotation>", ""), r"000001\.xml: no readable annotation"),
         (lambda r: (r / "Annotations/000001.xml").unlink(), r"000001\.xml: no readable annotation"),
         (lambda r: edit(r, "Annotations/000001.xml", "<annotation>", '<!DOCTYPE a><annotation>'), "no document type"),
-        (lambda r: (r / "ImageSets/Main/trainval.txt").write_text("\n"), r"trainval\.txt: no image is named"),
-        (lambda r: (r / "ImageSets/Main/trainval.txt").unlink(), r"trainval\.txt: no readable list"),
+        (lambda r: (r / "ImageSets/Main/trainval.txt").write_text("\n"), r"trainval\.txt names no image"),
+        (lambda r: (r / "ImageSets/Main/trainval.txt").unlink(), r"trainval\.txt is no readable list"),
         (lambda r: (r / "JPEGImages").rename(r / "J"), "holds neither"),
     ],
 )  # fmt: skip

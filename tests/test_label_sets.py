@@ -13,7 +13,7 @@ import torch
 from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
-from pretrain.data import pictures
+from pretrain.data import images
 from pretrain.data.images import square
 from pretrain.data.label_sets import KINDS, coco, open_label_set
 from pretrain.data.label_sets.maps import nearest, read_map
@@ -133,8 +133,8 @@ def test_vocs_training_part_says_whether_it_is_trainaug(tmp_path):
     augmented, own = (open_label_set(write_voc(tmp_path / str(aug), augmented=aug), "train") for aug in (True, False))
     assert (augmented.source, augmented.departure) == ("trainaug", "")
     assert own.source == "train" and "trainaug" in own.departure
-    assert {file.parent.name for _, file in augmented.files} == {"SegmentationClassAug"}
-    assert {file.parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {"SegmentationClass"}
+    assert {Path(file).parent.name for _, file in augmented.files} == {"SegmentationClassAug"}
+    assert {Path(file).parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {"SegmentationClass"}
 
 
 def names_with_paths(lists):
@@ -164,10 +164,10 @@ def names_of_neco(lists):
 
 @pytest.mark.parametrize("relayout", [names_with_paths, names_in_two_lists, names_of_neco])
 def test_trainaug_in_the_places_of_other_packages(tmp_path, relayout):
-    expected = [image.stem for image, _ in open_label_set(write_voc(tmp_path), "train").files]
+    expected = [Path(image).stem for image, _ in open_label_set(write_voc(tmp_path), "train").files]
     relayout(tmp_path / "VOC2012" / "ImageSets" / "Segmentation")
     found = open_label_set(tmp_path, "train")
-    assert found.source == "trainaug" and [image.stem for image, _ in found.files] == expected
+    assert found.source == "trainaug" and [Path(image).stem for image, _ in found.files] == expected
     assert len(open_label_set(tmp_path, "val")) == 3
 
 
@@ -270,7 +270,7 @@ def test_squares_are_whole_pictures_in_the_order_that_is_asked_for(tmp_path):
 
 
 def test_squares_hold_no_more_than_a_batch_and_what_is_read_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "READ_AHEAD", 5)
+    monkeypatch.setattr(images, "READ_AHEAD", 5)
     found, begun = open_label_set(write_ade(tmp_path), "train"), []
     read = type(found).read
     monkeypatch.setattr(type(found), "read", lambda self, index: begun.append(index) or read(self, index))
@@ -284,7 +284,7 @@ def test_squares_hold_no_more_than_a_batch_and_what_is_read_ahead(tmp_path, monk
 
 def test_a_caller_that_stops_early_waits_for_nothing_more():
     begun = []
-    made = pictures.in_threads(lambda item: begun.append(item) or time.sleep(0.01) or item, range(1000))
+    made = images.in_threads(lambda item: begun.append(item) or time.sleep(0.01) or item, range(1000))
     assert next(made) == 0
     made.close()
     assert len(begun) < 40  # of the 64 that waited

@@ -1,5 +1,7 @@
 """What is wrong with a labeled set is said in one line that names the file and the value."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from label_set_fixture import gray_png, save_map, write_ade, write_coco, write_folder, write_voc
@@ -109,7 +111,7 @@ def test_cocos_maps_of_train_ids_alone(tmp_path):
 def test_an_unknown_label_is_named(tmp_path, write, kind, value, message):
     root = write(tmp_path / "set")
     found = open_label_set(root, "val", kind)
-    values = read_values(found.files[0][1]).astype(np.int64)
+    values = read_values(Path(found.files[0][1])).astype(np.int64)
     values[5, 7] = value
     save_map(found.files[0][1], values)
     with pytest.raises(UserError, match=message):
@@ -163,7 +165,7 @@ def tall(file):
 )
 def test_a_broken_file_is_named(tmp_path, which, spoil, message):
     found = open_label_set(write_folder(tmp_path / "set"), "val", n_classes=4)
-    spoil(found.files[0][which])
+    spoil(Path(found.files[0][which]))
     with pytest.raises(UserError, match=message) as error:
         found.read(0)
     assert "\n" not in str(error.value)

@@ -138,12 +138,12 @@ def test_speed_is_of_the_last_iterations_and_forgets_the_first():
     assert speed.img_per_s == 0 and speed.data_wait == 0 and speed.eta_s(10) == 0
     ticks(speed, clock, 30.0)  # compiling
     assert speed.img_per_s == pytest.approx(8 / 30)
-    ticks(speed, clock, *[10.0] * (metrics_log.WARM_IT - 1))
+    ticks(speed, clock, *[10.0] * (metrics_log.WARM_ITERS - 1))
     assert speed.img_per_s > 0
     ticks(speed, clock, 2.0, waited=0.5)
     assert speed.img_per_s == pytest.approx(4.0) and speed.data_wait == pytest.approx(0.25) and speed.eta_s(10) == pytest.approx(20)
-    ticks(speed, clock, *[1.0] * metrics_log.WINDOW_IT)
-    assert speed.img_per_s == pytest.approx(8.0) and speed.data_wait == 0 and len(speed.window) == metrics_log.WINDOW_IT + 1
+    ticks(speed, clock, *[1.0] * metrics_log.WINDOW_ITERS)
+    assert speed.img_per_s == pytest.approx(8.0) and speed.data_wait == 0 and len(speed.window) == metrics_log.WINDOW_ITERS + 1
 
 
 def test_pauses_are_not_the_trainings_speed_but_take_their_time():

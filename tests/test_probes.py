@@ -297,7 +297,7 @@ def test_a_share_of_each_part(sets):
         (None, ["probes.seg_root=/nowhere"], r"probes\.seg_root: /nowhere/images/training cannot be listed"),
         (None, ["probes.seg_classes=0"], r"probes\.seg_classes=0"),
         (None, ["probes.seg_classes=2"], r"probes\.seg_root: .*\.png holds the value \d, .*probes\.seg_classes=2"),
-        (lambda f: (f / "ade/annotations/training/0001.png").unlink(), [], r"probes\.seg_root: 1 images have no label map .*: 0001"),
+        (lambda f: (f / "ade/annotations/training/0001.png").unlink(), [], r"probes\.seg_root: 1 images have no label map"),
         (lambda f: (f / "ade/annotations/training/0001.png").write_bytes(b"x"), [], r"seg_root: .*0001\.png cannot be read"),
         (lambda f: Image.new("RGB", (40, 56)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is no label map"),
         (lambda f: Image.new("L", (8, 8)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png has 8 x 8 pixels"),

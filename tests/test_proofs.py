@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy_classes_fixture import write_toy_classes
 
 from det_plugin.protocol import protocol
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
 from pretrain.config import load_config
-from pretrain.data.toy_classes import write_toy_classes
 from pretrain.evaluation.probes import Probes
 from pretrain.methods.backbones import new_backbone
 from pretrain.train import train

@@ -8,12 +8,14 @@ from pydantic import PositiveFloat, model_validator
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import first_names
 from pretrain.cli import fields_and_kwargs
+from pretrain.config import RECIPES
 from pretrain.errors import UserError
 from pretrain.evaluation.dense.classification import KnnSettings
 from pretrain.evaluation.dense.clustering import ClusteringSettings
 from pretrain.evaluation.dense.in_context import InContextSettings
 from pretrain.evaluation.dense.linear import LinearSettings
 from pretrain.evaluation.dense.protocol import DenseSettings, settings_of
+from pretrain.methods import SHIPPED, find_method
 from pretrain.results import renamed
 from pretrain.results.schema import Protocol
 from pretrain.settings import (
@@ -23,6 +25,7 @@ from pretrain.settings import (
     compared,
     differences,
     fields,
+    json_schema,
     plain,
     read_words,
     replaced,
@@ -252,3 +255,13 @@ def test_the_arguments_of_the_vit_as_a_deviation_by_their_old_name():
 def test_a_task_of_dense_evaluation_is_a_group():
     assert set(DenseSettings.model_fields) == {"linear", "in_context", "clustering", "knn"}
     assert settings_of(["linear"], ["linear.epochs=2"], seed=3)["linear"] == LinearSettings(epochs=2, seed=3)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_the_shipped_json_schemas_are_those_of_the_models(method):
+    """Rewritten by ``python tools/config.py RECIPE --schema > pretrain/recipes/schema/METHOD.json``."""
+    shipped = json.loads((RECIPES / "schema" / f"{method}.json").read_text())
+    assert shipped == json_schema(find_method(method).Settings)
+    assert {"base", "optim"} < shipped["properties"].keys() and not shipped["additionalProperties"]
+    (optim,) = (group for name, group in shipped["$defs"].items() if name.endswith("OptimSettings"))
+    assert optim["properties"]["base_lr"]["minimum"] == 0 and optim["properties"]["betas"]["maxItems"] == 2

@@ -26,10 +26,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     config = options.name, options.words
     if options.schema:
-        schema = json_schema(model_of(*config))
-        base = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files, or recipes, that it changes"}
-        schema["properties"]["base"] = base
-        print(json.dumps(schema, indent=2))
+        print(json.dumps(json_schema(model_of(*config))))
     else:
         print(printed(load_config(*config), layers_of(*config)), end="")
 

@@ -10,21 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.views.resample import keys
+
 FIELD_INTERPOLATIONS = ("bicubic", "bilinear")
 GRID_INTERPOLATIONS = ("dinov2", "bicubic", "bicubic_antialias", "bilinear_antialias")
-
-KEYS_A = -0.5  # the only cubic kernel of Keys that reproduces quadratics, hence linear fields, exactly
-
-
-def _kernel(t: Tensor, interpolation: str) -> Tensor:
-    """Interpolation kernel at the distances ``t`` (in samples), any shape."""
-    t = t.abs()
-    if interpolation == "bilinear":
-        return (1 - t).clamp(min=0)
-    a = KEYS_A
-    near = ((a + 2) * t - (a + 3)) * t * t + 1
-    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    return torch.where(t <= 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
 
 
 def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic") -> Tensor:
@@ -38,18 +27,15 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     Returns:
         [..., L, n_samples], rows summing to 1.
     """
-    if interpolation not in FIELD_INTERPOLATIONS:
-        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field")
+    assert interpolation in FIELD_INTERPOLATIONS, interpolation
     at = (points.clamp(0, 1) * (n_samples - 1)).unsqueeze(-1)  # [..., L, 1] in samples
     # Two virtual samples beyond each end take the kernel's tails; then they fold into the border that they repeat.
     samples = torch.arange(-2, n_samples + 2, device=points.device, dtype=points.dtype)
-    weights = _kernel(at - samples, interpolation)  # [..., L, n_samples + 4]
-    inner = weights[..., 2:-2]
-    first = weights[..., :2].sum(-1, keepdim=True)
-    last = weights[..., -2:].sum(-1, keepdim=True)
-    padded_first = F.pad(first, (0, n_samples - 1))
-    padded_last = F.pad(last, (n_samples - 1, 0))
-    return inner + padded_first + padded_last
+    distance = at - samples
+    # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields, exactly.
+    weights = keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)  # [..., L, n_samples + 4]
+    first, last = weights[..., :2].sum(-1, keepdim=True), weights[..., -2:].sum(-1, keepdim=True)
+    return weights[..., 2:-2] + F.pad(first, (0, n_samples - 1)) + F.pad(last, (n_samples - 1, 0))
 
 
 def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
@@ -95,11 +81,6 @@ def sample_field(
     return sampled.flatten(1, 2)
 
 
-def full_image_box(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """The box of the whole image, [1, 4]: the inference rule is the field sampled over it."""
-    return torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device, dtype=dtype)
-
-
 def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str = "dinov2") -> Tensor:
     """A ViT's learned grid of position embeddings at another size.
 
@@ -113,8 +94,7 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
     Returns:
         [1, h * w, D].
     """
-    if interpolation not in GRID_INTERPOLATIONS:
-        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {GRID_INTERPOLATIONS} for a grid")
+    assert interpolation in GRID_INTERPOLATIONS, interpolation
     g_h, g_w = grid_embed.shape[1:3]
     if (g_h, g_w) == tuple(grid):
         return grid_embed.flatten(1, 2)

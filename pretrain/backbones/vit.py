@@ -19,7 +19,6 @@ from pretrain.backbones.checkpointing import run_block
 from pretrain.backbones.position import (
     FIELD_INTERPOLATIONS,
     GRID_INTERPOLATIONS,
-    full_image_box,
     resample_grid,
     sample_field,
 )
@@ -225,8 +224,8 @@ class ViT(nn.Module):
             side = self.pos_grid
             learned = self.pos_embed[:, self.has_cls :].unflatten(1, (side, side))  # [1, G, G, D]
             return resample_grid(learned, grid, self.pos_interpolation)
-        if boxes is None:
-            boxes = full_image_box(self.pos_field.device)
+        if boxes is None:  # the whole image
+            boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.pos_field.device)
         return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
 
     def buckets(self, grid: tuple[int, int]) -> Tensor | None:

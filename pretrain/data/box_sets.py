@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.label_sets.listing import listed_stems
 from pretrain.errors import UserError
 
 MAX_XML_BYTES = 2**22
@@ -38,20 +39,20 @@ def read_boxes(root: str | Path, split: str = "", no_hard: bool = False, names: 
             root (``annotations/instances_SPLIT.json``, images in ``SPLIT/`` or ``images/SPLIT/``).
         split: VOC: ``trainval`` without it; COCO: ``val2017`` without it.
         no_hard: VOC: drop difficult and truncated objects, and the images that have no others.
-        names: a text file of image names, one a line, that are to be used alone, in its order; only the last part of a path
-            counts, with or without suffix (the 20,000 images of COCO's train2014 that discovery is measured on are such a list).
+        names: a text file of the images to use, in its order, as :func:`pretrain.data.label_sets.listing.listed_stems` reads it
+            (the 20,000 images of COCO's train2014 that discovery is measured on are such a list).
 
     Raises:
         UserError: neither layout; a file that is missing or malformed; a listed image that the set has not; no image with a box.
     """
     root = Path(root)
-    voc = _voc_root(root)
+    voc, wanted = _voc_root(root), None if names is None else listed_stems(Path(names))
     if voc is not None:
-        images = read_voc(voc, split or "trainval", no_hard, _listed(names))
+        images = read_voc(voc, split or "trainval", no_hard, wanted)
     elif (root / "annotations").is_dir():
         if no_hard:
             raise UserError(f"no_hard: {root} is a COCO set, which marks no object as difficult")
-        images = read_coco(root, split or "val2017", _listed(names))
+        images = read_coco(root, split or "val2017", wanted)
     else:
         raise UserError(f"{root} holds neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)")
     if not images:
@@ -66,27 +67,13 @@ def _voc_root(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _listed(names: str | Path | None) -> list[str] | None:
-    """Names of images without folder and suffix."""
-    if names is None:
-        return None
-    try:
-        lines = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{names}: no readable list of images ({error})") from error
-    found = [Path(line.split()[0]).stem for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise UserError(f"{names}: no image is named in this list")
-    return found
-
-
 # --- Pascal VOC -------------------------------------------------------------------------------------------------------
 
 
 def read_voc(root: Path, split: str, no_hard: bool = False, names: list[str] | None = None) -> list[BoxedImage]:
     """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of :func:`read_boxes`."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
-    known = _listed(file) or []
+    known = listed_stems(file)
     if names is not None and (absent := set(names) - set(known)):
         raise UserError(f"{file} does not name {min(absent)!r}, which the list does")
     images = []

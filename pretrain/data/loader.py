@@ -57,14 +57,6 @@ class Sample:
     broken: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How files become pixels."""
-
-    max_side_px: int = 0
-    max_mpx: float = 200.0
-
-
 def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colors]:
     """Views and colors of some samples of the run, [B, V]; ``sizes_px`` is [B, 2], height and width."""
     rngs = [generator(seed, VIEWS, i) for i in sample_indices]
@@ -79,6 +71,7 @@ class ViewsDataset(Dataset[Sample | Decoded]):
     Args:
         source: encoded images by index.
         batch_size: over all ranks; with the seed it gives the order.
+        max_side_px, max_mpx: those of :func:`pretrain.data.decode.decode`.
         on_device: leave the crops to the training device: items are :class:`Decoded`, else :class:`Sample`.
     """
 
@@ -88,10 +81,13 @@ class ViewsDataset(Dataset[Sample | Decoded]):
         rules: ViewSettings,
         batch_size: int,
         seed: int,
-        decoding: Decoding = Decoding(),
-        on_device: bool = False,
+        *,
+        max_side_px: int,
+        max_mpx: float,
+        on_device: bool,
     ) -> None:
-        self.source, self.rules, self.seed, self.decoding, self.on_device = source, rules, seed, decoding, on_device
+        self.source, self.rules, self.seed, self.on_device = source, rules, seed, on_device
+        self.max_side_px, self.max_mpx = max_side_px, max_mpx
         self.order = Order(len(source), batch_size, seed)
 
     def __len__(self) -> int:
@@ -118,7 +114,7 @@ class ViewsDataset(Dataset[Sample | Decoded]):
         substitutes = None
         for _ in range(MAX_TRIES):
             try:
-                return decode(self.source.read(index), self.decoding.max_side_px, self.decoding.max_mpx), tuple(broken)
+                return decode(self.source.read(index), self.max_side_px, self.max_mpx), tuple(broken)
             except BrokenImage as error:
                 broken.append(f"{self.source.name(index)} ({error})")
                 # Drawn, and not the next one: broken files lie side by side, in one folder or shard.
@@ -203,24 +199,18 @@ def batch_memory(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def is_on_device(config: Any) -> bool:
-    """Whether crops are made on the training device: as ``data.path`` says; ``auto``: on CUDA."""
-    if config.data.path == "auto":
-        return choose_device(config.run.device).type == "cuda"
-    return config.data.path == "device"
-
-
 def build_dataset(config: Any) -> ViewsDataset:
-    """The images and views of a run's settings (a method's ``Settings``)."""
-    on_device = is_on_device(config)
-    max_side_px = config.data.max_side_px or (DEVICE_SIDE_PX if on_device else 0)
+    """The images and views of a run's settings (a method's ``Settings``). ``data.path=auto`` is the device path on CUDA."""
+    data, path = config.data, config.data.path
+    on_device = path == "device" or path == "auto" and choose_device(config.run.device).type == "cuda"
     return ViewsDataset(
-        open_source(config.data),
+        open_source(data),
         config.view_settings(),
         config.optim.batch_size,
         config.run.seed,
-        Decoding(max_side_px, config.data.max_mpx),
-        on_device,
+        max_side_px=data.max_side_px or (DEVICE_SIDE_PX if on_device else 0),
+        max_mpx=data.max_mpx,
+        on_device=on_device,
     )
 
 

@@ -36,6 +36,6 @@ class Batch(Record):
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
         """The same batch on another device; pixels normalized (where they are bytes) and in ``dtype``."""
-        here = self.moved(device)
+        here = super().to(device)
         crops = [normalize(c) if c.dtype == torch.uint8 else c for c in (here.global_crops, here.local_crops)]
         return replace(here, global_crops=crops[0].to(dtype), local_crops=crops[1].to(dtype))

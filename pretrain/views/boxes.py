@@ -133,10 +133,6 @@ class Views(Record):
         """:meth:`of` the local views."""
         return self.of(slice(self.n_global, None))
 
-    def to(self, device: torch.device) -> "Views":
-        """The same views on another device."""
-        return self.moved(device)
-
 
 def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Array) -> Array:
     """Crops (left, top, right, bottom) in whole pixels, [B, V, 4], distributed as torchvision's RandomResizedCrop.

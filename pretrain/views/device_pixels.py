@@ -57,7 +57,7 @@ class CanvasBatch(Record):
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         """The batch that a step sees, its crops made on ``device``; pixels in ``dtype``."""
-        here = self.moved(device)
+        here = super().to(device)
         n_global = self.views.n_global
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             image = here.canvas.permute(0, 1, 3, 2)  # [B, H, 3, W]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from random import Random
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,18 +25,12 @@ from typing_extensions import Self
 from pretrain.settings import Settings, rising, setting
 from pretrain.views.records import Record
 
-SHAPES = ("box", "cross", "random")
 Ratio = Annotated[float, Field(ge=0, le=1 - 1e-9)]
 Shape = Literal["box", "cross", "random"]
+SHAPES = get_args(Shape)
 
 Mask = NDArray[np.bool_]
-
-
-class Numbers(Protocol):
-    """Python's random.Random, or NumPy's Generator."""
-
-    def random(self) -> float:
-        """Uniform in [0, 1)."""
+Numbers = Random | np.random.Generator  # either has random(), uniform in [0, 1)
 
 
 class MaskSettings(Settings):
@@ -83,10 +77,6 @@ class Masks(Record):
         """From two arrays [n_global * B, N]."""
         lists = [torch.from_numpy(values) for mask in (content, position) for values in index_and_weight(mask)]
         return Masks(torch.from_numpy(content), torch.from_numpy(position), *lists)
-
-    def to(self, device: torch.device) -> "Masks":
-        """The same masks on another device."""
-        return self.moved(device)
 
 
 def index_and_weight(mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -200,7 +190,7 @@ def _array(bits: int, grid: tuple[int, int]) -> Mask:
 
 
 def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskSettings, rng: Numbers) -> Mask:
-    """A mask of exactly ``target`` patches, [h, w], of one of :data:`SHAPES`."""
+    """A mask of exactly ``target`` patches, [h, w], one of :data:`SHAPES`."""
     if shape == "box":
         return box_mask(grid, target, rule, rng)
     return (random_mask if shape == "random" else cross_mask)(grid, target, rng)

@@ -31,7 +31,7 @@ class Record:
         """The same record in page-locked memory; the data loader's own thread calls this."""
         return self.map(lambda tensor: tensor.pin_memory())
 
-    def moved(self: R, device: torch.device) -> R:
+    def to(self: R, device: torch.device) -> R:
         """The same record on another device, without waiting for the copies."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))  # the host would read too early
 

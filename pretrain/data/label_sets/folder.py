@@ -74,8 +74,8 @@ def _names(root: Path) -> tuple[str, ...]:
 def _largest(files: Pairs, root: Path) -> int:
     """The largest value of the maps but for 255."""
 
-    def largest(pair: tuple[Path, Path]) -> int:
-        values = read_map(pair[1])
+    def largest(pair: tuple[str, str]) -> int:
+        values = read_map(Path(pair[1]))
         return int(values[values != VOID].max(initial=0))
 
     most = max(in_threads(largest, files))

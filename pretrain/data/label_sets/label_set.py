@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.images import in_threads, read_picture, spread, square
+from pretrain.data.label_sets.listing import Pairs
 from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
 from pretrain.errors import UserError
 
@@ -24,7 +25,7 @@ class LabelSet:
         name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one that is named so).
         part: ``train`` | ``val``.
         classes: names of the labels 1 .. C.
-        files: image and label map of each item.
+        files: paths of image and label map of each item.
         table: [V] int32, the label 0 .. C of each raw value of the maps; -1: the set knows no such value.
         source: what of the set was taken: its list of images (``trainaug``), its kind of maps (``stuffthingmaps``).
         departure: in what it is not the set of the published figures; empty: in nothing.
@@ -33,7 +34,7 @@ class LabelSet:
     name: str
     part: str
     classes: tuple[str, ...]
-    files: Sequence[tuple[Path, Path]]
+    files: Pairs
     table: NDArray[np.int32]
     source: str = ""
     departure: str = ""
@@ -47,7 +48,7 @@ class LabelSet:
         Raises:
             UserError: names the file: unreadable, of another size than its map, a raw value that the set does not know.
         """
-        image, label_map = self.files[index]
+        image, label_map = map(Path, self.files[index])
         pixels = read_picture(image)
         labels = self.labels_of(read_map(label_map), label_map)
         if labels.shape != pixels.shape[:2]:

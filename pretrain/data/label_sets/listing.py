@@ -3,32 +3,11 @@
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import overload
 
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
 
-
-class Pairs(Sequence[tuple[Path, Path]]):
-    """Image and label map of each item. Paths are made of the strings when they are asked for: 118,287 pairs open in a second."""
-
-    def __init__(self, names: list[tuple[str, str]]) -> None:
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Path, Path]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Pairs": ...
-
-    def __getitem__(self, index: int | slice) -> "tuple[Path, Path] | Pairs":
-        if isinstance(index, slice):
-            return Pairs(self.names[index])
-        image, label_map = self.names[index]
-        return Path(image), Path(label_map)
+Pairs = Sequence[tuple[str, str]]  # paths of image and label map of each item; as text, 118,287 pairs take half a second
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
@@ -81,11 +60,13 @@ def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] 
         raise UserError(f"{len(alone)} label maps{named} have no image in {os.path.dirname(some_image)}; the first: {alone[0]}")
     if alone := [stem for stem in wanted if stem not in maps]:
         raise UserError(f"{len(alone)} images{named} have no label map in {os.path.dirname(some_map)}; the first: {alone[0]}")
-    return Pairs([(images[stem], maps[stem]) for stem in wanted])
+    return [(images[stem], maps[stem]) for stem in wanted]
 
 
 def listed_stems(file: Path) -> list[str]:
-    """The images that a text file names, one a line: the first word's last part, with or without a suffix of images.
+    """The images that a text file names, one a line: the last part of the first word, with or without a suffix of images.
+
+    Empty lines and lines that start with ``#`` are left out.
 
     Raises:
         UserError: it cannot be read, names none, or one twice.
@@ -94,7 +75,7 @@ def listed_stems(file: Path) -> list[str]:
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable list of images ({error})") from error
-    stems = [_stem(words[0]) for words in lines if words]
+    stems = [_stem(words[0]) for words in lines if words and not words[0].startswith("#")]
     if not stems:
         raise UserError(f"{file} names no image")
     if len(set(stems)) < len(stems):

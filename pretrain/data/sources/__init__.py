@@ -11,6 +11,9 @@ from typing import Literal, Protocol
 
 from pretrain.data.sources.files import is_image, is_pattern
 from pretrain.data.sources.folder import FileSource, folder_source, list_source
+from pretrain.data.sources.huggingface import HuggingFaceSource
+from pretrain.data.sources.parquet import ParquetSource
+from pretrain.data.sources.tar import TarSource
 from pretrain.errors import UserError
 from pretrain.settings import Settings, setting
 
@@ -80,16 +83,8 @@ def open_source(data: DataSettings) -> Source:
     if kind == "folder":
         return folder_source(root, (split,))
     if kind == "tar":
-        from pretrain.data.sources.tar import TarSource
-
         return TarSource(root, split)
-    if kind == "parquet":
-        from pretrain.data.sources.parquet import ParquetSource
-
-        return ParquetSource(root, split, column)
-    from pretrain.data.sources.huggingface import HuggingFaceSource
-
-    return HuggingFaceSource(root, split, column)
+    return (ParquetSource if kind == "parquet" else HuggingFaceSource)(root, split, column)
 
 
 def kind_of(root: str, split: str = "") -> str:
@@ -127,12 +122,11 @@ def _kind_of_files_in(folder: Path) -> str:
 
 
 def _kind_of_file(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in (".txt", ".lst"):
+    if path.suffix.lower() in (".txt", ".lst"):
         return "list"
-    if suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return "parquet"
-    if suffix == ".tar" or re.search(r"\.(tar\.\w+|tgz)$", path.name.lower()):  # TarSource says that it must be unpacked
+    if re.search(r"\.(tar(\.\w+)?|tgz)$", path.name.lower()):  # TarSource says that a packed one must be unpacked
         return "tar"
     raise UserError(f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source")
 

@@ -1,14 +1,38 @@
-"""The image column of a table: Hugging Face's ``struct<bytes: binary, path: string>`` or plain bytes. Needs pyarrow."""
+"""Rows of tables, and their image column: Hugging Face's ``struct<bytes: binary, path: string>`` or plain bytes. Needs pyarrow."""
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from pretrain.data.decode import BrokenImage
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
+
+
+class Rows:
+    """The rows of a table that is stored in parts, one after the other.
+
+    Raises:
+        UserError: there is no row; names ``root``.
+    """
+
+    def __init__(self, root: str, sizes: Sequence[int]) -> None:
+        self.ends = np.cumsum(sizes, dtype=np.int64)  # rows up to and with each part
+        if not sum(sizes):
+            raise UserError(f"data.root: no row in {root}")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The part of a row, and its place there."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part - 1] if part else 0)
 
 
 def pyarrow(submodule: str) -> tuple[ModuleType, ModuleType]:

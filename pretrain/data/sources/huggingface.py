@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources.columns import image_bytes, image_column, pyarrow
+from pretrain.data.sources.columns import Rows, image_bytes, image_column, pyarrow
 from pretrain.data.sources.handles import Handles
 from pretrain.errors import UserError
 
 MAX_OPEN = 256  # files a process; an open one costs a mapping and no memory
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Rows):
     """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved ``DatasetDict``, in their order.
 
     Args:
@@ -32,39 +30,32 @@ class HuggingFaceSource:
     """
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
-        pyarrow("ipc")
+        pa, _ = pyarrow("ipc")
         self.root = Path(root)
         self.files = [path for folder in _folders(self.root, split) for path in _data_files(folder)]
-        rows = []
+        sizes = []
         for path in self.files:
-            schema, n = _schema_and_rows(path)
-            self.column = column = image_column(schema, column, path)
-            rows.append(n)
-        self.ends = np.cumsum(rows, dtype=np.int64)  # rows up to and with each file
-        if not len(self):
-            raise UserError(f"data.root: no row in {root}")
+            try:
+                table = _read_table(path)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"data.root: cannot read {path}: {str(error).splitlines()[0]}") from error
+            self.column = column = image_column(table.schema, column, path)
+            sizes.append(table.num_rows)
+        super().__init__(root, sizes)
         self._open: Handles[Any] = Handles(MAX_OPEN)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """File, row in it."""
-        file = int(np.searchsorted(self.ends, index, side="right"))
-        return file, index - int(self.ends[file - 1] if file else 0)
 
     def name(self, index: int) -> str:
         """As ``train/data-00000-of-00002.arrow: row 17``, from 0."""
-        file, row = self._place(index)
+        file, row = self.place(index)
         return f"{self.files[file].relative_to(self.root)}: row {row}"
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row; raises BrokenImage."""
         pa, _ = pyarrow("ipc")
-        file, row = self._place(index)
+        file, row = self.place(index)
         try:
-            column = self._open.get(file, partial(_read_column, self.files[file], self.column))
-            return image_bytes(column[row], self.files[file].parent)
+            table = self._open.get(file, partial(_read_table, self.files[file]))
+            return image_bytes(table[self.column][row], self.files[file].parent)
         except (pa.ArrowException, OSError) as error:
             raise BrokenImage(str(error).splitlines()[0]) from error
 
@@ -112,22 +103,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _reader(path: Path) -> Any:
-    """The record batches of an arrow file, over mapped memory; ``datasets`` writes the streaming format."""
+def _read_table(path: Path) -> Any:
+    """A ``pyarrow.Table`` over mapped memory; ``datasets`` writes the streaming format."""
     pa, ipc = pyarrow("ipc")
-    return ipc.open_stream(pa.memory_map(str(path)))
-
-
-def _schema_and_rows(path: Path) -> tuple[Any, int]:
-    """Its schema and number of rows, from the headers of its record batches."""
-    pa, _ = pyarrow("ipc")
-    try:
-        reader = _reader(path)
-        return reader.schema, sum(batch.num_rows for batch in reader)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.root: cannot read {path}: {str(error).splitlines()[0]}") from error
-
-
-def _read_column(path: Path, column: str) -> Any:
-    """A column as ``pyarrow.ChunkedArray`` over mapped memory."""
-    return _reader(path).read_all()[column]
+    return ipc.open_stream(pa.memory_map(str(path))).read_all()

@@ -8,10 +8,8 @@ rows). Such data goes faster as tar shards, or as the folder that ``save_to_disk
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources.columns import image_bytes, image_column, pyarrow
+from pretrain.data.sources.columns import Rows, image_bytes, image_column, pyarrow
 from pretrain.data.sources.files import whole_files
 from pretrain.data.sources.handles import Handles
 from pretrain.errors import UserError
@@ -20,7 +18,7 @@ MAX_OPEN = 16  # files a process
 MAX_GROUPS = 2  # row groups a process
 
 
-class ParquetSource:
+class ParquetSource(Rows):
     """The rows of all files, by file name.
 
     Args:
@@ -35,40 +33,32 @@ class ParquetSource:
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
         pa, pq = pyarrow("parquet")
         self.files = whole_files(root, split, ".parquet")
-        groups: list[tuple[int, int, int]] = []
+        self.groups: list[tuple[int, int]] = []  # file, row group in it
+        sizes: list[int] = []
         for k, path in enumerate(self.files):
             try:
                 with pq.ParquetFile(path) as file:
                     self.column = column = image_column(file.schema_arrow, column, path)
-                    rows = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+                    groups = range(file.metadata.num_row_groups)
+                    sizes += [file.metadata.row_group(group).num_rows for group in groups]
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"data.root: cannot read {path}: {str(error).splitlines()[0]}") from error
-            groups += [(k, g, n) for g, n in enumerate(rows)]
-        self.groups = np.array(groups, np.int64).reshape(-1, 3)  # file, row group in it, rows
-        self.ends = np.cumsum(self.groups[:, 2])  # rows up to and with each group
-        if not len(self):
-            raise UserError(f"data.root: no row in {root}")
+            self.groups += [(k, group) for group in groups]
+        super().__init__(root, sizes)
         self._open: Handles[Any] = Handles(MAX_OPEN)
         self._read: Handles[Any] = Handles(MAX_GROUPS)
 
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """File, row group in it, row in the group."""
-        at = int(np.searchsorted(self.ends, index, side="right"))
-        file, group, rows = self.groups[at].tolist()
-        return file, group, index - (int(self.ends[at]) - rows)
-
     def name(self, index: int) -> str:
         """As ``train-00000-of-00002.parquet: row group 3, row 17``, both from 0."""
-        file, group, row = self._place(index)
+        part, row = self.place(index)
+        file, group = self.groups[part]
         return f"{self.files[file].name}: row group {group}, row {row}"
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row; raises BrokenImage."""
         pa, _ = pyarrow("parquet")
-        file, group, row = self._place(index)
+        part, row = self.place(index)
+        file, group = self.groups[part]
         try:
             column = self._read.get((file, group), partial(self._read_group, file, group))
         except (pa.ArrowException, OSError) as error:

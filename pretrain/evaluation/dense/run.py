@@ -117,7 +117,7 @@ def job_on_set(
         train, val = train.first(max_images), val.first(max_images)
     data: dict[str, Any] = {"classes": list(train.classes)}
     for part in (train, val):
-        names = _hash([image.name for image, _ in part.files])
+        names = _hash([Path(image).name for image, _ in part.files])
         data[part.part] = {"source": part.source, "images": len(part), "names": names}
 
     def evaluate(task: str, features: Features) -> Outcome:
