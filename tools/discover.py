@@ -104,7 +104,7 @@ def measure(
                 if number in chosen:
                     shown.append(Boxed(image.path.name, pixels, image.boxes, {m: (f.box, f.hit) for m, f in found.items()}))
             rows.append(row)
-            tell(number + 1)
+            tell()
     percents = {f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods}
     write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
     if shown:

@@ -56,9 +56,8 @@ class Features:
             images: uint8 [n, 3, S, S], whole images.
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
-        for start in range(0, len(images), FORWARD_BATCH):
-            part = slice(start, start + FORWARD_BATCH)
-            yield Tokens(*map(_full, self._forward(images[part], None if position_masks is None else position_masks[part])))
+        for part in _parts(images):
+            yield Tokens(*map(_full, self._forward(part, images, position_masks)))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
         """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one layer at a time is held.
@@ -81,9 +80,8 @@ class Features:
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out)))
             if backbone.model_kwargs["final_norm"]:
                 hooks.enter_context(backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out)))
-            for start in range(0, len(images), FORWARD_BATCH):
-                part = slice(start, start + FORWARD_BATCH)
-                self._forward(images[part], None if position_masks is None else position_masks[part])
+            for part in _parts(images):
+                self._forward(part, images, position_masks)
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
         """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the end).
@@ -102,16 +100,20 @@ class Features:
         last = self.backbone.blocks[-1]
         assert isinstance(last, Block)
         with last.attn.qkv.register_forward_hook(lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))):
-            for start in range(0, len(images), FORWARD_BATCH):
-                self._forward(images[start : start + FORWARD_BATCH], None)
+            for part in _parts(images):
+                self._forward(part, images)
         return finite(torch.cat(found)[:, self.backbone.n_prefix :])
 
-    def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
-        dtype = self.backbone.patch_embed.proj.weight.dtype
-        pixels = normalize(images.to(self.device)).to(dtype)
+    def _forward(self, part: slice, images: Tensor, position_masks: Tensor | None = None) -> Tokens:
+        masks = None if position_masks is None else position_masks[part].to(self.device)
+        pixels = normalize(images[part].to(self.device)).to(self.backbone.patch_embed.proj.weight.dtype)
         with self.autocast:
-            tokens: Tokens = self.backbone(pixels, position_mask=None if position_masks is None else position_masks.to(self.device))
+            tokens: Tokens = self.backbone(pixels, position_mask=masks)
         return tokens
+
+
+def _parts(images: Tensor) -> list[slice]:
+    return [slice(start, start + FORWARD_BATCH) for start in range(0, len(images), FORWARD_BATCH)]
 
 
 def finite(x: Tensor) -> Tensor:

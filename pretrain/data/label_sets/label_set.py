@@ -1,6 +1,6 @@
 """One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +29,7 @@ class LabelSet:
         table: [V] int32, the label 0 .. C of each raw value of the maps; -1: the set knows no such value.
         source: what of the set was taken: its list of images (``trainaug``), its kind of maps (``stuffthingmaps``).
         departure: in what it is not the set of the published figures; empty: in nothing.
+        on_read: is called after each item that was read, in its thread, with the number of all items.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LabelSet:
     table: NDArray[np.int32]
     source: str = ""
     departure: str = ""
+    on_read: Callable[[int], object] = lambda n_items: None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,6 +56,7 @@ class LabelSet:
         if labels.shape != pixels.shape[:2]:
             sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image} {pixels.shape[1]} x {pixels.shape[0]}"
             raise UserError(f"{label_map} has {sizes}" + (" (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else ""))
+        self.on_read(len(self))
         return pixels, labels
 
     def labels_of(self, values: NDArray[np.integer], file: Path) -> NDArray[np.int32]:

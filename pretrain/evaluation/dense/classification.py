@@ -129,5 +129,5 @@ def _features(features: Features, part: ClassFolder, settings: KnnSettings, sign
         for tokens in features(images):
             kept[done : done + len(tokens.cls)] = F.normalize(tokens.cls, dim=1)
             done += len(tokens.cls)
-        tell(done)
+        tell(len(images))
     return finite(kept)
