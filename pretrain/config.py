@@ -130,7 +130,8 @@ def _recipe_path(name: str) -> Path:
 
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    typed = _modern(read_words(words))
+    said = read_words(words)
+    typed = _modern(replace(said, values=_own_path(said.values, Path())))
     layers = [] if path is None else _read(find_config(path))
     model = find_method(_method_in([*layers, typed])).Settings
     if not _recipe_in(layers)[0]:
@@ -154,11 +155,13 @@ def _read(path: Path) -> list[Layer]:
 
 def _prepared(layer: Layer) -> Layer:
     """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is one more base."""
-    path = Path(layer.name)
-    values = _modern(replace(layer, values=_own_path(layer.values, path))).values
+    path, values = Path(layer.name), dict(layer.values)
+    if is_recipe := path.parent.resolve() == RECIPES.resolve():
+        values["recipe"] = path.stem
+    values = dict(_modern(replace(layer, values=_own_path(values, path.parent))).values)
     named, bases = values.get("recipe", ""), values.get("base", [])
-    if path.parent.resolve() == RECIPES.resolve():
-        return Layer(f"recipe {path.stem}", {**values, "recipe": path.stem}, layer.comments)
+    if is_recipe:
+        return Layer(f"recipe {named}", values, layer.comments)
     if not isinstance(named, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
     if named:
@@ -166,11 +169,11 @@ def _prepared(layer: Layer) -> Layer:
     return replace(layer, values={**values, "base": bases})
 
 
-def _own_path(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """A method that is a file is named relative to the config that names it."""
+def _own_path(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
-        return {**values, "method": str((path.parent / name).resolve())}
+        return {**values, "method": str((folder / name).resolve())}
     return values
 
 

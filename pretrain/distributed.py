@@ -99,9 +99,9 @@ def any_over_ranks(flag: bool) -> bool:
     """Whether the flag is set on some rank; every rank must call this at the same time. Does not wait for a device."""
     if world_size() == 1:
         return flag
-    model_kwargs = torch.tensor([int(flag)])
-    dist.all_reduce(model_kwargs, dist.ReduceOp.MAX, group=_host)
-    return bool(model_kwargs)
+    largest = torch.tensor([int(flag)])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host)
+    return bool(largest)
 
 
 def barrier() -> None:

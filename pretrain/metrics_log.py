@@ -286,7 +286,8 @@ class ProgressLine:
             self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
 
     def update(self, done_iters: int, note: str, eta_s: float) -> None:
-        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last one always."""
+        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last
+        one always."""
         pause_s = 1 if self.bar is not None else QUIET_S
         if done_iters < self.total_iters and time.time() - self.told < pause_s:
             return

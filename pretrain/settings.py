@@ -235,7 +235,9 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
     Raises:
         UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and file.
     """
-    merged: dict[str, Any] = {}
+    # A group's default may differ from its model's defaults: a layer that sets one key of it keeps the others.
+    defaults = {key: info.default for key, info in model.model_fields.items()}
+    merged = {key: group.model_dump() for key, group in defaults.items() if isinstance(group, Settings)}
     origins: dict[str, str] = {}
     for layer in layers:
         values = upgraded(model, layer.values)

@@ -117,6 +117,7 @@ class Trainer:
         now = Scheduled.at(self.iteration, config, length)
         set_schedules(self.optimizer, now.lr, now.weight_decay, self.iteration // length.epoch_iters)
         here = [batch.to(self.device, self.dtype) for batch in micro_batches]
+        progress.seed_micro_batch(0)  # what preparing and examining draw, a resumed run draws alike
         with self.autocast:
             prepared = self.method.prepare(here, progress)
             signs = self.method.diagnostics(here, prepared) if examine else {}

@@ -24,6 +24,25 @@ def torchrun(n_ranks, script, *words, options=(), code=0):
     return done.stderr
 
 
+def train_on_ranks(n_ranks, folder, runs):
+    """Runs, a config's file (or none) and words each, one after the other in the same processes."""
+    script = folder / "runs.py"
+    script.write_text(TRAIN.format(root=str(ROOT), runs=runs))
+    torchrun(n_ranks, script)
+
+
+TRAIN = """
+import sys
+sys.path.insert(0, {root!r})
+from pretrain import distributed
+from pretrain.config import load_config
+from pretrain.train import train
+for config, words in {runs!r}:
+    train(load_config(config, words))
+distributed.stop()
+"""
+
+
 def tensors_of(folder):
     """The last checkpoint's."""
     found, _ = newest(folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense_fixture import DENSE, GRAM, TIED, write_start
 from photos import last, write_photos
-from runs_fixture import ROOT, differences, lines_of, tensors_of, torchrun
+from runs_fixture import differences, lines_of, tensors_of, train_on_ranks
 from tool_fixture import load_tool
 
 from pretrain.build import build_backbone
@@ -128,22 +128,9 @@ def test_micro_batches_equal_the_whole_although_their_overlaps_differ_in_number(
 def two_ranks(folder, tmp_path_factory):
     """Runs on two gloo ranks, replicated and sharded, one after the other in the same processes."""
     home = tmp_path_factory.mktemp("two_ranks")
-    configs = {rule: overrides(folder, home / rule, *ANYWHERE, f"step.parallel={rule}") for rule in ("ddp", "fsdp2")}
-    (home / "both.py").write_text(BOTH.format(root=str(ROOT), configs=[*configs.values()]))
-    torchrun(2, home / "both.py")
+    words = [overrides(folder, home / rule, *ANYWHERE, f"step.parallel={rule}") for rule in ("ddp", "fsdp2")]
+    train_on_ranks(2, home, [(None, each) for each in words])
     return home
-
-
-BOTH = """
-import sys
-sys.path.insert(0, {root!r})
-from pretrain import distributed
-from pretrain.config import load_config
-from pretrain.train import train
-for words in {configs!r}:
-    train(load_config(None, words))
-distributed.stop()
-"""
 
 
 @pytest.mark.parametrize("rule", ["ddp", "fsdp2"])

@@ -121,6 +121,15 @@ def test_an_old_name_beside_the_new_one_is_an_error():
     assert build(Recipe, [read_words(["steps=500"]), read_words(["steps_it=200"])]).steps == 200  # the later layer counts
 
 
+def test_a_groups_default_may_differ_from_its_models_defaults():
+    class Run(Settings):
+        recipe: Recipe = Recipe(steps=90, amp=False)
+        seed: int = setting(0, "seed", source="ours")
+
+    assert build(Run).recipe == Recipe(steps=90, amp=False)
+    assert build(Run, [read_words(["recipe.lr=1"])]).recipe == Recipe(steps=90, amp=False, lr=1.0)
+
+
 def test_differences_list_both_values_and_nothing_else():
     assert differences(Recipe(), Recipe()) == {}
     changed = replaced(Recipe(), {"lr": "2e-3", "betas": "0.9, 0.95", "steps": 100})

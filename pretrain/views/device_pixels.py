@@ -55,7 +55,7 @@ class CanvasBatch(Record):
         """B."""
         return len(self.canvas)
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:  # type: ignore[override]
         """The batch that a step sees, its crops made on ``device``; pixels in ``dtype``."""
         here = super().to(device)
         n_global = self.views.n_global
