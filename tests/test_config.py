@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -224,7 +225,7 @@ def test_no_key_takes_what_it_cannot_mean(name):
         ),
         ("method=", "'' is none of intertwined, mae, paka, nor a dotted module or a .py file of your own"),
         ("method=no_such.module", "no_such.module cannot be imported (No module named 'no_such')"),
-        ("method=nothing.py", "nothing.py cannot be imported ([Errno 2] No such file or directory: "),
+        ("method=nothing.py", f"{Path.cwd() / 'nothing.py'} cannot be imported ([Errno 2] No such file or directory: "),
         (
             "method=paka",
             "backbone.weights is empty, but a post-training starts from a backbone; set backbone.weights=FILE",
