@@ -131,7 +131,7 @@ def _recipe_path(name: str) -> Path:
 def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
     said = read_words(words)
-    typed = _modern(replace(said, values=_own_path(dict(said.values), Path())))
+    typed = _modern(replace(said, values=_own_path(said.values, Path())))
     layers = [] if path is None else _read(find_config(path))
     model = find_method(_method_in([*layers, typed])).Settings
     if not _recipe_in(layers)[0]:
@@ -154,25 +154,22 @@ def _read(path: Path) -> list[Layer]:
 
 
 def _prepared(layer: Layer) -> Layer:
-    """A file's layer, whose ``recipe`` is a recipe's own name, or one more base."""
+    """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is one more base."""
     path, values = Path(layer.name), dict(layer.values)
-    block = values.get("recipe", "")
-    is_recipe = path.parent.resolve() == RECIPES.resolve()
-    if is_recipe:
+    if is_recipe := path.parent.resolve() == RECIPES.resolve():
         values["recipe"] = path.stem
-    layer = _modern(replace(layer, values=_own_path(values, path)))
+    values = dict(_modern(replace(layer, values=_own_path(values, path.parent))).values)
+    named, bases = values.get("recipe", ""), values.get("base", [])
     if is_recipe:
-        return replace(layer, name=f"recipe {path.stem}")
-    if not isinstance(block, str):
+        return Layer(f"recipe {named}", values, layer.comments)
+    if not isinstance(named, str):
         raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
-    if named := layer.values.get("recipe", ""):  # a run's config.yaml names its recipe
-        bases = layer.values.get("base", [])
+    if named:
         bases = [*(bases if isinstance(bases, list) else [bases]), str(_recipe_path(named).resolve())]
-        return replace(layer, values={**layer.values, "base": bases})
-    return layer
+    return replace(layer, values={**values, "base": bases})
 
 
-def _own_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _own_path(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():

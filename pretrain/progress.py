@@ -9,21 +9,23 @@ SAY_EVERY_S = 10.0
 
 
 class Progress:
-    """Says every ten seconds, and at the end, how far the work on a checkpoint is; stops it where the process was asked to."""
+    """Says every ten seconds, and at the end, how far the work on a checkpoint is; stops it if the process was asked to stop."""
 
     def __init__(self, label: str, total: int, signals: StopSignals | None = None, unit: str = "images") -> None:
         self.label, self.total, self.signals, self.unit = label, total, signals, unit
-        self.started = self.said = time.monotonic()
+        self.done, self.started = 0, time.monotonic()
+        self.said = self.started
 
-    def __call__(self, done: int) -> None:
-        """After ``done`` of the total.
+    def __call__(self, n: int = 1) -> None:
+        """``n`` more are done.
 
         Raises:
             Interrupted: there was a signal, and something is left to do.
         """
-        now, so_far = time.monotonic(), f"{done} of {self.total} {self.unit}"
-        if now - self.said > SAY_EVERY_S or done == self.total:
-            print(f"{self.label}: {so_far}, {(now - self.started) / done:.2f} s each", flush=True)
+        self.done += n
+        now, so_far = time.monotonic(), f"{self.done} of {self.total} {self.unit}"
+        if now - self.said > SAY_EVERY_S or self.done == self.total:
+            print(f"{self.label}: {so_far}, {(now - self.started) / self.done:.2f} s each", flush=True)
             self.said = now
-        if self.signals is not None and self.signals.received and done < self.total:
+        if self.signals is not None and self.signals.received and self.done < self.total:
             raise Interrupted(f"{self.signals.received} at {self.label}, after {so_far}; the same command goes on")

@@ -40,7 +40,7 @@ def measure(
     check_alike(backbone, crop_px, depth, where)
     task = backbone, crop_px, batch_size, depth, where
     found = in_turns({name: (work, (name, *task)) for name in CONTENDERS}, str(where), rounds)
-    ratios = {}
+    ratios: dict[str, float] = {}
     for suffix, name in (("", "ours"), ("_checkpointed", "ours, checkpointed")):
         ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], found["mmseg"]).items()}
     return {

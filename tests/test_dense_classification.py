@@ -11,11 +11,13 @@ from PIL import Image
 from torchvision import transforms
 
 from pretrain.backbones.vit import ViT
+from pretrain.data.class_folders import open_class_folders
+from pretrain.data.images import read_picture
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import classification as module
-from pretrain.evaluation.dense.classification import KnnSettings, center_crop, open_class_folders
-from pretrain.evaluation.features import Features, frozen, read_picture
-from pretrain.evaluation.knn import class_votes, knn_predict, knn_predict_each, neighbors
+from pretrain.evaluation.dense.classification import KnnSettings, center_crop
+from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.knn import class_votes, knn_predict_each, knn_votes, neighbors
 from pretrain.signals import StopSignals
 
 SMALL = KnnSettings(resize_px=40, crop_px=32, k=(2, 5, 20))
@@ -105,7 +107,7 @@ def test_chunks_of_the_search_change_nothing():
     torch.testing.assert_close(chunked[0], whole[0])
     each = knn_predict_each(bank, labels, queries, (1, 7, 30), 5, chunk=10)
     for k, found in zip((1, 7, 30), each):
-        assert torch.equal(found, knn_predict(bank, labels, queries, k, 5))
+        assert torch.equal(found, knn_votes(bank, labels, queries, k, 5).argmax(1))
     assert torch.equal(each[0], labels[whole[1][:, 0]])
     votes = class_votes(whole[0], labels[whole[1]], (7, 30), 5)
     by_hand = torch.zeros(5).index_add(0, labels[whole[1][3, :7]], (whole[0][3, :7] / 0.07).exp())
@@ -140,7 +142,7 @@ def test_pictures_are_read_once_and_a_few_at_a_time(features, root, monkeypatch)
             waiting -= len(images)
             return super().__call__(images)
 
-    monkeypatch.setattr(module, "read_picture", watched)
+    monkeypatch.setattr("pretrain.data.class_folders.read_picture", watched)
     monkeypatch.setattr(module, "FORWARD_BATCH", 4)
     monkeypatch.setattr("pretrain.data.images.READ_AHEAD", 6)
     knn_classification(Watched(features.backbone, features.device, features.autocast), root, SMALL)

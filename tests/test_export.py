@@ -155,7 +155,7 @@ def is_in_checkpoint(vit, state, prefix):
 
 def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'posfield[det]')")
-    from det_plugin.torchvision_engine.checkpoint import load_checkpoint
+    from det_plugin.torchvision_engine.folder import load_checkpoint
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")

@@ -14,9 +14,10 @@ from test_dense_linear import WHOLE as WHOLE_LINEAR
 from pretrain.data.label_sets import open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import in_context as in_context_module
-from pretrain.evaluation.dense.in_context import InContextSettings, Memory, choose, in_context, jittered, patch_counts, remember
+from pretrain.evaluation.dense.in_context import InContextSettings, Memory, choose, in_context, jittered, remember
 from pretrain.evaluation.dense.linear import LinearSettings, linear
 from pretrain.evaluation.dense.long_work import check_signals
+from pretrain.evaluation.dense.patches import patch_counts
 from pretrain.evaluation.dense.protocol import settings_of
 from pretrain.evaluation.features import frozen
 from pretrain.settings import replaced

@@ -147,7 +147,7 @@ def test_seeds_are_averaged_and_detection_joins_segmentation():
     runs = [result(metrics={"box_ap": b, "mask_ap": m}, seed=i) for i, (b, m) in enumerate(zip(boxes, masks))]
     runs += [result("segmentation", {"miou": value}, seed=i) for i, value in enumerate(mious)]
     (row,) = merge(runs)
-    assert [r.seed for r in row.detection] == [0, 1] and [r.seed for r in row.segmentation] == [0, 1, 2]
+    assert [r.seed for r in row.groups[0]] == [0, 1] and [r.seed for r in row.groups[1]] == [0, 1, 2]
     assert row.seeds == "detection 0, 1; segmentation 0, 1, 2"
     table = comparison_table(runs)
     (measured,) = [r for r in csv_rows(table) if r["source"] == "measured"]
@@ -171,13 +171,13 @@ def test_only_like_runs_are_averaged():
         base.with_changes(config_hash="another hash"),
     ]
     assert len(merge([base, *others])) == 8
-    assert all(len(row.detection) == 1 and not row.segmentation for row in merge([base, *others]))
+    assert all(len(row.groups[0]) == 1 and not row.groups[1] for row in merge([base, *others]))
 
 
 def test_full_and_scaled_down_never_share_a_row():
     runs = [result(metrics={"box_ap": 44.8}), result("segmentation", {"miou": 5.0}, DEVIATIONS)]
     rows = merge(runs)
-    assert [(bool(r.detection), bool(r.segmentation), len(r.scaled)) for r in rows] == [(1, 0, 0), (0, 1, 1)]
+    assert [(bool(r.groups[0]), bool(r.groups[1]), len(r.scaled)) for r in rows] == [(1, 0, 0), (0, 1, 1)]
 
 
 def test_two_pre_trainings_of_one_name_are_no_seeds():
@@ -186,13 +186,13 @@ def test_two_pre_trainings_of_one_name_are_no_seeds():
     runs = [result(metrics={"box_ap": ap[w][seed]}, seed=seed, weights_hash=w) for seed in (0, 1) for w in ap]
     runs += [result("segmentation", {"miou": ap[w][0]}, weights_hash=w) for w in ap]
     rows = {row.run.weights_hash: row for row in merge(runs)}
-    assert {w: Score.of(row.detection, "box_ap").mean for w, row in rows.items()} == {"one": 41.0, "two": 31.0}
-    assert {w: Score.of(row.segmentation, "miou").mean for w, row in rows.items()} == {"one": 40.0, "two": 30.0}
+    assert {w: Score.of(row.groups[0], "box_ap").mean for w, row in rows.items()} == {"one": 41.0, "two": 31.0}
+    assert {w: Score.of(row.groups[1], "miou").mean for w, row in rows.items()} == {"one": 40.0, "two": 30.0}
 
 
 def test_a_copy_of_a_run_counts_once():
     run = result(metrics={"box_ap": 40.0})
-    assert len(merge([run, run.with_changes()])[0].detection) == 1
+    assert len(merge([run, run.with_changes()])[0].groups[0]) == 1
 
 
 def test_a_sweep_shows_every_configuration_best_first():

@@ -25,12 +25,12 @@ from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import run
 from pretrain.data.box_sets import BoxedImage, read_boxes
-from pretrain.data.images import spread
+from pretrain.data.images import read_picture, spread
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.discovery import METHODS, discover
-from pretrain.evaluation.features import Features, frozen, read_picture
+from pretrain.evaluation.features import Features, frozen
 from pretrain.progress import Progress
 from pretrain.results.csv_file import write_csv
 from pretrain.results.provenance import config_hash, file_hash
@@ -104,7 +104,7 @@ def measure(
                 if number in chosen:
                     shown.append(Boxed(image.path.name, pixels, image.boxes, {m: (f.box, f.hit) for m, f in found.items()}))
             rows.append(row)
-            tell(number + 1)
+            tell()
     percents = {f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods}
     write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
     if shown:

@@ -116,10 +116,9 @@ class Study:
         return torch.cat(maps)
 
     def _measure(self, label: str, backbone: ViT) -> Measured:
-        parts, done, tell = [], 0, Progress(label, len(self.images), self.signals)
+        parts, tell = [], Progress(label, len(self.images), self.signals)
         for images in self.images.split(self.batch):
             with self.autocast:
                 parts.append(attention_statistics(backbone, normalize(images.to(self.device)), self.block))
-            done += len(images)
-            tell(done)
+            tell(len(images))
         return Measured(label, *(torch.cat(values).numpy() for values in zip(*parts)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources import DataSettings, open_source
+from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
 MAX_PATCHES = 16_384  # of one image: an N x N matrix of them takes 1 GiB
@@ -77,6 +79,18 @@ def read_images(data: DataSettings, most: int, make: Callable[[np.ndarray], Made
     if not found.names:
         raise UserError(f"none of the {len(found.broken)} images of {data.root} can be read; the first: {found.broken[0]}")
     return found
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3], upright.
+
+    Raises:
+        UserError: it cannot be read; names the file.
+    """
+    try:
+        return decode(read_file(os.fsencode(file)))
+    except BrokenImage as error:
+        raise UserError(f"{file} cannot be read ({error})") from error
 
 
 def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from pretrain.data.images import check_grid, whole
 from pretrain.evaluation.features import Features
@@ -134,7 +135,7 @@ def discover(
     found = {}
     for method in methods:
         box = box_of(METHODS[method](x[0], grid).mask, patch_px, pixels.shape[:2])
-        best = float(box_ious(box, truth).max())
+        best = float(box_iou(torch.from_numpy(box[None]), torch.from_numpy(truth)).max())
         found[method] = Judged(box, best, best > HIT_IOU)
     return found
 
@@ -168,12 +169,3 @@ def box_of(mask: NDArray[np.bool_], patch_px: tuple[float, float], size_px: tupl
     y0, y1 = rows[0] * patch_px[0], min((rows[-1] + 1) * patch_px[0], size_px[0])
     x0, x1 = columns[0] * patch_px[1], min((columns[-1] + 1) * patch_px[1], size_px[1])
     return np.array([x0, y0, x1, y1], np.float64)
-
-
-def box_ious(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intersection over union of a box [4] with others [n, 4], all (x0, y0, x1, y1): [n]."""
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])  # [n, 2]
-    common = sides.clip(min=0).prod(1)
-    areas: NDArray[np.float64] = (others[:, 2:] - others[:, :2]).prod(1)
-    ious: NDArray[np.float64] = common / ((box[2:] - box[:2]).prod() + areas - common)
-    return ious

@@ -1,34 +1,21 @@
 """What all probes share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.backbones.block import Block
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 from pretrain.views.pixels import normalize
 
 FORWARD_BATCH = 32  # images a forward pass: probes run beside a training that already fills the memory
 
 LayerVisitor = Callable[[slice, int, Tensor], None]
-
-
-def read_picture(file: Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3]; one that cannot be read is a UserError that names it."""
-    try:
-        return decode(read_file(os.fsencode(file)))
-    except BrokenImage as error:
-        raise UserError(f"{file} cannot be read ({error})") from error
 
 
 def layer_names(backbone: ViT) -> list[str]:
@@ -69,9 +56,8 @@ class Features:
             images: uint8 [n, 3, S, S], whole images.
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
-        for start in range(0, len(images), FORWARD_BATCH):
-            part = slice(start, start + FORWARD_BATCH)
-            yield Tokens(*map(_full, self._forward(images[part], None if position_masks is None else position_masks[part])))
+        for part in _parts(images):
+            yield Tokens(*map(_full, self._forward(part, images, position_masks)))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
         """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one layer at a time is held.
@@ -94,9 +80,8 @@ class Features:
                 hooks.enter_context(block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out)))
             if backbone.model_kwargs["final_norm"]:
                 hooks.enter_context(backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out)))
-            for start in range(0, len(images), FORWARD_BATCH):
-                part = slice(start, start + FORWARD_BATCH)
-                self._forward(images[part], None if position_masks is None else position_masks[part])
+            for part in _parts(images):
+                self._forward(part, images, position_masks)
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
         """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the end).
@@ -107,7 +92,7 @@ class Features:
         found: list[Tensor] = []
         wanted = range(len(layer_names(self.backbone)))[layer]
         self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
-        return _numbers(torch.cat(found))
+        return finite(torch.cat(found))
 
     def keys(self, images: Tensor) -> Tensor:
         """Keys of the last attention layer, heads side by side, of the patches alone: [n, N, D]."""
@@ -115,19 +100,24 @@ class Features:
         last = self.backbone.blocks[-1]
         assert isinstance(last, Block)
         with last.attn.qkv.register_forward_hook(lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))):
-            for start in range(0, len(images), FORWARD_BATCH):
-                self._forward(images[start : start + FORWARD_BATCH], None)
-        return _numbers(torch.cat(found)[:, self.backbone.n_prefix :])
+            for part in _parts(images):
+                self._forward(part, images)
+        return finite(torch.cat(found)[:, self.backbone.n_prefix :])
 
-    def _forward(self, images: Tensor, position_masks: Tensor | None) -> Tokens:
-        dtype = self.backbone.patch_embed.proj.weight.dtype
-        pixels = normalize(images.to(self.device)).to(dtype)
+    def _forward(self, part: slice, images: Tensor, position_masks: Tensor | None = None) -> Tokens:
+        masks = None if position_masks is None else position_masks[part].to(self.device)
+        pixels = normalize(images[part].to(self.device)).to(self.backbone.patch_embed.proj.weight.dtype)
         with self.autocast:
-            tokens: Tokens = self.backbone(pixels, position_mask=None if position_masks is None else position_masks.to(self.device))
+            tokens: Tokens = self.backbone(pixels, position_mask=masks)
         return tokens
 
 
-def _numbers(x: Tensor) -> Tensor:
+def _parts(images: Tensor) -> list[slice]:
+    return [slice(start, start + FORWARD_BATCH) for start in range(0, len(images), FORWARD_BATCH)]
+
+
+def finite(x: Tensor) -> Tensor:
+    """Features, all of them finite; else a UserError."""
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite numbers")
     return x

@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbor classification on frozen features (DINO's protocol: temperature 0.07)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +16,40 @@ BANK_CHUNK = 2**16  # features of the bank compared at a time: with 1024 queries
 VOTES_CHUNK = 2**24  # votes of single neighbors for all classes counted at a time: 67 MB
 
 
-def neighbors(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHUNK) -> tuple[Tensor, Tensor]:
-    """The k features of ``bank`` [M, D] that are most similar to each of ``queries`` [Q, D], exactly, the most similar first.
+def nearest(queries: Tensor, parts: Iterable[Tensor], k: int, tick: Callable[[], object] = lambda: None) -> tuple[Tensor, Tensor]:
+    """The k rows of a bank that are most similar to each query, exactly, the most similar first; all rows where k is more.
 
-    Memory: Q * bank_chunk cosines, and as many features of the bank as float32.
+    Args:
+        queries: normalized [Q, D].
+        parts: the bank's rows in turn, normalized, [M, D] each. Only Q x M cosines of one part are held at a time.
+        tick: called after each part.
 
     Returns:
-        cosines float32 [Q, k], rows of the bank int64 [Q, k].
+        cosines [Q, k], rows of the bank int64 [Q, k].
+    """
+    cosines, rows, done = queries.new_zeros(len(queries), 0), queries.new_zeros(len(queries), 0, dtype=torch.int64), 0
+    for part in parts:
+        near, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        cosines, rows = torch.cat([cosines, near], 1), torch.cat([rows, index + done], 1)
+        if done:
+            cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+            rows = rows.gather(1, best)
+        done += len(part)
+        tick()
+    return cosines, rows
+
+
+def neighbors(bank: Tensor, queries: Tensor, k: int, bank_chunk: int = BANK_CHUNK) -> tuple[Tensor, Tensor]:
+    """:func:`nearest` rows of ``bank`` [M, D] for ``queries`` [Q, D], neither of them normalized.
+
+    Memory: Q * bank_chunk cosines, and as many features of the bank as float32.
 
     Raises:
         ValueError: ``k`` is larger than the bank.
     """
     if k > len(bank):
         raise ValueError(f"k={k} is more than the {len(bank)} features to choose from")
-    queries = F.normalize(queries.float(), dim=1)
-    best, rows = queries.new_zeros(len(queries), 0), queries.new_zeros(len(queries), 0, dtype=torch.int64)
-    for first in range(0, len(bank), bank_chunk):
-        part = F.normalize(bank[first : first + bank_chunk].float(), dim=1)
-        cosines, index = (queries @ part.T).topk(min(k, len(part)), dim=1)
-        best, rows = torch.cat([best, cosines], 1), torch.cat([rows, index + first], 1)
-        if best.shape[1] > k:
-            best, order = best.topk(k, dim=1)
-            rows = rows.gather(1, order)
-    return best, rows
+    return nearest(F.normalize(queries.float(), dim=1), (F.normalize(part.float(), dim=1) for part in bank.split(bank_chunk)), k)
 
 
 def class_votes(cosines: Tensor, labels: Tensor, ks: Sequence[int], n_classes: int, temperature: float = TEMPERATURE) -> Tensor:
@@ -75,13 +86,6 @@ def knn_votes(
     return torch.cat([votes[0] for votes in _votes(bank, bank_labels, queries, (k,), n_classes, temperature, chunk)])
 
 
-def knn_predict(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, n_classes: int, temperature: float = TEMPERATURE, chunk: int = 1024
-) -> Tensor:
-    """Class with the most :func:`knn_votes`, [Q] int64; the arguments are the same."""
-    return knn_predict_each(bank, bank_labels, queries, (k,), n_classes, temperature, chunk)[0]
-
-
 def knn_predict_each(
     bank: Tensor,
     bank_labels: Tensor,
@@ -91,7 +95,7 @@ def knn_predict_each(
     temperature: float = TEMPERATURE,
     chunk: int = 1024,
 ) -> Tensor:
-    """:func:`knn_predict` for each k of ``ks``, the neighbors found once: [len(ks), Q] int64."""
+    """The class with the most :func:`knn_votes` for each k of ``ks``, the neighbors found once: [len(ks), Q] int64."""
     parts = _votes(bank, bank_labels, queries, ks, n_classes, temperature, chunk)
     return torch.cat([votes.argmax(2) for votes in parts], 1)
 
@@ -105,15 +109,6 @@ def _votes(
         cosines, rows = neighbors(bank, part, max(ks))
         for some, of_rows in zip(cosines.split(few), labels[rows].split(few)):
             yield class_votes(some, of_rows, ks, n_classes, temperature)
-
-
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, temperature: float = TEMPERATURE
-) -> float:
-    """Share of queries whose class is predicted right, in percent; the arguments are those of :func:`knn_predict`."""
-    n_classes = int(max(bank_labels.max(), labels.max())) + 1
-    right = knn_predict(bank, bank_labels, queries, k, n_classes, temperature) == labels
-    return 100.0 * right.float().mean().item()
 
 
 @dataclass(frozen=True)
@@ -139,5 +134,6 @@ class KnnProbe:
     def __call__(self, features: Features) -> dict[str, float]:
         """The probe's number for a backbone."""
         bank, queries = (torch.cat([tokens.cls for tokens in features(part.images)]) for part in (self.train, self.val))
-        labels = [part.labels.to(features.device) for part in (self.train, self.val)]
-        return {"probe/knn_top1": knn_accuracy(bank, labels[0], queries, labels[1], self.k)}
+        labels, classes = (part.labels.to(features.device) for part in (self.train, self.val))
+        predicted = knn_predict_each(bank, labels, queries, (self.k,), int(labels.max()) + 1)[0]
+        return {"probe/knn_top1": 100.0 * (predicted == classes).float().mean().item()}

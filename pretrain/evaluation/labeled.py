@@ -1,5 +1,7 @@
-"""The small labeled sets of the probes, read once at a run's start: whatever is wrong with them is told then, by key and file."""
+"""The small labeled sets of the probes, read once at a run's start, so that an error comes then; it names the key and the file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.images import in_threads, spread, square
-from pretrain.data.label_sets.maps import nearest, read_map
-from pretrain.data.sources.files import SUFFIXES
+from pretrain.data.class_folders import ClassFolder, open_class_folders
+from pretrain.data.images import in_threads, square
+from pretrain.data.label_sets.label_set import LabelSet
+from pretrain.data.label_sets.listing import by_stem, maps_by_stem, paired
 from pretrain.errors import UserError
+from pretrain.evaluation.features import FORWARD_BATCH
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,15 @@ class Labeled:
     labels: Tensor
 
 
+@contextmanager
+def errors_of(key: str) -> Iterator[None]:
+    """A :class:`UserError` raised inside begins with ``key``, the setting that names the data."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
     """``train/CLASS/*`` and ``val/CLASS/*`` as central squares; at most ``max_images`` of each, at equal steps.
 
@@ -29,23 +41,16 @@ def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[La
         key: the setting that names ``root``, for messages.
 
     Raises:
-        UserError: a folder that is missing or empty, a class of val that train has not, a file that is no image.
+        UserError: as :func:`pretrain.data.class_folders.open_class_folders`; a file that is no image.
     """
-    folders = [_folder(Path(root) / part, key) for part in ("train", "val")]
-    numbers = {path.name: number for number, path in enumerate(_class_folders(folders[0]))}
-    parts = []
-    for folder in folders:
-        found: list[tuple[Path, int]] = []
-        for path in _class_folders(folder):
-            if path.name not in numbers:
-                raise UserError(f"{key}: class {path.name!r} of {folder} is none of {folders[0]}")
-            found += [(file, numbers[path.name]) for file in _pictures(path)]
-        if not found:
-            raise UserError(f"{key}: no picture CLASS/*{'|'.join(SUFFIXES)} in {folder}")
-        chosen = spread(found, max_images)
-        images = list(in_threads(lambda pair: square(_pixels(pair[0], key), side_px, crop=True), chosen))
-        parts.append(Labeled(torch.stack(images), torch.tensor([number for _, number in chosen])))
-    return parts[0], parts[1]
+    with errors_of(key):
+        train, val = (_squares(part.first(max_images), side_px) for part in open_class_folders(root))
+        return train, val
+
+
+def _squares(part: ClassFolder, side_px: int) -> Labeled:
+    images = in_threads(lambda index: square(part.read(index), side_px, crop=True), range(len(part)))
+    return Labeled(torch.stack(list(images)), part.labels())
 
 
 def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
@@ -57,57 +62,13 @@ def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, 
     Raises:
         UserError: a folder or label map that is missing, a label beyond ``n_classes``, sizes that differ, an unreadable file.
     """
+    name, table = f"{root} with probes.seg_classes={n_classes}", np.arange(n_classes + 1, dtype=np.int32)
     parts = []
-    for part in ("training", "validation"):
-        folder, maps = _folder(Path(root) / "images" / part, key), _folder(Path(root) / "annotations" / part, key)
-        chosen = spread(_pictures(folder), max_images)
-        if not chosen:
-            raise UserError(f"{key}: no picture *{'|'.join(SUFFIXES)} in {folder}")
-
-        def read(file: Path, maps: Path = maps) -> tuple[Tensor, Tensor]:
-            pixels = _pixels(file, key)
-            labels = read_labels(maps / f"{file.stem}.png", n_classes, key)
-            if labels.shape != pixels.shape[:2]:
-                raise UserError(f"{key}: {maps / file.stem}.png is {labels.shape}, but {file} is {pixels.shape[:2]} pixels")
-            return square(pixels, side_px, crop=False), nearest(labels, side_px)
-
-        images, labels = zip(*in_threads(read, chosen))
-        dtype = torch.uint8 if n_classes < 256 else torch.int32
-        parts.append(Labeled(torch.stack(images), torch.stack(labels).to(dtype)))
+    with errors_of(key):
+        for part in ("training", "validation"):
+            files = by_stem(Path(root) / "images" / part)
+            pairs = paired(files, maps_by_stem(Path(root) / "annotations" / part), sorted(files, key=files.__getitem__))
+            found = LabelSet(name, part, tuple(map(str, table[1:])), pairs, table).first(max_images)
+            images, labels = map(torch.cat, zip(*found.squares(side_px, side_px, FORWARD_BATCH)))
+            parts.append(Labeled(images, labels.to(torch.uint8 if n_classes < 256 else torch.int32)))
     return parts[0], parts[1]
-
-
-def read_labels(file: Path, n_classes: int, key: str) -> np.ndarray:
-    """A label map (PNG: gray, palette or 16 bits) as integers [H, W] in 0 .. n_classes.
-
-    Raises:
-        UserError: no such file, no label map, or a label beyond.
-    """
-    try:
-        labels = read_map(file)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-    if labels.max() > n_classes:
-        raise UserError(f"{key}: {file} has the label {labels.max()}, but probes.seg_classes={n_classes}")
-    return labels.astype(np.int32)
-
-
-def _folder(path: Path, key: str) -> Path:
-    if not path.is_dir():
-        raise UserError(f"{key}: no folder {path}")
-    return path
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-
-
-def _pixels(file: Path, key: str) -> np.ndarray:
-    try:
-        return decode(file.read_bytes())
-    except BrokenImage as error:
-        raise UserError(f"{key}: {file} cannot be read ({error})") from error

@@ -36,7 +36,7 @@ class LayerScore:
 
 
 def position_layers(
-    features: Features, images: Tensor, draws: int = 3, shape: str = "cross", tell: Callable[[int], None] = lambda done: None
+    features: Features, images: Tensor, draws: int = 3, shape: str = "cross", tell: Callable[[int], None] = lambda n: None
 ) -> list[LayerScore]:
     """Probe every layer, fitted on every second image and judged on the others, for several draws of the masks.
 
@@ -47,7 +47,7 @@ def position_layers(
         features: of a backbone that holds a position mask token (see :func:`pretrain.evaluation.position_probe.hide_with`), frozen.
         images: uint8 [n, 3, H, W], whole images, both sides multiples of the patch size.
         shape: of the masks, ``cross`` | ``box``.
-        tell: how many of the images of all draws went through, after each batch.
+        tell: is told of each batch how many images went through.
 
     Returns:
         all layers of the hidden patches, then all of the others.
@@ -56,8 +56,8 @@ def position_layers(
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     by_draw = []
     for draw in range(draws):
-        masks, before = draw_masks(len(images), grid, shape, draw), draw * len(images)
-        by_draw.append(_one_draw(features, images, masks, grid, before, tell))
+        masks = draw_masks(len(images), grid, shape, draw)
+        by_draw.append(_one_draw(features, images, masks, grid, tell))
     names = layer_names(features.backbone)
     return [
         LayerScore(patches, layer, names[layer], tuple(readers[which][layer].score() for readers in by_draw))
@@ -67,9 +67,9 @@ def position_layers(
 
 
 def _one_draw(
-    features: Features, images: Tensor, masks: Tensor, grid: tuple[int, int], done: int, tell: Callable[[int], None]
+    features: Features, images: Tensor, masks: Tensor, grid: tuple[int, int], tell: Callable[[int], None]
 ) -> list[list[PlaceReader]]:
-    """Readers of the hidden and of the given patches, one a layer; ``done``: images of the draws before."""
+    """Readers of the hidden and of the given patches, one a layer."""
     dim, device, places = features.backbone.embed_dim, features.device, centers(*grid)
     readers = [[PlaceReader(dim, device) for _ in layer_names(features.backbone)] for _ in PATCHES]
     last = len(readers[0]) - 1
@@ -81,9 +81,7 @@ def _one_draw(
             for row, chosen in zip(readers, (mask, ~mask)):
                 learn(row[layer], patches[chosen.to(device)], places.expand(len(chosen), -1, -1)[chosen])
             if layer == last:
-                nonlocal done
-                done += len(patches)
-                tell(done)
+                tell(len(patches))
 
         features.visit(images[half], visit, hidden)
     return readers

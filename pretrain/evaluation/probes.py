@@ -17,6 +17,7 @@ from pretrain.evaluation.dense.protocol import named_tasks, settings_of
 from pretrain.evaluation.dense.run import EVALUATORS
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import KnnProbe
+from pretrain.evaluation.labeled import errors_of
 from pretrain.evaluation.position_probe import PositionProbe
 from pretrain.evaluation.segmentation import SegmentationProbe
 from pretrain.settings import Settings, replaced, setting
@@ -79,13 +80,11 @@ class DenseProbe:
         named = named_tasks(tasks.split(), "probes.dense_tasks")
         if not named:
             raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
-        try:
+        with errors_of("probes.dense_root"):
             train, val = (open_label_set(root, part, kind).first(max_images) for part in ("train", "val"))
             for part in (train, val):
                 for _ in in_threads(part.read, range(len(part))):
                     pass
-        except UserError as error:
-            raise UserError(f"probes.dense_root: {error}") from error
         changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
         return DenseProbe(train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()})
 
@@ -123,8 +122,7 @@ class Probes:
             nothing = "neither probes.knn_root, probes.seg_root, probes.dense_root nor probes.position is set"
             missing = "probes.every is 0" if wanted else nothing
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
-        side_px, most = settings.image_px, settings.max_images
-        k, classes, dense = settings.knn_k, settings.seg_classes, (settings.dense_set, settings.dense_tasks)
+        k, side_px, most = settings.knn_k, settings.image_px, settings.max_images
         if not self.every or not reads:
             return
         if side_px % patch_size:
@@ -132,9 +130,9 @@ class Probes:
         if settings.knn_root:
             self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
         if settings.seg_root:
-            self.probes.append(SegmentationProbe.read(settings.seg_root, classes, k, side_px, patch_size, most))
+            self.probes.append(SegmentationProbe.read(settings.seg_root, settings.seg_classes, k, side_px, patch_size, most))
         if settings.dense_root:
-            self.probes.append(DenseProbe.read(settings.dense_root, *dense, side_px, most))
+            self.probes.append(DenseProbe.read(settings.dense_root, settings.dense_set, settings.dense_tasks, side_px, most))
         if settings.position:
             self.probes.append(PositionProbe.read(data, patch_size, side_px, most))
 

@@ -7,11 +7,14 @@ forward passes and has nothing to tune, for curves during a training. The benchm
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.evaluation.dense.matching import count_pairs
+from pretrain.evaluation.dense.patches import patch_counts, predict_pixels
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.knn import knn_votes
 from pretrain.evaluation.labeled import Labeled, read_segmentation
@@ -30,30 +33,12 @@ def patch_labels(labels: Tensor, patch_size: int, n_classes: int) -> Tensor:
     Returns:
         [n, N] int64, row-major; 0 for a patch without a labeled pixel.
     """
-    n, side = len(labels), labels.shape[1] // patch_size
-    width = n_classes + 1
-    pixels = labels.long().unflatten(1, (side, patch_size)).unflatten(3, (side, patch_size)).permute(0, 1, 3, 2, 4)
-    patch = torch.arange(n * side**2, device=labels.device).view(n, side, side, 1, 1)
-    counts = torch.bincount((patch * width + pixels).flatten(), minlength=n * side**2 * width).view(n, side**2, width)
-    counts[..., 0] = 0
-    rank = counts * width - torch.arange(width, device=labels.device)  # even counts: the smaller class wins
-    return rank.argmax(-1) * (counts.sum(-1) > 0)
-
-
-def confusion(labels: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
-    """Pixels of class a that were predicted as b, [n_classes, n_classes] int64.
-
-    Args:
-        labels: any shape, 0 (not counted) or 1 .. n_classes.
-        predicted: the same shape, 0 .. n_classes - 1.
-    """
-    counted = labels > 0
-    pairs = (labels[counted].long() - 1) * n_classes + predicted[counted]
-    return torch.bincount(pairs, minlength=n_classes**2).view(n_classes, n_classes)
+    counts = np.stack([patch_counts(image.numpy(), patch_size, n_classes) for image in labels])  # [n, N, C]
+    return torch.from_numpy((counts.argmax(-1) + 1) * counts.any(-1))
 
 
 def mean_iou(matrix: Tensor) -> float:
-    """mIoU in percent of a :func:`confusion` matrix, over the classes that occur in labels or predictions."""
+    """mIoU in percent over the classes that occur in labels or predictions, from pixels counted by :func:`count_pairs`."""
     both = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - both
     occurs = union > 0
@@ -102,7 +87,7 @@ class SegmentationProbe:
             probabilities = linear(patches).softmax(1).float().to(device), votes / votes.sum(1, keepdim=True)
             for matrix, scores in zip(matrices, probabilities):
                 predicted = predict_pixels(scores.unflatten(0, (len(pixels), -1)), pixels.shape[-1])
-                matrix += confusion(pixels.to(device), predicted, n_classes)
+                matrix += count_pairs(predicted, pixels, n_classes, n_classes)
         return {"probe/seg_linear_miou": mean_iou(matrices[0]), "probe/seg_knn_miou": mean_iou(matrices[1])}
 
     def _fit(self, features: Features) -> tuple[ReadOut, Tensor, Tensor]:
@@ -119,11 +104,3 @@ class SegmentationProbe:
             moments.add(tokens.patches[use.to(features.device)], one_hot)
             bank.append(tokens.patches[in_bank.to(features.device)])
         return discriminant(moments), torch.cat(bank), (labels[kept] - 1).to(features.device)
-
-
-def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
-    """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after bilinear upsampling."""
-    grid = round(scores.shape[1] ** 0.5)
-    maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
-    # One image at a time: 150 classes at 224 px are 30 MB each.
-    return torch.cat([F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)])

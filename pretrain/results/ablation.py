@@ -1,7 +1,6 @@
 """The table of an ablation: pre-trainings that differ in a few settings, each with its fine-tuning, over
 seeds."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +106,13 @@ def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
 
 def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Score | None:
     """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
-    gains = [
-        by_seed[seed].finetuning.metrics[metric] - base[seed].finetuning.metrics[metric]
-        for seed in sorted(set(by_seed) & set(base))
-        if metric in by_seed[seed].finetuning.metrics and metric in base[seed].finetuning.metrics
-    ]
-    if not gains:
-        return None
-    return Score(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else None, len(gains))
+    return Score.over(
+        [
+            by_seed[seed].finetuning.metrics[metric] - base[seed].finetuning.metrics[metric]
+            for seed in sorted(set(by_seed) & set(base))
+            if metric in by_seed[seed].finetuning.metrics and metric in base[seed].finetuning.metrics
+        ]
+    )
 
 
 def _signed(score: Score | None) -> str:

@@ -4,13 +4,12 @@ The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a sc
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 from pretrain.errors import UserError
-from pretrain.results.merge import Score, alike, backbone_label, ranked, seeds_of
+from pretrain.results.merge import Measured, Score, alike, backbone_label, ranked
 from pretrain.results.published import PublishedDense, published_dense
-from pretrain.results.schema import Protocol, Result
+from pretrain.results.schema import Result
 from pretrain.results.tables import (
     MEASURED,
     NONE,
@@ -22,6 +21,7 @@ from pretrain.results.tables import (
     epochs_text,
     method_fields,
     numbers_of,
+    signed,
 )
 
 DIFFERENCE = "Δ"
@@ -43,38 +43,6 @@ METRICS = {
 OVERCLUSTERED = re.compile(r"clustering_k(\d+)_miou")
 
 
-class Evaluated(NamedTuple):
-    """A measured row: runs that differ in their seed, and the protocol of their scaled-down pre-training."""
-
-    runs: list[Result]
-    pretraining: Protocol | None
-
-    @property
-    def run(self) -> Result:
-        """Any of the runs: for what all of them share."""
-        return self.runs[0]
-
-    @property
-    def set(self) -> str:
-        """The labeled set."""
-        return self.run.protocol.name.removeprefix(PREFIX)
-
-    @property
-    def scaled(self) -> list[Protocol]:
-        """The protocols from which the runs deviate."""
-        return [protocol for protocol in (self.pretraining, self.run.protocol) if protocol is not None and protocol.deviations]
-
-    @property
-    def identity(self) -> tuple:
-        """What a reader sees of the row beside its numbers and seeds."""
-        run, before = self.run, self.pretraining and self.pretraining.identity
-        return run.method, run.backbone, run.effective_epochs, run.protocol.identity, before
-
-    def score(self, metric: str) -> Score | None:
-        """Mean over the seeds."""
-        return Score.of(self.runs, metric)
-
-
 def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] | None = None, against: str = "") -> Table | None:
     """Dense results beside the published ones of their sets; without any, all published ones; None: no row.
 
@@ -86,7 +54,7 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
     Raises:
         UserError: no result is of the method ``against``.
     """
-    rows = [Evaluated(runs, before) for part, before in alike(results, "dense") for runs in ranked(part, "linear_miou")]
+    rows = [Measured((runs,), before) for part, before in alike(results, "dense") for runs in ranked(part, "linear_miou")]
     rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
@@ -107,7 +75,7 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
         for row in (row for row in printed if row.set == name):
             lines.append(_published_line(row, heads, bool(against)))
             records.append(_published_record(row, heads, bool(against)))
-        for found in (row for row in rows if row.set == name):
+        for found in (row for row in rows if _set(row) == name):
             gains = _gains(found, rows, heads, against)
             alone = [other.identity for other in rows].count(found.identity) == 1
             lines.append(_measured_line(found, heads, gains, notes, alone))
@@ -126,13 +94,21 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
     )
 
 
-def _sets(rows: Sequence[Evaluated]) -> list[str]:
+def _set(row: Measured) -> str:
+    return row.run.protocol.name.removeprefix(PREFIX)
+
+
+def _scores(row: Measured, heads: Iterable[str]) -> dict[str, Score | None]:
+    return {name: Score.of(row.runs, name) for name in heads}
+
+
+def _sets(rows: Sequence[Measured]) -> list[str]:
     """Of the rows: first the known sets in their order, then the others by name."""
-    names = {row.set for row in rows}
+    names = {_set(row) for row in rows}
     return [*(name for name in SETS if name in names), *sorted(names - set(SETS))]
 
 
-def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict[str, str]:
+def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:
     """{metric: column} of those that any row has; after clustering its versions with more clusters."""
     present = {name for row in rows for run in row.runs for name in run.metrics} | {name for row in printed for name in row.scores}
     more = sorted(int(match[1]) for match in map(OVERCLUSTERED.fullmatch, present) if match)
@@ -143,23 +119,15 @@ def _heads(rows: Sequence[Evaluated], printed: Sequence[PublishedDense]) -> dict
     return heads
 
 
-def _gains(row: Evaluated, rows: Sequence[Evaluated], heads: Mapping[str, str], against: str) -> dict[str, float | None] | None:
+def _gains(row: Measured, rows: Sequence[Measured], heads: Mapping[str, str], against: str) -> dict[str, float | None] | None:
     """Differences of the means to those of the method ``against``, in points; None in a table without it."""
     if not against:
         return None
-    like = (
-        row.run.backbone,
-        row.run.protocol.identity,
-    )  # the config also says from which kind of file, which may differ
+    like = row.run.backbone, row.run.protocol.identity  # the config also says from which kind of file, which may differ
     bases = [other for other in rows if other.run.method == against and (other.run.backbone, other.run.protocol.identity) == like]
-    gains: dict[str, float | None] = {}
-    for name in heads:
-        after, before = (
-            row.score(name),
-            bases[0].score(name) if len(bases) == 1 and row.run.method != against else None,
-        )
-        gains[name] = None if after is None or before is None else after.mean - before.mean
-    return gains
+    before = _scores(bases[0], heads) if len(bases) == 1 and row.run.method != against else dict.fromkeys(heads)
+    pairs = {name: (after, before[name]) for name, after in _scores(row, heads).items()}
+    return {name: after.mean - base.mean if after and base else None for name, (after, base) in pairs.items()}
 
 
 # --- cells: what md, latex and html show --------------------------------------------------------------------
@@ -173,7 +141,7 @@ def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bo
 
 
 def _measured_line(
-    row: Evaluated,
+    row: Measured,
     heads: Mapping[str, str],
     gains: Mapping[str, float | None] | None,
     notes: FootNotes,
@@ -181,23 +149,15 @@ def _measured_line(
 ) -> Line:
     run, scores = row.run, list[str]()
     epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
-    for name in heads:
-        score = row.score(name)
+    for name, score in _scores(row, heads).items():
         scores += [NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"]
-        scores += [] if gains is None else [_signed(gains[name])]
+        scores += [] if gains is None else ["" if (gain := gains[name]) is None else signed(gain)]
     who = (f"measured {MEASURED}", run.method, backbone_label(run.backbone), epochs)
-    about = (notes.label(run.protocol), seeds_of(row.runs), "" if alone else f"config {run.config_hash}")
+    about = (notes.label(run.protocol), row.seeds, "" if alone else f"config {row.configs}")
     return Line("measured", bool(row.scaled), (*who, *scores, *about))
 
 
-def _signed(gain: float | None) -> str:
-    """ "+2.1", "−0.3", "0.0"; "" for None."""
-    if gain is None:
-        return ""
-    return f"{gain:+.1f}".replace("-", "−") if round(gain, 1) else "0.0"
-
-
-def _notes(rows: Sequence[Evaluated], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str) -> list[str]:
+def _notes(rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str) -> list[str]:
     texts = ["mIoU and accuracy in percent, of features that were not fine-tuned."]
     if "in_context_hungarian_miou" in heads:
         texts.append("In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best.")
@@ -213,7 +173,7 @@ def _notes(rows: Sequence[Evaluated], printed: Sequence[PublishedDense], heads: 
     if rows:
         others = "; every other row is published" if printed else ""
         texts.append(f"{MEASURED} Measured with this code, by the runs given{others}.")
-    if any(score is not None and score.n > 1 for row in rows for score in map(row.score, heads)):
+    if any(score is not None and score.n > 1 for row in rows for score in _scores(row, heads).values()):
         texts.append(SEEDS)
     if against:
         alike_alone = "where backbone and evaluation are the same"
@@ -238,30 +198,19 @@ def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: 
     )
 
 
-def _measured_record(row: Evaluated, heads: Mapping[str, str], gains: Mapping[str, float | None] | None) -> dict[str, str]:
-    run, scaled = (
-        row.run,
-        {protocol.identity: f"{protocol.label}: {protocol.changes}" for protocol in row.scaled},
-    )
+def _measured_record(row: Measured, heads: Mapping[str, str], gains: Mapping[str, float | None] | None) -> dict[str, str]:
+    run, scaled = row.run, {protocol.identity: protocol.text for protocol in row.scaled}
     differences = {f"{name}_difference": "" if gain is None else repr(round(gain, 6)) for name, gain in (gains or {}).items()}
     return (
         {
             "source": "measured",
             "mark": MEASURED + SCALED * bool(scaled),
             "protocol_is_full": str(not scaled).lower(),
-            "set": row.set,
+            "set": _set(row),
         }
         | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
-        | numbers_of({name: row.score(name) for name in heads}, counted=True)
+        | numbers_of(_scores(row, heads), counted=True)
         | differences
-        | {
-            "pretraining_protocol": "" if row.pretraining is None else row.pretraining.label,
-            "protocol": run.protocol.label,
-        }
-        | {
-            "deviations": " | ".join(scaled.values()),
-            "seeds": seeds_of(row.runs),
-            "config": run.config_hash,
-            "note": "",
-        }
+        | {"pretraining_protocol": "" if row.pretraining is None else row.pretraining.label, "protocol": run.protocol.label}
+        | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs, "note": ""}
     )

@@ -23,7 +23,11 @@ class Score:
     @classmethod
     def of(cls, runs: Iterable[Result], metric: str) -> "Score | None":
         """The score over the runs that have the metric; None when none has."""
-        values = [value for run in runs for value in by_seed(run, metric).values()]
+        return cls.over([value for run in runs for value in by_seed(run, metric).values()])
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> "Score | None":
+        """The score over some values; None without any."""
         if not values:
             return None
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
@@ -34,24 +38,30 @@ class Score:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured row: runs of one method and backbone, and one protocol and configuration a column group.
+    """One measured row: runs of one method and backbone. Those of a group differ in their seed alone.
 
-    pretraining  the protocol of the pre-training, where it is known to have been scaled down; else None.
+    Attributes:
+        groups: detection and segmentation, of which one may be empty; or the one group of a dense evaluation.
+        pretraining: the protocol of the pre-training, where it is known to have been scaled down; else None.
     """
 
-    detection: list[Result]
-    segmentation: list[Result]
+    groups: tuple[list[Result], ...]
     pretraining: Protocol | None
+
+    @property
+    def runs(self) -> list[Result]:
+        """Those of all groups."""
+        return [run for runs in self.groups for run in runs]
 
     @property
     def run(self) -> Result:
         """Any of the runs: for what all of them share."""
-        return (self.detection or self.segmentation)[0]
+        return self.runs[0]
 
     @property
     def protocols(self) -> list[Protocol | None]:
-        """Of pre-training (if scaled down), detection and segmentation."""
-        return [self.pretraining] + [runs[0].protocol if runs else None for runs in (self.detection, self.segmentation)]
+        """Of the pre-training (if scaled down) and of each group."""
+        return [self.pretraining] + [runs[0].protocol if runs else None for runs in self.groups]
 
     @property
     def scaled(self) -> list[Protocol]:
@@ -66,16 +76,14 @@ class Measured:
 
     @property
     def configs(self) -> str:
-        """The config hashes of detection and segmentation."""
-        return " / ".join(runs[0].config_hash for runs in (self.detection, self.segmentation) if runs)
+        """The config hash of each group."""
+        return " / ".join(runs[0].config_hash for runs in self.groups if runs)
 
     @property
     def seeds(self) -> str:
         """ "0, 1, 2", or both lists where detection and segmentation differ."""
-        texts = [seeds_of(runs) for runs in (self.detection, self.segmentation)]
-        if all(texts) and texts[0] != texts[1]:
-            return f"detection {texts[0]}; segmentation {texts[1]}"
-        return texts[0] or texts[1]
+        texts = [seeds_of(runs) for runs in self.groups if runs]
+        return texts[0] if len(set(texts)) == 1 else "detection {}; segmentation {}".format(*texts)
 
 
 def by_seed(run: Result, metric: str) -> dict[str, float]:
@@ -104,7 +112,7 @@ def merge(results: Sequence[Result]) -> list[Measured]:
         for i in range(max(len(detections), len(segmentations))):
             detection = detections[i] if i < len(detections) else []
             segmentation = segmentations[i] if i < len(segmentations) else []
-            merged.append(Measured(detection, segmentation, before))
+            merged.append(Measured((detection, segmentation), before))
     return merged
 
 

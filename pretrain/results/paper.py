@@ -30,6 +30,7 @@ from pretrain.results.tables import (
     method_fields,
     scores_of,
     seeds_note,
+    signed,
 )
 
 DIFFERENCE = "Δ"
@@ -89,7 +90,7 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
         entries = _table_rows(LAYOUTS[number], results, printed)
         for entry in entries:
             if entry.measured is not None:
-                placed |= {to_json(run) for run in (*entry.measured.detection, *entry.measured.segmentation)}
+                placed |= {to_json(run) for run in entry.measured.runs}
         made += _panels(number, entries)
     return [
         *made,
@@ -122,7 +123,7 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
 
 def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> list[Protocol | None]:
     """The known protocols of the pre-trainings of a measured row, each once; [None] where none is known."""
-    hashes = [run.weights_hash for run in (*measured.detection, *measured.segmentation)]
+    hashes = [run.weights_hash for run in measured.runs]
     return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
 
 
@@ -211,11 +212,10 @@ def _who(measured: Measured) -> str:
 
 
 def _signed(difference: float | None, printed: float | None, score: Score | None) -> str:
-    """Of the numbers as shown, so that a reader finds the same; "+0.1", "−0.3", "0.0"."""
+    """Of the numbers as shown, so that a reader finds the same."""
     if difference is None or printed is None or score is None:
         return ""
-    shown = round(float(f"{score.mean:.1f}") - printed, 1)
-    return f"{shown:+.1f}".replace("-", "−") if shown else "0.0"
+    return signed(round(float(f"{score.mean:.1f}") - printed, 1))
 
 
 def _runs(entry: TableRow, alone: bool) -> str:
@@ -289,7 +289,7 @@ def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, st
         *protocols,
     )
     return dict(zip(names, values)) | {
-        "deviations": " | ".join(f"{p.label}: {p.changes}" for p in scaled.values()),
+        "deviations": " | ".join(p.text for p in scaled.values()),
         "seeds": entry.measured.seeds,
         "config": entry.measured.configs,
     }

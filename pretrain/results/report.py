@@ -12,7 +12,7 @@ from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_o
 from pretrain.results.merge import backbone_label, seeds_of
 from pretrain.results.render import render_all
 from pretrain.results.runs import Figure, Run, run_names
-from pretrain.results.schema import KINDS, Protocol
+from pretrain.results.schema import KINDS
 from pretrain.results.tables import NONE, duration_text, epochs_text
 
 _TITLES = {  # by the stage of a result
@@ -54,7 +54,12 @@ def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", l
     Raises:
         UserError: an unknown table.
     """
-    runs = sorted(runs, key=lambda run: (list(_TITLES).index(run.result.stage), *_order(run)))
+
+    def order(run: Run) -> tuple:
+        r = run.result
+        return list(_TITLES).index(r.stage), r.method, r.backbone, r.protocol.label, r.seed, r.created, r.config_hash
+
+    runs = sorted(runs, key=order)
     names = run_names([run.result for run in runs])
     sections = {
         "Summary": _summary(runs, names),
@@ -76,18 +81,6 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
     style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
     return _PAGE.format(title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
-
-
-def _order(run: Run) -> tuple:
-    result = run.result
-    return (
-        result.method,
-        result.backbone,
-        result.protocol.label,
-        result.seed,
-        result.created,
-        result.config_hash,
-    )
 
 
 # --- summary ------------------------------------------------------------------------------------------------
@@ -232,15 +225,11 @@ def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
         metrics = _list({key: _words(value) for key, value in sorted(_flat(r.metrics).items())})
         details.append(
             f"<details><summary>{html.escape(f'{_TITLES[r.stage]}: {name}')}</summary>\n"
-            f"<p>{html.escape(_protocol_text(r.protocol))}</p>\n{metrics}</details>"
+            f"<p>{html.escape(r.protocol.text)}</p>\n{metrics}</details>"
         )
     heads = ["kind", "run", "seed", "config hash", "weights hash", "commit", "created (UTC)"]
     table = html_table("Seeds, and the first 12 digits of each hash", heads, rows, numeric={2})
     return "\n".join([table, "<h3>Protocol and every metric, run by run</h3>", *details])
-
-
-def _protocol_text(protocol: Protocol) -> str:
-    return protocol.label + (f": {protocol.changes}" if protocol.deviations else "")
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

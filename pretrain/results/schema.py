@@ -93,6 +93,11 @@ class Protocol(_Record):
         return "; ".join(f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in sorted(self.deviations.items()))
 
     @property
+    def text(self) -> str:
+        """The label and all that it stands for: "coco-12ep, scaled down (1 change): batch_size 64 → 2"."""
+        return f"{self.label}: {self.changes}" if self.deviations else self.label
+
+    @property
     def identity(self) -> str:
         """Equal for two runs exactly when both followed the same recipe with the same deviations."""
         return json.dumps(self.model_dump(), sort_keys=True)

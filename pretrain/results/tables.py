@@ -72,7 +72,7 @@ class FootNotes:
 
     def texts(self, consequence: str) -> list[str]:
         """One note a scaled-down protocol: its deviations, and what follows from them."""
-        return [f"{SCALED}{i} {p.label}: {p.changes}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
+        return [f"{SCALED}{i} {p.text}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
 
 
 def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1") -> Table:
@@ -156,10 +156,15 @@ def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
 def scores_of(row: Measured) -> dict[str, Score | None]:
     """The scores of a measured row by the published csv's names."""
     return {
-        "box_ap": Score.of(row.detection, "box_ap"),
-        "mask_ap": Score.of(row.detection, "mask_ap"),
-        "ade20k_miou": Score.of(row.segmentation, "miou"),
+        "box_ap": Score.of(row.groups[0], "box_ap"),
+        "mask_ap": Score.of(row.groups[0], "mask_ap"),
+        "ade20k_miou": Score.of(row.groups[1], "miou"),
     }
+
+
+def signed(difference: float) -> str:
+    """ "+2.1", "−0.3", "0.0"."""
+    return f"{difference:+.1f}".replace("-", "−") if round(difference, 1) else "0.0"
 
 
 def epochs_text(epochs: float | None) -> str:
@@ -190,7 +195,7 @@ def _published_record(row: PublishedRow) -> dict[str, str]:
 
 def _measured_record(row: Measured) -> dict[str, str]:
     labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
-    scaled = {protocol.identity: f"{protocol.label}: {protocol.changes}" for protocol in row.scaled}
+    scaled = {protocol.identity: protocol.text for protocol in row.scaled}
     mark = MEASURED + (SCALED if scaled else "")
     return (
         {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
@@ -242,7 +247,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     rows.sort(key=lambda row: row.run.protocol.name)  # stable: within one as merged
     notes, lines, records = FootNotes(), [], []
     for row in rows:
-        run, score = row.run, Score.of(row.segmentation, "miou")
+        run, score = row.run, Score.of(row.runs, "miou")
         miou = NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"
         epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
         who = (run.method, backbone_label(run.backbone), epochs)

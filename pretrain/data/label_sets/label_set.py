@@ -1,7 +1,6 @@
 """One part of a labeled set: a list of files and a table from what their maps hold to labels."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,11 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.images import in_threads, spread, square
+from pretrain.data.images import in_threads, read_picture, spread, square
 from pretrain.data.label_sets.listing import Pairs
 from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
-from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
 
@@ -32,6 +29,7 @@ class LabelSet:
         table: [V] int32, the label 0 .. C of each raw value of the maps; -1: the set knows no such value.
         source: what of the set was taken: its list of images (``trainaug``), its kind of maps (``stuffthingmaps``).
         departure: in what it is not the set of the published figures; empty: in nothing.
+        on_read: is called after each item that was read, in its thread, with the number of all items.
     """
 
     name: str
@@ -41,6 +39,7 @@ class LabelSet:
     table: NDArray[np.int32]
     source: str = ""
     departure: str = ""
+    on_read: Callable[[int], object] = lambda n_items: None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,14 +51,12 @@ class LabelSet:
             UserError: names the file: unreadable, of another size than its map, a raw value that the set does not know.
         """
         image, label_map = map(Path, self.files[index])
-        try:
-            pixels = decode(read_file(os.fsencode(image)))
-        except BrokenImage as error:
-            raise UserError(f"{image} cannot be read ({error})") from error
+        pixels = read_picture(image)
         labels = self.labels_of(read_map(label_map), label_map)
         if labels.shape != pixels.shape[:2]:
             sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image} {pixels.shape[1]} x {pixels.shape[0]}"
             raise UserError(f"{label_map} has {sizes}" + (" (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else ""))
+        self.on_read(len(self))
         return pixels, labels
 
     def labels_of(self, values: NDArray[np.integer], file: Path) -> NDArray[np.int32]:

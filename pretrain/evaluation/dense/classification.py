@@ -5,13 +5,10 @@ images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and abo
 chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D = 384).
 """
 
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +17,11 @@ from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from pretrain.data.images import in_threads, spread
-from pretrain.data.sources.files import SUFFIXES, is_image
+from pretrain.data.class_folders import ClassFolder
+from pretrain.data.images import in_threads
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.features import FORWARD_BATCH, Features, read_picture
+from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.evaluation.knn import knn_predict_each
 from pretrain.progress import Progress
 from pretrain.settings import Settings, setting
@@ -48,64 +45,6 @@ class KnnSettings(Settings):
         return self
 
 
-@dataclass(frozen=True)
-class ClassFolder:
-    """One part of a folder of classes, ``PART/CLASS/*``: ImageNet's layout.
-
-    Attributes:
-        folder: of the part.
-        classes: of the training part, which both parts number alike.
-        files: (number of the class, file's name) of each image, by class and name.
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
-    files: Sequence[tuple[int, str]]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def first(self, most: int) -> "ClassFolder":
-        """The same with at most ``most`` images, at equal steps from the first one."""
-        return replace(self, files=spread(self.files, most))
-
-    def labels(self) -> Tensor:
-        """Number of the class of each image; [n] int64."""
-        return torch.tensor([number for number, _ in self.files])
-
-    def crops(self, settings: KnnSettings) -> Iterator[Tensor]:
-        """uint8 [b, 3, crop, crop], a batch at a time, in order, read ahead in threads.
-
-        Raises:
-            UserError: a file that cannot be read, by name.
-        """
-
-        def crop(item: tuple[int, str]) -> Tensor:
-            pixels = read_picture(self.folder / self.classes[item[0]] / item[1])
-            return center_crop(pixels, settings.resize_px, settings.crop_px)
-
-        with closing(in_threads(crop, self.files)) as crops:
-            while batch := list(islice(crops, FORWARD_BATCH)):
-                yield torch.stack(batch)
-
-
-def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
-    """``train/CLASS/*`` and ``val/CLASS/*`` of a folder.
-
-    Raises:
-        UserError: a folder that is missing or holds no image, a class of val without an image in train.
-    """
-    train, val = (_list(Path(root) / part) for part in ("train", "val"))
-    classes = tuple(train)
-    if missing := [name for name in val if name not in train]:
-        raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
-    parts = []
-    for part, found in (("train", train), ("val", val)):
-        files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
-        parts.append(ClassFolder(Path(root) / part, classes, files))
-    return parts[0], parts[1]
-
-
 def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
     """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
 
@@ -123,6 +62,21 @@ def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
     return torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy()).permute(2, 0, 1).contiguous()
 
 
+def crops(part: ClassFolder, settings: KnnSettings) -> Iterator[Tensor]:
+    """The images as uint8 [b, 3, crop, crop], a batch at a time, in order, read ahead in threads.
+
+    Raises:
+        UserError: a file that cannot be read, by name.
+    """
+
+    def crop(index: int) -> Tensor:
+        return center_crop(part.read(index), settings.resize_px, settings.crop_px)
+
+    with closing(in_threads(crop, range(len(part)))) as made:
+        while batch := list(islice(made, FORWARD_BATCH)):
+            yield torch.stack(batch)
+
+
 def knn_classification(
     features: Features,
     train: ClassFolder,
@@ -135,7 +89,7 @@ def knn_classification(
     A k of more neighbors than training images is left out, with a warning.
 
     Args:
-        train, val: of :func:`open_class_folders`.
+        train, val: of :func:`pretrain.data.class_folders.open_class_folders`.
         signals: where it is told to stop.
 
     Returns:
@@ -171,28 +125,9 @@ def _features(features: Features, part: ClassFolder, settings: KnnSettings, sign
     """[CLS] after the final norm, normalized; float16 [n, D] on the backbone's device."""
     kept = torch.empty(len(part), features.backbone.embed_dim, dtype=torch.float16, device=features.device)
     tell, done = Progress(f"knn, {part.folder.name}", len(part), signals), 0
-    for images in part.crops(settings):
+    for images in crops(part, settings):
         for tokens in features(images):
             kept[done : done + len(tokens.cls)] = F.normalize(tokens.cls, dim=1)
             done += len(tokens.cls)
-        tell(done)
-    if not kept.isfinite().all():
-        raise UserError("the backbone's features are not finite numbers")
-    return kept
-
-
-def _list(folder: Path) -> dict[str, list[str]]:
-    """Names of the images by class, both sorted; classes without one are left out."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    found = {}
-    for name in classes:
-        with os.scandir(folder / name) as entries:
-            files = sorted(entry.name for entry in entries if is_image(os.fsencode(entry.name)))
-        if files:
-            found[name] = files
-    if not found:
-        raise UserError(f"no image CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
-    return found
+        tell(len(images))
+    return finite(kept)

@@ -22,7 +22,7 @@ from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.kmeans import kmeans, nearest_centers
 from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import count_pairs, greedy, hungarian, mean_iou
-from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.evaluation.linear import Moments, ReadOut
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
@@ -130,8 +130,7 @@ def _projected_pool(features: Features, val: LabelSet, settings: ClusteringSetti
             pool[first:end] = patches[(drawn[first:end] - seen).to(patches.device)].cpu()
             seen += len(patches)
     assert seen == n_patches, (seen, n_patches)
-    if not moments.xx.isfinite().all():
-        raise UserError("the backbone's features are not finite numbers")
+    finite(moments.xx)
     project = principal(moments, settings.pca_dim)
     return project, torch.cat([project(part).float() for part in pool.split(PROJECTED_AT_ONCE)])
 

@@ -34,15 +34,15 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pretrain.data.images import in_threads, square
-from pretrain.data.label_sets import LabelSet
-from pretrain.data.label_sets.maps import nearest
+from pretrain.data.label_sets import LabelSet, maps
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import Outcome
 from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
 from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
-from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, whole_patches
+from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_counts, patch_maps, whole_patches
 from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation.knn import nearest
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
@@ -149,16 +149,7 @@ class Memory:
         """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all M where k is more.
         ``tick`` is called after each chunk."""
         queries = F.normalize(queries.float(), dim=1)
-        cosines = torch.empty(len(queries), 0, device=queries.device)
-        places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, self.n, CHUNK):
-            chunk = self.features[start : min(start + CHUNK, self.n)].to(queries)
-            near, near_places = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)
-            cosines, places = torch.cat([cosines, near], 1), torch.cat([places, near_places + start], 1)
-            cosines, best = cosines.topk(min(k, cosines.shape[1]), dim=1)
-            places = places.gather(1, best)
-            tick()
-        return cosines, places
+        return nearest(queries, (part.to(queries) for part in self.features[: self.n].split(CHUNK)), k, tick)
 
     def attend(self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None) -> Tensor:
         """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of :meth:`nearest`."""
@@ -197,7 +188,7 @@ def remember(features: Features, train: LabelSet, settings: InContextSettings, s
         if settings.augment:
             pixels = jittered(rng, pixels, settings.jitter, settings.jitter_p)
             pixels, labels = cropped(rng, pixels, labels, settings.crop_scale, settings.crop_ratio)
-        counts = patch_counts(nearest(labels, side).numpy(), patch_px, n_classes)
+        counts = patch_counts(maps.nearest(labels, side).numpy(), patch_px, n_classes)
         chosen = choose(rng, counts, each)
         return square(pixels, side, crop=False), torch.from_numpy(chosen), torch.from_numpy(counts[chosen])
 
@@ -219,14 +210,6 @@ def jittered(rng: np.random.Generator, pixels: NDArray[np.uint8], strength: floa
         if u < p:
             pixels = adjust(pixels, middle + strength * (2 * drawn - 1))
     return pixels
-
-
-def patch_counts(labels: NDArray[np.int32], patch_px: int, n_classes: int) -> NDArray[np.int64]:
-    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C], row-major."""
-    side, width = len(labels) // patch_px, n_classes + 1
-    place = np.arange(len(labels)) // patch_px
-    patches = place[:, None] * side + place  # [S, S]
-    return np.bincount((patches * width + labels).ravel(), minlength=side**2 * width).reshape(-1, width)[:, 1:]
 
 
 def choose(rng: np.random.Generator, counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:

@@ -1,7 +1,6 @@
 """Work of minutes and hours: told before it begins, shown while it goes on, and stopped where the process is asked to stop."""
 
 from collections.abc import Callable
-from itertools import count
 
 from pretrain.errors import Interrupted
 from pretrain.progress import Progress
@@ -22,10 +21,7 @@ def check_signals(signals: StopSignals | None, where: str) -> None:
 
 def steps(label: str, total: int, signals: StopSignals | None, unit: str) -> Callable[[], None]:
     """To be called after each of ``total`` steps of long work: says how far it is. Without signals, as in a probe, nothing."""
-    if signals is None:
-        return lambda: None
-    tell, done = Progress(label, total, unit=unit), count(1)
-    return lambda: tell(next(done))
+    return (lambda: None) if signals is None else Progress(label, total, unit=unit)
 
 
 def tell_if_long(what: str, seconds: float, less_by: str) -> None:

@@ -1,17 +1,17 @@
-"""Patch features and labels of pixels: what the segmentations by a linear layer and in context share."""
+"""Patch features and labels of pixels: what segmentations of frozen features share."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
 from pretrain.evaluation.dense.matching import count_pairs
-from pretrain.evaluation.features import FORWARD_BATCH, Features
-from pretrain.evaluation.segmentation import predict_pixels
+from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.views.boxes import TRIES, draw_crops
 
 
@@ -49,9 +49,7 @@ def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:
     """Patch features [b, N, D] float32 of uint8 [n, 3, S, S], ``FORWARD_BATCH`` images at a time;
     a UserError where they are not finite."""
     for tokens in features(images):
-        if not tokens.patches.isfinite().all():
-            raise UserError("the backbone's features are not finite numbers")
-        yield tokens.patches.detach().float()
+        yield finite(tokens.patches).detach().float()
 
 
 def whole_patches(image_px: int, features: Features) -> int:
@@ -85,3 +83,19 @@ def shrink(labels: Tensor, side: int) -> Tensor:
     """[..., S, S] -> [..., side, side] by torch's ``nearest``: sample floor(i S / side)."""
     places = torch.arange(side) * labels.shape[-1] // side
     return labels[..., places[:, None], places]
+
+
+def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
+    """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after bilinear upsampling."""
+    grid = round(scores.shape[1] ** 0.5)
+    maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
+    # One image at a time: 150 classes at 224 px are 30 MB each.
+    return torch.cat([F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)])
+
+
+def patch_counts(labels: NDArray[np.int32], patch_px: int, n_classes: int) -> NDArray[np.int64]:
+    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C], row-major."""
+    side, width = len(labels) // patch_px, n_classes + 1
+    place = np.arange(len(labels)) // patch_px
+    patches = place[:, None] * side + place  # [S, S]
+    return np.bincount((patches * width + labels).ravel(), minlength=side**2 * width).reshape(-1, width)[:, 1:]

@@ -8,7 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.data.class_folders import open_class_folders
 from pretrain.data.label_sets import LabelSet
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.classification import KnnSettings, knn_classification, open_class_folders
+from pretrain.evaluation.dense.classification import KnnSettings, knn_classification
 from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
 from pretrain.evaluation.dense.linear import linear
@@ -216,59 +217,33 @@ def numbers(outcome: Outcome) -> str:
 
 
 class Watch:
-    """Counts the images that a task reads of a part of a set, says how far it is, and stops it when the process was asked to stop.
+    """Counts the images that a task reads of a part of a set, says how far it is, and stops it if the process was asked to stop."""
 
-    Args:
-        label: of the task and the part.
-        total: images of the part, which a task may read several times.
-    """
+    def __init__(self, label: str, signals: StopSignals) -> None:
+        self.label, self.signals = label, signals
+        self.n_read, self.lock = 0, Lock()
 
-    def __init__(self, label: str, total: int, signals: StopSignals) -> None:
-        self.label, self.total, self.signals = label, total, signals
-        self.n_read, self.lock, self.tell = 0, Lock(), Progress(label, total)
-
-    def __call__(self) -> None:
+    def __call__(self, total: int) -> None:
         """After each image, from any thread.
+
+        Args:
+            total: images that the task takes of the part; it may read them several times.
 
         Raises:
             Interrupted: there was a signal.
         """
         with self.lock:
-            number, place = divmod(self.n_read, self.total)
+            number, place = divmod(self.n_read, total)
             if place == 0:
-                self.tell = Progress(f"{self.label}, pass {number + 1}", self.total)
+                self.tell = Progress(f"{self.label}, pass {number + 1}", total)
             self.n_read += 1
-            self.tell(place + 1)
+            self.tell()
         check_signals(self.signals, self.label)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Watched(LabelSet):
-    """A part of a set that tells a :class:`Watch` of its own of each image that is read."""
-
-    label: str
-    signals: StopSignals
-    watch: Watch = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "watch", Watch(self.label, len(self), self.signals))
-
-    def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """As the set itself.
-
-        Raises:
-            UserError: as the set itself.
-            Interrupted: there was a signal.
-        """
-        item = super().read(index)
-        self.watch()
-        return item
 
 
 def watched(part: LabelSet, task: str, signals: StopSignals) -> LabelSet:
     """A part of a set, watched while a task reads it."""
-    of_part = {member.name: getattr(part, member.name) for member in fields(part)}
-    return Watched(**of_part, label=f"{task}, {part.part}", signals=signals)
+    return replace(part, on_read=Watch(f"{task}, {part.part}", signals))
 
 
 def _hash(names: Sequence[str]) -> str:

@@ -1,0 +1,79 @@
+"""Folders of classes, ``train/CLASS/*`` and ``val/CLASS/*``: ImageNet's layout."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.images import read_picture, spread
+from pretrain.data.sources.files import SUFFIXES, is_image
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """One part of a folder of classes, ``PART/CLASS/*``: ImageNet's layout.
+
+    Attributes:
+        folder: of the part.
+        classes: of the training part, which both parts number alike.
+        files: (number of the class, file's name) of each image, by class and name.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    files: Sequence[tuple[int, str]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def first(self, most: int) -> "ClassFolder":
+        """The same with at most ``most`` images, at equal steps from the first one."""
+        return replace(self, files=spread(self.files, most))
+
+    def labels(self) -> Tensor:
+        """Number of the class of each image; [n] int64."""
+        return torch.tensor([number for number, _ in self.files])
+
+    def read(self, index: int) -> np.ndarray:
+        """An image uint8 [H, W, 3], upright; a UserError names a file that cannot be read."""
+        number, name = self.files[index]
+        return read_picture(self.folder / self.classes[number] / name)
+
+
+def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
+    """``train/CLASS/*`` and ``val/CLASS/*`` of a folder.
+
+    Raises:
+        UserError: a folder that is missing or holds no image, a class of val without an image in train.
+    """
+    train, val = (_list(Path(root) / part) for part in ("train", "val"))
+    classes = tuple(train)
+    if missing := [name for name in val if name not in train]:
+        raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
+    parts = []
+    for part, found in (("train", train), ("val", val)):
+        files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
+        parts.append(ClassFolder(Path(root) / part, classes, files))
+    return parts[0], parts[1]
+
+
+def _list(folder: Path) -> dict[str, list[str]]:
+    """Names of the images by class, both sorted; classes without one are left out."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    found = {}
+    for name in classes:
+        with os.scandir(folder / name) as entries:
+            files = sorted(entry.name for entry in entries if is_image(os.fsencode(entry.name)))
+        if files:
+            found[name] = files
+    if not found:
+        raise UserError(f"no image CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed")
+    return found
