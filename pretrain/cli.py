@@ -1,5 +1,6 @@
 """How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback; and how it reads its words."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,18 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def at_least(options: argparse.Namespace, **least: int) -> None:
+    """Check numbers of a command line; one that is not given passes.
+
+    Raises:
+        UserError: one is too small; names it.
+    """
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is less than {number}")
 
 
 def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -42,7 +42,7 @@ def test_pictures_keep_their_aspect_to_whole_patches():
 
 
 @pytest.mark.parametrize(
-    "flags", [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)]
+    "model_kwargs", [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)]
 )
 def test_each_layer_is_what_flows_through_the_network(model_kwargs):
     backbone = randomize(ViT(embed_dim=24, depth=3, num_heads=2, **model_kwargs))
@@ -187,7 +187,7 @@ def test_the_tool(tmp_path, weights, extra, n_images):
     ("extra", "said"),
     [
         (["--layer", "4"], r"--layer 4: .* has layers 0 to 3 \(norm\)"),
-        (["--size", "0"], "--size 0"),
+        (["--size", "0"], "--size: 0 is less than 1"),
         (["--query", "0.5,2"], "query '0.5,2' lies outside"),
         (["--images", "/nowhere"], "/nowhere"),
         (["--size", "9999"], "patches"),

@@ -19,12 +19,12 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
     Returns:
         [M, n] float64 on the CPU.
     """
-    centerd = features.detach().cpu().double()
-    centerd = centerd - centerd.mean(0)
-    _, axes = torch.linalg.eigh(centerd.T @ centerd)  # ascending
+    centered = features.detach().cpu().double()
+    centered = centered - centered.mean(0)
+    _, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
     axes = axes[:, -n:].flip(1)  # [D, n]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    return centerd @ (axes * largest.sign())
+    return centered @ (axes * largest.sign())
 
 
 def pca_rgb(features: Tensor) -> Tensor:
