@@ -4,7 +4,6 @@ Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
-from pretrain.results.provenance import file_hash
-from pretrain.weights import read_checkpoint
+from pretrain.weights import check_fit
+from pretrain.weights import origin_of as weights_origin
 
 with detectron2_installed():
     from detectron2.modeling import Backbone, SimpleFeaturePyramid
@@ -23,31 +22,22 @@ with detectron2_installed():
 FEATURE = "last_feat"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a backbone's weights come from, and all that builds the same network without the file."""
-
-    model_kwargs: Mapping[str, Any]  # of the ViT
-    method: str
-    effective_epochs: float | None
-    weights_hash: str | None
+# Stock launchers hand an evaluator no model, and at the end of a long run the file may be gone. So each file's origin, and the
+# arguments of the ViT that was built from it, are kept for as long as this process lasts.
+_ORIGINS: dict[str, dict[str, Any]] = {}
 
 
-# The stock launchers hand an evaluator no model, and at the end of a long run the file may be gone: what each file said
-# when a backbone was built from it, in this process.
-_ORIGINS: dict[str, Origin] = {}
-
-
-def origin_of(weights: str | Path) -> Origin:
-    """What a file said when a :class:`RegistryBackbone` of this process read it."""
+def origin_of(weights: str | Path) -> dict[str, Any]:
+    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all arguments of the ViT,
+    and what :func:`pretrain.weights.origin_of` gives."""
     return _ORIGINS[str(weights)]
 
 
 class RegistryBackbone(Backbone):
     """A ViT by its registry name; one feature map, ``last_feat`` [B, D, H / 16, W / 16].
 
-    The weights are read here, in the constructor, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded
-    later must hold every tensor of the backbone (Detectron2 alone would only warn).
+    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded later must
+    hold every tensor of the backbone; Detectron2 alone only warns.
 
     Args:
         name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
@@ -55,7 +45,7 @@ class RegistryBackbone(Backbone):
             :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
-        UserError: as ``build_backbone``; `patch_size` other than 16; a detector's checkpoint that does not fit, by tensor.
+        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does not fit, by tensor.
     """
 
     def __init__(
@@ -79,7 +69,8 @@ class RegistryBackbone(Backbone):
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            _ORIGINS[str(weights)] = _origin(weights, model_kwargs.get("source"), self.vit.model_kwargs)
+            origin = weights_origin(weights, model_kwargs.get("source"))
+            _ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
@@ -95,8 +86,8 @@ class RegistryBackbone(Backbone):
 class PaddedPyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid with its padding enforced.
 
-    There, ``padding_constraints`` carries a misspelled key (``size_divisiblity``, Detectron2 issue 4676), so nothing makes an
-    input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded bottom right.
+    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes an input divisible
+    by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded at the bottom and on the right.
     """
 
     @property
@@ -105,17 +96,8 @@ class PaddedPyramid(SimpleFeaturePyramid):
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
 
-def _origin(weights: str | Path, source: str | None, model_kwargs: Mapping[str, Any]) -> Origin:
-    provenance = read_checkpoint(weights, source).provenance
-    method = str(provenance.get("method", Path(weights).stem))
-    return Origin(dict(model_kwargs), method, provenance.get("effective_epochs"), file_hash(weights))
-
-
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """fvcore's checkpointer drops what does not fit and loads with ``strict=False``; this runs in between."""
-    wanted = {prefix + key for key in module.state_dict()}
-    given = {key for key in state if key.startswith(prefix)}
-    problems = [f"missing {key}" for key in sorted(wanted - given)] + [f"left over {key}" for key in sorted(given - wanted)]
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise UserError(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}: {shown}")
+    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with ``strict=False``."""
+    wanted = {prefix + key: value for key, value in module.state_dict().items()}
+    given = {key: value for key, value in state.items() if key.startswith(prefix)}
+    check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)

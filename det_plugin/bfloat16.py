@@ -1,4 +1,4 @@
-"""bfloat16 under any launcher: Detectron2's AMPTrainer knows float16 alone, so the model itself says what it computes in."""
+"""bfloat16 under any launcher. Detectron2's AMPTrainer only knows float16, so the model itself sets autocast."""
 
 from typing import Any
 
@@ -11,10 +11,12 @@ with detectron2_installed():
 
 
 class BFloat16RCNN(GeneralizedRCNN):
-    """Detectron2's detector that trains under bfloat16 autocast on CUDA; it needs no loss scaling. Evaluation is in float32, as
-    Detectron2's is."""
+    """Detectron2's detector, trained under bfloat16 autocast on CUDA. It needs no loss scaling.
+
+    Evaluation stays in float32, as Detectron2's does.
+    """
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """As ``GeneralizedRCNN``."""
+        """As in ``GeneralizedRCNN``."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training and self.device.type == "cuda"):
             return super().forward(batched_inputs)

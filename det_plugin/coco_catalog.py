@@ -18,10 +18,10 @@ with detectron2_installed():
 
 
 def coco_root(root: str | Path | None) -> Path:
-    """``root``, or Detectron2's own place, ``$DETECTRON2_DATASETS/coco``.
+    """``root``; without one, Detectron2's own place, ``$DETECTRON2_DATASETS/coco``.
 
     Raises:
-        UserError: neither is there.
+        UserError: that place does not exist.
     """
     if root is not None:
         return Path(root)
@@ -32,19 +32,19 @@ def coco_root(root: str | Path | None) -> Path:
 
 
 def dataset_name(root: str | Path | None, split: str) -> str:
-    """The name under which Detectron2's catalogue of metadata knows a split: its files, and the categories in order.
+    """Register a split's files and categories in Detectron2's metadata catalog; gives the name that they have there.
 
     Args:
-        root: data of any layout (:mod:`det_plugin.coco_layout`), none for Detectron2's own place.
+        root: data of any layout (:mod:`det_plugin.coco_layout`); None: Detectron2's own place.
         split: ``train`` | ``val``.
 
     Raises:
-        UserError: files that are missing or damaged, by path.
+        UserError: a file is missing or damaged; names it.
     """
     files, classes = locate(coco_root(root), split), read_classes(coco_root(root), split)
     name = f"{split}:{files.annotations.resolve()}"
     if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)  # the file may be another by now
+        MetadataCatalog.remove(name)  # the file may have changed
     MetadataCatalog.get(name).set(
         json_file=str(files.annotations),
         image_root=str(files.images),
@@ -62,8 +62,8 @@ def coco_dicts(
 
     Args:
         num_classes: of the model; the data must have as many categories.
-        filter_empty: leave out what nothing can be learned from.
-        share: of the images; the same ones in every run.
+        filter_empty: leave out images and objects that nothing can be learned from.
+        share: of the images to use; every run uses the same ones.
 
     Raises:
         UserError: as :func:`det_plugin.torchvision_engine.coco.read_split`.
@@ -73,7 +73,7 @@ def coco_dicts(
 
 
 def train_images(root: str | Path | None, num_classes: int, share: float) -> int | None:
-    """Number of images that training uses; none where there is no training split (on a machine that only evaluates)."""
+    """How many images training uses; None on a machine that only has the data for evaluation."""
     try:
         return len(read_split(coco_root(root), "train", num_classes=num_classes, training=True, share=share).pictures)
     except UserError:
@@ -95,15 +95,17 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
 
 
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
-    """What of an object's polygons lies within the image. Detectron2 cuts at the training square alone, so that what leaves a
-    image smaller than that would be learned as an object of the padding."""
+    """An object's polygons, cut at the image's edges.
+
+    Detectron2 only cuts at the training square. In an image smaller than the square, it would learn objects of the padding.
+    """
     if all(min(p) >= 0 and max(p[0::2]) <= width and max(p[1::2]) <= height for p in polygons):
         return polygons
     return [part.tolist() for p in polygons for part in clip(np.asarray(p, float), width, height)]
 
 
 def _box(segmentation: Segmentation) -> list[float]:
-    """x0, y0, x1, y1 of a mask; after the augmentations the mapper takes it again."""
+    """A mask's x0, y0, x1, y1. The mapper computes it again after the augmentations."""
     if isinstance(segmentation, dict):
         x, y, width, height = coco_api().mask.toBbox(segmentation).tolist()
         return [x, y, x + width, y + height]
@@ -112,16 +114,16 @@ def _box(segmentation: Segmentation) -> list[float]:
 
 
 class CocoMapper(DatasetMapper):
-    """Detectron2's mapper, with masks as polygons (its default) or, for images that hold an RLE, as bitmaps.
+    """Detectron2's mapper. Masks are polygons (its default), or bitmaps in an image that has an RLE.
 
-    Polygons are exact at any scale but cannot be made of an RLE.
+    Polygons are exact at any scale, but an RLE cannot become one.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``, ...
 
         Raises:
-            UserError: an image that cannot be read or is of another size than the annotations say, by path.
+            UserError: an image cannot be read, or its size is not that of the annotations; names the file.
         """
         try:
             return super().__call__(dataset_dict)  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
-"""Where a COCO-format data set keeps its annotation files and images: nothing has to be copied, renamed or converted.
+"""Where a COCO-format data set keeps its annotations and images. Nothing has to be copied, renamed or converted.
 
 * COCO 2017: ``annotations/instances_{train,val}2017.json`` and ``{train,val}2017/``;
-* an export that keeps both together (Roboflow's): ``{train,valid}/_annotations.coco.json`` beside the images;
+* an export with both in one folder (Roboflow's): ``{train,valid}/_annotations.coco.json`` beside the images;
 * plain: ``annotations/{train,val}.json`` or ``annotations/instances_{train,val}.json``, and ``{train,val}/``;
-* any other: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same of ``val``, relative to itself.
+* any other: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``, relative to that file.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ import yaml
 
 from pretrain.errors import UserError
 
-SPLITS = ("train", "val")
-# (annotations, images) below the root; the first whose annotations are there is taken.
+# (annotations, images) below the root. The first whose annotations exist is taken.
 LAYOUTS = {
     split: (
         (f"annotations/instances_{split}2017.json", f"{split}2017"),
@@ -29,23 +28,23 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class CocoFiles:
-    """One split: its annotation file, and the folder that the file's image names are relative to."""
+    """A split's annotation file, and the folder that its image names are relative to."""
 
     annotations: Path
     images: Path
 
 
 def locate(data: str | Path, split: str) -> CocoFiles:
-    """The files of a split; both are there.
+    """The files of a split. Both exist.
 
     Args:
         data: the root of one of the layouts above, or a .yaml file.
         split: ``train`` | ``val``. An export with ``train``, ``valid`` and ``test`` is evaluated on ``valid``.
 
     Raises:
-        UserError: what was looked for and is missing, by path.
+        UserError: a file or folder is missing; names it.
     """
-    assert split in SPLITS, split
+    assert split in LAYOUTS, split
     data = Path(data)
     if data.is_file():
         found = _named(data, split)

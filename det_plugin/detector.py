@@ -1,4 +1,4 @@
-"""A fine-tuned detector for one's own images, from a run folder of either engine."""
+"""A fine-tuned detector for your own images, from a run folder of either engine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ RESOLVED = "config_resolved.yaml"  # of a Detectron2 run
 
 @dataclass(frozen=True)
 class Detector:
-    """What was trained, ready to look at images.
+    """A trained detector, ready to look at images.
 
     Attributes:
         classes: category id -> name, in the order of the classes.
-        protocol: the recipe of the run.
-        batch: the engine's part: uint8 RGB images -> results of each.
+        protocol: the run's recipe.
+        batch: the engine's part: uint8 RGB images -> each image's results.
     """
 
     classes: dict[int, str]
@@ -36,19 +36,19 @@ class Detector:
     batch: Callable[[Images], list[list[Prediction]]]
 
     def detect(self, images: Images) -> list[list[Prediction]]:
-        """What is found in each image, best first: COCO results without ``image_id``.
+        """Detections of each image, best first, as COCO results without ``image_id``.
 
-        All images go through the network together; their number is the caller's choice.
+        All images go through the network together. How many is up to the caller.
 
         Args:
             images: uint8 RGB [H, W, 3] of any sizes.
 
         Returns:
-            for each image a list of ``category_id``, ``bbox`` (x, y, width, height in its pixels), ``score`` and
-            ``segmentation`` (RLE), above the protocol's ``score_threshold``.
+            a list for each image. An entry has ``category_id``, ``bbox`` (x, y, width, height in the image's pixels), ``score``
+            (above the protocol's ``score_threshold``) and ``segmentation`` (RLE).
 
         Raises:
-            UserError: an image of another shape or type.
+            UserError: an image has another shape or type.
         """
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -57,14 +57,14 @@ class Detector:
 
 
 def load_detector(run: Path, device: str = "auto") -> Detector:
-    """The last checkpoint of a run folder; the network is built from the config there, the backbone's own file is not needed.
+    """Load the last checkpoint of a run folder. Its config says how to build the network; the backbone's file is not needed.
 
     Args:
-        run: folder that ``tools/train_det.py``, or Detectron2's launcher with our config, has left.
+        run: folder of ``tools/train_det.py``, or of Detectron2's launcher with our config.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``mps``.
 
     Raises:
-        UserError: no such run, no checkpoint in it, or Detectron2 is needed and not installed.
+        UserError: the folder holds no run or no checkpoint, or Detectron2 is needed and not installed.
     """
     on = choose_device(device)
     if (run / CONFIG).is_file():
@@ -88,10 +88,10 @@ def _torchvision(run: Path, device: torch.device) -> Detector:
 
 
 def load_detectron2(run: Path) -> tuple[Any, Any]:
-    """The model of a Detectron2 run's last checkpoint, and the run's config.
+    """Load the last checkpoint of a Detectron2 run. Returns the model and the run's config.
 
     Raises:
-        UserError: no run, no checkpoint in it, or Detectron2 is not installed.
+        UserError: the folder holds no run or no checkpoint, or Detectron2 is not installed.
     """
     from det_plugin.requires import detectron2_installed
 
@@ -118,8 +118,7 @@ def _detectron2(run: Path, device: torch.device) -> Detector:
     from detectron2.data.transforms import AugInput, AugmentationList
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-    from det_plugin.deviations import protocol_in
-    from det_plugin.saved_config import classes_in
+    from det_plugin.saved_config import classes_in, protocol_in
 
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)

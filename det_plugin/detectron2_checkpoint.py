@@ -1,6 +1,6 @@
-"""Checkpoints of our loop on Detectron2: each file is whole or not there, and a damaged last one does not lose the run.
+"""Checkpoints of our loop on Detectron2. Each file is whole or absent, and a damaged last one does not lose the run.
 
-The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_checkpoint``), so its launcher can go on from them.
+The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_checkpoint``), so its launcher can resume from them.
 """
 
 import os
@@ -20,14 +20,14 @@ with detectron2_installed():
     from detectron2.engine import HookBase
 
 LAST = "last_checkpoint"
-SAVE_PERIOD_S = 900  # that a run loses at most when its process is killed
+SAVE_PERIOD_S = 900  # the most that a killed process loses
 
 
 class WholeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer; the file that it writes appears under its name when all of it is on the disk."""
+    """Detectron2's checkpointer. A file appears under its name once all of it is on disk."""
 
     def save(self, name: str, **extra: Any) -> None:
-        """``name.pth``, and its name in ``last_checkpoint``."""
+        """Write ``name.pth``, then its name into ``last_checkpoint``."""
         if self.save_to_disk:
             parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
             state = {"model": self.model.state_dict(), **parts, **extra}
@@ -36,10 +36,10 @@ class WholeCheckpointer(DetectionCheckpointer):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, every 15 minutes and at the end; keeps ``max_to_keep`` files besides the final one.
+    """Saves every ``period`` iterations, every 15 minutes and at the end. Keeps ``max_to_keep`` files besides the final one.
 
     Args:
-        start_it: where this process begins; files of the iterations before count among those to keep.
+        start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.
     """
 
     def __init__(self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int) -> None:
@@ -56,7 +56,7 @@ class Checkpoints(HookBase):
             self.checkpointer.save("model_final", iteration=it)
 
     def save(self) -> None:
-        """The state after the trainer's iteration."""
+        """Save the state after the trainer's current iteration."""
         name = f"model_{self.trainer.iter:07d}"
         self.checkpointer.save(name, iteration=self.trainer.iter)
         file = Path(self.checkpointer.save_dir) / f"{name}.pth"
@@ -67,10 +67,10 @@ class Checkpoints(HookBase):
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The last checkpoint of a run, none where there is none; one that cannot be read is passed over, and named on stderr.
+    """A run's last checkpoint, or None. One that cannot be read is skipped and named on stderr.
 
     Raises:
-        UserError: there are checkpoints, but none that can be read.
+        UserError: there are checkpoints, but none can be read.
     """
     if not (folder / LAST).is_file():
         return None
@@ -79,13 +79,13 @@ def last_whole(folder: Path) -> Path | None:
         try:
             torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             return file
-        except Exception as error:  # on damaged bytes the unpickler fails in any way
+        except Exception as error:  # on damaged bytes the unpickler may raise anything
             log(f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before")
     raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that it is the old one or the new one, never a part."""
+    """Write a file so that readers see the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "wb") as file:
         write(file)

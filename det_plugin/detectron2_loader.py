@@ -1,9 +1,9 @@
-"""Training batches for Detectron2 as a pure function of (seed, position in the stream), whoever drives the loop.
+"""Training batches for Detectron2: a pure function of (seed, position in the stream), whoever drives the loop.
 
-Detectron2's own loader starts its shuffled stream anew whenever a run is resumed, and every worker draws augmentations from a
-state of its own. Here the image, its augmentations and the random numbers of the step depend on (seed, position) alone, so
-workers, ranks, accumulation and resuming cannot change them. Images are not grouped by aspect ratio: Detectron2 does that to save
-padding, but here every batch is padded to the same square.
+Detectron2's own loader restarts its shuffled stream when a run is resumed, and each worker draws augmentations from a state of
+its own. Here the image, its augmentations and the step's random numbers depend only on (seed, position). Workers, ranks,
+accumulation and resuming cannot change them. Images are not grouped by aspect ratio. Detectron2 does that to save padding, but
+here every batch is padded to the same square.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from det_plugin.requires import detectron2_installed
+from det_plugin.step import micro_batch_size
 from det_plugin.torchvision_engine.loader import batches, positions, stream_index
 from pretrain import distributed
 from pretrain.errors import UserError
@@ -28,11 +29,11 @@ AUGMENT, STEP = 1, 2  # streams of random numbers of one seed; 0 is the order of
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> what the mapper makes of the image that stands there.
+    """Position in the stream -> what the mapper makes of the image there.
 
     Args:
         dicts: Detectron2's dataset dicts.
-        mapper: dict -> sample; it may draw from numpy's global generator, as Detectron2's augmentations do.
+        mapper: dict -> sample. It may draw from NumPy's global generator, as Detectron2's augmentations do.
     """
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Sample], seed: int) -> None:
@@ -44,17 +45,17 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TrainLoader:
-    """This rank's batches, endless: lists of samples. Under a Detectron2 trainer they begin at its iteration.
+    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its iteration.
 
     Args:
         dataset: Detectron2's dataset dicts.
         mapper: of :class:`TrainSamples`.
-        total_batch_size: images an iteration, of all ranks together.
+        total_batch_size: images an iteration, over all ranks.
         num_workers: data-loading processes of this rank.
         seed: of the order, the augmentations and the steps.
 
     Raises:
-        UserError: a batch that the ranks cannot share equally, or a negative seed.
+        UserError: the ranks cannot share a batch equally, or the seed is negative.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class TrainLoader:
         return self.parts(1)
 
     def parts(self, accumulate: int) -> Generator[list[Sample], None, None]:
-        """Each batch in ``accumulate`` equal parts, one after another.
+        """Each batch in ``accumulate`` equal parts, in turn.
 
-        Before a part comes out, torch's generators are set: drop path and the sampling of boxes draw from them in the step.
+        torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in the step.
         """
         start_iter = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
         loaded = batches(self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu"))
@@ -91,18 +92,6 @@ class TrainLoader:
         for it in count(start_iter):
             own = positions(it, self.batch_size, distributed.rank(), distributed.world_size())
             yield from (list(own[i : i + micro]) for i in range(0, len(own), micro))
-
-
-def micro_batch_size(batch_size: int, accumulate: int) -> int:
-    """Images that one rank computes on at a time.
-
-    Raises:
-        UserError: the batch cannot be shared equally by ranks and parts.
-    """
-    ranks = distributed.world_size()
-    if accumulate < 1 or batch_size % (ranks * accumulate):
-        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}")
-    return batch_size // (ranks * accumulate)
 
 
 def _draws(seed: int, stream: int, position: int) -> np.random.SeedSequence:

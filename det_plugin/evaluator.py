@@ -1,9 +1,8 @@
-"""COCO's evaluation that leaves ``result.json``: it stands in the config, so stock launchers leave it too."""
+"""COCO evaluation that writes ``result.json``. It is part of the config, so stock launchers write it too."""
 
 import contextlib
 import io
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,28 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from det_plugin.coco_catalog import dataset_name, train_images
-from det_plugin.deviations import config_deviations, protocol_in
-from det_plugin.protocol import other_images, protocol
+from det_plugin.coco_catalog import coco_root, dataset_name, train_images
+from det_plugin.lazy import config
+from det_plugin.protocol import deviations, other_images, protocol
 from det_plugin.requires import detectron2_installed
-from det_plugin.run import first_names
-from det_plugin.saved_config import ASKED, RESOLVED, load_config, model_kwargs_in, origin_in, resolved
+from det_plugin.run import DetectionRun, leave_result
+from det_plugin.saved_config import (
+    ASKED,
+    NET_KEYS,
+    RESOLVED,
+    SURROUNDINGS,
+    load_config,
+    model_kwargs_in,
+    origin_in,
+    plain,
+    protocol_in,
+    resolved,
+)
 from det_plugin.torchvision_engine.coco import read_truth
 from det_plugin.torchvision_engine.evaluate import coco_metrics
 from pretrain.build import network_kwargs
-from pretrain.results.provenance import provenance
-from pretrain.results.schema import Protocol, Result, write_result
-from pretrain.settings import as_dict
+from pretrain.settings import compared
+from pretrain.weights import origin_of
 
 with detectron2_installed():
     from detectron2.config import LazyConfig
@@ -32,21 +41,23 @@ with detectron2_installed():
 
 TASKS = {"bbox": "box", "segm": "mask"}
 METRICS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
+# Keys of a config that are no part of its recipe.
+NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
 
 class ResultEvaluator(COCOEvaluator):
     """Box and mask AP of the validation split, by pycocotools.
 
-    In training, the evaluation after the last iteration writes ``result.json``; those before it do not. ``--eval-only`` writes it
-    for the checkpoint that it was given. Its wall time is that of the process (our loop: of the run, however often it was
-    interrupted). Every evaluation leaves its detections in ``coco_instances_results.json``.
+    In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes it for the checkpoint
+    that it was given. The wall time is the process's; in our loop it is the whole run's, however often it was interrupted. Every
+    evaluation writes its detections to ``coco_instances_results.json``.
 
     Args:
-        root: data of any layout, none for ``$DETECTRON2_DATASETS/coco``.
-        output_dir: run folder, with the ``config.yaml`` that the launcher wrote there.
-        protocol, overrides: what the config was made from (:func:`det_plugin.deviations.protocol_in`).
-        accumulate: micro-batches a step; only recorded.
-        origin, classes: in a resolved config, what the backbone's file said, and category id -> name.
+        root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
+        output_dir: run folder. The launcher wrote ``config.yaml`` there.
+        protocol, overrides: what the config was made from (:func:`det_plugin.saved_config.protocol_in`).
+        accumulate: micro-batches a step. It is only recorded.
+        origin, classes: of a resolved config: what the backbone's file said; category id -> name.
     """
 
     def __init__(
@@ -75,25 +86,24 @@ class ResultEvaluator(COCOEvaluator):
         if has_event_storage():
             LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
-            # Where nothing at all was detected, Detectron2 says NaN; COCO's AP is 0.
+            # Where nothing was detected, Detectron2 says NaN; COCO's AP is 0.
             metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
-            started = (self.folder / ASKED).stat().st_mtime  # the launcher's first act
             share = cfg.dataloader.train.dataset.get("share", 1.0)
             trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
-            write_result(result_of(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), started), self.folder)
+            _leave_result(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), self.folder)
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # With an output folder from the start, the base class would leave the same again as a pickle.
+        # Given the folder in the constructor, the base class would write the detections a second time, as a pickle.
         self._output_dir: str | None = str(self.folder)
         super()._eval_predictions(predictions, img_ids)
         self._output_dir = None
 
 
 def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes`` and the same of masks.
+    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes``; the same for masks.
 
-    What has no ground truth (NaN) is left out.
+    Metrics without ground truth (NaN) are left out.
     """
     metrics: dict[str, Any] = {}
     for task, name in TASKS.items():
@@ -105,44 +115,57 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return metrics
 
 
-def result_of(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], started: float) -> Result:
-    """The ``result.json`` of the run that trained what ``cfg`` evaluates.
+def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
+    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's key; absent: None.
+
+    Args:
+        cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
+    """
+    made_from, net = protocol_in(cfg), cfg.model.backbone.net
+    model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}
+    changed = deviations(made_from, net.name)
+    if given := network_kwargs(model_kwargs_in(cfg)):
+        changed["model_kwargs"] = [{}, given]
+    expected = config(made_from, net.name, model_kwargs=model_kwargs)
+    different = compared(plain(expected), plain(cfg))
+    return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
+
+
+def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path) -> Path:
+    """Write the ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
         cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
         images: number of images for training (none: not known) and evaluation.
     """
     changed, trained = config_deviations(cfg), cfg
-    if has_event_storage():
-        if cfg.train.init_checkpoint:
-            changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
-    else:
+    if not has_event_storage():
         trained, unlike = _training_of(cfg)
         changed = {**config_deviations(trained), **changed, **unlike}
-    recipe, origin, name = protocol_in(trained), origin_in(trained), trained.model.backbone.net.name
+    elif cfg.train.init_checkpoint:
+        changed["init_checkpoint"] = ["", Path(cfg.train.init_checkpoint).name]
+    recipe, origin = protocol_in(trained), origin_in(trained) or origin_of(None)
     changed |= other_images(*images, recipe.train_share)
-    settings = {
-        "backbone": name,
-        "model_kwargs": network_kwargs(model_kwargs_in(trained)),
-        "protocol": as_dict(recipe),
-        "deviations": changed,
-        "engine": "detectron2",
-    }
-    return Result(
-        kind="detection",
-        method=origin.method if origin else "from scratch",
-        backbone=name,
-        effective_epochs=origin.effective_epochs if origin else None,
-        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
-        metrics=dict(metrics),
-        seed=trained.train.seed,
-        wall_time_s=time.time() - started,
-        **{**provenance(first_names(settings)), "weights_hash": origin.weights_hash if origin else None},
+    return leave_result(
+        DetectionRun(
+            backbone=trained.model.backbone.net.name,
+            weights=None,
+            data=coco_root(cfg.dataloader.root),
+            output=folder,
+            protocol=recipe,
+            seed=trained.train.seed,
+            model_kwargs=model_kwargs_in(trained),
+        ),
+        metrics,
+        changed,
+        origin={key: value for key, value in origin.items() if key != "model_kwargs"},
+        started=(folder / ASKED).stat().st_mtime,  # the launcher's first act
+        hashed={"engine": "detectron2", "deviations": changed},
     )
 
 
 def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
-    """The config that ``train.init_checkpoint`` was trained with, and what is wrong with taking the two for one run."""
+    """The config that ``train.init_checkpoint`` was trained with, and the deviations that its checkpoint shows."""
     planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).max_iters
     if not cfg.train.init_checkpoint:
         return cfg, {"max_iters": [planned, 0]}

@@ -1,4 +1,4 @@
-"""From pixels to the one map that the feature pyramid reads; both engines call this and nothing else of the ViT."""
+"""From pixels to the map that the feature pyramid reads. Both engines call this and nothing else of the ViT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class FeatureOptions:
 
     Attributes:
         final_norm: apply the ViT's final norm, as in pre-training; Detectron2's ViT has none.
-        keep_special_tokens: leave [CLS] and the registers in the sequence, as in pre-training; else the blocks see patches alone,
-            as in Detectron2.
-        window_size, global_blocks: those of :class:`det_plugin.protocol.DetectionProtocol`.
-        freeze: nothing in the ViT learns: it runs as in evaluation (no drop path), and nothing is kept for a backward pass.
-        checkpointing: compute the blocks again in the backward pass; less memory, the same numbers.
-        compile: torch.compile of the blocks; faster on a GPU, numbers equal up to rounding.
+        keep_special_tokens: keep [CLS] and the registers in the sequence, as in pre-training. Without, the blocks only see
+            patches, as in Detectron2.
+        window_size, global_blocks: as in :class:`det_plugin.protocol.DetectionProtocol`.
+        freeze: the ViT does not learn. It runs as in evaluation (no drop path) and keeps nothing for a backward pass.
+        checkpointing: recompute the blocks in the backward pass. Less memory, the same numbers.
+        compile: torch.compile the blocks. Faster on a GPU; numbers are equal up to rounding.
     """
 
     final_norm: bool = True
@@ -41,7 +41,7 @@ class FeatureOptions:
 
     @staticmethod
     def of(protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False) -> "FeatureOptions":
-        """What a protocol asks for, and what a run adds."""
+        """The options of a protocol, with those that a run adds."""
         return FeatureOptions(
             final_norm=protocol.final_norm,
             keep_special_tokens=protocol.keep_special_tokens,
@@ -54,10 +54,10 @@ class FeatureOptions:
 
 
 def prepare(vit: ViT, options: FeatureOptions) -> None:
-    """Freeze what gets no gradient: a parameter without one would stop DistributedDataParallel.
+    """Freeze the parameters that get no gradient: they would stop DistributedDataParallel.
 
     Raises:
-        UserError: windows, and a depth that ``global_blocks`` does not part into equal groups.
+        UserError: there are windows, and ``global_blocks`` does not divide the depth.
     """
     if options.window_size:
         global_blocks(len(vit.blocks), options.global_blocks)
@@ -81,7 +81,7 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
         [B, D, ceil(H / p), ceil(W / p)].
     """
     if options.freeze:
-        vit.eval()  # each time: the detector's train() reaches the ViT too
+        vit.eval()  # each time, for the detector's train() reaches the ViT too
     with torch.set_grad_enabled(torch.is_grad_enabled() and not options.freeze):
         tokens, grid = vit.embed(x)  # [B, S + N, D]
         buckets = vit.buckets(grid)
@@ -112,7 +112,7 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
 
 
 def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None) -> Tensor:
-    """One block, [B, S + N, D] -> [B, S + N, D]; without ``windows`` each token sees all others, by the grid's ``buckets``."""
+    """One block, [B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by the grid's ``buckets``."""
     if windows is None:
         return block(x, None, paths, buckets)  # type: ignore[no-any-return]
     return windowed_block(block, x, paths, windows)
@@ -120,5 +120,5 @@ def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | 
 
 @cache
 def _compiled(backend: str) -> Callable[..., Tensor]:
-    """:func:`run_block` compiled, once for all blocks of a kind; the modules stay what they are, and so do their keys."""
+    """:func:`run_block`, compiled once for all blocks. The modules and their keys do not change."""
     return torch.compile(run_block, backend=backend)

@@ -1,6 +1,6 @@
 """The detection protocol as a Detectron2 LazyConfig, for the stock launchers and for ours.
 
-Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/test_detectron2.py`` holds the result against
+Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/test_detectron2.py`` compares the result with
 Detectron2's own ViTDet configuration, key by key.
 """
 
@@ -18,13 +18,14 @@ from det_plugin.backbone import FEATURE, PaddedPyramid, RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts
 from det_plugin.detectron2_checkpoint import last_whole
-from det_plugin.detectron2_loader import TrainLoader, micro_batch_size
+from det_plugin.detectron2_loader import TrainLoader
 from det_plugin.features import FeatureOptions
 from det_plugin.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
 from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
 from det_plugin.saved_config import ASKED, RESOLVED, classes_in, is_over, load_config, resolved
+from det_plugin.step import micro_batch_size
 from det_plugin.torchvision_engine.coco import read_classes
 from det_plugin.torchvision_engine.trainer import Data
 from det_plugin.trainer import evaluate, fit
@@ -60,9 +61,9 @@ with detectron2_installed():
     from detectron2.utils.logger import setup_logger
     from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name, because it reads configs and so imports this file
+EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name: it imports this file
 LOG_EVERY = 20  # Detectron2
-NORMS = ("LN", "GN")  # of pyramid and heads: what does not depend on the other images of a micro-batch
+NORMS = ("LN", "GN")  # of pyramid and heads: these do not depend on the other images of a micro-batch
 
 
 def config(
@@ -84,14 +85,14 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: of any layout (:mod:`det_plugin.coco_layout`; ``dataloader.root``), none for ``$DETECTRON2_DATASETS/coco``.
+        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco_layout`); None: ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         model_kwargs: further arguments of ``build_backbone``.
-        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`.
-        device: ``cuda`` | ``cpu``; Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
+        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`.
+        device: ``cuda`` | ``cpu``. Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
 
     Raises:
-        UserError: arguments that are none of the ViT's; a norm that Detectron2's heads cannot have.
+        UserError: the ViT has no such argument, or Detectron2's heads have no such norm.
     """
     options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
     model_kwargs = {"drop_path": protocol.drop_path, **(model_kwargs or {})}
@@ -116,32 +117,32 @@ def config(
 
 
 def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
-    """What a config file for the stock launcher consists of: ``model``, ``train``, ``dataloader``, ``optimizer`` and
-    ``lr_multiplier`` of a named protocol, in this order.
+    """The parts of a config file for the stock launcher, in this order: ``model``, ``train``, ``dataloader``, ``optimizer``,
+    ``lr_multiplier``.
 
     Args:
-        name, backbone: those of :func:`det_plugin.protocol.protocol`.
+        name, backbone: as in :func:`det_plugin.protocol.protocol`.
     """
     return tuple(config(protocol(name, backbone), backbone).values())
 
 
 def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
-    """Fine-tune and evaluate, in this process or, under torchrun, in all of them, with gradient accumulation.
+    """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
 
     The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`), ``metrics.jsonl``, Detectron2's
-    checkpoints and log, the detections, and ``result.json``. A run that is over is left as it is.
+    checkpoints and log, the detections, and ``result.json``. A finished run is left as it is.
 
     Args:
-        resume: go on from the folder's last checkpoint, if there is one; on the CPU, bit for bit as without the interruption.
-        eval_only: evaluate the folder's last checkpoint on ``run.data``; the rest of ``run`` is what it was trained with.
+        resume: continue from the folder's last checkpoint, if there is one. On the CPU a resumed run is bit-exact.
+        eval_only: only evaluate the folder's last checkpoint on ``run.data``. All other settings are those of its training.
 
     Returns:
         the path of ``result.json``.
 
     Raises:
-        UserError: bad settings or data; a folder that holds another run, or none to evaluate.
-        FloatingPointError: a loss is no number; names the iteration and the losses.
-        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+        UserError: bad settings or data; the folder holds another run, or none to evaluate.
+        FloatingPointError: a loss is not finite; names the iteration and the losses.
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
     """
     device, recipe = choose_device(run.device).type, run.protocol
     distributed.start(device)
@@ -166,9 +167,9 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     )
     cfg.dataloader.evaluator.accumulate = run.accumulate
     micro_batch_size(recipe.batch_size, run.accumulate)
-    model = instantiate(cfg.model).to(device)  # settings and weights are checked in seconds, data in minutes
-    Data.read(run.data, recipe)  # what is wrong with them, before the first iteration
-    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:  # all look before any file is written, one decides
+    model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
+    Data.read(run.data, recipe)  # finds damage before the first iteration
+    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:  # all ranks look before a file is written; one decides
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
@@ -187,7 +188,7 @@ def _start_logs(folder: Path) -> None:
 
 
 def _evaluate_last(run: DetectionRun, device: str) -> Path:
-    """``result.json`` of the last checkpoint of a run's folder."""
+    """Evaluate the last checkpoint of a run's folder; returns the path of ``result.json``."""
     cfg, last = load_config(run.output, RESOLVED), last_whole(run.output)
     if last is None:
         raise UserError(f"{run.output}: no checkpoint to evaluate")
@@ -289,8 +290,8 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
 
 
 def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
-    """What Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
-    float16 = p.amp and p.amp_dtype == "float16"  # its AMPTrainer knows no other type: bfloat16 is the model's own affair
+    """The section that Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
+    float16 = p.amp and p.amp_dtype == "float16"  # its AMPTrainer knows no other type; for bfloat16 the model sets autocast
     ddp = dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=float16)
     return DictConfig(
         dict(
@@ -309,7 +310,7 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 
 
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
-    """Large-scale jitter in training, one size in testing; ``dataloader.root`` is read when the loaders are built."""
+    """Large-scale jitter in training, one size in testing. The loaders read ``dataloader.root`` when they are built."""
     size = p.image_size_px
 
     def dataset(split: str, **how: Any) -> DictConfig:

@@ -1,7 +1,7 @@
-"""Parameter groups of a Detectron2 detector: ViTDet's layer decay and weight decay, for every tensor that our ViT has.
+"""Parameter groups of a Detectron2 detector: ViTDet's layer decay and weight decay, for every tensor of our ViT.
 
-Detectron2's ``get_vit_lr_decay_rate`` knows only the name ``pos_embed``: it gives position fields, registers and [CLS] the full
-learning rate, 100 times that of the patch embedding beside them. Its ``overrides`` match the last part of a name.
+Of all positions and tokens, Detectron2's ``get_vit_lr_decay_rate`` only knows ``pos_embed``. It would give position fields,
+registers and [CLS] the full learning rate, 100 times that of the patch embedding. Its ``overrides`` match the last part of a name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from det_plugin.layer_decay import lr_rate
+from pretrain.layer_decay import lr_rate
 
 VIT = "backbone.net.vit."
 # Without weight decay, besides norms: by the last part of the name, as Detectron2's overrides are.
@@ -31,10 +31,10 @@ def parameter_groups(
     weight_decay_norm: float | None = None,
     overrides: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`; the depth is the network's own.
+    """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`, for the network's own depth.
 
     Args:
-        model: a detector around a :class:`det_plugin.backbone.RegistryBackbone`; launchers put it here.
+        model: a detector around a :class:`det_plugin.backbone.RegistryBackbone`. Launchers set it.
         weight_decay_norm: weight decay of norms.
         overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
     """
@@ -52,19 +52,19 @@ def parameter_groups(
 
 
 def adamw(params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0) -> torch.optim.AdamW:
-    """AdamW of plain numbers (a config's lists would end up in checkpoints, where torch's tensors-only loader refuses them).
+    """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only`` refuses them.
 
     Args:
-        clip_grad: greatest norm of all gradients together; 0: no clipping.
+        clip_grad: largest norm of all gradients together; 0: no clipping.
     """
     arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
     return ClippedAdamW(params, max_norm=clip_grad, **arguments) if clip_grad > 0 else torch.optim.AdamW(params, **arguments)
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that first clips the norm of all gradients together; stock launchers know no clipping.
+    """AdamW that first clips the norm of all gradients together. Stock launchers do not clip.
 
-    Under AMP the gradients arrive here unscaled: ``GradScaler.step`` sees to that before it calls this.
+    Under AMP, ``GradScaler.step`` unscales the gradients before it calls this.
     """
 
     def __init__(self, params: Any, *, max_norm: float, **arguments: Any) -> None:

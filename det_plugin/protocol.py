@@ -1,4 +1,4 @@
-"""The COCO fine-tuning protocol: every number of it, once. Both engines read this file and no other.
+"""Every number of the COCO fine-tuning protocol, once. Both engines read this file and no other.
 
 Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2", the paper's appendix;
 "Detectron2", its ViTDet configs; "ours" where neither says.
@@ -134,7 +134,7 @@ class DetectionProtocol(Settings):
         return self
 
 
-# Images of COCO train2017 with an object that is no crowd, and of val2017: a run on others does not follow the protocol.
+# Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others deviates.
 TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
@@ -147,9 +147,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(max_iters=22_128, milestones=(19_667, 21_306)),  # B.2
     "coco-50ep": dict(max_iters=92_187, milestones=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(max_iters=184_375, milestones=(163_889, 177_546)),  # Detectron2
-    # Cheap ones, to compare backbones with each other and with nothing published (ours). Warm-up, evaluation and learning rate
-    # are those of the full protocol; the only evaluation is that at the end. "frozen" asks what the features hold as they are:
-    # pyramid and heads learn, the ViT runs as in evaluation.
+    # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and learning rate are those
+    # of the full protocol, and the only evaluation is the last one. "frozen" tests the features as they are: only pyramid and
+    # heads learn, and the ViT runs as in evaluation.
     "coco10pct-12ep": _TENTH,
     "coco10pct-frozen-12ep": dict(**_TENTH, freeze_backbone=True, drop_path=0.0),
 }
@@ -163,7 +163,7 @@ def protocol(name: str, backbone: str) -> DetectionProtocol:
         backbone: a registry name, ``vit_{tiny,small,base,large}_...``.
 
     Raises:
-        UserError: no such protocol, or no learning rate for the backbone.
+        UserError: no such protocol, or no known learning rate for the backbone.
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
@@ -174,10 +174,10 @@ def protocol(name: str, backbone: str) -> DetectionProtocol:
 
 
 def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> DetectionProtocol:
-    """``base`` with some fields changed; values may be strings from a command line.
+    """``base`` with some fields changed. Values may be text from a command line.
 
     Raises:
-        UserError: an unknown field, a value of the wrong type or out of range; names both.
+        UserError: an unknown field, or a value of the wrong type or out of range; names both.
     """
     return replaced(base, overrides, "protocol")
 
@@ -188,7 +188,7 @@ def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
 
 
 def n_share(images: int, share: float) -> int:
-    """How many of so many images a ``train_share`` is, at least one; ``coco.read_split`` says which."""
+    """How many images a ``train_share`` of them is, at least one. ``coco.read_split`` chooses which."""
     return max(1, round(share * images))
 
 
@@ -196,9 +196,8 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
     """The deviations of a run on other data than COCO's: ``{"train_images": [117266, run's], ...}``.
 
     Args:
-        train_images: number that the run used, of its share; none: not known.
-        train_share: the run's own. One that is not its protocol's is a deviation of that name already, so it is not counted
-            twice.
+        train_images: how many the run used, of its share; None: not known.
+        train_share: the run's own. If it is not the protocol's, it is a deviation already, so it is not counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
     found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}

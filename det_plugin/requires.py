@@ -1,4 +1,4 @@
-"""Detectron2 is optional: what a user reads who asks for it where it is absent."""
+"""Detectron2 is optional. This says what to do where it is needed and absent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from pretrain.errors import UserError
 
 @contextmanager
 def detectron2_installed() -> Iterator[None]:
-    """Around the imports of Detectron2: a failed one becomes a :class:`UserError` that says what to do."""
+    """Turn a failed import of Detectron2 into a :class:`UserError` that says what to do."""
     try:
         yield
     except ImportError as error:

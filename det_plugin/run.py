@@ -1,4 +1,4 @@
-"""What one detection fine-tuning is, for either engine: its inputs, and the ``result.json`` that it leaves."""
+"""One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
 import time
 from collections.abc import Mapping
@@ -11,10 +11,9 @@ from pretrain.build import network_kwargs
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.results import renamed
-from pretrain.results.provenance import file_hash, provenance
+from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.settings import as_dict
-from pretrain.weights import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,16 @@ class DetectionRun:
 
     Attributes:
         backbone: registry name.
-        weights: checkpoint of the backbone, none for random initialization.
-        data: root of a COCO-format set of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
+        weights: the backbone's checkpoint; None: random initialization.
+        data: root of a COCO-format set in any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
         output: run folder.
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
-        accumulate: micro-batches a step; the schedule does not change.
-        checkpointing, compile: those of :class:`det_plugin.features.FeatureOptions`; they change speed and memory alone.
+        accumulate: micro-batches a step. The schedule does not change.
+        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and memory.
 
     Raises:
-        UserError: a seed or a number of workers that cannot be.
+        UserError: the seed or the number of workers is out of range.
     """
 
     backbone: str
@@ -55,7 +54,7 @@ class DetectionRun:
             raise UserError(f"workers: {self.workers} must be at least 0")
 
     def settings(self) -> dict[str, Any]:
-        """What defines the outcome, as plain values: no folder of this machine."""
+        """What defines the outcome, as plain values. No folder of this machine is in it."""
         return {
             "backbone": self.backbone,
             "model_kwargs": network_kwargs(self.model_kwargs),
@@ -64,39 +63,17 @@ class DetectionRun:
         }
 
 
-def origin_of(run: DetectionRun) -> dict[str, Any]:
-    """``method``, ``effective_epochs`` and ``weights_hash`` of the backbone's file, for :func:`leave_result`. To be read before the
-    training: at its end the file may be gone, or another one."""
-    if run.weights is None:
-        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    said = read_checkpoint(run.weights, run.model_kwargs.get("source")).provenance
-    method, epochs = str(said.get("method", run.weights.stem)), said.get("effective_epochs")
-    return {"method": method, "effective_epochs": epochs, "weights_hash": file_hash(run.weights)}
-
-
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names that their keys had first: a renamed key must not change a run's config hash."""
+    """Settings under the first names of their keys: a renamed key must not change a run's config hash."""
     first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
     return {first.get(k, k): first_names(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
-def leave_result(
-    run: DetectionRun,
-    metrics: Mapping[str, Any],
-    *,
-    engine: str,
-    origin: Mapping[str, Any],
-    images: tuple[int, int],
-    started: float,
-) -> Path:
-    """Write ``result.json`` into the run's folder.
+def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
+    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's value]}``.
 
     Args:
-        metrics: ``box_ap``, ``mask_ap``, ... in percent.
-        engine: ``torchvision``.
-        origin: of :func:`origin_of`.
-        images: number of images that it was trained and evaluated on.
-        started: ``time.time()`` at the start.
+        images: how many images it was trained on, and evaluated on.
     """
     changed = deviations(run.protocol, run.backbone)
     changed |= other_images(*images, run.protocol.train_share)
@@ -104,6 +81,27 @@ def leave_result(
         changed["amp"] = [True, False]
     if given := network_kwargs(run.model_kwargs):
         changed["model_kwargs"] = [{}, given]
+    return changed
+
+
+def leave_result(
+    run: DetectionRun,
+    metrics: Mapping[str, Any],
+    changed: dict[str, list[Any]],
+    *,
+    origin: Mapping[str, Any],
+    started: float,
+    hashed: Mapping[str, Any],
+) -> Path:
+    """Write ``result.json`` into the run's folder.
+
+    Args:
+        metrics: ``box_ap``, ``mask_ap``, ... in percent.
+        changed: the run's deviations.
+        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file may be gone or changed.
+        started: ``time.time()`` at the start.
+        hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
+    """
     result = Result(
         kind="detection",
         backbone=run.backbone,
@@ -111,6 +109,6 @@ def leave_result(
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,
-        **{**provenance(first_names({**run.settings(), "engine": engine})), **origin},
+        **{**provenance(first_names({**run.settings(), **hashed})), **origin},
     )
     return write_result(result, run.output)

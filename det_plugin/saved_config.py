@@ -1,8 +1,8 @@
 """The configs that a Detectron2 run leaves in its folder.
 
-``config.yaml`` is what was asked for (stock launchers write it, and ours). ``config_resolved.yaml`` builds the same network
-without the pre-training file: ``weights`` is null, every argument of the backbone is written out, and the evaluator carries what
-the file said about itself and what the classes are called.
+``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml`` builds the same
+network without the pre-training file. There ``weights`` is null, every argument of the backbone is written out, and the evaluator
+carries the names of the classes and what the file said about itself.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from det_plugin.backbone import Origin, origin_of
+from det_plugin.backbone import origin_of
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
-from det_plugin.protocol import DetectionProtocol
+from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.requires import detectron2_installed
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
+from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import compared, upgraded
 
@@ -27,12 +28,12 @@ with detectron2_installed():
     from detectron2.utils.registry import locate
 
 ASKED, RESOLVED = "config.yaml", "config_resolved.yaml"
-# What config() writes for the backbone whatever the network; all else there is an argument of the ViT.
+# What config() writes for any backbone. All other keys are arguments of the ViT.
 NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
 SURROUNDINGS = (
     "train.output_dir",
-    "train.init_checkpoint",  # the evaluator judges it
+    "train.init_checkpoint",  # the evaluator checks it
     "train.checkpointer.",
     "train.log_period",
     "train.device",
@@ -40,7 +41,7 @@ SURROUNDINGS = (
     "dataloader.root",
     "dataloader.train.num_workers",
     "dataloader.test.num_workers",
-    "dataloader.evaluator.accumulate",  # a run may go on with fewer GPUs, in more parts
+    "dataloader.evaluator.accumulate",  # a run may continue with fewer GPUs, in more parts
     "model.backbone.net.weights",
     "model.backbone.net.checkpointing",
     "model.backbone.net.compile",
@@ -48,7 +49,7 @@ SURROUNDINGS = (
 
 
 def load_config(folder: str | Path, name: str) -> DictConfig:
-    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, old names under their new ones.
+    """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, with old names replaced by new ones.
 
     Raises:
         UserError: no such file.
@@ -64,28 +65,38 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     return cfg
 
 
+def protocol_in(cfg: DictConfig) -> DetectionProtocol:
+    """The protocol, full or scaled down, that a config was made from."""
+    evaluator = cfg.dataloader.evaluator
+    base = protocol(evaluator.protocol, cfg.model.backbone.net.name)
+    return with_overrides(base, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
+
+
 def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
-    """The arguments of the ViT that the user gave (in a resolved config: had given)."""
+    """The arguments of the ViT that the user gave."""
     origin = cfg.dataloader.evaluator.get("origin")
     if origin is not None:
         return OmegaConf.to_container(origin.given_kwargs)  # type: ignore[return-value]
     return {key: value for key, value in cfg.model.backbone.net.items() if key not in NET_KEYS}
 
 
-def origin_in(cfg: DictConfig) -> Origin | None:
-    """Where the backbone of a run came from; none for random initialization. It must have been built in this process."""
+def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
+    """What :func:`det_plugin.backbone.origin_of` said of a run's weights; none for random initialization.
+
+    Of a config that is not resolved, the backbone must have been built in this process.
+    """
     origin = cfg.dataloader.evaluator.get("origin")
-    if origin is None:
-        weights = cfg.model.backbone.net.weights
-        return None if weights is None else origin_of(weights)
-    return Origin(**{f.name: origin[f.name] for f in dataclasses.fields(Origin)})
+    if origin is not None:
+        return {key: value for key, value in OmegaConf.to_container(origin).items() if key != "given_kwargs"}  # type: ignore
+    weights = cfg.model.backbone.net.weights
+    return None if weights is None else origin_of(weights)
 
 
 def classes_in(cfg: DictConfig) -> dict[int, str]:
-    """Category id -> name, in the order of the detector's classes, of a resolved config; no data are needed.
+    """Category id -> name of a resolved config, in the order of the detector's classes. No data are needed.
 
     Raises:
-        UserError: it does not say.
+        UserError: the config does not name them.
     """
     classes = cfg.dataloader.evaluator.get("classes")
     if not classes:
@@ -94,7 +105,7 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training, in need of no pre-training file, no checkpoint of a detector, and no data to name the classes.
+    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name the classes.
 
     Raises:
         UserError: the validation data are not there.
@@ -103,36 +114,26 @@ def resolved(cfg: DictConfig) -> DictConfig:
     cfg = OmegaConf.create(cfg, flags={"allow_objects": True})  # a copy
     cfg.dataloader.evaluator.classes = read_classes(coco_root(cfg.dataloader.root), "val")
     if origin is not None:
-        cfg.dataloader.evaluator.origin = {**dataclasses.asdict(origin), "given_kwargs": given}
-        cfg.model.backbone.net.update(weights=None, **origin.model_kwargs)
+        cfg.dataloader.evaluator.origin = {**origin, "given_kwargs": given}
+        cfg.model.backbone.net.update(weights=None, **origin["model_kwargs"])
     cfg.train.init_checkpoint = ""
     return cfg
 
 
 def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
-    """Whether a folder holds the result of this very run; false for a new folder and for a run to go on with.
-
-    Raises:
-        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
-    """
-    if (folder / FILE_NAME).is_file() and not (folder / RESOLVED).is_file():
-        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
-    has_begun = (folder / LAST).is_file() or (folder / FILE_NAME).is_file()
-    if has_begun and (folder / RESOLVED).is_file():
-        changed = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
-        told = [f"{k} {changed[k][0]!r} -> {changed[k][1]!r}" for k in sorted(changed) if not k.startswith(SURROUNDINGS)]
-        if told:
-            raise UserError(f"output: {folder} holds a run with other settings ({'; '.join(told[:3])}); choose another folder")
-        if (folder / FILE_NAME).is_file():
-            return True
-    if (folder / LAST).is_file() and not resume:
-        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
-    return False
+    """:func:`pretrain.results.runs.holds_result` of a run with this config."""
+    changed, has_checkpoint = None, (folder / LAST).is_file()
+    if (folder / RESOLVED).is_file():
+        changed = {}
+        if has_checkpoint or (folder / FILE_NAME).is_file():
+            different = compared(plain(load_config(folder, RESOLVED)), plain(resolved(cfg)))
+            changed = {key: pair for key, pair in different.items() if not key.startswith(SURROUNDINGS)}
+    return holds_result(folder, changed, has_checkpoint, resume)
 
 
 def plain(cfg: Any) -> Any:
-    """A config as nested plain values: interpolations as they are written, ``_target_`` by its full name (the same function
-    goes by several)."""
+    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full name, because the
+    same function has several."""
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=False)
     if isinstance(cfg, dict):

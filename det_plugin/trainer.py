@@ -1,28 +1,30 @@
-"""Our loop on Detectron2's trainer and hooks: what the stock launcher does, with gradient accumulation, also on the CPU, and gone
-on with after an interruption as if there had been none."""
+"""Our loop on Detectron2's trainer and hooks.
+
+It does what the stock launcher does, with gradient accumulation, also on the CPU, and resumes as if it had not been interrupted.
+"""
 
 import logging
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.data import DataLoader
 
 from det_plugin.detectron2_checkpoint import Checkpoints, WholeCheckpointer, last_whole
 from det_plugin.requires import detectron2_installed
 from det_plugin.saved_config import ASKED
+from det_plugin.step import averaging, mean_losses
 from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
-from pretrain.metrics_log import MetricsLog, peak_memory_gb
+from pretrain.metrics_log import MetricsLog, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
 
 with detectron2_installed():
@@ -43,12 +45,12 @@ LOGGED = {
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """A step over ``accumulate`` parts of a batch, one after another; the loss is the parts' mean.
+    """A step over ``accumulate`` parts of a batch, in turn. The loss is the parts' mean.
 
     Args:
-        model: the detector, or DistributedDataParallel around it; ranks add up their gradients after the last part alone.
-        data_loader: parts, endless: :meth:`det_plugin.detectron2_loader.TrainLoader.parts`.
-        amp: float16 with loss scaling, as Detectron2's AMPTrainer; CUDA only.
+        model: the detector, or DistributedDataParallel around it. Ranks average their gradients after the last part only.
+        data_loader: parts, without end (:meth:`det_plugin.detectron2_loader.TrainLoader.parts`).
+        amp: float16 with loss scaling, as in Detectron2's AMPTrainer. CUDA only.
     """
 
     def __init__(
@@ -57,16 +59,16 @@ class AccumulatingTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.accumulate, self.amp, self.started = accumulate, amp, time.time()
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp)
-        self.last: dict[str, float] = {}  # the losses and the rate of the last step, by Detectron2's names
+        self.last: dict[str, float] = {}  # losses and learning rate of the last step, by Detectron2's names
 
     def train(self, start_iter: int, max_iter: int, makes_up: bool = False) -> None:
         """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
 
         Args:
-            makes_up: first evaluate and log what the iteration before ``start_iter`` left undone when its process was killed.
+            makes_up: first evaluate and log the iteration before ``start_iter``: its process was killed before it could.
 
         Raises:
-            Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+            Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
         """
         logging.getLogger("detectron2").info(f"Starting training from iteration {start_iter}")
         self.iter, self.start_iter, self.max_iter = start_iter, start_iter, max_iter
@@ -100,14 +102,14 @@ class AccumulatingTrainer(SimpleTrainer):
         for hook in self._hooks:
             if isinstance(hook, Checkpoints):
                 hook.save()
-        distributed.barrier()  # the others must not end before: their launcher would end this process, too
+        distributed.barrier()  # if another rank ended first, the launcher would end this process, too
         raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {self.iter + 1}")
 
     def run_step(self) -> None:
         """One update.
 
         Raises:
-            FloatingPointError: a loss is no number; names the iteration and the losses. The weights are those before the step.
+            FloatingPointError: a loss is not finite; names the iteration and the losses. The weights are those before the step.
         """
         self.optimizer.zero_grad()
         waited_s, terms = 0.0, []
@@ -115,36 +117,25 @@ class AccumulatingTrainer(SimpleTrainer):
             start = time.perf_counter()
             samples = next(self._data_loader_iter)
             waited_s += time.perf_counter() - start
-            with nullcontext() if part + 1 == self.accumulate else self._without_sync():
+            with averaging(self.model, now=part + 1 == self.accumulate):
                 with torch.autocast("cuda", torch.float16, enabled=self.amp):
                     losses = self.model(samples)
                 self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
             terms.append({name: loss.detach() for name, loss in losses.items()})
-        self._record(terms, waited_s)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _without_sync(self) -> Any:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def _record(self, terms: list[dict[str, Tensor]], waited_s: float) -> None:
-        """The terms' means over parts and ranks, and their sum."""
-        means = torch.stack([torch.stack([term[name] for term in terms]).mean() for name in terms[0]])
-        values = dict(zip(terms[0], distributed.mean_over_ranks(means).tolist()))
-        if not all(math.isfinite(value) for value in values.values()):
-            named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(f"iteration {self.iter}: a loss is no number ({named})")
+        values = mean_losses(terms, self.iter)
         losses = {"total_loss": sum(values.values()), **values}
         self.last = {**losses, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
         self.storage.put_scalars(data_time=waited_s, **losses)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """As Detectron2's AMPTrainer, and what a resumed run has to go on with."""
+        """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
         own = {"grad_scaler": self.scaler.state_dict(), "last": self.last, "wall_time_s": time.time() - self.started}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also what Detectron2's trainers have saved."""
+        """Restore it. States of Detectron2's own trainers load, too."""
         super().load_state_dict(state_dict)
         self.last, self.started = state_dict.get("last", {}), self.started - state_dict.get("wall_time_s", 0.0)
         if state_dict.get("grad_scaler"):
@@ -152,12 +143,12 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class MetricsLines(HookBase):
-    """``metrics.jsonl``: iteration, loss, its terms, lr, and the AP where it was evaluated; ``speed.jsonl`` beside it.
+    """Writes ``metrics.jsonl`` (iteration, loss and its terms, lr, AP where it was evaluated) and ``speed.jsonl``.
 
     Args:
-        start_it: the first iteration of this process; lines of it and of later ones are dropped.
+        start_it: the first iteration of this process. Lines from it on are dropped.
         periods_it: of the lines and of the evaluations.
-        batch_size: images an iteration, of all ranks.
+        batch_size: images an iteration, over all ranks.
     """
 
     def __init__(self, folder: Path, start_it: int, periods_it: tuple[int, int], batch_size: int, device: torch.device) -> None:
@@ -171,7 +162,7 @@ class MetricsLines(HookBase):
             self._write()
 
     def after_train(self) -> None:
-        """The last evaluation's line; everything is on the disk."""
+        """Write the last evaluation's line, and everything to disk."""
         if self.trainer.iter == self.trainer.max_iter:
             self._write()
         self.log.close()
@@ -192,14 +183,8 @@ class MetricsLines(HookBase):
         self.log.flush()
 
 
-def is_logged(folder: Path, it: int) -> bool:
-    """Whether ``metrics.jsonl`` has the line of an iteration."""
-    path, start = folder / "metrics.jsonl", f'{{"iteration": {it},'
-    return path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
-
-
 class TestBatches:
-    """The batches of Detectron2's test loader by workers that outlive group signals and whose errors are one line."""
+    """The batches of Detectron2's test loader, from workers that ignore group signals and whose errors are one line."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
@@ -213,28 +198,27 @@ class TestBatches:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """The config's evaluator on its test loader.
+    """Run the config's evaluator on its test loader.
 
     Raises:
-        UserError: an image that cannot be used, also where a worker process met it.
+        UserError: an image cannot be used, also where a worker process meets it.
     """
     results = inference_on_dataset(model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator))
-    distributed.barrier()  # of the hosts: where Detectron2 waits for the main process, NCCL would give up after ten minutes
+    distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
     return results
 
 
 def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> None:
-    """Train a detector as its config says, on all ranks, and evaluate it.
+    """Train a detector by its config, on all ranks, and evaluate it.
 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
-        accumulate: parts of a rank's batch, one after another.
-        resume: go on from the last checkpoint of ``train.output_dir``, if there is one; on the CPU, bit for bit as without the
-            interruption.
+        accumulate: parts of a rank's batch.
+        resume: continue from the last checkpoint of ``train.output_dir``, if there is one. On the CPU a resumed run is bit-exact.
 
     Raises:
-        UserError: ranks and parts cannot share the batch; bad data; a folder that not all machines see.
-        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+        UserError: ranks and parts cannot share the batch; bad data; not all machines see the folder.
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
     """
     folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
     cfg.optimizer.params.model = model
@@ -245,7 +229,7 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
     trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
-    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]  # one for all ranks
+    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]  # the same for all ranks
     start_it, makes_up = 0, False
     if last is not None:
         if distributed.any_over_ranks(not last.is_file()):
@@ -255,12 +239,12 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
         makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))
     evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))
     if distributed.is_main():
-        os.utime(folder / ASKED, (trainer.started, trainer.started))  # the evaluator counts the run's time from there
+        os.utime(folder / ASKED, (trainer.started, trainer.started))  # the evaluator counts the run's time from here
         periods_it = cfg.train.log_period, cfg.train.eval_period
         lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
         printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
         trainer.register_hooks([Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer])
     else:
         trainer.register_hooks([evaluation])
-    with closing(parts):  # its workers end; left to themselves they would keep a process that was stopped from ending
+    with closing(parts):  # ends its workers; they would keep a stopped process alive
         trainer.train(start_it, cfg.train.max_iter, makes_up)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pretrain.errors import Interrupted, UserError
@@ -72,3 +73,24 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
             raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
         model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)  # the setting, the ViT's argument
     return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs
+
+
+def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that both kinds of fine-tuning have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_base_patch16, ...; a file of ours says it itself")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    cores = min(4, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
+    return parser
+
+
+def say(line: str) -> None:
+    """Print a line, on the first rank alone; the ranks may not have met yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

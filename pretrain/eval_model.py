@@ -168,7 +168,7 @@ def open_models(
             EvalModel(
                 label="",
                 path=path,
-                backbone=backbone or checkpoint.backbone or backbone_name(None, path, source),
+                backbone=backbone_name(backbone, checkpoint),
                 patch_px=patch_px or int(checkpoint.model_kwargs["patch_size"]),
                 method=_printable(names[i] if names else str(said.get("method") or _stem(path))),
                 effective_epochs=None if epochs is None else float(epochs),

@@ -66,6 +66,12 @@ def truncate_lines(path: Path, before_iter: int) -> None:
     os.replace(temporary, path)
 
 
+def is_logged(folder: Path, iteration: int) -> bool:
+    """Whether ``metrics.jsonl`` has the line of an iteration."""
+    path, start = folder / "metrics.jsonl", f'{{"iteration": {iteration},'
+    return path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
+
+
 class MetricsLog:
     """Writes the logs of one run from iteration ``start_iter`` on; only the main process should hold one.
 

@@ -585,6 +585,7 @@ def json_schema(model: type[Settings]) -> dict[str, Any]:
 def _without_marks(schema: Any) -> Any:
     """A schema without our own keys of a field, and without titles, which repeat its name."""
     if isinstance(schema, dict):
-        is_mark = {"title", "source", "in_recipe", "fixed", "settable"}
-        return {k: _without_marks(v) for k, v in schema.items() if k not in is_mark or isinstance(v, dict)}
+        marks = {"title", "source", "in_recipe", "fixed", "settable"}
+        kept = {k: v for k, v in schema.items() if k not in marks or isinstance(v, dict)}
+        return {k: v if k == "default" else _without_marks(v) for k, v in kept.items()}  # a default may hold such a key
     return [_without_marks(item) for item in schema] if isinstance(schema, list) else schema

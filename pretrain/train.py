@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     if not {"config", "n_images", "progress"} <= found.meta.keys():
         raise UserError(f"resume: {found.path} is no checkpoint of a pre-training")
     try:
-        saved = from_saved(found.meta["config"])
+        saved = from_saved(with_method_of(config, found.meta["config"]))
     except UserError as error:
         raise UserError(f"resume: {found.path / 'meta.json'}: {error}") from error
     free = keys_where(type(config), "fixed", False)
@@ -151,6 +151,13 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     if found.meta["n_images"] != n_images:
         now = f"{config.data.root} has {n_images}"
         raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
+
+
+def with_method_of(config: TrainSettings, saved: Any) -> Any:
+    """A saved config whose method's file is where it is now; one of another method as it is."""
+    if isinstance(saved, Mapping) and Path(str(saved.get("method", ""))).stem == Path(config.method).stem:
+        return {**saved, "method": config.method}
+    return saved
 
 
 def without_paths(config: TrainSettings) -> dict[str, Any]:

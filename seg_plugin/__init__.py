@@ -13,7 +13,6 @@ from seg_plugin import (  # noqa: E402, F401  (they register themselves)
     backbone,
     data,
     hooks,
-    loop,
     metric,
     optim,
     processes,

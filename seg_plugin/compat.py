@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pretrain.errors import UserError
+from pretrain.device import choose_device
 
 EXTENSION = "mmcv._ext"
 
@@ -85,21 +85,17 @@ def _history_method(owner: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def on_device(name: str) -> Iterator[None]:
-    """Make mmengine's Runner build on ``auto`` (its own choice) | ``cpu`` | ``cuda``, which its config cannot say.
+def on_device(name: str) -> Iterator[torch.device]:
+    """Make mmengine's Runner build on a device of torch, or on ``auto`` (its own choice), which its config cannot say.
 
     Raises:
-        UserError: another name, or ``cuda`` where there is none.
+        UserError: as :func:`pretrain.device.choose_device`, whose choice it gives.
     """
     import mmengine.device.utils as device
 
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device: {name!r} is none of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' is asked for, but torch sees no CUDA device")
-    before = device.DEVICE
-    device.DEVICE = before if name == "auto" else name
+    chosen, before = choose_device(name), device.DEVICE
+    device.DEVICE = before if name == "auto" else chosen.type
     try:
-        yield
+        yield chosen
     finally:
         device.DEVICE = before

@@ -1,6 +1,5 @@
 """Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from pretrain.results.runs import add_caption
 from seg_plugin.predict import Segmented, segment_dataset, spread
 
 IGNORED_COLOR = (225, 225, 225)
@@ -38,10 +38,7 @@ def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: s
     """Draw a page and enter it into ``captions.json`` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay)
-    captions = path.parent / "captions.json"
-    others = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
-    entries = {**others, path.name: {"title": title, "caption": caption}}
-    captions.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    add_caption(path, title, caption)
     return path
 
 

@@ -21,10 +21,10 @@ from mmseg.registry import HOOKS
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import truncate_lines
-from pretrain.results.provenance import file_hash, provenance
+from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.signals import StopSignals
-from pretrain.weights import read_checkpoint
+from pretrain.weights import check_fit, origin_of
 from seg_plugin.identity import deviations, given_model_kwargs, identity
 
 METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
@@ -58,14 +58,8 @@ class PosfieldRunHook(Hook):
         self.loaded = True
         self.earlier_s = float(checkpoint.get("posfield", {}).get("wall_time_s", 0.0))
         source = checkpoint.get("state_dict", checkpoint)
-        given = {key.removeprefix("module."): tuple(value.shape) for key, value in source.items()}
-        wanted = {key: tuple(value.shape) for key, value in _model(runner).state_dict().items()}
-        problems = [f"missing {key}" for key in wanted if key not in given]
-        problems += [f"left over {key}" for key in given if key not in wanted]
-        problems += [f"{k} is {given[k]}, not {wanted[k]}" for k in wanted if k in given and given[k] != wanted[k]]
-        if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise UserError(f"checkpoint: does not fit the config's model: {'; '.join(problems[:8])}{more}")
+        given = {key.removeprefix("module."): value for key, value in source.items()}
+        check_fit("checkpoint: it does not fit the config's model", _model(runner).state_dict(), given)
 
     def before_train(self, runner: Any) -> None:
         """Know what this run is, and save it."""
@@ -210,13 +204,5 @@ def _drop_validation(path: Path, iteration: int) -> None:
 def _origin(weights: str | None, saved: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Where the backbone comes from: its file, else what the saved config says, else nowhere."""
     model_kwargs = saved["model_kwargs"] if saved else model_kwargs
-    nowhere = {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
-    if weights is None:
-        return {**nowhere, **(saved or {}), "model_kwargs": model_kwargs}
-    told = read_checkpoint(weights, model_kwargs.get("source")).provenance
-    return {
-        "method": str(told.get("method", Path(weights).stem)),
-        "effective_epochs": told.get("effective_epochs"),
-        "weights_hash": file_hash(weights),
-        "model_kwargs": model_kwargs,
-    }
+    found = saved if weights is None and saved else origin_of(weights, model_kwargs.get("source"))
+    return {**found, "model_kwargs": model_kwargs}

@@ -117,9 +117,3 @@ def identity(cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | N
         "weights_hash": weights_hash,
         "settings": settings,
     }
-
-
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """``key: a and b`` of the first value in which two identities differ, hashes last; none where they are equal."""
-    found = sorted(compared(one, other).items(), key=lambda item: (item[0].endswith("_hash"), item[0]))
-    return next((f"{key}: {a!r} and {b!r}" for key, (a, b) in found), None)

@@ -1,12 +1,14 @@
 """Parameter groups and the learning-rate schedule, under the names that a config uses."""
 
-import re
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor, PolyLR
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 from torch import nn
 
+from pretrain.layer_decay import lr_rate
+
+VIT = "backbone.vit."
 # Not one-dimensional, and yet no weights of a layer: positions and special tokens.
 UNDECAYED = ("cls_token", "reg_token", "pos_embed", "pos_field", "cls_pos")
 
@@ -23,25 +25,17 @@ def param_groups(
         layer_decay: the lr of block i of L is ``lr * layer_decay ** (L - i)``, that of everything before the first block
             ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
     """
-    names = [name for name, _ in model.named_parameters()]
-    depth = 1 + max((int(i) for name in names for i in re.findall(r"^backbone\.vit\.blocks\.(\d+)\.", name)), default=-1)
+    depth = len(model.get_submodule(VIT + "blocks"))  # type: ignore[arg-type]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = decay_all or (parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED)
-        setting = (lr * layer_decay ** (depth + 1 - _layer(name, depth)), weight_decay if decays else 0.0)
+        rate = lr_rate(name.removeprefix(VIT), depth, layer_decay) if name.startswith(VIT) else 1.0
+        setting = (lr * rate, weight_decay if decays else 0.0)
         group = groups.setdefault(setting, {"params": [], "lr": setting[0], "weight_decay": setting[1]})
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def _layer(name: str, depth: int) -> int:
-    """0 before the first block, i + 1 for block i, depth + 1 after the last."""
-    block = re.match(r"backbone\.vit\.blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return depth + 1 if name.startswith("backbone.vit.norm.") or not name.startswith("backbone.") else 0
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -44,15 +44,12 @@ def load_run(folder: Path, device: str = "auto") -> nn.Module:
     if checkpoint is None:
         raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")
     if len(configs) != 1:
-        raise UserError(f"run: {folder} must hold one config, *.py; there {_names(configs)}")
+        found = ", ".join(path.name for path in configs) or "none"
+        raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
     cfg = Config.fromfile(configs[0])
     cfg.test_pipeline[0].type = "PosfieldLoadImage"  # names a file that it cannot read
     model: nn.Module = init_model(cfg, str(checkpoint), device=str(choose_device(device)))
     return model
-
-
-def _names(paths: list[Path]) -> str:
-    return f"are {', '.join(path.name for path in paths)}" if paths else "is none"
 
 
 def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:

@@ -121,7 +121,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     ),
     "own-160k": dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
 }
-NAMES = tuple(PROTOCOLS)
 OF_THE_DATA = ("num_classes", "reduce_zero_label")  # on one's own data these describe the masks, and are no deviation
 SWEEP = "sweep"
 
@@ -133,7 +132,7 @@ def protocol(name: str = "ade20k-160k") -> SegmentationProtocol:
         UserError: there is none of this name.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"protocol: {name!r} is none of {', '.join(NAMES)}")
+        raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
     return SegmentationProtocol(name=name, **PROTOCOLS[name])
 
 

@@ -15,10 +15,11 @@ from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
-from pretrain.device import choose_device
 from pretrain.errors import Interrupted, UserError
 from pretrain.results.provenance import file_hash
+from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
+from pretrain.settings import compared
 from pretrain.signals import StopSignals
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
@@ -26,7 +27,7 @@ from seg_plugin.config import processes, segmenter_config
 from seg_plugin.data import check_masks
 from seg_plugin.datasets import Located, locate
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
-from seg_plugin.identity import first_difference, identity
+from seg_plugin.identity import identity
 from seg_plugin.processes import end_workers
 from seg_plugin.protocol import SegmentationProtocol
 
@@ -103,7 +104,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
         raise UserError(f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py")
-    if _is_finished(run, cfg):
+    if _is_over(run, cfg):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
@@ -117,8 +118,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
             raise UserError(f"output: {output} holds an unfinished run ({checkpoint.name}); go on with it by --resume")
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
-        with on_device(run.device), StopSignals() as signals:
-            distributed.start(choose_device(run.device).type)  # before mmengine, which knows neither gloo nor a task's only GPU
+        with on_device(run.device) as device, StopSignals() as signals:
+            distributed.start(device.type)  # before mmengine, which knows neither gloo nor a task's only GPU
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:
@@ -153,18 +154,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _is_finished(run: SegmentationRun, cfg: Config) -> bool:
-    """Whether the folder holds this very run, with its result; UserError where it holds another."""
-    saved = Path(run.output) / SETTINGS_FILE
-    if not saved.is_file():
-        if (Path(run.output) / FILE_NAME).is_file():
-            raise UserError(f"output: {run.output} holds the result of another kind of run; choose another folder")
-        return False
-    model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
-    vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
-    weights_hash = file_hash(run.weights) if run.weights else None
-    ours = identity(cfg, vit.model_kwargs, weights_hash, processes())
-    difference = first_difference(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))
-    if difference:
-        raise UserError(f"output: {run.output} holds a run with other settings ({difference}); take another folder")
-    return (Path(run.output) / FILE_NAME).is_file()
+def _is_over(run: SegmentationRun, cfg: Config) -> bool:
+    """:func:`pretrain.results.runs.holds_result` of the run's folder, whatever checkpoints it has."""
+    saved, changed = Path(run.output) / SETTINGS_FILE, None
+    if saved.is_file():
+        model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
+        vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
+        weights_hash = file_hash(run.weights) if run.weights else None
+        ours = identity(cfg, vit.model_kwargs, weights_hash, processes())
+        changed = compared(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))
+        changed.pop("config_hash", None)  # the settings say why
+    return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False)

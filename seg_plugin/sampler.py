@@ -1,11 +1,12 @@
-"""The endless stream of training images, in which every image knows its place."""
+"""The endless stream of training images, in which every image knows its place, and the loop that resumes within it."""
 
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dataset import InfiniteSampler
-from mmseg.registry import DATA_SAMPLERS
+from mmengine.runner import IterBasedTrainLoop
+from mmseg.registry import DATA_SAMPLERS, LOOPS
 
 
 class DrawnIndex(int):
@@ -44,3 +45,20 @@ class PosfieldSampler(InfiniteSampler):
         stream = enumerate(self._infinite_indices())
         for position, index in itertools.islice(stream, self.rank + self.start * self.world_size, None, self.world_size):
             yield DrawnIndex(index, self.seed, position)
+
+
+@LOOPS.register_module()
+class PosfieldTrainLoop(IterBasedTrainLoop):
+    """On resuming at iteration k, mmengine loads and augments k batches only to drop them: hours at k = 80,000.
+
+    Here only the sampler's indices are drawn; the images that follow are those of an uninterrupted run.
+    """
+
+    def run(self) -> Any:
+        """Train from the current iteration to the last; the model."""
+        sampler = self.dataloader.sampler
+        if self._iter and isinstance(sampler, PosfieldSampler):
+            sampler.start = self._iter * self.dataloader.batch_size
+            # The loop above us advances its iterator by k before it starts.
+            self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), iter(self.dataloader))
+        return super().run()

@@ -23,7 +23,7 @@ VARIANTS = [
     for cls, norm, positions in itertools.product((True, False), (True, False), ("none", "standard", "field"))
     if (cls, norm, positions) != (True, True, "standard")
 ]
-EACH = pytest.mark.parametrize("flags", VARIANTS, ids=lambda f: f"cls{f['has_cls']:d}-norm{f['final_norm']:d}-{f['pos_encoding']}")
+EACH = pytest.mark.parametrize("model_kwargs", VARIANTS, ids=lambda f: f"cls{f['has_cls']:d}-norm{f['final_norm']:d}-{f['pos_encoding']}")
 BARE = dict(has_cls=False, final_norm=False, pos_encoding="none")
 
 
@@ -116,7 +116,7 @@ def test_detectors_take_it(model_kwargs):
     assert all((p.grad is not None) == p.requires_grad for p in vit.parameters())
 
 
-@pytest.mark.parametrize("flags", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="field")], ids=str)
+@pytest.mark.parametrize("model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="field")], ids=str)
 def test_segmentation_takes_it(tmp_path, model_kwargs):
     pytest.importorskip("mmseg", reason="MMSegmentation is not installed (pip install 'posfield[seg]')")
     from seg_plugin.backbone import PosfieldViT
@@ -130,7 +130,7 @@ def test_segmentation_takes_it(tmp_path, model_kwargs):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("flags", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="standard")], ids=str)
+@pytest.mark.parametrize("model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="standard")], ids=str)
 def test_a_program_does_what_it_does(tmp_path, model_kwargs):
     assert export(variant(model_kwargs), "torch", (40, 64), tmp_path / "a.pt2") < 1e-5
 
@@ -142,7 +142,7 @@ def test_positions_that_are_not_there_have_no_grid():
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "model_kwargs, said",
     [
         (
             dict(has_cls=False, layerscale=1e-5, pos_encoding="field", pos_grid=4),

@@ -56,7 +56,7 @@ def test_jpeg_pixels_are_pils(either_decoder, size, options):
         data = encoded(image, quality=90, **options)
         pixels = decode(data)
         assert pixels.dtype == np.uint8 and pixels.shape == (size[1], size[0], 3)
-        assert pixels.model_kwargs.c_contiguous and pixels.model_kwargs.writeable
+        assert pixels.flags.c_contiguous and pixels.flags.writeable
         assert np.array_equal(pixels, by_pil(data))
 
 
@@ -107,7 +107,7 @@ def test_exif_orientation(orientation, kind):
     exif[decoding.ORIENTATION] = orientation
     data = encoded(picture(), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
     pixels = decode(data)
-    assert pixels.shape[:2] == ((61, 97) if orientation <= 4 else (97, 61)) and pixels.model_kwargs.c_contiguous
+    assert pixels.shape[:2] == ((61, 97) if orientation <= 4 else (97, 61)) and pixels.flags.c_contiguous
     assert np.array_equal(pixels, by_pil(data))
     assert max(decode(data, max_side_px=40).shape) == 40
 
@@ -153,7 +153,7 @@ def test_the_size_is_bounded(either_decoder):
     full = to_image(by_pil(data))[None]
     expected = functional.interpolate(full, size=(384, 512), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     bounded = decode(data, max_side_px=512)
-    assert bounded.shape == (384, 512, 3) and bounded.model_kwargs.c_contiguous and np.array_equal(bounded, expected.numpy())
+    assert bounded.shape == (384, 512, 3) and bounded.flags.c_contiguous and np.array_equal(bounded, expected.numpy())
     assert np.array_equal(decode(data, max_side_px=640), decode(data))
     reduced = np.array(_drafted(data, 320))
     assert reduced.shape == (240, 320, 3)

@@ -10,12 +10,12 @@ from backbone_fixture import randomize
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.torchvision_engine.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from det_plugin.windows import Windows, global_blocks, partition, unpartition, windowed_attention
 from pretrain.backbones.attention import Attention
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.layer_decay import lr_rate, no_decay
 
 TINY = "vit_tiny_patch16"
 BARE = dict(final_norm=False, keep_special_tokens=False)
@@ -204,7 +204,7 @@ def test_inductor_gives_the_same_gradients(options):
 # --- learning rates
 
 
-@pytest.mark.parametrize("flags", [FULL, dict()], ids=["field", "standard"])
+@pytest.mark.parametrize("model_kwargs", [FULL, dict()], ids=["field", "standard"])
 def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
     vit = build_backbone(TINY, depth=2, **model_kwargs)
     expected = {  # layer, whether weights decay

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.protocol import (
     LR,
     PROTOCOLS,
@@ -21,6 +20,7 @@ from det_plugin.protocol import (
 )
 from det_plugin.run import DetectionRun
 from pretrain.errors import UserError
+from pretrain.layer_decay import lr_rate, no_decay
 
 
 def test_schedules_are_the_papers():

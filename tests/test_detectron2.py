@@ -30,8 +30,7 @@ from det_plugin.backbone import RegistryBackbone
 from det_plugin.bfloat16 import BFloat16RCNN
 from det_plugin.coco_catalog import CocoMapper, coco_dicts, dataset_name
 from det_plugin.detectron2_loader import TrainLoader
-from det_plugin.deviations import config_deviations
-from det_plugin.layer_decay import lr_rate, no_decay
+from det_plugin.evaluator import config_deviations
 from det_plugin.lazy import config
 from det_plugin.optim import ClippedAdamW
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
@@ -41,6 +40,7 @@ from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.layer_decay import lr_rate, no_decay
 from pretrain.settings import compared
 from pretrain.weights import save_backbone
 
@@ -79,7 +79,7 @@ def toy():
 # --- backbone
 
 
-@pytest.mark.parametrize("flags", [FIELD, dict(depth=2)], ids=["field", "standard"])
+@pytest.mark.parametrize("model_kwargs", [FIELD, dict(depth=2)], ids=["field", "standard"])
 def test_feature_map_is_the_backbones(tmp_path, model_kwargs):
     path = tmp_path / "b.safetensors"
     model = randomize(build_backbone(TINY, **model_kwargs))

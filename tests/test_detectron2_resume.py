@@ -127,7 +127,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
         evaluator = cfg.dataloader.evaluator
         evaluator.overrides = {old.get(key, key): value for key, value in evaluator.overrides.items()}
         if origin := evaluator.get("origin"):
-            origin.update(model_kwargs=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
+            origin.update(flags=origin.pop("model_kwargs"), given_flags=origin.pop("given_kwargs"))
         LazyConfig.save(cfg, str(file))
     assert "iterations_it" in file.read_text() and "given_flags" in file.read_text()
     assert load_detector(done.output, "cpu").protocol == whole.protocol

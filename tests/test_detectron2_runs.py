@@ -21,8 +21,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is opt
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.deviations import config_deviations
-from det_plugin.evaluator import percentages
+from det_plugin.evaluator import config_deviations, percentages
 from det_plugin.lazy import train
 from det_plugin.torchvision_engine.optim import lr_at
 from det_plugin.trainer import AccumulatingTrainer

@@ -45,7 +45,7 @@ def read(path: Path):
 
 @pytest.mark.parametrize("format", PROGRAMS)
 @pytest.mark.parametrize(
-    "flags, size",
+    "model_kwargs, size",
     [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
@@ -155,7 +155,7 @@ def is_in_checkpoint(vit, state, prefix):
 
 def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'posfield[det]')")
-    from det_plugin.torchvision_engine.checkpoint import load_checkpoint
+    from det_plugin.torchvision_engine.folder import load_checkpoint
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")

@@ -51,7 +51,7 @@ def measured(folder, weights_hash, kind="detection", protocol=FULL, **metrics):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "format, flags",
+    "format, model_kwargs",
     [
         *((format, dict(pos_encoding="field")) for format in FORMATS),
         *((format, dict(n_registers=4, layerscale=0.3)) for format in ("timm", "huggingface", "safetensors")),
@@ -119,7 +119,7 @@ def test_what_is_unknown_is_said_to_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, size, sentence",
+    "model_kwargs, size, sentence",
     [
         (dict(pos_grid=2), (32, 32), "Learned for 2 x 2 patches, and stored as learned."),
         (dict(pos_grid=2), (64, 32), r"Learned for 2 x 2 patches; the file holds them resampled \(dinov2\) to the 4 x 2 patches"),

@@ -39,7 +39,7 @@ def backbone(**model_kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, flags, size", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name, model_kwargs, size", CASES.values(), ids=CASES)
 def test_transformers_gives_our_features(tmp_path, name, model_kwargs, size):
     vit, folder = backbone(**model_kwargs), tmp_path / "exported"
     assert export(vit, "huggingface", size, folder) < 1e-5
@@ -56,7 +56,7 @@ def test_transformers_gives_our_features(tmp_path, name, model_kwargs, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "flags, asked",
+    "model_kwargs, asked",
     [
         (dict(pos_interpolation="bicubic"), dict(interpolate_pos_encoding=True)),
         (dict(pos_interpolation="bicubic", layerscale=0.3), {}),
@@ -71,7 +71,7 @@ def test_at_another_size_transformers_resamples_as_a_vit_of_that_rule(tmp_path, 
     torch.testing.assert_close(model(pixel_values=image, **asked).pooler_output, vit(image).cls, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
+@pytest.mark.parametrize("model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
 def test_the_names_on_disk_are_transformers_own(tmp_path, model_kwargs):
     """Whatever it calls its modules now, ``save_pretrained`` leaves the names that every version reads."""
     export(backbone(**model_kwargs), "huggingface", (32, 32), tmp_path / "a")
@@ -127,7 +127,7 @@ def test_a_tensor_too_few_is_found_before_the_folder_stays(tmp_path, monkeypatch
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
+@pytest.mark.parametrize("model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
 def test_what_transformers_has_comes_back_exactly(tmp_path, model_kwargs):
     vit = backbone(pos_encoding="field", **model_kwargs)
     export(vit, "huggingface", (32, 32), tmp_path / "a")

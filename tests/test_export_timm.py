@@ -36,7 +36,7 @@ def backbone(**model_kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags, size", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("model_kwargs, size", CASES.values(), ids=CASES)
 def test_timm_gives_our_features(tmp_path, model_kwargs, size):
     vit, folder = backbone(**model_kwargs), tmp_path / "new" / "exported"
     assert export(vit, "timm", size, folder) < 1e-5
@@ -83,7 +83,7 @@ def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags, size", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("model_kwargs, size", CASES.values(), ids=CASES)
 def test_what_timm_has_comes_back_exactly(tmp_path, model_kwargs, size):
     """With all that no tensor shows; a grid that is not square is none of ours, and is not taken for another one."""
     vit, folder, patch = backbone(**model_kwargs), tmp_path / "a", {"patch_size": model_kwargs.get("patch_size", 16)}

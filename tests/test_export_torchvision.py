@@ -35,7 +35,7 @@ def backbone(**model_kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags, side", OF_TORCHVISION.values(), ids=OF_TORCHVISION)
+@pytest.mark.parametrize("model_kwargs, side", OF_TORCHVISION.values(), ids=OF_TORCHVISION)
 def test_torchvision_gives_our_features(tmp_path, model_kwargs, side):
     vit, path = backbone(**model_kwargs), tmp_path / "exported.safetensors"
     assert export(vit, "torchvision", (side, side), path) < 1e-5
@@ -83,7 +83,7 @@ def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags, size", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("model_kwargs, size", PLAIN.values(), ids=PLAIN)
 def test_plain_tensors_come_back_exactly(tmp_path, model_kwargs, size):
     vit, path = backbone(**model_kwargs), tmp_path / "exported.safetensors"
     export(vit, "safetensors", size, path, {"method": "ours", "effective_epochs": 12})

@@ -205,7 +205,7 @@ def read_all(path):
             for max_side_px in (0, 512):
                 pixels = decode(data, max_side_px, MAX_MPX)
                 assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
-                assert pixels.model_kwargs.c_contiguous and (not max_side_px or max(pixels.shape) <= max_side_px)
+                assert pixels.flags.c_contiguous and (not max_side_px or max(pixels.shape) <= max_side_px)
             outcomes[source.name(i)] = READ
         except BrokenImage as error:
             outcomes[source.name(i)] = f"{BROKEN}: {error}"

@@ -11,7 +11,6 @@ from torch import nn
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.windows import Windows, windowed_attention
 from pretrain.analysis.attention import last_layer_attention
 from pretrain.backbones.relative import relative_buckets
@@ -19,6 +18,7 @@ from pretrain.backbones.vit import ViewGroup
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.export import export
+from pretrain.layer_decay import lr_rate, no_decay
 from pretrain.weights import read_checkpoint, save_backbone
 
 TINY = "vit_tiny_patch16"

@@ -6,6 +6,7 @@ exported, and computes the same on two ranks and with micro-batches. Nothing els
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,20 @@ def test_resume_with_micro_batches_is_bit_for_bit(folder, tmp_path):
     run(folder, tmp_path / "parts", "step.accumulate=2", stop_after=3)
     assert "going on from" in pretrain("--resume", *words_of(folder, tmp_path / "parts", "step.accumulate=2"))
     assert_equal(tmp_path / "parts", straight)
+
+
+def test_it_goes_on_where_its_file_was_moved(folder, tmp_path):
+    """No run depends on where its method lies."""
+    straight = run(folder, tmp_path / "straight")
+    for place, stop in (("before", 3), ("after", None)):
+        (tmp_path / place).mkdir()
+        for file in (METHOD, CONFIG):
+            (tmp_path / place / file.name).write_text(file.read_text())
+        config = load_config(tmp_path / place / CONFIG.name, words_of(folder, tmp_path / "run"))
+        train(config, resume="" if stop else "auto", stop_after=stop)
+        shutil.rmtree(tmp_path / place)
+    assert_equal(tmp_path / "run", straight)
+    assert read_result(tmp_path / "run").protocol == read_result(straight).protocol
 
 
 def test_another_run_starts_from_its_networks(folder, finished, tmp_path):

@@ -44,7 +44,7 @@ def test_crop_and_resize_is_torchvisions(box, size):
     cubic = on_tensors.InterpolationMode.BICUBIC
     for flip in (False, True):
         ours = crop_resize(image, box, flip, size)
-        assert ours.dtype == np.uint8 and ours.shape == (size, size, 3) and ours.model_kwargs.c_contiguous
+        assert ours.dtype == np.uint8 and ours.shape == (size, size, 3) and ours.flags.c_contiguous
         expected = on_tensors.resized_crop(planes(image), top, left, bottom - top, right - left, [size, size], cubic, True)
         assert levels_apart(ours, expected.flip(-1) if flip else expected) <= 1
         pil = on_pil.resized_crop(Image.fromarray(image), top, left, bottom - top, right - left, [size, size], cubic)

@@ -18,11 +18,10 @@ from tool_fixture import load_tool
 
 from det_plugin.detector import load_detector
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.checkpoint import save_checkpoint
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
-from det_plugin.torchvision_engine.folder import resolved_config, write_config
+from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
 
@@ -43,7 +42,7 @@ def trained(data, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("runs") / "torchvision", detector(**FLAGS).eval()
     run = DetectionRun(TINY, None, data, folder, SMALL, device="cpu", model_kwargs=FLAGS)
     split = read_split(data, "train", num_classes=3, training=True)
-    write_config(folder, resolved_config(run, model.backbone.vit, split))
+    write_json(folder / CONFIG, resolved_config(run, model.backbone.vit, split))
     save_checkpoint(folder, {"iteration": 1, "model": model.state_dict()})
     return folder, model
 

@@ -5,7 +5,6 @@ import signal
 import statistics
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ pytest.importorskip("seg_plugin")
 from ade_fixture import write_ade
 from seg_fixture import TOOL
 
-from pretrain.cli import REQUEUE_CODE
+from pretrain.cli import REQUEUE_CODE, say
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import interruptible
 from pretrain.results.report import build_report
@@ -278,10 +277,9 @@ def test_either_signal_of_a_scheduler_ends_a_sweep(number):
 
 
 def test_the_ranks_of_a_run_say_once_where_its_result_is(monkeypatch, capsys):
-    say_where = runpy.run_path(str(TOOL))["say_where"]
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        say_where(Path("out/result.json"))
+        say("result: out/result.json")
     assert capsys.readouterr().out == "result: out/result.json\n"
 
 

@@ -272,5 +272,6 @@ def test_the_shipped_json_schemas_are_those_of_the_models(method):
     shipped = json.loads((RECIPES / "schema" / f"{method}.json").read_text())
     assert shipped == json_schema(find_method(method).Settings)
     assert {"base", "optim"} < shipped["properties"].keys() and not shipped["additionalProperties"]
+    assert shipped["properties"]["data"]["default"]["source"] == "auto"
     (optim,) = (group for name, group in shipped["$defs"].items() if name.endswith("OptimSettings"))
     assert optim["properties"]["base_lr"]["minimum"] == 0 and optim["properties"]["betas"]["maxItems"] == 2

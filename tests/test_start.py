@@ -40,7 +40,7 @@ def equal(ours, theirs, x):
     return all(torch.equal(a, b) for a, b in zip(ours.eval()(x), theirs.eval()(x)))
 
 
-@pytest.mark.parametrize("flags", [UNUSUAL, dict(pos_encoding="field", pos_grid=10), dict(pos_encoding="none")])
+@pytest.mark.parametrize("model_kwargs", [UNUSUAL, dict(pos_encoding="field", pos_grid=10), dict(pos_encoding="none")])
 def test_the_file_decides_the_network(tmp_path, model_kwargs):
     path = file(tmp_path, **model_kwargs)
     vit = started(path, drop_path=0.2)

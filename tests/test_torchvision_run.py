@@ -18,10 +18,9 @@ from coco_fixture import annotation_file, write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
-from det_plugin.run import DetectionRun, first_names, leave_result
-from det_plugin.torchvision_engine.checkpoint import load_checkpoint
+from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.folder import backbone_of, classes_of, protocol_of, read_config
+from det_plugin.torchvision_engine.folder import backbone_of, classes_of, load_checkpoint, protocol_of, read_config
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
@@ -370,14 +369,18 @@ def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1])
 
-    def leave_on_a_gpu_machine(*given, **named):
-        with monkeypatch.context() as patch:
-            for name, told in (("hardware", {}), ("peak_memory_mib", 1.0)):  # they would ask the GPU
-                patch.setattr(sys.modules["pretrain.results.provenance"], name, lambda told=told: told)
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            return leave_result(*given, **named)
+    def on_a_gpu_machine(call):
+        def patched(*given, **named):
+            with monkeypatch.context() as patch:
+                for name, told in (("hardware", {}), ("peak_memory_mib", 1.0)):  # they would ask the GPU
+                    patch.setattr(sys.modules["pretrain.results.provenance"], name, lambda told=told: told)
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                return call(*given, **named)
 
-    monkeypatch.setattr("det_plugin.torchvision_engine.train.leave_result", leave_on_a_gpu_machine)
+        return patched
+
+    for call in (run_deviations, leave_result):
+        monkeypatch.setattr(f"det_plugin.torchvision_engine.train.{call.__name__}", on_a_gpu_machine(call))
     result = read_result(train(run).parent)
     assert (result.method, result.effective_epochs, result.weights_hash) == ("intertwined", 3.5, expected)
     assert result.protocol.deviations["amp"] == [True, False]

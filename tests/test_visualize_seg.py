@@ -63,7 +63,7 @@ def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):
     with pytest.raises(UserError, match="holds no segmentation run: there is no checkpoint iter_N.pth$"):
         tool(["--run", str(tmp_path)])
     (tmp_path / "iter_1.pth").write_bytes((run.output / "iter_1.pth").read_bytes())
-    with pytest.raises(UserError, match="must hold one config, .*there is none$"):
+    with pytest.raises(UserError, match="must hold one config, .*found: none$"):
         tool(["--run", str(tmp_path)])
     (tmp_path / "points").mkdir()
     with pytest.raises(UserError, match="is a sweep; give one of its runs, .*points/lr_LR_wd_WD/seed_N$"):

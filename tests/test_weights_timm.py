@@ -99,7 +99,7 @@ def test_pixels_of_no_normalization(tmp_path, mean, std):
 
 
 @pytest.mark.parametrize(
-    "flags, named",
+    "model_kwargs, named",
     [
         (dict(pre_norm=True), "norm before the first block"),
         (dict(qk_norm=True), "normalized queries and keys"),

@@ -21,7 +21,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 
 import argparse
 import importlib.util
-import os
 
 import torch
 
@@ -29,7 +28,7 @@ from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_ove
 from det_plugin.run import DetectionRun
 from det_plugin.torchvision_engine.coco import read_classes
 from pretrain import distributed
-from pretrain.cli import fields_and_kwargs, run
+from pretrain.cli import fields_and_kwargs, fine_tuning_parser, run, say
 from pretrain.errors import UserError
 from pretrain.weights import backbone_name
 
@@ -51,23 +50,14 @@ def choose_engine(name: str, output: Path) -> tuple[str, str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = fine_tuning_parser(__doc__)
     parser.add_argument("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
-    parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_base_patch16, ...; a file of ours says it itself")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
     parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
-    cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
     parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass: less memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the protocol; backbone.KEY=VALUE")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -129,12 +119,6 @@ def main(arguments: list[str]) -> None:
         say(f"result: {result}")
     finally:
         distributed.stop()
-
-
-def say(line: str) -> None:
-    """Print, in the first process alone; the others may not have joined it yet."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import os
 
-from pretrain.cli import fields_and_kwargs, run
+from pretrain.cli import fields_and_kwargs, fine_tuning_parser, run, say
 from pretrain.errors import UserError
 from pretrain.weights import backbone_name
 from seg_plugin.datasets import DATASETS, recipe_for
@@ -30,21 +29,12 @@ from seg_plugin.sweep import run_point, status, sweep
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_small_patch16, ...; a file of ours says it itself")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
+    parser = fine_tuning_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
-    cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=cores, help="data-loading processes (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint; a sweep does anyway")
     parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the whole grid, or its run N alone (an array job); "
                         "status: what is done")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of the sweep at a time, each on a GPU (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
     if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
         raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
@@ -66,12 +56,6 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *words, "--resume", "--sweep"]
 
 
-def say_where(result: Path) -> None:
-    """Where the result is; once for all ranks."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"result: {result}")
-
-
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     fields, model_kwargs = fields_and_kwargs(options.overrides)
@@ -87,16 +71,16 @@ def main(arguments: list[str]) -> None:
         model_kwargs=model_kwargs,
     )
     if options.sweep is None:
-        say_where(train(one, options.resume))
+        say(f"result: {train(one, options.resume)}")
         return
     if swept := {"lr", "weight_decay"} & set(fields):
         raise UserError(f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid")
     if options.sweep == "status":
         print(status(one))
     elif options.sweep == "all":
-        say_where(sweep(one, command_of_a_run(arguments), options.jobs))
+        say(f"result: {sweep(one, command_of_a_run(arguments), options.jobs)}")
     else:
-        say_where(run_point(one, int(options.sweep)))
+        say(f"result: {run_point(one, int(options.sweep))}")
 
 
 if __name__ == "__main__":

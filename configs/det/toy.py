@@ -30,6 +30,6 @@ _scaled_down = with_overrides(
         detections_per_image=20,
     ),
 )
-_config = config(_scaled_down, _backbone, model_kwargs=dict(depth=2), device="cpu", workers=0)
-model, train, dataloader = _config.model, _config.train, _config.dataloader
-optimizer, lr_multiplier = _config.optimizer, _config.lr_multiplier
+model, train, dataloader, optimizer, lr_multiplier = config(
+    _scaled_down, _backbone, model_kwargs=dict(depth=2), device="cpu", workers=0
+).values()

@@ -49,8 +49,8 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
     ratios: dict[str, float] = {}
     for name in OURS:
         suffix = name.removeprefix("ours")
-        for key, value in ratio(found[name], found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]).items():
-            ratios[f"{key}_ratio{suffix}"] = value
+        theirs = found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]
+        ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], theirs).items()}
     raw = {name: figures.shown() for name, figures in found.items()}
     return {**ratios, **raw, "backbone": backbone, "image_px": image_px, "device": where, "threads": torch.get_num_threads()}
 

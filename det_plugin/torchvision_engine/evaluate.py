@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,14 +122,6 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = rle["counts"]
     return {"size": [int(side) for side in rle["size"]], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
-def save_predictions(predictions: list[Prediction], path: Path) -> Path:
-    """COCO's result file, replaced in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(predictions))
-    os.replace(temporary, path)
-    return path
 
 
 def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Images of detections for people: masks, boxes, names and scores on an image, and pages of them beside ground truth."""
 
 import colorsys
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle
 from det_plugin.torchvision_engine.coco import CocoSplit, Picture, Segmentation
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import Prediction
+from pretrain.results.runs import add_caption
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
 COLUMNS, GAP_PX, HEADER_PX = 2, 12, 24  # of a page: pairs in a row; between images; of the line above each
@@ -31,16 +31,6 @@ class Shown:
     mask: np.ndarray
     box: Corners
     text: str
-
-
-def draw_detections(split: CocoSplit, predictions: Sequence[Prediction], folder: Path) -> Path:
-    """Write ``detections.png`` and its caption (``captions.json``); the images are spread evenly over the split.
-
-    Args:
-        predictions: of :func:`evaluate.predict`; those of at least :data:`MIN_SCORE` are shown.
-        folder: the run's ``figures/``.
-    """
-    return draw_page(split, spread(split, SHOWN), predictions, folder / "detections.png")
 
 
 def spread(split: CocoSplit, count: int) -> list[Picture]:
@@ -63,10 +53,7 @@ def draw_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     _table(cells, 2 * COLUMNS).save(path)
     caption = f"Pictures with their annotations and, on the right, the detections of score {min_score:g} and more."
-    captions = path.with_name("captions.json")
-    words = json.loads(captions.read_text()) if captions.is_file() else {}
-    words[path.name] = {"title": "Detections beside ground truth", "caption": caption}
-    captions.write_text(json.dumps(words, indent=2) + "\n")
+    add_caption(path, "Detections beside ground truth", caption)
     return path
 
 

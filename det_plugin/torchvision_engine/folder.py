@@ -1,4 +1,8 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over."""
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over.
+
+Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still read, as tensors and
+plain values, and never written.
+"""
 
 import json
 import os
@@ -6,18 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.checkpoint import has_checkpoint
 from det_plugin.torchvision_engine.coco import CocoSplit
+from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
+from pretrain.distributed import log
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
+from pretrain.results.runs import holds_result
 from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, RESULT, PREDICTIONS = "config.json", "result.json", "predictions.json"
+CONFIG, PREDICTIONS = "config.json", "predictions.json"
+OLD_CHECKPOINT = "checkpoint.pt"
+KEEP = 2  # where the newest checkpoint is damaged, the one before is used
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
@@ -40,35 +50,20 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
     return plain
 
 
-def enter(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """Check that a folder is empty or belongs to this run; whether the run is over.
-
-    Raises:
-        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
-    """
+def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
+    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
+    changed = None
     if (folder / CONFIG).is_file():
-        # A run may go on with fewer GPUs, in more parts.
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
-        if changed:
-            told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
-            raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
-    elif (folder / RESULT).is_file():
-        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
-    if (folder / RESULT).is_file():
-        return True
-    if has_checkpoint(folder) and not resume:
-        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
-    return False
+    return holds_result(folder, changed, has_checkpoint(folder), resume)
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
-    """``config.json``, in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG
-    temporary = path.with_name(f".{CONFIG}.partial")
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a file so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(temporary, path)
-    return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,3 +109,42 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     if ids is None:  # 1, 2, ... would be wrong for COCO
         raise UserError(f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again")
     return dict(zip(ids, names))
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+    """Write ``folder/checkpoints/it_<iteration>``; for the main process alone.
+
+    Args:
+        state: ``iteration``, and what :func:`pretrain.checkpoints.save_state` takes.
+
+    Raises:
+        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
+    """
+    return checkpoints.save_state(folder, state["iteration"], state, KEEP)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint; its contents are not read."""
+    return bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The state in the run's newest whole checkpoint, None where there is none.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; names the file.
+    """
+    found, messages = checkpoints.newest(folder)
+    for message in messages:
+        log(message)
+    if found is not None:
+        return checkpoints.load_state(found)
+    if messages:
+        raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
+    old = folder / OLD_CHECKPOINT
+    if not old.is_file():
+        return None
+    try:
+        return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+        raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

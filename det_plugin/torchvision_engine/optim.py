@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from det_plugin.layer_decay import lr_rate, no_decay
 from det_plugin.protocol import DetectionProtocol
+from pretrain.layer_decay import lr_rate, no_decay
 
 VIT = "backbone.vit."
 

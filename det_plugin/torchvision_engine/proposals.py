@@ -12,16 +12,13 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.boxes import BoxCoder
-from pretrain.errors import UserError
 
 
 class Anchors(nn.Module):
-    """Anchors of every level, one size a level, not rounded; the first is centerd on the image's corner (offset 0)."""
+    """Anchors of every level, one size a level, not rounded; the first is centered on the image's corner (offset 0)."""
 
     def __init__(self, sizes_px: tuple[int, ...], ratios: tuple[float, ...], strides: list[int]) -> None:
         super().__init__()
-        if len(sizes_px) != len(strides):
-            raise UserError(f"protocol: anchor_sizes_px={sizes_px} for {len(strides)} levels (pyramid_scales and one more)")
         self.ratios, self.strides = ratios, strides
         for i, size in enumerate(sizes_px):
             widths = [math.sqrt(size**2 / ratio) for ratio in ratios]

@@ -16,13 +16,11 @@ def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
     """Strides in pixels of the levels and of the max-pooled one behind them: (4, 2, 1, .5) on patches of 16 give 4 ... 32, 64.
 
     Raises:
-        UserError: the strides are no consecutive powers of two.
+        UserError: the strides are no powers of two.
     """
     strides = [patch_size / scale for scale in scales]
     if any(stride < 1 or not math.log2(stride).is_integer() for stride in strides):
         raise UserError(f"pyramid: patch_size {patch_size} and scales {scales} give strides {strides}, not powers of two")
-    if any(after != 2 * before for before, after in zip(strides, strides[1:])):
-        raise UserError(f"protocol: pyramid_scales={scales} must halve from one to the next")
     return [int(stride) for stride in (*strides, 2 * strides[-1])]
 
 
@@ -61,11 +59,7 @@ def _resize(dim: int, scale: float, norm: str) -> tuple[list[nn.Module], int]:
         return [first, get_norm(norm, dim // 2), nn.GELU(), second], dim // 4
     if scale == 2.0:
         return [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)], dim // 2
-    if scale == 1.0:
-        return [], dim
-    if scale == 0.5:
-        return [nn.MaxPool2d(2, stride=2)], dim
-    raise UserError(f"protocol: pyramid_scales has {scale}; there are 4, 2, 1, 0.5")
+    return [nn.MaxPool2d(2, stride=2)] if scale == 0.5 else [], dim
 
 
 class PyramidBackbone(nn.Module):

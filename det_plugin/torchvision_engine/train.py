@@ -8,20 +8,21 @@ from typing import Any
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from det_plugin.run import DetectionRun, leave_result, origin_of
-from det_plugin.torchvision_engine.checkpoint import load_checkpoint, save_checkpoint
+from det_plugin.run import DetectionRun, leave_result, run_deviations
 from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
-from det_plugin.torchvision_engine.figures import draw_detections
+from det_plugin.torchvision_engine.figures import SHOWN, draw_page, spread
 from det_plugin.torchvision_engine.folder import (
+    CONFIG,
     ENGINE,
-    RESULT,
     backbone_of,
-    enter,
+    is_over,
+    load_checkpoint,
     protocol_of,
     read_config,
     resolved_config,
-    write_config,
+    save_checkpoint,
+    write_json,
 )
 from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
 from det_plugin.torchvision_engine.model import build_model
@@ -30,8 +31,10 @@ from pretrain import checkpoints, distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
-from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, peak_memory_gb
+from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, is_logged, peak_memory_gb
+from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
+from pretrain.weights import origin_of
 
 LOG_LINES = 1000  # about so many lines has the metrics.jsonl of a long run
 SAVE_PERIOD_S = 900  # that a run loses at most when its process is killed
@@ -59,18 +62,19 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     distributed.start(device.type)
     trainer = Trainer(run, device)  # first: settings are checked in seconds, data in minutes
     data = Data.read(run.data, run.protocol)
-    config, origin = resolved_config(run, trainer.vit, data.train), origin_of(run) if distributed.is_main() else {}
-    is_over = enter(run.output, config, resume)
-    state = load_checkpoint(run.output) if resume and not is_over else None
-    if len(set(gather_objects((is_over, state and state["iteration"])))) > 1:
+    config = resolved_config(run, trainer.vit, data.train)
+    origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
+    is_done = is_over(run.output, config, resume)
+    state = load_checkpoint(run.output) if resume and not is_done else None
+    if len(set(gather_objects((is_done, state and state["iteration"])))) > 1:
         raise UserError(f"output: not every process finds the same run in {run.output}; all machines must see one folder")
-    if is_over:
-        distributed.log(f"{run.output / RESULT} is there already, of the same settings: nothing to do")
-        return run.output / RESULT
+    if is_done:
+        distributed.log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
+        return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
         distributed.log(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
-        write_config(run.output, config)
+        write_json(run.output / CONFIG, config, indent=2)
     terms = None
     if state is not None:
         trainer.restore(state)
@@ -80,9 +84,9 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
         metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
-        images = len(data.train.pictures), len(data.val.pictures)
-        leave_result(run, metrics, engine=ENGINE, origin=origin, images=images, started=started)
-    return run.output / RESULT
+        changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
+        leave_result(run, metrics, changed, origin=origin, started=started, hashed={"engine": ENGINE})
+    return run.output / FILE_NAME
 
 
 def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: int = 2) -> dict[str, Any]:
@@ -186,7 +190,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
         trainer.model, data.val, trainer.protocol, workers=run.workers, device=trainer.device, output=run.output, progress=progress
     )
     if distributed.is_main():
-        draw_detections(data.val, predictions, run.output / "figures")
+        draw_page(data.val, spread(data.val, SHOWN), predictions, run.output / "figures" / "detections.png")
         distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
@@ -199,8 +203,7 @@ def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None
 
 def _lacks_evaluation(trainer: Trainer) -> bool:
     """Whether a checkpoint was left in the middle of its evaluation, or after the last one, which ``result.json`` needs."""
-    path, start = trainer.run.output / "metrics.jsonl", f'{{"iteration": {trainer.iteration - 1},'
-    is_written = path.is_file() and any(line.startswith(start) for line in path.read_text().splitlines())
+    is_written = is_logged(trainer.run.output, trainer.iteration - 1)
     return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 

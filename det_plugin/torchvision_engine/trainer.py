@@ -1,8 +1,6 @@
 """The state of a fine-tuning, one step of it, and its evaluation."""
 
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
+from det_plugin.step import averaging, mean_losses, micro_batch_size
 from det_plugin.torchvision_engine.coco import CocoSplit, read_split
-from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict, save_predictions
-from det_plugin.torchvision_engine.folder import PREDICTIONS
+from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict
+from det_plugin.torchvision_engine.folder import PREDICTIONS, write_json
 from det_plugin.torchvision_engine.loader import Sample, to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
@@ -62,10 +61,7 @@ class Trainer:
 
     def __init__(self, run: DetectionRun, device: torch.device) -> None:
         protocol = run.protocol
-        shares = distributed.world_size() * run.accumulate
-        if run.accumulate < 1 or protocol.batch_size % shares:
-            ranks = f"{distributed.world_size()} processes x accumulate={run.accumulate}"
-            raise UserError(f"protocol: batch_size={protocol.batch_size} cannot be shared by {ranks}")
+        self.micro_batch_size = micro_batch_size(protocol.batch_size, run.accumulate)
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
         self.vit = build_for_fine_tuning(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.model_kwargs})
@@ -90,36 +86,21 @@ class Trainer:
         torch.manual_seed(self.run.seed * 1_000_003 + self.iteration * 1009 + distributed.rank())
         self.ranks.train()
         self.optimizer.zero_grad(set_to_none=True)
-        micro = len(samples) // self.run.accumulate
         terms: list[dict[str, Tensor]] = []
-        for i in range(0, len(samples), micro):
-            is_last = i + micro == len(samples)
-            with nullcontext() if is_last else self._without_sync():
+        for i in range(0, len(samples), self.micro_batch_size):
+            with averaging(self.ranks, now=i + self.micro_batch_size == len(samples)):
                 with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                    losses = self.ranks(*to_device(samples[i : i + micro], self.device))
+                    losses = self.ranks(*to_device(samples[i : i + self.micro_batch_size], self.device))
                 self.scaler.scale(torch.stack(list(losses.values())).sum() / self.run.accumulate).backward()
             terms.append(losses)
-        values = self._finite(terms)
+        values = mean_losses(terms, self.iteration)
         if self.protocol.clip_grad > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.iteration += 1
-        return {**values, "lr": lr}
-
-    def _without_sync(self) -> Any:
-        """Ranks add up their gradients after the last micro-batch alone."""
-        return self.ranks.no_sync() if isinstance(self.ranks, DistributedDataParallel) else nullcontext()
-
-    def _finite(self, terms: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Means over micro-batches and ranks, with their sum as ``loss``."""
-        stacked = torch.stack([torch.stack([term[name].detach() for term in terms]).mean() for name in terms[0]])
-        values = dict(zip(terms[0], distributed.mean_over_ranks(stacked).tolist()))
-        if not all(math.isfinite(value) for value in values.values()):
-            named = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(f"iteration {self.iteration}: a loss is no number ({named})")
-        return {"loss": sum(values.values()), **values}
+        return {"loss": sum(values.values()), **values, "lr": lr}
 
     def state(self) -> dict[str, Any]:
         """Everything that the next iteration depends on: tensors and plain values."""
@@ -152,5 +133,5 @@ def evaluate(
     )
     if not distributed.is_main():
         return {}, predictions
-    save_predictions(predictions, output / PREDICTIONS)
+    write_json(output / PREDICTIONS, predictions)
     return coco_metrics(split.file, predictions), predictions

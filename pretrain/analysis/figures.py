@@ -24,6 +24,7 @@ from torch import Tensor
 from pretrain.analysis.attention import last_layer_attention, patch_at
 from pretrain.backbones.vit import ViT
 from pretrain.results.runs import Figure as Shown
+from pretrain.results.runs import add_caption
 from pretrain.settings import replaced
 from pretrain.views.boxes import PositionSettings, Views, draw_s
 from pretrain.views.masks import Masks
@@ -40,10 +41,7 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg:
         with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # the same bytes each time; text stays text
             figure.savefig((folder / name).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
-    captions = folder / "captions.json"
-    entries: dict[str, Any] = json.loads(captions.read_text()) if captions.is_file() else {}
-    entries[name] = {"title": title, "caption": caption}
-    captions.write_text(json.dumps(entries, indent=2) + "\n")
+    add_caption(folder / name, title, caption)
     return folder / name
 
 

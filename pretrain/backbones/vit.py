@@ -205,6 +205,11 @@ class ViT(nn.Module):
         """Tokens before the first patch: [CLS], if there is one, and the registers."""
         return self.has_cls + self.n_registers
 
+    def grid_of(self, size_px: Sequence[int]) -> tuple[int, int]:
+        """Patches (h, w) of an image of (height, width) pixels, whose sides are padded to whole patches."""
+        height, width = (math.ceil(side / self.patch_size) for side in size_px)
+        return height, width
+
     def cls_input(self) -> Tensor:
         """The [CLS] token with its position, [1, 1, D]: a learned vector of its own, whatever the crop."""
         if self.pos_encoding == "none":
@@ -325,9 +330,8 @@ class ViT(nn.Module):
         return Tokens(cls, special[:, self.has_cls :], patches)
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> normed patch tokens as a map, [B, D, ceil(H / p), ceil(W / p)]."""
-        height, width = (math.ceil(side / self.patch_size) for side in x.shape[2:])
-        return self(x).patches.transpose(1, 2).unflatten(2, (height, width))
+        """[B, 3, H, W] -> normed patch tokens as a map, [B, D, h, w]."""
+        return self(x).patches.transpose(1, 2).unflatten(2, self.grid_of(x.shape[2:]))
 
 
 SIZES: Mapping[str, dict[str, int]] = {

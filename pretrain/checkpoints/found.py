@@ -1,9 +1,8 @@
 """Find the checkpoint to resume from: the newest whole one, or the one that was asked for."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +12,6 @@ from pretrain.checkpoints.store import MANIFEST, META, Record, directory, read_j
 from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_tensors
 from pretrain.errors import UserError
 
-T = TypeVar("T")
 LAYOUTS = {"single": STATE, "sharded": INDEX}
 
 
@@ -81,30 +79,26 @@ def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
         UserError: the checkpoint that was asked for by name is missing or broken.
     """
 
-    def look() -> tuple[Found | None, list[str]]:
-        if which == "auto":
-            return newest(folder)
-        path = directory(folder, int(which)) if which.isdecimal() else Path(which)
-        if not (path / "checkpoints").is_dir():
-            return open_checkpoint(path), []
-        found, messages = newest(path)
-        if found is None:
-            raise UserError("; ".join([f"checkpoint: {path} holds no whole one", *messages]))
-        return found, messages
-
-    return _from_main(look)
-
-
-def _from_main(function: Callable[[], T]) -> T:
-    """Call ``function`` on the main process; return or raise its outcome on every rank."""
-    answer: list[Any] = [None]
+    answer: list[Any] = [None]  # (checkpoint, messages), or the error that every rank raises
     if distributed.is_main():
         try:
-            answer = [function()]
+            answer = [_find(folder, which)]
         except (UserError, OSError) as error:
             answer = [error]
     if distributed.world_size() > 1:
         dist.broadcast_object_list(answer, src=0, group=distributed.host_group())
     if isinstance(answer[0], Exception):
         raise answer[0]
-    return answer[0]
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def _find(folder: Path, which: str) -> tuple[Found | None, list[str]]:
+    if which == "auto":
+        return newest(folder)
+    path = directory(folder, int(which)) if which.isdecimal() else Path(which)
+    if not (path / "checkpoints").is_dir():
+        return open_checkpoint(path), []
+    found, messages = newest(path)
+    if found is None:
+        raise UserError("; ".join([f"checkpoint: {path} holds no whole one", *messages]))
+    return found, messages

@@ -53,6 +53,7 @@ def save_sharded(
     meta: Mapping[str, Any],
     keep: int | None,
     group: dist.ProcessGroup | None = None,
+    copies: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of the run in ``folder``, which all ranks see. Each calls this with the same names.
 
@@ -63,26 +64,14 @@ def save_sharded(
         meta: JSON values of the main process; ``iteration`` and ``layout`` are added.
         keep: how many of the newest checkpoints stay; None: all.
         group: the process group for DCP's collectives; None: the default one.
+        copies: this rank's values, copied earlier; None: those of now.
 
     Raises:
         OSError: names the folder that some rank cannot write; earlier checkpoints stay whole.
     """
-    return write_sharded(folder, iteration, tensors, copy_to_cpu(tensors), meta, keep, group)
-
-
-def write_sharded(
-    folder: Path,
-    iteration: int,
-    tensors: Mapping[str, Tensor],
-    copies: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    keep: int | None,
-    group: dist.ProcessGroup | None,
-) -> Path:
-    """:func:`save_sharded` with the values in ``copies``; ``tensors`` only give the layout over the ranks."""
-    writer = _Writer(folder, iteration, meta, keep)
+    writer, planner = _Writer(folder, iteration, meta, keep), _CopiesPlanner(copy_to_cpu(tensors) if copies is None else copies)
     with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
-        dcp.save(dict(tensors), storage_writer=writer, planner=_CopiesPlanner(copies), process_group=group)
+        dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     return store.directory(folder, iteration)
 
 
@@ -142,22 +131,32 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
-class _Writer(dcp.StorageWriter):
+class _Storage:
+    """What DCP asks of any storage, and ours does not need."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """An object reads or writes one checkpoint."""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class _Writer(_Storage, dcp.StorageWriter):
     """One safetensors file per rank; the coordinator creates and publishes the directory."""
 
     def __init__(self, folder: Path, iteration: int, meta: Mapping[str, Any], keep: int | None) -> None:
         self.folder, self.iteration, self.meta, self.keep = folder, iteration, meta, keep
-        final = store.directory(folder, iteration)
-        self.part = final.with_name(f"{final.name}.tmp")
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A writer writes one checkpoint."""
+        self.part = store.unfinished(folder, iteration)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         store.begin(self.folder, self.iteration)  # on the coordinator, before any rank gets its plan
@@ -196,20 +195,13 @@ class _Writer(dcp.StorageWriter):
         records[INDEX] = store.write_json(self.part / INDEX, index)
         store.publish(self.folder, self.iteration, {**self.meta, "layout": "sharded"}, records, self.keep)
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
-
-class _Reader(dcp.StorageReader):
+class _Reader(_Storage, dcp.StorageReader):
     """Reads the pieces that the plan asks for, from either layout."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, entries
         self.pieces = {MetadataIndex(name, torch.Size(p.offsets)): p for name, entry in entries.items() for p in entry.pieces}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A reader reads one checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(
@@ -226,12 +218,6 @@ class _Reader(dcp.StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up."""
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
@@ -245,7 +231,3 @@ class _Reader(dcp.StorageReader):
                     target.copy_(read_piece(file, self.pieces[item.storage_index], dtype, block or None))
                     planner.commit_tensor(item, target)
         return _done(None)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True

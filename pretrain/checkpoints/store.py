@@ -29,6 +29,11 @@ def directory(folder: Path, iteration: int) -> Path:
     return folder / "checkpoints" / f"it_{iteration:08}"
 
 
+def unfinished(folder: Path, iteration: int) -> Path:
+    """Where that checkpoint is written before it gets its name."""
+    return folder / "checkpoints" / f"it_{iteration:08}.tmp"
+
+
 def whole_directories(folder: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first; their contents are not read."""
     found = []
@@ -50,7 +55,7 @@ def begin(folder: Path, iteration: int) -> Path:
     if not parent.is_dir():
         parent.mkdir(parents=True)
         _sync_folder(folder)
-    part = parent / f"{directory(folder, iteration).name}.tmp"
+    part = unfinished(folder, iteration)
     if part.exists():
         shutil.rmtree(part)
     part.mkdir()
@@ -64,7 +69,7 @@ def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapp
     behind. ``keep=None`` removes nothing.
     """
     final = directory(folder, iteration)
-    part, old = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}.old")
+    part, old = unfinished(folder, iteration), final.with_name(f"{final.name}.old")
     files = {**records, META: write_json(part / META, {**meta, "iteration": iteration})}
     write_json(part / MANIFEST, {"format": FORMAT, "files": files})
     _sync_folder(part)
@@ -88,10 +93,9 @@ def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        final = directory(folder, iteration)
-        shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"checkpoint {final} cannot be written, earlier ones stay: {reason}") from error
+        shutil.rmtree(unfinished(folder, iteration), ignore_errors=True)
+        told = f"checkpoint {directory(folder, iteration)} cannot be written, earlier ones stay: {error.strerror or error}"
+        raise OSError(error.errno, told) from error
 
 
 def write_json(path: Path, values: Any) -> Record:

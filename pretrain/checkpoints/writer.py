@@ -87,6 +87,6 @@ class Writer:
         meta: Mapping[str, Any],
     ) -> None:
         if self.is_sharded:
-            sharded.write_sharded(self.folder, iteration, tensors, copies, meta, self.keep, self.group)
+            sharded.save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
         else:
             single.write(self.folder, iteration, copies, meta, self.keep)

@@ -1,6 +1,5 @@
 """Any format: written beside its place, read again by the library it is for, held against the network, and only then kept."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ import torch
 
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
-from pretrain.export.fixed_size import TENSORS, Run, Size, Usage, Write, is_export
+from pretrain.export.fixed_size import TENSORS, Run, Size, Usage, Write, is_export, outputs_of
 from pretrain.export.huggingface import export_huggingface, use_huggingface
 from pretrain.export.programs import export_onnx, export_program, use_onnx, use_program
 from pretrain.export.safetensors import export_safetensors, use_safetensors
@@ -98,11 +97,9 @@ def largest_difference(vit: ViT, run: Run, size: Size) -> float:
     """Over all outputs, batches of :data:`CHECKED_BATCHES` images of noise, and elements; in terms of an output's largest value,
     as rounding is: a norm's weights may be far from 1."""
     generator, differences = torch.Generator().manual_seed(0), []
-    grid = tuple(math.ceil(side / vit.patch_size) for side in size)
     for batch in CHECKED_BATCHES:
         image = torch.randn(batch, 3, *size, generator=generator)
-        outputs, (cls, registers, patches) = run(image), vit(image)
-        expected = {"feature_map": patches.transpose(1, 2).unflatten(2, grid), "cls": cls, "registers": registers}
+        outputs, expected = run(image), outputs_of(vit(image), vit.grid_of(size))
         differences += [(output - expected[name]).abs().max() / expected[name].abs().max() for name, output in outputs.items()]
     return float(torch.stack(differences).max())
 

@@ -8,9 +8,9 @@ from typing import Any
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
+from pretrain.export.fixed_size import registered_name
 from pretrain.results.provenance import file_hash
 from pretrain.weights import backbone_name, read_checkpoint, save_backbone
-from pretrain.weights.layout import registry_name
 
 
 def build_whole(
@@ -36,7 +36,7 @@ def build_whole(
     model_kwargs: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
     if found.model_kwargs.get("mask_tokens"):
         model_kwargs["mask_tokens"] = True  # pre-training goes on with them, and the position probe asks them
-    vit = build_backbone(backbone_name(name, weights, source), weights, source=source, subnet=subnet, **model_kwargs)
+    vit = build_backbone(backbone_name(name, found), found, **model_kwargs)
     told: dict[str, Any] = {"weights_hash": file_hash(weights), **found.provenance}
     if subnet is not None:
         told["subnet"] = subnet
@@ -53,10 +53,7 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
-    name = registry_name(vit.embed_dim, vit.n_registers)
-    if name is None:
-        raise UserError(f"output: {output} would be {vit.embed_dim} wide, as no registered backbone is")
-    return save_backbone(output, vit.state_dict(), name=name, model_kwargs=vit.model_kwargs, provenance=provenance)
+    return save_backbone(output, vit.state_dict(), name=registered_name(vit), model_kwargs=vit.model_kwargs, provenance=provenance)
 
 
 def convert(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pretrain.backbones.vit import ViT
+from pretrain.backbones.vit import Tokens, ViT
 from pretrain.errors import UserError
 from pretrain.views.pixels import MEAN, STD
+from pretrain.weights.layout import registry_name
 
 Size = tuple[int, int]  # height, width in pixels
 Outputs = dict[str, Tensor]
@@ -64,14 +64,18 @@ class FixedSizeViT(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor) -> Outputs:
-        """[B, 3, H, W] -> after the final norm: ``feature_map`` [B, D, h, w], ``cls`` [B, D], ``registers`` [B, R, D] if any."""
+        """[B, 3, H, W] -> :func:`outputs_of` the tokens after the final norm."""
         content = self.patch_embed(image).flatten(2).transpose(1, 2)  # [B, N, D]
         tokens = torch.cat([self.prefix.expand(image.shape[0], -1, -1), content + self.position], dim=1)
         for block in self.blocks:
             tokens = block(tokens, buckets=self.buckets)
-        cls, registers, patches = self.split(self.norm(tokens))
-        outputs = {"feature_map": patches.transpose(1, 2).unflatten(2, self.grid), "cls": cls}
-        return {**outputs, "registers": registers} if registers.shape[1] else outputs
+        return outputs_of(self.split(self.norm(tokens)), self.grid)
+
+
+def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
+    """``feature_map`` [B, D, h, w], ``cls`` [B, D], ``registers`` [B, R, D] if any; ``cls``: a library's own, if it gives one."""
+    outputs = {"feature_map": tokens.patches.transpose(1, 2).unflatten(2, grid), "cls": tokens.cls if cls is None else cls}
+    return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
 def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
@@ -105,17 +109,46 @@ def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     return {**state, "pos_embed": torch.cat(rows, dim=1)}
 
 
-def outputs_of(vit: ViT, tokens: Tensor, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
-    """A library's normed tokens [B, S + N, D] as :meth:`FixedSizeViT.forward` names them; ``cls``: its own, if it gives one."""
-    ours, registers, patches = vit.split(tokens)
-    outputs = {"feature_map": patches.transpose(1, 2).unflatten(2, grid), "cls": ours if cls is None else cls}
-    return {**outputs, "registers": registers} if vit.n_registers else outputs
+def renamed(key: str, outside: Mapping[str, str], layer: str, inside: Mapping[str, str]) -> str:
+    """One of timm's names as another library's.
+
+    Args:
+        outside: names of tensors and modules beside the blocks.
+        layer: what stands before the number of a block.
+        inside: names of modules in a block, with what separates them from ``weight`` and ``bias``.
+    """
+    if key in outside:
+        return outside[key]
+    module, _, kind = key.rpartition(".")
+    if module in outside:
+        return f"{outside[module]}.{kind}"
+    _, number, module = module.split(".", 2)
+    return f"{layer}{number}.{inside[module]}{kind}"
 
 
-def refuse(library: str, departures: Mapping[str, bool]) -> None:
-    """Raise the UserError that names those of ``departures`` that hold: what ``library`` has no place for."""
-    found = [name for name, holds in departures.items() if holds]
-    if found:
+def registered_name(vit: ViT) -> str:
+    """The registry name that a file of ours says.
+
+    Raises:
+        UserError: no registered backbone has this width.
+    """
+    name = registry_name(vit.embed_dim, vit.n_registers)
+    if name is None:
+        raise UserError(f"format: our file names the network by its width, and {vit.embed_dim} is none of the registry's")
+    return name
+
+
+def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float | None = None) -> None:
+    """Raise the UserError that names what a network has and ``library`` has no place for.
+
+    Args:
+        departures: whether each holds; relative positions are added.
+        ln_eps: the epsilon of the library's norms, if it is fixed.
+    """
+    eps = vit.model_kwargs["ln_eps"]
+    departures = {"with relative positions": vit.model_kwargs["relative_positions"], **departures}
+    departures[f"with ln_eps {eps:g} (its is {ln_eps})"] = ln_eps not in (None, eps)
+    if found := [name for name, holds in departures.items() if holds]:
         raise UserError(f"format: {library} has no ViT {', nor one '.join(found)}; take another --format")
 
 
@@ -148,7 +181,7 @@ def is_export(file: Path) -> bool:
 
 def positions_note(vit: ViT, size: Size) -> str:
     """What became of the positions, in a sentence."""
-    grid = tuple(math.ceil(side / vit.patch_size) for side in size)
+    grid = vit.grid_of(size)
     here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
     side = vit.pos_grid
     if vit.pos_encoding == "none":

@@ -24,6 +24,7 @@ from pretrain.export.fixed_size import (
     outputs_of,
     plain_state,
     refuse,
+    renamed,
     require,
     whole_patches,
     write_tensors,
@@ -40,22 +41,21 @@ OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
+ATTENTION = {
+    "attn.query": "attention.attention.query.",
+    "attn.key": "attention.attention.key.",
+    "attn.value": "attention.attention.value.",
+    "attn.proj": "attention.output.dense.",
+}
 IN_VIT = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
+    **ATTENTION,
+    "norm1": "layernorm_before.",
+    "norm2": "layernorm_after.",
+    "mlp.fc1": "intermediate.dense.",
+    "mlp.fc2": "output.dense.",
 }
-IN_DINOV2 = {
-    "norm1": "norm1",
-    "attn.proj": "attention.output.dense",
-    "ls1": "layer_scale1",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "ls2": "layer_scale2",
-}
+IN_DINOV2 = {**ATTENTION, "ls1": "layer_scale1.", "ls2": "layer_scale2."}
+IN_DINOV2 |= {name: f"{name}." for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
 
 
 def model_class(vit: ViT) -> str:
@@ -68,9 +68,14 @@ def model_class(vit: ViT) -> str:
 def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors under the names on disk; what the class has and this network lacks is filled with what changes nothing."""
     is_vit = model_class(vit) == "ViTModel"
-    inside, state = IN_VIT if is_vit else IN_DINOV2, {}
+    inside, state = IN_VIT if is_vit else IN_DINOV2, dict[str, Tensor]()
     for key, value in plain_state(vit, size).items():
-        state.update(_renamed(key, value, inside))
+        parts = {key: value}
+        if ".attn.qkv." in key:
+            names = [key.replace("qkv", name) for name in ("query", "key", "value")]
+            parts = {name: part.clone() for name, part in zip(names, value.chunk(3))}
+        state |= {renamed(name, OUTSIDE, "encoder.layer.", inside): part for name, part in parts.items()}
+    state = {key.replace(".gamma", ".lambda1"): value for key, value in state.items()}
     width = vit.embed_dim
     if is_vit:  # the pooler gives [CLS] as it is
         return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
@@ -88,12 +93,7 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         RuntimeError: a tensor is missing or left over after all.
     """
     require("huggingface", "transformers")
-    departures = {
-        "with relative positions": vit.model_kwargs["relative_positions"],
-        "without [CLS]": not vit.has_cls,
-        "without a final norm": not vit.model_kwargs["final_norm"],
-    }
-    refuse("transformers", departures)
+    refuse("transformers", vit, {"without [CLS]": not vit.has_cls, "without a final norm": not vit.model_kwargs["final_norm"]})
     grid, name = whole_patches(vit, size), model_class(vit)
     if name != "ViTModel":
         if size[0] != size[1]:
@@ -101,7 +101,9 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
                 f"size: {size[0]} x {size[1]} px: the grid of positions of transformers' {name} is square; give one side"
             )
         refuse(
-            f"transformers ({name})", {f"with mlp_ratio {vit.model_kwargs['mlp_ratio']:g}": vit.model_kwargs["mlp_ratio"] % 1 != 0}
+            f"transformers ({name})",
+            vit,
+            {f"with mlp_ratio {vit.model_kwargs['mlp_ratio']:g}": vit.model_kwargs["mlp_ratio"] % 1 != 0},
         )
     path.mkdir()
     write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
@@ -112,7 +114,7 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     @torch.no_grad()
     def run(image: Tensor) -> Outputs:
         found = model(image)
-        return outputs_of(vit, found.last_hidden_state, grid, found.pooler_output)
+        return outputs_of(vit.split(found.last_hidden_state), grid, found.pooler_output)
 
     return run
 
@@ -135,22 +137,6 @@ patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
     if name != "ViTModel" and not vit.model_kwargs["mask_tokens"]:
         notes.append("`mask_token` is zeros: the class holds one, the weights did not.")
     return Usage("transformers", code, tuple(notes))
-
-
-def _renamed(key: str, value: Tensor, inside: Mapping[str, str]) -> dict[str, Tensor]:
-    """One of timm's tensors under Hugging Face's names: three, of a fused projection."""
-    if not key.startswith("blocks."):
-        if key in OUTSIDE:
-            return {OUTSIDE[key]: value}
-        module, _, kind = key.rpartition(".")
-        return {f"{OUTSIDE[module]}.{kind}": value}
-    _, number, rest = key.split(".", 2)
-    module, _, kind = rest.rpartition(".")
-    layer = f"encoder.layer.{number}"
-    if module == "attn.qkv":
-        parts = zip(("query", "key", "value"), value.chunk(3))
-        return {f"{layer}.attention.attention.{name}.{kind}": part.clone() for name, part in parts}
-    return {f"{layer}.{inside[module]}.{'lambda1' if kind == 'gamma' else kind}": value}
 
 
 def _config(vit: ViT, size: Size) -> dict[str, Any]:

@@ -40,14 +40,14 @@ def export_onnx(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     require("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
-    names, batch = _names(vit), {INPUT: {0: "batch"}}  # here only the name of the axis
+    names = ["feature_map", "cls", *(["registers"] if vit.n_registers else [])]
     program = torch.onnx.export(
         _trace(vit, size),
         input_names=[INPUT],
         output_names=names,
         opset_version=OPSET,
         dynamo=True,
-        dynamic_shapes=batch,
+        dynamic_shapes={INPUT: {0: "batch"}},  # here only the name of the axis
         verbose=False,
     )
     assert program is not None
@@ -78,7 +78,3 @@ def _trace(vit: ViT, size: Size) -> torch.export.ExportedProgram:
         program = torch.export.export(FixedSizeViT(vit, size), (example,), dynamic_shapes=shapes, strict=False)
     program.example_inputs = None  # else two images are saved with it
     return program
-
-
-def _names(vit: ViT) -> list[str]:
-    return ["feature_map", "cls", "registers"] if vit.n_registers else ["feature_map", "cls"]

@@ -7,9 +7,8 @@ from typing import Any
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
-from pretrain.export.fixed_size import FixedSizeViT, Run, Size, Usage, plain_state, whole_patches
+from pretrain.export.fixed_size import FixedSizeViT, Run, Size, Usage, plain_state, registered_name, whole_patches
 from pretrain.weights import save_backbone
-from pretrain.weights.layout import registry_name
 
 
 def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -18,9 +17,7 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     Raises:
         UserError: a grid that is not square, as a ViT's learned one is; see :func:`whole_patches`.
     """
-    name = registry_name(vit.embed_dim, vit.n_registers)
-    if name is None:
-        raise UserError(f"format: safetensors names the network by its width, and {vit.embed_dim} is none of the registry's")
+    name = registered_name(vit)
     height, width = whole_patches(vit, size)
     state, model_kwargs = plain_state(vit, size), {**vit.model_kwargs, "mask_tokens": False}
     if vit.pos_encoding == "none":
@@ -38,7 +35,7 @@ def use_safetensors(vit: ViT, size: Size, path: str) -> Usage:
     """See :class:`Usage`."""
     code = f"""from pretrain.build import build_backbone
 
-model = build_backbone({registry_name(vit.embed_dim, vit.n_registers)!r}, weights={path!r}).eval()
+model = build_backbone({registered_name(vit)!r}, weights={path!r}).eval()
 cls, registers, patches = model(image)  # [B, D], [B, R, D], [B, N, D]"""
     note = "Tensors under timm's names; the flags of the network are in the file's metadata, as JSON under `flags`."
     return Usage("posfield", code, (note,))

@@ -73,11 +73,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     require("timm", "timm")
     import timm
 
-    departures = {
-        "with relative positions": vit.model_kwargs["relative_positions"],
-        f"with ln_eps {vit.model_kwargs['ln_eps']:g} (its is {LN_EPS:g})": vit.model_kwargs["ln_eps"] != LN_EPS,
-    }
-    refuse("timm", departures)
+    refuse("timm", vit, {}, LN_EPS)
     grid, state = whole_patches(vit, size), timm_state(vit, size)
     path.mkdir()
     write_tensors(path / TENSORS, state, posfield=description(vit, size, provenance))
@@ -87,7 +83,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     @torch.no_grad()
     def run(image: Tensor) -> Outputs:
         tokens = model.forward_features(image)
-        return outputs_of(vit, tokens, grid, model.forward_head(tokens))
+        return outputs_of(vit.split(tokens), grid, model.forward_head(tokens))
 
     return run
 

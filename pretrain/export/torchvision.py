@@ -21,6 +21,7 @@ from pretrain.export.fixed_size import (
     outputs_of,
     plain_state,
     refuse,
+    renamed,
     whole_patches,
     write_tensors,
 )
@@ -28,11 +29,12 @@ from pretrain.export.fixed_size import (
 LN_EPS = 1e-6  # torchvision's
 OUTSIDE = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj", "norm": "encoder.ln"}
 INSIDE = {
-    "norm1": "ln_1",
-    "attn.proj": "self_attention.out_proj",
-    "norm2": "ln_2",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.3",
+    "norm1": "ln_1.",
+    "attn.qkv": "self_attention.in_proj_",
+    "attn.proj": "self_attention.out_proj.",
+    "norm2": "ln_2.",
+    "mlp.fc1": "mlp.0.",
+    "mlp.fc2": "mlp.3.",
 }
 
 
@@ -50,15 +52,13 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
 
 def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors under torchvision's names, without a head: gamma * (W x + b) is (gamma W) x + gamma b."""
-    plain, state = plain_state(vit, size), {}
+    plain = plain_state(vit, size)
     for key in [key for key in plain if ".ls" in key]:  # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
         block, scale, _ = key.rsplit(".", 2)
         gamma, module = plain.pop(key), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
         plain[f"{module}.weight"] *= gamma[:, None]
         plain[f"{module}.bias"] *= gamma
-    for key, value in plain.items():
-        state[_renamed(key)] = value
-    return state
+    return {renamed(key, OUTSIDE, "encoder.layers.encoder_layer_", INSIDE): value for key, value in plain.items()}
 
 
 def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -69,14 +69,12 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     """
     model_kwargs = vit.model_kwargs
     departures = {
-        "with relative positions": model_kwargs["relative_positions"],
         f"with registers (this one has {vit.n_registers})": vit.n_registers > 0,
         "without [CLS]": not vit.has_cls,
         "without a final norm": not model_kwargs["final_norm"],
         "with the tanh GELU": model_kwargs["gelu"] != "erf",
-        f"with ln_eps {model_kwargs['ln_eps']:g} (its is {LN_EPS:g})": model_kwargs["ln_eps"] != LN_EPS,
     }
-    refuse("torchvision", departures)
+    refuse("torchvision", vit, departures, LN_EPS)
     grid = whole_patches(vit, size)
     if size[0] != size[1]:
         raise UserError(f"size: {size[0]} x {size[1]} px: images of torchvision's VisionTransformer are square; give one side")
@@ -88,7 +86,7 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     def run(image: Tensor) -> Outputs:
         content = model._process_input(image)
         tokens = model.encoder(torch.cat([model.class_token.expand(len(image), -1, -1), content], dim=1))
-        return outputs_of(vit, tokens, grid, model(image))
+        return outputs_of(vit.split(tokens), grid, model(image))
 
     return run
 
@@ -113,18 +111,6 @@ patches = model.encoder(tokens)[:, 1:]  # [B, N, D]"""
     if vit.model_kwargs["layerscale"] is not None:
         notes.append("LayerScale is multiplied into `self_attention.out_proj` and `mlp.3`, which is exact.")
     return Usage("torchvision", code, tuple(notes))
-
-
-def _renamed(key: str) -> str:
-    """timm's name as torchvision's."""
-    if key in OUTSIDE:
-        return OUTSIDE[key]
-    module, _, kind = key.rpartition(".")
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.{kind}"
-    _, number, module = module.split(".", 2)
-    layer = f"encoder.layers.encoder_layer_{number}"
-    return f"{layer}.self_attention.in_proj_{kind}" if module == "attn.qkv" else f"{layer}.{INSIDE[module]}.{kind}"
 
 
 def _load(path: Path) -> Any:

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,34 @@ def read_figures(folder: Path) -> list[Figure]:
         words = captions.get(name, {"title": Path(name).stem.replace("_", " "), "caption": ""})
         figures.append(Figure(words["title"], words["caption"], png))
     return figures
+
+
+def holds_result(folder: Path, changed: Mapping[str, list[Any]] | None, has_checkpoint: bool, resume: bool) -> bool:
+    """Whether a folder holds the result of this very run; false for a new folder and for a run to go on with.
+
+    Args:
+        changed: in which settings the folder's run differs from this one; none: it says nothing of its settings.
+
+    Raises:
+        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
+    """
+    is_over = (folder / FILE_NAME).is_file()
+    if is_over and changed is None:
+        raise UserError(f"output: {folder} holds the result of another kind of run; choose another folder")
+    if changed:
+        told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
+        raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
+    if has_checkpoint and not is_over and not resume:
+        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
+    return is_over
+
+
+def add_caption(figure: Path, title: str, caption: str) -> None:
+    """Enter a figure into the ``captions.json`` beside it."""
+    captions = figure.with_name("captions.json")
+    entries = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    entries[figure.name] = {"title": title, "caption": caption}
+    captions.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Checkpoints: what a file holds, and the one entry that reads any of the supported sources."""
 
 from pretrain.weights.checkpoint import Checkpoint
-from pretrain.weights.read import backbone_name, load_into, read_checkpoint, source_names
+from pretrain.weights.read import backbone_name, check_fit, load_into, origin_of, read_checkpoint, source_names
 from pretrain.weights.write import save_backbone
 
-__all__ = ["Checkpoint", "backbone_name", "load_into", "read_checkpoint", "save_backbone", "source_names"]
+__all__ = ["Checkpoint", "backbone_name", "check_fit", "load_into", "origin_of", "read_checkpoint", "save_backbone", "source_names"]

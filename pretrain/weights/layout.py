@@ -12,7 +12,6 @@ from pretrain.weights.checkpoint import Checkpoint
 
 HEAD_DIM = 64  # of every public ViT of these sizes
 WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
-POSITION_MARKS = ("pos_embed", "pos_field")
 
 
 def strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -25,10 +24,10 @@ def without(state: Mapping[str, Tensor], *starts: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(starts)}
 
 
-def depth_of(state: Mapping[str, Tensor]) -> int:
-    """Number of blocks, by the highest ``blocks.N``; 0 without any."""
-    numbers = [key.split(".")[1] for key in state if key.startswith("blocks.")]
-    return 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=-1)
+def grid_side(n_positions: int) -> int:
+    """Side of the square grid that has so many positions; 0 if none has."""
+    side = math.isqrt(max(n_positions, 0))
+    return side if side**2 == n_positions else 0
 
 
 def registry_name(width: int, n_registers: int = 0) -> str | None:
@@ -55,10 +54,10 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
     if kernel.shape[2] != kernel.shape[3] or not kernel.shape[0]:
         raise UserError(f"{read_as}: patch_embed.proj.weight is {tuple(kernel.shape)}, no square patch")
     width, has_cls = kernel.shape[0], "cls_token" in state
-    depth = depth_of(state)
-    if len({key.split(".")[1] for key in state if key.startswith("blocks.")}) < max(depth, 1):
-        absent = next(i for i in range(max(depth, 1)) if not any(key.startswith(f"blocks.{i}.") for key in state))
-        raise UserError(f"{read_as}: no tensor of blocks.{absent}, but there are {depth} blocks")
+    numbers = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    depth = 1 + max((int(n) for n in numbers if n.isdecimal() and len(n) < 6), default=-1)
+    if absent := [i for i in range(max(depth, 1)) if str(i) not in numbers]:
+        raise UserError(f"{read_as}: no tensor of blocks.{absent[0]}, but there are {depth} blocks")
     _shaped(state, "blocks.0.attn.qkv.weight", 2, read_as)
     hidden = _shaped(state, "blocks.0.mlp.fc1.weight", 2, read_as).shape[0]
     if _shaped(state, "blocks.0.mlp.fc2.weight", 2, read_as).shape[1] * 2 == hidden:
@@ -79,10 +78,10 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
     )
     if "pos_embed" in state:
         rows = _shaped(state, "pos_embed", 3, read_as).shape[1] - has_cls
-        if rows < 1 or math.isqrt(rows) ** 2 != rows:
+        found["pos_grid"] = grid_side(rows)
+        if not found["pos_grid"]:
             what = "1 + a square grid" if has_cls else "a square grid"
             raise UserError(f"{read_as}: pos_embed has {rows + has_cls} positions, not {what}")
-        found["pos_grid"] = math.isqrt(rows)
     provenance = {"source": source, "method": method}
     return Checkpoint(
         path, state, {**found, **model_kwargs}, registry_name(width, n_registers), provenance, "depth" not in model_kwargs

@@ -5,15 +5,16 @@ error that names it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.errors import UserError
+from pretrain.results.provenance import file_hash
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, sound
@@ -57,6 +58,25 @@ def _exported(file: Container) -> dict[str, Any]:
         return {}
 
 
+def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str, Any]:
+    """What a ``result.json`` says of the weights that a run starts from: ``method``, ``effective_epochs``, ``weights_hash``.
+
+    Args:
+        weights: a checkpoint; none: random initialization.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if weights is None:
+        return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
+    said = read_checkpoint(weights, source).provenance
+    return {
+        "method": str(said.get("method", Path(weights).stem)),
+        "effective_epochs": said.get("effective_epochs"),
+        "weights_hash": file_hash(weights),
+    }
+
+
 def source_names() -> list[str]:
     """All that ``source=`` takes and that can be read."""
     return [source.name for source in SOURCES if source not in unsupported.SOURCES]
@@ -94,8 +114,8 @@ def _shown(file: Container, n: int = 6) -> str:
     return ", ".join(islice(told(), n)) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
 
 
-def backbone_name(name: str | None, weights: str | Path | None, source: str | None = None) -> str:
-    """The registry name that a user means: the one given, else the one that a file says, or its shapes.
+def backbone_name(name: str | None, weights: str | Path | Checkpoint | None, source: str | None = None) -> str:
+    """The registry name that a user means: the one given, else the one that a file (read already or not) says, or its shapes.
 
     Raises:
         UserError: neither is there.
@@ -104,10 +124,10 @@ def backbone_name(name: str | None, weights: str | Path | None, source: str | No
         return name
     if weights is None:
         raise UserError("backbone: a name is needed, or weights that say it")
-    found = read_checkpoint(weights, source).backbone
-    if found is None:
-        raise UserError(f"backbone: {weights} is of no registered size; give the name of a backbone")
-    return found
+    found = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source)
+    if found.backbone is None:
+        raise UserError(f"backbone: {found.path} is of no registered size; give the name of a backbone")
+    return found.backbone
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -120,6 +140,19 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     given = {k: v for k, v in checkpoint.state.items() if k in wanted or k not in TRAINING_ONLY}
     if not checkpoint.model_kwargs.get("mask_tokens"):
         given |= {key: wanted[key] for key in TRAINING_ONLY if key in wanted and key not in given}
+    check_fit(f"weights: {checkpoint.path} does not fit the backbone", wanted, given)
+    model.load_state_dict(dict(given))
+
+
+def check_fit(told: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Whether tensors of a file are those of a model.
+
+    Args:
+        told: an error's beginning.
+
+    Raises:
+        UserError: names each tensor that is missing, left over or of another shape.
+    """
     problems = [f"missing {key}" for key in wanted if key not in given]
     problems += [f"left over {key}" for key in given if key not in wanted]
     problems += [
@@ -129,5 +162,4 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(f"weights: {checkpoint.path} does not fit the backbone: {shown}")
-    model.load_state_dict(dict(given))
+        raise UserError(f"{told}: {shown}")

@@ -5,7 +5,6 @@ and its heads; a backbone alone is flat, at the top (DINO) or under ``state_dict
 is. All of them evaluate the teacher, and resample positions by scale factors (n + 0.1) / G.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import plain_vit, strip, without
+from pretrain.weights.layout import grid_side, plain_vit, strip, without
 from pretrain.weights.sources.source import Match, Source
 
 State = dict[str, Tensor]
@@ -98,12 +97,7 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
         name: {method.renamed(key): value for key, value in inside_of(state, method.heads, method.unused, read_as).items()}
         for name, state in networks_of(file).items()
     }
-    if not networks:
-        raise UserError(f"{read_as}: no teacher, no student and no flat state dict")
-    name, state = choose(networks, subnet, "teacher", read_as)
-    checkpoint = whole_vit(file, state, method.source, method.method, needed=method.needed, lacking=method.lacking)
-    check_agreement(networks, read_as)
-    return with_origin(checkpoint, file, name)
+    return take(file, networks, subnet, method.source, method.method, needed=method.needed, lacking=method.lacking)
 
 
 def source_of(method: Method) -> Source:
@@ -142,8 +136,7 @@ def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
     positions, has_cls = state["pos_embed"], "cls_token" in state
     if positions.ndim != 3 or starts_with_zero(positions) or any(key.startswith(method.lacking) for key in state):
         return False
-    rows = positions.shape[1] - has_cls
-    return rows > 0 and math.isqrt(rows) ** 2 == rows
+    return grid_side(positions.shape[1] - has_cls) > 0
 
 
 def starts_with_zero(positions: Tensor) -> bool:
@@ -173,28 +166,42 @@ def inside_of(state: State, heads: tuple[str, ...], unused: tuple[str, ...], rea
     return inside
 
 
-def choose(networks: Mapping[str, State], subnet: str | None, default: str, read_as: str) -> tuple[str, State]:
-    """The network that is asked for, else ``default``, else the only one, with its name ("" where the file tells none).
+def take(
+    file: Container,
+    networks: Mapping[str, State],
+    subnet: str | None,
+    source: str,
+    method: str,
+    *,
+    default: str = "teacher",
+    needed: tuple[str, ...] = NEEDED,
+    lacking: tuple[str, ...] = (),
+    interpolation: str = "dinov2",
+) -> Checkpoint:
+    """One network of a file as a checkpoint.
+
+    Args:
+        networks: {teacher: ..., student: ...} under our names, as far as they are there; {"": ...} if the file tells no name.
+        subnet: the network that is asked for; none: ``default``, or the only one.
+        needed, lacking, interpolation: those of :func:`whole_vit`.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there; what :func:`whole_vit` refuses; teacher and student that are not one network twice, but for
+            iBOT's mask token, which is the student's alone.
     """
+    read_as = f"weights: {file.path}, read as {source}"
+    if not networks:
+        held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
+        raise UserError(f"{read_as}: no network under the names of {method}'s files, but {held}")
     name = subnet or (default if default in networks else next(iter(networks)))
     if name not in networks:
         there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
         raise UserError(f"{read_as}: subnet {name} is not there; the file holds {there}")
-    return name, networks[name]
-
-
-def check_agreement(networks: Mapping[str, State], read_as: str) -> None:
-    """Teacher and student are one network twice, but for iBOT's mask token, which is the student's alone.
-
-    Raises:
-        UserError: names what one has and the other has not, or in another shape.
-    """
+    checkpoint = whole_vit(file, networks[name], source, method, needed=needed, lacking=lacking, interpolation=interpolation)
     shapes = [{(key, value.shape) for key, value in state.items() if key != "mask_token"} for state in networks.values()]
     if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
         raise UserError(f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}")
+    return with_origin(checkpoint, file, name)
 
 
 def whole_vit(

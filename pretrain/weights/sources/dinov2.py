@@ -24,7 +24,7 @@ OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.p
 NEEDED = (*DINOS, "blocks.0.ls1.gamma")
 NETWORKS = ("teacher", "student")
 HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
-CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
+CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # a block keeps its number in the network inside its chunk
 
 
 def match(file: Container) -> Match:
@@ -51,7 +51,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {name}, and no flat state dict")
     if any(".mlp.w12." in key or ".mlp.w3." in key for key in state):
         raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours")
-    state = {_unchunked(key): value for key, value in state.items()}
+    state = {CHUNK.sub(r"blocks.\1.", key): value for key, value in state.items()}
     has_registers = "register_tokens" in state
     if has_registers:
         state["reg_token"] = state.pop("register_tokens")
@@ -73,11 +73,6 @@ def _training(file: Container, network: str) -> Mapping[str, Tensor]:
     unknown = {key: value for key, value in state.items() if not key.startswith(("backbone.", *HEADS))}
     backbone = strip(state, "backbone.")
     return {**backbone, **unknown} if backbone else {}
-
-
-def _unchunked(key: str) -> str:
-    """A block bears its number in the network inside its chunk, too."""
-    return CHUNK.sub(r"blocks.\1.", key)
 
 
 SOURCES = (Source("dinov2", "DINOv2", match, convert),)

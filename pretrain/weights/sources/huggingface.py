@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
-from pretrain.weights.layout import HEAD_DIM, only_network, plain_vit
+from pretrain.weights.layout import HEAD_DIM, only_network, plain_vit, without
 from pretrain.weights.normalization import with_imagenet_pixels
 from pretrain.weights.sources.source import Match, Source
 
@@ -63,8 +63,8 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
     if prefix is None:
         raise UserError(f"weights: {file.path}, read as huggingface: no tensor {MARK}")
-    state = {_ours(key.removeprefix(prefix)): value for key, value in file.flat.items() if not key.startswith(HEADS)}
-    state = {key: value for key, value in state.items() if not key.startswith(HEADS)}
+    named = {key.removeprefix(prefix): value for key, value in file.flat.items()}
+    state = {_ours(key): value for key, value in without(named, *HEADS).items()}
     model_type = _model_type(file, state)
     _refuse_others(file, state, model_type)
     for block in [key.removesuffix("attn.query.weight") for key in state if key.endswith("attn.query.weight")]:

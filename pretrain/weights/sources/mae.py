@@ -7,15 +7,17 @@ positions bicubically by size (``util/pos_embed.py``).
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from pretrain.backbones.position import sincos_table
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container, is_state
 from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, is_named, marks_of, whole_vit, with_origin
+from pretrain.weights.sources.dino import State, is_named, marks_of, take
 from pretrain.weights.sources.source import Match, Source
 
 MAE_UNUSED = ("decoder_", "mask_token")
@@ -44,7 +46,7 @@ def match_droppos(file: Container) -> Match:
 
 def convert_mae(file: Container, subnet: str | None) -> Checkpoint:
     """The encoder."""
-    return _encoder(file, {"": file.flat} if file.flat else {}, subnet, ("mae", "MAE"), MAE_UNUSED)
+    return _encoder(file, {"": file.flat} if file.flat else {}, subnet, "mae", "MAE", MAE_UNUSED)
 
 
 def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
@@ -54,10 +56,10 @@ def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
         raise UserError(
             f"weights: {file.path}, read as droppos: its decoder knows positions (decoder_pos_embed), DropPos's does not"
         )
-    return _encoder(file, networks, subnet, ("droppos", "DropPos"), DROPPOS_UNUSED)
+    return _encoder(file, networks, subnet, "droppos", "DropPos", DROPPOS_UNUSED)
 
 
-def is_fixed(state: State, has_cls: bool = True) -> bool:
+def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
     """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there is a row for it."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or len(positions) != 1 or positions.shape[2] % 4 or positions.shape[1] <= has_cls:
@@ -79,20 +81,14 @@ def _droppos_networks(file: Container) -> dict[str, State]:
 
 
 def _encoder(
-    file: Container, networks: dict[str, State], subnet: str | None, names: tuple[str, str], unused: tuple[str, ...]
+    file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, unused: tuple[str, ...]
 ) -> Checkpoint:
     """A network's encoder; its positions have to be the fixed ones."""
-    source, method = names
-    read_as = f"weights: {file.path}, read as {source}"
-    if not networks:
-        raise UserError(f"{read_as}: no state dict under model or state_dict")
     encoders = {name: without(state, *unused) for name, state in networks.items()}
-    name, state = choose(encoders, subnet, "student", read_as)
-    checkpoint = whole_vit(file, state, source, method, needed=NEEDED, interpolation="bicubic")
-    if not is_fixed(state):
-        raise UserError(f"{read_as}: pos_embed is not {method}'s fixed sin-cos table")
-    check_agreement(encoders, read_as)
-    return with_origin(checkpoint, file, name)
+    checkpoint = take(file, encoders, subnet, source, method, default="student", interpolation="bicubic")
+    if not is_fixed(checkpoint.state):
+        raise UserError(f"weights: {file.path}, read as {source}: pos_embed is not {method}'s fixed sin-cos table")
+    return checkpoint
 
 
 SOURCES = (

@@ -8,7 +8,6 @@ A classifier is not the backbone's. One that pools patches brings ``fc_norm`` an
 features are those before it, as of timm's ``forward_features``.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
-from pretrain.weights.layout import only_network, plain_vit, without
+from pretrain.weights.layout import grid_side, only_network, plain_vit, without
 from pretrain.weights.normalization import with_imagenet_pixels
 from pretrain.weights.sources.source import Match, Source
 
@@ -98,7 +97,7 @@ def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mappin
     n_cls = int("cls_token" in state)
     n_registers = state["reg_token"].shape[1] if "reg_token" in state and state["reg_token"].ndim == 3 else 0
     allowed = (0,) if arguments.get("no_embed_class") else (0, n_cls, n_cls + n_registers)
-    n_prefix = next((n for n in allowed if _is_square(positions.shape[1] - n)), None)
+    n_prefix = next((n for n in allowed if grid_side(positions.shape[1] - n)), None)
     if n_prefix is None:
         raise UserError(f"weights: {file.path}, read as timm: pos_embed has {positions.shape[1]} positions, for no square grid")
     cls, patches = positions[:, :n_cls], positions[:, n_prefix:]
@@ -107,10 +106,6 @@ def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mappin
     elif n_prefix > n_cls:
         state["reg_token"] = state["reg_token"] + positions[:, n_cls:n_prefix]
     state["pos_embed"] = torch.cat([cls, patches], dim=1)
-
-
-def _is_square(n: int) -> bool:
-    return n > 0 and math.isqrt(n) ** 2 == n
 
 
 SOURCES = (Source("timm", "timm", match, convert),)

@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.container import Container
 from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import NEEDED, State, check_agreement, choose, inside_of, is_named, whole_vit, with_origin
+from pretrain.weights.sources.dino import State, inside_of, is_named, take
 from pretrain.weights.sources.source import Match, Source
 
 HEADS = ("projection_head.", "prototypes.")
@@ -90,17 +90,9 @@ def _convert(
     file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, prefix: str, *beside: str
 ) -> Checkpoint:
     """The network that is asked for; every tensor of the file is behind ``prefix``, the teacher's, or one of ``beside``."""
-    read_as = f"weights: {file.path}, read as {source}"
-    if not networks:
-        raise UserError(
-            f"{read_as}: not the names of {method}'s files, but {', '.join(map(str, list(file.flat or file.tree)[:5]))}"
-        )
     if stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]:
-        raise UserError(f"{read_as}: left over {', '.join(stray[:8])}")
-    name, state = choose(networks, subnet, "student", read_as)
-    checkpoint = whole_vit(file, state, source, method, needed=NEEDED)
-    check_agreement(networks, read_as)
-    return with_origin(checkpoint, file, name)
+        raise UserError(f"weights: {file.path}, read as {source}: left over {', '.join(stray[:8])}")
+    return take(file, networks, subnet, source, method, default="student")
 
 
 SOURCES = (

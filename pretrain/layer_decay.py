@@ -1,9 +1,9 @@
-"""Learning rate and weight decay of the ViT's parameters in fine-tuning; pure, and shared by both engines.
+"""Learning rates and weight decay of the ViT's parameters in fine-tuning, as pure functions of their names.
 
 Names are relative to the ViT, for example ``blocks.3.attn.qkv.weight``. The rule is that of ViTDet (Detectron2's
 ``get_vit_lr_decay_rate`` and its overrides), completed for what Detectron2's ViT does not have: position fields, registers,
-LayerScale. Two departures (ours): Detectron2 gives ``cls_token`` the full rate, but it enters at layer 0 like the patches; and
-LayerScale's gamma does not decay, as a norm's weight does not.
+LayerScale. It deviates twice (ours). Detectron2 gives ``cls_token`` the full rate, but it enters at layer 0 like the patches. And
+LayerScale's gamma does not decay, like a norm's weight.
 """
 
 LAYER_ZERO = ("patch_embed", "pos_embed", "pos_field", "cls_pos", "cls_token", "reg_token")
@@ -17,7 +17,7 @@ def lr_rate(name: str, depth: int, decay: float) -> float:
     Layer 0 is what enters the first block, layer i + 1 is block i of ``depth``, and layer depth + 1 the final norm.
 
     Raises:
-        ValueError: a name that is not the ViT's.
+        ValueError: the ViT has no such parameter.
     """
     first, _, rest = name.partition(".")
     if first in LAYER_ZERO:
