@@ -71,11 +71,8 @@ class EvalModel:
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
-        same = (before.config_hash, before.weights_hash) == (
-            self.settings_hash(protocol, settings),
-            file_hash(self.path),
-        )
-        return before if same else None
+        asked = self.settings_hash(protocol, settings), file_hash(self.path)
+        return before if (before.config_hash, before.weights_hash) == asked else None
 
     def write(
         self,

@@ -27,18 +27,6 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
     return centered @ (axes * largest.sign())
 
 
-def pca_rgb(features: Tensor) -> Tensor:
-    """:func:`pca_colors` of images of one size.
-
-    Args:
-        features: [B, N, D].
-
-    Returns:
-        [B, N, 3] float32 in [0, 1] on the CPU.
-    """
-    return torch.stack(pca_colors(list(features)))
-
-
 def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The first three components of the patches of several images, found over all of them together, as red, green and blue.
 
