@@ -62,11 +62,6 @@ class Weights:
     identity: tuple[str, ...]
 
     @property
-    def is_converted(self) -> bool:
-        """Whether the runs read another file than the entry names."""
-        return self.file != self.source
-
-    @property
     def digest(self) -> str:
         """Hash of the file that the entry names."""
         return self.identity[0].removeprefix("weights=")
@@ -119,7 +114,7 @@ def prepare(entry: Entry, weights: Weights, output: Path) -> None:
     note = note_of(entry, output)
     if weights.is_ready(note):
         return
-    if weights.is_converted:
+    if weights.file != weights.source:
         convert(weights.source, weights.file, name=entry.backbone, **_asked(entry))
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
@@ -263,8 +258,6 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         UserError: there are not so many GPUs.
     """
     until = time.monotonic() + seconds
-    if n_at_once > 1:  # they share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     gpus: list[list[str]] = [[]] * n_at_once if device == "cpu" else gpu_prefixes(n_at_once, n_gpus)
     stages, processes = {run.name: [run.stage(tools, n_gpus)] for run in runs}, Processes()
     for (stage,) in stages.values():
