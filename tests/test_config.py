@@ -51,10 +51,9 @@ RUNS = {
 UNREAD = {
     "intertwined": set(),
     "paka": {
-        "step.loss_rows",
         "backbone.layer_scale_init",
     },  # no prototypes; the file says which LayerScale it has
-    "mae": {"step.loss_rows", "crops.local_inside"},  # no prototypes, no local crops
+    "mae": {"crops.local_inside"},  # no local crops
 }
 
 
