@@ -1,4 +1,4 @@
-"""Time and memory of our ViT in a segmentor against MMSegmentation's own, with the same weights: forward and backward passes."""
+"""Our ViT in a segmentor against MMSegmentation's own: the same weights, time and memory of forward and backward passes."""
 
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # of outputs and input gradients, which are of the order of 1
 def measure(
     backbone: str, rounds: int, device: str = "auto", *, crop_px: int = CROP_PX, batch_size: int = BATCH_SIZE, depth: int = 0
 ) -> dict[str, Any]:
-    """Our backbone over MMSegmentation's, float32, without drop path, LayerScale and registers, which that one does not have.
+    """Our backbone over MMSegmentation's, in float32. Ours has no drop path, LayerScale or registers here, like theirs.
 
     Memory is the peak above what a process holds after its imports (on CUDA torch's own account), with weights and gradients.
 
@@ -101,7 +101,7 @@ def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
 def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
     """MMSegmentation's ViT with the weights of ours, which must have one learned position a patch, no registers and no LayerScale.
 
-    The options are those with which the two are the same function; its defaults leave out the patch embedding's bias and the norm.
+    These options make both the same function. By default theirs has no bias in the patch embedding and no final norm.
     """
     size = ours.model_kwargs
     theirs = VisionTransformer(

@@ -16,9 +16,9 @@ def assign_levels(boxes: Tensor, lowest: int, highest: int) -> Tensor:
 
 
 class RoIPooler(nn.Module):
-    """Boxes to fixed-size maps, each box from the level that suits its size.
+    """Boxes -> maps of one size, each box from the level that suits its size.
 
-    Unlike torchvision's ``MultiScaleRoIAlign``: half-pixel aligned, strides given and not guessed from the unpadded image sizes.
+    Unlike torchvision's ``MultiScaleRoIAlign``, it is half-pixel aligned, and strides are given, not guessed from image sizes.
 
     Args:
         output_size: side of the pooled map.

@@ -13,7 +13,7 @@ from pretrain.errors import UserError
 
 
 def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
-    """Strides in pixels of the levels and of the max-pooled one behind them: (4, 2, 1, .5) on patches of 16 give 4 ... 32, 64.
+    """Strides in pixels of the levels and of the max-pooled one: (4, 2, 1, .5) on patches of 16 give 4, 8, 16, 32, 64.
 
     Raises:
         UserError: the strides are no powers of two.
@@ -25,14 +25,14 @@ def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """[B, D, h, w] to one map a scale, each with ``channels`` channels, and a max-pooled level after the last.
+    """[B, D, h, w] -> one map a scale, each with ``channels`` channels, and a max-pooled level after the last.
 
-    Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, named after the logarithm of the stride), so weights can be exchanged.
+    Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, by the logarithm of the stride), so weights can be exchanged.
 
     Args:
         dim: D, of the ViT.
         patch_size: its stride in pixels.
-        scales: of 4, 2, 1, 0.5, in this order.
+        scales: 4, 2, 1, 0.5, or the end of it.
     """
 
     def __init__(self, dim: int, patch_size: int, channels: int, scales: tuple[float, ...], norm: str) -> None:
