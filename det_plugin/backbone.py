@@ -28,16 +28,16 @@ _ORIGINS: dict[str, dict[str, Any]] = {}
 
 
 def origin_of(weights: str | Path) -> dict[str, Any]:
-    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all arguments of the ViT,
-    and what :func:`pretrain.weights.origin_of` gives."""
+    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all
+    arguments of the ViT, and what :func:`pretrain.weights.origin_of` gives."""
     return _ORIGINS[str(weights)]
 
 
 class RegistryBackbone(Backbone):
     """A ViT by its registry name; one feature map, ``last_feat`` [B, D, H / 16, W / 16].
 
-    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded later must
-    hold every tensor of the backbone; Detectron2 alone only warns.
+    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is
+    loaded later must hold every tensor of the backbone; Detectron2 alone only warns.
 
     Args:
         name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
@@ -45,7 +45,8 @@ class RegistryBackbone(Backbone):
             :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
-        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does not fit, by tensor.
+        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does
+            not fit, by tensor.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class RegistryBackbone(Backbone):
 class PaddedPyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid with its padding enforced.
 
-    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes an input divisible
-    by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded at the bottom and on the right.
+    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes
+    an input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``,
+    padded at the bottom and on the right.
     """
 
     @property
@@ -97,7 +99,8 @@ class PaddedPyramid(SimpleFeaturePyramid):
 
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with ``strict=False``."""
+    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with
+    ``strict=False``."""
     wanted = {prefix + key: value for key, value in module.state_dict().items()}
     given = {key: value for key, value in state.items() if key.startswith(prefix)}
     check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)

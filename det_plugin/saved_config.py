@@ -1,8 +1,9 @@
 """The configs that a Detectron2 run leaves in its folder.
 
-``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml`` builds the same
-network without the pre-training file. There ``weights`` is null, every argument of the backbone is written out, and the evaluator
-carries the names of the classes and what the file said about itself.
+``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml``
+builds the same network without the pre-training file. There ``weights`` is null, every argument of the
+backbone is written out, and the evaluator carries the names of the classes and what the file said about
+itself.
 """
 
 import dataclasses
@@ -105,7 +106,8 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name the classes.
+    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name
+    the classes.
 
     Raises:
         UserError: the validation data are not there.
@@ -132,8 +134,8 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
 
 
 def plain(cfg: Any) -> Any:
-    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full name, because the
-    same function has several."""
+    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full
+    name, because the same function has several."""
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=False)
     if isinstance(cfg, dict):

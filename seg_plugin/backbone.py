@@ -1,4 +1,5 @@
-"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a ``VisionTransformer`` too)."""
+"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a
+``VisionTransformer`` too)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,13 @@ class PosfieldViT(BaseModule):
 
     Args:
         name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any checkpoint that ``build_for_fine_tuning`` reads. The constructor reads it, and mmengine's ``init_weights``
-            changes nothing in this module.
+        weights: any checkpoint that ``build_for_fine_tuning`` reads. The constructor reads it, and mmengine's
+            ``init_weights`` changes nothing in this module.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
         freeze: the ViT does not learn and drops no path. Its features are computed without a graph.
         checkpointing: recompute the blocks in the backward pass. Less memory, the same numbers.
-        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
+        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``,
+            ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
@@ -66,10 +68,11 @@ class PosfieldViT(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """[B, 3, H, W] normalized pixels -> one map that covers exactly these H x W pixels.
 
-        If p divides H and W, it is [B, D, H/p, W/p]. Otherwise the ViT pads at the bottom and on the right to whole patches, and
-        its map covers the padding. A head that stretches its logits to H x W, like mmseg's, would squeeze the image. So the map is
-        resized to pixels by the heads' own bilinear rule, and the padding is cut off: [B, D, H, W]. A linear head commutes with
-        both, so its logits are exactly those of the padded image, cropped.
+        If p divides H and W, it is [B, D, H/p, W/p]. Otherwise the ViT pads at the bottom and on the right to
+        whole patches, and its map covers the padding. A head that stretches its logits to H x W, like
+        mmseg's, would squeeze the image. So the map is resized to pixels by the heads' own bilinear rule, and
+        the padding is cut off: [B, D, H, W]. A linear head commutes with both, so its logits are exactly
+        those of the padded image, cropped.
         """
         (height, width), patch = x.shape[2:], self.vit.patch_size
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):

@@ -1,6 +1,7 @@
 """From the protocol to an mmengine config: every section, in MMSegmentation's words.
 
-The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes a section.
+The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes
+a section.
 """
 
 import os
@@ -34,7 +35,8 @@ def segmenter_config(
     Args:
         recipe: the protocol, or its name.
         backbone: registry name.
-        weights: the backbone's checkpoint. It can be set later: ``--cfg-options model.backbone.weights=FILE``.
+        weights: the backbone's checkpoint. It can be set later: ``--cfg-options
+            model.backbone.weights=FILE``.
         model_kwargs: further arguments of ``build_backbone``.
         data_root: folder of the protocol's data set.
         classes: their names. Empty: the data set's, or ``class 0``, ... if it has another number of them.
@@ -205,7 +207,8 @@ def _batch_per_process(batch_size: int) -> int:
 
 
 def processes() -> int:
-    """How many processes share the batch, by torchrun or Slurm. mmengine's batch size is that of one process."""
+    """How many processes share the batch, by torchrun or Slurm. mmengine's batch size is that of one
+    process."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 

@@ -17,11 +17,12 @@ EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # values that swap rows and col
 
 
 def check_masks(located: Located, split: str, protocol: SegmentationProtocol) -> None:
-    """Read every mask of a split (about 3 ms each). A mask may have no labeled pixel, but not all masks of a split.
+    """Read every mask of a split (about 3 ms each). A mask may have no labeled pixel, but not all masks of a
+    split.
 
     Raises:
-        UserError: names the first file that cannot be read or is cut off, has another size than its image, has more than one
-            channel of 8 bits, or holds a label out of range.
+        UserError: names the first file that cannot be read or is cut off, has another size than its image,
+            has more than one channel of 8 bits, or holds a label out of range.
     """
     first = int(protocol.reduce_zero_label)  # how class 0 is stored
     labeled = False
@@ -42,7 +43,8 @@ def check_masks(located: Located, split: str, protocol: SegmentationProtocol) ->
 
 
 def _size(image: Path) -> tuple[int, int]:
-    """Height and width in pixels of an image as mmcv reads it, turned by its EXIF orientation. Pixels are not decoded."""
+    """Height and width in pixels of an image as mmcv reads it, turned by its EXIF orientation. Pixels are not
+    decoded."""
     try:
         with Image.open(image) as opened:
             width, height = opened.size
@@ -91,8 +93,8 @@ def _check_labels(labels: np.ndarray, path: str | Path, num_classes: int, first:
 class CheckLabels(BaseTransform):
     """Follows ``LoadAnnotations``: the mask fits its image and the classes, or an error names the file.
 
-    Without it, a label out of range stops a GPU by a device-side assert that names nothing, the metric drops the label silently,
-    and MMSegmentation keeps the lower byte of a 16-bit mask.
+    Without it, a label out of range stops a GPU by a device-side assert that names nothing, the metric drops
+    the label silently, and MMSegmentation keeps the lower byte of a 16-bit mask.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:

@@ -1,7 +1,8 @@
 """The data sets: where each keeps its images and masks, in MMSegmentation's words, and which protocol it has.
 
-Your own folders are ``images/{training,validation}`` and ``annotations/{training,validation}`` (or ``train``, ``val``, ``masks``).
-All images have one suffix, and each has a mask of its name, an 8-bit PNG. ``classes.txt`` is optional, with one class name a line.
+Your own folders are ``images/{training,validation}`` and ``annotations/{training,validation}`` (or ``train``,
+``val``, ``masks``). All images have one suffix, and each has a mask of its name, an 8-bit PNG.
+``classes.txt`` is optional, with one class name a line.
 """
 
 from collections.abc import Mapping
@@ -92,7 +93,8 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
     Args:
         folder: of the data set.
         name: a key of :data:`DATASETS`; None: what the folder looks like, else your own data.
-        overrides: field -> text. Without ``num_classes``, the names in ``classes.txt`` of your own data are counted.
+        overrides: field -> text. Without ``num_classes``, the names in ``classes.txt`` of your own data are
+            counted.
 
     Raises:
         UserError: an unknown name or field; nothing says the number of classes.
@@ -113,7 +115,8 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
 
 
 def find_root(folder: str | Path, dataset: Dataset) -> Path:
-    """The data set's own folder: this one, or one inside with the name that the data set is distributed with."""
+    """The data set's own folder: this one, or one inside with the name that the data set is distributed
+    with."""
     inside = (Path(folder) / name for name in dataset.inside)
     return next((path for path in inside if path.is_dir()), Path(folder))
 
@@ -209,7 +212,8 @@ def _only(folder: Path, names: Pair) -> str:
 
 
 def class_names(recipe: SegmentationProtocol, root: Path | None = None) -> tuple[str, ...]:
-    """Those of ``root/classes.txt``; or the data set's, if there are as many; or ``class 0``, ``class 1``, ..."""
+    """Those of ``root/classes.txt``; or the data set's, if there are as many; or ``class 0``, ``class 1``,
+    ..."""
     names = _listed(root) if root else ()
     if names and (len(names) != recipe.num_classes or len(set(names)) != len(names)):
         told = f"{len(set(names))} different names, but num_classes is {recipe.num_classes}"

@@ -1,4 +1,5 @@
-"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
+"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the
+classes' colors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ COLUMN_IN = 2.7  # width of an image, in inches
 
 
 def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:
-    """Segment ``count`` images of a data set, evenly spaced, and draw them as ``folder/segmentations.png``."""
+    """Segment ``count`` images of a data set, evenly spaced, and draw them as
+    ``folder/segmentations.png``."""
     rows = list(segment_dataset(model, dataset, spread(count, len(dataset))))
     caption = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
     return leave_page(
@@ -45,7 +47,8 @@ def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: s
 def palette_of(metainfo: Any) -> np.ndarray:
     """Colors of the classes, [classes, 3] uint8.
 
-    Few classes get colors that are easy to tell apart; MMSegmentation may have drawn the data set's at random.
+    Few classes get colors that are easy to tell apart; MMSegmentation may have drawn the data set's at
+    random.
     """
     count = len(metainfo["classes"])
     if count > 20:
@@ -55,7 +58,8 @@ def palette_of(metainfo: Any) -> np.ndarray:
 
 
 def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False) -> None:
-    """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the largest first.
+    """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the
+    largest first.
 
     Args:
         palette: [classes, 3] uint8.

@@ -1,7 +1,8 @@
 """What a run leaves in its folder. The config names the hook, so MMSegmentation's own launchers leave it too.
 
-``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (the run's
-identity), and the saved config. It holds all arguments of the backbone, so it tests and resumes without the pre-training file.
+``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``,
+``settings.json`` (the run's identity), and the saved config. It holds all arguments of the backbone, so it
+tests and resumes without the pre-training file.
 """
 
 import json
@@ -89,7 +90,8 @@ class PosfieldRunHook(Hook):
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed torch: what it draws in an iteration (dropped paths) only depends on (seed, iteration, process)."""
+        """Seed torch: what it draws in an iteration (dropped paths) only depends on (seed, iteration,
+        process)."""
         word = np.random.SeedSequence((runner.seed, batch_idx, get_rank())).generate_state(1, np.uint64)
         torch.manual_seed(int(word[0]))
 
@@ -165,7 +167,8 @@ class PosfieldRunHook(Hook):
 
 
 class StopHook(Hook):
-    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's launchers."""
+    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's
+    launchers."""
 
     priority = "LOWEST"  # after the schedules have stepped and CheckpointHook has saved, if it does
 

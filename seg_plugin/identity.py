@@ -1,6 +1,7 @@
 """What a config holds: its recipe, its deviations from the protocol, and what makes two runs the same.
 
-A config can change after it was made (``--cfg-options``, ``--amp``), so all of this is read from the config that runs.
+A config can change after it was made (``--cfg-options``, ``--amp``), so all of this is read from the config
+that runs.
 """
 
 import hashlib
@@ -58,7 +59,8 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
 
 
 def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
-    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's value]}``.
+    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
+    value]}``.
 
     Args:
         values: the fields of the protocol that it says it follows.

@@ -15,13 +15,15 @@ class PosfieldIoU(IoUMetric):
     """Adds up each class's intersection and union over the whole data set, then divides.
 
     Attributes:
-        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither present nor predicted.
+        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
+            present nor predicted.
     """
 
     per_class: dict[str, float] = {}
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """The metrics of ``size`` images, on every process. The processes took the images in turns; each image counts once.
+        """The metrics of ``size`` images, on every process. The processes took the images in turns; each
+        image counts once.
 
         mmengine exchanges results by files in the working directory, which machines may not share.
         """
@@ -32,7 +34,8 @@ class PosfieldIoU(IoUMetric):
         return {f"{self.prefix}/{name}": value for name, value in metrics.items()} if self.prefix else metrics
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts [classes].
+        """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
+        [classes].
 
         The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc).
         """

@@ -20,10 +20,10 @@ def param_groups(
 
     Args:
         model: a segmentor whose ViT is ``backbone.vit``.
-        weight_decay: of weight matrices and convolutions. Norms, biases, LayerScale, positions and special tokens have 0,
-            unless ``decay_all``.
-        layer_decay: the lr of block i of L is ``lr * layer_decay ** (L - i)``, that of everything before the first block
-            ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
+        weight_decay: of weight matrices and convolutions. Norms, biases, LayerScale, positions and special
+            tokens have 0, unless ``decay_all``.
+        layer_decay: the lr of block i of L is ``lr * layer_decay ** (L - i)``, that of everything before the
+            first block ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
     """
     depth = len(model.get_submodule(VIT + "blocks"))  # type: ignore[arg-type]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -42,7 +42,8 @@ def param_groups(
 class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
     """:func:`param_groups` for mmengine: ``paramwise_cfg=dict(layer_decay=1.0, decay_all=False)``.
 
-    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make a group for each tensor, so AdamW cannot fuse its loops.
+    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make a group for each tensor, so AdamW cannot
+    fuse its loops.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
@@ -54,9 +55,10 @@ class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
 class PosfieldPolyLR(PolyLR):
     """Polynomial decay to a fraction of each group's own lr.
 
-    ``lr_t = lr_0 * (f + (1 - f) * (1 - t / (T - 1)) ** power)`` for iteration t of T, with f = ``eta_min_ratio``. mmengine's PolyLR
-    takes an absolute ``eta_min`` instead. It does not follow when a sweep changes the lr. And MMSegmentation's Segmenter config has
-    1e-4, which is above B.3's whole grid, so the lr would rise.
+    ``lr_t = lr_0 * (f + (1 - f) * (1 - t / (T - 1)) ** power)`` for iteration t of T, with f =
+    ``eta_min_ratio``. mmengine's PolyLR takes an absolute ``eta_min`` instead. It does not follow when a
+    sweep changes the lr. And MMSegmentation's Segmenter config has 1e-4, which is above B.3's whole grid, so
+    the lr would rise.
     """
 
     def __init__(self, optimizer: Any, eta_min_ratio: float, **options: Any) -> None:

@@ -33,7 +33,8 @@ class Segmented:
 
 
 def load_run(folder: Path, device: str = "auto") -> nn.Module:
-    """Load a run's newest checkpoint, in evaluation mode. The model's ``cfg`` is the saved config; no other file is needed.
+    """Load a run's newest checkpoint, in evaluation mode. The model's ``cfg`` is the saved config; no other
+    file is needed.
 
     Raises:
         UserError: the folder holds no run.

@@ -27,8 +27,9 @@ class PosfieldDataParallel(MMDistributedDataParallel):
 def posfield_worker(number: int) -> None:
     """Start of a data-loading process.
 
-    A signal often goes to all processes of a job. If the training listens to it (:class:`pretrain.signals.StopSignals`), the
-    training decides when to stop, and a worker that dies would end it before it has saved.
+    A signal often goes to all processes of a job. If the training listens to it
+    (:class:`pretrain.signals.StopSignals`), the training decides when to stop, and a worker that dies would
+    end it before it has saved.
     """
     if callable(signal.getsignal(signal.SIGTERM)):  # the parent's handler; torch's own are not Python's
         for name in (*SIGNALS, signal.SIGINT):

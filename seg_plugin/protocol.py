@@ -1,8 +1,8 @@
 """Every number of the ADE20K fine-tuning protocol, once, and what other data sets change.
 
-A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: "B.3", the paper's appendix;
-"Segmenter", its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation", that library's config of the data set;
-"ours": none.
+A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: "B.3", the
+paper's appendix; "Segmenter", its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation",
+that library's config of the data set; "ours": none.
 """
 
 from collections.abc import Mapping
@@ -149,7 +149,8 @@ def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> 
 
 
 def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
+    run's]}``.
 
     Any point of the protocol's grid is within the protocol.
     """
@@ -160,7 +161,8 @@ def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
 
 
 def not_swept(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """The deviation that every single run has: the protocol's result is the best of its grid (:mod:`seg_plugin.sweep`)."""
+    """The deviation that every single run has: the protocol's result is the best of its grid
+    (:mod:`seg_plugin.sweep`)."""
     full = protocol(run.name)
     n_settings = len(full.lr_grid) * len(full.weight_decay_grid)
     return {SWEEP: [f"the best of {n_settings} settings x {full.seeds} seeds", "one setting, one seed"]}

@@ -94,8 +94,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         resume: continue from the folder's last checkpoint, if there is one.
 
     Raises:
-        UserError: bad data, weights or settings; the folder holds a run with other settings, or, without ``resume``, the
-            checkpoint of an unfinished one.
+        UserError: bad data, weights or settings; the folder holds a run with other settings, or, without
+            ``resume``, the checkpoint of an unfinished one.
         FloatingPointError: a loss is not finite.
         Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
     """

@@ -1,4 +1,5 @@
-"""The endless stream of training images, in which every image knows its place, and the loop that resumes within it."""
+"""The endless stream of training images, in which every image knows its place, and the loop that resumes
+within it."""
 
 import itertools
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ class PosfieldSampler(InfiniteSampler):
 
 @LOOPS.register_module()
 class PosfieldTrainLoop(IterBasedTrainLoop):
-    """mmengine's loop, but resuming is fast. At iteration k mmengine loads and drops k batches: hours at k = 80,000.
+    """mmengine's loop, but resuming is fast. At iteration k mmengine loads and drops k batches: hours at k =
+    80,000.
 
     Here only the sampler's indices are drawn. The images that follow are those of an uninterrupted run.
     """

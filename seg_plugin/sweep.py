@@ -1,7 +1,9 @@
-"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean mIoU is its result.
+"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean
+mIoU is its result.
 
-Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines. The last one to end
-finds the results of all others and writes ``output/result.json``. Two that end at once write the same bytes.
+Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines.
+The last one to end finds the results of all others and writes ``output/result.json``. Two that end at once
+write the same bytes.
 """
 
 import os
@@ -62,7 +64,8 @@ def run_point(run: SegmentationRun, index: int) -> Path:
 
 
 def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> Path:
-    """Run what is left of the grid, ``n_at_once`` at a time, each in a process of its own. One that fails stops no other.
+    """Run what is left of the grid, ``n_at_once`` at a time, each in a process of its own. One that fails
+    stops no other.
 
     Args:
         command: runs :func:`run_point`; the index is appended as a word.

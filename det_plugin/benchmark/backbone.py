@@ -36,8 +36,8 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
         image_px: side of the square image.
 
     Returns:
-        ``time_ratio``, ``memory_ratio``, the same with the endings ``_checkpointed`` (only ours checkpoints) and ``_windowed``
-        (both have windows), and the raw figures of each contender.
+        ``time_ratio``, ``memory_ratio``, the same with the endings ``_checkpointed`` (only ours checkpoints)
+        and ``_windowed`` (both have windows), and the raw figures of each contender.
 
     Raises:
         UserError: Detectron2 is absent.

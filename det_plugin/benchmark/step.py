@@ -1,4 +1,5 @@
-"""The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, with our backbone and with Detectron2's."""
+"""The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, with our backbone and with
+Detectron2's."""
 
 import multiprocessing
 import time
@@ -47,7 +48,8 @@ def measure(
     model_kwargs: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward, AdamW; AMP on CUDA.
+    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward,
+    AdamW; AMP on CUDA.
 
     Args:
         backbone: registry name.
@@ -58,7 +60,8 @@ def measure(
         overrides: fields of the protocol, for all.
 
     Returns:
-        ``{"1": {"img_per_s": ..., "peak_mib": ...}, "2": "out of memory"}``, by batch size, for each contender.
+        ``{"1": {"img_per_s": ..., "peak_mib": ...}, "2": "out of memory"}``, by batch size, for each
+        contender.
 
     Raises:
         UserError: Detectron2 is absent; the protocol has no such field.

@@ -1,6 +1,7 @@
 """Large-scale jitter, and the resizing of tests: one affine map for pixels, polygons and bitmaps.
 
-The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSizeCrop(pad=False)`` and ``ResizeShortestEdge``.
+The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSizeCrop(pad=False)`` and
+``ResizeShortestEdge``.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ class Geometry:
         return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
 
     def pixels(self, image: np.ndarray, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
-        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased (PIL's, as in Detectron2)."""
+        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased (PIL's, as in
+        Detectron2)."""
         if self.flip:
             image = image[:, ::-1]
         (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
@@ -80,7 +82,8 @@ def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
 
 
 def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
-    """Draw a training geometry: a flip, a uniform scale of the square that the image is fitted into, and a crop."""
+    """Draw a training geometry: a flip, a uniform scale of the square that the image is fitted into, and a
+    crop."""
     flip = bool(rng.random() < protocol.flip)
     target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
     scale = min(target / source[0], target / source[1])
@@ -93,7 +96,8 @@ def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.
 def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry:
     """Resize so that the long edge has ``image_size_px``; nothing is random.
 
-    It takes Detectron2's steps (first by the short edge, then back), so that half pixels are rounded in the same way.
+    It takes Detectron2's steps (first by the short edge, then back), so that half pixels are rounded in the
+    same way.
     """
     scale = image_size_px / min(source)
     sides = [float(image_size_px) if side == min(source) else side * scale for side in source]
@@ -103,7 +107,8 @@ def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels). An empty mask gives zeros."""
+    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels). An empty mask gives
+    zeros."""
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks):
         x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
@@ -117,7 +122,8 @@ def objects_of(
 ) -> tuple[np.ndarray, np.ndarray, Polygons | Tensor]:
     """The objects in the crop: boxes [M, 4], classes [M] from 0, masks. Objects outside are dropped.
 
-    The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 if an object is an RLE. The boxes fit the masks.
+    The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 if an object is an RLE. The
+    boxes fit the masks.
     """
     width, height = geometry.crop[2:]
     kinds = np.asarray(classes, np.int64)

@@ -2,18 +2,21 @@
 
 What is allowed, and how it is used:
 
-* category ids with gaps, or from 0: class k is the k-th id in order; where two ids share a name, the id is appended to it;
-* crowds: left out of training; in evaluation they are COCO's ignored regions. An image with no other objects is left out of
-  training and kept in evaluation;
+* category ids with gaps, or from 0: class k is the k-th id in order; where two ids share a name, the id is
+  appended to it;
+* crowds: left out of training; in evaluation they are COCO's ignored regions. An image with no other objects
+  is left out of training and kept in evaluation;
 * objects of zero extent: left out of training; evaluation keeps every object, as COCO's own does;
-* masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An object that has no
-  others is not learned (training) and not found as a mask (evaluation);
+* masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An
+  object that has no others is not learned (training) and not found as a mask (evaluation);
 * boxes and polygons that leave the image: training uses the part inside, evaluation uses them as annotated;
-* a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is filled in.
+* a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is
+  filled in.
 
-These are errors that name the entry: an id that is no integer or stands twice; an unknown image or category id; no mask (Mask
-R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover its image; a ``file_name`` that is
-missing or leads out of the folder; an image that is missing, unreadable (by its header), or of another size than stated.
+These are errors that name the entry: an id that is no integer or stands twice; an unknown image or category
+id; no mask (Mask R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover
+its image; a ``file_name`` that is missing or leads out of the folder; an image that is missing, unreadable
+(by its header), or of another size than stated.
 """
 
 import json
@@ -65,7 +68,8 @@ class Picture:
 
 
 class PackedList(Sequence[Picture]):
-    """Many records as two arrays, which forked workers share. Reference counting would copy Python objects."""
+    """Many records as two arrays, which forked workers share. Reference counting would copy Python
+    objects."""
 
     def __init__(self, records: Iterable[Picture]) -> None:
         blobs = [np.frombuffer(pickle.dumps(record, protocol=-1), np.uint8) for record in records]
@@ -96,7 +100,8 @@ class CocoSplit:
         """The pixels, [H, W, 3] uint8 RGB, upright.
 
         Raises:
-            UserError: the image cannot be read, or its size is not that of the annotation file; names the image.
+            UserError: the image cannot be read, or its size is not that of the annotation file; names the
+                image.
         """
         path = self.folder / picture.file_name
         try:
@@ -110,7 +115,8 @@ class CocoSplit:
         return pixels
 
     def check_headers(self) -> None:
-        """Open this rank's share of the images and compare their sizes. Pixels are only read where something is wrong.
+        """Open this rank's share of the images and compare their sizes. Pixels are only read where something
+        is wrong.
 
         Raises:
             UserError: as :meth:`load`.
@@ -142,7 +148,8 @@ def read_split(data: str | Path, split: str, *, num_classes: int | None, trainin
         split: ``train`` | ``val``.
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
-        share: of the remaining images, the same ones in every run, in the file's order. A larger share contains a smaller one.
+        share: of the remaining images, the same ones in every run, in the file's order. A larger share
+            contains a smaller one.
 
     Raises:
         UserError: names the file, the entry and the problem.
@@ -185,10 +192,11 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A file's content, completed so that pycocotools can evaluate every object. COCO's own files do not change.
+    """A file's content, completed so that pycocotools can evaluate every object. COCO's own files do not
+    change.
 
-    Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area`` are filled in, names
-    are unique, and an object without a polygon of three points has an empty mask.
+    Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
+    are filled in, names are unique, and an object without a polygon of three points has an empty mask.
     """
     content = read_json(file)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -308,7 +316,8 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
 
 
 def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
-    """``rle``, if it covers its image. Of a shorter one, pycocotools would fill the rest from uninitialized memory."""
+    """``rle``, if it covers its image. Of a shorter one, pycocotools would fill the rest from uninitialized
+    memory."""
     try:
         size, counts = list(rle["size"]), rle["counts"]
         runs = counts if isinstance(counts, list) else run_lengths(counts)
@@ -326,8 +335,8 @@ def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation
 def run_lengths(counts: str) -> list[int]:
     """The runs of a compressed RLE, as in COCO's ``maskApi``.
 
-    A character holds 5 bits, the lowest first; the sixth bit says that more follow. From the fourth run on, a number is the
-    difference to the run two before.
+    A character holds 5 bits, the lowest first; the sixth bit says that more follow. From the fourth run on, a
+    number is the difference to the run two before.
 
     Raises:
         ValueError: the text ends within a number.
@@ -356,7 +365,8 @@ def _area(masks: Segmentation, height: int, width: int) -> float:
 
 
 def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
-    """Check that the files exist: by one listing instead of 118,000 look-ups, except for names in subfolders."""
+    """Check that the files exist: by one listing instead of 118,000 look-ups, except for names in
+    subfolders."""
     listed = {entry.name for entry in os.scandir(folder)}
     missing = [p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()]
     if missing:

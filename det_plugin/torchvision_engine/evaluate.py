@@ -77,11 +77,12 @@ def predict(
 def as_coco(
     detection: Mapping[str, Tensor], resized: tuple[int, int], size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Prediction]:
-    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's ``detector_postprocess``).
+    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's
+    ``detector_postprocess``).
 
     Args:
-        detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N], ``masks``
-            [N, 1, s, s] probabilities under the boxes; on the CPU.
+        detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N],
+            ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
         resized, size: height, width of what the detector saw (without padding), and of the image.
     """
     scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
@@ -105,13 +106,15 @@ def as_coco(
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
-    """Paste the probabilities [s, s] of a box [4] (pixels) into its image, as Detectron2's ``paste_masks_in_image``.
+    """Paste the probabilities [s, s] of a box [4] (pixels) into its image, as Detectron2's
+    ``paste_masks_in_image``.
 
     Args:
         size: height, width of the image.
 
     Returns:
-        rows and columns of the image, and the probabilities there, bilinear at the pixels' centers. Elsewhere they are 0.
+        rows and columns of the image, and the probabilities there, bilinear at the pixels' centers. Elsewhere
+        they are 0.
     """
     sides = []
     for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
@@ -131,8 +134,9 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, Any]:
-    """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` / ``_large``, ``box_ap_classes``
-    (by name), and the same for masks. Metrics without ground truth are left out.
+    """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` /
+    ``_large``, ``box_ap_classes`` (by name), and the same for masks. Metrics without ground truth are left
+    out.
 
     Args:
         annotations: COCO instances file.
@@ -160,7 +164,8 @@ def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, 
 
 
 def _results(truth: Any, predictions: list[Prediction], iou_type: str, api: CocoApi) -> Any:
-    """What ``loadRes`` makes of predictions, also of none. An object's area is that of its box or its mask (Detectron2)."""
+    """What ``loadRes`` makes of predictions, also of none. An object's area is that of its box or its mask
+    (Detectron2)."""
     if iou_type == "segm":
         areas = [float(api.mask.area(prediction["segmentation"])) for prediction in predictions]
     else:

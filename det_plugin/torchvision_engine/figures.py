@@ -80,7 +80,8 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide least."""
+    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide
+    least."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
         shade = np.array(color_of(thing.kind))
@@ -110,7 +111,8 @@ def color_of(kind: int) -> Color:
 
 
 def _place(size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]) -> Corners:
-    """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of other labels."""
+    """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of
+    other labels."""
     (w, h), (x0, y0, x1, y1) = size, box
     corners = [(x0, y0 - h), (x1 - w, y0 - h), (x0, y1), (x1 - w, y1), (x0, y0), (x1 - w, y0), (x0, y1 - h), (x1 - w, y1 - h)]
     corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]

@@ -1,7 +1,8 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over.
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it
+is over.
 
-Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still read, as tensors and
-plain values, and never written.
+Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still
+read, as tensors and plain values, and never written.
 """
 
 import json
@@ -53,7 +54,8 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
 
 def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
+    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs,
+    in more parts."""
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)

@@ -1,4 +1,5 @@
-"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time filtering."""
+"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time
+filtering."""
 
 from typing import Any
 
@@ -16,7 +17,8 @@ from det_plugin.torchvision_engine.pooling import RoIPooler
 
 
 class BoxHead(nn.Module):
-    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``, ``FastRCNNOutputLayers``)."""
+    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``,
+    ``FastRCNNOutputLayers``)."""
 
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
@@ -33,7 +35,8 @@ class BoxHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the background's 0."""
+        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the
+        background's 0."""
         x = F.relu(self.fc(self.convs(x).flatten(1)))
         return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
 
@@ -67,7 +70,8 @@ def _msra_fill(module: nn.Module) -> None:
 
 
 def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and L1 of the objects' offsets, both divided by the number of **all** sampled boxes (Detectron2); 0 for none.
+    """Cross-entropy, and L1 of the objects' offsets, both divided by the number of **all** sampled boxes
+    (Detectron2); 0 for none.
 
     Args:
         logits: [R, 1 + K], class 0 is background.
@@ -138,8 +142,8 @@ class DetectionHeads(RoIHeads):
                 :class:`masks.Polygons`.
 
         Returns:
-            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities under the box; and
-            ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
+            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities
+            under the box; and ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         maps = list(features.values())[:-1]
         if self.training:
@@ -156,8 +160,8 @@ class DetectionHeads(RoIHeads):
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score threshold, the best after
-        an NMS within the class.
+        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score
+        threshold, the best after an NMS within the class.
 
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """

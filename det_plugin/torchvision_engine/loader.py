@@ -1,4 +1,5 @@
-"""Batches are a pure function of (seed, position in the stream). Workers, ranks and resuming cannot change them."""
+"""Batches are a pure function of (seed, position in the stream). Workers, ranks and resuming cannot change
+them."""
 
 import math
 import signal
@@ -43,8 +44,8 @@ def positions(iteration: int, batch_size: int, rank: int, world_size: int) -> ra
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and ``masks``:
-    :class:`masks.Polygons` or [M, h, w]."""
+    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and
+    ``masks``: :class:`masks.Polygons` or [M, h, w]."""
 
     def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
         self.split, self.protocol, self.seed = split, protocol, seed
@@ -82,8 +83,9 @@ def to_tensor(image: np.ndarray) -> Tensor:
 def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device) -> Iterator[list[Sample]]:
     """Lists of samples in the order of ``indices``.
 
-    Workers hand over one sample at a time and are one batch ahead. If each made whole batches, the first batch would wait for all
-    its images, and with 64 images a process they would hold gigabytes of shared memory and a thousand open files.
+    Workers hand over one sample at a time and are one batch ahead. If each made whole batches, the first
+    batch would wait for all its images, and with 64 images a process they would hold gigabytes of shared
+    memory and a thousand open files.
 
     Raises:
         UserError: a sample's, also where a worker process meets it.
@@ -111,7 +113,8 @@ def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int
 
 
 def start_worker(worker: int) -> None:
-    """Start of a data-loading process: one thread, and signals that a whole group of processes gets are ignored.
+    """Start of a data-loading process: one thread, and signals that a whole group of processes gets are
+    ignored.
 
     The training decides when to stop, and a worker that dies would end it.
     """

@@ -1,4 +1,5 @@
-"""Ground-truth masks as Detectron2 keeps them: polygons, exact at any scale, or bitmaps if an image has an RLE."""
+"""Ground-truth masks as Detectron2 keeps them: polygons, exact at any scale, or bitmaps if an image has an
+RLE."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,8 @@ def fill(polygons: Sequence[Polygon], height: int, width: int, api: Any) -> np.n
 
 
 def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
-    """Cut a polygon at 0 ... width, 0 ... height: none, one or several polygons (Detectron2's ``CropTransform``).
+    """Cut a polygon at 0 ... width, 0 ... height: none, one or several polygons (Detectron2's
+    ``CropTransform``).
 
     Raises:
         UserError: shapely is not installed.
@@ -85,7 +87,8 @@ def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int
     """A mask head's targets: masks ``index`` [P] under boxes [P, 4] -> [P, side, side] in {0, 1}, float.
 
     Args:
-        masks: of an image's objects. Bitmaps [M, H, W] are pooled by the aligned RoIAlign and thresholded at 1/2.
+        masks: of an image's objects. Bitmaps [M, H, W] are pooled by the aligned RoIAlign and thresholded at
+            1/2.
     """
     if isinstance(masks, Polygons):
         return masks.crop(index, boxes, side)

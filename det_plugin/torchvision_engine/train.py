@@ -42,8 +42,9 @@ HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, i
 
 
 def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = None) -> Path:
-    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``, ``predictions.json``,
-    ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished run is left as it is.
+    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``,
+    ``predictions.json``, ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished
+    run is left as it is.
 
     Args:
         resume: continue from the folder's checkpoint, if there is one. On the CPU a resumed run is bit-exact.
@@ -116,7 +117,8 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
 
 
 def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
-    """A run folder's last checkpoint as a detector on the CPU, its ``config.json``, and the iterations it was trained for.
+    """A run folder's last checkpoint as a detector on the CPU, its ``config.json``, and the iterations it was
+    trained for.
 
     Raises:
         UserError: no run, or no checkpoint.
@@ -132,7 +134,8 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
 def _loop(
     trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_iter: int, signals: StopSignals
 ) -> dict[str, Any]:
-    """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's metrics.
+    """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's
+    metrics.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
@@ -203,13 +206,15 @@ def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None
 
 
 def _lacks_evaluation(trainer: Trainer) -> bool:
-    """Whether a checkpoint still needs its evaluation: it was interrupted, or it is the last, which ``result.json`` needs."""
+    """Whether a checkpoint still needs its evaluation: it was interrupted, or it is the last, which
+    ``result.json`` needs."""
     is_written = is_logged(trainer.run.output, trainer.iteration - 1)
     return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 
 class Log:
-    """What the main process writes: metrics, speed, progress, checkpoints. Lines start at iteration ``first_line_it``."""
+    """What the main process writes: metrics, speed, progress, checkpoints. Lines start at iteration
+    ``first_line_it``."""
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
@@ -236,8 +241,8 @@ class Log:
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time spent waiting for
-        data, peak memory."""
+        """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time
+        spent waiting for data, peak memory."""
         self.metrics.write("metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}})
         if self.speed.done:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}

@@ -52,8 +52,9 @@ class Data:
 class Trainer:
     """Model, optimizer and iteration.
 
-    Mixed precision only applies on CUDA. With float16 the loss is scaled so that small gradients survive. A step whose scaled
-    gradients overflow changes no weights but counts as an iteration, as in Detectron2's AMPTrainer.
+    Mixed precision only applies on CUDA. With float16 the loss is scaled so that small gradients survive. A
+    step whose scaled gradients overflow changes no weights but counts as an iteration, as in Detectron2's
+    AMPTrainer.
 
     Raises:
         UserError: the batch cannot be shared; the weights do not fit.
@@ -75,7 +76,8 @@ class Trainer:
             self.ranks = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
-        """One iteration on this rank's share of the batch. Returns the losses, averaged over micro-batches and ranks, and lr.
+        """One iteration on this rank's share of the batch. Returns the losses, averaged over micro-batches
+        and ranks, and lr.
 
         Raises:
             FloatingPointError: a loss is not finite. The weights are those before the step.
@@ -126,7 +128,8 @@ def evaluate(
     output: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """COCO metrics of a split (only on the main process) and its predictions. Writes ``output/predictions.json``."""
+    """COCO metrics of a split (only on the main process) and its predictions. Writes
+    ``output/predictions.json``."""
     size = protocol.image_size_px
     predictions = predict(
         model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device, progress=progress
