@@ -111,9 +111,8 @@ def identity(cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | N
     settings = {
         **recipe(cfg, processes),
         "backbone_flags": dict(model_kwargs),  # the first name of the key; another changes every hash
-        "images_hash": hashlib.sha256(names.encode()).hexdigest()[
-            :12
-        ],  # tells runs on other data from seeds of one
+        # Tells runs on other data from seeds of one.
+        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
     }
     return {
         "config_hash": config_hash(settings),
