@@ -13,8 +13,7 @@ from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
-from pretrain.weights import check_fit
-from pretrain.weights import origin_of as weights_origin
+from pretrain.weights import check_fit, origin_of
 
 with detectron2_installed():
     from detectron2.modeling import Backbone, SimpleFeaturePyramid
@@ -22,15 +21,10 @@ with detectron2_installed():
 FEATURE = "last_feat"
 
 
-# Stock launchers hand an evaluator no model, and at the end of a long run the file may be gone. So each file's origin, and the
-# arguments of the ViT that was built from it, are kept for as long as this process lasts.
-_ORIGINS: dict[str, dict[str, Any]] = {}
-
-
-def origin_of(weights: str | Path) -> dict[str, Any]:
-    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all
-    arguments of the ViT, and what :func:`pretrain.weights.origin_of` gives."""
-    return _ORIGINS[str(weights)]
+# {file that a RegistryBackbone of this process was built from: "model_kwargs", all arguments of its ViT, and what
+# `pretrain.weights.origin_of` says}. Stock launchers hand an evaluator no model, and at the end of a long run the
+# file may be gone.
+ORIGINS: dict[str, dict[str, Any]] = {}
 
 
 class RegistryBackbone(Backbone):
@@ -70,8 +64,8 @@ class RegistryBackbone(Backbone):
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            origin = weights_origin(weights, model_kwargs.get("source"))
-            _ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
+            origin = origin_of(weights, model_kwargs.get("source"))
+            ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]

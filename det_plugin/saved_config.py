@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from det_plugin.backbone import origin_of
+from det_plugin.backbone import ORIGINS
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
@@ -82,7 +82,7 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
 
 
 def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
-    """What :func:`det_plugin.backbone.origin_of` said of a run's weights; none for random initialization.
+    """What :data:`det_plugin.backbone.ORIGINS` says of a run's weights; none for random initialization.
 
     Of a config that is not resolved, the backbone must have been built in this process.
     """
@@ -90,7 +90,7 @@ def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
     if origin is not None:
         return {key: value for key, value in OmegaConf.to_container(origin).items() if key != "given_kwargs"}  # type: ignore
     weights = cfg.model.backbone.net.weights
-    return None if weights is None else origin_of(weights)
+    return None if weights is None else ORIGINS[str(weights)]
 
 
 def classes_in(cfg: DictConfig) -> dict[int, str]:

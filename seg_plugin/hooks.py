@@ -71,7 +71,10 @@ class PosfieldRunHook(Hook):
                 "backbone: this config was saved by a run, for testing and resuming it; to train anew, give "
                 "model.backbone.weights (or take the config that the run was made from)"
             )
-        self.origin = _origin(backbone.weights, self.origin, given_model_kwargs(runner.cfg))
+        model_kwargs = self.origin["model_kwargs"] if self.origin else given_model_kwargs(runner.cfg)
+        if backbone.weights is not None or self.origin is None:  # otherwise it is what the saved config says
+            self.origin = origin_of(backbone.weights, model_kwargs.get("source"))
+        self.origin = {**self.origin, "model_kwargs": model_kwargs}
         self.identity = identity(runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size())
         self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
@@ -202,10 +205,3 @@ def _drop_validation(path: Path, iteration: int) -> None:
     told = [json.loads(line) for line in lines]
     kept = [line for line, of in zip(lines, told) if of["iteration"] != iteration or "loss" in of]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _origin(weights: str | None, saved: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's origin: its file's, or what the saved config says, or from scratch."""
-    model_kwargs = saved["model_kwargs"] if saved else model_kwargs
-    found = saved if weights is None and saved else origin_of(weights, model_kwargs.get("source"))
-    return {**found, "model_kwargs": model_kwargs}

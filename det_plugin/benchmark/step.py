@@ -23,10 +23,9 @@ with detectron2_installed():
     from detectron2.structures import Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
 
-WINDOWS = dict(window_size=WINDOW, global_blocks=GLOBAL_BLOCKS)
 OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
     "ours": {},
-    "ours_windowed": WINDOWS,
+    "ours_windowed": dict(window_size=WINDOW, global_blocks=GLOBAL_BLOCKS),
     "ours_checkpointed": dict(checkpointing=True),
     "ours_compiled": dict(compile=True),
 }
