@@ -1,7 +1,7 @@
 """Every number of the COCO fine-tuning protocol, once. Both engines read this file and no other.
 
-Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2", the paper's appendix;
-"Detectron2", its ViTDet configs; "ours" where neither says.
+Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2",
+the paper's appendix; "Detectron2", its ViTDet configs; "ours" where neither says.
 """
 
 from collections.abc import Mapping
@@ -183,7 +183,8 @@ def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> Det
 
 
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
+    run's]}``."""
     return differences(protocol(run.name, backbone), run)
 
 
@@ -197,7 +198,8 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
 
     Args:
         train_images: how many the run used, of its share; None: not known.
-        train_share: the run's own. If it is not the protocol's, it is a deviation already, so it is not counted twice.
+        train_share: the run's own. If it is not the protocol's, it is a deviation already, so it is not
+            counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
     found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}
