@@ -4,7 +4,6 @@ What a file is, its first bytes say. What is inside stays as it is: which tensor
 (:mod:`pretrain.weights.sources`) to say.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 from pretrain.weights import flax_file, torch_file
 from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 
@@ -122,11 +122,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     if check_regular(path) > MAX_JSON_BYTES:
         raise UserError(f"weights: {path} has more than {MAX_JSON_BYTES} bytes, no description of a network")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights: {path} is no readable JSON ({str(error)[:100]})") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path, "weights")
 
 
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

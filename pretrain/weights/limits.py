@@ -102,15 +102,15 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     for key, value in sides.items():
         needed = key not in ("n_registers", "pos_grid")
         if type(value) is not int or not needed <= value <= MAX_SIDE:
-            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r} is no size of a network")
+            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r:.60} is no size of a network")
     width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
     if width % sides["num_heads"]:
         raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
     if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
-        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r} is no size of a network")
+        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r:.60} is no size of a network")
     eps = model_kwargs.get("ln_eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r} is none of a norm")
+        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r:.60} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
     if n_wanted > 2 * n_stored + UNSTORED:

@@ -110,11 +110,6 @@ def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str
     activation = config.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in GELUS:
         raise UserError(f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}")
-    eps, heads = config.get("layer_norm_eps", 1e-6), config.get("num_attention_heads", 1)
-    if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(heads, int):
-        raise UserError(
-            f"weights: {file.path}: layer_norm_eps {eps!r}, num_attention_heads {heads!r} in config.json are no numbers of a ViT"
-        )
     kernel = state.get("patch_embed.proj.weight")
     if "patch_size" in config and kernel is not None and kernel.ndim == 4 and config["patch_size"] != kernel.shape[-1]:
         raise UserError(f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}")

@@ -80,9 +80,6 @@ def _arguments(file: Container) -> Mapping[str, Any]:
     arguments = file.config.get("model_args") or {}
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
         raise UserError(f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}")
-    heads = arguments.get("num_heads", 1)
-    if type(heads) is not int:
-        raise UserError(f"weights: {file.path}: num_heads {heads!r:.60} in config.json is no number of a ViT")
     sides = arguments.get("img_size", 0)
     if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
         raise UserError(f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
