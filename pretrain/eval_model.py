@@ -71,11 +71,8 @@ class EvalModel:
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
-        same = (before.config_hash, before.weights_hash) == (
-            self.settings_hash(protocol, settings),
-            file_hash(self.path),
-        )
-        return before if same else None
+        asked = self.settings_hash(protocol, settings), file_hash(self.path)
+        return before if (before.config_hash, before.weights_hash) == asked else None
 
     def write(
         self,
@@ -112,30 +109,17 @@ class EvalModel:
         return {"protocol": protocol, **built, **{name: pair[1] for name, pair in settings.items()}}
 
 
-def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that say which checkpoints, the same in every tool: those of :func:`open_models`."""
+def add_options(parser: argparse.ArgumentParser, required: bool = True, several: bool = True) -> None:
+    """The options that say which checkpoint, or which ``several``, the same in every tool: those of :func:`open_models`."""
     add = parser.add_argument
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=required,
-        default=[],
-        metavar="FILE",
-        help="any checkpoints, or run folders",
-    )
-    add(
-        "--names",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="of their methods, one each; else what the files say",
-    )
-    add(
-        "--source",
-        metavar="NAME",
-        help="whose files they all are (dino, mae, ...); else found out from each file",
-    )
+    if several:
+        add(
+            "--weights", type=Path, nargs="+", required=required, default=[], metavar="FILE", help="any checkpoints, or run folders"
+        )
+        add("--names", nargs="+", default=[], metavar="NAME", help="of their methods, one each; else what the files say")
+    else:
+        add("--weights", type=Path, required=required, metavar="FILE", help="any supported checkpoint, or the folder of a run")
+    add("--source", metavar="NAME", help="whose files they all are (dino, mae, ...); else found out from each file")
     add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
 

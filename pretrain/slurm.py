@@ -16,39 +16,46 @@ import runpy
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import submitit
+from pydantic import model_validator
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.settings import Settings, setting
 
 RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py")  # the tools that take --resume; any other starts from its beginning
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks SLURM for."""
+class Resources(Settings):
+    """What a job asks SLURM for; but for ``extra`` each is an option of tools/submit.py."""
 
-    nodes: int = 1
-    gpus: int = 8  # a node
-    ranks: int = 0  # a node; 0: one a GPU, or one alone without GPUs
-    hours: float = 24.0
-    cpus: int = 8  # a rank
-    mem_gb: float = 0.0  # a node; 0: the cluster's own
-    partition: str = ""
-    name: str = "posfield"
-    notice_s: int = 180  # between the signal and the time limit
-    max_timeouts: int = 20  # how often a job may come to its time limit; preemptions do not count
-    at_once: int = 256  # jobs of an array that run at a time
-    extra: Mapping[str, str | bool] = field(default_factory=dict)  # any option of sbatch
+    nodes: int = setting(1, "machines", source="ours", ge=1)
+    gpus: int = setting(8, "of a node; 0: the CPU", source="ours", ge=0)
+    ranks: int = setting(0, "tasks of a node; 0: one a GPU, or one alone without GPUs", source="ours", ge=0)
+    cpus: int = setting(8, "cores of a rank", source="ours", ge=1)
+    mem_gb: float = setting(0.0, "GB of a node; 0: the cluster's default", source="ours", ge=0)
+    hours: float = setting(24.0, "the time limit", source="ours", gt=0)
+    partition: str = setting("", "of the cluster", source="ours")
+    name: str = setting("", "of the job; empty: that of the tool", source="ours")
+    at_once: int = setting(256, "jobs of an array at a time", source="ours", ge=1)
+    notice_s: int = setting(180, "seconds between the signal to save and the time limit", source="ours", ge=0)
+    max_timeouts: int = setting(20, "time limits after which a job is put back; preemptions do not count", source="ours", ge=0)
+    extra: dict[str, str | bool] = setting(dict, "any option of sbatch", source="ours")
+
+    @model_validator(mode="after")
+    def _leaves_time(self) -> "Resources":
+        if not 60 * self.hours > self.notice_s / 60:
+            raise ValueError(f"hours={self.hours} is not longer than the notice of {self.notice_s} s")
+        return self
 
     @property
     def ranks_per_node(self) -> int:
@@ -178,7 +185,7 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
         cpus_per_task=resources.cpus,
         time=max(1, round(60 * resources.hours)),
         signal_delay_s=resources.notice_s,
-        array_parallelizm=resources.at_once,
+        array_parallelism=resources.at_once,
         wckey=None,  # submitit's own would be refused where a cluster checks them
         # A failed node or a preemption without grace: SLURM itself starts the job again.
         additional_parameters={"requeue": True, **resources.extra},

@@ -29,7 +29,7 @@ from pretrain.analysis.attention_statistics import BLOCK
 from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -111,9 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
-    for key in ("size", "max_images", "shown", "batch", "block"):
-        if getattr(options, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')}: {getattr(options, key)} is less than 1")
+    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options
 
 

@@ -21,7 +21,7 @@ import torch
 
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.images import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -55,9 +55,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes")
     options = parser.parse_args(arguments)
-    for name, least in (("draws", 1), ("size", 1), ("max_images", 2)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
+    at_least(options, draws=1, size=1, max_images=2)
     device = choose_device(options.device)
     subjects = models_of(options)
     for subject in subjects:

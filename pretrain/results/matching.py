@@ -14,7 +14,6 @@ Otherwise the names of the csv decide, and effective epochs that contradict the 
 
 import functools
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ def changed_settings(ablation: str) -> Mapping[str, Any]:
     """
     if not ablation:
         return {}
-    file = resources.files("pretrain").joinpath("recipes", "ablation", f"{ablation}.yaml")
-    with resources.as_file(file) as path:
-        values = read_yaml(Path(path)).values
+    values = read_yaml(Path(__file__).parents[1] / "recipes" / "ablation" / f"{ablation}.yaml").values
     return {
         key: plain(value) if isinstance(value, str) else [plain(item) for item in value]
         for key, value in flat({group: value for group, value in values.items() if group not in ("base", "run")}).items()

@@ -9,7 +9,7 @@ from pretrain.evaluation.dense.clustering import ClusteringSettings
 from pretrain.evaluation.dense.in_context import InContextSettings
 from pretrain.evaluation.dense.linear import LinearSettings
 from pretrain.results.schema import Protocol
-from pretrain.settings import Settings, as_dict, build, differences, read_words, replaced, split_words
+from pretrain.settings import Settings, build, differences, read_words, replaced, split_words
 
 VERSION = 1
 KNN = "knn"  # on a labeled folder; all others are on a set with a label a pixel
@@ -114,8 +114,3 @@ def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str,
         pairs = differences(type(used)(), used)
         changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEVIATION}
     return Protocol(name=name_of(set_name), version=VERSION, full=not changed, deviations=changed)
-
-
-def as_plain(settings: Mapping[str, Settings]) -> dict[str, Any]:
-    """Settings by task as what JSON holds, for hashes and files."""
-    return {task: as_dict(used) for task, used in settings.items()}

@@ -26,12 +26,12 @@ from pretrain.evaluation.dense.clustering import clustering
 from pretrain.evaluation.dense.in_context import in_context
 from pretrain.evaluation.dense.linear import linear
 from pretrain.evaluation.dense.long_work import check_signals
-from pretrain.evaluation.dense.protocol import KNN, TASKS, as_plain, deviations_of_data, name_of, protocol_of
+from pretrain.evaluation.dense.protocol import KNN, TASKS, deviations_of_data, name_of, protocol_of
 from pretrain.evaluation.features import Features
 from pretrain.progress import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib, provenance
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
-from pretrain.settings import compared
+from pretrain.settings import as_dict, compared
 from pretrain.signals import StopSignals
 
 Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
@@ -88,7 +88,7 @@ class Job:
             "training": subject.training,
             **{name: pair[1] for name, pair in self.others.items()},
             "seed": self.seed,
-            **as_plain({task: used for task, used in self.settings.items() if tasks is None or task in tasks}),
+            **{task: as_dict(used) for task, used in self.settings.items() if tasks is None or task in tasks},
         }
 
 
