@@ -21,9 +21,9 @@ with detectron2_installed():
 FEATURE = "last_feat"
 
 
-# {file that a RegistryBackbone of this process was built from: "model_kwargs", all arguments of its ViT, and what
-# `pretrain.weights.origin_of` says}. Stock launchers hand an evaluator no model, and at the end of a long run the
-# file may be gone.
+# {file that a RegistryBackbone of this process was built from: "model_kwargs", all arguments of its ViT, and
+# what `pretrain.weights.origin_of` says}. Stock launchers hand an evaluator no model, and at the end of a
+# long run the file may be gone.
 ORIGINS: dict[str, dict[str, Any]] = {}
 
 

@@ -95,7 +95,8 @@ class ResultEvaluator(COCOEvaluator):
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # Given the folder in the constructor, the base class would write the detections a second time, as a pickle.
+        # Given the folder in the constructor, the base class would write the detections a second time, as a
+        # pickle.
         self._output_dir: str | None = str(self.folder)
         super()._eval_predictions(predictions, img_ids)
         self._output_dir = None

@@ -100,7 +100,8 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
     """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
     n_global = options.global_blocks if options.window_size else len(vit.blocks)
     everywhere = global_blocks(len(vit.blocks), n_global)
-    # Drawn here, not in the blocks: a block that is computed again drops the same paths, and a compiled one draws nothing.
+    # Drawn here, not in the blocks: a block that is computed again drops the same paths, and a compiled one
+    # draws nothing.
     paths = vit.draw_paths([(len(tokens), 1)], tokens.device)  # [depth, 2, B, 1]
     run = _compiled(COMPILER) if options.compile else run_block
     for i, block in enumerate(vit.blocks):

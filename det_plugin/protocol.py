@@ -134,22 +134,23 @@ class DetectionProtocol(Settings):
         return self
 
 
-# Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others deviates.
+# Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others
+# deviates.
 TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 
-# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9, 26/27) as in 12 epochs
-# of all.
+# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9,
+# 26/27) as in 12 epochs of all.
 _TENTH: dict[str, Any] = dict(max_iters=2_220, milestones=(1_973, 2_138), train_share=0.1)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(max_iters=22_128, milestones=(19_667, 21_306)),  # B.2
     "coco-50ep": dict(max_iters=92_187, milestones=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(max_iters=184_375, milestones=(163_889, 177_546)),  # Detectron2
-    # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and learning rate are those
-    # of the full protocol, and the only evaluation is the last one. "frozen" tests the features as they are: only pyramid and
-    # heads learn, and the ViT runs as in evaluation.
+    # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and
+    # learning rate are those of the full protocol, and the only evaluation is the last one. "frozen" tests
+    # the features as they are: only pyramid and heads learn, and the ViT runs as in evaluation.
     "coco10pct-12ep": _TENTH,
     "coco10pct-frozen-12ep": dict(**_TENTH, freeze_backbone=True, drop_path=0.0),
 }

@@ -71,8 +71,9 @@ _CITYSCAPES = Layout(
     mask_suffix="_gtFine_labelTrainIds.png",  # of cityscapesScripts' createTrainIdLabelImgs
 )
 _IN_VOC = ("VOC2012", "VOCdevkit/VOC2012")
-# Folders and counts are from MMSegmentation's configs and the data sets' own descriptions. `voc_aug` has the masks of SBD, as
-# MMSegmentation's tools/dataset_converters/voc_aug.py writes them; where SBD has none, copy that of SegmentationClass there.
+# Folders and counts are from MMSegmentation's configs and the data sets' own descriptions. `voc_aug` has the
+# masks of SBD, as MMSegmentation's tools/dataset_converters/voc_aug.py writes them; where SBD has none, copy
+# that of SegmentationClass there.
 DATASETS = {
     "ade20k": Dataset("ade20k-160k", "ADE20KDataset", Layout(), (20_210, 2_000), ("ADEChallengeData2016",), "images/*/ADE_*"),
     "voc": Dataset("voc2012-40k", "PascalVOCDataset", _voc("SegmentationClass", "train"), (1_464, 1_449), _IN_VOC, "JPEGImages"),

@@ -102,7 +102,8 @@ class SegmentationProtocol(Settings):
         return self
 
 
-# Only ADE20K's is the paper's (B.3). The others are ours: its recipe with the lengths and sizes that are usual for each data set.
+# Only ADE20K's is the paper's (B.3). The others are ours: its recipe with the lengths and sizes that are
+# usual for each data set.
 _VOC = dict(max_iters=40_000, val_every=4_000, num_classes=21, reduce_zero_label=False)  # MMSegmentation: schedule_40k
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "ade20k-160k": {},

@@ -110,7 +110,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
-    # The run would meet a bad validation mask only after hours. CheckLabels meets a bad training mask in the first epoch.
+    # The run would meet a bad validation mask only after hours. CheckLabels meets a bad training mask in the
+    # first epoch.
     check_masks(data, "validation", run.protocol)
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
