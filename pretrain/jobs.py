@@ -242,6 +242,8 @@ def run_jobs(
     Returns:
         {name: ``done`` | ``left`` (there was no time) | ``failed``}.
     """
+    if n_at_once > 1:  # they share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     processes = processes or Processes()
     launch_command = launch or processes.launch
     until, took = time.monotonic() + seconds, dict[str, float]()

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import submitit
 from pydantic import model_validator
@@ -178,12 +177,15 @@ class Executor(submitit.SlurmExecutor):
 def slurm_executor(resources: Resources, folder: Path) -> Executor:
     """The executor of a job; ``folder`` gets logs and the job's file (%j: its number)."""
     executor = Executor(folder, max_num_timeout=resources.max_timeouts)
-    parameters: dict[str, Any] = dict(
+    executor.update_parameters(
         job_name=resources.name,
         nodes=resources.nodes,
         ntasks_per_node=resources.ranks_per_node,
         cpus_per_task=resources.cpus,
         time=max(1, round(60 * resources.hours)),
+        gpus_per_node=resources.gpus or None,
+        partition=resources.partition or None,
+        mem=f"{round(1024 * resources.mem_gb)}M" if resources.mem_gb else None,
         signal_delay_s=resources.notice_s,
         array_parallelism=resources.at_once,
         wckey=None,  # submitit's own would be refused where a cluster checks them
@@ -192,13 +194,6 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
         # Since SLURM 22.05 srun does not know what sbatch was told. A rank that dies takes the others along, which wait for it.
         srun_args=[f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
     )
-    if resources.gpus:
-        parameters["gpus_per_node"] = resources.gpus
-    if resources.partition:
-        parameters["partition"] = resources.partition
-    if resources.mem_gb:
-        parameters["mem"] = f"{round(1024 * resources.mem_gb)}M"
-    executor.update_parameters(**parameters)
     return executor
 
 

@@ -84,8 +84,6 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     for index, point in enumerate(points(run)):
         name = str(point.output.relative_to(Path(run.output) / POINTS))
         jobs[name] = [Stage("run", point.output, [*command, str(index)])]
-    if n_at_once > 1:  # they share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     started = Processes()
     gpus: list[list[str]] = [[]] * n_at_once if run.device == "cpu" else gpu_prefixes(n_at_once)
     with interruptible():

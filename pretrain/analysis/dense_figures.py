@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pretrain.analysis.figures import bare, forget, plain, save
 from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.images import resized
+from pretrain.data.label_sets.maps import nearest
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
@@ -173,7 +175,7 @@ def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | No
     scale = SIDE_PX / max(image.shape[:2])
     size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
     pixels = resized(image, size).permute(1, 2, 0).numpy() / 255
-    here = _at_size(labels, size)
+    here = nearest(labels, *size).numpy()
     table = np.zeros((int(here.max()) + 1, 3))
     for label, color in colors.items():
         if label < len(table):
@@ -183,16 +185,10 @@ def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | No
     colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
     mixed = SHARE * colored + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colors
     if outlined is not None:
-        edges = _edges(_at_size(outlined, size))
-        mixed[_widened(edges)] = 1.0
+        edges = _edges(nearest(outlined, *size).numpy())
+        mixed[cv2.dilate(edges.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0] = 1.0
         mixed[edges] = 0.0
     return mixed
-
-
-def _at_size(labels: Labels, size: tuple[int, int]) -> Labels:
-    """Nearest neighbors."""
-    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(size, labels.shape))
-    return labels[np.ix_(rows.astype(int), columns.astype(int))]
 
 
 def _edges(labels: Labels) -> NDArray[np.bool_]:
@@ -201,12 +197,6 @@ def _edges(labels: Labels) -> NDArray[np.bool_]:
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
     return edges
-
-
-def _widened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With the four neighbors of each pixel."""
-    wide = np.pad(mask, 1)
-    return wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
 
 
 # --- colors ----------------------------------------------------------------------------------------------------------
