@@ -94,25 +94,19 @@ def network_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
     """The file's flags, with the run's own on top; an override that contradicts the file is an error."""
     model_kwargs = {**checkpoint.model_kwargs, "mask_tokens": False}
-    width = SIZES.get(name.split("_")[1], model_kwargs)["embed_dim"]
-    if model_kwargs["embed_dim"] != width:
-        raise UserError(f"weights: {checkpoint.path} is {model_kwargs['embed_dim']} wide, but {name} is {width} wide")
+    usual = SIZES.get(name.split("_")[1], model_kwargs)
+    width, depth = model_kwargs["embed_dim"], model_kwargs["depth"]
+    if width != usual["embed_dim"]:
+        raise UserError(f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide")
     named, registers = re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0)  # a name without says nothing of them
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
-    _warn_of_depth(name, checkpoint, overrides)
+    if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual["depth"]:
+        told = f"{checkpoint.path} has {depth} blocks where {name} has {usual['depth']}"
+        warnings.warn(f"weights: {told}: blocks may be missing", stacklevel=3)
     for key, value in overrides.items():
         if key in model_kwargs and key not in RUN_KWARGS and model_kwargs[key] != value:
             raise UserError(
                 f"weights: {checkpoint.path} was made with {key}={model_kwargs[key]!r}, but {key}={value!r} is asked for"
             )
     return {**model_kwargs, **overrides}
-
-
-def _warn_of_depth(name: str, checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> None:
-    """Where a file's depth is only counted, one that lost its last blocks looks whole."""
-    depth, usual = checkpoint.model_kwargs["depth"], SIZES.get(name.split("_")[1], checkpoint.model_kwargs)["depth"]
-    if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual:
-        warnings.warn(
-            f"weights: {checkpoint.path} has {depth} blocks where {name} has {usual}: blocks may be missing", stacklevel=4
-        )

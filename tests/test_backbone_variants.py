@@ -23,7 +23,9 @@ VARIANTS = [
     for cls, norm, positions in itertools.product((True, False), (True, False), ("none", "standard", "field"))
     if (cls, norm, positions) != (True, True, "standard")
 ]
-EACH = pytest.mark.parametrize("model_kwargs", VARIANTS, ids=lambda f: f"cls{f['has_cls']:d}-norm{f['final_norm']:d}-{f['pos_encoding']}")
+EACH = pytest.mark.parametrize(
+    "model_kwargs", VARIANTS, ids=lambda f: f"cls{f['has_cls']:d}-norm{f['final_norm']:d}-{f['pos_encoding']}"
+)
 BARE = dict(has_cls=False, final_norm=False, pos_encoding="none")
 
 

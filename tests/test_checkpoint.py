@@ -269,7 +269,7 @@ def test_find_takes_what_is_asked_for(tmp_path):
         ("1", "it_00000001/meta.json"),
         (str(tmp_path / "run"), "it_00000002/meta.json.*it_00000001/meta.json"),
         (str(first.with_name("it_00000003.tmp")), r"it_00000003\.tmp was never finished"),
-        (str(tmp_path), "manifest.json is missing"),
+        (str(tmp_path), "manifest.json cannot be read as JSON"),
     ]:
         with pytest.raises(UserError, match=named):
             find(tmp_path / "run", which)

@@ -293,7 +293,7 @@ def test_what_is_asked_for_and_not_there(tmp_path):
     with pytest.raises(UserError, match="no object as difficult"):
         read_boxes(coco, no_hard=True)
     (coco / "annotations/instances_val2017.json").write_text("{")
-    with pytest.raises(UserError, match="no readable annotation file"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         read_boxes(coco)
 
 

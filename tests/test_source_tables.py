@@ -103,7 +103,7 @@ def test_damaged_tables_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*data-00001-of-00002\.arrow"):
         opened(saved)
     (saved / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*state\.json"):
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
         opened(saved)
     (saved / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"state\.json does not say _data_files"):

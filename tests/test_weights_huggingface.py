@@ -158,7 +158,7 @@ def edit_config(folder, **changes):
         (dict(hidden_act=["gelu"]), "activation"),
         (dict(use_swiglu_ffn=True), "SwiGLU"),
         (dict(model_type="beit"), "type 'beit'"),
-        (dict(layer_norm_eps="small"), "layer_norm_eps 'small'"),
+        (dict(layer_norm_eps="small"), "ln_eps of 'small'"),
         (dict(num_attention_heads=5), "5 heads"),
         (dict(patch_size=14), "config.json says 14"),
     ],

@@ -7,8 +7,7 @@ it takes to hand batches over to the trainer's process, a copy in shared memory,
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +30,8 @@ QUALITY = 90
 def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8) -> dict[str, Any]:
     """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their ratios.
 
+    torch and OpenCV are left on one thread.
+
     Args:
         rounds: turns of each contender; figures are medians over them.
         images_a_turn: images that a turn makes.
@@ -42,7 +43,10 @@ def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str
         the device path: decoding, draws, collation) and ``device_render`` (its crops, batched on ``device``; by the clock);
         ``cpu_ratio``: CPU path over torchvision; ``device_worker_ratio``: time of a worker over that of decoding.
     """
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    keep_memory()  # as in a worker
+    with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         contenders = build_contenders(folder, images_a_turn)
         seconds = take_turns(contenders, rounds, images_a_turn)
@@ -62,20 +66,6 @@ def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str
         "rounds": rounds,
         "images_a_turn": images_a_turn,
     }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch and OpenCV on one thread, with memory kept as in a worker."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    keep_memory()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
 
 
 def write_photographs(folder: Path) -> None:

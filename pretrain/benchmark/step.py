@@ -63,15 +63,17 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
             if turn >= WARM_UP:
                 seconds[method].append((time.perf_counter() - started) / steps_a_turn)
                 if device.type == "cuda":
-                    other = held - tensors_mib(trainer)
-                    peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - other)
+                    own = sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20  # networks, centers, moments
+                    peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - (held - own))
+    with trainer.autocast:
+        precision = product_dtype(torch.zeros((), dtype=trainer.dtype, device=device))
     ratios = [a / b for a, b in zip(seconds["intertwined"], seconds["dinov2"])]
     return {
         "method_over_baseline": round(median(ratios), 3),
         "turns": [round(ratio, 3) for ratio in ratios],
         "backbone": backbone,
         "batch_size": batch_size,
-        "precision": resolved_precision(runs["dinov2"][0]),
+        "precision": str(precision).removeprefix("torch."),
         "device": str(device),
         "threads": torch.get_num_threads(),
         **{
@@ -80,12 +82,6 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
             for method, (trainer, _) in runs.items()
         },
     }
-
-
-def resolved_precision(trainer: Trainer) -> str:
-    """In which numbers a step's products run."""
-    with trainer.autocast:
-        return str(product_dtype(torch.zeros((), dtype=trainer.dtype, device=trainer.device))).removeprefix("torch.")
 
 
 def resident(batch: Batch, device: torch.device) -> Batch:
@@ -99,11 +95,6 @@ def start_peak(device: torch.device) -> float:
         return 0.0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device) / 2**20
-
-
-def tensors_mib(trainer: Trainer) -> float:
-    """MiB of what a trainer holds between steps: networks, centers, moments."""
-    return sum(t.numel() * t.element_size() for t in trainer.tensors().values()) / 2**20
 
 
 def unfrozen_length() -> Length:

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.checkpoints.store import MANIFEST, META, Record, directory, read_json, verify, whole_directories
-from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_tensors
+from pretrain.checkpoints.store import MANIFEST, META, Record, directory, verify, whole_directories
+from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_pieces
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 LAYOUTS = {"single": STATE, "sharded": INDEX}
 
@@ -35,7 +37,11 @@ class Found:
         Raises:
             UserError: names the file that cannot be read as tensors.
         """
-        return read_tensors(self.path, self.contents())
+        entries = self.contents()
+        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+        for name, piece, values in read_pieces(self.path, entries):
+            tensors[name][piece.slices].copy_(values)
+        return tensors
 
 
 def open_checkpoint(path: Path) -> Found:
@@ -47,7 +53,7 @@ def open_checkpoint(path: Path) -> Found:
     if not path.is_dir():
         raise UserError(f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read")
     records = verify(path)
-    meta = read_json(path / META)
+    meta = read_json(path / META, "checkpoint")
     iteration, layout = meta.get("iteration"), meta.get("layout")
     if not isinstance(iteration, int) or not isinstance(layout, str) or LAYOUTS.get(layout) not in records:
         raise UserError(f"checkpoint: {path / META} names no iteration, or no layout whose files are there")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
@@ -122,23 +123,6 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON mapping in a file.
-
-    Raises:
-        UserError: names the file that is missing or holds no JSON mapping.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint: {path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint: {path} cannot be read ({type(error).__name__})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"checkpoint: {path} holds no mapping")
-    return values
-
-
 def verify(path: Path) -> dict[str, Record]:
     """Compare every file of a checkpoint with its manifest; returns the records.
 
@@ -147,7 +131,7 @@ def verify(path: Path) -> dict[str, Record]:
     """
     if path.suffix == ".tmp":
         raise UserError(f"checkpoint: {path} was never finished")
-    manifest = read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST, "checkpoint")
     records = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(records, dict) or META not in records:
         raise UserError(f"checkpoint: {path / MANIFEST} is no manifest of format {FORMAT}")

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pretrain.checkpoints.store import Record, read_json, record_of, sync_file
+from pretrain.checkpoints.store import Record, record_of, sync_file
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 STATE, INDEX = "state.safetensors", "index.json"
 # Names of the safetensors format.
@@ -143,7 +144,7 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
 def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
     """``index.json`` of a sharded checkpoint. It may say anything: inconsistent entries are rejected."""
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
-    for name, values in read_json(path / INDEX).items():
+    for name, values in read_json(path / INDEX, "checkpoint").items():
         try:
             pieces = tuple(Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"])) for p in values["pieces"])
             entry = Entry(DTYPES[values["dtype"]], _ints(values["shape"]), pieces)
@@ -187,11 +188,3 @@ def read_pieces(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str,
         with opened(path / name_of_file) as file:
             for name, piece in items:
                 yield name, piece, read_piece(file, piece, entries[name].dtype)
-
-
-def read_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU."""
-    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-    for name, piece, values in read_pieces(path, entries):
-        tensors[name][piece.slices].copy_(values)
-    return tensors

@@ -5,7 +5,6 @@ last one, so 1 is taken off the first corner; objects that are difficult or trun
 COCO's crowds never count, and its boxes are rounded to whole pixels.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.label_sets.listing import listed_stems
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 MAX_XML_BYTES = 2**22
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -142,15 +142,12 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: no readable annotation file ({error})") from error
+    content = read_json(file, "data")
     for key in ("images", "annotations"):
-        entries = content.get(key) if isinstance(content, dict) else None
+        entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{file}: {key!r} is no list of objects")
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:

@@ -19,6 +19,16 @@ from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.layout import registry_name
 
 UNKNOWN = "unknown"
+FRONT_MATTER = """---
+library_name: {library}
+pipeline_tag: image-feature-extraction
+tags:
+- image-feature-extraction
+- vision-transformer
+- posfield
+# license: for whoever publishes these weights to state
+---
+"""
 INTRODUCTION = (
     "A Vision Transformer backbone for image features, without a head. Written by posfield; what the weights do not say of "
     "themselves is given as unknown."
@@ -82,8 +92,7 @@ def model_card(
         "Limits": _limits(vit, size, told),
     }
     lines = [
-        *_front_matter(usage.library),
-        "",
+        FRONT_MATTER.format(library=usage.library),
         f"# {_architecture(vit)}, {method}",
         "",
         INTRODUCTION,
@@ -93,12 +102,6 @@ def model_card(
     for title, content in sections.items():
         lines += ["", f"## {title}", "", *content]
     return "\n".join(lines) + "\n"
-
-
-def _front_matter(library: str) -> list[str]:
-    tags = [f"- {tag}" for tag in ("image-feature-extraction", "vision-transformer", "posfield")]
-    license = "# license: for whoever publishes these weights to state"
-    return ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction", "tags:", *tags, license, "---"]
 
 
 def _loading(usage: Usage, size: Size, difference: float) -> list[str]:

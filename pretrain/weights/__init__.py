@@ -1,4 +1,4 @@
-"""Checkpoints: what a file holds, and the one entry that reads any of the supported sources."""
+"""Files of weights: what one holds, and the one function that reads any supported source."""
 
 from pretrain.weights.checkpoint import Checkpoint
 from pretrain.weights.read import backbone_name, check_fit, load_into, origin_of, read_checkpoint, source_names

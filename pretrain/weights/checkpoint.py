@@ -1,4 +1,5 @@
-"""What every source gives: a file's tensors under our names, and the flags of the network that they belong to."""
+"""What every source returns: a file's tensors under our names, and the arguments of the network that they
+belong to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ class Checkpoint:
 
     Attributes:
         state: {our name: tensor}, on the CPU.
-        flags: arguments of :class:`pretrain.backbones.vit.ViT`, all of them that the file determines.
-        backbone: registry name, where the file or its shapes say it.
-        provenance: JSON values that later stages report: ``source`` (a name of :data:`pretrain.weights.sources.SOURCES`),
-            ``method`` (as tables write it), ``effective_epochs`` where the file itself says so, ...
-        depth_is_counted: nothing but the highest number of a block says the depth; a file that lost its last blocks looks whole.
+        model_kwargs: the arguments of :class:`pretrain.backbones.vit.ViT` that the file determines.
+        backbone: registry name, if the file or its shapes tell it.
+        provenance: JSON values that later stages report: ``source`` (a name of
+            :data:`pretrain.weights.sources.SOURCES`), ``method`` (as tables write it), ``effective_epochs``
+            if the file says it, ...
+        depth_is_counted: only the highest block number tells the depth, so a file that lost its last blocks
+            looks whole.
     """
 
     path: Path

@@ -1,10 +1,10 @@
-"""Open a file of weights without running anything in it: safetensors, torch's or Flax's, or a folder that holds one.
+"""Open a file of weights without running anything in it: safetensors, torch's or Flax's, or a folder that
+holds one.
 
-What a file is, its first bytes say. What is inside stays as it is: which tensors they are is for the sources
-(:mod:`pretrain.weights.sources`) to say.
+The first bytes tell the format. The content stays as it is: the sources (:mod:`pretrain.weights.sources`)
+interpret it.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 from pretrain.weights import flax_file, torch_file
 from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 
-WRAPPERS = ("state_dict", "model")  # of a flat state dict, in files that hold no more than that
+WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
 IN_FOLDER = (
     "model.safetensors",
@@ -27,7 +28,7 @@ IN_FOLDER = (
     "pytorch_model.bin" + INDEX,
     "backbone.safetensors",
 )
-DESCRIBED = (".safetensors", ".bin", INDEX)  # files that may have a config.json beside them; one beside a .pth is another's
+DESCRIBED = (".safetensors", ".bin", INDEX)  # a config.json beside them is theirs; beside a .pth it is not
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Container:
     """An opened file.
 
     Attributes:
-        path: what the user named, a file or a folder.
-        tree: what the file holds: a flat state dict, or nested dictionaries of such and of plain values.
+        path: the file or folder that the user named.
+        tree: the content: a flat state dict, or nested dictionaries of state dicts and plain values.
         metadata: of a safetensors file.
         config: ``config.json`` (Hugging Face, timm's hub) beside the weights, or empty.
         preprocessor: ``preprocessor_config.json`` beside the weights, or empty.
@@ -49,7 +50,8 @@ class Container:
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
 
     def tensors(self, *wrappers: str) -> dict[str, Tensor] | None:
-        """The flat state dict under one of these keys (the first there is), else at the top; none if there is no such thing."""
+        """The flat state dict under the first of these keys that exists, else the one at the top; None if
+        there is neither."""
         for key in wrappers:
             if is_state(self.tree.get(key)):
                 return dict(self.tree[key])
@@ -57,12 +59,12 @@ class Container:
 
     @property
     def flat(self) -> dict[str, Tensor]:
-        """The state dict of a file that holds only one, wrapped or not; empty for any other file."""
+        """The only state dict of a file, wrapped or not; empty for any other file."""
         return self.tensors(*WRAPPERS) or {}
 
 
 def is_state(content: Any) -> bool:
-    """Whether this is a non-empty dictionary of names and tensors."""
+    """Whether this is a dictionary of names and tensors that is not empty."""
     if not isinstance(content, Mapping) or not content:
         return False
     return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
@@ -72,7 +74,8 @@ def open_container(path: str | Path) -> Container:
     """Open ``path`` on the CPU: a file, or a folder as Hugging Face's ``save_pretrained`` leaves it.
 
     Raises:
-        UserError: no such file, unreadable, not of plain tensors, or beyond the bounds of :mod:`pretrain.weights.limits`.
+        UserError: the file is missing, unreadable, holds more than plain tensors, or exceeds
+            :mod:`pretrain.weights.limits`.
     """
     path = Path(path)
     file = _weights_in(path) if path.is_dir() else path
@@ -98,7 +101,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """One file's content, and its metadata."""
+    """The content of one file, and its metadata."""
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -117,16 +120,12 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A dictionary; empty without the file."""
+    """The dictionary in the file; empty without a file."""
     if not path.exists():
         return {}
     if check_regular(path) > MAX_JSON_BYTES:
         raise UserError(f"weights: {path} has more than {MAX_JSON_BYTES} bytes, no description of a network")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights: {path} is no readable JSON ({str(error)[:100]})") from error
-    return content if isinstance(content, dict) else {}
+    return read_json(path, "weights")
 
 
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,7 +134,7 @@ def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except Exception as error:  # SafetensorError, OSError; and where torch takes a type that it does not have, any
+    except Exception as error:  # SafetensorError, OSError; for a type that torch does not have, any
         reason = error if isinstance(error, SafetensorError | OSError) else type(error).__name__
         raise UserError(f"weights: {path} is no readable safetensors file ({str(reason)[:200]})") from error
 
@@ -146,7 +145,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors of all parts that an index names, each part in the same folder; and the bytes of the parts."""
+    """The tensors of all parts that an index names in its own folder, and the bytes of the parts."""
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) and _is_plain(name) for name in places.values()):
         raise UserError(f"weights: {index} names no files of its own folder")

@@ -1,4 +1,5 @@
-"""A learned grid of positions as a position field, so that a public network can be trained on with crop-tied positions (ours)."""
+"""Turn a learned grid of positions into a position field, so that a public network can continue with
+crop-tied positions (ours)."""
 
 import math
 import warnings
@@ -12,16 +13,19 @@ from pretrain.backbones.position import FIELD_INTERPOLATIONS, axis_weights, patc
 from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
-# Least samples of a field for each cell of its grid. With fewer, the finest waves of the grid fall between the samples: to meet
-# them at the patches, the field overshoots elsewhere, 50 times at one sample a cell and never twice from here on.
+# Fewest samples of a field for each cell of its grid. With fewer, the finest waves of the grid fall between
+# the samples. The field then overshoots elsewhere to meet them at the patches: by a factor of 50 at one
+# sample a cell, by less than 2 from here on.
 SAMPLES_A_CELL = Fraction(4, 3)
 
 
 def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") -> Tensor:
-    """A [F, G], float64: the samples of a field along one axis from the cells of a grid, which R reads back exactly, R A = 1.
+    """A [F, G], float64: maps the cells of a grid to the samples of a field along one axis. Reading the field
+    gives them back.
 
-    R [G, F] reads the field at the centers of G patches (:func:`pretrain.backbones.position.axis_weights`). A smooth resampling S
-    of the cells, bicubic with replicated borders, is nearly its inverse; the least change makes it one: A = S + R^+ (1 - R S).
+    R [G, F] reads the field at the centers of G patches (:func:`pretrain.backbones.position.axis_weights`). A
+    smooth resampling S of the cells, bicubic with replicated borders, is nearly its inverse. The smallest
+    change makes it one: A = S + R^+ (1 - R S), so that R A = 1.
     """
     zero = torch.zeros(1, dtype=torch.float64)
     read = axis_weights(patch_centers(zero, zero + 1, n_cells)[0], n_samples, interpolation)
@@ -32,17 +36,19 @@ def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") 
 
 
 def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = "bicubic") -> Checkpoint:
-    """The same network with its learned grid of positions as a field; one that has a field already stays as it is.
+    """The same network with a position field in place of its learned grid. A network that has a field stays
+    as it is.
 
-    On whole images of the grid's own size it is the same function. Elsewhere the field is a smooth continuation, as every rule by
-    which grids are resampled, but no public one: those differ from each other, too.
+    The function is the same on whole images of the grid's own size. At other sizes the field continues the
+    grid smoothly. It equals no public rule for resampling grids; those differ from each other, too.
 
     Args:
-        size: F, samples a side of the field.
-        interpolation: by which the field is read, ``bicubic`` | ``bilinear``.
+        size: F, samples per side of the field.
+        interpolation: how the field is read, ``bicubic`` | ``bilinear``.
 
     Raises:
-        UserError: no positions; a field too small for the grid; an interpolation that fields do not have.
+        UserError: the network has no positions; the field is too small for the grid; fields have no such
+            interpolation.
     """
     model_kwargs, path = checkpoint.model_kwargs, checkpoint.path
     encoding = model_kwargs.get("pos_encoding", "standard")

@@ -1,7 +1,8 @@
-"""Flax's checkpoints (msgpack with arrays as an extension type), read without Flax or JAX.
+"""Read Flax's checkpoints (msgpack with arrays as an extension type) without Flax or JAX.
 
-Format: flax.serialization. An array is extension 1 (a NumPy scalar 3): msgpack of (shape, name of the dtype, bytes, row-major); a
-native complex is 2. An array of more than 2^30 bytes is a dictionary that says ``__msgpack_chunked_array__``.
+Format: flax.serialization. An array is extension 1, a NumPy scalar 3: msgpack of (shape, name of the dtype,
+row-major bytes). A native complex number is 2. An array of more than 2^30 bytes is a dictionary with the key
+``__msgpack_chunked_array__``.
 """
 
 import math
@@ -16,11 +17,11 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.weights.limits import MAX_DEPTH, MAX_ITEMS
 
-STARTS = frozenset([*range(0x81, 0x90), 0xDE, 0xDF])  # first byte of a map that is not empty
+STARTS = frozenset([*range(0x81, 0x90), 0xDE, 0xDF])  # the first byte of a map that is not empty
 NDARRAY, COMPLEX, SCALAR = 1, 2, 3
 CHUNKED = "__msgpack_chunked_array__"
-SKIPPED = ("opt_state", "optimizer")  # half of a training state, and never read
-LONGEST = {"max_array_len": 1 << 10, "max_map_len": 1 << 16}  # msgpack makes room for what a file declares
+SKIPPED = ("opt_state", "optimizer")  # half of a training state; never read
+LONGEST = {"max_array_len": 1 << 10, "max_map_len": 1 << 16}  # msgpack allocates what a file declares
 MAX_LEAF_BYTES = 2**31 - 1  # msgpack's own
 DTYPES = {
     name: getattr(torch, name)
@@ -29,10 +30,10 @@ DTYPES = {
 
 
 def read_flax_file(path: Path) -> dict[str, Any]:
-    """Nested dictionaries of tensors and plain values, without the optimizer's.
+    """Nested dictionaries of tensors and plain values, without those of the optimizer.
 
     Raises:
-        UserError: damaged, or of arrays that are not what they declare.
+        UserError: the file is damaged, or an array is not what it declares.
     """
     tree: dict[str, Any] = {}
     try:
@@ -63,7 +64,7 @@ def read_flax_file(path: Path) -> dict[str, Any]:
 
 
 class _Items:
-    """Counts what is unpacked: an empty dictionary is one byte in a file and 60 in memory."""
+    """Counts the unpacked items: an empty dictionary takes one byte in a file and 60 in memory."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -92,7 +93,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 
 def _whole(item: Any, depth: int = 0) -> Any:
-    """A tree with the arrays in one piece."""
+    """The tree with each chunked array in one piece."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if not isinstance(item, Mapping):

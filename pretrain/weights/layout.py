@@ -1,4 +1,5 @@
-"""What the sources share: prefixes of keys, and the flags of a plain ViT read off the shapes of its tensors."""
+"""What the sources share: prefixes of keys, and the arguments of a plain ViT as the shapes of its tensors
+tell them."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
 
 def strip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose key begins with ``prefix``, without it; the others are left out."""
+    """The tensors whose key begins with ``prefix``, under the rest of the key."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -31,23 +32,25 @@ def grid_side(n_positions: int) -> int:
 
 
 def registry_name(width: int, n_registers: int = 0) -> str | None:
-    """``vit_small_patch16``, ``..._reg4``: the name whose sizes the shapes are of, if one is registered."""
+    """``vit_small_patch16``, ``..._reg4``: the registered name of this width, if there is one."""
     if width not in WIDTHS:
         return None
     return f"vit_{WIDTHS[width]}_patch16" + ("_reg4" if n_registers == 4 else "")
 
 
 def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str, **model_kwargs: Any) -> Checkpoint:
-    """A checkpoint from a state dict under our names; flags that the shapes tell are read off them.
+    """A checkpoint from a state dict under our names; the shapes tell most arguments of the ViT.
 
     Args:
-        state: ``patch_embed.proj.*``, ``blocks.*``; and if there are any ``norm.*``, ``ls1/2.gamma``, ``cls_token`` [1, 1, D],
-            ``reg_token`` [1, R, D], ``pos_embed`` [1, (1 +) G * G, D] with a row for [CLS] exactly when there is a ``cls_token``.
+        state: ``patch_embed.proj.*``, ``blocks.*``; and if there are any ``norm.*``, ``ls1/2.gamma``,
+            ``cls_token`` [1, 1, D], ``reg_token`` [1, R, D], ``pos_embed`` [1, (1 +) G * G, D] with a row for
+            [CLS] exactly when there is a ``cls_token``.
         source, method: for the provenance.
-        flags: what shapes do not tell (``gelu``, ``ln_eps``, ``pos_interpolation``, ...), or overrides of what they do.
+        model_kwargs: what shapes do not tell (``gelu``, ``ln_eps``, ``pos_interpolation``, ...), or what
+            overrides them.
 
     Raises:
-        UserError: tensors that no ViT can do without are absent, or have shapes that fit no ViT; by name.
+        UserError: names a tensor that every ViT needs and that is absent, or of a shape that fits no ViT.
     """
     read_as = f"weights: {path}, read as {source}"
     kernel = _shaped(state, "patch_embed.proj.weight", 4, read_as)
@@ -89,7 +92,7 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
 
 
 def only_network(path: Path, source: str, subnet: str | None) -> None:
-    """Raises UserError: one of several networks is asked for of a file that holds one, and does not say which."""
+    """Raises UserError if a network is asked for by name: the file holds one network without a name."""
     if subnet is not None:
         raise UserError(
             f"weights: {path}, read as {source}: subnet {subnet} is not there; the file holds one network without a name"
@@ -97,7 +100,7 @@ def only_network(path: Path, source: str, subnet: str | None) -> None:
 
 
 def _shaped(state: Mapping[str, Tensor], key: str, n_dims: int, read_as: str) -> Tensor:
-    """A tensor that a ViT cannot do without, of as many dimensions as it has there."""
+    """A tensor that every ViT has, with this number of dimensions."""
     if key not in state:
         raise UserError(f"{read_as}: no tensor {key}")
     if state[key].ndim != n_dims:

@@ -1,4 +1,5 @@
-"""What a file of weights may ask for: bounds far above any honest file, so that a hostile one costs neither memory nor time."""
+"""Bounds on what a file of weights may ask for. They lie far above any honest file and keep a hostile one
+cheap."""
 
 import os
 import stat
@@ -30,7 +31,7 @@ def check_regular(path: Path) -> int:
     """Size of a file in bytes.
 
     Raises:
-        UserError: it is not there, cannot be looked at, is no regular file, or empty.
+        UserError: the file is missing, cannot be examined, is not regular, or is empty.
     """
     try:
         found = os.stat(path)
@@ -46,10 +47,11 @@ def check_regular(path: Path) -> int:
 
 
 def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
-    """Hold every tensor of a tree against what its file can hold, whatever shape it declares.
+    """Compare every tensor of a tree with what its file can hold, whatever shape it declares.
 
     Raises:
-        UserError: a tensor without a printable name, sparse, quantized, or larger than its storage; too many views of one storage.
+        UserError: a tensor has no printable name, is sparse, quantized or larger than its storage; too many
+            views share a storage.
     """
     total, seen = 0, {id(tree)}
     left: list[tuple[str, int, Any]] = [("", 0, tree)]
@@ -80,7 +82,8 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """A checkpoint's tensors in float32.
 
     Raises:
-        UserError: names a tensor that holds integers, NaN or infinity; flags of a network that is larger than the file.
+        UserError: names a tensor that holds integers, NaN or infinity; the arguments build a network larger
+            than the file.
     """
     state = {}
     for key, value in checkpoint.state.items():
@@ -94,7 +97,8 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
-    """Flags come from the file's metadata or its keys: without a bound they would build a network of any size."""
+    """The arguments come from the file's metadata or keys: without a bound they could build a network of any
+    size."""
     model_kwargs = checkpoint.model_kwargs
     if not isinstance(model_kwargs, Mapping):
         raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
@@ -102,15 +106,15 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     for key, value in sides.items():
         needed = key not in ("n_registers", "pos_grid")
         if type(value) is not int or not needed <= value <= MAX_SIDE:
-            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r} is no size of a network")
+            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r:.60} is no size of a network")
     width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
     if width % sides["num_heads"]:
         raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
     if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
-        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r} is no size of a network")
+        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r:.60} is no size of a network")
     eps = model_kwargs.get("ln_eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r} is none of a norm")
+        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r:.60} is none of a norm")
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
     if n_wanted > 2 * n_stored + UNSTORED:

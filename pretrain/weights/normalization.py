@@ -1,4 +1,4 @@
-"""Pixels of another normalization: the difference folded into the patch projection, so that every backbone takes ImageNet's."""
+"""Fold another pixel normalization into the patch projection, so that every backbone takes ImageNet's."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,17 +15,19 @@ BIAS = "patch_embed.proj.bias"
 
 
 def with_imagenet_pixels(checkpoint: Checkpoint, mean: Any, std: Any) -> Checkpoint:
-    """The same features from pixels normalized with ImageNet's mean and standard deviation (m, s) as from (``mean``, ``std``).
+    """A network that takes pixels normalized with ImageNet's mean m and deviation s, and gives the same
+    features.
 
-    Of one pixel p the network was shown (p - mean) / std = (x s + m - mean) / std, with x = (p - m) / s, so that
-    W' = W s / std for each channel and b' = b + sum W (m - mean) / std. It is exact wherever an image has pixels.
+    The network was trained on (p - mean) / std = (x s + m - mean) / std, with x = (p - m) / s. Hence W' = W s
+    / std for each channel and b' = b + sum W (m - mean) / std. This is exact wherever an image has pixels
+    (not in its padding).
 
     Args:
         checkpoint: with ``patch_embed.proj`` [D, 3, p, p].
-        mean, std: of red, green, blue in [0, 1]; one number stands for all three.
+        mean, std: those of its training, for red, green, blue in [0, 1]; one number stands for all three.
 
     Raises:
-        UserError: no three numbers, or a deviation that is not positive.
+        UserError: these are not three numbers, or a deviation is not positive.
     """
     means, stds = (_channels(checkpoint, value, name) for value, name in ((mean, "mean"), (std, "standard deviation")))
     if min(stds) <= 0:

@@ -1,4 +1,5 @@
-"""Patches of another size: the patch projection resampled by a pseudo-inverse (FlexiViT, Beyer et al., 2023, section 3.4)."""
+"""Change the patch size: resample the patch projection by a pseudo-inverse (FlexiViT, Beyer et al., 2023,
+section 3.4)."""
 
 from dataclasses import replace
 
@@ -13,15 +14,17 @@ KERNEL = "patch_embed.proj.weight"
 
 
 def resize_matrix(old_px: int, new_px: int) -> Tensor:
-    """R [new^2, old^2], float64: the bicubic (antialiased) resize of a patch of ``old_px`` to ``new_px`` pixels a side."""
+    """R [new^2, old^2], float64: the bicubic (antialiased) resize of a patch of ``old_px`` to ``new_px``
+    pixels a side."""
     units = torch.eye(old_px**2, dtype=torch.float64).view(-1, 1, old_px, old_px)
     return F.interpolate(units, size=(new_px, new_px), mode="bicubic", antialias=True).flatten(1).T
 
 
 def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
-    """The kernel v that responds to a resized patch R x as ``kernel`` w does to x.
+    """The kernel v that responds to a resized patch R x as the kernel w responds to x.
 
-    v = (R^T)^+ w minimizes the error of <R x, v> = <x, w> over all x; for ``new_px`` at least the old size it is exact.
+    v = (R^T)^+ w minimizes the error of <R x, v> = <x, w> over all x. It is exact if ``new_px`` is at least
+    the old size.
 
     Args:
         kernel: [D, C, p, p].
@@ -38,7 +41,8 @@ def resize_kernel(kernel: Tensor, new_px: int) -> Tensor:
 
 
 def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
-    """The same network for patches of ``new_px`` pixels; its grid of positions stays, to be resampled as ever."""
+    """The same network for patches of ``new_px`` pixels. Its grid of positions stays and is resampled as
+    usual."""
     old_px = checkpoint.model_kwargs["patch_size"]
     if new_px < 1:
         raise UserError(f"patch_size: {new_px} px is no patch")

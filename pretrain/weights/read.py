@@ -1,7 +1,7 @@
-"""Read any supported file of weights: find out whose it is, and give its tensors under our names.
+"""Read any supported file of weights: find its source, and give its tensors under our names.
 
-Nothing in a file is executed, and nothing in it is dropped silently: a tensor that is missing, left over or of another shape is an
-error that names it.
+Nothing in a file is executed. Nothing is dropped silently: a tensor that is missing, left over or of another
+shape is an error that names it.
 """
 
 import json
@@ -20,8 +20,8 @@ from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, sound
 from pretrain.weights.sources import SOURCES, Match, Source, unsupported
 
-TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # of a file's provenance, what tables and cards repeat
-TRAINING_ONLY = ("mask_token", "pos_mask_token")  # read by pre-training and position probes, dropped elsewhere
+TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # what tables and cards repeat
+TRAINING_ONLY = ("mask_token", "pos_mask_token")  # pre-training and position probes read them; dropped elsewhere
 
 
 def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | None = None) -> Checkpoint:
@@ -29,12 +29,12 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
 
     Args:
         path: a file, or a folder as Hugging Face's ``save_pretrained`` leaves it.
-        source: a name of :data:`pretrain.weights.sources.SOURCES`; none: found out from the file.
-        subnet: ``teacher`` | ``student``, where the file holds both; none: the one that its method evaluates.
+        source: a name of :data:`pretrain.weights.sources.SOURCES`; None: the file tells it.
+        subnet: ``teacher`` | ``student``, if the file holds both; None: the one that its method evaluates.
 
     Raises:
-        UserError: no such file, unreadable, of no supported layout, of an architecture that is not a plain ViT, or of numbers that
-            are no weights (integers, NaN, infinity).
+        UserError: the file is missing, unreadable, of no supported layout or of an architecture that is not a
+            plain ViT, or its numbers are no weights (integers, NaN, infinity).
     """
     if subnet not in (None, "teacher", "student"):
         raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
@@ -50,7 +50,8 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
 
 
 def _exported(file: Container) -> dict[str, Any]:
-    """What an export of ours (:mod:`pretrain.export`) says of its weights: its class alone may be DINOv2's, and it none."""
+    """What an export of ours (:mod:`pretrain.export`) says about its weights; their layout may be that of
+    another source."""
     try:
         told = json.loads(file.metadata.get("posfield", "{}"))["provenance"]
         return {key: value for key, value in told.items() if key != "source" and isinstance(value, str | int | float)}
@@ -59,7 +60,8 @@ def _exported(file: Container) -> dict[str, Any]:
 
 
 def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str, Any]:
-    """What a ``result.json`` says of the weights that a run starts from: ``method``, ``effective_epochs``, ``weights_hash``.
+    """What a ``result.json`` says of the weights that a run starts from: ``method``, ``effective_epochs``,
+    ``weights_hash``.
 
     Args:
         weights: a checkpoint; none: random initialization.
@@ -78,15 +80,15 @@ def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str
 
 
 def source_names() -> list[str]:
-    """All that ``source=`` takes and that can be read."""
+    """The names that ``source=`` takes, of the sources that can be read."""
     return [source.name for source in SOURCES if source not in unsupported.SOURCES]
 
 
 def find_source(file: Container, name: str | None = None) -> Source:
-    """The source of this name, else the one for which the file has the best evidence; of equals the first.
+    """The source of this name, else the best match of the file; of equal matches the first.
 
     Raises:
-        UserError: no source of this name; a file that fits none.
+        UserError: there is no source of this name; the file fits no source.
     """
     if name is not None:
         for source in SOURCES:
@@ -104,7 +106,7 @@ def find_source(file: Container, name: str | None = None) -> Source:
 
 
 def _shown(file: Container, n: int = 6) -> str:
-    """The first names in a file, of dictionaries of tensors with the first names in them."""
+    """The first names in a file; for a dictionary of tensors, also the first names in it."""
 
     def told() -> Iterator[str]:
         for key, value in file.tree.items():
@@ -115,10 +117,11 @@ def _shown(file: Container, n: int = 6) -> str:
 
 
 def backbone_name(name: str | None, weights: str | Path | Checkpoint | None, source: str | None = None) -> str:
-    """The registry name that a user means: the one given, else the one that a file (read already or not) says, or its shapes.
+    """The registry name that the user gave, else the one that the file (read already or not) or its shapes
+    tell.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     if name is not None:
         return name
@@ -131,7 +134,8 @@ def backbone_name(name: str | None, weights: str | Path | Checkpoint | None, sou
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the tensors; training-only tokens are dropped where the model holds none, and stay fresh where the file never had any.
+    """Copy the tensors into the model. Mask tokens that only one side has are dropped from the file or stay
+    fresh in the model.
 
     Raises:
         UserError: names each tensor that is missing, left over or of another shape.

@@ -1,4 +1,5 @@
-"""PyTorch's files, read without running anything in them: the zip of ``torch.save`` (mapped, not read), and what came before it."""
+"""Read PyTorch's files without running anything in them: the zip of ``torch.save``, which is mapped, and the
+older format."""
 
 import argparse
 import io
@@ -18,12 +19,13 @@ from pretrain.errors import UserError
 from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, MAX_TUPLE
 
 ZIP = b"PK\x03\x04"
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, before version 1.6
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, until version 1.5
 RECORD_HEADER_BYTES = 30  # at the least
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
-# What a checkpoint of plain tensors is made of. torch's own list for weights_only is longer: a bytearray of any size,
-# sparse and quantized tensors. Namespace, paths and numpy's scalars are in public full checkpoints (arguments, losses).
+# What a checkpoint of plain tensors is made of. torch's own list for weights_only is longer: a bytearray of
+# any size, sparse and quantized tensors. Namespace, paths and numpy's scalars are in public full checkpoints
+# (arguments, losses).
 ALLOWED = re.compile(
     r"collections (OrderedDict|Counter)|argparse Namespace|(__builtin__|builtins) set|pathlib(\._local)? (Posix|Windows)Path"
     r"|_codecs encode|numpy dtype|numpy\._?core\.multiarray scalar"
@@ -41,7 +43,7 @@ def read_torch_file(path: Path) -> Any:
     """The content, on the CPU; tensors of a zip are mapped and cost memory only when they are used.
 
     Raises:
-        UserError: damaged, of no plain tensors, or larger inside than outside.
+        UserError: the file is damaged, holds more than plain tensors, or declares more bytes than it has.
     """
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
@@ -59,7 +61,8 @@ def read_torch_file(path: Path) -> Any:
 
 @contextmanager
 def _only_ours() -> Iterator[None]:
-    """torch's list of what may be built is of the process: others' entries, mmengine's, wait outside."""
+    """Set torch's list of safe globals to ours; it belongs to the process, so the entries of others
+    (mmengine) come back."""
     scalar: Any = numpy.float64(0).__reduce__()[0]
     ours = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     ours += [(pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, pure in PATHS.items()]
@@ -75,16 +78,17 @@ def _only_ours() -> Iterator[None]:
 
 
 def _dtype(name: str, *_: Any) -> Any:
-    """A plain number's; a copy, for what a pickle then says of it would hold for all.
+    """The dtype of a plain number; a copy, since a pickle may change it.
 
     Raises:
-        KeyError: of no plain number: ``V1000000000`` is a scalar of a gigabyte.
+        KeyError: another dtype; a scalar of ``V1000000000`` takes a gigabyte.
     """
     return numpy.dtype(DTYPES[name], copy=True)
 
 
 class _Bounded(io.FileIO):
-    """A file from which no more is read at once than a directory of :data:`MAX_DIRECTORY_BYTES`: zipfile believes any size."""
+    """A file that refuses reads of more than :data:`MAX_DIRECTORY_BYTES`: zipfile believes any size of a
+    directory."""
 
     def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         if size is not None and size > MAX_DIRECTORY_BYTES:
@@ -93,7 +97,7 @@ class _Bounded(io.FileIO):
 
 
 def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
-    """The pickles of a zip in which each record is what it says: stored as it is, in a place of its own, once."""
+    """The pickles of a zip. Each record has to be stored uncompressed, once, in a place of its own."""
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         if len({record.filename for record in records}) != len(records):
@@ -125,7 +129,7 @@ def _legacy_pickles(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _check_pickle(path: Path, stream: Any) -> None:
-    """Refuse by name what is no data, before anything is built."""
+    """Refuse, by name, what is not data, before anything is built."""
     encodes, codecs, tuples = False, set(), _Tuples()
     for opcode, argument, _ in pickletools.genops(stream):
         if tuples.largest_after(opcode, argument) > MAX_TUPLE:
@@ -142,10 +146,10 @@ def _check_pickle(path: Path, stream: Any) -> None:
 
 
 class _Tuples:
-    """Follows a pickle's stack by how many items each tuple on it has, with those of the tuples in it.
+    """Follows a pickle's stack and counts the items of each tuple on it, including those of nested tuples.
 
-    A tuple of twice the same tuple, and so on, is a few bytes a level; as a key it takes 2^levels steps, for a tuple does not
-    remember its hash.
+    A tuple that holds the same tuple twice, and so on, takes a few bytes a level. As a key it takes 2^levels
+    steps, because a tuple does not cache its hash.
     """
 
     MARK = 0
@@ -155,7 +159,7 @@ class _Tuples:
         self.memo: dict[int, int] = {}
 
     def largest_after(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
-        """Items of what one step leaves on top of the stack; 1 for what is no tuple."""
+        """Items of the top of the stack after one step; 1 if it is no tuple."""
         stack, name = self.stack, opcode.name
         if name in ("BINPUT", "LONG_BINPUT"):  # torch knows no other ways to remember
             self.memo[argument] = stack[-1] if stack else 1
@@ -169,7 +173,7 @@ class _Tuples:
         return stack[-1] if stack else 1
 
     def _popped(self, taken: list[pickletools.StackObject]) -> int:
-        """Takes from the stack what a step takes, all down to a mark if it takes one; their items."""
+        """Pop what a step takes, down to the mark if it takes one; returns the number of items."""
         n_items, n_below = 0, len(taken)
         if pickletools.markobject in taken:
             while self.stack and (n := self.stack.pop()) != self.MARK:

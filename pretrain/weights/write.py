@@ -1,4 +1,5 @@
-"""Our own file: ``backbone.safetensors``, the tensors under timm's names and every build flag in the metadata."""
+"""Our own file, ``backbone.safetensors``: the tensors under timm's names, and all arguments of the ViT in the
+metadata."""
 
 import json
 import os
@@ -24,11 +25,11 @@ def save_backbone(
     """Write a backbone so that ``build_backbone(name, weights=path)`` and every plug-in can build it again.
 
     Args:
-        path: the file, ``*.safetensors``; replaced in one step.
+        path: the file, ``*.safetensors``; it is replaced atomically.
         state: a ViT's ``state_dict()``.
         name: its registry name, e.g. ``vit_small_patch16``.
-        flags: ``ViT.flags``.
-        provenance: what else later stages report: method, effective epochs, seed, config hash ... (JSON values).
+        model_kwargs: ``ViT.model_kwargs``.
+        provenance: JSON values that later stages report: method, effective epochs, seed, config hash, ...
     """
     path = Path(path)
     metadata = {
@@ -39,8 +40,8 @@ def save_backbone(
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same just now
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file now
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    temporary.write_bytes(save(tensors, metadata=metadata))  # save_file would leave a file that nobody else can read
+    temporary.write_bytes(save(tensors, metadata=metadata))  # save_file would make a file that only its owner can read
     os.replace(temporary, path)
     return path

@@ -3,7 +3,6 @@
 The arrow files are mapped into memory, so that a row is read without its neighbors: random order costs nothing more.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pretrain.data.decode import BrokenImage
 from pretrain.data.sources.columns import Rows, image_bytes, image_column, pyarrow
 from pretrain.data.sources.handles import Handles
 from pretrain.errors import UserError
+from pretrain.json_file import read_json
 
 MAX_OPEN = 256  # files a process; an open one costs a mapping and no memory
 
@@ -65,11 +65,11 @@ def _folders(root: Path, split: str) -> list[Path]:
     if not (root / "dataset_dict.json").is_file():
         if not (root / "state.json").is_file():
             raise UserError(f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it")
-        own = _read_json(root / "state.json").get("_split")
+        own = read_json(root / "state.json", "data.root").get("_split")
         if split and split != own:
             raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
         return [root]
-    there = [str(name) for name in _read_json(root / "dataset_dict.json").get("splits", [])]
+    there = [str(name) for name in read_json(root / "dataset_dict.json", "data.root").get("splits", [])]
     wanted = split.split("+") if split else there
     if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
         raise UserError(f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +")
@@ -78,7 +78,7 @@ def _folders(root: Path, split: str) -> list[Path]:
 
 def _data_files(folder: Path) -> list[Path]:
     """The arrow files of a data set, in their order."""
-    state = _read_json(folder / "state.json")
+    state = read_json(folder / "state.json", "data.root")
     if state.get("_indices_data_files"):
         said = "holds a selection of rows (_indices_data_files), which is not applied here"
         raise UserError(f"data.root: {folder / 'state.json'} {said}: save it again with flatten_indices()")
@@ -91,16 +91,6 @@ def _data_files(folder: Path) -> list[Path]:
         if not path.is_file():
             raise UserError(f"data.root: no file {path}, which {folder / 'state.json'} names")
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.root: cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"data.root: {path} is no mapping")
-    return content
 
 
 def _read_table(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The sources: whose file it is, and what to take from it. One file a family; of equal evidence the first is taken."""
+"""The sources of weights, one file for each family. Of equal matches the first source is taken."""
 
 from pretrain.weights.sources import dino, dinov2, huggingface, loca, lomar, mae, patchwise, posfield, timm, tuned, unsupported
 from pretrain.weights.sources.source import Match, Source

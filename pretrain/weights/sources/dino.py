@@ -1,8 +1,10 @@
-"""DINO, and the methods whose code grew from it and kept its files: iBOT, Mugs, CrIBo, CrOC (:mod:`.patchwise` has two more).
+"""DINO, and the methods that grew from its code and kept its files: iBOT, Mugs, CrIBo, CrOC
+(:mod:`.patchwise` has two more).
 
-A full checkpoint (``main_dino.py``) is ``{student: module.*, teacher, optimizer, epoch, args, ...}``, each network ``backbone.*``
-and its heads; a backbone alone is flat, at the top (DINO) or under ``state_dict`` (iBOT, Mugs), and nothing in it says whose it
-is. All of them evaluate the teacher, and resample positions by scale factors (n + 0.1) / G.
+A full checkpoint (``main_dino.py``) is ``{student: module.*, teacher, optimizer, epoch, args, ...}``. Each
+network has ``backbone.*`` and its heads. A backbone alone is flat, at the top (DINO) or under ``state_dict``
+(iBOT, Mugs), and does not tell its method. All methods evaluate the teacher and resample positions by scale
+factors (n + 0.1) / G.
 """
 
 import re
@@ -20,7 +22,8 @@ from pretrain.weights.sources.source import Match, Source
 
 State = dict[str, Tensor]
 NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
-# What tells the files apart: (the sources that have it, an entry of the full checkpoint or the start of a tensor's name).
+# What distinguishes the files: (the sources that have it, a key of the full checkpoint or the start of a
+# tensor's name).
 MARKS = (
     (("ibot",), "ibot_loss"),
     (("ibot",), "masked_embed"),
@@ -52,11 +55,11 @@ class Method:
     Attributes:
         source, method: see :class:`pretrain.weights.sources.source.Source`.
         file_name: pattern of the public files' names.
-        heads: starts of names beside ``backbone.*`` that are no part of it.
-        unused: likewise, inside the backbone.
-        needed: tensors that its backbone has, over what any ViT has.
-        lacking: starts of names that it has not.
-        renamed: from the backbone's name of a tensor to ours.
+        heads: starts of names beside ``backbone.*`` that are dropped.
+        unused: starts of names inside the backbone that are dropped.
+        needed: tensors that its backbone has, beyond those of any ViT.
+        lacking: starts of names that its backbone does not have.
+        renamed: a tensor's name in the backbone -> ours.
     """
 
     source: str
@@ -70,7 +73,8 @@ class Method:
 
 
 def match(method: Method, file: Container) -> Match:
-    """By what only this method's files hold, else by the file's name; DINO's own full checkpoints are those without such marks."""
+    """By marks that only this method's files have, else by the file's name. DINO's full checkpoints have no
+    such mark."""
     networks, marks = networks_of(file), marks_of(file)
     if any((method.source,) == sources for sources, _ in marks):
         return Match.MARKED
@@ -82,13 +86,13 @@ def match(method: Method, file: Container) -> Match:
         return Match.NONE
     if is_named(file, method.file_name) or (method.source == "ibot" and is_ibots_backbone(file)):
         return Match.NAMED
-    if "" in networks:  # with all that timm's have, it is anybody's
+    if "" in networks:  # it has timm's layout: any method may have left it
         return Match.POSSIBLE if method.needed != NEEDED else Match.NONE
     return Match.POSSIBLE if method.source == "dino" and not marks else Match.NONE
 
 
 def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
-    """The teacher's backbone unless the student's is asked for; positions resampled as DINO does."""
+    """The teacher's backbone, or the student's if it is asked for. Positions are resampled as in DINO."""
     read_as = f"weights: {file.path}, read as {method.source}"
     for sources, mark in marks_of(file):
         if method.source not in sources:
@@ -106,13 +110,13 @@ def source_of(method: Method) -> Source:
 
 
 def networks_of(file: Container) -> dict[str, State]:
-    """{teacher: ..., student: ...} of a full checkpoint, as far as they are there; {"": ...} of a flat state dict."""
+    """{teacher: ..., student: ...} of a full checkpoint, those that exist; {"": ...} of a flat state dict."""
     found = {name: dict(file.tree[name]) for name in ("teacher", "student") if is_state(file.tree.get(name))}
     return found or ({"": file.flat} if file.flat else {})
 
 
 def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
-    """Those of :data:`MARKS` that the file bears."""
+    """The :data:`MARKS` that the file has."""
     names = {str(key) for key in file.tree} if not file.flat else set()
     for state in networks_of(file).values():
         names.update(re.sub(r"^(module\.)?(backbone\.)?", "", key) for key in state)
@@ -120,17 +124,17 @@ def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
 
 
 def is_named(file: Container, pattern: str) -> bool:
-    """Whether the file's name has a word of this pattern."""
+    """Whether a word of the file's name has this pattern."""
     return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", file.path.stem.lower()) is not None
 
 
 def is_ibots_backbone(file: Container) -> bool:
-    """Whether the file is named as iBOT's published backbones of all sizes are, and has nothing but their one entry."""
+    """Whether the file has the name of iBOT's published backbones (of any size), and only their one key."""
     return set(file.tree) == {"state_dict"} and is_named(file, "checkpoint_(?:teacher|student)")
 
 
 def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
-    """Whether a backbone has this method's tensors, and learned positions of a square grid."""
+    """Whether a backbone has the tensors of this method, and learned positions on a square grid."""
     if not all(key in state for key in (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")):
         return False
     positions, has_cls = state["pos_embed"], "cls_token" in state
@@ -140,12 +144,14 @@ def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
 
 
 def starts_with_zero(positions: Tensor) -> bool:
-    """Whether the first position is exactly zero, as that of [CLS] in a fixed sin-cos table (MAE and its kin)."""
+    """Whether the first position is exactly zero, as [CLS] has it in the fixed sin-cos table of MAE and its
+    descendants."""
     return positions.ndim == 3 and positions.shape[1] > 0 and not positions[:, 0].any()
 
 
 def backbone_of(state: Mapping[str, Tensor], unused: tuple[str, ...] = ()) -> tuple[State, State]:
-    """What is inside the backbone, without ``unused``, and what is beside it; the wrappers' prefixes are stripped."""
+    """The tensors of the backbone, without ``unused``, and those beside it; prefixes of wrappers are
+    stripped."""
     if all(key.startswith("module.") for key in state):
         state = strip(state, "module.")
     inside = strip(state, "backbone.")
@@ -155,7 +161,7 @@ def backbone_of(state: Mapping[str, Tensor], unused: tuple[str, ...] = ()) -> tu
 
 
 def inside_of(state: State, heads: tuple[str, ...], unused: tuple[str, ...], read_as: str) -> State:
-    """The backbone; what is beside it has to be one of ``heads``.
+    """The backbone. Everything beside it has to be one of ``heads``.
 
     Raises:
         UserError: names what is not.
@@ -181,13 +187,14 @@ def take(
     """One network of a file as a checkpoint.
 
     Args:
-        networks: {teacher: ..., student: ...} under our names, as far as they are there; {"": ...} if the file tells no name.
-        subnet: the network that is asked for; none: ``default``, or the only one.
+        networks: {teacher: ..., student: ...} under our names, those that exist; {"": ...} if the file gives
+            no name.
+        subnet: the network to take; None: ``default``, or the only one.
         needed, lacking, interpolation: those of :func:`whole_vit`.
 
     Raises:
-        UserError: it is not there; what :func:`whole_vit` refuses; teacher and student that are not one network twice, but for
-            iBOT's mask token, which is the student's alone.
+        UserError: the network is not there; :func:`whole_vit` refuses it; teacher and student differ in names
+            or shapes (iBOT's mask token may be the student's alone).
     """
     read_as = f"weights: {file.path}, read as {source}"
     if not networks:
@@ -214,17 +221,18 @@ def whole_vit(
     lacking: tuple[str, ...] = (),
     interpolation: str = "dinov2",
 ) -> Checkpoint:
-    """:func:`pretrain.weights.layout.plain_vit` of a backbone that is all there.
+    """:func:`pretrain.weights.layout.plain_vit` of a complete backbone.
 
-    What is missing would change the network that is built, so it is asked for here: a ViT without its ``norm`` is another ViT.
+    A missing tensor would change the network that is built (a ViT without its ``norm`` is another ViT), so it
+    is an error here.
 
     Args:
-        needed: tensors beside the blocks and the patch embedding.
-        lacking: starts of names that such a backbone has not.
+        needed: tensors that it has beside the blocks and the patch embedding.
+        lacking: starts of names that it does not have.
         interpolation: ``pos_interpolation``.
 
     Raises:
-        UserError: a tensor is missing, too many, or of a shape that fits no such ViT; by name.
+        UserError: names a tensor that is missing, left over, or of a shape that fits no such ViT.
     """
     read_as = f"weights: {file.path}, read as {source}"
     if absent := [key for key in needed if key not in state]:
@@ -237,7 +245,7 @@ def whole_vit(
 
 
 def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpoint:
-    """With which network it is, and the file's own epoch counter, where it tells them."""
+    """Add the name of the network and the file's epoch counter to the provenance, if there are any."""
     origin: dict[str, str | int] = {"subnet": subnet} if subnet else {}
     if type(epoch := file.tree.get("epoch")) is int:
         origin["epoch"] = epoch
@@ -245,7 +253,8 @@ def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpo
 
 
 def _ibot_name(key: str) -> str:
-    """LayerScale is ``gamma_1`` and ``gamma_2`` (``models/vision_transformer.py``), the mask token [1, D] the student's alone."""
+    """LayerScale is ``gamma_1`` and ``gamma_2`` (``models/vision_transformer.py``); only the student has the
+    mask token [1, D]."""
     if key == "masked_embed":
         return "mask_token"
     return re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)

@@ -1,9 +1,10 @@
-"""DINOv2, with and without registers: the published backbones, and what its training leaves.
+"""DINOv2, with and without registers: the published backbones, and the checkpoints of its training.
 
-Published: flat, with ``mask_token`` [1, D], a grid of 37 x 37 positions, patches of 14 px and LayerScale ``ls1/2.gamma``;
-``register_tokens`` [1, R, D] enter between [CLS] and the patches after positions are added, as ours. Training:
-``{teacher: {backbone.*, dino_head.*, ibot_head.*}}``, or ``{model: {student.*, teacher.*}}``, with blocks in chunks
-(``blocks.CHUNK.N.*``). Positions are resampled by scale factor; with registers by size, antialiased (``dinov2/hub/backbones.py``).
+Published: flat, with ``mask_token`` [1, D], a grid of 37 x 37 positions, patches of 14 px and LayerScale
+``ls1/2.gamma``. ``register_tokens`` [1, R, D] enter between [CLS] and the patches after positions are added,
+as in our ViT. Training: ``{teacher: {backbone.*, dino_head.*, ibot_head.*}}``, or ``{model: {student.*,
+teacher.*}}``, with blocks in chunks (``blocks.CHUNK.N.*``). Positions are resampled by scale factor, with
+registers by size and antialiased (``dinov2/hub/backbones.py``).
 """
 
 import re
@@ -28,7 +29,7 @@ CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # a block keeps its number in the 
 
 
 def match(file: Container) -> Match:
-    """By the heads of its training; of a backbone alone, which others have tuned, by the file's name."""
+    """By the heads of its training; a backbone alone, which others have tuned, by the file's name."""
     if any(_training(file, name) and any(head in key for key in _network(file, name) for head in HEADS) for name in NETWORKS):
         return Match.MARKED
     state = file.flat
@@ -41,7 +42,7 @@ def match(file: Container) -> Match:
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
-    """The published backbone, or of a training the teacher's (default) or the student's."""
+    """The published backbone, or the teacher's (default) or student's of a training."""
     name = subnet or "teacher"
     state = _training(file, name)
     if not state and file.flat and not any(_network(file, network) for network in NETWORKS):
@@ -60,13 +61,13 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def _network(file: Container, network: str) -> dict[str, Tensor]:
-    """One network of a training, under a key of its own or among the keys."""
+    """One network of a training, under its own key or by its prefix."""
     tree: Any = file.tree.get(network)
     return dict(tree) if is_state(tree) else strip(file.flat, network + ".")
 
 
 def _training(file: Container, network: str) -> Mapping[str, Tensor]:
-    """Backbone of one network of a training, or nothing."""
+    """The backbone of one network of a training; empty if there is none."""
     state = _network(file, network)
     if state and all(key.startswith("module.") for key in state):
         state = strip(state, "module.")

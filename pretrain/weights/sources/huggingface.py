@@ -1,9 +1,11 @@
-"""Hugging Face's ViTModel, ViTMAEModel, ViTMSNModel, Dinov2Model, Dinov2WithRegistersModel, alone or in a model with a head.
+"""Hugging Face's ViTModel, ViTMAEModel, ViTMSNModel, Dinov2Model, Dinov2WithRegistersModel, alone or in a
+model with a head.
 
-As ``save_pretrained`` leaves them (``encoder.layer.N.attention.attention.query``, ...) or as transformers 5 names them in memory
-(``layers.N.attention.q_proj``, ...). ``config.json`` beside the file says what no tensor does; without it: LayerNorm's epsilon is
-1e-12 for ViT and MAE, 1e-6 for DINOv2, heads are of 64 channels, the activation is the exact GELU, pixels are ImageNet's.
-Positions are resampled bicubically by size, antialiased with registers (``interpolate_pos_encoding``).
+The names are those of ``save_pretrained`` (``encoder.layer.N.attention.attention.query``, ...) or those that
+transformers 5 uses in memory (``layers.N.attention.q_proj``, ...). ``config.json`` beside the file tells what
+no tensor does. Without it, LayerNorm's epsilon is 1e-12 for ViT and MAE and 1e-6 for DINOv2, heads have 64
+channels, the activation is the exact GELU, pixels are ImageNet's. Positions are resampled bicubically by
+size, antialiased with registers (``interpolate_pos_encoding``).
 """
 
 import re
@@ -53,12 +55,12 @@ RENAMED = (
 
 
 def match(file: Container) -> Match:
-    """By the name of the patch projection, which is Hugging Face's alone."""
+    """By the name of the patch projection, which only Hugging Face uses."""
     return Match.MARKED if any(prefix + MARK in file.flat for prefix in PREFIXES) else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
-    """The backbone of the model; its heads are dropped."""
+    """The backbone of the model, without its heads."""
     only_network(file.path, "huggingface", subnet)
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
     if prefix is None:
@@ -93,7 +95,7 @@ def _ours(key: str) -> str:
 
 
 def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
-    """What the config says, else the tensors."""
+    """The type that the config tells, else the tensors."""
     told = file.config.get("model_type")
     if told is None:
         return "dinov2_with_registers" if "reg_token" in state else "dinov2" if "blocks.0.ls1.gamma" in state else "vit"
@@ -103,25 +105,21 @@ def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
 
 
 def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str) -> None:
-    """Networks that differ where no tensor's name shows it."""
+    """Refuse networks whose difference no tensor's name shows."""
     config = file.config
     if config.get("use_swiglu_ffn") or any(".mlp.weights_in." in key for key in state):
         raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant: a network that is none of ours")
     activation = config.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in GELUS:
         raise UserError(f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}")
-    eps, heads = config.get("layer_norm_eps", 1e-6), config.get("num_attention_heads", 1)
-    if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(heads, int):
-        raise UserError(
-            f"weights: {file.path}: layer_norm_eps {eps!r}, num_attention_heads {heads!r} in config.json are no numbers of a ViT"
-        )
     kernel = state.get("patch_embed.proj.weight")
     if "patch_size" in config and kernel is not None and kernel.ndim == 4 and config["patch_size"] != kernel.shape[-1]:
         raise UserError(f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}")
 
 
 def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
-    """Query, key and value of a block in one projection; without biases (``qkv_bias: false``) with zeros."""
+    """Join query, key and value of a block in one projection; missing biases (``qkv_bias: false``) become
+    zeros."""
     names = [f"{block}attn.{part}" for part in ("query", "key", "value")]
     weights = [state.pop(f"{name}.weight", None) for name in names]
     biases = [state.pop(f"{name}.bias", None) for name in names]
@@ -136,7 +134,7 @@ def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
 
 
 def _with_pixels(file: Container, checkpoint: Checkpoint) -> Checkpoint:
-    """The normalization that preprocessor_config.json says."""
+    """Apply the normalization in preprocessor_config.json."""
     told = file.preprocessor
     if "image_mean" not in told or "image_std" not in told:
         return checkpoint

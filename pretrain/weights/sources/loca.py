@@ -1,8 +1,9 @@
 """LOCA (Flax): a ViT without [CLS], with the tanh GELU, whose positions are resampled bilinearly.
 
-``scenic/projects/loca/vit.py``. The published files are msgpack ``{teacher_weights, student_weights}`` of nested dictionaries;
-today's trainer writes ``{ema_params, params}``. Kernels are (in, out), of queries, keys and values (D, heads, d), of their output
-(heads, d, D), of the patches (p, p, 3, D); LayerNorm has Flax's epsilon of 1e-6, nn.gelu Flax's default, the tanh.
+``scenic/projects/loca/vit.py``. The published files are msgpack ``{teacher_weights, student_weights}`` of
+nested dictionaries; today's trainer writes ``{ema_params, params}``. Kernels are (in, out): (D, heads, d) for
+queries, keys and values, (heads, d, D) for their output, (p, p, 3, D) for patches. LayerNorm has Flax's
+epsilon of 1e-6; nn.gelu defaults to the tanh form.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from pretrain.weights.sources.dino import with_origin
 from pretrain.weights.sources.source import Match, Source
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
-# Of training alone, dropped: cluster prediction, localisation.
+# Dropped, since only training uses them: cluster prediction, localization.
 HEADS = ("projection_head_for_clustering_prediction.", "cross_attention_block.", "final_norm.", "position_predictor.")
 TOKENS = "ToTokenSequence_0."
 ATTENTION = "MultiHeadDotProductAttention_0."
@@ -27,7 +28,7 @@ NORMS = {"scale": "weight", "bias": "bias"}
 
 
 def match(file: Container) -> Match:
-    """By Scenic's name of the patch projection, in a network without [CLS]."""
+    """By Scenic's name for the patch projection, in a network without [CLS]."""
     trees = [file.tree.get(key) for keys in NETWORKS.values() for key in keys]
     found = [tree[TOKENS[:-1]] for tree in trees if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)]
     return Match.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Match.NONE
@@ -60,7 +61,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
 
 
 class _Reader:
-    """Takes a Flax network's tensors one by one, each held against its number of dimensions; what is not taken is left."""
+    """Takes a Flax network's tensors one by one and checks their dimensions; ``left`` are those not taken
+    yet."""
 
     def __init__(self, file: Container, params: dict[str, Tensor]) -> None:
         self.read_as = f"weights: {file.path}, read as loca"

@@ -1,7 +1,8 @@
 """LoMaR (Chen et al., 2022): a ViT with contextual relative positions (iRPE) in place of absolute ones.
 
-Read are the files of its pre-training, ``{model, optimizer, epoch, scaler, args}``. Two things in them are no part of the encoder:
-``encoder_pred``, which predicts pixels, and ``pos_embed``, sin-cos, which the network holds and never adds.
+The source reads the files of its pre-training, ``{model, optimizer, epoch, scaler, args}``. Two of their
+entries are not part of the encoder: ``encoder_pred``, which predicts pixels, and ``pos_embed``, a sin-cos
+table that the network holds and never adds.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pretrain.weights.container import Container
 from pretrain.weights.layout import plain_vit, without
 from pretrain.weights.sources.source import Match, Source
 
-MARK = ".attn.rpe_"  # of iRPE in any of its variants
+MARK = ".attn.rpe_"  # of any variant of iRPE
 TABLE = ".attn.rpe_k.lookup_table_weight"  # of LoMaR's
 
 
@@ -26,12 +27,12 @@ def match(file: Container) -> Match:
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
-    """The encoder, with its mask token, and without what the module's docstring names."""
+    """The encoder with its mask token."""
     state = file.tensors("model") or {}
     _refuse_other_variants(file.path, state)
     state = without(state, "encoder_pred.", "pos_embed")
     if "mask_token" in state:
-        state["mask_token"] = state["mask_token"].squeeze(0)  # [1, D]; it stands for a patch's content, as ours does
+        state["mask_token"] = state["mask_token"].squeeze(0)  # [1, D]; like ours, it replaces a patch's content
     return plain_vit(file.path, state, "lomar", "LoMaR", relative_positions=True)
 
 

@@ -1,9 +1,10 @@
-"""MAE, and DropPos on its code: encoders whose positions are a fixed sin-cos table with a zero for [CLS].
+"""MAE, and DropPos on its code: encoders with a fixed sin-cos table of positions and a zero for [CLS].
 
-MAE: ``{model: encoder}``, or with ``decoder_*`` and a mask token of the decoder's width (``models_mae.py``). DropPos:
-``{state_dict: module.*, model: a name, ...}`` or ``{model}``, and ``ema_state_dict`` in runs with a teacher, which its authors
-evaluate on demand only (``main_finetune.py``); its ``mask_pos_token`` stands for a position that was dropped. Both resample
-positions bicubically by size (``util/pos_embed.py``).
+MAE: ``{model: encoder}``, or with ``decoder_*`` and a mask token of the decoder's width (``models_mae.py``).
+DropPos:
+``{state_dict: module.*, model: a name, ...}`` or ``{model}``, and ``ema_state_dict`` in runs with a teacher,
+which its authors evaluate only on demand (``main_finetune.py``). Its ``mask_pos_token`` replaces a dropped
+position. Both resample positions bicubically by size (``util/pos_embed.py``).
 """
 
 import math
@@ -25,7 +26,7 @@ DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
 
 
 def match_mae(file: Container) -> Match:
-    """By the decoder of pixels; of an encoder alone, by the fixed positions under ``model``."""
+    """By the decoder of pixels; an encoder alone, by the fixed positions under ``model``."""
     state = file.flat if is_state(file.tree.get("model")) else {}
     if any("mae" not in sources for sources, _ in marks_of(file)):
         return Match.NONE
@@ -37,7 +38,8 @@ def match_mae(file: Container) -> Match:
 
 
 def match_droppos(file: Container) -> Match:
-    """By the token of dropped positions; an encoder alone, which could be any descendant of MAE's, by the file's name."""
+    """By the token of dropped positions; an encoder alone, which may come from any descendant of MAE, by the
+    file's name."""
     state = next(iter(_droppos_networks(file).values()), {})
     if "mask_pos_token" in state:
         return Match.MARKED
@@ -50,7 +52,7 @@ def convert_mae(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
-    """The encoder that was trained, or ``teacher``, its moving average."""
+    """The trained encoder, or ``teacher``, its moving average."""
     networks = _droppos_networks(file)
     if any("decoder_pos_embed" in state for state in networks.values()):
         raise UserError(
@@ -60,7 +62,8 @@ def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
-    """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there is a row for it."""
+    """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there
+    is a row for it."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or len(positions) != 1 or positions.shape[2] % 4 or positions.shape[1] <= has_cls:
         return False
@@ -72,7 +75,7 @@ def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
 
 
 def _droppos_networks(file: Container) -> dict[str, State]:
-    """The run's networks without the prefix of DDP; a file of one gives it no name."""
+    """The networks of a run without DDP's prefix; a file of one network gives it no name."""
     found = {"": file.flat} if file.flat else {}
     if found and is_state(file.tree.get("ema_state_dict")):
         found = {"student": file.flat, "teacher": dict(file.tree["ema_state_dict"])}
@@ -83,7 +86,7 @@ def _droppos_networks(file: Container) -> dict[str, State]:
 def _encoder(
     file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, unused: tuple[str, ...]
 ) -> Checkpoint:
-    """A network's encoder; its positions have to be the fixed ones."""
+    """The encoder of a network, whose positions have to be the fixed ones."""
     encoders = {name: without(state, *unused) for name, state in networks.items()}
     checkpoint = take(file, encoders, subnet, source, method, default="student", interpolation="bicubic")
     if not is_fixed(checkpoint.state):

@@ -1,9 +1,9 @@
 """Methods on DINO's code whose networks attend over patches alone: SelfPatch and FLSL.
 
-SelfPatch (``selfpatch_vision_transformer.py``): no [CLS], no norm after the last block; its heads bring their own of both.
-FLSL (``make_vit_noclass``): the [CLS] token stays in the file but never enters the sequence; positions are by default MAE's table
-without a row for [CLS]; there is a norm after the last block unless the run switched ``post_layernorm`` off, and then it is not in
-the file.
+SelfPatch (``selfpatch_vision_transformer.py``) has no [CLS] and no norm after the last block; its heads have
+their own. FLSL (``make_vit_noclass``): the [CLS] token stays in the file but never enters the sequence. By
+default positions are MAE's table without a row for [CLS]. There is a norm after the last block, unless the
+run switched ``post_layernorm`` off; then the file has none.
 """
 
 from dataclasses import replace
@@ -21,12 +21,13 @@ SELFPATCH = Method(
     needed=("pos_embed",),
     lacking=("cls_token", "norm.", "fc_norm."),
 )
-# ``norm.*`` beside the backbone is that of ``layernorm_on_mode``: it sees means of clusters, never the backbone's tokens.
+# ``norm.*`` beside the backbone is that of ``layernorm_on_mode``: it sees means of clusters, never the
+# backbone's tokens.
 FLSL = Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",))
 
 
 def match_flsl(file: Container) -> Match:
-    """By its loss; of a backbone alone, by a [CLS] token that the fixed positions know nothing of, else by the file's name."""
+    """By its loss; a backbone alone, by a [CLS] token without a fixed position, else by the file's name."""
     evidence, networks = match(FLSL, file), networks_of(file)
     if "" not in networks or evidence == Match.NONE:
         return evidence

@@ -1,4 +1,5 @@
-"""Our own file: ``backbone.safetensors``, with every build flag in its metadata (:mod:`pretrain.weights.write`)."""
+"""Our own file, ``backbone.safetensors``, with all arguments of the ViT in its metadata
+(:mod:`pretrain.weights.write`)."""
 
 import json
 
@@ -11,7 +12,7 @@ from pretrain.weights.write import FORMAT, FORMAT_VERSION
 
 
 def match(file: Container) -> Match:
-    """By the format that the metadata names."""
+    """By the format in the metadata."""
     return Match.MARKED if file.metadata.get("format") == FORMAT else Match.NONE
 
 

@@ -1,4 +1,4 @@
-"""What a source is."""
+"""The interface of a source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from pretrain.weights.container import Container
 class Match(IntEnum):
     """How well a file fits a source."""
 
-    NONE = 0  # the layout is another
-    POSSIBLE = 1  # the layout fits, and others have it too
-    NAMED = 2  # likewise, and the file's name says it
-    MARKED = 3  # the content bears marks that only this source's files have
+    NONE = 0  # it has another layout
+    POSSIBLE = 1  # the layout fits; other sources have it too
+    NAMED = 2  # the same, and the file's name says the source
+    MARKED = 3  # the content has marks of this source alone
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Source:
     """One method's public files.
 
     Attributes:
-        name: what ``source=`` takes: ``dino``.
-        method: as tables write it: ``DINO``.
-        recognize: how well an opened file fits, from its keys, shapes and values and from the file's name; it never raises.
-        convert: the file as a checkpoint under our names. The second argument is ``subnet``, which of several networks in the file:
-            ``teacher`` | ``student`` | none for the one that the method's authors evaluate. What it does not know it leaves in
-            the state, where it becomes an error by name; it drops what the source lists, and no more. Where the network is none
-            of ours it raises UserError that says why.
+        name: what ``source=`` takes, such as ``dino``.
+        method: the name in tables, such as ``DINO``.
+        match: how well an opened file fits, by its keys, shapes, values and name. It never raises.
+        convert: (file, subnet) -> the file as a checkpoint under our names. ``subnet`` chooses one of several
+            networks: ``teacher``, ``student``, or None for the one that the method's authors evaluate. It
+            drops what the source lists and nothing else; what it does not know stays in the state and becomes
+            an error by name. It raises a UserError if ours has no such network.
     """
 
     name: str

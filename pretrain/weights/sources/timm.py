@@ -1,11 +1,12 @@
-"""timm's state dicts: the names that ours are made of, so that most public files are of this layout once unwrapped.
+"""timm's state dicts. Our names are timm's, and most public files have this layout once unwrapped.
 
-``vit_*_patch16_224.*``, ``vit_*_patch14_dinov2.lvd142m``, ``*_reg4_*``, ``deit3_*``, ``*_gap_*``: with or without [CLS] and
-registers, LayerScale, and positions for the prefix (``no_embed_class``: that of [CLS] is inside ``cls_token``, or there is none).
-From timm's hub, ``config.json`` beside the file says the architecture and the pixels' mean and standard deviation.
+``vit_*_patch16_224.*``, ``vit_*_patch14_dinov2.lvd142m``, ``*_reg4_*``, ``deit3_*``, ``*_gap_*``: with or
+without [CLS] and registers, LayerScale, and positions for the prefix (``no_embed_class``: that of [CLS] is
+inside ``cls_token``, or there is none). On timm's hub, ``config.json`` beside the file tells the architecture
+and the mean and standard deviation of pixels.
 
-A classifier is not the backbone's. One that pools patches brings ``fc_norm`` and leaves the backbone without a final norm; then
-features are those before it, as of timm's ``forward_features``.
+A classifier is not part of the backbone. One that pools patches has ``fc_norm`` and leaves the backbone
+without a final norm. Then features are those before ``fc_norm``, as in timm's ``forward_features``.
 """
 
 import re
@@ -39,7 +40,7 @@ OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")  # netw
 
 
 def match(file: Container) -> Match:
-    """By the hub's description; without it by the names alone, which many sources share."""
+    """By the hub's description; without it, by the names alone, which many sources share."""
     if not all(key in file.flat for key in NEEDED):
         return Match.NONE
     if _described(file):
@@ -48,7 +49,7 @@ def match(file: Container) -> Match:
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
-    """Resampled as timm does: bicubic by size, antialiased."""
+    """The backbone. Positions are resampled as in timm: bicubic by size, antialiased."""
     only_network(file.path, "timm", subnet)
     state, described = dict(file.flat), _described(file)
     architecture, pretrained = str(file.config.get("architecture", "")), file.config.get("pretrained_cfg", {})
@@ -76,13 +77,10 @@ def _described(file: Container) -> bool:
 
 
 def _arguments(file: Container) -> Mapping[str, Any]:
-    """The arguments that the description says beside the architecture: what no tensor shows."""
+    """The arguments in the description that no tensor shows."""
     arguments = file.config.get("model_args") or {}
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
         raise UserError(f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}")
-    heads = arguments.get("num_heads", 1)
-    if type(heads) is not int:
-        raise UserError(f"weights: {file.path}: num_heads {heads!r:.60} in config.json is no number of a ViT")
     sides = arguments.get("img_size", 0)
     if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
         raise UserError(f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
@@ -90,7 +88,8 @@ def _arguments(file: Container) -> Mapping[str, Any]:
 
 
 def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mapping[str, Any]) -> None:
-    """Positions of the patches, and of [CLS] where there is one; those of registers go into the registers."""
+    """Keep the positions of the patches and of [CLS], if there is one; add those of registers to the
+    registers."""
     positions: Any = state.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return

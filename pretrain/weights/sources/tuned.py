@@ -1,9 +1,10 @@
 """Backbones tuned further on dense tasks: NeCo, TimeT, Leopart.
 
-Flat, with the training wrapper's attribute names in front: ``feature_extractor.backbone.*`` (TimeT, ``time_tuning.py``),
-``model.*`` (Leopart, ``src/leopart.py``; NeCo's own runs, ``src/neco.py``); NeCo's published files have none. The moving average is
-``teacher.*`` where there is one; the authors evaluate the other. All start from DINO or DINOv2, and resample positions as DINO
-does, NeCo also those of DINOv2 with registers (``src/models/vit_v2.py``).
+The files are flat, with the attribute of the training wrapper as prefix: ``feature_extractor.backbone.*``
+(TimeT, ``time_tuning.py``) or ``model.*`` (Leopart, ``src/leopart.py``; NeCo's own runs, ``src/neco.py``).
+NeCo's published files have no prefix. A moving average, if there is one, is ``teacher.*``; the authors
+evaluate the other network. All start from DINO or DINOv2 and resample positions as DINO does; NeCo does so
+for DINOv2 with registers, too (``src/models/vit_v2.py``).
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ HEADS = ("projection_head.", "prototypes.")
 
 
 def match_neco(file: Container) -> Match:
-    """By a projection head without prototypes; of a backbone alone, by the file's name."""
+    """By a projection head without prototypes; a backbone alone, by the file's name."""
     names = _names(_networks(file, "model.") or _flat(file))
     if any(name.startswith("prototypes.") for name in names):
         return Match.NONE
@@ -37,7 +38,7 @@ def match_leopart(file: Container) -> Match:
 
 
 def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
-    """A backbone of DINO's or of DINOv2's names."""
+    """A backbone under DINO's or DINOv2's names."""
     networks = _networks(file, "model.") or _flat(file)
     if any(name.startswith("prototypes.") for name in _names(networks)):
         raise UserError(f"weights: {file.path}, read as neco: there are prototypes, which NeCo has not")
@@ -56,13 +57,13 @@ def convert_timet(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def convert_leopart(file: Container, subnet: str | None) -> Checkpoint:
-    """The backbone that was tuned, or its moving average."""
+    """The tuned backbone, or its moving average."""
     networks = {name: without(state, *HEADS) for name, state in _networks(file, "model.").items()}
     return _convert(file, networks, subnet, "leopart", "Leopart", "model.")
 
 
 def _networks(file: Container, student: str) -> dict[str, State]:
-    """The network behind this prefix and, where there is one, its moving average; none if the first is not there."""
+    """The network behind this prefix and its moving average, if there is one; empty without the first."""
     if not (state := strip(file.flat, student)):
         return {}
     teacher = strip(file.flat, "teacher.")
@@ -78,7 +79,7 @@ def _names(networks: Mapping[str, State]) -> list[str]:
 
 
 def _evidence(names: list[str], mark: str, named: bool) -> Match:
-    """Of a network of these tensors: by the start of a name that marks it, else by the file's name."""
+    """Match a network by a tensor whose name starts with ``mark``, else by the file's name (``named``)."""
     if not any(name.startswith("blocks.") for name in names):
         return Match.NONE
     if any(name.startswith(mark) for name in names):
@@ -89,7 +90,8 @@ def _evidence(names: list[str], mark: str, named: bool) -> Match:
 def _convert(
     file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, prefix: str, *beside: str
 ) -> Checkpoint:
-    """The network that is asked for; every tensor of the file is behind ``prefix``, the teacher's, or one of ``beside``."""
+    """The network ``subnet``. Every tensor of the file has to be behind ``prefix`` or ``teacher.``, or one of
+    ``beside``."""
     if stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]:
         raise UserError(f"weights: {file.path}, read as {source}: left over {', '.join(stray[:8])}")
     return take(file, networks, subnet, source, method, default="student")

@@ -1,4 +1,4 @@
-"""Networks that people will try and that are no plain ViT: recognized, so that the error says why."""
+"""Networks that people may try and that are no plain ViT. They are recognized, so that the error says why."""
 
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ WINDOWS = "windowed attention with relative positions"
 
 @dataclass(frozen=True)
 class Refusal:
-    """A network that is refused.
+    """A network that we refuse.
 
     Attributes:
         name: what ``source=`` takes.
-        method: as tables would write it.
-        marks: ways to know it, each some patterns that all have to be found among the names of a file's tensors; one that begins
-            with ``!`` must not be found.
-        reason: what it has that no ViT of ours has.
+        method: its name in messages.
+        marks: alternatives, each a set of patterns that all have to occur among the names of a file's
+            tensors; a pattern that begins with ``!`` must not occur.
+        reason: what it has and our ViT has not.
     """
 
     name: str
@@ -105,12 +105,12 @@ def match(refusal: Refusal, file: Container) -> Match:
 
 
 def convert(refusal: Refusal, file: Container, subnet: str | None) -> Checkpoint:
-    """Raises UserError: the network has what ours has not."""
+    """Raises UserError that says what the network has and ours has not."""
     raise UserError(f"weights: {file.path} is of {refusal.method}, which has {refusal.reason}: a network that is none of ours")
 
 
 def _names(file: Container) -> Iterator[str]:
-    """Names of all tensors, those of a network in a dictionary after its name."""
+    """The names of all tensors; those of a network in a dictionary follow its name."""
     for key, value in file.tree.items():
         if is_state(value):
             yield from (f"{key}.{name}" if key not in ("model", "state_dict") else name for name in value)
