@@ -13,8 +13,7 @@ from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
-from pretrain.weights import check_fit
-from pretrain.weights import origin_of as weights_origin
+from pretrain.weights import check_fit, origin_of
 
 with detectron2_installed():
     from detectron2.modeling import Backbone, SimpleFeaturePyramid
@@ -22,22 +21,17 @@ with detectron2_installed():
 FEATURE = "last_feat"
 
 
-# Stock launchers hand an evaluator no model, and at the end of a long run the file may be gone. So each file's origin, and the
-# arguments of the ViT that was built from it, are kept for as long as this process lasts.
-_ORIGINS: dict[str, dict[str, Any]] = {}
-
-
-def origin_of(weights: str | Path) -> dict[str, Any]:
-    """Of a file that a :class:`RegistryBackbone` of this process was built from: ``model_kwargs``, all arguments of the ViT,
-    and what :func:`pretrain.weights.origin_of` gives."""
-    return _ORIGINS[str(weights)]
+# {file that a RegistryBackbone of this process was built from: "model_kwargs", all arguments of its ViT, and
+# what `pretrain.weights.origin_of` says}. Stock launchers hand an evaluator no model, and at the end of a
+# long run the file may be gone.
+ORIGINS: dict[str, dict[str, Any]] = {}
 
 
 class RegistryBackbone(Backbone):
     """A ViT by its registry name; one feature map, ``last_feat`` [B, D, H / 16, W / 16].
 
-    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is loaded later must
-    hold every tensor of the backbone; Detectron2 alone only warns.
+    The constructor reads the weights, so ``train.init_checkpoint`` stays "". A detector's checkpoint that is
+    loaded later must hold every tensor of the backbone; Detectron2 alone only warns.
 
     Args:
         name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
@@ -45,7 +39,8 @@ class RegistryBackbone(Backbone):
             :class:`det_plugin.features.FeatureOptions`.
 
     Raises:
-        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does not fit, by tensor.
+        UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does
+            not fit, by tensor.
     """
 
     def __init__(
@@ -69,8 +64,8 @@ class RegistryBackbone(Backbone):
                 f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
             )
         if weights is not None:
-            origin = weights_origin(weights, model_kwargs.get("source"))
-            _ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
+            origin = origin_of(weights, model_kwargs.get("source"))
+            ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
         self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
@@ -86,8 +81,9 @@ class RegistryBackbone(Backbone):
 class PaddedPyramid(SimpleFeaturePyramid):
     """Detectron2's pyramid with its padding enforced.
 
-    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes an input divisible
-    by the coarsest stride. Here every batch becomes a square of at least ``square_pad``, padded at the bottom and on the right.
+    Detectron2 misspells a key of ``padding_constraints`` (``size_divisiblity``, issue 4676), so nothing makes
+    an input divisible by the coarsest stride. Here every batch becomes a square of at least ``square_pad``,
+    padded at the bottom and on the right.
     """
 
     @property
@@ -97,7 +93,8 @@ class PaddedPyramid(SimpleFeaturePyramid):
 
 
 def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with ``strict=False``."""
+    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with
+    ``strict=False``."""
     wanted = {prefix + key: value for key, value in module.state_dict().items()}
     given = {key: value for key, value in state.items() if key.startswith(prefix)}
     check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)

@@ -1,4 +1,5 @@
-"""bfloat16 under any launcher. Detectron2's AMPTrainer only knows float16, so the model itself sets autocast."""
+"""bfloat16 under any launcher. Detectron2's AMPTrainer only knows float16, so the model itself sets
+autocast."""
 
 from typing import Any
 

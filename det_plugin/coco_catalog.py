@@ -1,4 +1,5 @@
-"""COCO-format data for Detectron2: the same images and objects, in the same order, as the torchvision engine reads."""
+"""COCO-format data for Detectron2: the same images and objects, in the same order, as the torchvision engine
+reads."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def coco_root(root: str | Path | None) -> Path:
 
 
 def dataset_name(root: str | Path | None, split: str) -> str:
-    """Register a split's files and categories in Detectron2's metadata catalog; gives the name that they have there.
+    """Register a split's files and categories in Detectron2's metadata catalog; gives the name that they have
+    there.
 
     Args:
         root: data of any layout (:mod:`det_plugin.coco_layout`); None: Detectron2's own place.
@@ -97,7 +99,8 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
     """An object's polygons, cut at the image's edges.
 
-    Detectron2 only cuts at the training square. In an image smaller than the square, it would learn objects of the padding.
+    Detectron2 only cuts at the training square. In an image smaller than the square, it would learn objects
+    of the padding.
     """
     if all(min(p) >= 0 and max(p[0::2]) <= width and max(p[1::2]) <= height for p in polygons):
         return polygons
@@ -120,7 +123,8 @@ class CocoMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``, ...
+        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``,
+        ...
 
         Raises:
             UserError: an image cannot be read, or its size is not that of the annotations; names the file.

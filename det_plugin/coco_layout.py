@@ -1,9 +1,11 @@
-"""Where a COCO-format data set keeps its annotations and images. Nothing has to be copied, renamed or converted.
+"""Where a COCO-format data set keeps its annotations and images. Nothing has to be copied, renamed or
+converted.
 
 * COCO 2017: ``annotations/instances_{train,val}2017.json`` and ``{train,val}2017/``;
 * an export with both in one folder (Roboflow's): ``{train,valid}/_annotations.coco.json`` beside the images;
 * plain: ``annotations/{train,val}.json`` or ``annotations/instances_{train,val}.json``, and ``{train,val}/``;
-* any other: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``, relative to that file.
+* any other: a .yaml file with ``train: {annotations: FILE, images: FOLDER}`` and the same for ``val``,
+  relative to that file.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,8 @@ def locate(data: str | Path, split: str) -> CocoFiles:
 
     Args:
         data: the root of one of the layouts above, or a .yaml file.
-        split: ``train`` | ``val``. An export with ``train``, ``valid`` and ``test`` is evaluated on ``valid``.
+        split: ``train`` | ``val``. An export with ``train``, ``valid`` and ``test`` is evaluated on
+            ``valid``.
 
     Raises:
         UserError: a file or folder is missing; names it.

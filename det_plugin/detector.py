@@ -44,8 +44,8 @@ class Detector:
             images: uint8 RGB [H, W, 3] of any sizes.
 
         Returns:
-            a list for each image. An entry has ``category_id``, ``bbox`` (x, y, width, height in the image's pixels), ``score``
-            (above the protocol's ``score_threshold``) and ``segmentation`` (RLE).
+            a list for each image. An entry has ``category_id``, ``bbox`` (x, y, width, height in the image's
+            pixels), ``score`` (above the protocol's ``score_threshold``) and ``segmentation`` (RLE).
 
         Raises:
             UserError: an image has another shape or type.
@@ -57,7 +57,8 @@ class Detector:
 
 
 def load_detector(run: Path, device: str = "auto") -> Detector:
-    """Load the last checkpoint of a run folder. Its config says how to build the network; the backbone's file is not needed.
+    """Load the last checkpoint of a run folder. Its config says how to build the network; the backbone's file
+    is not needed.
 
     Args:
         run: folder of ``tools/train_det.py``, or of Detectron2's launcher with our config.

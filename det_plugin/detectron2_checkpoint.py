@@ -1,6 +1,8 @@
-"""Checkpoints of our loop on Detectron2. Each file is whole or absent, and a damaged last one does not lose the run.
+"""Checkpoints of our loop on Detectron2. Each file is whole or absent, and a damaged last one does not lose
+the run.
 
-The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_checkpoint``), so its launcher can resume from them.
+The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_checkpoint``), so its launcher
+can resume from them.
 """
 
 import os
@@ -36,7 +38,8 @@ class WholeCheckpointer(DetectionCheckpointer):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, every 15 minutes and at the end. Keeps ``max_to_keep`` files besides the final one.
+    """Saves every ``period`` iterations, every 15 minutes and at the end. Keeps ``max_to_keep`` files besides
+    the final one.
 
     Args:
         start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.

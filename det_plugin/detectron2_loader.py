@@ -1,9 +1,10 @@
-"""Training batches for Detectron2: a pure function of (seed, position in the stream), whoever drives the loop.
+"""Training batches for Detectron2: a pure function of (seed, position in the stream), whoever drives the
+loop.
 
-Detectron2's own loader restarts its shuffled stream when a run is resumed, and each worker draws augmentations from a state of
-its own. Here the image, its augmentations and the step's random numbers depend only on (seed, position). Workers, ranks,
-accumulation and resuming cannot change them. Images are not grouped by aspect ratio. Detectron2 does that to save padding, but
-here every batch is padded to the same square.
+Detectron2's own loader restarts its shuffled stream when a run is resumed, and each worker draws
+augmentations from a state of its own. Here the image, its augmentations and the step's random numbers depend
+only on (seed, position). Workers, ranks, accumulation and resuming cannot change them. Images are not grouped
+by aspect ratio. Detectron2 does that to save padding, but here every batch is padded to the same square.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -45,7 +46,8 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TrainLoader:
-    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its iteration.
+    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its
+    iteration.
 
     Args:
         dataset: Detectron2's dataset dicts.
@@ -79,7 +81,8 @@ class TrainLoader:
     def parts(self, accumulate: int) -> Generator[list[Sample], None, None]:
         """Each batch in ``accumulate`` equal parts, in turn.
 
-        torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in the step.
+        torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in
+        the step.
         """
         start_iter = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
         loaded = batches(self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu"))

@@ -48,9 +48,10 @@ NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 class ResultEvaluator(COCOEvaluator):
     """Box and mask AP of the validation split, by pycocotools.
 
-    In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes it for the checkpoint
-    that it was given. The wall time is the process's; in our loop it is the whole run's, however often it was interrupted. Every
-    evaluation writes its detections to ``coco_instances_results.json``.
+    In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes
+    it for the checkpoint that it was given. The wall time is the process's; in our loop it is the whole
+    run's, however often it was interrupted. Every evaluation writes its detections to
+    ``coco_instances_results.json``.
 
     Args:
         root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
@@ -94,14 +95,16 @@ class ResultEvaluator(COCOEvaluator):
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # Given the folder in the constructor, the base class would write the detections a second time, as a pickle.
+        # Given the folder in the constructor, the base class would write the detections a second time, as a
+        # pickle.
         self._output_dir: str | None = str(self.folder)
         super()._eval_predictions(predictions, img_ids)
         self._output_dir = None
 
 
 def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes``; the same for masks.
+    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes``;
+    the same for masks.
 
     Metrics without ground truth (NaN) are left out.
     """
@@ -116,7 +119,8 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
-    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's key; absent: None.
+    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's
+    key; absent: None.
 
     Args:
         cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
@@ -135,7 +139,8 @@ def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int
     """Write the ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:
-        cfg: the config of this process: a training that is over, or an evaluation of ``train.init_checkpoint``.
+        cfg: the config of this process: a training that is over, or an evaluation of
+            ``train.init_checkpoint``.
         images: number of images for training (none: not known) and evaluation.
     """
     changed, trained = config_deviations(cfg), cfg
@@ -165,7 +170,8 @@ def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int
 
 
 def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
-    """The config that ``train.init_checkpoint`` was trained with, and the deviations that its checkpoint shows."""
+    """The config that ``train.init_checkpoint`` was trained with, and the deviations that its checkpoint
+    shows."""
     planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).max_iters
     if not cfg.train.init_checkpoint:
         return cfg, {"max_iters": [planned, 0]}

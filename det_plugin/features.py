@@ -1,4 +1,5 @@
-"""From pixels to the map that the feature pyramid reads. Both engines call this and nothing else of the ViT."""
+"""From pixels to the map that the feature pyramid reads. Both engines call this and nothing else of the
+ViT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ class FeatureOptions:
 
     Attributes:
         final_norm: apply the ViT's final norm, as in pre-training; Detectron2's ViT has none.
-        keep_special_tokens: keep [CLS] and the registers in the sequence, as in pre-training. Without, the blocks only see
-            patches, as in Detectron2.
+        keep_special_tokens: keep [CLS] and the registers in the sequence, as in pre-training. Without, the
+            blocks only see patches, as in Detectron2.
         window_size, global_blocks: as in :class:`det_plugin.protocol.DetectionProtocol`.
-        freeze: the ViT does not learn. It runs as in evaluation (no drop path) and keeps nothing for a backward pass.
+        freeze: the ViT does not learn. It runs as in evaluation (no drop path) and keeps nothing for a
+            backward pass.
         checkpointing: recompute the blocks in the backward pass. Less memory, the same numbers.
         compile: torch.compile the blocks. Faster on a GPU; numbers are equal up to rounding.
     """
@@ -98,7 +100,8 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
     """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
     n_global = options.global_blocks if options.window_size else len(vit.blocks)
     everywhere = global_blocks(len(vit.blocks), n_global)
-    # Drawn here, not in the blocks: a block that is computed again drops the same paths, and a compiled one draws nothing.
+    # Drawn here, not in the blocks: a block that is computed again drops the same paths, and a compiled one
+    # draws nothing.
     paths = vit.draw_paths([(len(tokens), 1)], tokens.device)  # [depth, 2, B, 1]
     run = _compiled(COMPILER) if options.compile else run_block
     for i, block in enumerate(vit.blocks):
@@ -112,7 +115,8 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
 
 
 def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None) -> Tensor:
-    """One block, [B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by the grid's ``buckets``."""
+    """One block, [B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by the
+    grid's ``buckets``."""
     if windows is None:
         return block(x, None, paths, buckets)  # type: ignore[no-any-return]
     return windowed_block(block, x, paths, windows)

@@ -1,7 +1,7 @@
 """The detection protocol as a Detectron2 LazyConfig, for the stock launchers and for ours.
 
-Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/test_detectron2.py`` compares the result with
-Detectron2's own ViTDet configuration, key by key.
+Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/test_detectron2.py`` compares
+the result with Detectron2's own ViTDet configuration, key by key.
 """
 
 import os
@@ -85,11 +85,13 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco_layout`); None: ``$DETECTRON2_DATASETS/coco``.
+        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco_layout`); None:
+            ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         model_kwargs: further arguments of ``build_backbone``.
         checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`.
-        device: ``cuda`` | ``cpu``. Detectron2's AMP needs CUDA, so on the CPU the protocol must say ``amp=false``.
+        device: ``cuda`` | ``cpu``. Detectron2's AMP needs CUDA, so on the CPU the protocol must say
+            ``amp=false``.
 
     Raises:
         UserError: the ViT has no such argument, or Detectron2's heads have no such norm.
@@ -117,8 +119,8 @@ def config(
 
 
 def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
-    """The parts of a config file for the stock launcher, in this order: ``model``, ``train``, ``dataloader``, ``optimizer``,
-    ``lr_multiplier``.
+    """The parts of a config file for the stock launcher, in this order: ``model``, ``train``, ``dataloader``,
+    ``optimizer``, ``lr_multiplier``.
 
     Args:
         name, backbone: as in :func:`det_plugin.protocol.protocol`.
@@ -129,12 +131,15 @@ def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
 def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
     """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
 
-    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`), ``metrics.jsonl``, Detectron2's
-    checkpoints and log, the detections, and ``result.json``. A finished run is left as it is.
+    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`),
+    ``metrics.jsonl``, Detectron2's checkpoints and log, the detections, and ``result.json``. A finished run
+    is left as it is.
 
     Args:
-        resume: continue from the folder's last checkpoint, if there is one. On the CPU a resumed run is bit-exact.
-        eval_only: only evaluate the folder's last checkpoint on ``run.data``. All other settings are those of its training.
+        resume: continue from the folder's last checkpoint, if there is one. On the CPU a resumed run is
+            bit-exact.
+        eval_only: only evaluate the folder's last checkpoint on ``run.data``. All other settings are those of
+            its training.
 
     Returns:
         the path of ``result.json``.
@@ -310,7 +315,8 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 
 
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
-    """Large-scale jitter in training, one size in testing. The loaders read ``dataloader.root`` when they are built."""
+    """Large-scale jitter in training, one size in testing. The loaders read ``dataloader.root`` when they are
+    built."""
     size = p.image_size_px
 
     def dataset(split: str, **how: Any) -> DictConfig:

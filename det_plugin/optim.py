@@ -1,7 +1,9 @@
-"""Parameter groups of a Detectron2 detector: ViTDet's layer decay and weight decay, for every tensor of our ViT.
+"""Parameter groups of a Detectron2 detector: ViTDet's layer decay and weight decay, for every tensor of our
+ViT.
 
-Of all positions and tokens, Detectron2's ``get_vit_lr_decay_rate`` only knows ``pos_embed``. It would give position fields,
-registers and [CLS] the full learning rate, 100 times that of the patch embedding. Its ``overrides`` match the last part of a name.
+Of all positions and tokens, Detectron2's ``get_vit_lr_decay_rate`` only knows ``pos_embed``. It would give
+position fields, registers and [CLS] the full learning rate, 100 times that of the patch embedding. Its
+``overrides`` match the last part of a name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +54,8 @@ def parameter_groups(
 
 
 def adamw(params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0) -> torch.optim.AdamW:
-    """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only`` refuses them.
+    """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only``
+    refuses them.
 
     Args:
         clip_grad: largest norm of all gradients together; 0: no clipping.

@@ -1,7 +1,7 @@
 """Every number of the COCO fine-tuning protocol, once. Both engines read this file and no other.
 
-Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2", the paper's appendix;
-"Detectron2", its ViTDet configs; "ours" where neither says.
+Mask R-CNN on a plain ViT: ViTDet (Li et al., 2022) without windows and relative positions. Sources: "B.2",
+the paper's appendix; "Detectron2", its ViTDet configs; "ours" where neither says.
 """
 
 from collections.abc import Mapping
@@ -134,22 +134,23 @@ class DetectionProtocol(Settings):
         return self
 
 
-# Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others deviates.
+# Images of COCO train2017 with at least one object that is no crowd, and of val2017. A run on others
+# deviates.
 TRAIN_IMAGES, VAL_IMAGES = 117_266, 5_000
 
 # lr of B.2 by width of the backbone; other sizes are ours (linear in width between the two).
 LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 
-# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9, 26/27) as in 12 epochs
-# of all.
+# 12 epochs of a tenth of the images: 2,220 = 12 * ceil(11,800 / 64), steps at the same shares of it (8/9,
+# 26/27) as in 12 epochs of all.
 _TENTH: dict[str, Any] = dict(max_iters=2_220, milestones=(1_973, 2_138), train_share=0.1)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(max_iters=22_128, milestones=(19_667, 21_306)),  # B.2
     "coco-50ep": dict(max_iters=92_187, milestones=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(max_iters=184_375, milestones=(163_889, 177_546)),  # Detectron2
-    # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and learning rate are those
-    # of the full protocol, and the only evaluation is the last one. "frozen" tests the features as they are: only pyramid and
-    # heads learn, and the ViT runs as in evaluation.
+    # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and
+    # learning rate are those of the full protocol, and the only evaluation is the last one. "frozen" tests
+    # the features as they are: only pyramid and heads learn, and the ViT runs as in evaluation.
     "coco10pct-12ep": _TENTH,
     "coco10pct-frozen-12ep": dict(**_TENTH, freeze_backbone=True, drop_path=0.0),
 }
@@ -183,7 +184,8 @@ def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> Det
 
 
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
+    run's]}``."""
     return differences(protocol(run.name, backbone), run)
 
 
@@ -197,7 +199,8 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
 
     Args:
         train_images: how many the run used, of its share; None: not known.
-        train_share: the run's own. If it is not the protocol's, it is a deviation already, so it is not counted twice.
+        train_share: the run's own. If it is not the protocol's, it is a deviation already, so it is not
+            counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
     found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}

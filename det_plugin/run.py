@@ -28,7 +28,8 @@ class DetectionRun:
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step. The schedule does not change.
-        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and memory.
+        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and
+            memory.
 
     Raises:
         UserError: the seed or the number of workers is out of range.
@@ -70,7 +71,8 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
-    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's value]}``.
+    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's
+    value]}``.
 
     Args:
         images: how many images it was trained on, and evaluated on.
@@ -98,7 +100,8 @@ def leave_result(
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         changed: the run's deviations.
-        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file may be gone or changed.
+        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file
+            may be gone or changed.
         started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
     """

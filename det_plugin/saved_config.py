@@ -1,8 +1,9 @@
 """The configs that a Detectron2 run leaves in its folder.
 
-``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml`` builds the same
-network without the pre-training file. There ``weights`` is null, every argument of the backbone is written out, and the evaluator
-carries the names of the classes and what the file said about itself.
+``config.yaml`` holds what was asked for; stock launchers write it, and so does ours. ``config_resolved.yaml``
+builds the same network without the pre-training file. There ``weights`` is null, every argument of the
+backbone is written out, and the evaluator carries the names of the classes and what the file said about
+itself.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from det_plugin.backbone import origin_of
+from det_plugin.backbone import ORIGINS
 from det_plugin.coco_catalog import coco_root
 from det_plugin.detectron2_checkpoint import LAST
 from det_plugin.features import FeatureOptions
@@ -81,7 +82,7 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
 
 
 def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
-    """What :func:`det_plugin.backbone.origin_of` said of a run's weights; none for random initialization.
+    """What :data:`det_plugin.backbone.ORIGINS` says of a run's weights; none for random initialization.
 
     Of a config that is not resolved, the backbone must have been built in this process.
     """
@@ -89,7 +90,7 @@ def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
     if origin is not None:
         return {key: value for key, value in OmegaConf.to_container(origin).items() if key != "given_kwargs"}  # type: ignore
     weights = cfg.model.backbone.net.weights
-    return None if weights is None else origin_of(weights)
+    return None if weights is None else ORIGINS[str(weights)]
 
 
 def classes_in(cfg: DictConfig) -> dict[int, str]:
@@ -105,7 +106,8 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name the classes.
+    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name
+    the classes.
 
     Raises:
         UserError: the validation data are not there.
@@ -132,8 +134,8 @@ def is_over(cfg: DictConfig, folder: Path, resume: bool) -> bool:
 
 
 def plain(cfg: Any) -> Any:
-    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full name, because the
-    same function has several."""
+    """A config as nested plain values. Interpolations stay as they are written. ``_target_`` gets its full
+    name, because the same function has several."""
     if isinstance(cfg, DictConfig):
         cfg = OmegaConf.to_container(cfg, resolve=False)
     if isinstance(cfg, dict):

@@ -1,4 +1,5 @@
-"""What a training step is in either engine: parts of a batch, gradients of all ranks, losses that must be finite."""
+"""What a training step is in either engine: parts of a batch, gradients of all ranks, losses that must be
+finite."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
 
 
 def averaging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Around a forward and backward pass: whether the ranks average their gradients in it, with those of the passes before."""
+    """Around a forward and backward pass: whether the ranks average their gradients in it, with those of the
+    passes before."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 

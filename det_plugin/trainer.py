@@ -1,6 +1,7 @@
 """Our loop on Detectron2's trainer and hooks.
 
-It does what the stock launcher does, with gradient accumulation, also on the CPU, and resumes as if it had not been interrupted.
+It does what the stock launcher does, with gradient accumulation, also on the CPU, and resumes as if it had
+not been interrupted.
 """
 
 import logging
@@ -48,7 +49,8 @@ class AccumulatingTrainer(SimpleTrainer):
     """A step over ``accumulate`` parts of a batch, in turn. The loss is the parts' mean.
 
     Args:
-        model: the detector, or DistributedDataParallel around it. Ranks average their gradients after the last part only.
+        model: the detector, or DistributedDataParallel around it. Ranks average their gradients after the
+            last part only.
         data_loader: parts, without end (:meth:`det_plugin.detectron2_loader.TrainLoader.parts`).
         amp: float16 with loss scaling, as in Detectron2's AMPTrainer. CUDA only.
     """
@@ -65,7 +67,8 @@ class AccumulatingTrainer(SimpleTrainer):
         """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
 
         Args:
-            makes_up: first evaluate and log the iteration before ``start_iter``: its process was killed before it could.
+            makes_up: first evaluate and log the iteration before ``start_iter``: its process was killed
+                before it could.
 
         Raises:
             Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
@@ -109,7 +112,8 @@ class AccumulatingTrainer(SimpleTrainer):
         """One update.
 
         Raises:
-            FloatingPointError: a loss is not finite; names the iteration and the losses. The weights are those before the step.
+            FloatingPointError: a loss is not finite; names the iteration and the losses. The weights are
+                those before the step.
         """
         self.optimizer.zero_grad()
         waited_s, terms = 0.0, []
@@ -143,7 +147,8 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class MetricsLines(HookBase):
-    """Writes ``metrics.jsonl`` (iteration, loss and its terms, lr, AP where it was evaluated) and ``speed.jsonl``.
+    """Writes ``metrics.jsonl`` (iteration, loss and its terms, lr, AP where it was evaluated) and
+    ``speed.jsonl``.
 
     Args:
         start_it: the first iteration of this process. Lines from it on are dropped.
@@ -184,7 +189,8 @@ class MetricsLines(HookBase):
 
 
 class TestBatches:
-    """The batches of Detectron2's test loader, from workers that ignore group signals and whose errors are one line."""
+    """The batches of Detectron2's test loader, from workers that ignore group signals and whose errors are
+    one line."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader = loader
@@ -214,7 +220,8 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
         accumulate: parts of a rank's batch.
-        resume: continue from the last checkpoint of ``train.output_dir``, if there is one. On the CPU a resumed run is bit-exact.
+        resume: continue from the last checkpoint of ``train.output_dir``, if there is one. On the CPU a
+            resumed run is bit-exact.
 
     Raises:
         UserError: ranks and parts cannot share the batch; bad data; not all machines see the folder.

@@ -1,10 +1,11 @@
-"""Blocks that attend within windows of the patch grid (ViTDet: Li et al., 2022, section 3). An option, not the default.
+"""Blocks that attend within windows of the patch grid (ViTDet: Li et al., 2022, section 3). An option, not
+the default.
 
-Without special tokens a windowed block equals that of Detectron2's ViT (relative positions off). Detectron2 pads the normed map
-with zeros to whole windows and then projects it, so a patch in a border window also attends to the projection's bias. Here the map
-is projected once and padded with that bias. Detectron2's ViT has no [CLS] and no registers. Here (ours) every window sees them as
-keys and values, and they see all tokens. Relative positions do not change: two patches are as far apart in a window as in the
-image.
+Without special tokens a windowed block equals that of Detectron2's ViT (relative positions off). Detectron2
+pads the normed map with zeros to whole windows and then projects it, so a patch in a border window also
+attends to the projection's bias. Here the map is projected once and padded with that bias. Detectron2's ViT
+has no [CLS] and no registers. Here (ours) every window sees them as keys and values, and they see all tokens.
+Relative positions do not change: two patches are as far apart in a window as in the image.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class Windows(NamedTuple):
 
 
 def global_blocks(depth: int, n_global: int) -> list[int]:
-    """Which of ``depth`` blocks have no windows: the last of each of ``n_global`` equal groups. For 12 and 4: 2, 5, 8, 11.
+    """Which of ``depth`` blocks have no windows: the last of each of ``n_global`` equal groups. For 12 and 4:
+    2, 5, 8, 11.
 
     Raises:
         UserError: the groups are not equal.
@@ -41,7 +43,8 @@ def windowed_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windo
 
     Args:
         x: [B, S + h * w, D], S special tokens first.
-        paths: [2, B, 1, 1], factors of the two branches, or None, as in :class:`pretrain.backbones.block.Block`.
+        paths: [2, B, 1, 1], factors of the two branches, or None, as in
+            :class:`pretrain.backbones.block.Block`.
     """
     drop1, drop2 = (block.drop_path, block.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
     x = x + drop1(block.ls1(windowed_attention(block.attn, block.norm1(x), windows)))
@@ -71,7 +74,8 @@ def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Ten
 
 
 def partition(maps: Tensor, padding: Tensor, size: int) -> Tensor:
-    """[B, h, w, C] -> windows [B, n, size * size, C], row-major, padded below and on the right with ``padding`` [C]."""
+    """[B, h, w, C] -> windows [B, n, size * size, C], row-major, padded below and on the right with
+    ``padding`` [C]."""
     b, height, width, _ = maps.shape
     below, right = -height % size, -width % size
     if right:

@@ -42,6 +42,18 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+def at_least(options: argparse.Namespace, **least: int) -> None:
+    """Check numbers of a command line; one that is not given passes.
+
+    Raises:
+        UserError: one is too small; names it.
+    """
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is less than {number}")
+
+
 def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """The words of a fine-tuning: ``key=value`` fields of its protocol, and ``backbone.key=value`` arguments of the ViT.
 

@@ -1,7 +1,7 @@
-"""A comparison's runs: what its entries' weights become, which runs follow, and what has come of each.
+"""A comparison's runs: how the weights are converted, which runs there are, and the state of each.
 
-Every file of weights becomes one of ours first (:func:`prepare`), so that a run needs no more than its path.
-The runs of :func:`plan` depend on nothing else and not on each other.
+:func:`prepare` converts every file of weights to our format, so that a run needs only its path. The runs of :func:`plan` do not
+depend on each other.
 """
 
 import json
@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,6 @@ class Weights:
     file: Path
     source: Path
     identity: tuple[str, ...]
-
-    @property
-    def is_converted(self) -> bool:
-        """Whether the runs read another file than the entry names."""
-        return self.file != self.source
 
     @property
     def digest(self) -> str:
@@ -119,7 +114,7 @@ def prepare(entry: Entry, weights: Weights, output: Path) -> None:
     note = note_of(entry, output)
     if weights.is_ready(note):
         return
-    if weights.is_converted:
+    if weights.file != weights.source:
         convert(weights.source, weights.file, name=entry.backbone, **_asked(entry))
     elif (found := _metadata(weights.file).get("backbone", "no file")) != entry.backbone:
         raise UserError(f"weights: {weights.file}: {found}, not {entry.backbone}")
@@ -133,7 +128,7 @@ def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry], output
     for name, entry in {name_of(entry): entry for entry in entries}.items():
         try:
             prepare(entry, weights[name], output)
-        except Exception as error:  # whatever a stranger's file does to its reader, the other rows go on
+        except Exception as error:  # a foreign file may fail in any way; the other rows go on
             failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return failed
 
@@ -158,7 +153,7 @@ class FineTuning:
 
     Attributes:
         task: ``det`` | ``seg``.
-        arguments: of the tool, whatever it is run on.
+        arguments: of the tool, on any machine.
         identity: what its result depends on.
         is_sweep: whether it is the whole grid.
     """
@@ -202,43 +197,46 @@ def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n
     return runs
 
 
-def _detection(
-    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
-) -> Iterator[FineTuning]:
+def _detection(comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int) -> list[FineTuning]:
     protocol = entry.detection or comparison.detection
     if protocol == NONE:
-        return
-    fields = words_of(comparison.detection_overrides)
-    folder = folder / f"det_{protocol}_seed{seed}"
+        return []
     accumulate = -(-comparison.accumulate // n_gpus)
-    where = ["--data", comparison.coco, "--accumulate", str(accumulate)]
-    where += ["--checkpointing"] * comparison.checkpointing
+    rest = ["--data", comparison.coco, "--accumulate", str(accumulate), *["--checkpointing"] * comparison.checkpointing, "--resume"]
     recipe = ["--engine", comparison.engine, "--protocol", protocol, "--seed", str(seed)]
-    words = _arguments(comparison, weights, folder, [*recipe, *where, "--resume"], fields)
-    identity = shlex.join(["train_det", *recipe, *fields, *weights.identity])
-    yield FineTuning(entry, "det", folder, words, identity)
+    overrides = words_of(comparison.detection_overrides)
+    return [_run(comparison, entry, weights, "det", folder / f"det_{protocol}_seed{seed}", recipe, overrides, rest)]
 
 
-def _segmentation(
-    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
-) -> Iterator[FineTuning]:
+def _segmentation(comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int) -> list[FineTuning]:
     kind = entry.segmentation or comparison.segmentation
-    if kind == NONE or (kind == SWEEP and seed != comparison.seeds[0]):
-        return
-    fields = words_of(comparison.segmentation_overrides)
     is_sweep = kind == SWEEP
+    if kind == NONE or (is_sweep and seed != comparison.seeds[0]):
+        return []
     folder = folder / ("seg_sweep" if is_sweep else f"seg_seed{seed}")
-    recipe = ["--dataset", "ade20k", "--seed", str(seed)]
     rest = ["--data", comparison.ade, *["--resume"] * (not is_sweep)]
-    words = _arguments(comparison, weights, folder, [*recipe, *rest], fields)
-    identity = shlex.join(["train_seg", *recipe, *["--sweep"] * is_sweep, *fields, *weights.identity])
-    yield FineTuning(entry, "seg", folder, words, identity, is_sweep)
+    overrides = words_of(comparison.segmentation_overrides)
+    return [
+        _run(comparison, entry, weights, "seg", folder, ["--dataset", "ade20k", "--seed", str(seed)], overrides, rest, is_sweep)
+    ]
 
 
-def _arguments(comparison: Comparison, weights: Weights, folder: Path, options: list[str], overrides: list[str]) -> tuple[str, ...]:
+def _run(
+    comparison: Comparison,
+    entry: Entry,
+    weights: Weights,
+    task: str,
+    folder: Path,
+    recipe: list[str],
+    overrides: list[str],
+    rest: list[str],
+    is_sweep: bool = False,
+) -> FineTuning:
+    """Args: ``recipe`` and ``overrides`` are words on which the result depends, unlike on the ``rest``."""
     workers = [] if comparison.workers is None else ["--workers", str(comparison.workers)]
     shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device]
-    return (*overrides, *options, *shared, *workers)
+    identity = shlex.join([f"train_{task}", *recipe, *["--sweep"] * is_sweep, *overrides, *weights.identity])
+    return FineTuning(entry, task, folder, (*overrides, *recipe, *rest, *shared, *workers), identity, is_sweep)
 
 
 def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
@@ -263,8 +261,6 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         UserError: there are not so many GPUs.
     """
     until = time.monotonic() + seconds
-    if n_at_once > 1:  # they share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     gpus: list[list[str]] = [[]] * n_at_once if device == "cpu" else gpu_prefixes(n_at_once, n_gpus)
     stages, processes = {run.name: [run.stage(tools, n_gpus)] for run in runs}, Processes()
     for (stage,) in stages.values():
@@ -274,7 +270,7 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         return run_jobs(stages, n_at_once, until - time.monotonic(), launch, processes)
 
 
-# --- what has come of them ----------------------------------------------------------------------------------
+# --- states and results ----------------------------------------------------------------------------------
 
 
 def state(stage: Stage) -> str:
@@ -295,7 +291,7 @@ def state(stage: Stage) -> str:
 
 
 def is_to_begin(how: str) -> bool:
-    """Whether a run of this :func:`state` is to be begun, or gone on with, by whoever asks."""
+    """Whether to start or resume a run of this :func:`state`."""
     return how not in (DONE, RUNNING, OTHER) and not how.startswith(QUEUED)
 
 

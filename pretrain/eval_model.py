@@ -71,11 +71,8 @@ class EvalModel:
         if not (folder / FILE_NAME).is_file():
             return None
         before = read_result(folder)
-        same = (before.config_hash, before.weights_hash) == (
-            self.settings_hash(protocol, settings),
-            file_hash(self.path),
-        )
-        return before if same else None
+        asked = self.settings_hash(protocol, settings), file_hash(self.path)
+        return before if (before.config_hash, before.weights_hash) == asked else None
 
     def write(
         self,
@@ -112,30 +109,17 @@ class EvalModel:
         return {"protocol": protocol, **built, **{name: pair[1] for name, pair in settings.items()}}
 
 
-def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that say which checkpoints, the same in every tool: those of :func:`open_models`."""
+def add_options(parser: argparse.ArgumentParser, required: bool = True, several: bool = True) -> None:
+    """The options that say which checkpoint, or which ``several``, the same in every tool: those of :func:`open_models`."""
     add = parser.add_argument
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        required=required,
-        default=[],
-        metavar="FILE",
-        help="any checkpoints, or run folders",
-    )
-    add(
-        "--names",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="of their methods, one each; else what the files say",
-    )
-    add(
-        "--source",
-        metavar="NAME",
-        help="whose files they all are (dino, mae, ...); else found out from each file",
-    )
+    if several:
+        add(
+            "--weights", type=Path, nargs="+", required=required, default=[], metavar="FILE", help="any checkpoints, or run folders"
+        )
+        add("--names", nargs="+", default=[], metavar="NAME", help="of their methods, one each; else what the files say")
+    else:
+        add("--weights", type=Path, required=required, metavar="FILE", help="any supported checkpoint, or the folder of a run")
+    add("--source", metavar="NAME", help="whose files they all are (dino, mae, ...); else found out from each file")
     add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
 
@@ -152,8 +136,7 @@ def open_models(
     backbone: str | None = None,
     patch_px: int | None = None,
 ) -> list[EvalModel]:
-    """The checkpoints of these files, in order. Every file is read now: a bad one fails before the first
-    hour.
+    """The checkpoints of these files, in order. Every file is read now, so that a bad one fails at the start.
 
     Args:
         paths: files or folders of weights; the folder of a pre-training run stands for its backbone.
@@ -195,7 +178,7 @@ def open_models(
 
 
 def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
-    """The same with unique labels: the method, then the file's name and a number where it takes these."""
+    """The same with unique labels: the method, with the file's name or a number where methods repeat."""
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)

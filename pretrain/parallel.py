@@ -30,9 +30,6 @@ class StepSettings(Settings):
         "none", "none | full (blocks are computed again in the backward pass) | selective (matrix products are kept)", source="ours"
     )
     compile: bool = setting(False, "torch.compile, block by block", source="ours")
-    loss_rows: int = setting(
-        512, "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form", source="ours", ge=0
-    )
     parallel: Literal["ddp", "fsdp2"] = setting(
         "ddp", "several ranks: ddp | fsdp2 (sharded parameters and optimizer)", source="ours"
     )

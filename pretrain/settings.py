@@ -138,7 +138,7 @@ def read_layers(
     find: Callable[[str, Path], Path] = lambda base, folder: folder / base,
     prepare: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> list[Layer]:
-    """A YAML file and the files that it stands on (``base:``, a name or a list of names), the most basic first, each file once.
+    """A YAML file and its bases (``base:``, a name or a list of names), the most basic first, each file once.
 
     Args:
         path: of the file.
@@ -243,7 +243,7 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
         values = upgraded(model, layer.values)
         name = "" if layer.name == what else f" ({layer.name})"
         typed = _typed_group(model, values, f"{what}: {KEY}{name}", "")
-        origins |= dict.fromkeys(_flat(typed), name)
+        origins |= dict.fromkeys(flat(typed), name)
         _merge(merged, typed)
     return validated(model, merged, what, origins)
 
@@ -388,16 +388,12 @@ def typed_value(kind: Any, value: Any, where: str = KEY, name: str = "value") ->
     if origin is tuple:
         return _typed_tuple(parts, value, where, name)
     if origin is dict:
-        return {str(k): _typed_key(parts[1], item, where, f"{name}.{k}") for k, item in _items(value)}
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {str(k): _typed_key(parts[1], item, where, f"{name}.{k}") for k, item in value.items()}
     if kind is Any:
         return plain(value) if isinstance(value, str) else value
     return _typed_scalar(kind, value)
-
-
-def _items(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise TypeError
-    return value.items()
 
 
 def _typed_tuple(parts: tuple[Any, ...], value: Any, where: str, name: str) -> tuple[Any, ...]:
@@ -496,16 +492,12 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
-def flat(values: Settings | Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted key: plain value} of settings, or of nested values."""
-    return _flat(as_dict(values) if isinstance(values, Settings) else values)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: plain value} of settings, or of nested values; each key begins with ``prefix``."""
     found: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in (as_dict(values) if isinstance(values, Settings) else values).items():
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found
@@ -551,7 +543,7 @@ def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
     """The settings as YAML that loads again; each line ends with what the key means and where its value comes from."""
     origins = {}
     for layer in layers:
-        for key in _flat(upgraded(type(settings), layer.values)):
+        for key in flat(upgraded(type(settings), layer.values)):
             said = layer.comments.get(key, "")
             origins[key] = f"{layer.name}{': ' if said else ''}{said}"
     values, lines, group = flat(settings), list[str](), ""

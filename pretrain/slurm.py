@@ -6,7 +6,7 @@ ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes t
 What happens near the time limit, or when SLURM takes the nodes for someone else: the tasks get a signal; a tool that listens
 (:mod:`pretrain.signals`) saves at its next step and leaves with :data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's
 command to one that resumes and puts the job back into the queue, where it keeps its number, its place and its folder. A tool that
-does not listen is put back at once and goes on from its last checkpoint. After a failed node SLURM starts the job again by itself.
+does not listen is put back at once and resumes from its last checkpoint. After a failed node SLURM itself restarts the job.
 
 Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster (there was none).
 """
@@ -16,39 +16,45 @@ import runpy
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import submitit
+from pydantic import model_validator
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.settings import Settings, setting
 
 RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py")  # the tools that take --resume; any other starts from its beginning
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks SLURM for."""
+class Resources(Settings):
+    """What a job asks SLURM for; but for ``extra`` each is an option of tools/submit.py."""
 
-    nodes: int = 1
-    gpus: int = 8  # a node
-    ranks: int = 0  # a node; 0: one a GPU, or one alone without GPUs
-    hours: float = 24.0
-    cpus: int = 8  # a rank
-    mem_gb: float = 0.0  # a node; 0: the cluster's own
-    partition: str = ""
-    name: str = "posfield"
-    notice_s: int = 180  # between the signal and the time limit
-    max_timeouts: int = 20  # how often a job may come to its time limit; preemptions do not count
-    at_once: int = 256  # jobs of an array that run at a time
-    extra: Mapping[str, str | bool] = field(default_factory=dict)  # any option of sbatch
+    nodes: int = setting(1, "machines", source="ours", ge=1)
+    gpus: int = setting(8, "of a node; 0: the CPU", source="ours", ge=0)
+    ranks: int = setting(0, "tasks of a node; 0: one a GPU, or one alone without GPUs", source="ours", ge=0)
+    cpus: int = setting(8, "cores of a rank", source="ours", ge=1)
+    mem_gb: float = setting(0.0, "GB of a node; 0: the cluster's default", source="ours", ge=0)
+    hours: float = setting(24.0, "the time limit", source="ours", gt=0)
+    partition: str = setting("", "of the cluster", source="ours")
+    name: str = setting("", "of the job; empty: that of the tool", source="ours")
+    at_once: int = setting(256, "jobs of an array at a time", source="ours", ge=1)
+    notice_s: int = setting(180, "seconds between the signal to save and the time limit", source="ours", ge=0)
+    max_timeouts: int = setting(20, "time limits after which a job is put back; preemptions do not count", source="ours", ge=0)
+    extra: dict[str, str | bool] = setting(dict, "any option of sbatch", source="ours")
+
+    @model_validator(mode="after")
+    def _leaves_time(self) -> "Resources":
+        if not 60 * self.hours > self.notice_s / 60:
+            raise ValueError(f"hours={self.hours} is not longer than the notice of {self.notice_s} s")
+        return self
 
     @property
     def ranks_per_node(self) -> int:
@@ -68,7 +74,7 @@ class ToolJob:
     arguments: tuple[str, ...]
 
     def resumed(self) -> "ToolJob":
-        """The job that goes on where this one stopped: from the newest checkpoint, whichever one it began with."""
+        """The job that resumes from the newest checkpoint, whichever one this job started from."""
         if Path(self.script).name not in RESUMABLE:
             return self
         words = [word for word in self.arguments if not word.startswith("--resume=")]
@@ -105,7 +111,7 @@ class ToolJob:
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
         code = run_script(job.script, job.arguments)
         if put_back:
-            sys.exit(code)  # submitit's own code; whatever the tool came to, the job is in the queue
+            sys.exit(code)  # submitit's own code: the job is in the queue, however the tool ended
         if code == REQUEUE_CODE:
             if task.global_rank > 0:
                 sys.exit(0)  # no result, and no failure for which srun would kill the first task before it is done
@@ -171,32 +177,28 @@ class Executor(submitit.SlurmExecutor):
 def slurm_executor(resources: Resources, folder: Path) -> Executor:
     """The executor of a job; ``folder`` gets logs and the job's file (%j: its number)."""
     executor = Executor(folder, max_num_timeout=resources.max_timeouts)
-    parameters: dict[str, Any] = dict(
+    executor.update_parameters(
         job_name=resources.name,
         nodes=resources.nodes,
         ntasks_per_node=resources.ranks_per_node,
         cpus_per_task=resources.cpus,
         time=max(1, round(60 * resources.hours)),
+        gpus_per_node=resources.gpus or None,
+        partition=resources.partition or None,
+        mem=f"{round(1024 * resources.mem_gb)}M" if resources.mem_gb else None,
         signal_delay_s=resources.notice_s,
-        array_parallelizm=resources.at_once,
+        array_parallelism=resources.at_once,
         wckey=None,  # submitit's own would be refused where a cluster checks them
         # A failed node or a preemption without grace: SLURM itself starts the job again.
         additional_parameters={"requeue": True, **resources.extra},
         # Since SLURM 22.05 srun does not know what sbatch was told. A rank that dies takes the others along, which wait for it.
         srun_args=[f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
     )
-    if resources.gpus:
-        parameters["gpus_per_node"] = resources.gpus
-    if resources.partition:
-        parameters["partition"] = resources.partition
-    if resources.mem_gb:
-        parameters["mem"] = f"{round(1024 * resources.mem_gb)}M"
-    executor.update_parameters(**parameters)
     return executor
 
 
 def sbatch_script(executor: Executor, n_jobs: int = 1) -> str:
-    """The script that :func:`submit` hands to sbatch, to the letter."""
+    """The exact script that :func:`submit` hands to sbatch."""
     if n_jobs == 1:
         return executor._make_submission_file_text(executor._submitit_command_str, "")
     before = dict(executor.parameters)

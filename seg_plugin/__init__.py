@@ -1,4 +1,5 @@
-"""Segmentation fine-tuning on MMSegmentation: ``custom_imports = dict(imports=["seg_plugin"])`` in a config registers all of it."""
+"""Segmentation fine-tuning on MMSegmentation. ``custom_imports = dict(imports=["seg_plugin"])`` in a config
+registers it."""
 
 from importlib.util import find_spec
 

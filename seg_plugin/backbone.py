@@ -1,4 +1,5 @@
-"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a ``VisionTransformer`` too)."""
+"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a
+``VisionTransformer`` too)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,28 +15,29 @@ from pretrain.backbones.vit import ViewGroup
 from pretrain.build import build_for_fine_tuning
 from pretrain.errors import UserError
 
-OF_THE_RUN = ("freeze", "checkpointing")  # arguments of PosfieldViT that are none of the ViT's
+OF_THE_RUN = ("freeze", "checkpointing")  # arguments of PosfieldViT but not of the ViT
 
 
 @MODELS.register_module()
 class PosfieldViT(BaseModule):
-    """A ViT that gives its last layer's normed patch tokens as one map.
+    """A ViT. Its output is one map, the last layer's normed patch tokens.
 
     Args:
         name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any checkpoint that ``build_for_fine_tuning`` reads. It is read here, in the constructor, and stays as it was read:
-            mmengine's ``init_weights`` touches nothing in this module.
+        weights: any checkpoint that ``build_for_fine_tuning`` reads. The constructor reads it, and mmengine's
+            ``init_weights`` changes nothing in this module.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
-        freeze: nothing in the ViT learns, and no path is dropped; its features are computed without a graph.
-        checkpointing: compute the blocks again in the backward pass: less memory, the same numbers.
-        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``, ``pos_encoding``, ...).
+        freeze: the ViT does not learn and drops no path. Its features are computed without a graph.
+        checkpointing: recompute the blocks in the backward pass. Less memory, the same numbers.
+        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``,
+            ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
-        weights: the file that was read, or none.
+        weights: the file that was read, or None.
 
     Raises:
-        UserError: ``weights`` and ``init_cfg`` both given; another ``init_cfg``; all that ``build_backbone`` raises.
+        UserError: ``weights`` and ``init_cfg`` are both given; another ``init_cfg``; as ``build_backbone``.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class PosfieldViT(BaseModule):
         checkpointing: bool = False,
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(init_cfg=None)  # mmengine's own Pretrained reads no safetensors, and only warns on a mismatch
+        super().__init__(init_cfg=None)  # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
         self.weights = _one_source(weights, init_cfg)
         self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"
@@ -57,7 +59,7 @@ class PosfieldViT(BaseModule):
             self.vit.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PosfieldViT":
-        """As any module's; a frozen ViT stays in evaluation mode."""
+        """As in any module, but a frozen ViT stays in evaluation mode."""
         super().train(mode)
         if self.freeze:
             self.vit.eval()
@@ -66,14 +68,15 @@ class PosfieldViT(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """[B, 3, H, W] normalized pixels -> one map that covers exactly these H x W pixels.
 
-        [B, D, H/p, W/p] where p divides H and W. Else the ViT pads at the bottom and on the right to whole patches, and its map
-        covers the padding too; a head that stretches its logits to H x W, as mmseg's do, would squeeze the image. So the map
-        is brought to the resolution of pixels, by the same bilinear rule as the heads', and the padding is cut off: [B, D, H, W].
-        A linear head commutes with both, so its logits are exactly those of the padded image, cropped.
+        If p divides H and W, it is [B, D, H/p, W/p]. Otherwise the ViT pads at the bottom and on the right to
+        whole patches, and its map covers the padding. A head that stretches its logits to H x W, like
+        mmseg's, would squeeze the image. So the map is resized to pixels by the heads' own bilinear rule, and
+        the padding is cut off: [B, D, H, W]. A linear head commutes with both, so its logits are exactly
+        those of the padded image, cropped.
         """
         (height, width), patch = x.shape[2:], self.vit.patch_size
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            (tokens,) = self.vit.forward_views([ViewGroup(x)])  # equal to forward(x); knows checkpointing
+            (tokens,) = self.vit.forward_views([ViewGroup(x)])  # equals forward(x), with checkpointing
         features = tokens.patches.transpose(1, 2).unflatten(2, (-(-height // patch), -(-width // patch)))
         if height % patch or width % patch:
             features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)[..., :height, :width]
@@ -81,7 +84,7 @@ class PosfieldViT(BaseModule):
 
 
 def _one_source(weights: str | Path | None, init_cfg: Mapping[str, Any] | None) -> str | None:
-    """The checkpoint, from whichever of the two ways names it."""
+    """The checkpoint, by whichever of the two names it."""
     if init_cfg is not None:
         if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
             raise UserError(f"backbone: init_cfg can only be dict(type='Pretrained', checkpoint=FILE), not {dict(init_cfg)}")

@@ -1,4 +1,5 @@
-"""Time and memory of our ViT in a segmentor against MMSegmentation's own, with the same weights: forward and backward passes."""
+"""Our ViT in a segmentor against MMSegmentation's own: the same weights, time and memory of forward and
+backward passes."""
 
 from statistics import median
 from typing import Any
@@ -21,9 +22,11 @@ TOLERANCE = 1e-4  # of outputs and input gradients, which are of the order of 1
 def measure(
     backbone: str, rounds: int, device: str = "auto", *, crop_px: int = CROP_PX, batch_size: int = BATCH_SIZE, depth: int = 0
 ) -> dict[str, Any]:
-    """Our backbone over MMSegmentation's, float32, without drop path, LayerScale and registers, which that one does not have.
+    """Our backbone over MMSegmentation's, in float32. Ours has no drop path, LayerScale or registers here,
+    like theirs.
 
-    Memory is the peak above what a process holds after its imports (on CUDA torch's own account), with weights and gradients.
+    Memory is the peak above what a process holds after its imports (on CUDA torch's own account), with
+    weights and gradients.
 
     Args:
         backbone: registry name; its sizes.
@@ -31,7 +34,8 @@ def measure(
         depth: blocks; 0: the name's own.
 
     Returns:
-        ``time_ratio``, ``memory_ratio``, the same with the ending ``_checkpointed``, and the seconds and MiB behind them.
+        ``time_ratio``, ``memory_ratio``, the same with the ending ``_checkpointed``, and the seconds and MiB
+        behind them.
 
     Raises:
         UserError: no such device.
@@ -68,7 +72,8 @@ def work(name: str, backbone: str, crop_px: int, batch_size: int, depth: int, de
 
 
 def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -> None:
-    """Assert that all contenders give the same features and the same gradient by the image, up to rounding."""
+    """Assert that all contenders give the same features and the same gradient by the image, up to
+    rounding."""
     expected = None
     for name in CONTENDERS:
         image = torch.randn(1, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
@@ -89,7 +94,8 @@ def forward_backward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
-    """One of :data:`CONTENDERS`, with the same weights, in training mode: images [B, 3, H, W] -> (map [B, D, h, w],)."""
+    """One of :data:`CONTENDERS`, with the same weights, in training mode: images [B, 3, H, W] -> (map [B, D,
+    h, w],)."""
     torch.manual_seed(0)
     model_kwargs: dict[str, Any] = {"pos_grid": crop_px // 16, **({"depth": depth} if depth else {})}
     if name != "mmseg":
@@ -99,9 +105,11 @@ def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
 
 
 def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
-    """MMSegmentation's ViT with the weights of ours, which must have one learned position a patch, no registers and no LayerScale.
+    """MMSegmentation's ViT with the weights of ours, which must have one learned position a patch, no
+    registers and no LayerScale.
 
-    The options are those with which the two are the same function; its defaults leave out the patch embedding's bias and the norm.
+    These options make both the same function. By default theirs has no bias in the patch embedding and no
+    final norm.
     """
     size = ours.model_kwargs
     theirs = VisionTransformer(

@@ -1,10 +1,13 @@
-"""What MMSegmentation 1.2.2 needs so that it runs on mmcv-lite and on today's torch. Applied by ``import seg_plugin``.
+"""What MMSegmentation 1.2.2 needs to run on mmcv-lite and on today's torch. ``import seg_plugin`` applies it.
 
-* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext`` behind it, so that importing ``mmcv.ops``, and
-  with it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >= 2.12.)
-* torch >= 2.6 reads checkpoints with ``weights_only=True``; mmengine's hold a few objects besides tensors.
+* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext``. So importing ``mmcv.ops``,
+  and with it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >=
+  2.12.)
+* torch >= 2.6 reads checkpoints with ``weights_only=True``, and mmengine's hold a few objects besides
+  tensors.
 
-Nothing here changes a full mmcv, or the maintained forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation (same import names).
+A full mmcv stays as it is, and so do the maintained forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation
+(same import names).
 """
 
 import contextlib
@@ -24,13 +27,14 @@ EXTENSION = "mmcv._ext"
 
 
 def prepare() -> None:
-    """All of it; idempotent."""
+    """Apply all of it. Idempotent."""
     import_ops_without_extension()
     allow_checkpoint_classes()
 
 
 class _NoExtension(types.ModuleType):
-    """Stands for ``mmcv._ext`` while ``mmcv.ops`` is imported: has every function, and each says what is missing."""
+    """Stands in for ``mmcv._ext`` while ``mmcv.ops`` is imported. It has every function, and each says what
+    is missing."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -43,10 +47,11 @@ class _NoExtension(types.ModuleType):
 
 
 def import_ops_without_extension() -> None:
-    """Import ``mmcv.ops`` where ``mmcv._ext`` is absent; afterwards ``mmcv._ext`` is as absent as before.
+    """Import ``mmcv.ops`` if ``mmcv._ext`` is absent. Afterwards ``mmcv._ext`` is still absent.
 
-    The pure Python operators (``point_sample``, ...) work; a compiled one raises RuntimeError by name when it is called.
-    mmengine and mmcv probe for ``mmcv._ext`` to tell the full mmcv, so the stand-in must not outlive the import.
+    The pure Python operators (``point_sample``, ...) work. A compiled one raises a RuntimeError that names it
+    when called. mmengine and mmcv recognize the full mmcv by ``mmcv._ext``, so the stand-in must not outlive
+    the import.
     """
     if "mmcv.ops" in sys.modules or importlib.util.find_spec("mmcv") is None or importlib.util.find_spec(EXTENSION) is not None:
         return
@@ -61,10 +66,12 @@ def import_ops_without_extension() -> None:
 
 
 def allow_checkpoint_classes() -> None:
-    """Allow-list what mmengine's own checkpoints hold besides tensors: the logged scalars, as NumPy arrays in HistoryBuffers.
+    """Allow what mmengine's own checkpoints hold besides tensors: the logged scalars, as NumPy arrays in
+    HistoryBuffers.
 
-    A HistoryBuffer is stored with references to its methods, which pickle spells ``getattr(HistoryBuffer, "min")``. An open
-    getattr would let a file reach anything, so that name stands for :func:`_history_method` alone. ``weights_only`` stays on.
+    A HistoryBuffer refers to its own methods, which pickle writes as ``getattr(HistoryBuffer, "min")``. With
+    an open getattr a file could reach anything, so the name means :func:`_history_method` only.
+    ``weights_only`` stays on.
     """
     import numpy as np
     from mmengine.logging import HistoryBuffer
@@ -76,7 +83,7 @@ def allow_checkpoint_classes() -> None:
 
 
 def _history_method(owner: Any, name: str) -> Any:
-    """The only attributes that a checkpoint may name: HistoryBuffer's statistics."""
+    """HistoryBuffer's statistics, the only attributes that a checkpoint may name."""
     from mmengine.logging import HistoryBuffer
 
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
@@ -86,7 +93,8 @@ def _history_method(owner: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def on_device(name: str) -> Iterator[torch.device]:
-    """Make mmengine's Runner build on a device of torch, or on ``auto`` (its own choice), which its config cannot say.
+    """Make mmengine's Runner build on a device of torch, or on ``auto`` (its own choice), which its config
+    cannot say.
 
     Raises:
         UserError: as :func:`pretrain.device.choose_device`, whose choice it gives.

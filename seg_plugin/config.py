@@ -1,6 +1,7 @@
-"""From the protocol to an mmengine config: every section, in the words of MMSegmentation.
+"""From the protocol to an mmengine config: every section, in MMSegmentation's words.
 
-The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes a section.
+The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes
+a section.
 """
 
 import os
@@ -34,11 +35,12 @@ def segmenter_config(
     Args:
         recipe: the protocol, or its name.
         backbone: registry name.
-        weights: the backbone's checkpoint; can also be given later, ``--cfg-options model.backbone.weights=FILE``.
+        weights: the backbone's checkpoint. It can be set later: ``--cfg-options
+            model.backbone.weights=FILE``.
         model_kwargs: further arguments of ``build_backbone``.
         data_root: folder of the protocol's data set.
-        classes: names; empty for the data set's, or ``class 0``, ... where it has another number of them.
-        layout: what lies where in it; none: as the data set comes (:mod:`seg_plugin.datasets`).
+        classes: their names. Empty: the data set's, or ``class 0``, ... if it has another number of them.
+        layout: where its files are; None: as the data set is distributed (:mod:`seg_plugin.datasets`).
         workers: data-loading processes, for each process of the run.
     """
     recipe = protocol(recipe) if isinstance(recipe, str) else recipe
@@ -75,7 +77,7 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, m
             "freeze": p.freeze_backbone,
             **model_kwargs,
         },
-        "decode_head": {  # without convolutions and concatenation: one 1x1 convolution to the classes
+        "decode_head": {  # without convolutions and concatenation it is one 1x1 convolution
             "type": "FCNHead",
             "in_channels": width,
             "channels": width,
@@ -149,9 +151,9 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     ]
     resize: dict[str, Any] = {"type": "Resize", "scale": p.resize_px, "keep_ratio": True}
     pack: dict[str, Any] = {"type": "PackSegInputs"}
-    # The labels come after Resize: the metric compares at the mask's own size.
+    # Labels come after Resize: the metric compares at the mask's own size.
     validation: list[dict[str, Any]] = [{"type": "PosfieldLoadImage"}, resize, *labels, pack]
-    # The same under the names that MMSegmentation's own inference looks for.
+    # The same, by the names that MMSegmentation's own inference looks for.
     load = {"type": "LoadImageFromFile"}
     load_labels = {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label}
     test = [load, resize, load_labels, pack]
@@ -163,7 +165,7 @@ def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: 
 
     def dataset(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
         known, index = dataset_of(p), SPLITS.index(split)
-        own_names = classes != known.classes  # else they are the data set's, with its colors
+        own_names = classes != known.classes  # otherwise the data set's, with its colors
         return {
             "type": "BaseSegDataset" if own_names else known.kind,
             "data_root": root,
@@ -205,7 +207,8 @@ def _batch_per_process(batch_size: int) -> int:
 
 
 def processes() -> int:
-    """How many processes share the batch, as torchrun or Slurm say: mmengine's batch size counts for one of them."""
+    """How many processes share the batch, by torchrun or Slurm. mmengine's batch size is that of one
+    process."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
@@ -217,12 +220,12 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
             "timer": {"type": "IterTimerHook"},
             "logger": {"type": "LoggerHook", "interval": log_interval, "log_metric_by_epoch": False},
             "param_scheduler": {"type": "ParamSchedulerHook"},
-            # Two: mmengine deletes the oldest before it has written the next.
+            # Two, because mmengine deletes the oldest before it has written the next.
             "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": checkpoint_interval, "max_keep_ckpts": 2},
             "sampler_seed": {"type": "DistSamplerSeedHook"},
             "visualization": {"type": "SegVisualizationHook"},
         },
-        # What a run leaves: result.json, metrics.jsonl, figures, and its own saved config (seg_plugin/hooks.py).
+        # Writes result.json, metrics.jsonl, figures and the saved config (seg_plugin/hooks.py).
         "custom_hooks": [{"type": "PosfieldRunHook", "protocol": p.model_dump(), "interval": log_interval}],
         "env_cfg": {
             "cudnn_benchmark": False,

@@ -1,4 +1,4 @@
-"""What the masks hold, checked: a label, a size or a kind of file that does not fit is an error that names the file."""
+"""Checks of masks. A label, a size or a kind of file that does not fit is an error that names the file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from pretrain.errors import UserError
 from seg_plugin.datasets import Located
 from seg_plugin.protocol import SegmentationProtocol
 
-MODES = ("1", "L", "P")  # Pillow's names: 1 or 8 bits a pixel; of a palette the index is the label
-EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # a photograph whose rows are its columns
+MODES = ("1", "L", "P")  # Pillow's names: 1 or 8 bits a pixel; with a palette, the index is the label
+EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # values that swap rows and columns
 
 
 def check_masks(located: Located, split: str, protocol: SegmentationProtocol) -> None:
-    """Read every mask of a split (about 3 ms each). A mask without a labeled pixel is fine; a whole split of them is not.
+    """Read every mask of a split (about 3 ms each). A mask may have no labeled pixel, but not all masks of a
+    split.
 
     Raises:
-        UserError: names the first file that is unreadable or cut off, has another size than its image or more than one channel of
-            8 bits, or holds a label out of range.
+        UserError: names the first file that cannot be read or is cut off, has another size than its image,
+            has more than one channel of 8 bits, or holds a label out of range.
     """
     first = int(protocol.reduce_zero_label)  # how class 0 is stored
     labeled = False
@@ -42,7 +43,8 @@ def check_masks(located: Located, split: str, protocol: SegmentationProtocol) ->
 
 
 def _size(image: Path) -> tuple[int, int]:
-    """Height and width in pixels as mmcv reads an image, turned as its EXIF orientation says; the pixels are not decoded."""
+    """Height and width in pixels of an image as mmcv reads it, turned by its EXIF orientation. Pixels are not
+    decoded."""
     try:
         with Image.open(image) as opened:
             width, height = opened.size
@@ -53,14 +55,14 @@ def _size(image: Path) -> tuple[int, int]:
 
 
 def check_whole(image: str | Path) -> None:
-    """A JPEG has its end; OpenCV 4 fills what is missing with gray, and says so on stderr alone.
+    """Check that a JPEG has its end. OpenCV 4 fills what is missing with gray and only says so on stderr.
 
     Raises:
-        UserError: names the file where it has none.
+        UserError: it has none; names the file.
     """
     data, at = Path(image).read_bytes(), 2
     if not data.startswith(b"\xff\xd8"):
-        return  # of other kinds OpenCV reads none that is cut off
+        return  # OpenCV refuses other kinds of files that are cut off
     while (
         data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda"
     ):  # a segment may hold a preview, with its end
@@ -77,7 +79,7 @@ def _check_mode(mode: str, path: str | Path) -> None:
 
 
 def _check_labels(labels: np.ndarray, path: str | Path, num_classes: int, first: int, ignore_index: int) -> None:
-    """``labels`` [H, W] as stored: ``first`` is class 0, and anything below it is ignored."""
+    """``labels`` [H, W] are as stored: ``first`` is class 0, and anything below it is ignored."""
     out_of_range = labels[(labels.astype(np.int64) >= first + num_classes) & (labels != ignore_index)]
     if out_of_range.size:
         hint = "" if first else "; if 0 stands for no class: reduce_zero_label=true"
@@ -89,10 +91,10 @@ def _check_labels(labels: np.ndarray, path: str | Path, num_classes: int, first:
 
 @TRANSFORMS.register_module()
 class CheckLabels(BaseTransform):
-    """After ``LoadAnnotations``: the mask fits its image and the classes, or an error names the file.
+    """Follows ``LoadAnnotations``: the mask fits its image and the classes, or an error names the file.
 
-    Without it, a label out of range stops a GPU with a device-side assert that names nothing, the metric drops it silently, and of
-    a 16-bit mask MMSegmentation keeps the lower byte.
+    Without it, a label out of range stops a GPU by a device-side assert that names nothing, the metric drops
+    the label silently, and MMSegmentation keeps the lower byte of a 16-bit mask.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
@@ -100,7 +102,7 @@ class CheckLabels(BaseTransform):
         self.ignore_index = ignore_index
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """``gt_seg_map`` [H, W] uint8, already reduced where zero labels are ignored."""
+        """Check ``gt_seg_map`` [H, W] uint8. It is reduced already if zero labels are ignored."""
         labels, path, first = results["gt_seg_map"], results["seg_map_path"], int(results["reduce_zero_label"])
         with Image.open(path) as mask:  # its header alone
             _check_mode(mask.mode, path)

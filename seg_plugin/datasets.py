@@ -1,7 +1,8 @@
-"""The data sets: where each keeps its images and masks, in the words of MMSegmentation, and whose protocol it has.
+"""The data sets: where each keeps its images and masks, in MMSegmentation's words, and which protocol it has.
 
-One's own folders are ``images/{training,validation}`` and ``annotations/{training,validation}`` (or ``train``, ``val``, ``masks``),
-with images of one suffix, and for each a mask of its name, an 8-bit PNG; optionally ``classes.txt``, one class name a line.
+Your own folders are ``images/{training,validation}`` and ``annotations/{training,validation}`` (or ``train``,
+``val``, ``masks``). All images have one suffix, and each has a mask of its name, an 8-bit PNG.
+``classes.txt`` is optional, with one class name a line.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,10 @@ Pair = tuple[str, str]  # of training and of validation
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders below the root, and how the names in them end.
+    """Folders below the root, and the suffixes of their files.
 
     Attributes:
-        lists: files of the names that belong to a split, one a line and without suffix; empty: all that is in the folder.
+        lists: files that list a split's names, one a line, without suffix; empty: all files of the folder.
     """
 
     images: Pair = ("images/training", "images/validation")
@@ -38,11 +39,11 @@ class Dataset:
     """A data set by name.
 
     Attributes:
-        protocol: the one name under which its results stand.
+        protocol: the name of its protocol.
         kind: MMSegmentation's class, which knows the classes and their colors.
-        counts: images of training and validation; none: not known.
-        inside: folders in which it may lie below the folder that is given.
-        mark: what lies in its root and in no other data set's.
+        counts: images of training and validation; None: not known.
+        inside: folders that it may be in, below the given folder.
+        mark: what is in its root and in no other data set's.
     """
 
     protocol: str
@@ -54,7 +55,7 @@ class Dataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in the order of the labels; none for one's own data."""
+        """Names, in the order of the labels; empty for your own data."""
         return tuple(getattr(mmseg.datasets, self.kind).METAINFO.get("classes", ()))
 
 
@@ -70,8 +71,9 @@ _CITYSCAPES = Layout(
     mask_suffix="_gtFine_labelTrainIds.png",  # of cityscapesScripts' createTrainIdLabelImgs
 )
 _IN_VOC = ("VOC2012", "VOCdevkit/VOC2012")
-# Folders and counts: MMSegmentation's configs and the data sets' own descriptions. `voc_aug`: the masks of SBD, as its converter
-# tools/dataset_converters/voc_aug.py leaves them, with those of SegmentationClass copied to them where SBD has none.
+# Folders and counts are from MMSegmentation's configs and the data sets' own descriptions. `voc_aug` has the
+# masks of SBD, as MMSegmentation's tools/dataset_converters/voc_aug.py writes them; where SBD has none, copy
+# that of SegmentationClass there.
 DATASETS = {
     "ade20k": Dataset("ade20k-160k", "ADE20KDataset", Layout(), (20_210, 2_000), ("ADEChallengeData2016",), "images/*/ADE_*"),
     "voc": Dataset("voc2012-40k", "PascalVOCDataset", _voc("SegmentationClass", "train"), (1_464, 1_449), _IN_VOC, "JPEGImages"),
@@ -82,7 +84,7 @@ DATASETS = {
 
 
 def dataset_of(recipe: SegmentationProtocol) -> Dataset:
-    """The data set whose protocol it is."""
+    """The data set of a protocol."""
     return next(dataset for dataset in DATASETS.values() if dataset.protocol == recipe.name)
 
 
@@ -91,11 +93,12 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
 
     Args:
         folder: of the data set.
-        name: a key of :data:`DATASETS`; none: what the folder looks like, in doubt one's own.
-        overrides: field -> text. On one's own data without ``num_classes`` the folder's ``classes.txt`` is counted.
+        name: a key of :data:`DATASETS`; None: what the folder looks like, else your own data.
+        overrides: field -> text. Without ``num_classes``, the names in ``classes.txt`` of your own data are
+            counted.
 
     Raises:
-        UserError: an unknown name or field, or a number of classes that nobody says.
+        UserError: an unknown name or field; nothing says the number of classes.
     """
     if name is None:
         if not Path(folder).is_dir():
@@ -113,7 +116,8 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
 
 
 def find_root(folder: str | Path, dataset: Dataset) -> Path:
-    """The data set's own folder: this one, or one in it by the name that the data set comes with."""
+    """The data set's own folder: this one, or one inside with the name that the data set is distributed
+    with."""
     inside = (Path(folder) / name for name in dataset.inside)
     return next((path for path in inside if path.is_dir()), Path(folder))
 
@@ -131,10 +135,10 @@ class Located:
     classes: tuple[str, ...]
 
     def pairs(self, split: str) -> list[tuple[Path, Path]]:
-        """Image and mask of every image of a split, sorted by name.
+        """(image, mask) of a split, sorted by name.
 
         Raises:
-            UserError: names a folder or list that is missing or empty, or an image or mask that lacks the other.
+            UserError: a folder or list is missing or empty, or an image or mask lacks the other; names it.
         """
         layout, index = self.layout, SPLITS.index(split)
         images, masks = self.root / layout.images[index], self.root / layout.masks[index]
@@ -153,10 +157,10 @@ class Located:
 
 
 def locate(folder: str | Path, recipe: SegmentationProtocol) -> Located:
-    """Where a data set lies, and that it is whole: every image has its mask, and every mask its image.
+    """Find a data set and check that every image has its mask and every mask its image.
 
     Raises:
-        UserError: as :meth:`Located.pairs`; or several suffixes of one's own images, or class names that do not fit.
+        UserError: as :meth:`Located.pairs`; your own images have several suffixes; class names do not fit.
     """
     dataset = dataset_of(recipe)
     root = find_root(folder, dataset)
@@ -168,7 +172,7 @@ def locate(folder: str | Path, recipe: SegmentationProtocol) -> Located:
 
 
 def image_names(root: Path, layout: Layout, split: str) -> list[str]:
-    """Names of the images of a split, without suffix, sorted: those of its list, or of all in its folder and below."""
+    """Sorted names of a split's images, without suffix: those of its list, or all in its folder and below."""
     index = SPLITS.index(split)
     folder, names = root / layout.images[index], root / layout.lists[index]  # without a list, the root
     for needed in (folder, names):
@@ -181,10 +185,10 @@ def image_names(root: Path, layout: Layout, split: str) -> list[str]:
 
 
 def own_layout(root: Path) -> Layout:
-    """The layout of one's own folders.
+    """The layout of your own folders.
 
     Raises:
-        UserError: names what is missing or there twice: a folder, or an image's suffix.
+        UserError: a folder is missing or ambiguous, or there are several suffixes; names them.
     """
     training = _only(root / "images", ("training", "train"))
     validation = _only(root / "images", ("validation", "val"))
@@ -209,7 +213,8 @@ def _only(folder: Path, names: Pair) -> str:
 
 
 def class_names(recipe: SegmentationProtocol, root: Path | None = None) -> tuple[str, ...]:
-    """Those of ``root/classes.txt``; else the data set's where there are as many; else ``class 0``, ``class 1``, ..."""
+    """Those of ``root/classes.txt``; or the data set's, if there are as many; or ``class 0``, ``class 1``,
+    ..."""
     names = _listed(root) if root else ()
     if names and (len(names) != recipe.num_classes or len(set(names)) != len(names)):
         told = f"{len(set(names))} different names, but num_classes is {recipe.num_classes}"

@@ -1,4 +1,5 @@
-"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the classes' colors."""
+"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the
+classes' colors."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +17,14 @@ from pretrain.results.runs import add_caption
 from seg_plugin.predict import Segmented, segment_dataset, spread
 
 IGNORED_COLOR = (225, 225, 225)
-MAX_LEGEND = 24  # classes; the largest ones, more would not be read
+MAX_LEGEND = 24  # classes, the largest ones; nobody would read more
 OVERLAY = 0.55  # the colors' share
 COLUMN_IN = 2.7  # width of an image, in inches
 
 
 def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:
-    """Segment ``count`` images of a data set, evenly spaced, and draw them as ``folder/segmentations.png``."""
+    """Segment ``count`` images of a data set, evenly spaced, and draw them as
+    ``folder/segmentations.png``."""
     rows = list(segment_dataset(model, dataset, spread(count, len(dataset))))
     caption = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
     return leave_page(
@@ -43,8 +45,11 @@ def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: s
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
-    """Colors of the classes, [classes, 3] uint8. Of few classes the data set's, which MMSegmentation may have drawn at random,
-    would be hard to tell apart."""
+    """Colors of the classes, [classes, 3] uint8.
+
+    Few classes get colors that are easy to tell apart; MMSegmentation may have drawn the data set's at
+    random.
+    """
     count = len(metainfo["classes"])
     if count > 20:
         return np.array(metainfo["palette"], np.uint8)
@@ -53,11 +58,12 @@ def palette_of(metainfo: Any) -> np.ndarray:
 
 
 def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False) -> None:
-    """One row an image; ground truth where there is any; the colors of the classes below, the largest first.
+    """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the
+    largest first.
 
     Args:
         palette: [classes, 3] uint8.
-        overlay: a further column, the prediction over the image.
+        overlay: add a column with the prediction over the image.
     """
     has_truth = any(row.truth is not None for row in rows)
     titles = ["image", *["ground truth"] * has_truth, "prediction", *["prediction over the image"] * overlay]
@@ -66,7 +72,7 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
         for labels in (row.truth, row.predicted):
             if labels is not None:
                 pixels.update(dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)))))
-    pixels = Counter({k: count for k, count in pixels.items() if k < len(names)})  # what is more is ignored
+    pixels = Counter({k: count for k, count in pixels.items() if k < len(names)})  # larger labels are ignored
     shown = [k for k, _ in pixels.most_common(MAX_LEGEND)]
     aspects = [row.pixels.shape[0] / row.pixels.shape[1] for row in rows]  # height of each row, in widths
     legend_rows = -(-len(shown) // (2 * len(titles)))
@@ -92,7 +98,7 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
 
 
 def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """[H, W] -> [H, W, 3] uint8; ignored pixels are light gray."""
+    """[H, W] -> [H, W, 3] uint8. Ignored pixels are light gray."""
     colors = np.full((256, 3), IGNORED_COLOR, np.uint8)
     colors[: len(palette)] = palette
     return colors[labels.astype(np.uint8)]
@@ -103,7 +109,7 @@ def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, *, first: i
 
     Args:
         labels: [H, W].
-        first: how class 0 is stored: 1 where the data set's masks keep 0 for pixels without a class.
+        first: the label of class 0: 1 if the data set's masks use 0 for pixels without a class.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray((labels + first).astype(np.uint8))

@@ -1,7 +1,8 @@
-"""What a run leaves in its folder, by a hook named in the config, so that MMSegmentation's own launchers leave it too.
+"""What a run leaves in its folder. The config names the hook, so MMSegmentation's own launchers leave it too.
 
-``metrics.jsonl`` (iteration, loss, lr; and mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (what makes
-it this run), and the saved config with all arguments of the backbone, which tests and resumes without the pre-training file.
+``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``,
+``settings.json`` (the run's identity), and the saved config. It holds all arguments of the backbone, so it
+tests and resumes without the pre-training file.
 """
 
 import json
@@ -33,15 +34,15 @@ SETTINGS_FILE = "settings.json"
 
 @HOOKS.register_module()
 class PosfieldRunHook(Hook):
-    """See the module.
+    """Writes all that the module's docstring names.
 
     Args:
         protocol: fields of the :class:`SegmentationProtocol` that the config was made from.
-        origin: only in a saved config: where its backbone came from (method, effective_epochs, weights_hash, model_kwargs).
+        origin: only in a saved config: its backbone's method, effective_epochs, weights_hash, model_kwargs.
         interval: iterations between two lines of metrics.jsonl.
     """
 
-    priority = "NORMAL"  # before ParamSchedulerHook: the lr is that of the iteration
+    priority = "NORMAL"  # before ParamSchedulerHook, so that the lr is the iteration's
 
     def __init__(self, protocol: Mapping[str, Any], origin: Mapping[str, Any] | None = None, interval: int = 50) -> None:
         self.protocol = dict(protocol)
@@ -49,12 +50,12 @@ class PosfieldRunHook(Hook):
         if self.origin and "backbone_flags" in self.origin:  # the key's name before
             self.origin["model_kwargs"] = self.origin.pop("backbone_flags")
         self.interval = interval
-        self.earlier_s = 0.0  # of this run, before it was resumed
+        self.earlier_s = 0.0  # wall time before the run was resumed
         self.loaded = False
         self.metrics: dict[str, Any] = {}
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Every tensor must match: mmengine itself only warns, and would test a model that is partly random."""
+        """Check that every tensor fits. mmengine only warns, and would test a partly random model."""
         self.loaded = True
         self.earlier_s = float(checkpoint.get("posfield", {}).get("wall_time_s", 0.0))
         source = checkpoint.get("state_dict", checkpoint)
@@ -62,7 +63,7 @@ class PosfieldRunHook(Hook):
         check_fit("checkpoint: it does not fit the config's model", _model(runner).state_dict(), given)
 
     def before_train(self, runner: Any) -> None:
-        """Know what this run is, and save it."""
+        """Find out what this run is, and save it."""
         self.started = time.time()
         backbone = _model(runner).backbone
         if self.origin and backbone.weights is None and not self.loaded:
@@ -70,17 +71,20 @@ class PosfieldRunHook(Hook):
                 "backbone: this config was saved by a run, for testing and resuming it; to train anew, give "
                 "model.backbone.weights (or take the config that the run was made from)"
             )
-        self.origin = _origin(backbone.weights, self.origin, given_model_kwargs(runner.cfg))
+        model_kwargs = self.origin["model_kwargs"] if self.origin else given_model_kwargs(runner.cfg)
+        if backbone.weights is not None or self.origin is None:  # otherwise it is what the saved config says
+            self.origin = origin_of(backbone.weights, model_kwargs.get("source"))
+        self.origin = {**self.origin, "model_kwargs": model_kwargs}
         self.identity = identity(runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size())
         self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
             self.folder = Path(runner.work_dir)
             (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
-            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)  # of iterations that will run again
+            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)  # their iterations will run again
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:
-        """A run that stopped at an iteration of validation may have stopped before its end: it validates first, again or not."""
+        """Validate first where a resumed run stopped at a validation: it may not have finished it."""
         due = runner.iter > 0 and (runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters)
         if not due or runner.val_loop is None:
             return
@@ -89,25 +93,26 @@ class PosfieldRunHook(Hook):
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """What torch draws in an iteration (the paths that are dropped) depends on (seed, iteration, process) alone."""
+        """Seed torch: what it draws in an iteration (dropped paths) only depends on (seed, iteration,
+        process)."""
         word = np.random.SeedSequence((runner.seed, batch_idx, get_rank())).generate_state(1, np.uint64)
         torch.manual_seed(int(word[0]))
 
     def _save_config(self, runner: Any, backbone: Any) -> None:
-        """The config again, with the arguments that the checkpoint holds, and without the checkpoint."""
+        """Save the config again, with the checkpoint's arguments instead of the checkpoint."""
         old = runner.cfg.model.backbone
         kept = {key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old}
         runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.model_kwargs, **kept, "weights": None}
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
                 hook.origin = self.origin
-        runner.cfg.resume = False  # else tools/test.py would resume too, and want the training data
+        runner.cfg.resume = False  # or tools/test.py would resume, too, and need the training data
         runner.dump_config()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
-        """One line every ``interval`` iterations; stop, on all processes, at the first loss that is not finite."""
+        """Log every ``interval`` iterations. All processes stop at the first loss that is not finite."""
         iteration = batch_idx + 1
         terms = {key: value.detach() for key, value in (outputs or {}).items() if "loss" in key}
         losses = dict(zip(terms, distributed.mean_over_ranks(torch.stack(list(terms.values()))).tolist()))
@@ -118,18 +123,18 @@ class PosfieldRunHook(Hook):
             self._log({"iteration": iteration, "loss": losses["loss"], "lr": lr})
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Keep the metrics; the last ones are the run's."""
+        """Keep the metrics. The last ones are the run's."""
         metrics = metrics or {}
         self.metrics = {ours: metrics[name] for ours, name in METRICS.items() if not math.isnan(metrics.get(name, math.nan))}
         if is_main_process() and hasattr(self, "folder"):  # training
             self._log({"iteration": runner.iter, **self.metrics})
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """The time so far, so that a resumed run reports all of it."""
+        """Save the time so far: a resumed run reports all of it."""
         checkpoint["posfield"] = {"wall_time_s": self._elapsed_s()}
 
     def after_train(self, runner: Any) -> None:
-        """result.json and the figure."""
+        """Write result.json and the figure."""
         if not is_main_process() or not self.metrics:
             return
         from seg_plugin.figures import leave_figure
@@ -165,7 +170,8 @@ class PosfieldRunHook(Hook):
 
 
 class StopHook(Hook):
-    """Save and leave when a signal asks for it. :func:`seg_plugin.run.train` adds it; in MMSegmentation's launchers it is not."""
+    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's
+    launchers."""
 
     priority = "LOWEST"  # after the schedules have stepped and CheckpointHook has saved, if it does
 
@@ -194,15 +200,8 @@ def _model(runner: Any) -> Any:
 
 
 def _drop_validation(path: Path, iteration: int) -> None:
-    """Of a log: the line of the validation at an iteration."""
+    """Remove the line of an iteration's validation from a log."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     told = [json.loads(line) for line in lines]
     kept = [line for line, of in zip(lines, told) if of["iteration"] != iteration or "loss" in of]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _origin(weights: str | None, saved: Mapping[str, Any] | None, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the backbone comes from: its file, else what the saved config says, else nowhere."""
-    model_kwargs = saved["model_kwargs"] if saved else model_kwargs
-    found = saved if weights is None and saved else origin_of(weights, model_kwargs.get("source"))
-    return {**found, "model_kwargs": model_kwargs}

@@ -1,6 +1,7 @@
-"""What a config stands for: the recipe that it really holds, its deviations from the protocol, and when two runs are the same.
+"""What a config holds: its recipe, its deviations from the protocol, and what makes two runs the same.
 
-A config can be changed after it was made (``--cfg-options``, ``--amp``), so all is read off the config that runs.
+A config can change after it was made (``--cfg-options``, ``--amp``), so all of this is read from the config
+that runs.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from seg_plugin.config import segmenter_config
 from seg_plugin.datasets import SPLITS, Layout, dataset_of, image_names
 from seg_plugin.protocol import SegmentationProtocol, with_overrides
 
-# The parts of a config that decide a run's outcome, without what says where things lie and how fast they are read.
+# The sections of a config that decide a run's outcome.
 SECTIONS = (
     "model", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg", "train_dataloader", "val_dataloader", "val_evaluator",
     "auto_scale_lr",
@@ -30,7 +31,7 @@ ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationH
 
 
 def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
-    """The protocol that a config says it follows (the fields, as its hook holds them)."""
+    """The protocol that a config says it follows, from the fields that its hook holds."""
     fields = {key: value for key, value in values.items() if key not in ("name", "version")}
     return with_overrides(protocols.protocol(values["name"]), fields)
 
@@ -41,7 +42,7 @@ def given_model_kwargs(cfg: Config) -> dict[str, Any]:
 
 
 def recipe(cfg: Config, processes: int) -> dict[str, Any]:
-    """The sections as plain values; the ViT's arguments are not in it, and the batch is that of all processes."""
+    """The sections as plain values, without the ViT's arguments. The batch size is that of all processes."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -58,18 +59,19 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
 
 
 def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
-    """Everything in which a config differs from the full protocol that it is named after: ``{field: [protocol's, run's]}``.
+    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
+    value]}``.
 
     Args:
         values: the fields of the protocol that it says it follows.
-        model_kwargs: arguments of the ViT that were asked for beside the checkpoint's.
-        processes: that share a batch.
+        model_kwargs: arguments of the ViT that were given beside the checkpoint's.
+        processes: how many share a batch.
     """
     declared = declared_protocol(values)
     changed = protocols.deviations(declared)
     dataset = dataset_of(declared)
     classes = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes", ())
-    layout = None if dataset.counts else _layout(cfg)  # one's own folders are as they are
+    layout = None if dataset.counts else _layout(cfg)  # your own folders may have any
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, classes=classes, layout=layout)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     different = compared(recipe(Config(made), 1), recipe(cfg, processes))
@@ -83,12 +85,12 @@ def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str
 
 
 def images(cfg: Config, split: str) -> list[str]:
-    """Names of the images of ``training`` or ``validation``, sorted."""
+    """Sorted names of the images of ``training`` or ``validation``."""
     return image_names(Path(cfg.train_dataloader.dataset.get("data_root") or ""), _layout(cfg), split)
 
 
 def _layout(cfg: Config) -> Layout:
-    """What lies where, as the config's loaders say."""
+    """The layout of the data, by the config's loaders."""
     training, validation = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
     return Layout(
         images=(training.data_prefix.img_path, validation.data_prefix.img_path),
@@ -100,16 +102,17 @@ def _layout(cfg: Config) -> Layout:
 
 
 def identity(cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
-    """What makes two runs the same: plain values, to be compared and saved.
+    """What makes two runs the same, as plain values to compare and to save.
 
     Args:
-        model_kwargs: all arguments of the ViT (``ViT.flags``).
+        model_kwargs: all arguments of the ViT (``ViT.model_kwargs``).
     """
     names = json.dumps([images(cfg, split) for split in SPLITS])
     settings = {
         **recipe(cfg, processes),
-        "backbone_flags": dict(model_kwargs),  # the key's first name: another would change the hash of every run
-        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],  # so that runs on different data are no seeds of one
+        "backbone_flags": dict(model_kwargs),  # the first name of the key; another changes every hash
+        # Tells runs on other data from seeds of one.
+        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
     }
     return {
         "config_hash": config_hash(settings),

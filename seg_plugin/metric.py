@@ -1,4 +1,4 @@
-"""mIoU as MMSegmentation counts it, but unrounded, and with every class's IoU kept."""
+"""mIoU as MMSegmentation counts it, but unrounded, and with each class's IoU."""
 
 from typing import Any
 
@@ -15,26 +15,29 @@ class PosfieldIoU(IoUMetric):
     """Adds up each class's intersection and union over the whole data set, then divides.
 
     Attributes:
-        per_class: {class name: IoU in percent} of the last evaluation; a class that is neither there nor predicted is left out.
+        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
+            present nor predicted.
     """
 
     per_class: dict[str, float] = {}
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """The metrics, on every process, of the ``size`` images that the processes have shared in turns; each counts once.
+        """The metrics of ``size`` images, on every process. The processes took the images in turns; each
+        image counts once.
 
-        mmengine's own way goes through files in the working directory, which machines need not share.
+        mmengine exchanges results by files in the working directory, which machines may not share.
         """
         shares = distributed.gather_objects(self.results)
-        # All are of one length: where the images do not divide, the sampler begins again, behind the last image.
+        # All have one length: if the images do not divide, the sampler starts over after the last image.
         metrics = self.compute_metrics([counts for turn in zip(*shares) for counts in turn][:size])
         self.results.clear()
         return {f"{self.prefix}/{name}": value for name, value in metrics.items()} if self.prefix else metrics
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
-        """mIoU, mAcc, aAcc in percent, of the (intersect, union, prediction, label) pixel counts [classes] of every image.
+        """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
+        [classes].
 
-        Classes without a pixel (IoU), or without a labeled pixel (Acc), are left out of the means.
+        The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc).
         """
         if self.format_only:
             return super().compute_metrics(results)

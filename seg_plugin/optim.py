@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule, under the names that a config uses."""
+"""Parameter groups and the learning-rate schedule, by the names that a config uses."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from torch import nn
 from pretrain.layer_decay import lr_rate
 
 VIT = "backbone.vit."
-# Not one-dimensional, and yet no weights of a layer: positions and special tokens.
+# Positions and special tokens: not one-dimensional, but no weights of a layer.
 UNDECAYED = ("cls_token", "reg_token", "pos_embed", "pos_field", "cls_pos")
 
 
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0, decay_all: bool = False
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: as few as there are different settings.
+    """AdamW's parameter groups, one for each combination of settings.
 
     Args:
         model: a segmentor whose ViT is ``backbone.vit``.
-        weight_decay: of weight matrices and convolutions; norms, biases, LayerScale, positions and special tokens have 0,
-            unless ``decay_all``.
-        layer_decay: the lr of block i of L is ``lr * layer_decay ** (L - i)``, that of everything before the first block
-            ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
+        weight_decay: of weight matrices and convolutions. Norms, biases, LayerScale, positions and special
+            tokens have 0, unless ``decay_all``.
+        layer_decay: the lr of block i of L is ``lr * layer_decay ** (L - i)``, that of everything before the
+            first block ``lr * layer_decay ** (L + 1)``; the final norm and the head have ``lr``.
     """
     depth = len(model.get_submodule(VIT + "blocks"))  # type: ignore[arg-type]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -42,11 +42,12 @@ def param_groups(
 class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
     """:func:`param_groups` for mmengine: ``paramwise_cfg=dict(layer_decay=1.0, decay_all=False)``.
 
-    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make one group a tensor, which costs AdamW its fused loops.
+    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make a group for each tensor, so AdamW cannot
+    fuse its loops.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
-        """Called once, with the whole model and an empty list."""
+        """mmengine calls it once, with the whole model and an empty list."""
         params.extend(param_groups(module, lr=self.base_lr, weight_decay=self.base_wd, **self.paramwise_cfg))
 
 
@@ -54,9 +55,10 @@ class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
 class PosfieldPolyLR(PolyLR):
     """Polynomial decay to a fraction of each group's own lr.
 
-    ``lr_t = lr_0 * (f + (1 - f) * (1 - t / (T - 1)) ** power)`` for iteration t of T, with f = ``eta_min_ratio``. mmengine's PolyLR
-    takes an absolute ``eta_min`` instead, which is soon wrong: it stays behind when the lr is changed (a sweep), and that of
-    MMSegmentation's Segmenter config, 1e-4, lies above all of B.3's grid, so that the lr would rise.
+    ``lr_t = lr_0 * (f + (1 - f) * (1 - t / (T - 1)) ** power)`` for iteration t of T, with f =
+    ``eta_min_ratio``. mmengine's PolyLR takes an absolute ``eta_min`` instead. It does not follow when a
+    sweep changes the lr. And MMSegmentation's Segmenter config has 1e-4, which is above B.3's whole grid, so
+    the lr would rise.
     """
 
     def __init__(self, optimizer: Any, eta_min_ratio: float, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A finished run as a model: its label maps of a data set's images, or of any."""
+"""A finished run as a model: label maps of a data set's images, or of any others."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class Segmented:
 
 
 def load_run(folder: Path, device: str = "auto") -> nn.Module:
-    """The model of a run's newest checkpoint, in evaluation mode; its ``cfg`` is the run's saved config. No other file is needed.
+    """Load a run's newest checkpoint, in evaluation mode. The model's ``cfg`` is the saved config; no other
+    file is needed.
 
     Raises:
         UserError: the folder holds no run.
@@ -47,16 +48,16 @@ def load_run(folder: Path, device: str = "auto") -> nn.Module:
         found = ", ".join(path.name for path in configs) or "none"
         raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
     cfg = Config.fromfile(configs[0])
-    cfg.test_pipeline[0].type = "PosfieldLoadImage"  # names a file that it cannot read
+    cfg.test_pipeline[0].type = "PosfieldLoadImage"  # its errors name the file
     model: nn.Module = init_model(cfg, str(checkpoint), device=str(choose_device(device)))
     return model
 
 
 def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
-    """A split of the data that a run was made on, or of another folder of its kind, as MMSegmentation's data set without crops.
+    """A split of a run's data, or of another folder of that kind, as MMSegmentation's data set without crops.
 
     Raises:
-        UserError: no such split, or the folder is not whole.
+        UserError: no such split, or the folder is incomplete.
     """
     if split not in SPLITS:
         raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}")
@@ -71,7 +72,7 @@ def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
 
 
 def spread(count: int, size: int) -> list[int]:
-    """``count`` of the numbers 0 to ``size`` - 1, evenly spaced; all where there are fewer."""
+    """``count`` of the numbers 0 to ``size`` - 1, evenly spaced; all of them if there are fewer."""
     return sorted({round(i) for i in np.linspace(0, size - 1, min(count, size))})
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: those that share the batch, and those that load the data."""
+"""A run's processes: those that share the batch, and those that load the data."""
 
 import signal
 from typing import Any
@@ -12,8 +12,10 @@ from pretrain.signals import SIGNALS
 
 @MODEL_WRAPPERS.register_module()
 class PosfieldDataParallel(MMDistributedDataParallel):
-    """mmengine's, on whichever device the model is: it would take CUDA device number LOCAL_RANK, also where a process runs on the
-    CPU, or sees a single device."""
+    """mmengine's, on the model's own device.
+
+    mmengine takes CUDA device number LOCAL_RANK, even if the process runs on the CPU or only sees one device.
+    """
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
         device = next(module.parameters()).device
@@ -25,16 +27,17 @@ class PosfieldDataParallel(MMDistributedDataParallel):
 def posfield_worker(number: int) -> None:
     """Start of a data-loading process.
 
-    A signal is often sent to all processes of a job. Where the training listens to it (:class:`pretrain.signals.StopSignals`), it
-    decides when to stop, and a worker that died would take it along before it has saved.
+    A signal often goes to all processes of a job. If the training listens to it
+    (:class:`pretrain.signals.StopSignals`), the training decides when to stop, and a worker that dies would
+    end it before it has saved.
     """
-    if callable(signal.getsignal(signal.SIGTERM)):  # the parent's handler; torch's own are none of Python's
+    if callable(signal.getsignal(signal.SIGTERM)):  # the parent's handler; torch's own are not Python's
         for name in (*SIGNALS, signal.SIGINT):
             signal.signal(name, signal.SIG_IGN)
 
 
 def end_workers(runner: Any) -> None:
-    """Let the data-loading processes end by themselves. At its exit Python would end them by the signal to which they are deaf."""
+    """End the data-loading processes. At exit Python would send them a signal that they ignore."""
     for loop in (runner._train_loop, runner._val_loop):
         iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
         if iterator is not None:

@@ -1,8 +1,8 @@
-"""The ADE20K fine-tuning protocol: every number of it, once; and what other data sets change in it.
+"""Every number of the ADE20K fine-tuning protocol, once, and what other data sets change.
 
-A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: "B.3", the paper's appendix;
-"Segmenter", its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation", that library's config of the data set;
-"ours": none.
+A linear decoder on the last layer's patch tokens (Segmenter, Strudel et al., 2021). Sources: "B.3", the
+paper's appendix; "Segmenter", its public code and MMSegmentation 1.2.2's configs for it; "MMSegmentation",
+that library's config of the data set; "ours": none.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.settings import Settings, differences, replaced, setting
 
-OWN = "own-160k"  # the protocol of one's own data
+OWN = "own-160k"  # the protocol of your own data
 
 
 class SegmentationProtocol(Settings):
@@ -78,7 +78,7 @@ class SegmentationProtocol(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SegmentationProtocol":
-        # Masks are 8 bit, and 255 is ignored. MMSegmentation writes 255 for the zeros that it takes away.
+        # Masks have 8 bits, and 255 is ignored. MMSegmentation writes 255 for the zeros that it removes.
         demands = {
             "num_classes": (self.num_classes >= 2 or self.name == OWN and not self.num_classes, "from 2 to 254"),
             "betas": (max(self.betas) < 1, "from 0 to below 1"),
@@ -102,7 +102,8 @@ class SegmentationProtocol(Settings):
         return self
 
 
-# ADE20K's alone is the paper's (B.3). The others are ours: its recipe, with the lengths and sizes that the data set's users know.
+# Only ADE20K's is the paper's (B.3). The others are ours: its recipe with the lengths and sizes that are
+# usual for each data set.
 _VOC = dict(max_iters=40_000, val_every=4_000, num_classes=21, reduce_zero_label=False)  # MMSegmentation: schedule_40k
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "ade20k-160k": {},
@@ -121,7 +122,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     ),
     "own-160k": dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
 }
-OF_THE_DATA = ("num_classes", "reduce_zero_label")  # on one's own data these describe the masks, and are no deviation
+OF_THE_DATA = ("num_classes", "reduce_zero_label")  # of your own data these describe the masks and are no deviation
 SWEEP = "sweep"
 
 
@@ -129,7 +130,7 @@ def protocol(name: str = "ade20k-160k") -> SegmentationProtocol:
     """The named protocol.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no such protocol.
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is none of {', '.join(PROTOCOLS)}")
@@ -137,10 +138,10 @@ def protocol(name: str = "ade20k-160k") -> SegmentationProtocol:
 
 
 def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> SegmentationProtocol:
-    """``base`` with some fields changed; values may be strings from a command line.
+    """``base`` with some fields changed. Values may be text from a command line.
 
     Raises:
-        UserError: an unknown field, a value of the wrong type or out of range; names both.
+        UserError: an unknown field, or a value of the wrong type or out of range; names both.
     """
     changed = replaced(base, overrides, "protocol")
     if not changed.num_classes:
@@ -149,7 +150,8 @@ def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> 
 
 
 def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
+    run's]}``.
 
     Any point of the protocol's grid is within the protocol.
     """
@@ -160,7 +162,8 @@ def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
 
 
 def not_swept(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """The deviation of every single run: the protocol's result is the best of its grid (:mod:`seg_plugin.sweep`)."""
+    """The deviation that every single run has: the protocol's result is the best of its grid
+    (:mod:`seg_plugin.sweep`)."""
     full = protocol(run.name)
     n_settings = len(full.lr_grid) * len(full.weight_decay_grid)
     return {SWEEP: [f"the best of {n_settings} settings x {full.seeds} seeds", "one setting, one seed"]}

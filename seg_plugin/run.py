@@ -40,8 +40,8 @@ class SegmentationRun:
 
     Attributes:
         backbone: registry name.
-        weights: checkpoint of the backbone, none for random initialization.
-        data: folder of the data set whose protocol it is (:mod:`seg_plugin.datasets`), or the one around it.
+        weights: the backbone's checkpoint; None: random initialization.
+        data: folder of the protocol's data set (:mod:`seg_plugin.datasets`), or the folder around it.
         output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
@@ -61,10 +61,10 @@ class SegmentationRun:
 
 
 def config(run: SegmentationRun, data: Located) -> Config:
-    """The mmengine config of a run on data that were found; MMSegmentation's own launchers can run it too.
+    """The mmengine config of a run on located data. MMSegmentation's own launchers can run it too.
 
     Raises:
-        UserError: what is wrong with the numbers, by name.
+        UserError: the processes cannot share the batch; the backbone's width is not known.
     """
     values = segmenter_config(
         run.protocol,
@@ -78,26 +78,26 @@ def config(run: SegmentationRun, data: Located) -> Config:
         workers=run.workers,
     )
     values["work_dir"] = str(run.output)
-    # "pytorch" means several processes; torchrun, or tools/submit.py, has told each its rank.
+    # "pytorch" means several processes: torchrun or tools/submit.py set their ranks.
     values["launcher"] = "pytorch" if "RANK" in os.environ else "none"
     values["model_wrapper_cfg"] = {"type": "PosfieldDataParallel"}
-    # The file name is that of the saved copy.
+    # The file name of the saved copy.
     return Config(values, cfg_text="made by seg_plugin.run\n", filename=CONFIG_FILE)
 
 
 def train(run: SegmentationRun, resume: bool = False) -> Path:
-    """Train, validate and leave ``result.json`` (returned) beside the rest that :mod:`seg_plugin.hooks` names.
+    """Train, validate, and write ``result.json`` (returned) and what else :mod:`seg_plugin.hooks` names.
 
     A finished run with the same settings is left as it is.
 
     Args:
-        resume: go on from the last checkpoint in the folder, if there is one.
+        resume: continue from the folder's last checkpoint, if there is one.
 
     Raises:
-        UserError: bad data, weights or settings; a folder that holds a run with other settings, or, without ``resume``, the
-            checkpoint of an unfinished one.
-        FloatingPointError: a loss is no number.
-        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
+        UserError: bad data, weights or settings; the folder holds a run with other settings, or, without
+            ``resume``, the checkpoint of an unfinished one.
+        FloatingPointError: a loss is not finite.
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
     """
     data, output = locate(run.data, run.protocol), Path(run.output)
     cfg = config(run, data)
@@ -110,7 +110,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
-    # A bad validation mask would otherwise be met only after hours; a training mask is met, by CheckLabels, in the first epoch.
+    # The run would meet a bad validation mask only after hours. CheckLabels meets a bad training mask in the
+    # first epoch.
     check_masks(data, "validation", run.protocol)
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
@@ -119,7 +120,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
         with on_device(run.device) as device, StopSignals() as signals:
-            distributed.start(device.type)  # before mmengine, which knows neither gloo nor a task's only GPU
+            distributed.start(device.type)  # before mmengine, which knows neither gloo nor a task with one GPU
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:
@@ -129,19 +130,19 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         distributed.barrier()  # until the main process has written the result
         distributed.stop()
     except Interrupted:
-        distributed.barrier()  # until the main process has saved: torchrun ends all as soon as one leaves
-        distributed.stop()  # all ranks end here; where one alone fails, to leave the group could mean to wait for the others
+        distributed.barrier()  # until the main process has saved: torchrun ends all as soon as one ends
+        distributed.stop()  # all ranks end here; if only one fails, leaving the group could wait for the others
         raise
-    except UserError as error:  # from a data-loading process it comes with that process's traceback: its last line is ours
+    except UserError as error:  # a data-loading process's error has its traceback; the last line is ours
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
     return output / FILE_NAME
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; mmengine writes into the file itself, so that a killed one can leave a part of it.
+    """A run's newest whole checkpoint. mmengine writes in place, so a killed run can leave a part of a file.
 
     Raises:
-        UserError: names the newest, where none is whole.
+        UserError: none is whole; names the newest.
     """
     found = {int(name[1]): path for path in folder.glob("iter_*.pth") if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))}
     paths = [found[iteration] for iteration in sorted(found, reverse=True)]

@@ -1,4 +1,5 @@
-"""The endless stream of training images, in which every image knows its place, and the loop that resumes within it."""
+"""The endless stream of training images, in which every image knows its place, and the loop that resumes
+within it."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ class DrawnIndex(int):
 
     Attributes:
         seed: the run's.
-        position: iteration * (batch size of all processes) + place in that batch.
+        position: iteration * (batch size of all processes) + place in the batch.
     """
 
     seed: int
@@ -26,7 +27,7 @@ class DrawnIndex(int):
         return drawn
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It travels to the data-loading processes."""
+        """For pickle: it travels to the data-loading processes."""
         return DrawnIndex, (int(self), self.seed, self.position)
 
 
@@ -35,13 +36,13 @@ class PosfieldSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, the same images in the same order, as :class:`DrawnIndex`.
 
     Attributes:
-        start: how many images of this process's share are passed over: those that a resumed run has seen.
+        start: how many images of this process's share to skip: those that a resumed run has seen.
     """
 
     start: int = 0
 
     def __iter__(self) -> Iterator[DrawnIndex]:
-        """From ``start`` on, without end. Process r of W has the positions r, r + W, r + 2 W, ..."""
+        """From ``start`` on, without end. Process r of W has positions r, r + W, r + 2 W, ..."""
         stream = enumerate(self._infinite_indices())
         for position, index in itertools.islice(stream, self.rank + self.start * self.world_size, None, self.world_size):
             yield DrawnIndex(index, self.seed, position)
@@ -49,16 +50,17 @@ class PosfieldSampler(InfiniteSampler):
 
 @LOOPS.register_module()
 class PosfieldTrainLoop(IterBasedTrainLoop):
-    """On resuming at iteration k, mmengine loads and augments k batches only to drop them: hours at k = 80,000.
+    """mmengine's loop, but resuming is fast. At iteration k mmengine loads and drops k batches: hours at k =
+    80,000.
 
-    Here only the sampler's indices are drawn; the images that follow are those of an uninterrupted run.
+    Here only the sampler's indices are drawn. The images that follow are those of an uninterrupted run.
     """
 
     def run(self) -> Any:
-        """Train from the current iteration to the last; the model."""
+        """Train from the current iteration to the last. Returns the model."""
         sampler = self.dataloader.sampler
         if self._iter and isinstance(sampler, PosfieldSampler):
             sampler.start = self._iter * self.dataloader.batch_size
-            # The loop above us advances its iterator by k before it starts.
+            # The base class advances its iterator by k before it starts.
             self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), iter(self.dataloader))
         return super().run()

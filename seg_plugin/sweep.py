@@ -1,7 +1,9 @@
-"""The protocol's sweep (B.3): every lr and weight decay of the grid, several seeds each; its result is the best by mean mIoU.
+"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean
+mIoU is its result.
 
-The runs are folders of their own, ``output/points/lr_LR_wd_WD/seed_N``, in any order and on any machines. Whichever ends last finds
-the results of all the others and writes ``output/result.json``; two that end at once write the same bytes.
+Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines.
+The last one to end finds the results of all others and writes ``output/result.json``. Two that end at once
+write the same bytes.
 """
 
 import os
@@ -24,7 +26,7 @@ from seg_plugin.run import SegmentationRun, train
 
 
 def points(run: SegmentationRun) -> list[SegmentationRun]:
-    """The runs of the grid, the seeds of a setting beside each other; seeds count up from ``run.seed``."""
+    """The runs of the grid, with the seeds of a setting in a row. Seeds count up from ``run.seed``."""
     return [
         replace(
             run,
@@ -39,10 +41,10 @@ def points(run: SegmentationRun) -> list[SegmentationRun]:
 
 
 def run_point(run: SegmentationRun, index: int) -> Path:
-    """Run one of :func:`points`, going on where it stopped, and conclude the sweep if it was the last.
+    """Run one of :func:`points`, resuming it if it has begun, and conclude the sweep if it was the last.
 
     Returns:
-        the sweep's ``result.json`` where it is whole, else this run's.
+        the sweep's ``result.json`` if all runs are done, otherwise this run's.
 
     Raises:
         UserError: no such run, or as :func:`seg_plugin.run.train`.
@@ -56,33 +58,32 @@ def run_point(run: SegmentationRun, index: int) -> Path:
         return result
     try:
         return conclude(run) or result
-    except UserError as error:  # not this run's fault, which is done
+    except UserError as error:  # this run is done; the problem is another's
         warnings.warn(f"the sweep has no result: {error}", stacklevel=2)
         return result
 
 
 def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> Path:
-    """Run what is left of the grid, ``n_at_once`` at a time, in processes of their own; a run that fails stops no other.
+    """Run what is left of the grid, ``n_at_once`` at a time, each in a process of its own. One that fails
+    stops no other.
 
     Args:
-        command: runs :func:`run_point`, given the index as one more word.
+        command: runs :func:`run_point`; the index is appended as a word.
 
     Returns:
         the sweep's ``result.json``.
 
     Raises:
-        UserError: runs that failed, by name.
-        Interrupted: a signal ended it, or one of its runs; start it again.
+        UserError: runs failed; names them.
+        Interrupted: a signal ended it, or one of its runs. Start it again.
     """
     _check_folder(run)
-    if processes() > 1 or "RANK" in os.environ:  # which the runs would take for theirs
+    if processes() > 1 or "RANK" in os.environ:  # the runs would take them for theirs
         raise UserError("--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX")
     jobs = {}
     for index, point in enumerate(points(run)):
         name = str(point.output.relative_to(Path(run.output) / POINTS))
         jobs[name] = [Stage("run", point.output, [*command, str(index)])]
-    if n_at_once > 1:  # they share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     started = Processes()
     gpus: list[list[str]] = [[]] * n_at_once if run.device == "cpu" else gpu_prefixes(n_at_once)
     with interruptible():
@@ -104,7 +105,7 @@ def _check_folder(run: SegmentationRun) -> None:
 
 
 def status(run: SegmentationRun) -> str:
-    """One line a run: its index, its folder, and its mIoU where it is finished."""
+    """One line a run: its index, its folder, and its mIoU if it is finished."""
     lines = []
     for index, point in enumerate(points(run)):
         done = (point.output / FILE_NAME).is_file()
@@ -114,10 +115,10 @@ def status(run: SegmentationRun) -> str:
 
 
 def conclude(run: SegmentationRun) -> Path | None:
-    """Write the sweep's ``result.json`` once every run of the grid has left its own; None before that.
+    """Write the sweep's ``result.json`` once every run of the grid has one. Returns None before that.
 
     Raises:
-        UserError: runs that are not of one sweep: of other weights, or of another recipe.
+        UserError: the runs are not of one sweep: they have different weights or recipes.
     """
     runs = points(run)
     if not all((point.output / FILE_NAME).is_file() for point in runs):
@@ -133,12 +134,12 @@ def conclude(run: SegmentationRun) -> Path | None:
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:
-    """The deviations of a run beside its place in the grid; a grid that is changed says so by ``lr_grid``."""
+    """A run's deviations, without its place in the grid. A changed grid shows in ``lr_grid``."""
     return {key: pair for key, pair in result.protocol.deviations.items() if key not in (SWEEP, "lr", "weight_decay")}
 
 
 def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
-    """The best setting's result over its seeds, with every setting's under ``grid``."""
+    """The best setting's result over its seeds, with all settings under ``grid``."""
     seeds = runs[0].protocol.seeds
     settings = [slice(first, first + seeds) for first in range(0, len(runs), seeds)]
     means = [statistics.fmean(result.metrics["miou"] for result in results[setting]) for setting in settings]
@@ -166,7 +167,7 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
 
 
 def _scores(runs: list[SegmentationRun], results: list[Result]) -> dict[str, Any]:
-    """One setting: its numbers, and the mIoU in percent: mean, sample standard deviation, and that of each seed."""
+    """A setting's numbers, and its mIoU in percent: mean, sample standard deviation, and each seed's."""
     miou = {str(run.seed): result.metrics["miou"] for run, result in zip(runs, results)}
     spread = {"miou_std": statistics.stdev(miou.values())} if len(miou) > 1 else {}
     setting = {"lr": runs[0].protocol.lr, "weight_decay": runs[0].protocol.weight_decay, "seeds": len(miou)}

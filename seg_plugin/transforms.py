@@ -1,4 +1,5 @@
-"""The first steps of a pipeline: random numbers that depend on the place in the run alone, and loading that names its files."""
+"""The first steps of a pipeline: random numbers that only depend on the place in the run, and loading that
+names its files."""
 
 import random
 from typing import Any
@@ -15,11 +16,13 @@ from seg_plugin.sampler import DrawnIndex
 
 @TRANSFORMS.register_module()
 class SeedFromPosition(BaseTransform):
-    """First of a training pipeline: all that the next transforms draw depends on (seed, position in the run) alone.
+    """First of a training pipeline: what the next transforms draw only depends on (seed, position in the
+    run).
 
-    So images are augmented alike with any number of data-loading and training processes, and by a resumed run as by an unbroken
-    one. Seeds ``random`` and ``numpy.random``, which are all that mmcv's and MMSegmentation's transforms draw from. Without
-    :class:`seg_plugin.sampler.PosfieldSampler` (or where a wrapper of the data set has changed the index) it does nothing.
+    So any number of data-loading and training processes augments images alike, and so does a resumed run. It
+    seeds ``random`` and ``numpy.random``; mmcv's and MMSegmentation's transforms draw from nothing else. It
+    does nothing without :class:`seg_plugin.sampler.PosfieldSampler`, or if a wrapper of the data set has
+    changed the index.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +39,9 @@ class SeedFromPosition(BaseTransform):
 class PosfieldLoadImage(LoadImageFromFile):
     """mmcv's ``LoadImageFromFile``, whose error names the file.
 
-    As there: 8-bit BGR; a gray image gets three equal channels, transparency is dropped, 16 bits become 8, and a photograph is
-    turned as its EXIF orientation says (so must its mask be, which has none).
+    The rest is mmcv's: 8-bit BGR, a gray image gets three equal channels, transparency is dropped, 16 bits
+    become 8, and a photograph is turned by its EXIF orientation. Its mask has none, so it must be stored
+    turned.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,7 +69,8 @@ class PosfieldLoadLabels(LoadAnnotations):
 
 @TRANSFORMS.register_module()
 class PosfieldDistortion(PhotoMetricDistortion):
-    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``: here the hue is left as it is."""
+    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``. Here the hue then stays as
+    it is."""
 
     def hue(self, img: np.ndarray) -> np.ndarray:
         """[H, W, 3] uint8 BGR."""

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from pretrain.analysis.attention import last_layer, last_layer_attention
-from pretrain.analysis.pca import pca_rgb, principal_components
+from pretrain.analysis.pca import pca_colors, principal_components
 from pretrain.analysis.training_images import training_images
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
@@ -56,7 +56,7 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
 def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 50, 6)))
     features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one image is of another kind than the two others
-    rgb = pca_rgb(features)
+    rgb = torch.stack(pca_colors(list(features)))
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
     assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all images
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()

@@ -16,7 +16,7 @@ from tool_fixture import load_tool
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Boxed, Shown, boxes_figure, gallery, similarity_figure
 from pretrain.analysis.figures import plain
-from pretrain.analysis.pca import background_by_pca, pca_colors, pca_rgb
+from pretrain.analysis.pca import background_by_pca, pca_colors
 from pretrain.analysis.similarity import read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
@@ -91,7 +91,7 @@ def test_colors_over_pictures_of_several_sizes_are_those_of_all_their_patches():
     parts = [torch.from_numpy(part) for part in np.split(rows, [12, 20])]
     got = pca_colors(parts)
     assert [len(part) for part in got] == [12, 8, 30]
-    assert torch.equal(torch.cat(got), pca_rgb(torch.from_numpy(rows)[None])[0])
+    assert torch.equal(torch.cat(got), pca_colors([torch.from_numpy(rows)])[0])
     hidden = [torch.from_numpy(part) for part in np.split(np.arange(50) % 3 == 0, [12, 20])]
     kept = np.arange(50) % 3 != 0
     masked = torch.cat(pca_colors(parts, hidden)).numpy()
@@ -187,7 +187,7 @@ def test_the_tool(tmp_path, weights, extra, n_images):
     ("extra", "said"),
     [
         (["--layer", "4"], r"--layer 4: .* has layers 0 to 3 \(norm\)"),
-        (["--size", "0"], "--size 0"),
+        (["--size", "0"], "--size: 0 is less than 1"),
         (["--query", "0.5,2"], "query '0.5,2' lies outside"),
         (["--images", "/nowhere"], "/nowhere"),
         (["--size", "9999"], "patches"),

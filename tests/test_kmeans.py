@@ -21,19 +21,17 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def by_sklearn(x, centers, max_iterations=100, tolerance=0.0):
-    return KMeans(len(centers), init=centers.numpy(), n_init=1, algorithm="lloyd", max_iter=max_iterations, tol=tolerance).fit(
-        x.numpy()
-    )
+def by_sklearn(x, centers, max_iterations=100):
+    return KMeans(len(centers), init=centers.numpy(), n_init=1, algorithm="lloyd", max_iter=max_iterations, tol=0).fit(x.numpy())
 
 
-@pytest.mark.parametrize("limits", [(100, 0.0), (3, 0.0), (100, 5e-3)], ids=["to the end", "cut short", "with a tolerance"])
+@pytest.mark.parametrize("most", [100, 3], ids=["to the end", "cut short"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_lloyd_is_sklearns(dtype, limits):
+def test_lloyd_is_sklearns(dtype, most):
     x = blobs(dtype=dtype)
     centers = x[torch.randperm(len(x), generator=generator(3))[:9]]
-    ours, theirs = lloyd(x, centers, *limits), by_sklearn(x, centers, *limits)
-    assert (theirs.n_iter_ == 3) == (limits[0] == 3) and theirs.n_iter_ < 100
+    ours, theirs = lloyd(x, centers, most), by_sklearn(x, centers, most)
+    assert (theirs.n_iter_ == 3) == (most == 3) and theirs.n_iter_ < 100
     exact = 1e-12 if dtype == torch.float64 else 1e-6
     assert np.array_equal(ours.labels.numpy(), theirs.labels_)
     np.testing.assert_allclose(ours.centers.numpy(), theirs.cluster_centers_, rtol=exact)

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
-import os
 import shlex
 import subprocess
 import time
@@ -87,8 +86,6 @@ def main(arguments: list[str]) -> None:
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
         raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
     begun = time.monotonic()
-    if options.jobs > 1:  # jobs at a time share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     data = tool("make_toy_data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
     jobs = plan(options)
     with interruptible():

@@ -29,7 +29,7 @@ from pretrain.analysis.attention_statistics import BLOCK
 from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     subjects, output = looked_at(options), options.output
     queries = list(map(read_place, options.queries))
-    output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     device = choose_device(options.device)
     pictures = read_images(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
     for line in pictures.broken:
@@ -111,9 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
-    for key in ("size", "max_images", "shown", "batch", "block"):
-        if getattr(options, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')}: {getattr(options, key)} is less than 1")
+    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options
 
 

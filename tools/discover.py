@@ -23,11 +23,10 @@ import torch
 
 from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.box_sets import BoxedImage, read_boxes
 from pretrain.data.images import read_picture, spread
 from pretrain.device import DEVICES, choose_device
-from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import Features, frozen
@@ -56,13 +55,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     options = parser.parse_args(arguments)
-    for name in ("size", "max_images", "show"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
+    at_least(options, size=0, max_images=0, show=0)
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
     images = spread(images, options.max_images or len(images))
     subjects, device = models_of(options), choose_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     table = []
     with StopSignals() as signals:
         for subject in subjects:
@@ -76,7 +73,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
 ) -> dict[str, float]:
-    """CorLoc in percent by each method; leaves the folder of the checkpoint. Interrupted, it goes on where it was."""
+    """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it resumes."""
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}

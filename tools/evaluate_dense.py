@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from pretrain.analysis import dense_figures
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.label_sets import KINDS, LabelSet, open_label_set
 from pretrain.data.label_sets.maps import nearest
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, named_apart, open_models
+from pretrain.eval_model import EvalModel, add_options, named_apart, open_models
 from pretrain.evaluation.dense import run as dense
 from pretrain.evaluation.dense.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
@@ -45,10 +45,7 @@ SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint, or the folder of a run")
-    add("--source", metavar="NAME", help="whose file it is (dino, mae, ...); else found out from the file")
-    add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    add("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
+    add_options(parser, several=False)
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
     add("--set", default="auto", choices=("auto", *KINDS), help="which one; auto: what DIR looks like (%(default)s)")
@@ -65,9 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     options.overrides += [word for word in options.tasks if "=" in word]  # --tasks takes all the words that follow it
     options.tasks = [word for word in options.tasks if "=" not in word]
-    for name in ("seed", "max_images", "classes"):
-        if (getattr(options, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 0")
+    at_least(options, seed=0, max_images=0, classes=0, patch_size=1)
     if options.data is None and options.knn_root is None:
         raise UserError("nothing to evaluate on: give --data or --knn-root")
     if options.data is None and options.before is not None:
@@ -89,7 +84,7 @@ def main(arguments: list[str]) -> None:
         for folder, job in jobs.items():
             dense.check_folder(job, folder, options.resume)
             folder.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=folder).close()  # told now where nothing can be written
+            TemporaryFile(dir=folder).close()  # an error now where nothing can be written
         features = {}
         for subject in subjects:
             backbone = subject.build().to(device)
@@ -105,8 +100,6 @@ def main(arguments: list[str]) -> None:
 
 def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
     """The weights, after those of --before; and what of how they are used the protocol would have otherwise."""
-    if options.patch_size is not None and options.patch_size < 1:
-        raise UserError(f"--patch-size: {options.patch_size} is less than 1")
     (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),

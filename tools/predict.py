@@ -1,4 +1,4 @@
-"""Detect objects in one's own images with a fine-tuned detector (a run folder of tools/train_det.py, either engine).
+"""Detect objects in your own images with a fine-tuned detector (a run of tools/train_det.py, either engine).
 
 python tools/predict.py --run runs/det --images photos/ --output found
 
@@ -32,8 +32,10 @@ from pretrain.metrics_log import ProgressLine
 
 
 def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
-    """Each image's path and its name in the results: relative to the folder where one is given, else as given. What lies in the
-    output folder is left out."""
+    """Each image's path, and its name in the results: relative to a single given folder, otherwise as given.
+
+    Images in the output folder are left out.
+    """
     found: list[tuple[Path, str]] = []
     for root in given:
         if root.is_dir():
@@ -53,7 +55,7 @@ def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
 
 
 class Results:
-    """``predictions.json``: annotations go to the disk as they come; the file has its name once it is whole."""
+    """``predictions.json``. Annotations go to disk as they come. The file gets its name once whole."""
 
     def __init__(self, folder: Path, classes: dict[int, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class Results:
         self.file.write('{"annotations": [')
 
     def add(self, name: str, size: tuple[int, int], predictions: list[Prediction]) -> None:
-        """One image's; ``size`` is its height and width."""
+        """Add an image's predictions. ``size`` is its height and width."""
         self.images.append({"id": len(self.images) + 1, "file_name": name, "height": size[0], "width": size[1]})
         for prediction in predictions:
             area = int(coco_api().mask.area(prediction["segmentation"]))
@@ -72,7 +74,7 @@ class Results:
             self.annotations += 1
 
     def close(self) -> None:
-        """The rest, and the name; nothing where there was no image."""
+        """Write the rest and give the file its name. Without an image nothing stays."""
         categories = [{"id": id, "name": name} for id, name in self.classes.items()]
         self.file.write(f'\n], "images": {json.dumps(self.images)}, "categories": {json.dumps(categories)}}}\n')
         self.file.close()
@@ -83,7 +85,7 @@ class Results:
 
 
 def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
-    """A JPEG's path for each image, below ``folder`` whatever the name is, and no two the same."""
+    """A JPEG's path for each image: always below ``folder``, and no two are the same."""
     taken = set()
     for number, name in enumerate(names, 1):
         parts = [part for part in Path(name).parts if part not in ("..", Path(name).anchor)]
@@ -95,7 +97,7 @@ def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
 
 
 def predict(detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool) -> str:
-    """One image after the other; what there is to say at the end."""
+    """Predict one image after another. Returns what to say at the end."""
     results, broken, line = Results(output, detector.classes), 0, ProgressLine("predict", len(images), 0)
     paths, started = picture_paths([name for _, name in images], output / "pictures"), time.monotonic()
     try:

@@ -18,7 +18,7 @@ from pretrain.cli import run
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import open_models
+from pretrain.eval_model import add_options, open_models
 from pretrain.evaluation.position_probe import hide_with
 from pretrain.evaluation.probes import Probes, ProbeSettings
 from pretrain.settings import Layer, build
@@ -28,10 +28,7 @@ def main(arguments: list[str]) -> None:
     """Parse, build, probe, print."""
     defaults = ProbeSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
-    parser.add_argument("--source", metavar="NAME", help="whose file it is (dino, mae, ...); else found out from the file")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection to this size")
-    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    add_options(parser, several=False)
     parser.add_argument("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
     parser.add_argument("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
     parser.add_argument("--seg-root", default="", metavar="DIR", help="images/ and annotations/{training,validation}")

@@ -21,7 +21,7 @@ import torch
 
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.images import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -55,15 +55,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes")
     options = parser.parse_args(arguments)
-    for name, least in (("draws", 1), ("size", 1), ("max_images", 2)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
+    at_least(options, draws=1, size=1, max_images=2)
     device = choose_device(options.device)
     subjects = models_of(options)
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
             raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
         rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]

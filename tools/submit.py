@@ -21,31 +21,22 @@ import shlex
 
 from pretrain.cli import run
 from pretrain.errors import UserError
+from pretrain.settings import validated
 from pretrain.slurm import Resources, ToolJob, run_here, sbatch_script, slurm_executor, submit, tool_jobs
+
+OPTIONS = [name for name in Resources.model_fields if name != "extra"]
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command behind ``--``."""
-    default = Resources()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] -- TOOL.py [arguments]"
     )
-    parser.add_argument("--nodes", type=int, default=default.nodes, metavar="N", help="(%(default)s)")
-    parser.add_argument("--gpus", type=int, default=default.gpus, metavar="N", help="of a node; 0: the CPU (%(default)s)")
-    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="tasks of a node (one a GPU)")
-    parser.add_argument("--cpus", type=int, default=default.cpus, metavar="N", help="cores of a rank (%(default)s)")
-    parser.add_argument("--mem-gb", type=float, default=0.0, metavar="GB", help="memory of a node (the cluster's default)")
-    parser.add_argument("--hours", type=float, default=default.hours, metavar="H", help="time limit (%(default)s)")
-    parser.add_argument("--partition", default="", metavar="NAME")
-    parser.add_argument("--name", default="", help="of the job (that of the tool)")
+    for name in OPTIONS:
+        info = Resources.model_fields[name]
+        option, kind = f"--{name.replace('_', '-')}", type(info.default)
+        parser.add_argument(option, type=kind, default=info.default, metavar="N", help=f"{info.description} (%(default)s)")
     parser.add_argument("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
-    parser.add_argument(
-        "--at-once", type=int, default=default.at_once, metavar="N", help="jobs of the array at a time (%(default)s)"
-    )
-    parser.add_argument("--notice-s", type=int, default=default.notice_s, metavar="S", help="a signal that long before the time "
-                        "limit: the tool saves (%(default)s)")  # fmt: skip
-    parser.add_argument("--max-timeouts", type=int, default=default.max_timeouts, metavar="N", help="time limits that a job may "
-                        "come to and still be put back (%(default)s)")  # fmt: skip
     parser.add_argument("--slurm", nargs="+", default=[], metavar="key=value", help="options of sbatch: account=a exclusive=true")
     parser.add_argument("--folder", type=Path, default=Path("runs/jobs/%j"), help="logs; %%j: the job's number (%(default)s)")
     where = parser.add_mutually_exclusive_group()
@@ -59,30 +50,16 @@ def resources_of(options: argparse.Namespace, tool: str) -> Resources:
     """What the options ask for.
 
     Raises:
-        UserError: a number that no job can have, or a word of --slurm without =.
+        UserError: a number out of range, or a word of --slurm without =.
     """
-    for name, least in {
-        "nodes": 1,
-        "gpus": 0,
-        "ranks": 0,
-        "cpus": 1,
-        "array": 0,
-        "at_once": 1,
-        "notice_s": 0,
-        "max_timeouts": 0,
-    }.items():
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}")
-    if not 60 * options.hours > options.notice_s / 60:
-        raise UserError(f"--hours: {options.hours} is not longer than the notice of {options.notice_s} s")
     extra: dict[str, str | bool] = {}
     for word in options.slurm:
         key, equals, value = word.partition("=")
         if not (key and equals and value):
             raise UserError(f"--slurm: {word!r} is not of the form key=value")
         extra[key.lstrip("-")] = True if value == "true" else value
-    names = ("nodes", "gpus", "ranks", "cpus", "mem_gb", "hours", "partition", "at_once", "notice_s", "max_timeouts")
-    return Resources(**{name: getattr(options, name) for name in names}, name=options.name or tool, extra=extra)
+    values = {name: getattr(options, name) for name in OPTIONS}
+    return validated(Resources, {**values, "name": options.name or tool, "extra": extra}, "submit")
 
 
 def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:

@@ -1,13 +1,13 @@
-"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on data of one's own in COCO's format.
+"""Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format.
 
-The protocol, on 8 GPUs and on one (batch 64 all the same; the schedule does not change):
+The protocol, on 8 GPUs or on one (the batch is 64 on both, and the schedule does not change):
 torchrun --nproc-per-node 8 tools/train_det.py --weights run/backbone.safetensors --data coco --output det --accumulate 2
 python tools/train_det.py --weights run/backbone.safetensors --data coco --output det --accumulate 16 --checkpointing
 
-Backbones compared at a tenth of the cost, or with the backbone frozen, less:
+To compare backbones at a tenth of the cost (or less, with the backbone frozen: coco10pct-frozen-12ep):
 python tools/train_det.py --weights run/backbone.safetensors --data coco --output det --protocol coco10pct-12ep --accumulate 16
 
-One's own data and number of classes on one GPU; the layouts are those of det_plugin/coco_layout.py:
+Your own data and number of classes, on one GPU (det_plugin/coco_layout.py lists the layouts):
 python tools/train_det.py --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
     batch_size=16 max_iters=4000 milestones=3555,3852 amp_dtype=bfloat16
 
@@ -36,7 +36,7 @@ FOLDERS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}  
 
 
 def choose_engine(name: str, output: Path) -> tuple[str, str]:
-    """The engine, and why it is this one; ``auto``: that of the run in ``output``, else Detectron2 where it can use a GPU."""
+    """The engine and the reason. ``auto``: that of the run in ``output``, else Detectron2 if it has a GPU."""
     if name != "auto":
         return name, "as asked for"
     for engine, file in FOLDERS.items():
@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> DetectionRun:
-    """What the command line asks for. The number of classes is the data's, unless it is given."""
+    """The run of a command line. The number of classes is the data's, unless it is given."""
     fields, model_kwargs = fields_and_kwargs(options.overrides)
     backbone = backbone_name(options.backbone, options.weights)
     recipe = with_overrides(protocol(options.protocol, backbone), fields)
@@ -90,7 +90,7 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
 
 
 def evaluate(options: argparse.Namespace, engine: str) -> None:
-    """``--eval-only``: all settings are those of the folder."""
+    """``--eval-only``: all settings are the folder's."""
     if options.overrides:
         raise UserError(f"--eval-only: {options.output} has its settings already, leave out {' '.join(options.overrides)}")
     if engine == "detectron2":

@@ -1,13 +1,14 @@
-"""Fine-tune a backbone for segmentation with a linear decoder: on ADE20K, on another data set, or on one's own folders of masks.
+"""Fine-tune a backbone for segmentation with a linear decoder: ADE20K, another data set, or your own masks.
 
 python tools/train_seg.py --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg
 python tools/train_seg.py --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
 python tools/train_seg.py --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
 
 FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/); see
-seg_plugin/datasets.py. Further words set fields of the protocol, lr=3e-5, or arguments of the backbone, backbone.depth=4.
+seg_plugin/datasets.py. More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
+backbone.depth=4.
 
-The protocol's own result is the best of its grid of lr and weight decay, each setting run with several seeds:
+The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
 
 python tools/train_seg.py --sweep --jobs 8 --weights W --data ADE --output sweep        (exit code 85: start it again)
 python tools/submit.py --gpus 1 --array 16 -- tools/train_seg.py --sweep {index} --weights W --data ADE --output sweep --resume
@@ -47,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def command_of_a_run(arguments: list[str]) -> list[str]:
-    """This command line for one run of the sweep, without its number."""
+    """This command line for one run of the sweep, without the run's number."""
     kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     kept.add_argument("--sweep", nargs="?")
     kept.add_argument("--jobs")

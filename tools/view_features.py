@@ -24,7 +24,7 @@ from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, simila
 from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colors
 from pretrain.analysis.similarity import Place, read_place, similarity_to
-from pretrain.cli import run
+from pretrain.cli import at_least, run
 from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -49,11 +49,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     options = parser.parse_args(arguments)
-    if options.size < 1 or options.max_images < 1:
-        raise UserError(f"--size {options.size} and --max-images {options.max_images} must be at least 1")
+    at_least(options, size=1, max_images=1)
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = models_of(options), choose_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     pictures = read_images(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shown(pixels: np.ndarray, short_px: int) -> Tensor:
-    """An image as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
+    """An image as the figures show it, for any patch size: uint8 [3, H, W]."""
     scale = short_px / min(pixels.shape[:2])
     return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
 

@@ -2,8 +2,8 @@
 
 python tools/visualize_det.py --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
 
-The predictions are those that the run's last evaluation left; where there are none (the training split, other images), the run's
-last checkpoint makes them.
+The predictions are those of the run's last evaluation. Where there are none (the training split, other
+images), the run's last checkpoint makes them.
 """
 
 import sys
@@ -37,8 +37,10 @@ def choose(split: CocoSplit, count: int, ids: str | None) -> list[Picture]:
 
 
 def are_of(found: list[Prediction], split: CocoSplit) -> bool:
-    """Whether predictions can be of a split: each of an image and a class of it, its mask of the image's size. Other data may
-    have the same ids."""
+    """Whether predictions can be of a split: each has one of its images and classes, and a mask of that size.
+
+    Other data may have the same ids.
+    """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
     return bool(found) and all(
         sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids for p in found
@@ -46,7 +48,7 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
 
 
 def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool) -> list[Prediction]:
-    """Those that the run has left of this split, if it was evaluated on it, or new ones of these images."""
+    """The run's own predictions of this split, if it was evaluated on it, or new ones of these images."""
     left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
     if evaluated and left is not None:
         found: list[Prediction] = json.loads(left.read_text())

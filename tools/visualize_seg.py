@@ -1,4 +1,4 @@
-"""Draw a segmentation run's predictions: beside the ground truth of its data, or on a folder of one's own images.
+"""Draw a segmentation run's predictions: beside the ground truth, or on a folder of your own images.
 
 python tools/visualize_seg.py --run seg                          (its validation images, into seg/figures)
 python tools/visualize_seg.py --run seg --images photographs --labels --output drawn

@@ -1,4 +1,4 @@
-"""Our ViT in a detector against Detectron2's own: same weights, one image, forward and backward."""
+"""Our ViT in a detector against Detectron2's own: the same weights, one image, forward and backward."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +16,7 @@ from pretrain.build import build_backbone
 from pretrain.device import choose_device
 
 with detectron2_installed():
-    import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here it counts as an import for all
+    import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here its memory counts for none
     from detectron2.modeling.backbone.vit import ViT as TheirViT
 
 WINDOW, GLOBAL_BLOCKS = 14, 4  # ViTDet's
@@ -32,12 +32,12 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
 
     Args:
         backbone: registry name.
-        rounds: counted turns of each contender.
+        rounds: counted turns of each.
         image_px: side of the square image.
 
     Returns:
-        ``time_ratio``, ``memory_ratio``, the same with the endings ``_checkpointed`` (ours alone checkpoints) and ``_windowed``
-        (both have windows), and the raw figures of each contender.
+        ``time_ratio``, ``memory_ratio``, the same with the endings ``_checkpointed`` (only ours checkpoints)
+        and ``_windowed`` (both have windows), and the raw figures of each contender.
 
     Raises:
         UserError: Detectron2 is absent.
@@ -80,7 +80,7 @@ def features_of(name: str, network: nn.Module, image: Tensor) -> Tensor:
 
 
 def our_network(backbone: str, **model_kwargs: Any) -> ViT:
-    """Random weights, the same in every process; positions are resampled as Detectron2 does."""
+    """Random weights, the same in every process. Positions are resampled as in Detectron2."""
     torch.manual_seed(0)
     return build_backbone(backbone, pos_encoding="standard", pos_interpolation="bicubic", **model_kwargs)
 
@@ -94,7 +94,7 @@ def their_network(
     drop_path: float = 0.0,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Detectron2's ViT with the weights of :func:`our_network`, as far as it has them.
+    """Detectron2's ViT with all weights of :func:`our_network` that it has.
 
     Args:
         window: side of a window in patches; 0: every block sees the whole image.
@@ -120,7 +120,7 @@ def their_network(
 
 
 def check_alike(backbone: str, device: str = "cpu") -> None:
-    """Every contender of ours gives Detectron2's features and gradient by the image, up to rounding."""
+    """Assert that each of ours gives Detectron2's features and gradient by the image, up to rounding."""
     results = {}
     for name in (*THEIRS, *OURS):
         network = our_network(backbone) if name in OURS else their_network(backbone, THEIRS[name], CHECK_PX)

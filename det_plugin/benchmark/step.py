@@ -1,4 +1,5 @@
-"""The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, our backbone and Detectron2's in its detector."""
+"""The whole training step of ViTDet's Mask R-CNN: images/s and peak memory, with our backbone and with
+Detectron2's."""
 
 import multiprocessing
 import time
@@ -22,10 +23,9 @@ with detectron2_installed():
     from detectron2.structures import Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
 
-WINDOWS = dict(window_size=WINDOW, global_blocks=GLOBAL_BLOCKS)
 OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
     "ours": {},
-    "ours_windowed": WINDOWS,
+    "ours_windowed": dict(window_size=WINDOW, global_blocks=GLOBAL_BLOCKS),
     "ours_checkpointed": dict(checkpointing=True),
     "ours_compiled": dict(compile=True),
 }
@@ -47,21 +47,23 @@ def measure(
     model_kwargs: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward, AdamW; AMP on CUDA.
+    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward,
+    AdamW; AMP on CUDA.
 
     Args:
         backbone: registry name.
-        batch_sizes: images a step, rising; where one does not fit into the memory, larger ones are not tried.
+        batch_sizes: images a step. Once one does not fit into memory, larger ones are not tried.
         rounds: counted steps.
-        contenders: names out of :data:`OURS` and :data:`THEIRS`, each measured in a process of its own, one after the other.
+        contenders: keys of :data:`OURS` and :data:`THEIRS`, measured in turn, each in a process of its own.
         model_kwargs: more arguments of ``build_backbone``, for all.
         overrides: fields of the protocol, for all.
 
     Returns:
-        for each contender ``{"1": {"img_per_s": ..., "peak_mib": ...}, "2": "out of memory"}``, by batch size.
+        ``{"1": {"img_per_s": ..., "peak_mib": ...}, "2": "out of memory"}``, by batch size, for each
+        contender.
 
     Raises:
-        UserError: Detectron2 is absent; a field of the protocol that does not exist.
+        UserError: Detectron2 is absent; the protocol has no such field.
     """
     where = str(choose_device(device))
     recipe = with_overrides(protocol("coco-12ep", backbone), dict(overrides or {}))
@@ -75,7 +77,7 @@ def measure(
 
 
 def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """The detector of a contender, random weights."""
+    """A contender's detector with random weights."""
     cfg = config(recipe, backbone, model_kwargs=model_kwargs).model
     if name in OURS:
         cfg.backbone.net.update(OURS[name])
@@ -113,7 +115,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
 
     def __call__(self, batch: list[dict[str, Any]]) -> None:
-        """One step, waited for."""
+        """Take one step and wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
         with EventStorage(), torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             losses = self.model(batch)
@@ -127,7 +129,7 @@ class Step:
 def _figures(
     name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: dict[str, Any], batches: list[int], rounds: int, device: str
 ) -> dict[str, Any]:
-    """Of one contender, by batch size; in its own process."""
+    """One contender's figures by batch size, measured in this process."""
     where, found = torch.device(device), dict[str, Any]()
     held = 0.0 if where.type == "cuda" else held_mib(where)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
-"""Large-scale jitter and the resizing of the test: one affine map for pixels, polygons and bitmaps alike.
+"""Large-scale jitter, and the resizing of tests: one affine map for pixels, polygons and bitmaps.
 
-The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSizeCrop(pad=False)`` and ``ResizeShortestEdge``.
+The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSizeCrop(pad=False)`` and
+``ResizeShortestEdge``.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Geometry:
 
     Attributes:
         source: width, height of the image in pixels.
-        flip: whether left and right change places.
+        flip: whether to mirror left and right.
         resized: width, height after resizing.
         crop: x, y, width, height in the resized image.
     """
@@ -37,17 +38,18 @@ class Geometry:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Of x and y; they differ by the rounding of the sizes."""
+        """Factors of x and y. They differ because sizes are rounded."""
         return self.resized[0] / self.source[0], self.resized[1] / self.source[1]
 
     def points(self, xy: np.ndarray) -> np.ndarray:
-        """Continuous coordinates [N, 2] in pixels (an image spans 0 to its width) -> those after the map."""
+        """Map continuous coordinates [N, 2] in pixels (an image spans 0 to its width)."""
         if self.flip:
             xy = np.stack([self.source[0] - xy[:, 0], xy[:, 1]], axis=1)
         return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
 
     def pixels(self, image: np.ndarray, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
-        """[H, W, 3] or [H, W] uint8 -> that of the crop; bilinear resizing is antialiased (PIL's, as Detectron2's)."""
+        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased (PIL's, as in
+        Detectron2)."""
         if self.flip:
             image = image[:, ::-1]
         (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
@@ -57,11 +59,11 @@ class Geometry:
         return np.asarray(picture.resize((width, height), resample, box=window))
 
     def polygons(self, polygons: list[list[float]]) -> list[Polygon]:
-        """An object's polygons (x0, y0, x1, ...) after the map; those of less than three points are no polygons."""
+        """Map an object's polygons (x0, y0, x1, ...). Those of fewer than three points are dropped."""
         return [self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel() for p in polygons if len(p) >= 6]
 
     def mask(self, segmentation: Segmentation, api: Any) -> np.ndarray:
-        """The object's pixels in the crop, [h, w] uint8; polygons are mapped before they are filled.
+        """The object's pixels in the crop, [h, w] uint8. Polygons are mapped before they are filled.
 
         Args:
             api: pycocotools' ``mask`` module.
@@ -73,14 +75,15 @@ class Geometry:
 
 
 def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
-    """[H, W] uint8 of a COCO RLE, compressed or a list of counts."""
+    """A COCO RLE, compressed or a list of counts -> [H, W] uint8."""
     if isinstance(rle["counts"], list):
         rle = api.frPyObjects(rle, *rle["size"])
     return api.decode(rle)
 
 
 def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
-    """Draw a training geometry: flip, a uniform scale of the target square into which the image is fitted, a random crop."""
+    """Draw a training geometry: a flip, a uniform scale of the square that the image is fitted into, and a
+    crop."""
     flip = bool(rng.random() < protocol.flip)
     target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
     scale = min(target / source[0], target / source[1])
@@ -93,7 +96,8 @@ def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.
 def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry:
     """Resize so that the long edge has ``image_size_px``; nothing is random.
 
-    In Detectron2's steps, the short edge first, then back: halves of a pixel are rounded as there.
+    It takes Detectron2's steps (first by the short edge, then back), so that half pixels are rounded in the
+    same way.
     """
     scale = image_size_px / min(source)
     sides = [float(image_size_px) if side == min(source) else side * scale for side in source]
@@ -103,7 +107,8 @@ def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """The tight boxes of masks, [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros where a mask is empty."""
+    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels). An empty mask gives
+    zeros."""
     boxes = np.zeros((len(masks), 4), np.float32)
     for box, mask in zip(boxes, masks):
         x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
@@ -115,9 +120,10 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 def objects_of(
     geometry: Geometry, classes: Sequence[int], segmentations: Sequence[Segmentation], api: Any
 ) -> tuple[np.ndarray, np.ndarray, Polygons | Tensor]:
-    """What is left of the objects: boxes [M, 4], classes [M] from 0, masks; objects outside the crop are dropped.
+    """The objects in the crop: boxes [M, 4], classes [M] from 0, masks. Objects outside are dropped.
 
-    The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 where an object is an RLE; the boxes are theirs.
+    The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 if an object is an RLE. The
+    boxes fit the masks.
     """
     width, height = geometry.crop[2:]
     kinds = np.asarray(classes, np.int64)
@@ -133,5 +139,5 @@ def objects_of(
 
 
 def _solid(boxes: np.ndarray) -> np.ndarray:
-    """Which of [M, 4] have an extent."""
+    """Which boxes [M, 4] have an extent."""
     return (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)

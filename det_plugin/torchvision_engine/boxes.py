@@ -1,4 +1,5 @@
-"""Boxes as offsets from reference boxes: R-CNN's parametrisation with Detectron2's clamp, always in float32."""
+"""Boxes as offsets from reference boxes: R-CNN's parametrization with Detectron2's clamp, always in
+float32."""
 
 import math
 
@@ -6,11 +7,12 @@ import torch
 from torch import Tensor
 
 Weights = tuple[float, float, float, float]
-MAX_LOG_SCALE = math.log(1000 / 16)  # Detectron2: what would turn a box of 16 px into one of 1000 px
+MAX_LOG_SCALE = math.log(1000 / 16)  # Detectron2: turns a box of 16 px into one of 1000 px
 
 
 def encode(targets: Tensor, references: Tensor, weights: Weights) -> Tensor:
-    """Offsets that lead from ``references`` to ``targets``: [R, 4], [R, 4] pixels (x0, y0, x1, y1) -> [R, 4] (dx, dy, dw, dh)."""
+    """Offsets from ``references`` to ``targets``: [R, 4], [R, 4] pixels (x0, y0, x1, y1) -> [R, 4] (dx, dy,
+    dw, dh)."""
     (x, y, w, h), (tx, ty, tw, th) = _centers(references), _centers(targets)
     offsets = (tx - x) / w, (ty - y) / h, torch.log(tw / w), torch.log(th / h)
     return torch.stack([weight * offset for weight, offset in zip(weights, offsets)], dim=-1)
@@ -34,7 +36,8 @@ def _centers(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class BoxCoder:
-    """The two functions in the form in which torchvision's detectors call them: lists with a tensor an image."""
+    """The two functions as torchvision's detectors call them: with lists that hold a tensor for each
+    image."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights

@@ -1,19 +1,22 @@
-"""COCO-format annotations of both engines: read once, and checked before the first iteration.
+"""COCO-format annotations, for both engines. They are read once and checked before the first iteration.
 
-What is allowed, and what becomes of it:
+What is allowed, and how it is used:
 
-* category ids with gaps, or from 0: class k is the k-th id in order; a name that two ids share gets the id behind it;
-* crowds are left out of training and count in evaluation as COCO's ignored regions; an image with nothing but crowds, or with
-  nothing at all, is left out of training and kept in evaluation;
-* objects of zero extent are left out of training; evaluation keeps every object, as COCO's own does;
-* masks are polygons, compressed or uncompressed RLEs; polygons of fewer than three points are left out, and an object without any
-  other cannot be learned (training) or found as a mask (evaluation);
-* boxes and polygons that leave the image: in training only the part inside counts, in evaluation they are as annotated;
-* ``file_name`` in subfolders, an absent ``supercategory``, further keys; absent ``area`` and ``iscrowd`` are filled in.
+* category ids with gaps, or from 0: class k is the k-th id in order; where two ids share a name, the id is
+  appended to it;
+* crowds: left out of training; in evaluation they are COCO's ignored regions. An image with no other objects
+  is left out of training and kept in evaluation;
+* objects of zero extent: left out of training; evaluation keeps every object, as COCO's own does;
+* masks as polygons, compressed or uncompressed RLEs. Polygons of fewer than three points are left out. An
+  object that has no others is not learned (training) and not found as a mask (evaluation);
+* boxes and polygons that leave the image: training uses the part inside, evaluation uses them as annotated;
+* a ``file_name`` in a subfolder, an absent ``supercategory``, more keys. An absent ``area`` or ``iscrowd`` is
+  filled in.
 
-An error that names the entry: ids that are no integers, or twice there; unknown image or category ids; no masks (Mask R-CNN learns
-from them); boxes or polygons that are no numbers; an RLE that does not cover its image; a ``file_name`` that is missing or leads
-out of the folder; images that are missing, unreadable (as far as their headers say), or of another size than stated.
+These are errors that name the entry: an id that is no integer or stands twice; an unknown image or category
+id; no mask (Mask R-CNN learns from masks); boxes or polygons that are no numbers; an RLE that does not cover
+its image; a ``file_name`` that is missing or leads out of the folder; an image that is missing, unreadable
+(by its header), or of another size than stated.
 """
 
 import json
@@ -39,21 +42,21 @@ from pretrain.errors import UserError
 Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in pixels, or an RLE
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
 SHARE_SEED = 0
-FARTHEST_PX = 1e6  # of a polygon's points from the corner; pycocotools walks along every edge
-ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: where width and height change places
+FARTHEST_PX = 1e6  # a polygon's points from the corner; pycocotools walks along every edge
+ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
 HEADER_READERS = 16
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image and its objects without crowds.
+    """An image and its objects, without crowds.
 
     Attributes:
         id: COCO's.
         file_name: below the split's folder.
         width, height: pixels.
         classes: contiguous, from 0.
-        segmentations: polygons or RLE, an object each.
+        segmentations: an object's polygons or RLE each.
     """
 
     id: int
@@ -65,7 +68,8 @@ class Picture:
 
 
 class PackedList(Sequence[Picture]):
-    """Many records as two arrays, so that forked workers share them (Python objects are copied by reference counting)."""
+    """Many records as two arrays, which forked workers share. Reference counting would copy Python
+    objects."""
 
     def __init__(self, records: Iterable[Picture]) -> None:
         blobs = [np.frombuffer(pickle.dumps(record, protocol=-1), np.uint8) for record in records]
@@ -84,7 +88,7 @@ class PackedList(Sequence[Picture]):
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """A split: its images in the file's order, and what class k is called there."""
+    """A split: its images in the file's order, and the names of its classes."""
 
     file: Path
     folder: Path
@@ -96,7 +100,8 @@ class CocoSplit:
         """The pixels, [H, W, 3] uint8 RGB, upright.
 
         Raises:
-            UserError: no readable image, or one of another size than the annotation file says, by path.
+            UserError: the image cannot be read, or its size is not that of the annotation file; names the
+                image.
         """
         path = self.folder / picture.file_name
         try:
@@ -110,7 +115,8 @@ class CocoSplit:
         return pixels
 
     def check_headers(self) -> None:
-        """Open every image, of this rank's share of them, and compare its size; pixels are read only where something is wrong.
+        """Open this rank's share of the images and compare their sizes. Pixels are only read where something
+        is wrong.
 
         Raises:
             UserError: as :meth:`load`.
@@ -135,17 +141,18 @@ class CocoSplit:
 
 
 def read_split(data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0) -> CocoSplit:
-    """Read an annotation file and check it against the folder, as the module's docstring says.
+    """Read an annotation file and check it and its folder, as the module's docstring says.
 
     Args:
         data: a root of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
         split: ``train`` | ``val``.
-        num_classes: of the model; none: not compared.
+        num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
-        share: of the images that are left, the same ones in every run, in the file's order; a smaller share is part of a larger.
+        share: of the remaining images, the same ones in every run, in the file's order. A larger share
+            contains a smaller one.
 
     Raises:
-        UserError: names the file, the entry and what is wrong with it.
+        UserError: names the file, the entry and the problem.
     """
     files = locate(data, split)
     file, content = files.annotations, read_json(files.annotations)
@@ -164,7 +171,7 @@ def read_split(data: str | Path, split: str, *, num_classes: int | None, trainin
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     if share < 1:
         ids = sorted(picture.id for picture in pictures)
-        order = np.random.RandomState(SHARE_SEED).permutation(len(ids))  # the one generator whose numbers numpy never changes
+        order = np.random.RandomState(SHARE_SEED).permutation(len(ids))  # NumPy never changes this generator's numbers
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
@@ -185,10 +192,11 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A file's content in the form in which pycocotools can evaluate every object of it; COCO's own comes back as it is.
+    """A file's content, completed so that pycocotools can evaluate every object. COCO's own files do not
+    change.
 
-    Annotation ids count from 1 where one is 0 (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area`` are there, names are
-    unique, and objects without a polygon of three points have an empty mask.
+    Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
+    are filled in, names are unique, and an object without a polygon of three points has an empty mask.
     """
     content = read_json(file)
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -204,10 +212,10 @@ def read_truth(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A COCO file's content: images, annotations, categories.
+    """Read a COCO file: images, annotations, categories.
 
     Raises:
-        UserError: no such file, no JSON, or a list that is missing.
+        UserError: no such file, no JSON, or a list is missing.
     """
     if not file.is_file():
         raise UserError(f"data: no file {file}")
@@ -222,7 +230,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _categories(content: Mapping[str, Any]) -> dict[int, str]:
-    """Id -> name, by id."""
+    """Id -> name, sorted by id."""
     entries = content["categories"]
     _check_ids("category", entries)
     if not entries:
@@ -281,10 +289,10 @@ def _file_name(image: Mapping[str, Any]) -> str:
 
 
 def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Segmentation:
-    """An object's polygons of three points and more, or its RLE; empty where there is neither.
+    """An object's polygons of three or more points, or its RLE; empty if it has neither.
 
     Raises:
-        ValueError: the box or the mask is damaged, or an object that has an extent is without a mask.
+        ValueError: the box or the mask is damaged, or an object with an extent has no mask.
     """
     box, value, who = annotation["bbox"], annotation.get("segmentation"), f"annotation {annotation['id']}"
     try:
@@ -308,7 +316,8 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
 
 
 def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
-    """``rle``, if it covers its image: pycocotools would fill what is missing with whatever the memory holds."""
+    """``rle``, if it covers its image. Of a shorter one, pycocotools would fill the rest from uninitialized
+    memory."""
     try:
         size, counts = list(rle["size"]), rle["counts"]
         runs = counts if isinstance(counts, list) else run_lengths(counts)
@@ -324,8 +333,10 @@ def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation
 
 
 def run_lengths(counts: str) -> list[int]:
-    """The runs of a compressed RLE: 5 bits a character, lowest first, the sixth says that more follow; from the fourth run on,
-    differences to the run two before (COCO's ``maskApi``).
+    """The runs of a compressed RLE, as in COCO's ``maskApi``.
+
+    A character holds 5 bits, the lowest first; the sixth bit says that more follow. From the fourth run on, a
+    number is the difference to the run two before.
 
     Raises:
         ValueError: the text ends within a number.
@@ -346,7 +357,7 @@ def run_lengths(counts: str) -> list[int]:
 
 
 def _area(masks: Segmentation, height: int, width: int) -> float:
-    """Pixels of an object, as COCO counts them."""
+    """An object's pixels, as COCO counts them."""
     api = coco_api().mask
     if isinstance(masks, list):
         return float(api.area(api.merge(api.frPyObjects(masks, height, width))))
@@ -354,7 +365,8 @@ def _area(masks: Segmentation, height: int, width: int) -> float:
 
 
 def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
-    """One listing instead of 118,000 questions; names below subfolders are asked for one by one."""
+    """Check that the files exist: by one listing instead of 118,000 look-ups, except for names in
+    subfolders."""
     listed = {entry.name for entry in os.scandir(folder)}
     missing = [p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()]
     if missing:

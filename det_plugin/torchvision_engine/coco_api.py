@@ -1,4 +1,4 @@
-"""pycocotools or its drop-in faster-coco-eval: whichever is installed, the reference implementation first."""
+"""pycocotools, or its drop-in faster-coco-eval where only that is installed."""
 
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from pretrain.errors import UserError
 
 
 class CocoApi(NamedTuple):
-    """The three names of pycocotools that this engine uses."""
+    """The three names of pycocotools that we use."""
 
     COCO: Any
     COCOeval: Any
@@ -15,7 +15,7 @@ class CocoApi(NamedTuple):
 
 
 def coco_api() -> CocoApi:
-    """Raises UserError when neither package is installed."""
+    """The installed package. Raises UserError when there is neither."""
     try:
         from pycocotools import mask
         from pycocotools.coco import COCO

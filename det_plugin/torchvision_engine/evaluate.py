@@ -1,4 +1,4 @@
-"""Predictions of a split in COCO's result format, and COCO's box and mask AP of them."""
+"""Predictions of a split in COCO's result format, and their box and mask AP."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from det_plugin.torchvision_engine.loader import EvalSamples, batches
 from pretrain.distributed import gather_objects, rank, world_size
 
 Prediction = dict[str, Any]
-# What COCOeval.stats holds first, and our names; then the classes by name.
+# Our names of what COCOeval.stats holds first.
 SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
 
@@ -27,12 +27,12 @@ KINDS = {"box": "bbox", "mask": "segm"}
 def detect(
     model: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], category_ids: Sequence[int], device: torch.device
 ) -> list[list[Prediction]]:
-    """Detections of some images as COCO results without ``image_id``, best first.
+    """Detections of some images, best first, as COCO results without ``image_id``.
 
     Args:
         model: detector of :func:`build_model` in evaluation mode.
         images: uint8 [3, h_i, w_i], resized for the detector.
-        sizes: height, width of each image itself, in whose pixels the results are.
+        sizes: height, width of each original image. The results are in its pixels.
     """
     found = model([image.to(device, non_blocking=True) for image in images])
     results = []
@@ -52,11 +52,11 @@ def predict(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """All detections of a split; every rank takes its share and gets the whole, in the order of the images.
+    """All detections of a split, in the order of the images. Each rank does its share and gets the whole.
 
     Args:
-        model: detector of :func:`build_model`; in evaluation mode afterwards.
-        progress: is told (images done, of how many): of this rank's share.
+        model: detector of :func:`build_model`. It is in evaluation mode afterwards.
+        progress: called with (images done, images in all) of this rank's share.
     """
     model.eval()
     mine = list(range(rank(), len(split.pictures), world_size()))
@@ -77,12 +77,13 @@ def predict(
 def as_coco(
     detection: Mapping[str, Tensor], resized: tuple[int, int], size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Prediction]:
-    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's ``detector_postprocess``).
+    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's
+    ``detector_postprocess``).
 
     Args:
-        detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N], ``masks``
-            [N, 1, s, s] probabilities under the boxes; on the CPU.
-        resized, size: height, width of what the detector saw, without padding, and of the image.
+        detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N],
+            ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
+        resized, size: height, width of what the detector saw (without padding), and of the image.
     """
     scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
     limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
@@ -91,7 +92,7 @@ def as_coco(
     results = []
     for i in kept.tolist():
         rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
-        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large image would not fit anywhere
+        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large image would not fit into memory
         mask[rows, columns] = (chances >= 0.5).numpy()
         results.append(
             {
@@ -105,8 +106,16 @@ def as_coco(
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
-    """Probabilities [s, s] of a box [4] (pixels) -> rows and columns of the image (height, width: ``size``), and the
-    probabilities there: bilinear at the pixels' centers, 0 elsewhere (Detectron2's ``paste_masks_in_image``)."""
+    """Paste the probabilities [s, s] of a box [4] (pixels) into its image, as Detectron2's
+    ``paste_masks_in_image``.
+
+    Args:
+        size: height, width of the image.
+
+    Returns:
+        rows and columns of the image, and the probabilities there, bilinear at the pixels' centers. Elsewhere
+        they are 0.
+    """
     sides = []
     for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
         first, last = max(int(low.floor()) - 1, 0), min(int(high.ceil()) + 1, length)  # a pixel around the box is enough
@@ -118,15 +127,16 @@ def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice,
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """[H, W], 0 or 1 -> an RLE that JSON can hold."""
+    """[H, W] of 0 and 1 -> an RLE that JSON can hold."""
     rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = rle["counts"]
     return {"size": [int(side) for side in rle["size"]], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, Any]:
-    """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` / ``_large``, ``box_ap_classes``
-    (by name), and the same of masks. What has no ground truth is left out.
+    """COCO's AP in percent: ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_small`` / ``_medium`` /
+    ``_large``, ``box_ap_classes`` (by name), and the same for masks. Metrics without ground truth are left
+    out.
 
     Args:
         annotations: COCO instances file.
@@ -154,7 +164,8 @@ def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, 
 
 
 def _results(truth: Any, predictions: list[Prediction], iou_type: str, api: CocoApi) -> Any:
-    """What ``loadRes`` makes of predictions, of none too. An object's size is that of its box or of its mask (Detectron2)."""
+    """What ``loadRes`` makes of predictions, also of none. An object's area is that of its box or its mask
+    (Detectron2)."""
     if iou_type == "segm":
         areas = [float(api.mask.area(prediction["segmentation"])) for prediction in predictions]
     else:
@@ -169,7 +180,7 @@ def _results(truth: Any, predictions: list[Prediction], iou_type: str, api: Coco
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """One line for people; what has no ground truth is ``nan``."""
+    """One line for people. A metric without ground truth is ``nan``."""
     parts = []
     for kind in KINDS:
         named = {name.removeprefix("ap_").replace("ap", "AP"): metrics.get(f"{kind}_{name}", math.nan) for name in SUMMARY}

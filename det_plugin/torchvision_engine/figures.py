@@ -1,4 +1,4 @@
-"""Images of detections for people: masks, boxes, names and scores on an image, and pages of them beside ground truth."""
+"""Drawn detections: masks, boxes, names and scores on an image, and pages of them beside the ground truth."""
 
 import colorsys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shown:
-    """One object to draw: class from 0, mask [H, W] bool, box in pixels, and what is written at it."""
+    """One object to draw: class from 0, mask [H, W] bool, box in pixels, and its label."""
 
     kind: int
     mask: np.ndarray
@@ -42,7 +42,7 @@ def spread(split: CocoSplit, count: int) -> list[Picture]:
 def draw_page(
     split: CocoSplit, pictures: Sequence[Picture], predictions: Sequence[Prediction], path: Path, min_score: float = MIN_SCORE
 ) -> Path:
-    """Write a PNG with ground truth and predictions of some images, side by side; its caption goes into ``captions.json``."""
+    """Write a PNG with ground truth and predictions of some images, side by side, and its caption."""
     cells = []
     for picture in pictures:
         mine = [p for p in predictions if p["image_id"] == picture.id and p["score"] >= min_score]
@@ -58,7 +58,7 @@ def draw_page(
 
 
 def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classes: dict[int, str]) -> np.ndarray:
-    """An image [H, W, 3] uint8 with what was found in it; very small ones are enlarged and very large ones reduced.
+    """An image [H, W, 3] uint8 with its detections. Very small ones are enlarged, very large ones reduced.
 
     Args:
         predictions: COCO results of this image.
@@ -69,7 +69,7 @@ def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classe
 
 
 def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[int, str]) -> list[Shown]:
-    """Predictions of one image as they are drawn after the map; the highest scores last, on top."""
+    """Predictions of one image, mapped for drawing. The highest scores come last, on top."""
     kinds, found = {id: k for k, id in enumerate(classes)}, []
     for p in sorted(predictions, key=lambda prediction: prediction["score"]):
         x, y, w, h = p["bbox"]
@@ -80,7 +80,8 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide least."""
+    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide
+    least."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
         shade = np.array(color_of(thing.kind))
@@ -92,7 +93,7 @@ def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
     for thing in objects:
         pen.rectangle(thing.box, outline=color_of(thing.kind), width=line)
     taken: list[Corners] = []
-    for thing in reversed(objects):  # who comes last lies on top and chooses first
+    for thing in reversed(objects):  # the last one lies on top and chooses first
         place = _place((font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size)
         color = color_of(thing.kind)
         pen.rectangle(place, fill=color)
@@ -110,7 +111,8 @@ def color_of(kind: int) -> Color:
 
 
 def _place(size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]) -> Corners:
-    """Where a label goes: above the box, below it, or inside at a corner; the first place that covers no other label."""
+    """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of
+    other labels."""
     (w, h), (x0, y0, x1, y1) = size, box
     corners = [(x0, y0 - h), (x1 - w, y0 - h), (x0, y1), (x1 - w, y1), (x0, y0), (x1 - w, y0), (x0, y1 - h), (x1 - w, y1 - h)]
     corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]
@@ -144,7 +146,7 @@ def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:
 
 
 def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
-    """An object's pixels in the drawn image; of an RLE of a large image no more are looked at than are drawn."""
+    """An object's pixels in the drawn image. Of a large image's RLE, only the drawn pixels are read."""
     if not isinstance(segmentation, dict):
         return geometry.mask(segmentation, coco_api().mask).astype(bool)
     steps = [(np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])]  # rows, columns
@@ -172,5 +174,5 @@ def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own: it is there on every machine, and knows more than Latin letters."""
+    """matplotlib's own font: every machine has it, and it knows more than Latin letters."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

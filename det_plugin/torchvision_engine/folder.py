@@ -1,7 +1,8 @@
-"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it is over.
+"""A run folder: ``config.json`` says what runs in it, ``checkpoints/`` how far it is, ``result.json`` that it
+is over.
 
-Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still read, as tensors and
-plain values, and never written.
+Checkpoints have the format of :mod:`pretrain.checkpoints`. The ``checkpoint.pt`` of older versions is still
+read, as tensors and plain values, and never written.
 """
 
 import json
@@ -31,14 +32,16 @@ KEEP = 2  # where the newest checkpoint is damaged, the one before is used
 
 
 def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, Any]:
-    """Everything that the outcome depends on, as JSON values. ``model_kwargs`` are complete: the run's own file is not
-    needed to build the network again."""
+    """Everything that the outcome depends on, as JSON values.
+
+    ``model_kwargs`` are complete, so the network can be built again without the backbone's file.
+    """
     config = {
         "engine": ENGINE,
         **run.settings(),
         "accumulate": run.accumulate,
         "model_kwargs": vit.model_kwargs,
-        "given_kwargs": dict(run.model_kwargs),  # some are no part of the network: drop_path, attention
+        "given_kwargs": dict(run.model_kwargs),  # some are no part of the network: drop_path, attention, ...
         "weights_hash": file_hash(run.weights) if run.weights else None,
         "data": {
             "train_images": len(train.pictures),
@@ -51,7 +54,8 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
 
 def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
+    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs,
+    in more parts."""
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
@@ -67,10 +71,10 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, old names under their new ones.
+    """The settings of the run in a folder, with old names replaced by new ones.
 
     Raises:
-        UserError: no run of this engine, or an unreadable file.
+        UserError: no run of this engine, or the file cannot be read.
     """
     path = folder / CONFIG
     try:
@@ -100,10 +104,10 @@ def backbone_of(config: Mapping[str, Any]) -> ViT:
 
 
 def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
-    """Category id -> name in the order of the classes.
+    """Category id -> name, in the order of the classes.
 
     Raises:
-        UserError: the file does not hold them.
+        UserError: the config does not hold them.
     """
     ids, names = config["data"].get("category_ids"), config["data"]["class_names"]
     if ids is None:  # 1, 2, ... would be wrong for COCO
@@ -112,27 +116,27 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write ``folder/checkpoints/it_<iteration>``; for the main process alone.
+    """Write ``folder/checkpoints/it_<iteration>``. Only the main process calls this.
 
     Args:
         state: ``iteration``, and what :func:`pretrain.checkpoints.save_state` takes.
 
     Raises:
-        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
+        OSError: the folder cannot be written; names it. Earlier checkpoints stay whole.
     """
     return checkpoints.save_state(folder, state["iteration"], state, KEEP)
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint; its contents are not read."""
+    """Whether the folder holds a checkpoint. Its contents are not read."""
     return bool(checkpoints.whole_directories(folder)) or (folder / OLD_CHECKPOINT).is_file()
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state in the run's newest whole checkpoint, None where there is none.
+    """The state of the run's newest whole checkpoint, or None.
 
     Raises:
-        UserError: there are checkpoints, and none is whole; names the file.
+        UserError: there are checkpoints, but none is whole; names the file.
     """
     found, messages = checkpoints.newest(folder)
     for message in messages:

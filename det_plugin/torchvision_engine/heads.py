@@ -1,4 +1,5 @@
-"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time filtering."""
+"""Box and mask heads: torchvision's matching and sampling around Detectron2's layers, losses and test-time
+filtering."""
 
 from typing import Any
 
@@ -16,7 +17,8 @@ from det_plugin.torchvision_engine.pooling import RoIPooler
 
 
 class BoxHead(nn.Module):
-    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``, ``FastRCNNOutputLayers``)."""
+    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``,
+    ``FastRCNNOutputLayers``)."""
 
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
@@ -33,7 +35,8 @@ class BoxHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the background's 0."""
+        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the
+        background's 0."""
         x = F.relu(self.fc(self.convs(x).flatten(1)))
         return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
 
@@ -67,7 +70,8 @@ def _msra_fill(module: nn.Module) -> None:
 
 
 def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and L1 of the objects' offsets, both over the number of **all** sampled boxes (Detectron2); 0 of none.
+    """Cross-entropy, and L1 of the objects' offsets, both divided by the number of **all** sampled boxes
+    (Detectron2); 0 for none.
 
     Args:
         logits: [R, 1 + K], class 0 is background.
@@ -83,7 +87,7 @@ def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor)
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy of the true class's maps; 0 where there are none.
+    """Mean binary cross-entropy of the true class's maps; 0 without objects.
 
     Args:
         logits: [P, K, s, s].
@@ -118,7 +122,7 @@ class DetectionHeads(RoIHeads):
         self.box_coder = BoxCoder(protocol.box_weights)
 
     def has_mask(self) -> bool:
-        """Always: torchvision asks for a separate mask predictor, ours is part of the head."""
+        """True: torchvision looks for a separate mask predictor, but ours is part of the head."""
         return True
 
     def forward(
@@ -128,18 +132,18 @@ class DetectionHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Losses in training, detections at test time; the other is empty.
+        """Losses in training, detections in tests. The other one is empty.
 
         Args:
-            features: the pyramid's maps; the last, max-pooled level serves proposals alone.
+            features: the pyramid's maps. Only proposals use the last, max-pooled level.
             proposals: [R_i, 4] pixels.
             image_shapes: (height, width) without padding.
             targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks``, [M, h, w] uint8 or
                 :class:`masks.Polygons`.
 
         Returns:
-            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities under the box; and
-            ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
+            ``boxes`` [N, 4], ``labels`` [N] in 1 ... K, ``scores`` [N], ``masks`` [N, 1, s, s] probabilities
+            under the box; and ``loss_cls``, ``loss_box_reg``, ``loss_mask``.
         """
         maps = list(features.values())[:-1]
         if self.training:
@@ -156,8 +160,10 @@ class DetectionHeads(RoIHeads):
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score threshold, the best after an
-        NMS within the class. Boxes without extent stay until they are back in the image's pixels (torchvision drops them here).
+        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score
+        threshold, the best after an NMS within the class.
+
+        Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """
         counts = [len(own) for own in proposals]
         all_boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)

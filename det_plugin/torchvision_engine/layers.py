@@ -10,7 +10,7 @@ NORMS = ("LN", "")
 
 
 class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of a map, every position by itself (Detectron2's ``LN``)."""
+    """LayerNorm over the channels of a map, at each position (Detectron2's ``LN``)."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        x = x.permute(0, 2, 3, 1)  # costs nothing where x is channels-last, as all maps of this engine are
+        x = x.permute(0, 2, 3, 1)  # free if x is channels-last, as all maps of this engine are
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Conv2d):
-    """Convolution, then norm where one is asked for (key ``norm``; the bias goes), then ReLU where asked for.
+    """Convolution, an optional norm (key ``norm``; it replaces the bias), an optional ReLU.
 
     Args:
         norm: ``LN`` | ``""`` (none).
@@ -46,7 +46,7 @@ def get_norm(name: str, channels: int) -> nn.Module:
     """The layer that the protocol's ``norm`` names.
 
     Raises:
-        UserError: another name.
+        UserError: the engine has no such norm.
     """
     if name not in NORMS:
         raise UserError(f"protocol: norm={name!r} is none of {NORMS}")

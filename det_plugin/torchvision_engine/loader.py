@@ -1,4 +1,5 @@
-"""Batches as a pure function of (seed, position in the stream): workers, ranks and resuming cannot change them."""
+"""Batches are a pure function of (seed, position in the stream). Workers, ranks and resuming cannot change
+them."""
 
 import math
 import signal
@@ -24,7 +25,7 @@ ORDER, AUGMENT = 0, 1  # streams of random numbers of one seed
 
 
 def stream_index(position: int, length: int, seed: int) -> int:
-    """Which image stands at a position of the endless stream: one permutation of all images after the other."""
+    """The image at a position of the endless stream, which is one permutation of all images after another."""
     epoch, place = divmod(position, length)
     return int(_order(length, seed, epoch)[place])
 
@@ -36,15 +37,15 @@ def _order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def positions(iteration: int, batch_size: int, rank: int, world_size: int) -> range:
-    """A rank's share of an iteration's batch, as positions of the stream: consecutive, rank 0 first."""
+    """A rank's share of an iteration's batch: consecutive positions of the stream, rank 0 first."""
     share = batch_size // world_size
     start = iteration * batch_size + rank * share
     return range(start, start + share)
 
 
 class TrainSamples(Dataset[Sample]):
-    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and ``masks``:
-    :class:`masks.Polygons` or [M, h, w]."""
+    """Position of the stream -> ``image`` [3, h, w], ``boxes`` [M, 4] pixels, ``labels`` [M] from 1, and
+    ``masks``: :class:`masks.Polygons` or [M, h, w]."""
 
     def __init__(self, split: CocoSplit, protocol: DetectionProtocol, seed: int) -> None:
         self.split, self.protocol, self.seed = split, protocol, seed
@@ -82,11 +83,12 @@ def to_tensor(image: np.ndarray) -> Tensor:
 def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device) -> Iterator[list[Sample]]:
     """Lists of samples in the order of ``indices``.
 
-    Workers hand over one sample at a time, and are one batch ahead: a worker that made whole batches would let the first one wait
-    for all its images, and hold gigabytes of shared memory and a thousand open files where one process has a batch of 64.
+    Workers hand over one sample at a time and are one batch ahead. If each made whole batches, the first
+    batch would wait for all its images, and with 64 images a process they would hold gigabytes of shared
+    memory and a thousand open files.
 
     Raises:
-        UserError: of a sample, also where a worker process met it.
+        UserError: a sample's, also where a worker process meets it.
     """
     ahead, due = tee(indices)
     first = next(ahead, [])
@@ -103,23 +105,26 @@ def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int
     try:
         for batch in due:
             yield [next(iterator) for _ in batch]
-    except UserError as error:  # a worker's traceback stands before its message
+    except UserError as error:  # a worker's traceback precedes its message
         raise UserError(str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
     finally:
-        if workers:  # now: an exception's traceback would keep them, and they outlive the signal that a process sends when it ends
+        if workers:  # now: an exception's traceback would keep them alive, and they ignore the signal that an ending process sends
             iterator._shutdown_workers()
 
 
 def start_worker(worker: int) -> None:
-    """Of a data-loading process: one thread, and deaf to what a whole group of processes is sent. The training decides when to
-    stop; a worker that died would take it along."""
+    """Start of a data-loading process: one thread, and signals that a whole group of processes gets are
+    ignored.
+
+    The training decides when to stop, and a worker that dies would end it.
+    """
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def to_device(samples: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """The images, and the targets without them; polygons stay where they are."""
+    """Move samples to a device: images, and targets without them. Polygons stay on the CPU."""
 
     def move(x: Any) -> Any:
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x

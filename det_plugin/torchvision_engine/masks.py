@@ -1,4 +1,5 @@
-"""Ground-truth masks as Detectron2 keeps them: polygons, exact at any scale, or bitmaps where an image has an RLE."""
+"""Ground-truth masks as Detectron2 keeps them: polygons, exact at any scale, or bitmaps if an image has an
+RLE."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,10 @@ Polygon = np.ndarray  # [2K] float64: x0, y0, x1, ... in pixels, continuous (an 
 
 
 class Polygons:
-    """The objects of one image, each one or more polygons; they stay on the CPU, where they are filled.
+    """The objects of one image, each of one or more polygons. They stay on the CPU, where they are filled.
 
     Args:
-        objects: a list of polygons each; empty where nothing is left of an object.
+        objects: a list of polygons each, empty if nothing is left of the object.
     """
 
     def __init__(self, objects: Sequence[Sequence[Polygon]]) -> None:
@@ -32,7 +33,7 @@ class Polygons:
         return Polygons([own for own, is_kept in zip(self.objects, kept) if is_kept])
 
     def boxes(self) -> np.ndarray:
-        """Tight boxes [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros where an object has no polygon."""
+        """Tight boxes [M, 4] float32 (x0, y0, x1, y1 in pixels). An object without a polygon gives zeros."""
         boxes = np.zeros((len(self), 4), np.float32)
         for box, own in zip(boxes, self.objects):
             if own:
@@ -41,7 +42,7 @@ class Polygons:
         return boxes
 
     def crop(self, index: Tensor, boxes: Tensor, side: int) -> Tensor:
-        """Object ``index[i]`` [P] under box i of ``boxes`` [P, 4] -> [P, side, side] in {0, 1}, float.
+        """Objects ``index`` [P], each under its box of ``boxes`` [P, 4] -> [P, side, side] in {0, 1}, float.
 
         The polygons are scaled to the box and filled there (Detectron2's ``rasterize_polygons_within_box``).
         """
@@ -54,7 +55,7 @@ class Polygons:
 
 
 def fill(polygons: Sequence[Polygon], height: int, width: int, api: Any) -> np.ndarray:
-    """The pixels inside, [height, width] uint8.
+    """The pixels inside polygons, [height, width] uint8.
 
     Args:
         api: pycocotools' ``mask`` module.
@@ -66,7 +67,8 @@ def fill(polygons: Sequence[Polygon], height: int, width: int, api: Any) -> np.n
 
 
 def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
-    """What of a polygon lies within 0 ... width, 0 ... height; none, one or several polygons (Detectron2's ``CropTransform``).
+    """Cut a polygon at 0 ... width, 0 ... height: none, one or several polygons (Detectron2's
+    ``CropTransform``).
 
     Raises:
         UserError: shapely is not installed.
@@ -78,14 +80,15 @@ def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
         raise UserError("shapely is not installed: pip install posfield[det]") from error
     inside = Shape(polygon.reshape(-1, 2)).buffer(0.0).intersection(box(0, 0, width, height))  # buffer: makes it valid
     parts = [part for part in getattr(inside, "geoms", [inside]) if isinstance(part, Shape) and not part.is_empty]
-    return [np.asarray(part.exterior.coords)[:-1].ravel() for part in parts]  # the last point is the first again
+    return [np.asarray(part.exterior.coords)[:-1].ravel() for part in parts]  # the last point repeats the first
 
 
 def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """What a mask head should predict: masks ``index`` [P] under boxes [P, 4] -> [P, side, side] in {0, 1}, float.
+    """A mask head's targets: masks ``index`` [P] under boxes [P, 4] -> [P, side, side] in {0, 1}, float.
 
     Args:
-        masks: of an image's objects; bitmaps [M, H, W] are pooled by the aligned RoIAlign and cut at 1/2.
+        masks: of an image's objects. Bitmaps [M, H, W] are pooled by the aligned RoIAlign and thresholded at
+            1/2.
     """
     if isinstance(masks, Polygons):
         return masks.crop(index, boxes, side)

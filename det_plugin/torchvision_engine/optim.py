@@ -13,7 +13,8 @@ VIT = "backbone.vit."
 
 
 def lr_at(it: int, protocol: DetectionProtocol) -> float:
-    """The base learning rate of iteration ``it`` (from 0): linear warm-up, then a step at each milestone (Detectron2)."""
+    """The base learning rate of iteration ``it`` (from 0): linear warm-up, then a step at each milestone
+    (Detectron2)."""
 
     def steps(at: int) -> float:
         return protocol.lr * protocol.lr_gamma ** bisect.bisect_right(protocol.milestones, at)
@@ -27,8 +28,8 @@ def lr_at(it: int, protocol: DetectionProtocol) -> float:
 def parameter_groups(model: nn.Module, protocol: DetectionProtocol) -> list[dict[str, Any]]:
     """Groups of one ``rate`` (factor on the learning rate) and one ``weight_decay``.
 
-    The ViT has layer decay, and no weight decay on norms and positions; pyramid and heads have neither exception: Detectron2 does
-    not count its channel LayerNorm among the norms.
+    The ViT has layer decay, and no weight decay on norms and positions; pyramid and heads have neither
+    exception: Detectron2 does not count its channel LayerNorm among the norms.
     """
     depth = len(model.get_submodule(VIT + "blocks"))  # type: ignore[arg-type]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -8,7 +8,8 @@ CANONICAL_SIZE_PX, CANONICAL_LEVEL = 224, 4  # FPN (Lin et al., 2017), equation 
 
 
 def assign_levels(boxes: Tensor, lowest: int, highest: int) -> Tensor:
-    """The pyramid level of each box (log2 of its stride), between ``lowest`` and ``highest``: [R, 4] pixels -> [R]."""
+    """The pyramid level of each box (log2 of its stride), between ``lowest`` and ``highest``: [R, 4] pixels
+    -> [R]."""
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     size = (width * height).sqrt()
     level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE_PX + 1e-8))
@@ -16,9 +17,10 @@ def assign_levels(boxes: Tensor, lowest: int, highest: int) -> Tensor:
 
 
 class RoIPooler(nn.Module):
-    """Boxes to fixed-size maps, each box from the level that suits its size.
+    """Boxes -> maps of one size, each box from the level that suits its size.
 
-    Unlike torchvision's ``MultiScaleRoIAlign``: half-pixel aligned, strides given and not guessed from the unpadded image sizes.
+    Unlike torchvision's ``MultiScaleRoIAlign``, it is half-pixel aligned, and strides are given, not guessed
+    from image sizes.
 
     Args:
         output_size: side of the pooled map.
@@ -30,7 +32,8 @@ class RoIPooler(nn.Module):
         self.output_size, self.strides = output_size, strides
 
     def forward(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """Maps [B, C, H_l, W_l] of the levels, boxes [R_i, 4] (pixels, an image each) -> [R, C, size, size], R over all images."""
+        """Maps [B, C, H_l, W_l] of the levels, boxes [R_i, 4] (pixels, an image each) -> [R, C, size, size],
+        R over all images."""
         index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(boxes)], dim=1)  # [R, 5]
         lowest = self.strides[0].bit_length() - 1

@@ -15,7 +15,8 @@ from det_plugin.torchvision_engine.boxes import BoxCoder
 
 
 class Anchors(nn.Module):
-    """Anchors of every level, one size a level, not rounded; the first is centered on the image's corner (offset 0)."""
+    """Anchors of every level, one size a level, not rounded. The first is centered on the image's corner
+    (offset 0)."""
 
     def __init__(self, sizes_px: tuple[int, ...], ratios: tuple[float, ...], strides: list[int]) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class Anchors(nn.Module):
             self.register_buffer(f"cell_{i}", cell, persistent=False)  # [A, 4]
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
-        """One [sum of H_l * W_l * A, 4] (pixels) for each image; they are all the same tensor."""
+        """[sum of H_l * W_l * A, 4] (pixels) for each image. They are all the same tensor."""
         levels = []
         for i, (level_map, stride) in enumerate(zip(maps, self.strides)):
             cell = self.get_buffer(f"cell_{i}")
@@ -39,7 +40,7 @@ class Anchors(nn.Module):
 
 
 class RPNHead(TorchvisionHead):
-    """torchvision's head; what it predicts is float32 whatever autocast does."""
+    """torchvision's head. Its predictions are float32, also under autocast."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H_l, W_l] -> objectness logits [B, A, H_l, W_l] and deltas [B, 4A, H_l, W_l]."""
@@ -69,15 +70,16 @@ class ProposalNetwork(RegionProposalNetwork):
     def filter_proposals(
         self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]], num_anchors_per_level: list[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The best boxes of each level, clipped to the image, after an NMS within the level; then the best of all levels.
+        """The best boxes of each level, clipped to the image, after an NMS within the level; then the best of
+        all levels.
 
-        They are sorted by logit: probabilities near 1 would tie in float32 (torchvision's do).
+        They are sorted by logit. torchvision sorts by probability, and those near 1 tie in float32.
 
         Args:
             proposals: [B, A, 4] pixels.
             objectness: [B * A, 1] logits.
             image_shapes: (height, width) without padding.
-            num_anchors_per_level: they sum to A.
+            num_anchors_per_level: their sum is A.
 
         Returns:
             [R_i, 4] and the logits [R_i] of each image, best first.
@@ -102,7 +104,8 @@ class ProposalNetwork(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the sampled anchors and L1 of the positive ones, both over ``rpn_batch_per_image * images``.
+        """Cross-entropy of the sampled anchors, L1 of the positive ones, both divided by
+        ``rpn_batch_per_image * images``.
 
         Args:
             objectness: [B * A, 1] logits.
@@ -122,7 +125,8 @@ class ProposalNetwork(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Boxes [R_i, 4] (pixels, best first) of each image, and the losses under Detectron2's names (none at test time)."""
+        """Boxes [R_i, 4] (pixels, best first) of each image, and the losses under Detectron2's names (none at
+        test time)."""
         boxes, losses = super().forward(images, features, targets)
         names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc"}
         return boxes, {names[key]: value for key, value in losses.items()}

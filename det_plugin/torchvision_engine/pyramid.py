@@ -1,4 +1,5 @@
-"""ViTDet's simple feature pyramid: every level from the last map of a plain ViT (Li et al., 2022, section 3)."""
+"""ViTDet's simple feature pyramid: every level from the last map of a plain ViT (Li et al., 2022, section
+3)."""
 
 import math
 
@@ -13,7 +14,8 @@ from pretrain.errors import UserError
 
 
 def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
-    """Strides in pixels of the levels and of the max-pooled one behind them: (4, 2, 1, .5) on patches of 16 give 4 ... 32, 64.
+    """Strides in pixels of the levels and of the max-pooled one: (4, 2, 1, .5) on patches of 16 give 4, 8,
+    16, 32, 64.
 
     Raises:
         UserError: the strides are no powers of two.
@@ -25,14 +27,16 @@ def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """[B, D, h, w] to one map a scale, each with ``channels`` channels, and a max-pooled level after the last.
+    """[B, D, h, w] -> one map a scale, each with ``channels`` channels, and a max-pooled level after the
+    last.
 
-    Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, named after the logarithm of the stride), so weights can be exchanged.
+    Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, by the logarithm of the stride), so weights can be
+    exchanged.
 
     Args:
         dim: D, of the ViT.
         patch_size: its stride in pixels.
-        scales: of 4, 2, 1, 0.5, in this order.
+        scales: 4, 2, 1, 0.5, or the end of it.
     """
 
     def __init__(self, dim: int, patch_size: int, channels: int, scales: tuple[float, ...], norm: str) -> None:
@@ -45,7 +49,8 @@ class SimpleFeaturePyramid(nn.Module):
             self.add_module(f"simfp_{level}", nn.Sequential(*resize, *project))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, D, h, w] -> ``{"p2": [B, C, 4h, 4w], ..., "p6": [B, C, h / 4, w / 4]}``, highest resolution first."""
+        """[B, D, h, w] -> ``{"p2": [B, C, 4h, 4w], ..., "p6": [B, C, h / 4, w / 4]}``, highest resolution
+        first."""
         maps = {f"p{level}": self.get_submodule(f"simfp_{level}")(x) for level in self.levels[:-1]}
         last = maps[f"p{self.levels[-2]}"]
         maps[f"p{self.levels[-1]}"] = F.max_pool2d(last, kernel_size=1, stride=2)

@@ -1,4 +1,4 @@
-"""One detection fine-tuning from start to ``result.json``, and the evaluation of one that is over."""
+"""One detection fine-tuning from start to ``result.json``, and the evaluation of a finished one."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,31 +36,32 @@ from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
 from pretrain.weights import origin_of
 
-LOG_LINES = 1000  # about so many lines has the metrics.jsonl of a long run
-SAVE_PERIOD_S = 900  # that a run loses at most when its process is killed
+LOG_LINES = 1000  # about as many lines as a long run's metrics.jsonl has
+SAVE_PERIOD_S = 900  # the most that a killed process loses
 HEADLINE = ("box_ap", "mask_ap", "box_ap50", "mask_ap50")  # of an evaluation, into the log
 
 
 def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = None) -> Path:
-    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``, ``predictions.json``,
-    ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``; a run that is over is left as it is.
+    """Fine-tune and evaluate. Leaves ``result.json``, ``config.json``, ``checkpoints/``,
+    ``predictions.json``, ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished
+    run is left as it is.
 
     Args:
-        resume: go on from the folder's checkpoint, if there is one; on the CPU, bit for bit as without the interruption.
-        stop_after_it: save and leave after so many iterations, as an interruption would.
+        resume: continue from the folder's checkpoint, if there is one. On the CPU a resumed run is bit-exact.
+        stop_after_it: save and return after so many iterations, as if interrupted.
 
     Returns:
         path of ``result.json``.
 
     Raises:
-        UserError: bad settings or data; a folder that holds another run.
-        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
-        FloatingPointError: a loss is no number; names the iteration and the losses.
+        UserError: bad settings or data; the folder holds another run.
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        FloatingPointError: a loss is not finite; names the iteration and the losses.
     """
     started = time.time()
     device = choose_device(run.device)
     distributed.start(device.type)
-    trainer = Trainer(run, device)  # first: settings are checked in seconds, data in minutes
+    trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
     config = resolved_config(run, trainer.vit, data.train)
     origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
@@ -81,7 +82,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
-    with deterministic(device.type == "cpu"), StopSignals() as signals:  # until here a signal simply ends the process
+    with deterministic(device.type == "cpu"), StopSignals() as signals:  # up to here a signal simply ends the process
         metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
@@ -90,11 +91,12 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
 
 
 def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: int = 2) -> dict[str, Any]:
-    """COCO metrics of the last checkpoint in a run folder, and ``predictions.json`` beside it. The network is built from
-    ``config.json``; no backbone file is needed.
+    """COCO metrics of a run folder's last checkpoint. Also writes ``predictions.json``.
+
+    ``config.json`` says how to build the network; no backbone file is needed.
 
     Raises:
-        UserError: no run, no checkpoint, or data that do not fit.
+        UserError: no run, no checkpoint, or the data do not fit.
     """
     on = choose_device(device)
     distributed.start(on.type)
@@ -115,7 +117,8 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
 
 
 def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
-    """The detector of a run folder's last checkpoint on the CPU, its ``config.json``, and how many iterations it was trained.
+    """A run folder's last checkpoint as a detector on the CPU, its ``config.json``, and the iterations it was
+    trained for.
 
     Raises:
         UserError: no run, or no checkpoint.
@@ -131,10 +134,11 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
 def _loop(
     trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_iter: int, signals: StopSignals
 ) -> dict[str, Any]:
-    """Iterations up to ``end_it`` with logs, checkpoints and evaluations. Returns what an evaluation after the last one found.
+    """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's
+    metrics.
 
     Args:
-        terms: what the last step of a resumed run gave; none at the start.
+        terms: the logs of a resumed run's last step; None at the start.
     """
     p, first_it, metrics = trainer.protocol, trainer.iteration, dict[str, Any]()
     log_period = max(p.max_iters // LOG_LINES, 1)
@@ -157,7 +161,7 @@ def _loop(
                     log.write(it, terms, {})
                 if is_due or stopping or it + 1 == end_iter or log.is_old:
                     log.save_checkpoint(terms)
-            if stopping:  # an evaluation that is due can wait: the resumed run makes up for it
+            if stopping:  # an evaluation that is due can wait for the resumed run
                 distributed.barrier()
                 raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}")
             if is_due:
@@ -172,7 +176,7 @@ def _loop(
 
 
 def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float]]:
-    """Each batch, and how many seconds it was waited for."""
+    """Each batch, with the seconds spent waiting for it."""
     asked = time.perf_counter()
     for batch in loader:
         yield batch, time.perf_counter() - asked
@@ -180,7 +184,7 @@ def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float
 
 
 def _is_due(trainer: Trainer) -> bool:
-    """Whether the iterations so far end in an evaluation."""
+    """Whether an evaluation follows the last iteration."""
     return trainer.iteration % trainer.protocol.eval_every == 0 or trainer.iteration == trainer.protocol.max_iters
 
 
@@ -196,19 +200,21 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
 
 
 def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """For :func:`evaluate`: tells ``show`` which share of the images is done, and how many seconds are left."""
+    """For :func:`evaluate`: calls ``show`` with the share of images done and the seconds left."""
     started = time.monotonic()
     return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
 
 
 def _lacks_evaluation(trainer: Trainer) -> bool:
-    """Whether a checkpoint was left in the middle of its evaluation, or after the last one, which ``result.json`` needs."""
+    """Whether a checkpoint still needs its evaluation: it was interrupted, or it is the last, which
+    ``result.json`` needs."""
     is_written = is_logged(trainer.run.output, trainer.iteration - 1)
     return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 
 class Log:
-    """What the main process writes down: metrics, speed, progress, checkpoints; lines from iteration ``first_line_it`` on."""
+    """What the main process writes: metrics, speed, progress, checkpoints. Lines start at iteration
+    ``first_line_it``."""
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
@@ -219,11 +225,11 @@ class Log:
 
     @property
     def is_old(self) -> bool:
-        """Whether the last checkpoint is."""
+        """Whether the last checkpoint is older than :data:`SAVE_PERIOD_S`."""
         return time.monotonic() - self.saved_s > SAVE_PERIOD_S
 
     def step(self, terms: Mapping[str, float], waited_s: float) -> None:
-        """An iteration is over: speed and progress."""
+        """After an iteration: update speed and progress."""
         self.speed.tick(waited_s)
         trainer, speed = self.trainer, self.speed
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
@@ -231,19 +237,19 @@ class Log:
         self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
 
     def evaluated(self, share: float, left_s: float) -> None:
-        """An evaluation goes on: a ``share`` of the images is done."""
+        """During an evaluation: a ``share`` of the images is done."""
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """An iteration's lines: losses and lr; of an evaluation the headline alone; images a second, share of the time that was
-        spent waiting for data, most memory so far."""
+        """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time
+        spent waiting for data, peak memory."""
         self.metrics.write("metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}})
         if self.speed.done:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
             self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
 
     def save_checkpoint(self, terms: Mapping[str, float]) -> None:
-        """A checkpoint, after the lines of the iterations before."""
+        """Write a checkpoint, once the lines of earlier iterations are on disk."""
         self.metrics.flush()
         with self.speed.paused():
             save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})

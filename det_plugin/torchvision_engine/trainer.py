@@ -1,4 +1,4 @@
-"""The state of a fine-tuning, one step of it, and its evaluation."""
+"""A fine-tuning's state, one step, and its evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ EVAL_BATCH = 8  # images at a time in evaluation; the outcome does not depend on
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits, with the same classes."""
+    """Both splits. They have the same classes."""
 
     train: CocoSplit
     val: CocoSplit
 
     @staticmethod
     def read(data: Path, protocol: DetectionProtocol) -> "Data":
-        """Both annotation files and, as far as headers tell, all images.
+        """Read and check both annotation files and, by their headers, all images.
 
         Raises:
-            UserError: names the file; also where the splits disagree about the classes.
+            UserError: a file is damaged, or the splits have different classes; names the file.
         """
         classes = protocol.num_classes
         train = read_split(data, "train", num_classes=classes, training=True, share=protocol.train_share)
@@ -52,11 +52,12 @@ class Data:
 class Trainer:
     """Model, optimizer and iteration.
 
-    Mixed precision is the protocol's on CUDA alone. With float16 the loss is scaled so that small gradients survive; a step whose
-    scaled gradients overflow changes no weights but counts as an iteration, as Detectron2's AMPTrainer has it.
+    Mixed precision only applies on CUDA. With float16 the loss is scaled so that small gradients survive. A
+    step whose scaled gradients overflow changes no weights but counts as an iteration, as in Detectron2's
+    AMPTrainer.
 
     Raises:
-        UserError: numbers that do not fit together, by name.
+        UserError: the batch cannot be shared; the weights do not fit.
     """
 
     def __init__(self, run: DetectionRun, device: torch.device) -> None:
@@ -75,14 +76,15 @@ class Trainer:
             self.ranks = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
-        """One iteration on this rank's share of the batch. Returns the loss terms, averaged over micro-batches and ranks, and lr.
+        """One iteration on this rank's share of the batch. Returns the losses, averaged over micro-batches
+        and ranks, and lr.
 
         Raises:
-            FloatingPointError: a loss is no number; the weights are those before the step.
+            FloatingPointError: a loss is not finite. The weights are those before the step.
         """
         lr = lr_at(self.iteration, self.protocol)
         set_lr(self.optimizer, lr)
-        # Drop path and the sampling of boxes draw from here: seeded by the iteration, a resumed run draws the same.
+        # For drop path and the sampling of boxes. Seeded by the iteration, so a resumed run draws the same.
         torch.manual_seed(self.run.seed * 1_000_003 + self.iteration * 1009 + distributed.rank())
         self.ranks.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,12 +105,12 @@ class Trainer:
         return {"loss": sum(values.values()), **values, "lr": lr}
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next iteration depends on: tensors and plain values."""
+        """Everything that the next iteration depends on, as tensors and plain values."""
         states = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         return {"iteration": self.iteration, **{name: part.state_dict() for name, part in states.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Continue from :meth:`state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # empty where the checkpoint is from a CPU
@@ -126,7 +128,8 @@ def evaluate(
     output: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """COCO metrics of a split (empty except on the main process) and the predictions, which go to ``output/predictions.json``."""
+    """COCO metrics of a split (only on the main process) and its predictions. Writes
+    ``output/predictions.json``."""
     size = protocol.image_size_px
     predictions = predict(
         model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device, progress=progress

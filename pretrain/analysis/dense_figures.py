@@ -1,7 +1,7 @@
 """Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch features.
 
-Classes have colors that differ for the eye with and without a deficiency of color vision, as far as their number
-allows; pixels that are not counted are hatched in gray.
+The colors of classes differ as much as their number allows, also for eyes with a color vision deficiency. Pixels that
+are not counted are hatched in gray.
 """
 
 from collections import Counter
@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pretrain.analysis.figures import bare, forget, plain, save
 from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.data.images import resized
+from pretrain.data.label_sets.maps import nearest
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
@@ -64,9 +66,9 @@ def write(
     features: Sequence[tuple[str, Features]],
     image_px: int,
 ) -> None:
-    """Draw ``folder/figures/{segmentation,components}.png``, as far as there is something to draw, and their captions.
+    """Draw ``folder/figures/{segmentation,components}.png``, as far as there is data, and their captions.
 
-    Figures of these names from an earlier evaluation go.
+    Figures of these names that an earlier evaluation left are removed.
 
     Args:
         images: [H, W, 3] each; labels: [S, S] each, 0 .. C, of the whole image squeezed to a square.
@@ -130,7 +132,7 @@ def labels_figure(
         as of :func:`write`.
     """
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
-    # Those of the labels come first: they have the same colors in all figures of the same images, whatever was predicted.
+    # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
     colors = dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
@@ -173,7 +175,7 @@ def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | No
     scale = SIDE_PX / max(image.shape[:2])
     size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
     pixels = resized(image, size).permute(1, 2, 0).numpy() / 255
-    here = _at_size(labels, size)
+    here = nearest(labels, *size).numpy()
     table = np.zeros((int(here.max()) + 1, 3))
     for label, color in colors.items():
         if label < len(table):
@@ -183,16 +185,10 @@ def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | No
     colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
     mixed = SHARE * colored + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colors
     if outlined is not None:
-        edges = _edges(_at_size(outlined, size))
-        mixed[_widened(edges)] = 1.0
+        edges = _edges(nearest(outlined, *size).numpy())
+        mixed[cv2.dilate(edges.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0] = 1.0
         mixed[edges] = 0.0
     return mixed
-
-
-def _at_size(labels: Labels, size: tuple[int, int]) -> Labels:
-    """Nearest neighbors."""
-    rows, columns = ((np.arange(n) + 0.5) * side / n for n, side in zip(size, labels.shape))
-    return labels[np.ix_(rows.astype(int), columns.astype(int))]
 
 
 def _edges(labels: Labels) -> NDArray[np.bool_]:
@@ -201,12 +197,6 @@ def _edges(labels: Labels) -> NDArray[np.bool_]:
     edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
     edges[:-1] |= labels[1:] != labels[:-1]
     return edges
-
-
-def _widened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With the four neighbors of each pixel."""
-    wide = np.pad(mask, 1)
-    return wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
 
 
 # --- colors ----------------------------------------------------------------------------------------------------------
@@ -228,7 +218,7 @@ def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
     nearest = np.min([_distance(seen, grays[:, i : i + 1]) for i in range(grays.shape[1])], axis=0)
     chosen: list[tuple[float, float, float]] = []
     for _ in range(count):
-        best = int(nearest.argmax())  # more colors than candidates begin anew
+        best = int(nearest.argmax())  # with more colors than candidates they repeat
         red, green, blue = candidates[best].tolist()
         chosen.append((red, green, blue))
         nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))

@@ -19,24 +19,12 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
     Returns:
         [M, n] float64 on the CPU.
     """
-    centerd = features.detach().cpu().double()
-    centerd = centerd - centerd.mean(0)
-    _, axes = torch.linalg.eigh(centerd.T @ centerd)  # ascending
+    centered = features.detach().cpu().double()
+    centered = centered - centered.mean(0)
+    _, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
     axes = axes[:, -n:].flip(1)  # [D, n]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    return centerd @ (axes * largest.sign())
-
-
-def pca_rgb(features: Tensor) -> Tensor:
-    """:func:`pca_colors` of images of one size.
-
-    Args:
-        features: [B, N, D].
-
-    Returns:
-        [B, N, 3] float32 in [0, 1] on the CPU.
-    """
-    return torch.stack(pca_colors(list(features)))
+    return centered @ (axes * largest.sign())
 
 
 def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:

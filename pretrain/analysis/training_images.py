@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.analysis.attention import last_layer
 from pretrain.analysis.figures import as_array, attention_of_query, bare, displayable, masks_figure, rectangles
-from pretrain.analysis.pca import pca_rgb
+from pretrain.analysis.pca import pca_colors
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import Views
 from pretrain.views.masks import Masks
@@ -54,7 +54,7 @@ def training_images(
         "attention": teacher_attention_figure(
             big[0], seen.cls[:n].float().cpu(), seen.patches[:n].float().cpu(), teacher.patch_size, teacher.has_cls
         ),
-        "pca": pca_figure(big[:2], pca_rgb(seen.features).unflatten(1, grid).unflatten(0, (-1, n))),
+        "pca": pca_figure(big[:2], torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))),
     }
     if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
         figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)

@@ -25,6 +25,7 @@ from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center,
 from pretrain.methods.backbones import check_crops, new_backbone
 from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings
 from pretrain.optim import TeacherOptimSettings, parameter_groups
+from pretrain.parallel import StepSettings
 from pretrain.settings import Settings as Group
 from pretrain.settings import setting
 from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSettings, ViewSettings
@@ -60,6 +61,14 @@ class IntertwinedOptimSettings(TeacherOptimSettings):
     freeze_last_layer_epochs: int = setting(1, "epochs during which the prototypes do not learn", source="DINOv2", ge=0)
 
 
+class IntertwinedStepSettings(StepSettings):
+    """The step, whose logits are too many to hold."""
+
+    loss_rows: int = setting(
+        512, "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form", source="ours", ge=0
+    )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a batch has in common."""
@@ -89,6 +98,7 @@ class Intertwined(EMATeacher):
         heads: HeadSettings = HeadSettings()
         losses: LossSettings = LossSettings()
         optim: IntertwinedOptimSettings = IntertwinedOptimSettings()
+        step: IntertwinedStepSettings = IntertwinedStepSettings()
 
         def view_settings(self) -> ViewSettings:
             """Crops with their colors, positions and masks."""

@@ -14,7 +14,6 @@ Otherwise the names of the csv decide, and effective epochs that contradict the 
 
 import functools
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +65,13 @@ def further_deviations(pretraining: Protocol | None) -> Protocol | None:
 
 @functools.cache
 def changed_settings(ablation: str) -> Mapping[str, Any]:
-    """{dotted key: value} that an ablation sets otherwise than its recipe, as its file says; nothing for "".
+    """{dotted key: value} that an ablation's file changes in its recipe; nothing for "".
 
-    Where and under which name it runs is none of it.
+    The group ``run``, its name and its folder, does not count.
     """
     if not ablation:
         return {}
-    file = resources.files("pretrain").joinpath("recipes", "ablation", f"{ablation}.yaml")
-    with resources.as_file(file) as path:
-        values = read_yaml(Path(path)).values
+    values = read_yaml(Path(__file__).parents[1] / "recipes" / "ablation" / f"{ablation}.yaml").values
     return {
         key: plain(value) if isinstance(value, str) else [plain(item) for item in value]
         for key, value in flat({group: value for group, value in values.items() if group not in ("base", "run")}).items()

@@ -1,11 +1,13 @@
 """Published numbers as data: the paper's tables (`published_results.csv`) and dense evaluations."""
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.results.csv_file import read_csv
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def published_dense() -> list[PublishedDense]:
             note=row.pop("note"),
             scores={name: float(text) for name, text in row.items() if text},
         )
-        for row in _rows("published_dense.csv")
+        for row in read_csv(HERE / "published_dense.csv")
     ]
 
 
@@ -81,14 +83,8 @@ def published_rows() -> list[PublishedRow]:
             names=tuple(name.strip() for name in row["names"].split(";") if name),
             registers=int(row["registers"] or 0),
         )
-        for row in _rows("published_results.csv")
+        for row in read_csv(HERE / "published_results.csv")
     ]
-
-
-def _rows(name: str) -> list[dict[str, str]]:
-    """Of a csv that ships with the package."""
-    text = resources.files("pretrain.results").joinpath(name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
 
 
 def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:

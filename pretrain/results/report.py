@@ -1,10 +1,10 @@
-"""One html page of some runs, self-contained: no script, nothing from afar, the same bytes each time."""
+"""One self-contained html page of some runs: no script, no external file, the same bytes each time."""
 
 import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from pretrain.results.choose import tables_of
@@ -79,7 +79,7 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
     parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
-    style = resources.files("pretrain.results").joinpath("report.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return _PAGE.format(title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
 
 

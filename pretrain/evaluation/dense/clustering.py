@@ -136,7 +136,7 @@ def _projected_pool(features: Features, val: LabelSet, settings: ClusteringSetti
 
 
 def principal(moments: Moments, dim: int) -> ReadOut:
-    """Standardise features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)].
+    """Standardize features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)].
 
     A direction that does not vary gives 0.
     """

@@ -39,7 +39,6 @@ def lloyd(
     x: Tensor,
     centers: Tensor,
     max_iterations: int = 100,
-    tolerance: float = 0.0,
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
@@ -49,21 +48,16 @@ def lloyd(
     Args:
         x: [n, D].
         max_iterations: at most.
-        tolerance: or until the centers move by no more: the sum of their squared distances in units of the mean variance of a
-            feature (as scikit-learn's).
         chunk: distances held at a time, which bounds the memory.
         tick: called after each iteration; what it raises ends them.
     """
     mean = x.mean(0, dtype=torch.float64).to(x.dtype)
     x, centers = x - mean, centers - mean
-    enough = tolerance * x.square().mean().item()
     labels = nearest_centers(x, centers, chunk)
     for _ in range(max_iterations):
-        moved = _means(x, labels, centers, chunk)
-        shift = (moved - centers).double().square().sum().item()
-        before, centers = labels, moved
+        before, centers = labels, _means(x, labels, centers, chunk)
         labels = nearest_centers(x, centers, chunk)
-        if torch.equal(labels, before) or shift <= enough:
+        if torch.equal(labels, before):
             break
         tick()
     return Clusters(centers + mean, labels, _distances(x, labels, centers, chunk).sum().item())
@@ -101,7 +95,6 @@ def kmeans(
     generator: torch.Generator,
     n_restarts: int = 1,
     max_iterations: int = 100,
-    tolerance: float = 0.0,
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
@@ -113,7 +106,7 @@ def kmeans(
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
     firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
-    return min((lloyd(x, first, max_iterations, tolerance, chunk, tick) for first in firsts), key=lambda run: run.inertia)
+    return min((lloyd(x, first, max_iterations, chunk, tick) for first in firsts), key=lambda run: run.inertia)
 
 
 def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
