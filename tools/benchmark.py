@@ -1,11 +1,12 @@
 """Measure speed and memory as ratios, side by side in one run.
 
-python tools/benchmark.py data                  cpu_ratio, device_worker_ratio python tools/benchmark.py step
-method_over_baseline python tools/benchmark.py heads                 memory_ratio python tools/benchmark.py
-det                   time_ratio, memory_ratio, memory_ratio_checkpointed: our ViT over Detectron2's python
-tools/benchmark.py det-step              img/s and memory of a detector's training step, ours and Detectron2's
-python tools/benchmark.py paka                  time_ratio, memory_ratio: a step of PaKA over DINOv2's; hours
-of a whole run python tools/benchmark.py seg                   time_ratio, memory_ratio: our ViT over mmseg's
+python tools/benchmark.py data      cpu_ratio, device_worker_ratio
+python tools/benchmark.py step      method_over_baseline
+python tools/benchmark.py heads     memory_ratio
+python tools/benchmark.py det       time and memory ratios, also checkpointed: our ViT over Detectron2's
+python tools/benchmark.py det-step  img/s and memory of a detector's training step, ours and Detectron2's
+python tools/benchmark.py paka      time_ratio, memory_ratio: PaKA's step over DINOv2's; hours of a whole run
+python tools/benchmark.py seg       time_ratio, memory_ratio: our ViT over mmseg's
 """
 
 import os

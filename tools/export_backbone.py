@@ -1,10 +1,9 @@
 """Write a backbone as a file that needs none of this code, or in the format of another library.
 
-python tools/export_backbone.py --weights run/backbone.safetensors --format onnx --size 1024 --output
-backbone.onnx python tools/export_backbone.py --weights run/backbone.safetensors --format huggingface --output
-vit_small     (a folder) python tools/export_backbone.py --weights dino_deitsmall16_pretrain.pth --format
-posfield --output dino.safetensors python tools/export_backbone.py --weights runs/det --size 1024 --output
-tuned.pt2     (the backbone of a fine-tuned run)
+python tools/export_backbone.py --weights run/backbone.safetensors --format onnx --size 1024 --output vit.onnx
+python tools/export_backbone.py --weights run/backbone.safetensors --format huggingface --output folder
+python tools/export_backbone.py --weights dino_deitsmall16_pretrain.pth --format posfield --output b.safetensors
+python tools/export_backbone.py --weights runs/det --size 1024 --output tuned.pt2     (of a fine-tuned run)
 
 Formats: torch (.pt2) and onnx are programs of one image size; timm and huggingface are folders with a model
 card; torchvision and safetensors are tensors; posfield converts any other method's file to ours. The tool
