@@ -199,7 +199,7 @@ def take(
     read_as = f"weights: {file.path}, read as {source}"
     if not networks:
         held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
-        raise UserError(f"{read_as}: no network under the names of {method}'s files, but {held}")
+        raise UserError(f"{read_as}: not the names of {method}'s files, but {held}")
     name = subnet or (default if default in networks else next(iter(networks)))
     if name not in networks:
         there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
