@@ -29,7 +29,8 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.settings import Settings, setting
 
-RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py")  # the tools that take --resume; any other starts from its beginning
+# The tools that take --resume; any other starts from its beginning.
+RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py", "evaluate_dense.py")
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 

@@ -383,7 +383,7 @@ def test_pooling(engine, size, built):
         pooled = heads.box_pooler(maps, [Boxes(box)])
     else:
         pooled = heads.box_roi_pool(maps, [box])
-    center = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centerd on 0.5
+    center = (box[0, :2] + box[0, 2:]) / 2 / 8 - 0.5  # half-pixel: the map's pixel 0 is centered on 0.5
     assert pooled[0, 0, 3, 3].item() == pytest.approx(2 * (100 * center[1] + center[0]).item(), rel=1e-4)
 
 

@@ -183,7 +183,8 @@ def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatc
 
 def test_the_tools_that_resume_are_known():
     """A tool that takes --resume gets it when its job comes back."""
-    resuming = {path.name for path in (ROOT / "tools").glob("*.py") if re.search(r'add_argument\("--resume"', path.read_text())}
+    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\("--resume"|fine_tuning_parser\('
+    resuming = {path.name for path in tools if re.search(option, path.read_text())}
     assert resuming == set(slurm.RESUMABLE)
 
 

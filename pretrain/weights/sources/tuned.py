@@ -92,7 +92,8 @@ def _convert(
 ) -> Checkpoint:
     """The network ``subnet``. Every tensor of the file has to be behind ``prefix`` or ``teacher.``, or one of
     ``beside``."""
-    if stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]:
+    stray = [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]
+    if networks and stray:
         raise UserError(f"weights: {file.path}, read as {source}: left over {', '.join(stray[:8])}")
     return take(file, networks, subnet, source, method, default="student")
 
