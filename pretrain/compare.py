@@ -1,7 +1,7 @@
-"""A comparison's runs: what its entries' weights become, which runs follow, and what has come of each.
+"""A comparison's runs: how the weights are converted, which runs there are, and the state of each.
 
-Every file of weights becomes one of ours first (:func:`prepare`), so that a run needs no more than its path.
-The runs of :func:`plan` depend on nothing else and not on each other.
+:func:`prepare` converts every file of weights to our format, so that a run needs only its path. The runs of :func:`plan` do not
+depend on each other.
 """
 
 import json
@@ -128,7 +128,7 @@ def prepare_all(weights: Mapping[str, Weights], entries: Sequence[Entry], output
     for name, entry in {name_of(entry): entry for entry in entries}.items():
         try:
             prepare(entry, weights[name], output)
-        except Exception as error:  # whatever a stranger's file does to its reader, the other rows go on
+        except Exception as error:  # a foreign file may fail in any way; the other rows go on
             failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return failed
 
@@ -153,7 +153,7 @@ class FineTuning:
 
     Attributes:
         task: ``det`` | ``seg``.
-        arguments: of the tool, whatever it is run on.
+        arguments: of the tool, on any machine.
         identity: what its result depends on.
         is_sweep: whether it is the whole grid.
     """
@@ -270,7 +270,7 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         return run_jobs(stages, n_at_once, until - time.monotonic(), launch, processes)
 
 
-# --- what has come of them ----------------------------------------------------------------------------------
+# --- states and results ----------------------------------------------------------------------------------
 
 
 def state(stage: Stage) -> str:
@@ -291,7 +291,7 @@ def state(stage: Stage) -> str:
 
 
 def is_to_begin(how: str) -> bool:
-    """Whether a run of this :func:`state` is to be begun, or gone on with, by whoever asks."""
+    """Whether to start or resume a run of this :func:`state`."""
     return how not in (DONE, RUNNING, OTHER) and not how.startswith(QUEUED)
 
 

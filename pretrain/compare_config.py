@@ -37,7 +37,7 @@ class Entry(Settings):
     patch_size: int | None = setting(None, "px, to which patches are resampled; null: the file's", source="ours", ge=1)
     detection: str = setting("", "this row's own protocol; empty: the comparison's", source="ours")
     segmentation: Literal["", "sweep", "point", "none"] = setting("", "this row's own; empty: the comparison's", source="ours")
-    origin: str = setting("", "where the file is from, for whoever lacks it", source="ours")
+    origin: str = setting("", "where to get the file", source="ours")
     note: str = setting("", "for the reader of the file", source="ours")
 
     @model_validator(mode="after")

@@ -136,8 +136,7 @@ def open_models(
     backbone: str | None = None,
     patch_px: int | None = None,
 ) -> list[EvalModel]:
-    """The checkpoints of these files, in order. Every file is read now: a bad one fails before the first
-    hour.
+    """The checkpoints of these files, in order. Every file is read now, so that a bad one fails at the start.
 
     Args:
         paths: files or folders of weights; the folder of a pre-training run stands for its backbone.
@@ -179,7 +178,7 @@ def open_models(
 
 
 def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
-    """The same with unique labels: the method, then the file's name and a number where it takes these."""
+    """The same with unique labels: the method, with the file's name or a number where methods repeat."""
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)

@@ -27,9 +27,9 @@ Launch = Callable[[Sequence[str], Path, float], int | None]  # command, log, sec
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a job, which leaves a ``result.json`` in its folder and goes on where it stopped when it is run again.
+    """One command of a job. It leaves a ``result.json`` in its folder, and resumes when it is run again.
 
-    identity  what its result depends on, where that is less than all of the command; the number of its GPUs is none of it.
+    identity  what its result depends on, without the number of GPUs; empty: the whole command.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Stage:
 
     @property
     def is_of_another(self) -> bool:
-        """Whether the folder was begun by another command, or no one knows by which."""
+        """Whether another command, or an unknown one, started the folder."""
         return self.folder.exists() and self.signed != self._asked
 
     @property
@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def signed(self) -> str | None:
-        """What stands beside the folder: the command that it is of."""
+        """The command that the note beside the folder names."""
         note = self.folder.with_suffix(".command")
         return renamed.in_command(note.read_text()) if note.is_file() else None
 
@@ -75,7 +75,7 @@ class Stage:
 
 
 class Processes:
-    """Commands that run beside each other, each started by a thread of its own, and all ended by :meth:`stop`."""
+    """Commands that run in parallel, each started by its own thread. :meth:`stop` ends them all."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -83,8 +83,8 @@ class Processes:
         self._lock = Lock()  # nothing starts once all that runs is being ended
 
     def launch(self, command: Sequence[str], log: Path, seconds: float) -> int | None:
-        """Run a command, what it says appended to ``log``. When its time is over it is asked to save and leave, then made to. What
-        another process runs just now, by its log, is left to it.
+        """Run a command and append its output to ``log``. When its time is over it gets a SIGTERM, so that it can
+        save, then a SIGKILL. A command whose log another process has locked is not started.
 
         Returns:
             its exit code; None where its time was over, or all were stopped.
@@ -112,7 +112,7 @@ class Processes:
                 self._running.remove(process)
 
     def stop(self) -> None:
-        """Let nothing begin any more, and end what runs."""
+        """Start nothing any more, and end what runs."""
         with self._lock:
             self._stopped = True
             running = list(self._running)
@@ -136,7 +136,7 @@ def by_turns(launch: Launch, prefixes: Sequence[Sequence[str]]) -> Launch:
 
 
 def gpu_prefixes(n_at_once: int, n_each: int = 1) -> list[list[str]]:
-    """For each of so many commands at a time the words that give it ``n_each`` GPUs, by turns; none where there is no choice.
+    """For each of ``n_at_once`` commands the words that give it ``n_each`` GPUs; no words where there is no choice.
 
     Raises:
         UserError: there are fewer than a command needs.
@@ -178,8 +178,8 @@ def recorded_code(log: Path) -> int | str | None:
 
 
 def locked(log: IO[str], how: int) -> bool:
-    """Lock a log, unless another process has. A command's output is its log, so the lock lasts as long as the command, even where
-    whoever began it was killed. On a file system without locks nobody has one."""
+    """Lock a log; false if another process holds the lock. The command inherits the open log, so the lock lasts as long
+    as the command, even if the process that started it was killed. On a file system without locks: true."""
     try:
         fcntl.flock(log, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -190,7 +190,7 @@ def locked(log: IO[str], how: int) -> bool:
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask processes to save and leave, make those leave that have not after GRACE_S, and wait for them all."""
+    """Terminate processes, kill those that still run after GRACE_S, and wait for all."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + GRACE_S
@@ -204,8 +204,8 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it the first of :data:`SIGNALS` raises Interrupted in the main thread, so that what was begun can be ended; others
-    do nothing. (They are not ignored: a command that is begun just now would inherit that.)"""
+    """Inside, the first of :data:`SIGNALS` raises Interrupted in the main thread, so that it can end what it started.
+    Further ones do nothing. (They are not ignored: a command that starts now would inherit that.)"""
 
     def stop(number: int, _: object) -> None:
         for each in SIGNALS:
@@ -229,8 +229,9 @@ def run_jobs(
 ) -> dict[str, str]:
     """Run the stages of every job that are not done, in order; a job that fails does not stop the others.
 
-    A stage is not begun when less time is left than the longest of its kind took. Every call of ``launch`` that is cut off by the
-    end of the time may take GRACE_S longer. An exception in the main thread (Ctrl-C, :func:`interruptible`) ends what runs.
+    A stage is not started when less time is left than the longest of its kind took. A call of ``launch`` that the end
+    of the time cuts off may take GRACE_S longer. An exception in the main thread (Ctrl-C, :func:`interruptible`) ends
+    what runs.
 
     Args:
         jobs: {name: its stages}; they are begun in this order.

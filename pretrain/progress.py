@@ -1,4 +1,4 @@
-"""How far long work is, for someone who looks at a terminal or a log."""
+"""The progress of long work, for a terminal or a log."""
 
 import time
 
@@ -9,7 +9,7 @@ SAY_EVERY_S = 10.0
 
 
 class Progress:
-    """Says every ten seconds, and at the end, how far the work on a checkpoint is; stops it if the process was asked to stop."""
+    """Prints every ten seconds, and at the end, how far the work on a checkpoint is. A signal stops the work."""
 
     def __init__(self, label: str, total: int, signals: StopSignals | None = None, unit: str = "images") -> None:
         self.label, self.total, self.signals, self.unit = label, total, signals, unit

@@ -138,7 +138,7 @@ def read_layers(
     find: Callable[[str, Path], Path] = lambda base, folder: folder / base,
     prepare: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> list[Layer]:
-    """A YAML file and the files that it stands on (``base:``, a name or a list of names), the most basic first, each file once.
+    """A YAML file and its bases (``base:``, a name or a list of names), the most basic first, each file once.
 
     Args:
         path: of the file.

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (the time limit is near)."""
+"""Signals to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (the time limit is near)."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While the context lasts, a signal is remembered instead of ending the process."""
+    """Inside the context, a signal is remembered and does not end the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -25,7 +25,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
     def on_any_rank(self) -> bool:
-        """Whether some rank was asked to stop; every rank must call this at the same iteration, and all get the same answer."""
+        """Whether any rank got a signal. Every rank must call this at the same iteration, and all get the same answer."""
         return distributed.any_over_ranks(self.received is not None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -6,7 +6,7 @@ ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes t
 What happens near the time limit, or when SLURM takes the nodes for someone else: the tasks get a signal; a tool that listens
 (:mod:`pretrain.signals`) saves at its next step and leaves with :data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's
 command to one that resumes and puts the job back into the queue, where it keeps its number, its place and its folder. A tool that
-does not listen is put back at once and goes on from its last checkpoint. After a failed node SLURM starts the job again by itself.
+does not listen is put back at once and resumes from its last checkpoint. After a failed node SLURM itself restarts the job.
 
 Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster (there was none).
 """
@@ -75,7 +75,7 @@ class ToolJob:
     arguments: tuple[str, ...]
 
     def resumed(self) -> "ToolJob":
-        """The job that goes on where this one stopped: from the newest checkpoint, whichever one it began with."""
+        """The job that resumes from the newest checkpoint, whichever one this job started from."""
         if Path(self.script).name not in RESUMABLE:
             return self
         words = [word for word in self.arguments if not word.startswith("--resume=")]
@@ -112,7 +112,7 @@ class ToolJob:
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
         code = run_script(job.script, job.arguments)
         if put_back:
-            sys.exit(code)  # submitit's own code; whatever the tool came to, the job is in the queue
+            sys.exit(code)  # submitit's own code: the job is in the queue, however the tool ended
         if code == REQUEUE_CODE:
             if task.global_rank > 0:
                 sys.exit(0)  # no result, and no failure for which srun would kill the first task before it is done
@@ -199,7 +199,7 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
 
 
 def sbatch_script(executor: Executor, n_jobs: int = 1) -> str:
-    """The script that :func:`submit` hands to sbatch, to the letter."""
+    """The exact script that :func:`submit` hands to sbatch."""
     if n_jobs == 1:
         return executor._make_submission_file_text(executor._submitit_command_str, "")
     before = dict(executor.parameters)

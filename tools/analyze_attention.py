@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     subjects, output = looked_at(options), options.output
     queries = list(map(read_place, options.queries))
-    output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     device = choose_device(options.device)
     pictures = read_images(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
     for line in pictures.broken:

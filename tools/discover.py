@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
     images = spread(images, options.max_images or len(images))
     subjects, device = models_of(options), choose_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     table = []
     with StopSignals() as signals:
         for subject in subjects:
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
 def measure(
     subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
 ) -> dict[str, float]:
-    """CorLoc in percent by each method; leaves the folder of the checkpoint. Interrupted, it goes on where it was."""
+    """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it resumes."""
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
         for folder, job in jobs.items():
             dense.check_folder(job, folder, options.resume)
             folder.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=folder).close()  # told now where nothing can be written
+            TemporaryFile(dir=folder).close()  # an error now where nothing can be written
         features = {}
         for subject in subjects:
             backbone = subject.build().to(device)

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
             raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
         rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]

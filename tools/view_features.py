@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     at_least(options, size=1, max_images=1)
     queries = [read_place(text) for text in options.query] or QUERIES
     subjects, device = models_of(options), choose_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)  # told now where it cannot be
+    options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     pictures = read_images(DataSettings(root=options.images), options.max_images, lambda pixels: pixels)
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shown(pixels: np.ndarray, short_px: int) -> Tensor:
-    """An image as the figures show it, whatever the patch sizes: uint8 [3, H, W]."""
+    """An image as the figures show it, for any patch size: uint8 [3, H, W]."""
     scale = short_px / min(pixels.shape[:2])
     return resized(pixels, (round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)))
 

@@ -70,7 +70,7 @@ def draw(
 
 
 def build_page(measured: Sequence[Measured], results: Sequence[Result], figures: Sequence[Shown], broken: Sequence[str]) -> str:
-    """The page; every name in it is escaped, and nothing is loaded from afar.
+    """The page. Every name in it is escaped, and it loads no external file.
 
     Args:
         results: of the same checkpoints.

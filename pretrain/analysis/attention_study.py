@@ -1,7 +1,7 @@
 """The attention of checkpoints over the same images: what is measured of each, and what is kept of it.
 
-One checkpoint is in memory at a time. Its numbers lie in a folder of its own, ``statistics.csv`` and ``result.json``, the latter
-written last: a study that was interrupted goes on after the last checkpoint that is complete.
+One checkpoint is in memory at a time. Each has a folder with ``statistics.csv`` and ``result.json``. The latter is
+written last, so that an interrupted study resumes after the last complete checkpoint.
 """
 
 import time
@@ -67,7 +67,7 @@ class Study:
         images: uint8 [n, 3, S, S].
         crop: they are central squares; else they were squeezed.
         signals: by which the process is asked to stop, looked at after every batch.
-        autocast: context of the forward passes, entered anew for each.
+        autocast: context of the forward passes, entered again for each.
     """
 
     names: Sequence[str]

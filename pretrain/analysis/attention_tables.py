@@ -57,7 +57,7 @@ def read_statistics(path: Path, name: str) -> Measured:
     """The statistics of the one checkpoint in a file of :func:`write_statistics`, under a name.
 
     Raises:
-        UserError: the file is none of these, or not whole.
+        UserError: the file is of another kind, or incomplete.
     """
     try:
         rows = read_csv(path)

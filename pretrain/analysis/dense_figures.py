@@ -1,7 +1,7 @@
 """Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch features.
 
-Classes have colors that differ for the eye with and without a deficiency of color vision, as far as their number
-allows; pixels that are not counted are hatched in gray.
+The colors of classes differ as much as their number allows, also for eyes with a color vision deficiency. Pixels that
+are not counted are hatched in gray.
 """
 
 from collections import Counter
@@ -66,9 +66,9 @@ def write(
     features: Sequence[tuple[str, Features]],
     image_px: int,
 ) -> None:
-    """Draw ``folder/figures/{segmentation,components}.png``, as far as there is something to draw, and their captions.
+    """Draw ``folder/figures/{segmentation,components}.png``, as far as there is data, and their captions.
 
-    Figures of these names from an earlier evaluation go.
+    Figures of these names that an earlier evaluation left are removed.
 
     Args:
         images: [H, W, 3] each; labels: [S, S] each, 0 .. C, of the whole image squeezed to a square.
@@ -132,7 +132,7 @@ def labels_figure(
         as of :func:`write`.
     """
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
-    # Those of the labels come first: they have the same colors in all figures of the same images, whatever was predicted.
+    # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
     colors = dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
@@ -218,7 +218,7 @@ def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
     nearest = np.min([_distance(seen, grays[:, i : i + 1]) for i in range(grays.shape[1])], axis=0)
     chosen: list[tuple[float, float, float]] = []
     for _ in range(count):
-        best = int(nearest.argmax())  # more colors than candidates begin anew
+        best = int(nearest.argmax())  # with more colors than candidates they repeat
         red, green, blue = candidates[best].tolist()
         chosen.append((red, green, blue))
         nearest = np.minimum(nearest, _distance(seen, seen[:, best : best + 1]))

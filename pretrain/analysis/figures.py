@@ -1,7 +1,8 @@
 """Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
-report finds it; :func:`as_array` gives its pixels. The images of a running training are in :mod:`pretrain.analysis.images`.
+report finds it; :func:`as_array` gives its pixels. The images of a running
+training are in :mod:`pretrain.analysis.training_images`.
 """
 
 import json
@@ -141,7 +142,7 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
             bare(axis, f"{kind}: {n_masked} of {mask.shape[1]} patches")
             side = crops.shape[-1]
             pixels = displayable(crops[crop])
-            if kind == "position":  # red shows on gray, whatever the image
+            if kind == "position":  # red is visible on gray
                 pixels = pixels.mean(-1, keepdims=True).repeat(3, -1)
             axis.imshow(pixels, extent=(0, side, side, 0))
             cover = np.zeros((*grid, 4))
@@ -208,8 +209,8 @@ def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size
 
 
 def plain(text: str, most: int = 40) -> str:
-    """A name as matplotlib shows it to the letter, on one line, cut in the middle where it is long: no mathematics, and never left
-    out of a legend for its underscore."""
+    """A name that matplotlib shows as it is: on one line, shortened in the middle, without mathematics. A leading
+    underscore does not hide it from a legend."""
     text = " ".join(text.split())
     text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
     text = text.replace("$", r"\$")

@@ -42,7 +42,7 @@ class Features:
 
     Attributes:
         backbone: on ``device``.
-        autocast: context of the forward passes, entered anew for each.
+        autocast: context of the forward passes, entered again for each.
     """
 
     backbone: ViT

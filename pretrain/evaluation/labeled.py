@@ -1,4 +1,4 @@
-"""The small labeled sets of the probes, read once at a run's start, so that an error comes then; it names the key and the file."""
+"""The small labeled sets of the probes, read once at a run's start. An error names the key and the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -47,7 +47,7 @@ def position_layers(
         features: of a backbone that holds a position mask token (see :func:`pretrain.evaluation.position_probe.hide_with`), frozen.
         images: uint8 [n, 3, H, W], whole images, both sides multiples of the patch size.
         shape: of the masks, ``cross`` | ``box``.
-        tell: is told of each batch how many images went through.
+        tell: is called after each batch with its number of images.
 
     Returns:
         all layers of the hidden patches, then all of the others.

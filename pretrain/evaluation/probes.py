@@ -59,7 +59,9 @@ class ProbeSettings(Settings):
 
 @dataclass(frozen=True)
 class DenseProbe:
-    """Dense evaluation of a small set: ``probe/dense_linear_miou``, ..., by less than the protocol, so never shown as its numbers.
+    """Dense evaluation of a small set: ``probe/dense_linear_miou``, ...
+
+    The settings are reduced, so tables never show these numbers.
 
     Attributes:
         train, val: parts of the set, which is read from where it lies each time.
@@ -72,7 +74,7 @@ class DenseProbe:
 
     @staticmethod
     def read(root: str, kind: str, tasks: str, side_px: int, max_images: int) -> "DenseProbe":
-        """The probe of ``probes.dense_root``. Every image and map is looked at once now, that a bad one is told at the start.
+        """The probe of ``probes.dense_root``. It reads every image and map once now: a bad one fails at the start.
 
         Raises:
             UserError: an unknown task, a bad set (:func:`~pretrain.data.label_sets.open_label_set`), an unreadable file.
@@ -100,8 +102,8 @@ class DenseProbe:
 class Probes:
     """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the dense one's.
 
-    Nothing is drawn from torch's or NumPy's random state, and the same backbone on the same hardware gives the same numbers: an
-    exactly resumed run logs what an uninterrupted one does. One rank is enough; the others only have to wait for it.
+    No random state of torch or NumPy changes, and the same backbone on the same hardware gives the same numbers. So
+    an exactly resumed run logs what an uninterrupted one does. One rank runs the probes; the others wait for it.
 
     Args:
         settings: of the probes.
@@ -110,7 +112,7 @@ class Probes:
         reads: read the images; a rank that never asks only has to know when the probes are due.
 
     Raises:
-        UserError: whatever would keep a probe from working, by key and file.
+        UserError: data or settings that a probe cannot use; names the key and the file.
     """
 
     def __init__(self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True) -> None:

@@ -24,7 +24,7 @@ class Trial:
 def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablation") -> Table:
     """A row a method, in the order of the trials: mean and sample standard deviation over its seeds.
 
-    What a row changes is read off the protocols of the pre-trainings, not off the method's name.
+    The protocols of the pre-trainings, not the method's name, say what a row changes.
 
     Args:
         trials: of one seed or more a method; a seed counts once.
@@ -74,7 +74,7 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
 
 
 def changes(base: Protocol, other: Protocol) -> str:
-    """What one pre-training sets otherwise than another, "positions.reference crops → image"; "" for nothing.
+    """In which settings one pre-training differs from another, "positions.reference crops → image"; "" for none.
 
     Both follow one recipe: a setting in which neither deviates from it is the same in both.
     """

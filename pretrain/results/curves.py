@@ -90,7 +90,7 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, mean, smallest and largest of at most MOST_POINTS runs of neighbors."""
+    """x, mean, minimum and maximum of at most MOST_POINTS groups of neighboring points."""
     size = -(-len(points) // MOST_POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     values = [[value for _, value in part] for part in parts]

@@ -65,9 +65,9 @@ def further_deviations(pretraining: Protocol | None) -> Protocol | None:
 
 @functools.cache
 def changed_settings(ablation: str) -> Mapping[str, Any]:
-    """{dotted key: value} that an ablation sets otherwise than its recipe, as its file says; nothing for "".
+    """{dotted key: value} that an ablation's file changes in its recipe; nothing for "".
 
-    Where and under which name it runs is none of it.
+    The group ``run``, its name and its folder, does not count.
     """
     if not ablation:
         return {}

@@ -100,7 +100,7 @@ def seeds_of(runs: Sequence[Result]) -> str:
 
 
 def merge(results: Sequence[Result]) -> list[Measured]:
-    """Detections and segmentations as rows, sorted by backbone, method and epochs; other kinds only inform.
+    """Detections and segmentations as rows, sorted by backbone, method and epochs; other kinds make no rows.
 
     A detection group and a segmentation group of one method, backbone and number of epochs share a row when
     both are full or both are scaled down: a row is one or the other. Of several groups the best comes first.

@@ -1,4 +1,4 @@
-"""One html page of some runs, self-contained: no script, nothing from afar, the same bytes each time."""
+"""One self-contained html page of some runs: no script, no external file, the same bytes each time."""
 
 import base64
 import html

@@ -1,6 +1,6 @@
 """`result.json`: what every run leaves behind, and the only thing that the tables read.
 
-The rule that this file guards: a run that deviates from a protocol in any field says so wherever it is shown.
+This file guards one rule: a run that deviates from its protocol says so wherever it is shown.
 Its protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table prints.
 """
 

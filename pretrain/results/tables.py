@@ -230,15 +230,14 @@ def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]
 
 
 def is_elsewhere(result: Result) -> bool:
-    """Whether it is of segmentation on another data set than ADE20K."""
+    """Whether it is a segmentation of another data set than ADE20K."""
     return result.kind == "segmentation" and not result.protocol.name.startswith(ADE20K)
 
 
 def segmentation_table(results: Sequence[Result]) -> Table | None:
-    """Segmentation on other data sets than ADE20K, one row a protocol and configuration; None when there is
-    none.
+    """Segmentation on other data sets than ADE20K, one row per protocol and configuration; None without any.
 
-    They stand beside nothing published, whose mIoU is ADE20K's.
+    No published number stands beside them: the published mIoU is ADE20K's.
     """
     pretraining = [result for result in results if result.kind == "pretrain"]  # they say which weights are of a scaled-down one
     rows = merge([*pretraining, *(result for result in results if is_elsewhere(result))])
@@ -280,7 +279,7 @@ def pretraining_table(results: Sequence[Result]) -> Table | None:
 
 
 def posttraining_table(results: Sequence[Result]) -> Table | None:
-    """The same of post-trainings. The sum is left out where it is the one addend of every run."""
+    """The same for post-trainings. The total loss is left out where every run has only one term."""
     return _training_table("Post-training runs", [result for result in results if result.stage == "posttrain"])
 
 
@@ -335,7 +334,7 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
 
 
 def _is_one_term(run: Result) -> bool:
-    """Whether the loss stands among the metrics under the name of its one addend, too."""
+    """Whether one term of the loss equals the loss: the only one."""
     return run.metrics["loss"] in [run.metrics.get(term) for term in run.terms]
 
 

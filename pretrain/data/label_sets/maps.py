@@ -43,7 +43,7 @@ def read_map(file: Path) -> NDArray[np.integer]:
 
 
 def nearest(labels: NDArray[np.int32], rows_px: int, columns_px: int | None = None) -> Tensor:
-    """[H, W] -> int32 [rows, columns], square without ``columns_px``: the label at the center of each pixel of the squeezed map."""
+    """[H, W] -> int32 [rows, columns], square without ``columns_px``: the label at the center of each new pixel."""
     size = rows_px, columns_px or rows_px
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n, side in zip(labels.shape, size))
     return torch.from_numpy(labels[rows[:, None], columns[None]])

@@ -90,7 +90,7 @@ def knn_classification(
 
     Args:
         train, val: of :func:`pretrain.data.class_folders.open_class_folders`.
-        signals: where it is told to stop.
+        signals: that stop it.
 
     Returns:
         ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them.

@@ -18,7 +18,7 @@ memory); images are resized bicubically, as everywhere here; their blue is norma
 the memory; a class that occurs nowhere is left out of the mean (there it counts 0).
 
 A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 classes. They are on the device if they fit into half of
-what is free there, else on the host, from where each chunk is copied anew for every ``QUERIES`` patches.
+what is free there, else on the host, from which each chunk is copied again for every ``QUERIES`` patches.
 """
 
 import time
@@ -131,8 +131,7 @@ class Memory:
     """Normalized features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches of at most 181 px)."""
 
     def __init__(self, most: int, dim: int, n_classes: int, device: torch.device) -> None:
-        self.device, self.n = device, 0
-        home = device
+        self.n, home = 0, device
         if device.type == "cuda" and 2 * most * (dim + n_classes) > torch.cuda.mem_get_info(device)[0] // 2:
             home = torch.device("cpu")
         self.features = torch.empty(most, dim, dtype=torch.float16, device=home)

@@ -9,7 +9,7 @@ A 1x1 convolution reads the classes off the patch tokens after the final norm, w
 and labels meet at 100 x 100, in training and in validation: labels by the nearest neighbor, first at the image's size. (The public
 code enlarges the features instead; a 1x1 convolution commutes with that.)
 
-Ours: images are resized bicubically, as everywhere here; the order is drawn anew each epoch (so Leopart; NeCo keeps that of VOC and
+Ours: images are resized bicubically, as everywhere here; each epoch draws the order (so Leopart; NeCo keeps that of VOC and
 ADE20K); every validation image counts (their VOC loader drops the last ones); the network after the last epoch counts, not the best
 of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labeled" is
 no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.

@@ -1,4 +1,4 @@
-"""Work of minutes and hours: told before it begins, shown while it goes on, and stopped where the process is asked to stop."""
+"""Work of minutes and hours: announced before it starts, reported while it runs, stopped by a signal."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from pretrain.errors import Interrupted
 from pretrain.progress import Progress
 from pretrain.signals import StopSignals
 
-LONG_S = 600.0  # what takes longer is told before it begins
+LONG_S = 600.0  # longer work is announced
 
 
 def check_signals(signals: StopSignals | None, where: str) -> None:
@@ -20,11 +20,11 @@ def check_signals(signals: StopSignals | None, where: str) -> None:
 
 
 def steps(label: str, total: int, signals: StopSignals | None, unit: str) -> Callable[[], None]:
-    """To be called after each of ``total`` steps of long work: says how far it is. Without signals, as in a probe, nothing."""
+    """Call the result after each of ``total`` steps. It reports the progress; in a probe (no signals), nothing."""
     return (lambda: None) if signals is None else Progress(label, total, unit=unit)
 
 
 def tell_if_long(what: str, seconds: float, less_by: str) -> None:
-    """Before long work: about how long it will take, and by which settings it takes less."""
+    """Announce long work: about how long it will take, and which settings shorten it."""
     if seconds > LONG_S:
         print(f"{what}: up to about {seconds / 3600:.1f} h on this device; less by {less_by}", flush=True)

@@ -53,7 +53,9 @@ def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:
 
 
 def whole_patches(image_px: int, features: Features) -> int:
-    """``image_px`` rounded down to whole patches, which is told: 512 are 504 with patches of 14, as of open-hummingbird-eval.
+    """``image_px`` rounded down to whole patches, with a message.
+
+    512 px become 504 px with patches of 14, as in open-hummingbird-eval.
 
     Raises:
         UserError: it is less than a patch.

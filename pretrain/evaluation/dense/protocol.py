@@ -26,7 +26,7 @@ class DenseSettings(Settings):
 
 TASKS = tuple(DenseSettings.model_fields)
 DENSE_TASKS = tuple(name for name in TASKS if name != KNN)
-# Images of the training and of the validation part that the public protocols have; a set that is none of these has no such number.
+# Training and validation images of the public protocols. Other sets have no such number.
 N_IMAGES = {
     "voc2012": (10_582, 1_449),  # "trainaug": with the masks of SBD
     "ade20k": (20_210, 2_000),
@@ -35,11 +35,11 @@ N_IMAGES = {
     KNN: (1_281_167, 50_000),  # ImageNet-1K
 }
 SEED = "seed"  # a field of some settings; another seed is the same protocol
-NO_DEVIATION = (SEED, "map_px")  # and so are figures of another size
+NO_DEVIATION = (SEED, "map_px")  # and so is another size of the figures
 
 
 def named_tasks(words: Iterable[str], what: str) -> tuple[str, ...]:
-    """Tasks on a set with a label a pixel, in the order of :data:`DENSE_TASKS`, whatever theirs.
+    """Tasks on a set with pixel labels, in the order of :data:`DENSE_TASKS`.
 
     Args:
         what: where the words stand, for messages.

@@ -74,9 +74,8 @@ class Job:
     val: LabelSet | None = None
 
     def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """All that the numbers of some tasks (none: of all) depend on, but for the weights; of which the result holds the hash.
-
-        Of the weights only how they were trained: those of one training with several seeds are one configuration.
+        """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds only how
+        they were trained: one training with several seeds is one configuration. The result holds its hash.
         """
         subject = self.subject
         return {
@@ -107,7 +106,7 @@ def job_on_set(
 
     Args:
         train, val: parts of the set.
-        others: (the protocol's, this run's) values of what is no matter of the data and of no task.
+        others: (the protocol's, this run's) values of what belongs neither to the data nor to a task.
         max_images: of each part; 0: all.
         n_shown: images of the validation part that maps are kept of.
     """
@@ -175,7 +174,7 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
         Interrupted: there was a signal; the tasks finished so far are kept.
     """
     weights, before, finished = file_hash(job.subject.path), {}, {}
-    for file in sorted((folder / TASKS_FOLDER).glob("*.json")):  # whatever differs is told before the first hour
+    for file in sorted((folder / TASKS_FOLDER).glob("*.json")):  # before the first hour: an error where one differs
         before[file.stem] = _read(file, _identity(job, file.stem, weights))
         asked = file.stem in job.settings
         print(f"{file.stem}: evaluated before" + ("" if asked else ", not asked for now"), flush=True)
@@ -217,7 +216,7 @@ def numbers(outcome: Outcome) -> str:
 
 
 class Watch:
-    """Counts the images that a task reads of a part of a set, says how far it is, and stops it if the process was asked to stop."""
+    """Counts the images that a task reads of a part of a set and reports the progress. A signal stops the task."""
 
     def __init__(self, label: str, signals: StopSignals) -> None:
         self.label, self.signals = label, signals
@@ -278,7 +277,7 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
 
 
 def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
-    """The json comes last, and in one step: where it is, the task is whole."""
+    """The json is written last and in one step: where it exists, the task is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
     maps: dict[str, NDArray[np.int32]] = {name: np.stack(some) for name, some in done.outcome.maps.items() if some}
     np.savez_compressed(file.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
