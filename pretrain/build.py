@@ -1,4 +1,4 @@
-"""``build_backbone``: the one way from a name and a checkpoint to a backbone, for all three packages."""
+"""``build_backbone`` makes a backbone from a name and a checkpoint, for all three packages."""
 
 import re
 import warnings
@@ -15,7 +15,7 @@ from pretrain.weights import Checkpoint, load_into, read_checkpoint
 from pretrain.weights.patch import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
-# Settings of a run, not of a network: an override never contradicts the file.
+# These are settings of a run, not of a network: an override cannot contradict the file.
 RUN_KWARGS = ("drop_path", "attention", "mask_tokens", "pos_interpolation", "layerscale")
 
 
@@ -49,17 +49,19 @@ def build_backbone(
 
     Args:
         name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. Its flags (registers, LayerScale,
-            position encoding, grid, depth, ...) build the network; nothing needs to be repeated.
-        source, subnet: those of :func:`pretrain.weights.read_checkpoint`; none: found out from the file.
-        overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``, ...). Another
-            ``patch_size`` than the file's resamples its patch projection (:mod:`pretrain.weights.patch`).
+        weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. It
+            determines the network (registers, LayerScale, position encoding, grid, depth, ...).
+        source, subnet: those of :func:`pretrain.weights.read_checkpoint`; None: the file tells them.
+        overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``,
+            ...). Another ``patch_size`` than the file's resamples the patch projection
+            (:mod:`pretrain.weights.patch`).
 
     Returns:
         the ViT, in training mode, on the CPU.
 
     Raises:
-        UserError: unknown name or option; a checkpoint of another architecture; a tensor that is missing or left over, by name.
+        UserError: a name or option is unknown; the checkpoint has another architecture; names a missing or
+            left-over tensor.
     """
     if name not in BACKBONES:
         raise UserError(f"backbone: {name!r} is not registered; there are {', '.join(backbone_names())}")
@@ -81,24 +83,24 @@ def build_backbone(
 
 
 def build_for_fine_tuning(name: str, weights: str | Path | None = None, **model_kwargs: Any) -> ViT:
-    """:func:`build_backbone` for the two protocols, which are of 16 px patches: a file of others is resampled,
+    """:func:`build_backbone` for the two protocols, whose patches have 16 px: other files are resampled,
     unless ``patch_size`` is given."""
     return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
 
 
 def network_kwargs(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of :func:`build_backbone`'s arguments that change the network, and not only how its file is read."""
+    """The arguments of :func:`build_backbone` that change the network and not only how its file is read."""
     return {key: value for key, value in model_kwargs.items() if key != "source"}
 
 
 def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The file's flags, with the run's own on top; an override that contradicts the file is an error."""
+    """The file's arguments, updated with the run's own. An override that contradicts the file is an error."""
     model_kwargs = {**checkpoint.model_kwargs, "mask_tokens": False}
     usual = SIZES.get(name.split("_")[1], model_kwargs)
     width, depth = model_kwargs["embed_dim"], model_kwargs["depth"]
     if width != usual["embed_dim"]:
         raise UserError(f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide")
-    named, registers = re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0)  # a name without says nothing of them
+    named, registers = re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0)  # a plain name allows any number
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual["depth"]:

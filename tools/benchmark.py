@@ -1,12 +1,11 @@
-"""Speed and memory as ratios, measured side by side in one run.
+"""Measure speed and memory as ratios, side by side in one run.
 
-python tools/benchmark.py data                  cpu_ratio, device_worker_ratio
-python tools/benchmark.py step                  method_over_baseline
-python tools/benchmark.py heads                 memory_ratio
-python tools/benchmark.py det                   time_ratio, memory_ratio, memory_ratio_checkpointed: our ViT over Detectron2's
-python tools/benchmark.py det-step              img/s and memory of a detector's training step, ours and Detectron2's
-python tools/benchmark.py paka                  time_ratio, memory_ratio: a step of PaKA over DINOv2's; hours of a whole run
-python tools/benchmark.py seg                   time_ratio, memory_ratio: our ViT over mmseg's
+python tools/benchmark.py data                  cpu_ratio, device_worker_ratio python tools/benchmark.py step
+method_over_baseline python tools/benchmark.py heads                 memory_ratio python tools/benchmark.py
+det                   time_ratio, memory_ratio, memory_ratio_checkpointed: our ViT over Detectron2's python
+tools/benchmark.py det-step              img/s and memory of a detector's training step, ours and Detectron2's
+python tools/benchmark.py paka                  time_ratio, memory_ratio: a step of PaKA over DINOv2's; hours
+of a whole run python tools/benchmark.py seg                   time_ratio, memory_ratio: our ViT over mmseg's
 """
 
 import os
@@ -27,7 +26,7 @@ from pretrain.cli import fields_and_kwargs, run
 from pretrain.device import choose_device
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
-BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {  # what the project promises: at most, or (data path) at least
+BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {  # what the project promises: at most, or for the data path at least
     "data": {"cpu_ratio": ("at least", 3.5), "device_worker_ratio": ("at most", 1.3)},
     "step": {"method_over_baseline": ("at most", {"small": 1.10, "base": 1.05})},
     "heads": {"memory_ratio": ("at most", 0.5)},

@@ -1,14 +1,16 @@
-"""Write a backbone as a file that needs none of this code, or as another library's own.
+"""Write a backbone as a file that needs none of this code, or in the format of another library.
 
-python tools/export_backbone.py --weights run/backbone.safetensors --format onnx --size 1024 --output backbone.onnx
-python tools/export_backbone.py --weights run/backbone.safetensors --format huggingface --output vit_small     (a folder)
-python tools/export_backbone.py --weights dino_deitsmall16_pretrain.pth --format posfield --output dino.safetensors
-python tools/export_backbone.py --weights runs/det --size 1024 --output tuned.pt2     (the backbone of a fine-tuned run)
+python tools/export_backbone.py --weights run/backbone.safetensors --format onnx --size 1024 --output
+backbone.onnx python tools/export_backbone.py --weights run/backbone.safetensors --format huggingface --output
+vit_small     (a folder) python tools/export_backbone.py --weights dino_deitsmall16_pretrain.pth --format
+posfield --output dino.safetensors python tools/export_backbone.py --weights runs/det --size 1024 --output
+tuned.pt2     (the backbone of a fine-tuned run)
 
-Formats: torch (.pt2) and onnx, programs of one image size; timm and huggingface, folders with a model card; torchvision and
-safetensors, tensors; posfield, any other method's file as one of ours. What is written is read again by the library that it is for
-and compared with the network before it is kept; how to load it is printed. Features come after the final norm; images are RGB,
-normalized by the mean and std that the file holds.
+Formats: torch (.pt2) and onnx are programs of one image size; timm and huggingface are folders with a model
+card; torchvision and safetensors are tensors; posfield converts any other method's file to ours. The tool
+reads each file back with its library and compares it with the network before it keeps it. It prints how to
+load the file. Features are those after the final norm; images are RGB, normalized by the mean and std in the
+file.
 """
 
 import sys
@@ -33,10 +35,11 @@ DEFAULT_SIZE_PX = 224
 
 
 def backbone_of_run(folder: Path) -> ViT:
-    """The backbone in the last checkpoint of a fine-tuning's folder, whichever plug-in left it.
+    """The backbone in the last checkpoint of a fine-tuning run, of any plug-in.
 
     Raises:
-        UserError: no run, or a detector that does not run its backbone as a plain ViT: it would be another function.
+        UserError: there is no run; the detector does not run its backbone as a plain ViT, so that it is
+            another function.
     """
     if (folder / "config.json").is_file():
         from det_plugin.torchvision_engine.train import load_model
@@ -59,7 +62,7 @@ def backbone_of_run(folder: Path) -> ViT:
 
 
 def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
-    """A run's backbone, where it comes from, and what the run itself measured with it."""
+    """A run's backbone, its provenance, and the results of the run itself."""
     extra = [name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)]
     if extra:
         raise UserError(f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself")
@@ -72,7 +75,7 @@ def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resul
 
 
 def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
-    """The same of a file of weights, of any supported source."""
+    """The same for a file of weights of any supported source."""
     file, names = options.weights, ("source", "subnet", "patch_size")
     vit, told = build_whole(file, name=options.backbone, **{name: getattr(options, name) for name in names})
     same = {file_hash(file)} if "fine_tuned" in told else {file_hash(file), told["weights_hash"]}
@@ -80,7 +83,7 @@ def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resu
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options, of which ``size`` becomes (height, width)."""
+    """The options; ``size`` becomes (height, width)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="any supported checkpoint, or a run's folder")
     parser.add_argument("--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ...")
@@ -114,7 +117,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, build, export, print how exact it is and how to load it."""
+    """Parse, build, export, and print how exact the file is and how to load it."""
     options = parse(arguments)
     is_run = options.weights.is_dir() and not any((options.weights / name).exists() for name in IN_FOLDER)
     vit, told, results = (of_run if is_run else of_file)(options)

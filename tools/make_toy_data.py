@@ -1,4 +1,5 @@
-"""Compose the demo's data: an image folder, a small COCO and a small ADE20K of textured shapes on photographs.
+"""Compose the demo's data: an image folder, a small COCO and a small ADE20K of textured shapes on
+photographs.
 
 python tools/make_toy_data.py --output toy
 """

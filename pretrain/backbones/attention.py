@@ -1,4 +1,5 @@
-"""Multi-head self-attention with a selectable kernel: torch's SDPA, or xformers' memory-efficient attention."""
+"""Multi-head self-attention with a selectable kernel: torch's SDPA, or xformers' memory-efficient
+attention."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -15,12 +16,13 @@ Buckets = Tensor | Sequence[Tensor | None] | None  # of relative positions, [N, 
 
 
 def choose_attention(name: str, relative_positions: bool = False) -> str:
-    """Resolve the option ``attention``.
+    """Resolve the option ``attention`` to a kernel.
 
-    ``auto`` is torch's SDPA: it has the same flash kernels and runs everywhere. ``xformers`` is taken at its word.
+    ``auto`` is torch's SDPA, which has the same flash kernels and runs everywhere.
 
     Raises:
-        ValueError: unknown name, or ``xformers`` where it cannot run (not installed, no CUDA device, relative positions).
+        ValueError: the name is unknown; ``xformers`` cannot run (not installed, no CUDA device, relative
+            positions).
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention: {name!r} is none of {ATTENTIONS}")
@@ -38,11 +40,13 @@ def choose_attention(name: str, relative_positions: bool = False) -> str:
 class Attention(nn.Module):
     """Self-attention with one fused qkv projection (keys ``qkv``, ``proj``, as timm's).
 
-    Sequences of several lengths may be packed: the rows of all, one after the other, as [T, D], and ``shapes`` ((B, N), ...) says
-    which belong together. The projections then run once over all rows, the kernel once a shape.
+    Sequences of several lengths may be packed: all rows, one after the other, as [T, D], and ``shapes`` ((B,
+    N), ...) tells which belong together. The projections then run once over all rows, the kernel once for
+    each shape.
 
-    With ``relative_positions`` (key ``rpe_k``, :mod:`pretrain.backbones.relative`; SDPA only) every pass takes ``buckets`` too, the
-    :meth:`pretrain.backbones.vit.ViT.buckets` of its grid: they say where the tokens are, and nothing of it is remembered here.
+    With ``relative_positions`` (key ``rpe_k``, :mod:`pretrain.backbones.relative`; SDPA only) every pass also
+    takes ``buckets``, the :meth:`pretrain.backbones.vit.ViT.buckets` of its grid, which tell where the tokens
+    are.
     """
 
     def __init__(self, dim: int, num_heads: int, backend: str = "sdpa", relative_positions: bool = False) -> None:
@@ -79,7 +83,8 @@ class Attention(nn.Module):
         return self.look_up(*self.split(qkv), buckets)
 
     def look_up(self, q: Tensor, k: Tensor, v: Tensor, buckets: Tensor | None = None) -> Tensor:
-        """The kernel: query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> heads side by side, [B, M, D]."""
+        """The kernel. Query [B, heads, M, D / heads], key and value [B, heads, N, D / heads] -> heads side by
+        side, [B, M, D]."""
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
@@ -89,10 +94,12 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def relative_logits(self, q: Tensor, buckets: Tensor | None) -> Tensor | None:
-        """What relative positions add to the logits of queries [B, heads, M, D / heads], [B, heads, M, N]; none without them.
+        """What relative positions add to the logits of queries [B, heads, M, D / heads]: [B, heads, M, N], or
+        None without them.
 
         Raises:
-            ValueError: there are relative positions, but no ``buckets`` [M, N]: the sequence's length does not tell its grid.
+            ValueError: there are relative positions but no ``buckets`` [M, N]; the length of a sequence does
+                not tell its grid.
         """
         if self.rpe_k is None:
             return None
@@ -103,7 +110,7 @@ class Attention(nn.Module):
         return self.rpe_k(q, buckets)  # type: ignore[no-any-return]
 
     def attention_map(self, x: Tensor, queries: slice = slice(None), buckets: Tensor | None = None) -> Tensor:
-        """The softmax weights themselves, of some queries or all, [B, heads, M (query), N (key)]; for analysis.
+        """The softmax weights of some queries or all, [B, heads, M (query), N (key)]; for analysis.
 
         Args:
             buckets: [N, N], of all queries.
@@ -112,7 +119,8 @@ class Attention(nn.Module):
         return self.weights(q[:, :, queries], k, None if buckets is None else buckets[queries])
 
     def weights(self, q: Tensor, k: Tensor, buckets: Tensor | None = None) -> Tensor:
-        """Softmax weights of queries [B, heads, M, D / heads] over keys [B, heads, N, D / heads], with ``buckets`` [M, N]."""
+        """Softmax weights of queries [B, heads, M, D / heads] over keys [B, heads, N, D / heads], with
+        ``buckets`` [M, N]."""
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         added = self.relative_logits(q, buckets)
         return (logits if added is None else logits + added).softmax(-1)

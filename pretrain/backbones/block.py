@@ -23,7 +23,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel (key ``gamma`` [D])."""
+    """A learned factor for each channel (key ``gamma`` [D])."""
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: a sample's residual branch is dropped with probability ``rate`` in training, else scaled up."""
+    """Stochastic depth: training drops a sample's residual branch with probability ``rate`` and scales up the
+    others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -79,8 +80,9 @@ class Block(nn.Module):
 
         Args:
             shapes: of packed rows, see :class:`pretrain.backbones.attention.Attention`.
-            paths: [2, T, 1], factors of the two branches (0: dropped), drawn outside; else :class:`DropPath` draws them.
-            buckets: of relative positions, see :meth:`pretrain.backbones.vit.ViT.buckets`; none where there are none.
+            paths: [2, T, 1], factors of the two branches (0: dropped), drawn by the caller; None:
+                :class:`DropPath` draws them.
+            buckets: of relative positions, see :meth:`pretrain.backbones.vit.ViT.buckets`; None without them.
         """
         drop1, drop2 = (self.drop_path, self.drop_path) if paths is None else (paths[0].mul, paths[1].mul)
         x = x + drop1(self.ls1(self.attn(self.norm1(x), shapes, buckets)))

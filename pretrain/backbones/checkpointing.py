@@ -12,7 +12,7 @@ from pretrain.backbones.attention import Buckets, Shapes
 CHECKPOINTINGS = ("none", "full", "selective")
 
 _ATEN = torch.ops.aten
-_KEPT = {  # what costs most to compute again: matrix products and attention kernels
+_KEPT = {  # what is most expensive to recompute: matrix products and attention kernels
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
@@ -31,10 +31,11 @@ def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None,
     """A block on packed rows [T, D].
 
     Args:
-        paths: [2, T, 1] or none, as :class:`pretrain.backbones.block.Block` takes them: drawn outside, so nothing is drawn again.
-        rule: ``none`` | ``full``: everything in the block is computed again in the backward pass | ``selective``: all but matrix
-            products and attention.
-        buckets: of each length, as the block takes them.
+        paths: [2, T, 1] or None, see :class:`pretrain.backbones.block.Block`; the caller draws them, so
+            nothing is drawn twice.
+        rule: ``none`` | ``full``: the backward pass recomputes the whole block | ``selective``: all but
+            matrix products and attention.
+        buckets: one for each length, see the block.
     """
     assert rule in CHECKPOINTINGS, rule
     if rule == "none" or not torch.is_grad_enabled():

@@ -1,9 +1,10 @@
 """Position embeddings of a view: a vector field cropped together with the image (paper 3.2.1, METHOD.md 2).
 
-The field P [D, h_p, w_p] is aligned with the image's corners: its sample (r, c) stands at the image point
-(c / (w_p - 1), r / (h_p - 1)), in image units [0, 1]. The embedding of a patch is P interpolated at the patch's center.
-The patches of one view form a regular grid, so the interpolation is separable, R_y P R_x^T with one small weight matrix an axis:
-two matrix products, the same on CPU and GPU, and deterministic in the backward pass (an index-gather is not).
+The field P [D, h_p, w_p] is aligned with the image's corners: its sample (r, c) stands at the image point (c
+/ (w_p - 1), r / (h_p - 1)), in image units [0, 1]. The embedding of a patch is P interpolated at the patch's
+center. The patches of one view form a regular grid, so the interpolation is separable, R_y P R_x^T with one
+small weight matrix an axis: two matrix products, the same on CPU and GPU, and deterministic in the backward
+pass (an index-gather is not).
 """
 
 import torch
@@ -20,7 +21,8 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     """Weights that interpolate ``n_samples`` corner-aligned samples at ``points``; borders are replicated.
 
     Args:
-        points: [..., L] places along one axis in image units; values outside [0, 1] read the replicated border.
+        points: [..., L] positions along one axis in image units; values outside [0, 1] read the replicated
+            border.
         n_samples: number of samples of the field along this axis (>= 2).
         interpolation: ``bicubic`` (Keys, a = -0.5) or ``bilinear``.
 
@@ -29,19 +31,23 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     """
     assert interpolation in FIELD_INTERPOLATIONS, interpolation
     at = (points.clamp(0, 1) * (n_samples - 1)).unsqueeze(-1)  # [..., L, 1] in samples
-    # Two virtual samples beyond each end take the kernel's tails; then they fold into the border that they repeat.
+    # Two virtual samples beyond each end take the kernel's tails; their weights are then added to the border
+    # sample.
     samples = torch.arange(-2, n_samples + 2, device=points.device, dtype=points.dtype)
     distance = at - samples
-    # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields, exactly.
+    # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields,
+    # exactly.
     weights = keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)  # [..., L, n_samples + 4]
     first, last = weights[..., :2].sum(-1, keepdim=True), weights[..., -2:].sum(-1, keepdim=True)
     return weights[..., 2:-2] + F.pad(first, (0, n_samples - 1)) + F.pad(last, (n_samples - 1, 0))
 
 
 def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | None = None) -> Tensor:
-    """Centers of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image units.
+    """Centers of ``n_patches`` patches between ``low`` and ``high`` [V] along one axis: [V, n_patches], image
+    units.
 
-    Where ``mirrored`` [V] is true, the order is reversed: patch j of a flipped view sits where patch n - 1 - j was.
+    Where ``mirrored`` [V] is true, the order is reversed: patch j of a flipped view sits where patch n - 1 -
+    j was.
     """
     steps = (torch.arange(n_patches, device=low.device, dtype=low.dtype) + 0.5) / n_patches  # [n]
     if mirrored is None:
@@ -54,13 +60,13 @@ def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | 
 def sample_field(
     field: Tensor, boxes: Tensor, grid: tuple[int, int], flips: Tensor | None = None, interpolation: str = "bicubic"
 ) -> Tensor:
-    """Position embeddings of views: the field at every patch center (METHOD.md 2).
+    """Position embeddings of views: the field at the center of every patch (METHOD.md 2).
 
     Args:
         field: [1, D, h_p, w_p], corners aligned with the image's corners.
         boxes: [V, 4] (x0, y0, x1, y1) in image units.
         grid: (h, w), patches a view.
-        flips: [V] bool, horizontal flips; none means no view is flipped.
+        flips: [V] bool, horizontal flips; None: no view is flipped.
         interpolation: ``bicubic`` or ``bilinear``.
 
     Returns:
@@ -74,7 +80,7 @@ def sample_field(
     with torch.autocast(device_type=field.device.type, enabled=False):  # half a patch is 1% of an axis: keep float32
         r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
         r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]
-        # Two plain products with D innermost, as the field's samples are wanted: nothing large is ever transposed.
+        # Two plain products with D innermost, so that nothing large is ever transposed.
         samples = field[0].permute(1, 2, 0)  # [h_p, w_p, D]
         rows = r_y.flatten(0, 1) @ samples.flatten(1)  # [V * h, w_p * D]
         sampled = r_x.unsqueeze(1) @ rows.view(len(boxes), height, *samples.shape[1:])  # [V, 1, w, w_p] @ [V, h, w_p, D]
@@ -87,9 +93,9 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
     Args:
         grid_embed: [1, G_h, G_w, D].
         grid: (h, w) wanted.
-        interpolation: which public variant: ``dinov2`` (bicubic by scale factor (n + 0.1) / G; DINO and DINOv2),
-            ``bicubic`` (by size; Hugging Face), ``bicubic_antialias`` (by size; timm, DINOv2 with registers),
-            ``bilinear_antialias`` (by size; LOCA: jax.image.resize).
+        interpolation: which public variant: ``dinov2`` (bicubic by scale factor (n + 0.1) / G; DINO and
+            DINOv2), ``bicubic`` (by size; Hugging Face), ``bicubic_antialias`` (by size; timm, DINOv2 with
+            registers), ``bilinear_antialias`` (by size; LOCA: jax.image.resize).
 
     Returns:
         [1, h * w, D].
@@ -98,8 +104,8 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
     g_h, g_w = grid_embed.shape[1:3]
     if (g_h, g_w) == tuple(grid):
         return grid_embed.flatten(1, 2)
-    # Resampling is linear: resample the G_h * G_w unit grids once, without gradient, and the rest is a matrix product, whose
-    # backward pass is deterministic everywhere (that of bicubic interpolation is not, on CUDA).
+    # Resampling is linear: resample the G_h * G_w unit grids once, without gradient. The rest is a matrix
+    # product, whose backward pass is deterministic everywhere; that of bicubic interpolation is not on CUDA.
     with torch.no_grad(), torch.autocast(device_type=grid_embed.device.type, enabled=False):
         units = torch.eye(g_h * g_w, device=grid_embed.device, dtype=_full(grid_embed).dtype).view(1, -1, g_h, g_w)
         if interpolation == "dinov2":
@@ -115,7 +121,8 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
 
 
 def sincos_table(side: int, width: int) -> Tensor:
-    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: one half for the column, one for the row."""
+    """MAE's fixed positions of ``side`` x ``side`` patches, [side^2, width], float64: half for the column,
+    half for the row."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]

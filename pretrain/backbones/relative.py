@@ -1,13 +1,16 @@
-"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222), method "product", heads shared, ratio 1.9.
+"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222), method "product",
+heads shared, ratio 1.9.
 
-Along rows and along columns apart, a distance is one of 7: 0, 1 patch, 2 or 3, farther, with their signs (paper eq. 18). A pair of
-patches thus falls into one of 7 * 7 buckets, and a pair with a special token into one more. Each bucket has a learned vector, and
-its product with the query is added to the logit. LoMaR (Chen et al., 2022, arXiv:2206.00790) differs from iRPE in one point that
-matters: the query is taken as it is, not divided by sqrt(d) first. So do we.
+Distances along rows and along columns are each one of 7: 0, 1 patch, 2 or 3, farther, with signs (paper eq.
+18). A pair of patches thus falls into one of 7 * 7 buckets; a pair with a special token falls into one more.
+Each bucket has a learned vector, whose product with the query is added to the logit. We follow LoMaR (Chen et
+al., 2022, arXiv:2206.00790), which differs from iRPE in one point that matters: it does not divide the query
+by sqrt(d) first.
 
-Memory: SDPA takes the sum as a float mask [B, heads, N, N], so not its flash kernel, and training keeps one of every block unless
-blocks are checkpointed. ViT-B at 1024 px (N = 4097), by arithmetic: 403 MB an image and block in bfloat16, 4.8 GB an image for 12
-blocks; while one block is computed about 2 GB an image, as the gather is in float32. The buckets are 134 MB, once a pass.
+Memory: SDPA takes the sum as a float mask [B, heads, N, N] and so cannot use its flash kernel. Training keeps
+one mask for each block, unless blocks are checkpointed. For ViT-B at 1024 px (N = 4097) that is, by
+arithmetic, 403 MB an image and block in bfloat16, or 4.8 GB an image for 12 blocks. One block needs about 2
+GB an image while it runs, as the gather is in float32. The buckets take 134 MB, once a pass.
 """
 
 import math
@@ -25,14 +28,15 @@ N_BUCKETS = SPECIAL + 1
 
 
 def piecewise_index(distance: Tensor) -> Tensor:
-    """Signed distances in patches to -3 ... 3: up to ``ALPHA`` as they are, beyond by their logarithm (paper eq. 18); long."""
+    """Signed distances in patches to -3 ... 3, long: unchanged up to ``ALPHA``, logarithmic beyond (paper eq.
+    18)."""
     size = distance.abs().float()
     far = (ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)).round().clamp(max=REACH)
     return distance.sign() * torch.where(size <= ALPHA, size, far).long()
 
 
 def relative_buckets(grid: tuple[int, int], n_special: int, device: torch.device | None = None) -> Tensor:
-    """Bucket of each query (row) and key (column), [S + h * w, S + h * w] long.
+    """The bucket of each query (row) and key (column), [S + h * w, S + h * w] long.
 
     Args:
         grid: (h, w) of the patches, row-major.
@@ -45,7 +49,8 @@ def relative_buckets(grid: tuple[int, int], n_special: int, device: torch.device
 
 
 class RelativePositions(nn.Module):
-    """What relative positions add to the logits (key ``lookup_table_weight`` [1, d, 50]); zero at first, as in iRPE."""
+    """What relative positions add to the logits (key ``lookup_table_weight`` [1, d, 50]); initially zero, as
+    in iRPE."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -54,6 +59,7 @@ class RelativePositions(nn.Module):
     def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
         """Query [B, heads, M, d], as projected, and buckets [M, N] -> [B, heads, M, N]."""
         products = q @ self.lookup_table_weight  # [B, heads, M, 50]
-        # The gradient of a product is a sum over many keys, which CUDA adds up in the gathered precision: bfloat16 would lose it.
+        # The gradient of a product sums over many keys in the precision of the gather: on CUDA bfloat16 would
+        # lose it.
         wide = products.to(torch.promote_types(products.dtype, torch.float32))
         return wide.gather(-1, buckets.expand(*q.shape[:2], -1, -1)).to(q.dtype)

@@ -1,8 +1,9 @@
 """The plain Vision Transformer that pre-training, detection and segmentation share.
 
-Keys are timm's (cls_token, pos_embed, patch_embed.proj, blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2 /
-ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50, 50] and ``cls_pos`` [1, 1, D] stand in place of
-``pos_embed``. What other methods' networks lack can be left out: [CLS], the final norm, positions.
+Keys are timm's (cls_token, pos_embed, patch_embed.proj, blocks.N.norm1 / attn.qkv / attn.proj / norm2 /
+mlp.fc1 / mlp.fc2 / ls1.gamma, norm, reg_token). When positions are a field, ``pos_field`` [1, D, 50, 50] and
+``cls_pos`` [1, 1, D] stand in place of ``pos_embed``. What other methods' networks lack can be left out:
+[CLS], the final norm, positions.
 """
 
 import math
@@ -56,7 +57,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D, ceil(H / p), ceil(W / p)]; bottom and right are padded with zeros to whole patches."""
+        """[B, 3, H, W] -> [B, D, ceil(H / p), ceil(W / p)]; bottom and right are padded with zeros to whole
+        patches."""
         pad_h, pad_w = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
@@ -89,19 +91,23 @@ class ViT(nn.Module):
     Args:
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
         patch_size: side of a patch in pixels.
-        n_registers: learned register tokens between [CLS] and the patches; they carry no position (DINOv2-reg).
+        n_registers: learned register tokens between [CLS] and the patches; they carry no position
+            (DINOv2-reg).
         layerscale: initial value of LayerScale, none for no LayerScale.
         drop_path: stochastic depth of the last block; linear from 0 over the blocks.
-        pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes) or ``none``.
+        pos_encoding: ``field`` (paper 3.2.1), ``standard`` (one learned grid, resampled to other sizes) or
+            ``none``.
         pos_grid: side of the field (paper: 50) or of the learned grid (14 for 224 px).
-        pos_interpolation: none for the encoding's default (``bicubic`` | ``dinov2``); see :mod:`pretrain.backbones.position`.
-        mask_tokens: hold ``mask_token`` and ``pos_mask_token`` [1, D], which only pre-training and position probes use.
+        pos_interpolation: none for the encoding's default (``bicubic`` | ``dinov2``); see
+            :mod:`pretrain.backbones.position`.
+        mask_tokens: hold ``mask_token`` and ``pos_mask_token`` [1, D], which only pre-training and position
+            probes use.
         attention: ``auto`` | ``sdpa`` | ``xformers``.
         ln_eps, gelu: LayerNorm's epsilon; ``erf`` | ``tanh``.
         has_cls: there is a [CLS] token, with a position of its own.
         final_norm: there is a norm after the last block.
-        relative_positions: attention adds LoMaR's contextual relative positions (:mod:`pretrain.backbones.relative`), with any
-            ``pos_encoding``, in LoMaR ``none``.
+        relative_positions: attention adds LoMaR's contextual relative positions
+            (:mod:`pretrain.backbones.relative`), with any ``pos_encoding``, in LoMaR ``none``.
 
     Raises:
         ValueError: an option that does not exist, by name.
@@ -186,7 +192,8 @@ class ViT(nn.Module):
             self.pos_mask_token = nn.Parameter(torch.zeros(1, dim))
 
     def _init_weights(self) -> None:
-        """DINOv2's initialization; the position mask token as the content's would be with std 0.02 (METHOD.md 4)."""
+        """DINOv2's initialization; the position mask token as the content's would be with std 0.02 (METHOD.md
+        4)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -219,8 +226,10 @@ class ViT(nn.Module):
     def positions(self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
         """Position embeddings of the patches of a grid (h, w).
 
-        Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4] (image units) and
-        ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding knows no crops and ignores them (DINOv2's way).
+        Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4]
+        (image units) and
+        ``flips`` [V]: those of V crops, [V, h * w, D]; a standard encoding knows no crops and ignores them
+        (DINOv2's way).
         """
         if self.pos_encoding == "none":
             weight = self.patch_embed.proj.weight
@@ -234,11 +243,12 @@ class ViT(nn.Module):
         return sample_field(self.pos_field, boxes, grid, flips, self.pos_interpolation)
 
     def buckets(self, grid: tuple[int, int]) -> Tensor | None:
-        """What the blocks must be told of a grid (h, w) of patches: ``block(tokens, buckets=vit.buckets(grid))``.
+        """What the blocks must be told of a grid (h, w) of patches: ``block(tokens,
+        buckets=vit.buckets(grid))``.
 
         Returns:
-            [S + N, S + N] long, the relative position of each query and key, special tokens first; none where there are no
-            relative positions, and nothing needs to be told.
+            [S + N, S + N] long, the relative position of each query and key, special tokens first; none where
+            there are no relative positions, and nothing needs to be told.
         """
         if not self.model_kwargs["relative_positions"]:
             return None
@@ -258,18 +268,22 @@ class ViT(nn.Module):
         Args:
             x: [B, 3, H, W] normalized pixels.
             boxes, flips: [B, 4], [B]: the crops' places (with position augmentation), none for whole images.
-            content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x + e_posmask``.
-            visible: [B, n] int64, the patches that enter the sequence, in this order; the same number for each image, none of them
-                twice (MAE). Not with relative positions, which belong to whole grids.
+            content_mask, position_mask: [B, N] bool; where set, the patch becomes ``e_mask + p`` or ``x +
+                e_posmask``.
+            visible: [B, n] int64, the patches that enter the sequence, in this order; the same number for
+                each image, none of them twice (MAE). Not with relative positions, which belong to whole
+                grids.
 
         Returns:
-            [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``: [B, S + n, D].
+            [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``:
+            [B, S + n, D].
         """
         assert visible is None or not self.model_kwargs["relative_positions"], "relative positions belong to whole grids"
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
-        # Under autocast content is bfloat16; positions, ten times smaller at first, stay float32, and so does the sum.
+        # Under autocast content is bfloat16; positions, ten times smaller at first, stay float32, and so does
+        # the sum.
         position = self.positions(grid, boxes, flips)  # [B or 1, N, D]
         if content_mask is not None:
             content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
@@ -300,9 +314,11 @@ class ViT(nn.Module):
         return self.split(self.norm(tokens))
 
     def forward_views(self, groups: Sequence[ViewGroup]) -> list[Tokens]:
-        """Views of several sizes in one pass: the rows of all are packed, only attention knows which belong together.
+        """Views of several sizes in one pass: the rows of all are packed, only attention knows which belong
+        together.
 
-        Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one group after the other.
+        Equal to :meth:`forward` on each group; in training, the paths that are dropped are drawn for one
+        group after the other.
         """
         embedded, grids = zip(*(self.embed(*group) for group in groups))  # each [B, n, D] and (h, w)
         buckets = [self.buckets(grid) for grid in grids]
@@ -315,7 +331,8 @@ class ViT(nn.Module):
         return [self.split(rows.unflatten(0, shape)) for rows, shape in zip(packed, shapes)]
 
     def draw_paths(self, shapes: Shapes, device: torch.device) -> Tensor | None:
-        """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where nothing is dropped."""
+        """Stochastic depth of a packed pass, [depth, 2, T, 1]: 0 or 1 / keep for each branch; none where
+        nothing is dropped."""
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)

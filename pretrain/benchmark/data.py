@@ -1,8 +1,10 @@
-"""How fast one core makes training samples, against decoding alone and against the usual torchvision and PIL composition.
+"""How fast one core makes training samples, against decoding alone and against the usual torchvision and PIL
+composition.
 
-All contenders read the same JPEG files of about 500 x 375 px, ImageNet's usual size, cut from real photographs, and take turns in
-one process on one thread. Times are of the processor, and ratios are taken within a round: other load hardly changes them. What
-it takes to hand batches over to the trainer's process, a copy in shared memory, is in no figure; it is the same for every way.
+All contenders read the same JPEG files of about 500 x 375 px, ImageNet's usual size, cut from real
+photographs. They take turns in one process on one thread. Times are processor times, and ratios are taken
+within a round, so that other load hardly changes them. No figure includes handing batches to the trainer's
+process, a copy in shared memory; it is the same for all contenders.
 """
 
 import tempfile
@@ -28,7 +30,8 @@ QUALITY = 90
 
 
 def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8) -> dict[str, Any]:
-    """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their ratios.
+    """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their
+    ratios.
 
     torch and OpenCV are left on one thread.
 
@@ -39,9 +42,12 @@ def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str
         render_batch: images of a batch there; 64 is usual on a GPU.
 
     Returns:
-        ``*_img_per_s`` for ``decode``, ``torchvision``, ``cpu`` (samples of the CPU path), ``device_worker`` (a worker's part of
-        the device path: decoding, draws, collation) and ``device_render`` (its crops, batched on ``device``; by the clock);
-        ``cpu_ratio``: CPU path over torchvision; ``device_worker_ratio``: time of a worker over that of decoding.
+        ``*_img_per_s`` for ``decode``, ``torchvision``, ``cpu`` (samples of the CPU path), ``device_worker``
+        (a worker's part of
+        the device path: decoding, draws, collation) and ``device_render`` (its crops, batched on ``device``;
+            by the clock);
+        ``cpu_ratio``: CPU path over torchvision; ``device_worker_ratio``: time of a worker over that of
+        decoding.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -81,7 +87,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
-    """What each contender does in a turn: the same ``n`` images, new draws each time where the code draws by itself."""
+    """One turn of each contender: the same ``n`` images; torchvision draws anew each time."""
     configs = {
         path: load_config(None, [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={n}"]) for path in ("cpu", "device")
     }
@@ -128,7 +134,7 @@ def torchvision_views(config: Any) -> list[Callable[[Image.Image], Tensor]]:
 
 
 def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, n: int) -> dict[str, list[float]]:
-    """Seconds of the processor an image, of each contender in each round; a first round is not counted."""
+    """Processor seconds an image, for each contender and round; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, turn in contenders.items():
@@ -140,7 +146,8 @@ def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, n: int)
 
 
 def render_rate(folder: str, device: torch.device, batch_size: int, rounds: int) -> float:
-    """Images a second of the device path's crops on ``device``, the copy to it included; by the clock, median over the rounds."""
+    """Images a second of the device path's crops on ``device``, with the copy to it, by the clock; median
+    over the rounds."""
     config = load_config(None, [f"data.root={folder}", "data.path=device", f"optim.batch_size={batch_size}"])
     dataset = build_dataset(config)
     batch, _ = Collate(dataset.rules, batch_size, 0)([dataset[i] for i in range(batch_size)])

@@ -1,4 +1,5 @@
-"""Peak memory and time of heads and losses: in chunks against the plain float32 form, in turns, each in a process of its own."""
+"""Peak memory and time of heads and losses: in chunks against the plain float32 form, in turns, each in a
+process of its own."""
 
 from typing import Any
 
@@ -14,7 +15,8 @@ from pretrain.losses import image_loss, patch_loss
 
 
 def measure(backbone: str, n_images: int, device: str = "auto", precision: str = "float32", rounds: int = 1) -> dict[str, Any]:
-    """Peak MiB (weights, gradients, everything) of all heads and losses of a step, forward and backward, and their ratio.
+    """Peak MiB (weights, gradients, everything) of all heads and losses of a step, forward and backward, and
+    their ratio.
 
     Args:
         backbone: registry name; gives the tokens' width.

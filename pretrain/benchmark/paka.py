@@ -1,4 +1,5 @@
-"""What a step of a post-training costs, PaKA and Gram anchoring, against a step of the DINOv2 baseline in the same engine."""
+"""What a step of a post-training costs, PaKA and Gram anchoring, against a step of the DINOv2 baseline in the
+same engine."""
 
 import tempfile
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ def words_of(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[
 def measure(
     backbone: str, batch_size: int, rounds: int, device: str = "auto", patch_size: int = 16, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Seconds and peak memory of a training step on synthetic pixels, in turns, each contender in a process of its own.
+    """Seconds and peak memory of a training step on synthetic pixels, in turns, each contender in a process
+    of its own.
 
-    All see as many images a step. The baseline makes of each 2 crops of 224 px and 8 local ones; PaKA and Gram anchoring, which see
-    the same crops, 2 of 224 px (patches of 16) or 518 px (of 14) and 4 local ones. Memory is the most that a process holds for
-    networks, heads, moments, gradients and activations (on CUDA torch's own account).
+    All see as many images a step. The baseline makes of each 2 crops of 224 px and 8 local ones; PaKA and
+    Gram anchoring, which see the same crops, 2 of 224 px (patches of 16) or 518 px (of 14) and 4 local ones.
+    Memory is the most that a process holds for networks, heads, moments, gradients and activations (on CUDA
+    torch's own account).
 
     Args:
         backbone: registry name; all have its network with random weights.
@@ -50,8 +53,9 @@ def measure(
         overrides: more ``key=value``, each for all that have its key.
 
     Returns:
-        ``time_ratio`` and ``memory_ratio``, PaKA over DINOv2, and ``gram_...``, Gram anchoring over DINOv2; seconds, images/s and
-        MiB behind them; ``hours_full_run`` of a whole post-training at these seconds a step, and its ``arithmetic``.
+        ``time_ratio`` and ``memory_ratio``, PaKA over DINOv2, and ``gram_...``, Gram anchoring over DINOv2;
+        seconds, images/s and MiB behind them; ``hours_full_run`` of a whole post-training at these seconds a
+        step, and its ``arithmetic``.
 
     Raises:
         UserError: no such backbone or device; settings that do not fit.

@@ -1,4 +1,5 @@
-"""How long a training step takes: the method against the DINOv2 baseline, in the same code, in turns in one process."""
+"""How long a training step takes: the method against the DINOv2 baseline, by the same code, in turns in one
+process."""
 
 import tempfile
 import time
@@ -24,7 +25,7 @@ from pretrain.views.batch import Batch
 
 SIZE_PX = (375.0, 500.0)  # of the image that synthetic views are drawn in
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, by the makers' data sheets
-WARM_UP = 4  # turns that are not counted: memory is faulted in, caches fill, kernels are chosen
+WARM_UP = 4  # turns that do not count: memory is faulted in, caches fill, kernels are chosen
 
 
 RECIPES = {"intertwined": "intertwined-100ep", "dinov2": "dinov2-100ep"}
@@ -40,8 +41,9 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
         overrides: more ``key=value``, for both.
 
     Returns:
-        ``method_over_baseline``, and for each its seconds, images/s, model FLOPs an image (:func:`flops_an_image`), MFU where the
-        GPU is known, and on CUDA the peak memory (MiB) without what the other one holds.
+        ``method_over_baseline``, and for each its seconds, images/s, model FLOPs an image
+        (:func:`flops_an_image`), MFU where the GPU is known, and on CUDA the peak memory (MiB) without what
+        the other one holds.
     """
     runs = {}
     for method, recipe in RECIPES.items():
@@ -85,7 +87,7 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
 
 
 def resident(batch: Batch, device: torch.device) -> Batch:
-    """Pinned where the device is a GPU, as the loader's batches are."""
+    """Pin the batch if the device is a GPU, as the loader does."""
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -98,7 +100,7 @@ def start_peak(device: torch.device) -> float:
 
 
 def unfrozen_length() -> Length:
-    """The middle of a long run: epochs are one iteration, so that no layer is frozen from the second one on."""
+    """The middle of a long run. An epoch is one iteration, so that no layer is frozen after the first."""
     return Length(1, 100_000, 1000)
 
 
@@ -142,11 +144,12 @@ def figures_of(trainer: Trainer, seconds: float, device: torch.device) -> dict[s
 def flops_an_image(config: Any) -> float:
     """Model FLOPs of a step for one image: what the algorithm needs, recomputation not counted.
 
-    A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a token for the projections
-    and the MLP, 4 N D a token for attention. The teacher: forward, global crops. The student: three times forward (itself, and
-    the gradients by input and by weight), all crops. A head: its MLP and its prototypes on the rows that it sees, which are every
-    [CLS], and on average the mean mask ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the
-    optimizer are not.
+    A product of [m, k] and [k, n] counts 2 m k n. A block on a sequence of N tokens of width D: 24 D^2 a
+    token for the projections and the MLP, 4 N D a token for attention. The teacher: forward, global crops.
+    The student: three times forward (itself, and the gradients by input and by weight), all crops. A head:
+    its MLP and its prototypes on the rows that it sees, which are every [CLS], and on average the mean mask
+    ratio of the crops of its kind. Patch embedding included; norms, softmax, positions and the optimizer are
+    not.
     """
     backbone, crops, masks, heads = config.backbone, config.crops, config.masks, config.heads
     size = SIZES[backbone.name.split("_")[1]]
@@ -172,11 +175,12 @@ def flops_an_image(config: Any) -> float:
 def measure_with_data(
     backbone: str, batch_size: int, iterations: int, workers: int, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Images/s of the method with real JPEG files through each data path, beside the same loop on synthetic pixels.
+    """Images/s of the method with real JPEG files through each data path, beside the same loop on synthetic
+    pixels.
 
     Args:
         workers: decoding processes.
-        iterations: counted ones, after :data:`WARM_UP` others.
+        iterations: the number that counts, after :data:`WARM_UP` others.
     """
     found: dict[str, Any] = {"workers": workers}
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +197,8 @@ def measure_with_data(
 def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
     """Images/s of some training iterations."""
     trainer = Trainer(config, unfrozen_length())
-    # Long enough that the batches which workers had ready at the start do not count, and that a slow loader shows.
+    # Long enough that the batches which workers had ready at the start do not count, and that a slow loader
+    # shows.
     first, last = WARM_UP + 2 * config.data.workers, WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers)
     loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:

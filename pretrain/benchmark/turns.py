@@ -1,5 +1,8 @@
-"""Contenders, each in a process of its own (a process's peak memory never comes down again), that take turns (so that whatever
-else the machine does meets all of them alike)."""
+"""Measure contenders that take turns, each in its own process.
+
+The peak memory of a process never decreases, hence the processes. Other load on the machine affects all
+contenders alike, hence the turns.
+"""
 
 import multiprocessing
 import re
@@ -20,13 +23,13 @@ STATUS = Path("/proc/self/status")
 
 
 class Figures(NamedTuple):
-    """What a contender took."""
+    """The figures of a contender."""
 
     seconds: list[float]  # of each counted turn
-    peak_mib: float  # above what the process held when all was imported: model, gradients, everything
+    peak_mib: float  # above what the process held after its imports: model, gradients, everything
 
     def shown(self) -> dict[str, float]:
-        """Median and peak, for people."""
+        """Rounded median and peak."""
         return {"seconds": round(median(self.seconds), 3), "peak_mib": round(self.peak_mib, 1)}
 
 
@@ -40,13 +43,13 @@ def in_turns(contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]
     """Measure all contenders.
 
     Args:
-        contenders: name -> a function of a module, and arguments, which make the work in the contender's process. What this
-            module imports does not count as memory.
-        device: of torch; on CUDA the memory is torch's own account.
-        rounds: counted turns of each, after one that is not.
+        contenders: name -> a module's function and its arguments; it makes the work in the contender's
+            process. The module's imports do not count as memory.
+        device: of torch; on CUDA memory is what torch reports.
+        rounds: turns of each that count, after one that does not.
 
     Raises:
-        UserError: that of a contender.
+        UserError: from a contender.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
@@ -72,7 +75,7 @@ def _start(make: Callable[..., Work], arguments: tuple[Any, ...], device: str) -
 
 
 def _turn() -> tuple[float, float]:
-    """Seconds of this turn, and MiB of the peak so far."""
+    """Seconds of this turn, and the peak so far in MiB."""
     where: torch.device = _PROCESS["where"]
     started = time.perf_counter()
     _PROCESS["work"]()
@@ -82,17 +85,18 @@ def _turn() -> tuple[float, float]:
 
 
 def held_mib(device: torch.device) -> float:
-    """MiB that are held now: by torch on CUDA, by this process elsewhere."""
+    """MiB in use now: by torch on CUDA, by this process elsewhere."""
     return torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmRSS")
 
 
 def peak_mib(device: torch.device) -> float:
-    """MiB that were held at most."""
+    """Peak MiB in use."""
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _of_process("VmHWM")
 
 
 def _of_process(key: str) -> float:
-    """Linux says it itself; there ``getrusage`` also counts what the parent held at the start of this process."""
+    """MiB from Linux's status file: ``getrusage`` there also counts what the parent held when this process
+    started."""
     if STATUS.exists():
         found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
         assert found, key

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from: the newest whole one, or the one that was asked for."""
+"""Find the checkpoint to resume from: the newest complete one, or a given one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ LAYOUTS = {"single": STATE, "sharded": INDEX}
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint: every file is as its manifest says."""
+    """A complete checkpoint: every file matches its manifest."""
 
     path: Path
     iteration: int  # steps done
@@ -32,7 +32,7 @@ class Found:
         return contents(self.path, self.layout, self.records)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, whole and on the CPU, for either layout; needs no other process.
+        """Every tensor, complete and on the CPU, for either layout; needs no other process.
 
         Raises:
             UserError: names the file that cannot be read as tensors.
@@ -61,7 +61,8 @@ def open_checkpoint(path: Path) -> Found:
 
 
 def newest(folder: Path) -> tuple[Found | None, list[str]]:
-    """The newest whole checkpoint of a run, or None, and a message for each broken one passed over."""
+    """The newest complete checkpoint of a run, or None, and a message for each broken one that was
+    skipped."""
     messages: list[str] = []
     for path in whole_directories(folder):
         try:
@@ -74,7 +75,8 @@ def newest(folder: Path) -> tuple[Found | None, list[str]]:
 
 
 def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
-    """The checkpoint to resume from. Every rank must call this; the main process reads, and all get the same.
+    """The checkpoint to resume from. Every rank must call this; the main process reads, and all ranks get the
+    same.
 
     Args:
         folder: of the run.
@@ -82,7 +84,7 @@ def find(folder: Path, which: str = "auto") -> tuple[Found | None, list[str]]:
             folder (its newest).
 
     Raises:
-        UserError: the checkpoint that was asked for by name is missing or broken.
+        UserError: the given checkpoint is missing or broken.
     """
 
     answer: list[Any] = [None]  # (checkpoint, messages), or the error that every rank raises

@@ -1,8 +1,7 @@
-"""The directories of a run's checkpoints: written aside, renamed when whole, verified, pruned.
+"""The directories of a run's checkpoints: written aside, renamed when complete, verified, pruned.
 
-``it_N.tmp`` is incomplete: it is being written, or the run was killed while writing. ``it_N`` is whole.
-``it_N.old`` is whole, too: a second ``it_N`` is about to replace it. A checkpoint comes into being with the
-rename.
+``it_N.tmp`` is incomplete: it is being written, or the run was killed while writing. ``it_N`` is complete.
+``it_N.old`` is complete, too: a second ``it_N`` is about to replace it. The rename makes a checkpoint valid.
 """
 
 import errno
@@ -31,7 +30,7 @@ def directory(folder: Path, iteration: int) -> Path:
 
 
 def unfinished(folder: Path, iteration: int) -> Path:
-    """Where that checkpoint is written before it gets its name."""
+    """Where that checkpoint is written before the rename."""
     return folder / "checkpoints" / f"it_{iteration:08}.tmp"
 
 
@@ -45,7 +44,7 @@ def whole_directories(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed processes left half-done. The main process calls this before it writes."""
+    """Remove what killed processes left unfinished. The main process calls this before it writes."""
     for path in (folder / "checkpoints").glob("*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -66,8 +65,8 @@ def begin(folder: Path, iteration: int) -> Path:
 def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None) -> Path:
     """Make ``it_N.tmp`` the run's newest checkpoint; ``records`` lists its files, which are on disk.
 
-    Removes all but the ``keep`` newest, and those of later iterations, which a run that went back has left
-    behind. ``keep=None`` removes nothing.
+    Removes all but the ``keep`` newest, and those of later iterations, which remain if a run went back.
+    ``keep=None`` removes nothing.
     """
     final = directory(folder, iteration)
     part, old = unfinished(folder, iteration), final.with_name(f"{final.name}.old")
@@ -90,7 +89,8 @@ def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapp
 
 @contextmanager
 def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
-    """Around writing a checkpoint: an :class:`OSError` (a full disk) names it, and the half is removed."""
+    """Wrap the writing of a checkpoint: an :class:`OSError` (a full disk) names it, and the unfinished part
+    is removed."""
     try:
         yield
     except OSError as error:
@@ -160,7 +160,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where its file system can."""
+    """Flush a folder's entries to disk, if its file system can."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: whole (layout ``single``) or in pieces (layout ``sharded``)."""
+"""Tensors in safetensors files: complete (layout ``single``) or in pieces (layout ``sharded``)."""
 
 import math
 import operator
@@ -101,7 +101,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
     mode = path.stat().st_mode  # safetensors makes a file that only its owner can read
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:  # its way of reporting a full disk
+    except SafetensorError as error:  # this is how it reports a full disk
         raise OSError(None, str(error)) from error
     path.chmod(mode)
     sync_file(path)
@@ -142,7 +142,7 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
 
 
 def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
-    """``index.json`` of a sharded checkpoint. It may say anything: inconsistent entries are rejected."""
+    """``index.json`` of a sharded checkpoint. It is not trusted: inconsistent entries are rejected."""
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
     for name, values in read_json(path / INDEX, "checkpoint").items():
         try:

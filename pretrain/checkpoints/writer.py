@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: copied at once, written in the background."""
+"""Write checkpoints while training continues: copy at once, write in the background."""
 
 import threading
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Writer:
             folder: of the run.
             keep: how many of the newest checkpoints stay.
             is_sharded: every rank writes its shards; otherwise the main process writes everything.
-            in_background: if False, :meth:`save` returns when the checkpoint is whole.
+            in_background: if False, :meth:`save` returns when the checkpoint is complete.
         """
         self.folder, self.keep, self.is_sharded, self.in_background = folder, keep, is_sharded, in_background
         self.group: Any = dist.new_group(backend="gloo") if is_sharded else None
@@ -61,7 +61,7 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is whole.
+        """Wait until the last checkpoint is complete.
 
         Raises:
             OSError: it could not be written.
@@ -76,7 +76,7 @@ class Writer:
     def _try(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
-        except BaseException as error:  # raised again where the training waits
+        except BaseException as error:  # :meth:`wait` raises it again
             self.error = error
 
     def _write(

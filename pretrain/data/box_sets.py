@@ -1,8 +1,8 @@
-"""Images with the boxes of their objects, whatever the class: Pascal VOC's folders and COCO's json.
+"""Images with the boxes of their objects of any class: Pascal VOC's folders and COCO's JSON.
 
-Both are read as public code for object discovery reads them (LOST, TokenCut): VOC's corners count pixels from 1 and include the
-last one, so 1 is taken off the first corner; objects that are difficult or truncated count unless they are asked to be dropped;
-COCO's crowds never count, and its boxes are rounded to whole pixels.
+Both are read as in public code for object discovery (LOST, TokenCut). VOC's corners count pixels from 1 and
+include the last one, so 1 is subtracted from the first corner. Difficult and truncated objects count unless
+``no_hard`` drops them. COCO's crowds never count, and its boxes are rounded to whole pixels.
 """
 
 import math
@@ -32,18 +32,21 @@ class BoxedImage:
 
 
 def read_boxes(root: str | Path, split: str = "", no_hard: bool = False, names: str | Path | None = None) -> list[BoxedImage]:
-    """The images of a set that have a box.
+    """The images of a set that have at least one box.
 
     Args:
-        root: a VOC folder (``Annotations/``, ``JPEGImages/``, ``ImageSets/Main/``; or one above ``VOCdevkit/VOC20xx``), or a COCO
-            root (``annotations/instances_SPLIT.json``, images in ``SPLIT/`` or ``images/SPLIT/``).
-        split: VOC: ``trainval`` without it; COCO: ``val2017`` without it.
-        no_hard: VOC: drop difficult and truncated objects, and the images that have no others.
-        names: a text file of the images to use, in its order, as :func:`pretrain.data.label_sets.listing.listed_stems` reads it
-            (the 20,000 images of COCO's train2014 that discovery is measured on are such a list).
+        root: a VOC folder (``Annotations/``, ``JPEGImages/``, ``ImageSets/Main/``; or one above
+            ``VOCdevkit/VOC20xx``), or a COCO root (``annotations/instances_SPLIT.json``, images in ``SPLIT/``
+            or ``images/SPLIT/``).
+        split: default ``trainval`` for VOC, ``val2017`` for COCO.
+        no_hard: VOC: drop difficult and truncated objects, and images without others.
+        names: a text file of the images to use, in its order, as
+            :func:`pretrain.data.label_sets.listing.listed_stems` reads it (the 20,000 images of COCO's
+            train2014 that discovery is measured on are such a list).
 
     Raises:
-        UserError: neither layout; a file that is missing or malformed; a listed image that the set has not; no image with a box.
+        UserError: the layout is neither; a file is missing or malformed; the set lacks a listed image; no
+            image has a box.
     """
     root = Path(root)
     voc, wanted = _voc_root(root), None if names is None else listed_stems(Path(names))
@@ -71,7 +74,8 @@ def _voc_root(root: Path) -> Path | None:
 
 
 def read_voc(root: Path, split: str, no_hard: bool = False, names: list[str] | None = None) -> list[BoxedImage]:
-    """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of :func:`read_boxes`."""
+    """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of
+    :func:`read_boxes`."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
     known = listed_stems(file)
     if names is not None and (absent := set(names) - set(known)):
@@ -85,10 +89,10 @@ def read_voc(root: Path, split: str, no_hard: bool = False, names: list[str] | N
 
 
 def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
-    """Boxes [n, 4] of one annotation file; the boxes of an object's parts (heads, hands) are none of them.
+    """Boxes [n, 4] of one annotation file, without those of an object's parts (heads, hands).
 
     Raises:
-        UserError: a file that cannot be read, or a box that is none, by its number.
+        UserError: the file cannot be read; names an object whose box is not valid by its number.
     """
     try:
         content = file.read_bytes()
@@ -117,7 +121,8 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
 
 
 def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[BoxedImage]:
-    """The images of ``annotations/instances_SPLIT.json`` in its order, or those of ``names``; errors are :func:`read_boxes`'s."""
+    """The images of ``annotations/instances_SPLIT.json`` in its order, or those of ``names``; errors are
+    :func:`read_boxes`'s."""
     file = root / "annotations" / f"instances_{split}.json"
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
     if folder is None:
@@ -158,7 +163,7 @@ def _whole(file: Path, entry: Mapping[str, Any], where: str, key: str) -> int:
 
 
 def _name(file: Path, image: Mapping[str, Any]) -> str:
-    """A file's name inside its folder: a file from afar shall not name others of this machine."""
+    """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{file}: image {image['id']} has the file_name {name!r}, which is no file of the set")

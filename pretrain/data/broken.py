@@ -1,4 +1,4 @@
-"""The account of images that could not be read: counted, listed, and a reason to stop when they are too many."""
+"""The account of images that could not be read: their number and names; too many of them end a run."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,25 +8,25 @@ FILE_NAME = "broken_images.txt"
 
 
 class BrokenFiles:
-    """How many images were read and how many of these reads failed, with the broken images, each once.
+    """The number of reads, of failed reads, and the broken images, each once.
 
-    An image is the line that the loader gives for it: its name and the reason. Every rank keeps its own account of what it
-    read since the last report; the ranks' accounts, exchanged as plain ``state()``, are then added to that of the whole run,
-    the same on every rank. The run's account goes into the checkpoint by ``state()`` too.
+    An image is the line that the loader gives for it: its name and the reason. Every rank keeps its own
+    account since the last report. The ranks exchange these as plain ``state()`` and add them to the account
+    of the run, which is the same on every rank and goes into the checkpoint as ``state()``.
     """
 
     def __init__(self, n_read: int = 0, n_failed: int = 0, files: Iterable[str] = ()) -> None:
         self.n_read, self.n_failed, self.files = n_read, n_failed, set(files)
 
     def record(self, n_read: int, failed: Iterable[str]) -> None:
-        """Count images that were read, and the reads that failed on the way to them (an image counts each time)."""
+        """Count images that were read, and the reads that failed before them (each time)."""
         failed = list(failed)
         self.n_read += n_read
         self.n_failed += len(failed)
         self.files.update(failed)
 
     def add(self, states: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Add other accounts (of all ranks); returns the images that are new to this one, sorted."""
+        """Add the accounts of all ranks; returns the new images, sorted."""
         states = list(states)
         new = sorted({name for state in states for name in state["files"]} - self.files)
         self.n_read += sum(state["n_read"] for state in states)
@@ -35,15 +35,16 @@ class BrokenFiles:
         return new
 
     def share(self) -> float:
-        """Failed reads among all, the good and the failed; 0 before the first."""
+        """Share of failed reads among all; 0 before the first."""
         return self.n_failed / max(1, self.n_read + self.n_failed)
 
     def over(self, share: float, at_least: int = 1000) -> bool:
-        """Whether more than this share of the reads failed, once there were ``at_least`` reads to judge by."""
+        """Whether more than this share of the reads failed, of ``at_least`` reads or more."""
         return self.n_read + self.n_failed >= at_least and self.share() > share
 
     def told(self, most: int = 20) -> list[str]:
-        """Lines for the end of a run: the counts, and the first images by name; none when all could be read."""
+        """Lines for the end of a run: the counts, and the first images by name; empty if all could be
+        read."""
         if not self.files:
             return []
         counts = f"{len(self.files)} broken images; {self.n_failed} of {self.n_read + self.n_failed} reads failed"
@@ -51,11 +52,13 @@ class BrokenFiles:
         return lines if len(self.files) <= most else [*lines, f"  and {len(self.files) - most} more: see {FILE_NAME}"]
 
     def write(self, folder: Path) -> None:
-        """All broken images to ``folder/broken_images.txt``, one a line, sorted; no file where there is none."""
+        """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; no file without
+        any."""
         if self.files:
             path = folder / FILE_NAME
             path.write_text("".join(f"{name}\n" for name in sorted(self.files)), encoding="utf-8", errors="backslashreplace")
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for the other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same account."""
+        """Plain values, for the other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same
+        account."""
         return {"n_read": self.n_read, "n_failed": self.n_failed, "files": sorted(self.files)}

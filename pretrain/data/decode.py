@@ -1,17 +1,18 @@
-"""An encoded image to pixels: uint8 RGB, upright, bounded in size, or :class:`BrokenImage`.
+"""Decode an image to pixels: uint8 RGB, upright, bounded in size; or raise :class:`BrokenImage`.
 
-JPEG, PNG (APNG), WebP, BMP and GIF, told by their content, never by a name; of several frames, the first. Grayscale, palette and
-CMYK become RGB, transparency is dropped (the colors below it are kept) and color profiles are ignored, all as PIL converts.
-16-bit grayscale is scaled to 8 bits; of 16-bit RGB the high byte is taken. TIFF is left out: its decoder writes what it does not
-like to stderr.
+Formats are JPEG, PNG (APNG), WebP, BMP and GIF, recognized by their content, never by a name. Only the first
+frame is decoded. Grayscale, palette and CMYK become RGB, transparency is dropped (the colors below it stay)
+and color profiles are ignored, as PIL converts. 16-bit grayscale is scaled to 8 bits; 16-bit RGB keeps the
+high byte. TIFF is left out, because its decoder complains on stderr.
 
-Memory: a header that declares more than ``max_mpx`` is refused before a pixel is decoded, and the parts of a file that expand
-(text, profiles) are bounded by PIL, as is WebP at 179 million pixels. Decoding takes at most about 14 bytes a pixel.
+Memory: a header that declares more than ``max_mpx`` is refused before a pixel is decoded, and the parts of a
+file that expand (text, profiles) are bounded by PIL, as is WebP at 179 million pixels. Decoding takes at most
+about 14 bytes a pixel.
 
-Broken means what it means to PIL, and two things more: a PNG with a wrong checksum, and a JPEG of one scan whose coded data
-ends before the image (a decoder fills the rest with gray and says nothing). Other changed bytes of a JPEG or WebP cannot be
-told from an image. ``simplejpeg``, where it is installed, decodes whole plain JPEGs 1.5 times as fast, to the same pixels; PIL
-judges all others, so that what is broken does not depend on it.
+An image is broken if PIL says so, if it is a PNG with a wrong checksum, or if it is a JPEG of one scan whose
+coded data ends before the image (decoders silently fill the rest with gray). Other changed bytes of a JPEG or
+WebP cannot be detected. ``simplejpeg``, if it is installed, decodes whole plain JPEGs 1.5 times as fast, to
+the same pixels. PIL judges all others, so that what counts as broken does not depend on it.
 """
 
 import io
@@ -42,12 +43,13 @@ MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; encoders 
 MAX_SIDE_PX = 2**24  # from twice this on a row is too long for PIL, which then says that there is no memory
 FILLER = bytes(16)  # what a Huffman decoder may look ahead
 
-# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines from the workers of a run.
+# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines from the workers of
+# a run.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenImage(Exception):
-    """The file is no image that can be read; ``args[0]`` says why, in one line."""
+    """The file is not a readable image; ``args[0]`` says why, in one line."""
 
 
 def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndarray:
@@ -55,13 +57,13 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
 
     Args:
         data: the content of an image file.
-        max_side_px: an image with a longer side is scaled down to it (antialiased bicubic), a JPEG of at least
-            twice that size by its DCT first; 0: never.
+        max_side_px: an image with a longer side is scaled down to it (antialiased bicubic), a JPEG of at
+            least twice that size by its DCT first; 0: never.
         max_mpx: million pixels from which an image counts as broken.
 
     Raises:
-        BrokenImage: whatever is wrong with the file.
-        MemoryError: the machine is short of memory for a file of an allowed size, which says nothing of the file.
+        BrokenImage: anything is wrong with the file.
+        MemoryError: the machine lacks memory for a file of an allowed size; the file may be fine.
     """
     image = None
     try:
@@ -77,7 +79,7 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
 
 
 def _open(data: bytes, max_mpx: float) -> ImageFile.ImageFile:
-    """The header of an image whose size is allowed; no pixel is decoded."""
+    """Read the header and check the size; no pixel is decoded."""
     image = next((open_as(io.BytesIO(data)) for magic, open_as in FORMATS if magic.match(data)), None)
     if image is None:
         raise BrokenImage("empty file" if not data else "no JPEG, PNG, WebP, BMP or GIF")
@@ -128,15 +130,17 @@ def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px:
 
 
 def _is_filled(pixel: np.ndarray) -> bool:
-    """Whether the last pixel may be the gray of missing data: its luma; the color may come from the block before it."""
+    """Whether the luma of the last pixel may be the gray of missing data; its color may come from the block
+    before."""
     return bool(abs(pixel @ [0.299, 0.587, 0.114] - 128) < 2)
 
 
 def _ends_early(data: bytes, n_components: int) -> bool:
-    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error) before the image.
+    """Whether the coded data of a JPEG of one scan ends (with a marker: the file's end alone is PIL's error)
+    before the image.
 
-    For an image that ends in gray, as libjpeg fills what is missing: the JPEG is decoded again without what follows its
-    coded data, so that a decoder which needs more has to say so.
+    This is for an image that ends in gray, with which libjpeg fills missing data. The JPEG is decoded again
+    without what follows its coded data, so that a decoder which needs more reports it.
     """
     at, marker, restarts = 2, 0, False
     while marker != 0xDA:  # to the start of the scan, segment by segment
@@ -159,7 +163,7 @@ def _ends_early(data: bytes, n_components: int) -> bool:
 
 
 def check_png(data: bytes) -> None:
-    """Compare the checksums of all chunks up to the last one with pixels; PIL leaves those of the pixels out.
+    """Check the checksums of all chunks up to the end; PIL does not check those of the pixels.
 
     Raises:
         BrokenImage: says where it is cut off or wrong.
@@ -188,7 +192,7 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
 
 
 def _upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:
-    """Turned and mirrored as EXIF's orientation asks; a damaged EXIF block asks for nothing."""
+    """Turned and mirrored by EXIF's orientation; a damaged EXIF block is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # as in `decode`

@@ -1,4 +1,4 @@
-"""A few images of a set, all in memory, as probes and analyses look at them: whole, each time the same ones."""
+"""A few whole images of a set in memory, for probes and analyses: the same ones each time."""
 
 import hashlib
 import os
@@ -20,8 +20,8 @@ from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
-MAX_PATCHES = 16_384  # of one image: an N x N matrix of them takes 1 GiB
-READ_AHEAD = 64  # images that are held at a time, encoded or as what was made of them
+MAX_PATCHES = 16_384  # of one image: an N x N matrix takes 1 GiB
+READ_AHEAD = 64  # images in memory at a time, encoded or processed
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -32,9 +32,9 @@ class Images(Generic[Made]):
     """The images that could be read.
 
     Attributes:
-        names: n names.
-        pixels: n of what was made of them.
-        broken: those that could not be read, with the reason.
+        names: of n images.
+        pixels: what was made of each.
+        broken: images that could not be read, with the reason.
     """
 
     names: list[str]
@@ -46,10 +46,10 @@ def read_images(data: DataSettings, most: int, make: Callable[[np.ndarray], Made
     """At most ``most`` images of ``data.root``, at equal steps from the first.
 
     Args:
-        make: of the pixels of one, uint8 [H, W, 3], what is kept of it; called in threads.
+        make: pixels of one image, uint8 [H, W, 3] -> what to keep of it; called in threads.
 
     Raises:
-        UserError: a bad source (by its own key), or no image that can be read.
+        UserError: the source is bad (names its key); no image can be read.
     """
     source = open_source(data)
 
@@ -98,7 +98,7 @@ def square(pixels: np.ndarray, side_px: int, crop: bool) -> Tensor:
 
     Args:
         pixels: uint8 [H, W, 3].
-        crop: the central square of the image; else all of it, squeezed.
+        crop: take the central square; else squeeze the whole image.
     """
     height, width = pixels.shape[:2]
     if crop:
@@ -115,11 +115,11 @@ def resized(pixels: np.ndarray, size_px: tuple[int, int]) -> Tensor:
 
 
 def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
-    """An image as uint8 [3, H, W], its aspect kept but for rounding both sides to whole patches; antialiased bicubic.
+    """An image as uint8 [3, H, W] in its aspect, both sides rounded to whole patches; antialiased bicubic.
 
     Args:
         pixels: uint8 [h, w, 3].
-        short_px: about its shorter side.
+        short_px: the shorter side, before rounding.
 
     Raises:
         UserError: more than ``MAX_PATCHES`` patches.
@@ -131,14 +131,15 @@ def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
 
 
 def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
-    """(rows, columns), unless they are more than ``MAX_PATCHES``: a UserError that says ``what`` has them."""
+    """(rows, columns). Raises UserError, which names ``what``, if they are more than ``MAX_PATCHES``."""
     if rows * columns > MAX_PATCHES:
         raise UserError(f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size")
     return rows, columns
 
 
 def content_hash(images: Tensor) -> str:
-    """12 hex digits of the SHA-256 of uint8 pixels on the CPU: whether two analyses saw the same ones."""
+    """12 hex digits of the SHA-256 of uint8 pixels on the CPU: tells whether two analyses saw the same
+    pixels."""
     return hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:12]
 
 
@@ -149,7 +150,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
-    """``function`` of each item, in order, ``READ_AHEAD`` of them at a time, whatever the caller does meanwhile."""
+    """``function`` of each item, in order; threads work up to ``READ_AHEAD`` items ahead of the caller."""
     items = iter(items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(items, READ_AHEAD))

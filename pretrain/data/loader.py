@@ -1,7 +1,9 @@
-"""From image files to batches. All randomness is drawn from (seed, stream, sample index): no worker, rank or resume can change it.
+"""From image files to batches. All random numbers are drawn from (seed, stream, sample index): no worker,
+rank or resume changes them.
 
-Two data paths, chosen by ``data.path``: ``cpu`` makes the crops in the workers, ``device`` lets them decode and draw only and
-makes the crops beside the step, when the batch is moved there (:mod:`pretrain.views.device_pixels`). Both read the same draws.
+``data.path`` chooses one of two data paths. ``cpu`` makes the crops in the workers. With ``device`` the
+workers only decode and draw; the crops are made when the batch moves to the device
+(:mod:`pretrain.views.device_pixels`). Both use the same draws.
 """
 
 import math
@@ -29,21 +31,21 @@ from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.pixels import Pixels, render
 
 MAX_TRIES = 16  # unreadable images in a row before a run gives up
-DEVICE_SIDE_PX = 512  # longest side on the device path, where `data.max_side_px` is 0: a canvas is as large as its largest image
-CANVAS_STEP_PX = 32  # canvases come in few sizes, so that the device's memory is found again
+DEVICE_SIDE_PX = 512  # longest side on the device path if `data.max_side_px` is 0: the largest image sets the canvas
+CANVAS_STEP_PX = 32  # few sizes of canvases, so that the device's memory is reused
 
-PLAIN = PositionSettings(encoding="standard", augment=False)  # of a method that reads no positions
+PLAIN = PositionSettings(encoding="standard", augment=False)  # for a method that reads no positions
 
-AnyBatch = Batch | CanvasBatch  # of either, `to(device, dtype)` gives the Batch that a step sees
+AnyBatch = Batch | CanvasBatch  # `to(device, dtype)` of either gives the Batch of a step
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image; on the device path all that is known before its batch is put together."""
+    """One decoded image, for the device path."""
 
     sample_index: int
     image: Pixels  # [H, W, 3] uint8
-    broken: tuple[str, ...]  # images that could not be read on the way to this one, with the reason
+    broken: tuple[str, ...]  # images that could not be read before this one, with the reason
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Sample:
 
 
 def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colors]:
-    """Views and colors of some samples of the run, [B, V]; ``sizes_px`` is [B, 2], height and width."""
+    """Views and colors of some samples of the run, [B, V]. ``sizes_px`` is [B, 2], height and width."""
     rngs = [generator(seed, VIEWS, i) for i in sample_indices]
     views = draw_views(sizes_px, rules.crops, rules.positions or PLAIN, rngs, rules.tied)
     rngs = [generator(seed, COLORS, i) for i in sample_indices]
@@ -66,11 +68,11 @@ def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
-    """What a worker makes of a sample; an unreadable image is replaced by one that is drawn.
+    """What a worker makes of a sample. A random image replaces one that cannot be read.
 
     Args:
         source: encoded images by index.
-        batch_size: over all ranks; with the seed it gives the order.
+        batch_size: over all ranks; with the seed it determines the order.
         max_side_px, max_mpx: those of :func:`pretrain.data.decode.decode`.
         on_device: leave the crops to the training device: items are :class:`Decoded`, else :class:`Sample`.
     """
@@ -98,14 +100,14 @@ class ViewsDataset(Dataset[Sample | Decoded]):
         return Decoded(sample_index, image, broken) if self.on_device else self.sample(sample_index, image, broken)
 
     def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
-        """The views of a sample, made here."""
+        """The views of a sample, made in this process."""
         rules = self.rules
         views, colors = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
         crops = render(image, views, colors, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px)
         return Sample(sample_index, *crops, views, broken)
 
     def read(self, sample_index: int) -> tuple[Pixels, tuple[str, ...]]:
-        """The image of a sample, uint8 [H, W, 3], and the images that could not be read on the way to it.
+        """The image of a sample, uint8 [H, W, 3], and the images that could not be read before it.
 
         Raises:
             UserError: too many unreadable images in a row.
@@ -125,7 +127,7 @@ class ViewsDataset(Dataset[Sample | Decoded]):
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a batch; draws the masks of the batch's iteration."""
+    """Make a batch of samples, and draw the masks of its iteration."""
 
     rules: ViewSettings
     batch_size: int  # over all ranks
@@ -139,7 +141,7 @@ class Collate:
         return batch, broken
 
     def crops(self, samples: Sequence[Sample]) -> Batch:
-        """Of crops that the worker made."""
+        """A batch of crops that the worker made."""
         boxes, flips, positions = (
             torch.cat([getattr(s.views, name) for s in samples]) for name in ("boxes", "flips", "position_boxes")
         )
@@ -151,7 +153,7 @@ class Collate:
         )
 
     def canvas(self, images: Sequence[Decoded]) -> CanvasBatch:
-        """Of images whose crops the training device will make."""
+        """A batch of images whose crops the training device will make."""
         rules = self.rules
         canvas, sizes_px = lay_out([item.image for item in images])
         views, colors = draw(rules, self.seed, [item.sample_index for item in images], sizes_px)
@@ -160,7 +162,7 @@ class Collate:
         return CanvasBatch(canvas, sizes, views, colors, self.masks(images), rules.color, *sides_px)
 
     def masks(self, items: Sequence[Sample | Decoded]) -> Masks | None:
-        """The items' rows of their iteration's masks; ``None`` for a method that masks nothing."""
+        """The rows of these items in the masks of their iteration; ``None`` for a method without masks."""
         rules = self.rules
         if rules.masks is None:
             return None
@@ -170,7 +172,7 @@ class Collate:
 
 
 def view_major(crops: Sequence[Tensor]) -> Tensor:
-    """The crops [V, 3, S, S] of each image as [V * B, 3, S, S], all first views, then all second ones; channels last in memory."""
+    """The crops [V, 3, S, S] of each image as [V * B, 3, S, S], view by view; channels last in memory."""
     (n_views, _, size, _), n_images = crops[0].shape, len(crops)
     pixels = batch_memory(n_views, n_images, size, size, 3)
     for image, views in enumerate(crops):
@@ -179,7 +181,8 @@ def view_major(crops: Sequence[Tensor]) -> Tensor:
 
 
 def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
-    """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], and their sizes [B, 2]. The rest of the canvas is undefined."""
+    """Images [h, w, 3] on one canvas, uint8 [B, H, W, 3], and their sizes [B, 2]. The rest of the canvas is
+    undefined."""
     sizes_px = np.array([image.shape[:2] for image in images], np.float64)
     height, width = (int(-(-side // CANVAS_STEP_PX) * CANVAS_STEP_PX) for side in sizes_px.max(0))
     canvas = batch_memory(len(images), height, width, 3)
@@ -189,9 +192,11 @@ def lay_out(images: Sequence[Pixels]) -> tuple[Tensor, NDArray[np.float64]]:
 
 
 def batch_memory(*shape: int) -> Tensor:
-    """Undefined uint8 [shape] for a batch: in a worker memory that is shared with the trainer, or it would be copied there later.
+    """Undefined uint8 [shape] for a batch. A worker allocates memory that is shared with the trainer, which
+    saves a copy.
 
-    Never NumPy's: for large arrays that asks the system for large pages, and to find these took longer than decoding.
+    It is never NumPy's memory: NumPy requests large pages for large arrays, and finding them took longer than
+    decoding.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
@@ -200,7 +205,8 @@ def batch_memory(*shape: int) -> Tensor:
 
 
 def build_dataset(config: Any) -> ViewsDataset:
-    """The images and views of a run's settings (a method's ``Settings``). ``data.path=auto`` is the device path on CUDA."""
+    """The images and views of a run, from a method's ``Settings``. ``data.path=auto`` is the device path on
+    CUDA."""
     data, path = config.data, config.data.path
     on_device = path == "device" or path == "auto" and choose_device(config.run.device).type == "cuda"
     return ViewsDataset(
@@ -215,10 +221,11 @@ def build_dataset(config: Any) -> ViewsDataset:
 
 
 def build_loader(config: Any, dataset: ViewsDataset, start_iter: int, end_iter: int, pin_memory: bool = False) -> DataLoader:
-    """Batches (each with the images that could not be read) of this rank, from an iteration to the end of the run.
+    """This rank's batches, each with the images that could not be read, from an iteration to the end of the
+    run.
 
-    With ``step.accumulate`` = A, an iteration comes as A batches, one after the other: equal parts of the rank's share, with their
-    rows of the iteration's masks.
+    With ``step.accumulate`` = A, an iteration is A consecutive batches: equal parts of the rank's share, with
+    their rows of the iteration's masks.
     """
     batch_size, n_ranks, n_micro_batches = config.optim.batch_size, distributed.world_size(), config.step.accumulate
     if batch_size % n_ranks:
@@ -238,9 +245,10 @@ def build_loader(config: Any, dataset: ViewsDataset, start_iter: int, end_iter: 
 
 
 def _worker(number: int) -> None:
-    """Workers share the cores by being many, not by having threads each."""
+    """There are many workers, so each has one thread."""
     for signal_ in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        # Often sent to a whole group of processes: the training decides when to stop, and a worker that died would take it along.
+        # Often sent to all processes of a group. The training decides when to stop; the death of a worker
+        # would end it.
         signal.signal(signal_, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -250,7 +258,8 @@ def _worker(number: int) -> None:
 def keep_memory() -> None:
     """Let the C library keep freed memory of up to 64 MB for the next images.
 
-    glibc gives it back to the system after each image, and faulting it in again costs a fifth of decoding. Its limit becomes twice
-    the largest block that was ever freed, up to blocks of 32 MB; other systems' libraries are indifferent to this.
+    glibc returns it to the system after each image, and faulting it in again costs a fifth of decoding. Its
+    limit becomes twice the largest block that was ever freed, up to blocks of 32 MB. Other C libraries ignore
+    this.
     """
     np.empty(31 << 20, np.uint8)  # freed at once

@@ -1,7 +1,8 @@
-"""The order of the images: a pure function of the seed, so that a run resumes at any iteration with any number of workers.
+"""The order of the images, a pure function of the seed: a run resumes at any iteration with any number of
+workers.
 
-A *sample index* is the place of a sample in the whole run: iteration * batch size + place in the batch. Epochs are permutations;
-the samples that do not fill a batch at an epoch's end are left for later epochs.
+A *sample index* is the position of a sample in the whole run: iteration * batch size + position in the batch.
+Each epoch is a permutation; samples that do not fill a batch at its end are left for later epochs.
 """
 
 from collections.abc import Iterator
@@ -9,16 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, kept apart by the second word of their seed
+ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, separated by the second word of their seed
 
 
 def generator(seed: int, stream: int, sample_index: int) -> np.random.Generator:
-    """The random numbers of one stream for one sample; a counter-based generator, which costs little to make."""
+    """The random numbers of one stream for one sample; a counter-based generator is cheap to create."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, sample_index, 0]))
 
 
 class Order:
-    """Which image a sample is.
+    """Maps a sample to its image.
 
     Args:
         n_images: size of the data set.
@@ -42,13 +43,13 @@ class Order:
 
 
 class SampleIndices(Sampler[list[int]]):
-    """Sample indices of one rank's share of every batch, from an iteration to the end.
+    """Sample indices of one rank's share of every batch, from an iteration to the last one.
 
     Args:
-        start_iter, end_iter: iterations, the end excluded.
+        start_iter, end_iter: iterations; the end is excluded.
         batch_size: over all ranks.
         rank, world_size: rank r takes the r-th slice of each batch.
-        n_micro_batches: equal parts in which the share of an iteration comes, one after the other.
+        n_micro_batches: equal consecutive parts of the share of an iteration.
     """
 
     def __init__(

@@ -1,8 +1,10 @@
-"""The demo's images: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as data sets).
+"""The demo's images: textured shapes composed on photographs (:mod:`pretrain.data.toy_sets` writes them as
+data sets).
 
-The photographs lie inside the installed packages scikit-image and scikit-learn and are read by path (nothing is
-imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out: validation images
-are made of these alone, background and surfaces of objects alike; the training and pre-training images never use them.
+The photographs lie inside the installed packages scikit-image and scikit-learn and are read by path (nothing
+is imported from them or downloaded). ``chelsea``, ``flower``, ``camera`` and ``brick`` are held out:
+validation images are made of these alone, background and surfaces of objects alike; the training and
+pre-training images never use them.
 """
 
 import importlib.util
@@ -17,7 +19,8 @@ from pretrain.errors import UserError
 
 SPLITS = ("pretrain", "train", "val")
 
-# A shape is one or two outlines: the distances of its corners from the center, at equal angles. Two outlines: a hole.
+# A shape is one or two outlines: the distances of its corners from the center, at equal angles. Two outlines:
+# a hole.
 SHAPES = {
     "disc": [[1.0] * 64],
     "square": [[1.0] * 4],
@@ -97,7 +100,8 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _crop(random: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly recolored."""
+    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly
+    recolored."""
     photograph = _photograph(name)
     scale = min(photograph.shape[0] / height, photograph.shape[1] / width) * random.uniform(0.4, 1.0)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -163,7 +167,8 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
 
 
 def _surface(random: np.random.Generator, item: _Object, names: list[str], light: float) -> tuple[np.ndarray, str]:
-    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind it."""
+    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind
+    it."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
     name = str(random.choice(names))
     height, width = item.alpha.shape

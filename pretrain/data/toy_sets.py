@@ -1,9 +1,9 @@
 """The demo's data in the layouts of COCO, ADE20K and an image folder.
 
-Masks are stored as polygons along the pixel borders, in whole pixels. This is the one form of COCO that is exact
-everywhere: pycocotools fills precisely the mask's pixels, and loaders that accept polygons alone (Detectron2's
-default) work too. ``segmentation`` is a union of polygons and cannot express a hole, so a mask with a hole is cut
-through the hole into pieces without one.
+Masks are stored as polygons along the pixel borders, in whole pixels. This is the one form of COCO that is
+exact everywhere: pycocotools fills precisely the mask's pixels, and loaders that accept polygons alone
+(Detectron2's default) work too. ``segmentation`` is a union of polygons and cannot express a hole, so a mask
+with a hole is cut through the hole into pieces without one.
 """
 
 import importlib.metadata
@@ -29,8 +29,9 @@ JPEG_QUALITY = 90
 def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
     """A mask [H, W] bool as COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` that decode to exactly this mask.
 
-    One polygon for each part that is 4-connected and has a 4-connected outside, which makes it free of holes and of
-    points where it touches itself (Detectron2's cropping of polygons would fill the hole of a self-touching one).
+    One polygon for each part that is 4-connected and has a 4-connected outside, which makes it free of holes
+    and of points where it touches itself (Detectron2's cropping of polygons would fill the hole of a
+    self-touching one).
     """
     n, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     polygons = []
@@ -89,11 +90,11 @@ def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 24
                    size_px: int = 160, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Write ``folder/{images,coco,ade,toy.json}`` and return toy.json's content, with ``written`` added.
 
-    ``written`` is False when the folder already held the data of these arguments and was left as it is. toy.json
-    comes last: without it a folder is unfinished and is begun anew.
+    ``written`` is False when the folder already held the data of these arguments and was left as it is.
+    toy.json comes last: without it a folder is unfinished and is begun anew.
 
-    Raises :class:`UserError` for a folder with data of other arguments (unless ``overwrite``) or with folders of
-    these names that are not ours (always), for a negative number, and for ``size_px`` below 64.
+    Raises :class:`UserError` for a folder with data of other arguments (unless ``overwrite``) or with folders
+    of these names that are not ours (always), for a negative number, and for ``size_px`` below 64.
     """
     request = {"generator": GENERATOR_VERSION, "n_images": n_images, "n_train": n_train, "n_val": n_val,
                "size_px": size_px, "seed": seed}  # fmt: skip

@@ -1,4 +1,4 @@
-"""A backbone as a file for others: programs that need none of our code, and the formats of other libraries."""
+"""Export a backbone: as a program that needs none of our code, or in the format of another library."""
 
 from pretrain.export.card import model_card
 from pretrain.export.checked import FORMATS, TOLERANCE, export, largest_difference

@@ -1,4 +1,4 @@
-"""A model card in Hugging Face's format: what is known of a backbone, and nothing else. What is not known is said to be unknown."""
+"""A model card in Hugging Face's format. It says what is known of a backbone, and "unknown" for the rest."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -49,10 +49,10 @@ TOLD = {
 
 
 def results_of(paths: Iterable[str | Path], hashes: set[str]) -> list[Result]:
-    """The results under ``paths`` that were measured with the weights of one of ``hashes``; others are not the card's to tell.
+    """The results under ``paths`` that were measured with weights of one of ``hashes``.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such result.
     """
     found = [read_result(path) for path in find_results(paths)]
     own = [result for result in found if result.weights_hash in hashes]
@@ -76,9 +76,9 @@ def model_card(
 
     Args:
         format, size, difference: those of :func:`pretrain.export.export`, and what it returned.
-        file: the name under which the reader has the file or folder.
-        file_hash: of the weights that were exported (:func:`pretrain.results.file_hash`).
-        provenance: what those weights say of themselves.
+        file: the name of the file or folder that the reader has.
+        file_hash: of the exported weights (:func:`pretrain.results.file_hash`).
+        provenance: what those weights say about themselves.
         results: measured with them; see :func:`results_of`.
     """
     told, usage = dict(provenance or {}), FORMATS[format].use(vit, size, file)
@@ -158,7 +158,7 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
         if told.get(key) is not None and told[key] != file_hash:
             rows.append((label, str(told[key])))
     start = told.get("started_from")
-    if isinstance(start, Mapping):  # a continued or post-trained one: method, epochs and data above are of its last training
+    if isinstance(start, Mapping):  # continued or post-trained: method, epochs and data above are those of its last training
         epochs = start.get("effective_epochs")
         trained = f", {epochs_text(epochs)} effective epochs" if isinstance(epochs, int | float) else ""
         rows.append(
@@ -168,7 +168,7 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
 
 
 def _results(results: Sequence[Result]) -> list[str]:
-    """The tables that every other place shows: a run that was scaled down says so in them."""
+    """The same tables as everywhere else. They mark a run that was scaled down."""
     tables = [segmentation_table(results), dense_table(results, []), posttraining_table(results), pretraining_table(results)]
     comparison = comparison_table(results, published=[], table="all")
     if comparison.records:

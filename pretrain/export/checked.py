@@ -1,4 +1,5 @@
-"""Any format: written beside its place, read again by the library it is for, held against the network, and only then kept."""
+"""Export in any format: write beside the target, read the file back with its library, compare with the
+network, then keep it."""
 
 import os
 import shutil
@@ -18,18 +19,18 @@ from pretrain.export.safetensors import export_safetensors, use_safetensors
 from pretrain.export.timm import export_timm, use_timm
 from pretrain.export.torchvision import export_torchvision, use_torchvision
 
-TOLERANCE = 1e-4  # of the largest value of an output
-CHECKED_BATCHES = (1, 3)  # neither is the batch of the example that is traced
+TOLERANCE = 1e-4  # relative to the largest value of an output
+CHECKED_BATCHES = (1, 3)  # not the batch size of the traced example
 FOLDER_FILES = {"config.json", TENSORS, "preprocessor_config.json", "README.md"}  # all that an export ever leaves
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """An export format.
 
     Attributes:
-        suffix: of its file; empty where it is a folder.
-        write: writes it, reads it again and gives what runs it.
+        suffix: of its file; empty if the format is a folder.
+        write: writes it, reads it back and returns a function that runs it.
         use: (vit, size, path) -> how to load it.
     """
 
@@ -56,23 +57,24 @@ def export(
     provenance: Mapping[str, Any] | None = None,
     card: Callable[[float], str] | None = None,
 ) -> float:
-    """Write a backbone in a format and hold what was written against it.
+    """Write a backbone in a format, and compare the written file with the backbone.
 
     Args:
-        vit: on the CPU, in float32; goes into evaluation mode.
+        vit: on the CPU, in float32; it is set to evaluation mode.
         format: a key of :data:`FORMATS`.
-        size: height, width in pixels of the images that the file will take; any number at a time.
-        path: the file or folder, replaced in one step.
-        provenance: JSON values that travel inside: method, effective epochs, ...
-        card: the difference -> the text of ``README.md``, where the format is a folder.
+        size: height, width in pixels of the images that the file will take, in batches of any size.
+        path: the file or folder; it is replaced atomically.
+        provenance: JSON values that the file will contain: method, effective epochs, ...
+        card: the difference -> the text of ``README.md``, if the format is a folder.
 
     Returns:
-        the largest difference between an output of the file and of ``vit`` on noise, as a share of the output's largest value.
+        the largest difference between outputs of the file and of ``vit`` on noise, relative to the output's
+        largest value.
 
     Raises:
-        UserError: a format that does not exist, a size without a pixel, another suffix, a missing package, a folder of other files;
-            what the format cannot express, by name.
-        RuntimeError: the file does not do what the network does.
+        UserError: an unknown format, a size without a pixel, a wrong suffix, a missing package, a folder with
+            other files in it; names what the format cannot express.
+        RuntimeError: the file computes something else than the network.
     """
     path = Path(path)
     written = _checked_target(format, size, path)
@@ -94,8 +96,12 @@ def export(
 
 @torch.no_grad()
 def largest_difference(vit: ViT, run: Run, size: Size) -> float:
-    """Over all outputs, batches of :data:`CHECKED_BATCHES` images of noise, and elements; in terms of an output's largest value,
-    as rounding is: a norm's weights may be far from 1."""
+    """The largest difference over all outputs and elements, for batches of :data:`CHECKED_BATCHES` images of
+    noise.
+
+    It is relative to an output's largest value, as rounding errors are: the weights of a norm may be far from
+    1.
+    """
     generator, differences = torch.Generator().manual_seed(0), []
     for batch in CHECKED_BATCHES:
         image = torch.randn(batch, 3, *size, generator=generator)
@@ -105,7 +111,7 @@ def largest_difference(vit: ViT, run: Run, size: Size) -> float:
 
 
 def _checked_target(format: str, size: Size, path: Path) -> Format:
-    """The format, if it may be written there."""
+    """The format, if it can be written there."""
     if format not in FORMATS:
         raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}")
     wanted = FORMATS[format]
@@ -128,7 +134,7 @@ def _checked_target(format: str, size: Size, path: Path) -> Format:
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Put a file or folder in its place; a folder that stands there steps aside first."""
+    """Move a file or folder to its place; an existing folder is moved aside first and removed last."""
     old = path.with_name(f".replaced-{path.name}")
     _remove(old)  # of a run that was killed
     if path.is_dir():

@@ -1,4 +1,5 @@
-"""Any supported file of weights as one of ours: ``backbone.safetensors``, with every build flag and its origin in the metadata."""
+"""Convert any supported file of weights to ours: ``backbone.safetensors``, with all arguments and the origin
+in the metadata."""
 
 import math
 from collections.abc import Mapping
@@ -21,13 +22,14 @@ def build_whole(
     subnet: str | None = None,
     patch_size: int | None = None,
 ) -> tuple[ViT, dict[str, Any]]:
-    """The network of any supported weights, with its mask tokens if it has any, and what the file says of itself.
+    """The network of any supported weights, with its mask tokens if it has any, and its provenance.
 
     Args:
-        name, source, subnet, patch_size: those of :func:`pretrain.build.build_backbone`; none: as the file says.
+        name, source, subnet, patch_size: those of :func:`pretrain.build.build_backbone`; None: as the file
+            says.
 
     Returns:
-        the ViT, and its provenance, with the hash of the file (of a converted file: the original's).
+        the ViT, and its provenance with the hash of the file (for a converted file: of the original).
 
     Raises:
         UserError: all that :func:`pretrain.build.build_backbone` raises.
@@ -46,10 +48,10 @@ def build_whole(
 
 
 def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> Path:
-    """A network as a file of ours, replaced in one step.
+    """Write a network as a file of ours, replaced atomically.
 
     Raises:
-        UserError: an output of another suffix; a width that no registered backbone has.
+        UserError: the output has another suffix; no registered backbone has this width.
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
@@ -64,11 +66,11 @@ def convert(
     effective_epochs: float | None = None,
     **asked: Any,
 ) -> Path:
-    """Write ``weights`` as a file that every part of posfield reads without being told what it is.
+    """Write ``weights`` as a file that every part of posfield reads without further arguments.
 
     Args:
-        output: ``*.safetensors``, replaced in one step.
-        method, effective_epochs: what tables write of it; none: what the source says.
+        output: ``*.safetensors``; it is replaced atomically.
+        method, effective_epochs: for tables; None: what the source says.
         asked: ``name``, ``source``, ``subnet``, ``patch_size``, see :func:`build_whole`.
 
     Raises:
@@ -79,10 +81,10 @@ def convert(
 
 
 def given(method: str | None, effective_epochs: float | None) -> dict[str, Any]:
-    """What is to be told instead of the file's own, by the names of its provenance.
+    """The entries that replace those of the file's provenance.
 
     Raises:
-        UserError: epochs that are no positive number.
+        UserError: the epochs are not a positive number.
     """
     if effective_epochs is not None and not 0 < effective_epochs < math.inf:
         raise UserError(f"effective_epochs: {effective_epochs} is no positive number")

@@ -1,4 +1,4 @@
-"""A backbone at one image size, and what the formats share: its plain tensors there, and how a format gives what it wrote."""
+"""A backbone at one image size, and what the formats share: its plain tensors, outputs and names."""
 
 import importlib.util
 import json
@@ -20,20 +20,20 @@ from pretrain.weights.layout import registry_name
 Size = tuple[int, int]  # height, width in pixels
 Outputs = dict[str, Tensor]
 Run = Callable[[Tensor], Outputs]
-Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]  # (vit, size, path, provenance) -> what runs the written file
+Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]  # (vit, size, path, provenance) -> a function that runs the file
 
 TENSORS = "model.safetensors"  # in a folder
-NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")  # ours alone, or of another grid
+NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")  # only our ViT has them, or their grid is another
 
 
 @dataclass(frozen=True)
 class Usage:
-    """How to use what was written.
+    """How to use an exported file.
 
     Attributes:
-        library: as Hugging Face's hub names it.
+        library: its name on Hugging Face's hub.
         code: Python that loads the file at ``path`` and computes features from ``image`` [B, 3, H, W].
-        notes: what the export changed, and what the reader has to know.
+        notes: what the export changed, and what else the reader has to know.
     """
 
     library: str
@@ -42,11 +42,12 @@ class Usage:
 
 
 class FixedSizeViT(nn.Module):
-    """A ViT at one image size: positions, [CLS] and registers are constants of it, and nothing is resampled when it runs.
+    """A ViT at one image size. Positions, [CLS] and registers are constants; nothing is resampled when it
+    runs.
 
     Args:
         vit: the network; its weights are shared.
-        size: height, width in pixels; bottom and right are padded to whole patches inside, as the ViT does.
+        size: height, width in pixels; as in the ViT, bottom and right are padded to whole patches.
     """
 
     prefix: Tensor  # [1, S, D]
@@ -73,16 +74,17 @@ class FixedSizeViT(nn.Module):
 
 
 def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
-    """``feature_map`` [B, D, h, w], ``cls`` [B, D], ``registers`` [B, R, D] if any; ``cls``: a library's own, if it gives one."""
+    """``feature_map`` [B, D, h, w], ``cls`` [B, D] and, if any, ``registers`` [B, R, D]. ``cls`` replaces
+    that of the tokens."""
     outputs = {"feature_map": tokens.patches.transpose(1, 2).unflatten(2, grid), "cls": tokens.cls if cls is None else cls}
     return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
 def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
-    """The grid of patches (h, w) of a size; other libraries do not pad.
+    """The grid of patches (h, w) of a size. Other libraries do not pad.
 
     Raises:
-        UserError: a side is no multiple of the patch.
+        UserError: a side is not a multiple of the patch.
     """
     if any(side % vit.patch_size for side in size):
         raise UserError(
@@ -93,10 +95,11 @@ def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
 
 @torch.no_grad()
 def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
-    """The tensors under timm's names, with the positions of one size as an ordinary ``pos_embed`` [1, (1 +) h * w, D].
+    """The tensors under timm's names, with the positions at one size as an ordinary ``pos_embed`` [1, (1 +) h
+    * w, D].
 
-    [CLS], if there is one, has the first row. A network without positions gets zeros, which change nothing at any size. The tokens
-    of masked patches are left out.
+    The first row is that of [CLS], if there is one. A network without positions gets zeros, which change
+    nothing at any size. Mask tokens are left out.
 
     Raises:
         UserError: see :func:`whole_patches`.
@@ -110,11 +113,11 @@ def plain_state(vit: ViT, size: Size) -> dict[str, Tensor]:
 
 
 def renamed(key: str, outside: Mapping[str, str], layer: str, inside: Mapping[str, str]) -> str:
-    """One of timm's names as another library's.
+    """One of timm's names in another library.
 
     Args:
-        outside: names of tensors and modules beside the blocks.
-        layer: what stands before the number of a block.
+        outside: names of tensors and modules outside the blocks.
+        layer: what precedes the number of a block.
         inside: names of modules in a block, with what separates them from ``weight`` and ``bias``.
     """
     if key in outside:
@@ -127,7 +130,7 @@ def renamed(key: str, outside: Mapping[str, str], layer: str, inside: Mapping[st
 
 
 def registered_name(vit: ViT) -> str:
-    """The registry name that a file of ours says.
+    """The registry name for the metadata of our own file.
 
     Raises:
         UserError: no registered backbone has this width.
@@ -160,18 +163,18 @@ def require(format: str, *packages: str) -> None:
 
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
-    """What a user of a file must know, as JSON: it travels inside."""
+    """What a user of the file must know, as JSON for its metadata."""
     told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1", "backbone": vit.model_kwargs}
     return json.dumps({**told, "provenance": dict(provenance)}, sort_keys=True)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
-    """A safetensors file; ``format`` "pt" is what other libraries look for."""
+    """Write a safetensors file. Other libraries look for the ``format`` "pt"."""
     path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata}))
 
 
 def is_export(file: Path) -> bool:
-    """Whether an export left this file of tensors; other libraries' folders hold one of the same name."""
+    """Whether an export of ours wrote this file; folders of other libraries have one of the same name."""
     try:
         with safe_open(file, framework="pt") as opened:
             return "posfield" in (opened.metadata() or {})
@@ -180,7 +183,7 @@ def is_export(file: Path) -> bool:
 
 
 def positions_note(vit: ViT, size: Size) -> str:
-    """What became of the positions, in a sentence."""
+    """One sentence on what the export did to the positions."""
     grid = vit.grid_of(size)
     here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
     side = vit.pos_grid

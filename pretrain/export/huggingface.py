@@ -1,7 +1,8 @@
-"""A backbone as a folder of Hugging Face's: ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``.
+"""Export to Hugging Face's transformers: ``config.json``, ``model.safetensors`` and
+``preprocessor_config.json``.
 
-Without LayerScale and registers it is a ``ViTModel``; with LayerScale a ``Dinov2Model``; with registers a
-``Dinov2WithRegistersModel``. The names on disk are those that every version of transformers reads.
+The class is ``ViTModel`` without LayerScale and registers, ``Dinov2Model`` with LayerScale,
+``Dinov2WithRegistersModel`` with registers. Every version of transformers reads the names on disk.
 """
 
 import json
@@ -32,7 +33,7 @@ from pretrain.export.fixed_size import (
 from pretrain.views.pixels import MEAN, STD
 
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
-BICUBIC = 3  # as Pillow numbers it
+BICUBIC = 3  # Pillow's number
 TYPES = {"ViTModel": "vit", "Dinov2Model": "dinov2", "Dinov2WithRegistersModel": "dinov2_with_registers"}
 OUTSIDE = {
     "cls_token": "embeddings.cls_token",
@@ -59,14 +60,15 @@ IN_DINOV2 |= {name: f"{name}." for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc
 
 
 def model_class(vit: ViT) -> str:
-    """The class of transformers that is this network."""
+    """The class of transformers that computes this network."""
     if vit.n_registers:
         return "Dinov2WithRegistersModel"
     return "ViTModel" if vit.model_kwargs["layerscale"] is None else "Dinov2Model"
 
 
 def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
-    """The tensors under the names on disk; what the class has and this network lacks is filled with what changes nothing."""
+    """The tensors under the names on disk. What the class has and this network lacks gets values that change
+    nothing."""
     is_vit = model_class(vit) == "ViTModel"
     inside, state = IN_VIT if is_vit else IN_DINOV2, dict[str, Tensor]()
     for key, value in plain_state(vit, size).items():
@@ -77,7 +79,7 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         state |= {renamed(name, OUTSIDE, "encoder.layer.", inside): part for name, part in parts.items()}
     state = {key.replace(".gamma", ".lambda1"): value for key, value in state.items()}
     width = vit.embed_dim
-    if is_vit:  # the pooler gives [CLS] as it is
+    if is_vit:  # the pooler is the identity
         return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     mask_token = vit.mask_token.detach().clone() if vit.model_kwargs["mask_tokens"] else torch.zeros(1, width)
     if vit.model_kwargs["layerscale"] is None:
@@ -89,8 +91,8 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     """A folder that ``transformers.AutoModel.from_pretrained`` loads without a tensor missing or left over.
 
     Raises:
-        UserError: transformers is not installed; a departure or size that its classes have no place for, by name.
-        RuntimeError: a tensor is missing or left over after all.
+        UserError: transformers is not installed; names what its classes cannot express.
+        RuntimeError: transformers reports a tensor as missing or left over.
     """
     require("huggingface", "transformers")
     refuse("transformers", vit, {"without [CLS]": not vit.has_cls, "without a final norm": not vit.model_kwargs["final_norm"]})
@@ -140,7 +142,7 @@ patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
 
 
 def _config(vit: ViT, size: Size) -> dict[str, Any]:
-    """``config.json``: what the class does not have by default, and what its defaults have not always been."""
+    """``config.json``: what differs from the class's defaults, or from those of older versions."""
     model_kwargs, name = vit.model_kwargs, model_class(vit)
     config: dict[str, Any] = {
         "architectures": [name],
@@ -168,7 +170,7 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
 
 
 def _preprocessor(size: Size) -> dict[str, Any]:
-    """``preprocessor_config.json``: the whole image at the size, bicubic, normalized."""
+    """``preprocessor_config.json``: the whole image, resized bicubically and normalized."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -183,7 +185,7 @@ def _preprocessor(size: Size) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    """The folder, read as everyone will read it."""
+    """The model, read from the folder as any user reads it."""
     from transformers import AutoModel
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""A backbone as a program that needs none of our code: of ``torch.export``, or ONNX."""
+"""Export a backbone as a program that needs none of our code: ``torch.export`` or ONNX."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.export.fixed_size import FixedSizeViT, Outputs, Run, Size, Usage, description, require
 
 INPUT = "image"  # [B, 3, H, W], normalized as in training
-OPSET = 18  # the oldest that torch's exporter writes directly
+OPSET = 18  # the oldest one that torch's exporter writes directly
 
 
 def export_program(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -30,9 +30,9 @@ cls, feature_map = outputs["cls"], outputs["feature_map"]  # [B, D], [B, D, h, w
     return Usage("pytorch", code, ("A program of torch.export: it needs torch alone, at this image size, and takes any batch.",))
 
 
-@torch.no_grad()  # as in the trace: by it SDPA, where it has a mask, picks a kernel, and the graph relies on its output's strides
+@torch.no_grad()  # as in the trace: it decides SDPA's kernel for masks, and the graph relies on the output's strides
 def export_onnx(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
-    """ONNX: one file with its weights inside; the outputs bear the names of :meth:`FixedSizeViT.forward`'s.
+    """ONNX: one file with its weights inside. The outputs have the names of :meth:`FixedSizeViT.forward`.
 
     Raises:
         UserError: ``onnx``, ``onnxscript`` or ``onnxruntime`` is not installed.
@@ -71,10 +71,10 @@ cls, feature_map = session.run(["cls", "feature_map"], {{"image": image.numpy()}
 
 
 def _trace(vit: ViT, size: Size) -> torch.export.ExportedProgram:
-    """The graph at one size, for any batch."""
-    example = vit.patch_embed.proj.weight.new_zeros(2, 3, *size)  # torch specialises a batch of 1
+    """The graph at one size, for any batch size."""
+    example = vit.patch_embed.proj.weight.new_zeros(2, 3, *size)  # torch specializes a batch of 1
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.export.export(FixedSizeViT(vit, size), (example,), dynamic_shapes=shapes, strict=False)
-    program.example_inputs = None  # else two images are saved with it
+    program.example_inputs = None  # else two images would be saved with it
     return program

@@ -1,4 +1,5 @@
-"""A backbone as plain tensors under timm's names: no field, positions at one grid, every build flag in the metadata."""
+"""Export as plain tensors under timm's names: no field, positions on one grid, all arguments in the
+metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,10 @@ from pretrain.weights import save_backbone
 
 
 def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
-    """``*.safetensors``; posfield itself builds the network again from it, with ``weights=path`` alone.
+    """``*.safetensors``. posfield builds the network from it with ``weights=path`` alone.
 
     Raises:
-        UserError: a grid that is not square, as a ViT's learned one is; see :func:`whole_patches`.
+        UserError: the grid is not square, as a ViT's learned one is; see :func:`whole_patches`.
     """
     name = registered_name(vit)
     height, width = whole_patches(vit, size)

@@ -1,4 +1,4 @@
-"""A backbone as a folder in the layout of timm's hub: ``model.safetensors`` and ``config.json``."""
+"""Export to the layout of timm's hub: a folder with ``model.safetensors`` and ``config.json``."""
 
 import json
 from collections.abc import Mapping
@@ -26,16 +26,16 @@ from pretrain.export.fixed_size import (
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.layout import WIDTHS
 
-LN_EPS = 1e-6  # timm's, fixed where its ViT is described by names alone
+LN_EPS = 1e-6  # timm's; its description cannot change it
 
 
 def architecture(vit: ViT) -> str:
-    """timm's name of the nearest architecture; :func:`model_arguments` says the rest."""
+    """timm's name of the nearest architecture; :func:`model_arguments` adds the rest."""
     return f"vit_{WIDTHS.get(vit.embed_dim, 'base')}_patch16_224"
 
 
 def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
-    """What ``timm.create_model(architecture, **arguments)`` needs for this network; JSON values."""
+    """The JSON arguments of ``timm.create_model(architecture, **arguments)`` for this network."""
     model_kwargs = vit.model_kwargs
     arguments: dict[str, Any] = {"img_size": list(size)}
     arguments |= {key: model_kwargs[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
@@ -45,7 +45,7 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
         arguments["reg_tokens"] = vit.n_registers
     if _embeds_patches_alone(vit):
         arguments["no_embed_class"] = True
-    if not vit.has_cls:  # features then are the mean of the normed patches, as ours
+    if not vit.has_cls:  # features are then the mean of the normed patches, as in our ViT
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     if not model_kwargs["final_norm"]:
         arguments["final_norm"] = False
@@ -55,7 +55,7 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
 
 
 def timm_state(vit: ViT, size: Size) -> dict[str, Tensor]:
-    """The tensors as timm's network of :func:`model_arguments` holds them."""
+    """The tensors of timm's network with these :func:`model_arguments`."""
     state = plain_state(vit, size)
     if _embeds_patches_alone(vit):
         state["pos_embed"] = state["pos_embed"][:, int(vit.has_cls) :]
@@ -68,7 +68,8 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
     """A folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads strictly.
 
     Raises:
-        UserError: timm is not installed; an epsilon that its description has no place for; see :func:`whole_patches`.
+        UserError: timm is not installed; its description cannot express the network; see
+            :func:`whole_patches`.
     """
     require("timm", "timm")
     import timm
@@ -111,12 +112,13 @@ patches = model.forward_features(image)[:, {vit.n_prefix}:]  # [B, N, D]"""
 
 
 def _embeds_patches_alone(vit: ViT) -> bool:
-    """Whether ``pos_embed`` has rows for patches alone: with registers timm would want rows for these, too."""
+    """Whether ``pos_embed`` has rows for patches only: with registers, timm would expect rows for these,
+    too."""
     return bool(vit.n_registers) or not vit.has_cls
 
 
 def _config(vit: ViT, size: Size) -> dict[str, Any]:
-    """``config.json`` as timm's hub has it."""
+    """``config.json`` as on timm's hub."""
     arguments = model_arguments(vit, size)
     pool = arguments.get("global_pool", "token")
     pretrained = {

@@ -1,4 +1,5 @@
-"""A backbone as a state dict of ``torchvision.models.VisionTransformer``: one image size, LayerScale folded in."""
+"""Export as a state dict of ``torchvision.models.VisionTransformer``: one image size, LayerScale folded
+in."""
 
 import json
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ INSIDE = {
 
 
 def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
-    """What ``VisionTransformer(**arguments)`` needs for this network."""
+    """The arguments of ``VisionTransformer(**arguments)`` for this network."""
     return {
         "image_size": size[0],
         "patch_size": vit.patch_size,
@@ -65,7 +66,7 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     """``*.safetensors`` with the arguments of the class in its metadata, as JSON under ``arguments``.
 
     Raises:
-        UserError: what the class has no place for, by name; a size that is not square.
+        UserError: names what the class cannot express; the size is not square.
     """
     model_kwargs = vit.model_kwargs
     departures = {
@@ -114,7 +115,7 @@ patches = model.encoder(tokens)[:, 1:]  # [B, N, D]"""
 
 
 def _load(path: Path) -> Any:
-    """The file, read as everyone will read it."""
+    """The model, read from the file as any user reads it."""
     from torchvision.models import VisionTransformer
 
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""What one training step sees: the crops of a batch, where they are, and what is masked."""
+"""The input of one training step: the crops of a batch, where they are, and what is masked."""
 
 from dataclasses import dataclass, replace
 
@@ -15,10 +15,12 @@ from pretrain.views.records import Record
 class Batch(Record):
     """One rank's share of a step (or of one of its accumulated parts).
 
-    From the loader, crops are bytes, a quarter of the traffic between processes and to the device, where :meth:`to` normalizes.
+    The loader gives crops as bytes, a quarter of the traffic between processes and to the device; :meth:`to`
+    normalizes there.
 
     Attributes:
-        global_crops: [G * B, 3, S, S] uint8 levels, or normalized floats; view-major: all first global views, then all second ones.
+        global_crops: [G * B, 3, S, S] uint8 levels, or normalized floats; view-major: first all first views,
+            then all second ones.
         local_crops: [L * B, 3, s, s], the same, view-major.
         views: boxes, flips and position boxes, [B, G + L].
         masks: of the global crops, [G * B, N]; ``None`` for a method that masks nothing.
@@ -35,7 +37,7 @@ class Batch(Record):
         return len(self.views.boxes)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
-        """The same batch on another device; pixels normalized (where they are bytes) and in ``dtype``."""
+        """The same batch on another device, pixels in ``dtype``; bytes are normalized."""
         here = super().to(device)
         crops = [normalize(c) if c.dtype == torch.uint8 else c for c in (here.global_crops, here.local_crops)]
         return replace(here, global_crops=crops[0].to(dtype), local_crops=crops[1].to(dtype))

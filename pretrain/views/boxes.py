@@ -1,7 +1,8 @@
-"""Where the views of an image are: the one description that pixels, positions and masks read (METHOD.md 1 and 3).
+"""Where the views of an image are: one description for pixels, positions and masks (METHOD.md 1 and 3).
 
-Boxes are (x0, y0, x1, y1) in image units [0, 1]. A view has two: its box in the image, which crops the pixels, and its position
-box, which crops the position field. Without position and scale augmentation the two are the same.
+Boxes are (x0, y0, x1, y1) in image units [0, 1]. A view has two: its box in the image, which crops the
+pixels, and its position box, which crops the position field. Without position and scale augmentation both are
+equal.
 """
 
 import math
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from pretrain.settings import Settings, rising, setting
 from pretrain.views.records import Record
 
-TRIES = 10  # torchvision's, before it falls back to a central crop
+TRIES = 10  # as torchvision, which then falls back to a central crop
 
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Aspect = Annotated[float, Field(ge=1e-3, le=1e3)]
@@ -30,8 +31,8 @@ Array = NDArray[np.float64]
 
 
 class CropSettings(Settings):
-    """Where the crops of an image lie: torchvision's RandomResizedCrop with DINOv2's scales, and a flip. One geometry for pixels
-    and positions (METHOD.md 1).
+    """Where the crops of an image lie: torchvision's RandomResizedCrop with DINOv2's scales, and a flip. One
+    geometry for pixels and positions (METHOD.md 1).
 
     With a ``local_rule`` other than ``image``, local crop l belongs to the global crop l mod G, its parent.
     """
@@ -88,7 +89,7 @@ class PositionSettings(Settings):
 
     @property
     def is_augmented(self) -> bool:
-        """Whether position boxes are moved: a learned grid knows no crops."""
+        """Whether position boxes are moved; a learned grid ignores crops."""
         return self.augment and self.encoding == "field"
 
     @model_validator(mode="after")
@@ -109,7 +110,8 @@ class Views(Record):
         flips: [B, V] bool, horizontal.
         position_boxes: [B, V, 4] after position and scale augmentation, in units of the field.
         n_global: number of global views.
-        tied: positions are those of the crops; else position boxes are all the whole field, and a flip does not mirror them.
+        tied: positions follow the crops; else each position box is the whole field, and flips do not mirror
+            it.
     """
 
     boxes: Tensor
@@ -119,7 +121,8 @@ class Views(Record):
     tied: bool = True
 
     def of(self, views: slice) -> tuple[Tensor, Tensor]:
-        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major, as the crops are collated."""
+        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the
+        crops."""
         flips = self.flips[:, views].T.flatten()
         return self.position_boxes[:, views].transpose(0, 1).flatten(0, 1), flips if self.tied else torch.zeros_like(flips)
 
@@ -135,14 +138,15 @@ class Views(Record):
 
 
 def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Array) -> Array:
-    """Crops (left, top, right, bottom) in whole pixels, [B, V, 4], distributed as torchvision's RandomResizedCrop.
+    """Crops (left, top, right, bottom) in whole pixels, [B, V, 4], distributed as torchvision's
+    RandomResizedCrop.
 
-    Ten tries of an area and a log-uniform aspect ratio; the first that fits the image stands, at a uniform place. Where none does:
-    the largest central crop of an allowed ratio.
+    Each of ten tries draws an area and a log-uniform aspect ratio. The first one that fits the image is
+    taken, at a uniform place. If none fits, it is the largest central crop of an allowed ratio.
 
     Args:
         sizes_px: [B, 2], height and width of each image.
-        scales: [V, 2], from and to which share of an image's area.
+        scales: [V, 2], smallest and largest share of an image's area.
         u: [B, V, 22] uniform numbers in [0, 1).
     """
     height, width = sizes_px[:, 0, None], sizes_px[:, 1, None]  # [B, 1]
@@ -163,7 +167,7 @@ def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Ar
 
 
 def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """torchvision's fallback: the largest central crop of an allowed ratio, (left, top, right, bottom)."""
+    """torchvision's fallback, the largest central crop of an allowed ratio: (left, top, right, bottom)."""
     in_ratio = width_px / height_px
     w, h = width_px, height_px
     if in_ratio < ratio[0]:
@@ -177,14 +181,15 @@ def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> t
 def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -> Array:
     """Local crops (left, top, right, bottom) in whole pixels, [B, L, 4], each nearly inside its parent.
 
-    Global-local intersection maximization (PaKA): the area is a share of the parent's, the ratio is as ever, and at least
-    ``local_inside`` of the crop lies within the parent, all of it in the image. **Ours**, without trying again: a crop may stick
-    out by the same part of its width and of its height, at a uniform place, and is cut to its parent's sides if it is longer.
+    Global-local intersection maximization (PaKA): the area is a share of the parent's, the ratio is drawn as
+    usual, and at least ``local_inside`` of the crop lies within the parent, all of it in the image. **Ours**,
+    without further tries: a crop may stick out by the same part of its width and its height, at a uniform
+    place. Sides longer than the parent's are cut to it.
 
     Args:
-        parents: [B, L, 4], each local crop's global one, in whole pixels.
+        parents: [B, L, 4], the global crop of each local one, in whole pixels.
         sizes_px: [B, 2], height and width of each image.
-        u: [B, L, 22] uniform numbers, as for :func:`draw_crops`: of the ten tries it takes the first.
+        u: [B, L, 22] uniform numbers as for :func:`draw_crops`; the first of the ten tries is used.
     """
     corner, parent = parents[..., :2], parents[..., 2:] - parents[..., :2]  # [B, L, 2], (x, y)
     share = rule.local_scale[0] + (rule.local_scale[1] - rule.local_scale[0]) * u[..., 0]
@@ -200,7 +205,8 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
 
 
 def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
-    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper 4.3)."""
+    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper
+    4.3)."""
     if rule.scale == "constant":
         return rule.s_max
     share = rng.uniform() if rule.scale == "uniform" else rng.beta(*rule.beta)
@@ -208,7 +214,8 @@ def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
 
 
 def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region among those possible, in [0, 1)."""
+    """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region, in [0, 1) of the
+    possible ones."""
     s = draw_s(rule, rng)
     x, y = rng.random(2).tolist()
     return s, x, y
@@ -217,16 +224,17 @@ def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, 
 def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves: Array) -> Array:
     """t_s: shift and scale the boxes of each image together inside the field (paper 3.2.2).
 
-    ``reference: crops``: the smallest rectangle A around the views is scaled by sqrt(s / |A|), at most to the field's size, then
-    placed uniformly in [0, 1]^2. ``reference: image``: the whole image takes area s at a uniform place (Fig. 2's caption).
+    ``reference: crops``: the smallest rectangle A around the views is scaled by sqrt(s / |A|), at most to the
+    field's size, then placed uniformly in [0, 1]^2. ``reference: image``: the whole image takes area s at a
+    uniform place (Fig. 2's caption).
 
     Args:
         boxes: [B, V, 4] in image units, global views first.
         moves: [B, 3] of :func:`draw_move`.
 
     Returns:
-        [B, V, 4] in units of the field. With ``surround: globals`` a local view may reach outside [0, 1]; the field's border is
-        replicated there.
+        [B, V, 4] in units of the field. With ``surround: globals`` a local view may extend beyond [0, 1],
+        where the field's border is replicated.
     """
     corners = boxes.reshape(*boxes.shape[:2], 2, 2)
     if rule.reference == "image":
@@ -248,15 +256,17 @@ def draw_views(
     rngs: Sequence[np.random.Generator],
     tied: bool = True,
 ) -> Views:
-    """All views of some images, each image from a generator of its own; every box is a whole number of pixels of its image.
+    """All views of some images, each image from its own generator. Every box is a whole number of pixels of
+    its image.
 
-    The augmentation of positions is drawn last: boxes and flips are the same with and without it. Every rule takes the same
-    random numbers: one that concerns the local crops, or the positions, changes nothing else.
+    The augmentation of positions is drawn last, so that boxes and flips are the same with and without it.
+    Every rule takes the same random numbers: a rule for local crops, or for positions, changes nothing else.
 
     Args:
         sizes_px: [B, 2], height and width of each image.
-        rngs: one an image.
-        tied: a view reads the positions of its crop; else those of a whole image, unflipped, as at inference.
+        rngs: one for each image.
+        tied: a view reads the positions of its crop; else those of a whole image, not flipped, as at
+            inference.
     """
     n_views = crops.n_global + crops.n_local
     u = np.stack([rng.random((n_views, 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
@@ -280,12 +290,14 @@ def draw_views(
 
 
 def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> Tensor:
-    """[L] int64: the global crop that each local one is drawn in or on (``local_rule``), its parent."""
+    """[L] int64: the parent of each local crop, the global crop in or on which it is drawn
+    (``local_rule``)."""
     return torch.arange(n_local, device=device) % n_global
 
 
 def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
-    """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
+    """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V,
+    22]."""
     n_global = rule.n_global
     if rule.local_rule == "image":
         scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)
@@ -297,9 +309,10 @@ def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
 
 
 def pixel_boxes(boxes: Tensor, height_px: int | Tensor, width_px: int | Tensor) -> Tensor:
-    """Boxes [..., 4] in image units as the whole pixels (left, top, right, bottom) that they were drawn from, as floats.
+    """Boxes [..., 4] in image units as whole pixels (left, top, right, bottom), in floats.
 
-    Sizes are numbers, or tensors that broadcast against ``boxes[..., 0]``. float32 holds every box of an image below 2^22 px.
+    Sizes are numbers, or tensors that broadcast against ``boxes[..., 0]``. float32 holds every box of an
+    image below 2^22 px.
     """
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack([x0 * width_px, y0 * height_px, x1 * width_px, y1 * height_px], -1).round()

@@ -1,4 +1,5 @@
-"""The photometric part of a view: drawn once as numbers, so that every data path applies the same draw (METHOD.md 1)."""
+"""The photometric part of a view, drawn once as numbers, so that both data paths apply the same draw
+(METHOD.md 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Colors(Record):
     Attributes:
         jitter: [B, V] bool, whether the four operations below are applied at all.
         order: [B, V, 4] int64, the operation (index into ``OPERATIONS``) at each of the four places.
-        factors: [B, V, 4] float32 by operation: factors of brightness, contrast, saturation, and the shift of the hue in turns.
+        factors: [B, V, 4] float32 by operation: factors of brightness, contrast, saturation, and the shift of
+            the hue in turns.
         gray: [B, V] bool.
         sigma: [B, V] float32, of the blur in pixels of the crop; 0: no blur.
         solarize: [B, V] bool.
@@ -93,8 +95,11 @@ class Colors(Record):
 def draw_colors(
     n_views: int, n_global: int, rule: ColorSettings, rngs: Sequence[np.random.Generator], plain_globals: bool = False
 ) -> Colors:
-    """The colors of all views of some images, each image from a generator of its own; views 0, 1 and the locals differ in blur
-    and solarize. With ``plain_globals`` the global views keep their colors; those of the locals are the same."""
+    """The colors of all views of some images, each image from its own generator.
+
+    Views 0, 1 and the locals differ in blur and solarize. With ``plain_globals`` the global views keep their
+    colors; the local views get the same colors as without it.
+    """
     kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
     u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
     spread = np.array(rule.jitter)

@@ -1,14 +1,16 @@
-"""The pixels of views on the training device: all crops of a batch at once, from a canvas of decoded images.
+"""Make the pixels of views on the training device: all crops of a batch at once, from a canvas of decoded
+images.
 
-The loader's workers only decode, draw numbers, and lay the images on a canvas; :class:`CanvasBatch` makes the crops where the
-training runs, globals in one group and locals in another. The operations are those of :mod:`pretrain.views.pixels` with a number
-a sample each, in float without rounding between them: both paths agree within a few levels of 255 (tests/test_device_pixels.py).
-The kernels launched do not depend on the number of images, and nothing waits for the device.
+The loader's workers only decode, draw numbers, and put the images on a canvas. :class:`CanvasBatch` makes the
+crops where the training runs, globals in one group and locals in another. The operations are those of
+:mod:`pretrain.views.pixels` with one number for each sample, in float without rounding between them: both
+paths agree within a few levels of 255 (tests/test_device_pixels.py). The number of kernels does not depend on
+the number of images, and nothing waits for the device.
 
-Values are float16 on CUDA, where tensor cores do the products and memory's speed is the limit of all else; they are exact to a
-sixteenth of a level there. Elsewhere they are float32. Memory, for a group of V views of side s: about eight times its crops, or
-before them B * V * s * 3 * W values of the half-resized canvas (of width W) and a few float32 copies of the weights, B * V * s * W
-each: about 1 GB for 64 images on canvases of 512 px.
+Values are float16 on CUDA, exact to a sixteenth of a level, because tensor cores do the products and memory
+bandwidth limits all else. Elsewhere they are float32. Memory, for a group of V views of side s: about eight
+times its crops, or before them B * V * s * 3 * W values of the half-resized canvas (of width W) and a few
+float32 copies of the weights, B * V * s * W each: about 1 GB for 64 images on canvases of 512 px.
 """
 
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ class CanvasBatch(Record):
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """Of the pixels on their way."""
+    """The dtype of pixels between operations."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -116,8 +118,9 @@ def apply_colors(pixels: Tensor, colors: Colors, rule: ColorSettings) -> Tensor:
 def jitter(pixels: Tensor, colors: Colors) -> Tensor:
     """Brightness, contrast, saturation and hue, each sample in its own order.
 
-    The first three are blends: ``factor * pixels + (1 - factor) * other``, and the identity at factor 1. So three blends stand
-    before the hue and three after it, and each of a sample's blends acts on its side: seven operations, not 4 x 4.
+    The first three are blends, ``factor * pixels + (1 - factor) * other``, which factor 1 makes the identity.
+    So three blends run before the hue and three after it, and each blend of a sample acts on its side of the
+    hue: seven operations, not 4 x 4.
     """
     place_of_hue = (colors.order == HUE).int().argmax(-1)
     blends = colors.order.gather(-1, torch.argsort((colors.order == HUE).int(), dim=-1, stable=True))[..., :3]  # in drawn order
@@ -133,7 +136,8 @@ def jitter(pixels: Tensor, colors: Colors) -> Tensor:
 
 
 def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, as each sample's ``operation`` says: with black, the mean gray, or the gray image.
+    """Brightness, contrast or saturation by each sample's ``operation``: a blend with black, the mean gray,
+    or the gray image.
 
     Args:
         pixels: [B, V, y, 3, x] levels; operation, factor: [B, V].
@@ -146,16 +150,16 @@ def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
 
 
 def luma(pixels: Tensor) -> Tensor:
-    """Gray of [..., y, 3, x], [..., y, 1, x]: ITU-R 601, as PIL, OpenCV and torchvision."""
+    """[..., y, 3, x] -> gray [..., y, 1, x]: ITU-R 601, as PIL, OpenCV and torchvision."""
     red, green, blue = pixels.split(1, dim=-2)
     return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def turn_hue(pixels: Tensor, shift: Tensor) -> Tensor:
-    """Hue turned by ``shift`` [B, V] of a full circle, in HSV: value and saturation stay.
+    """Turn the hue by ``shift`` [B, V] of a full circle, in HSV: value and saturation stay.
 
-    With h in sixths of the circle, channel c of a color is ``max - (max - min) * clamp(min(k, 4 - k), 0, 1)``, where
-    k = (n_c + h) mod 6 and n = 5, 3, 1.
+    With h in sixths of the circle, channel c of a color is ``max - (max - min) * clamp(min(k, 4 - k), 0,
+    1)``, where k = (n_c + h) mod 6 and n = 5, 3, 1.
     """
     red, green, blue = pixels.unbind(-2)  # [B, V, y, x]
     high = torch.maximum(torch.maximum(red, green), blue)

@@ -1,10 +1,12 @@
 """Which patches of the student's global crops lose their content or their position (paper 3.3, METHOD.md 4).
 
-Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes, as DINOv2's;
-position masks are crosses: full row and column bands around drawn centers. MAE's masks are patches at random.
+Each global crop is content-masked, position-masked or unmasked, never two of these. Content masks are boxes,
+as DINOv2's; position masks are crosses: full row and column bands around drawn centers. MAE's masks are
+patches at random.
 
-While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is that patch: to shift, unite and count these
-takes a fraction of a microsecond, arrays of 14 x 14 take several. So do single numbers of NumPy's generators, hence Python's.
+While it is drawn, a mask is a Python integer whose bit ``row * width + column`` is a patch. Shifting, uniting
+and counting bits takes a fraction of a microsecond; with 14 x 14 arrays it takes several. Single numbers of
+NumPy's generators are as slow, so Python's are used.
 """
 
 import math
@@ -57,11 +59,13 @@ class MaskSettings(Settings):
 
 @dataclass(frozen=True)
 class Masks(Record):
-    """Masks of a batch's global crops, view-major like the crops, and the same as lists: a step then knows every size beforehand.
+    """Masks of a batch's global crops, view-major like the crops, and the same as lists, so that a step knows
+    all sizes beforehand.
 
     Attributes:
         content, position: [n_global * B, N] bool, never both set in one crop.
-        content_index, position_index: [M] int64, the masked patches' places in the flattened [n_global * B * N], rising.
+        content_index, position_index: [M] int64, the masked patches in the flattened [n_global * B * N],
+            rising.
         content_weight, position_weight: [M] float32, 1 / masked patches of the patch's crop.
     """
 
@@ -80,14 +84,15 @@ class Masks(Record):
 
 
 def index_and_weight(mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Of a mask [C, N]: where it is set, row-major, and 1 / set cells of the row for each of these places."""
+    """The cells where a mask [C, N] is set, row-major, and for each 1 / number of set cells in its row."""
     index = np.flatnonzero(mask)
     counts = mask.sum(1)
     return index, np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
 
 
 def box_mask(grid: tuple[int, int], target: int, rule: MaskSettings, rng: Numbers) -> Mask:
-    """Box-wise mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then single patches at random (ours) for the rest."""
+    """Box-wise mask of exactly ``target`` patches, [h, w]: DINOv2's boxes, then random single patches for the
+    rest (ours)."""
     mask = 0
     while (left_over := target - mask.bit_count()) > 0:
         box = _box(grid, mask, left_over, rule, rng)
@@ -100,17 +105,18 @@ def box_mask(grid: tuple[int, int], target: int, rule: MaskSettings, rng: Number
 
 
 def random_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
-    """Mask of exactly ``target`` patches, [h, w]; every set of so many is equally likely (MAE, section 3)."""
+    """Mask of exactly ``target`` patches, [h, w]; all sets of this size are equally likely (MAE, section
+    3)."""
     return _array(_some(range(grid[0] * grid[1]), target, rng), grid)
 
 
 def _some(places: Sequence[int], n: int, rng: Numbers) -> int:
-    """The bits of ``n`` of the places: of those with the smallest of one number each."""
+    """The bits of ``n`` places: each place draws a number, and the smallest win."""
     return sum(1 << place for place in sorted(places, key=lambda _: rng.random())[:n])
 
 
 def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskSettings, rng: Numbers) -> int:
-    """The first of ten boxes that adds between 1 and ``room`` patches to the mask; 0 when none does."""
+    """The first of ten boxes that adds between 1 and ``room`` patches to the mask; 0 if none does."""
     height, width = grid
     smallest, log_aspect = min(rule.min_box_patches, room), math.log(rule.min_aspect)
     for _ in range(10):
@@ -127,12 +133,14 @@ def _box(grid: tuple[int, int], mask: int, room: int, rule: MaskSettings, rng: N
 
 
 def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
-    """Cross-wise mask of exactly ``target`` patches, [h, w] (paper Fig. 4; the exact reading is ours, METHOD.md 4).
+    """Cross-wise mask of exactly ``target`` patches, [h, w] (paper Fig. 4; the exact reading is ours,
+    METHOD.md 4).
 
-    A center is drawn; its full row band and column band are masked, one patch thick, or two when the target is at least twice the
-    cells of a cross one patch thick; again until the target is reached. Of the last cross's new cells, those farthest from its
-    center are dropped, to hit the target exactly; of equally far ones the first or the last in reading order, as one drawn bit
-    says, so that masks lean to no side: turned by 180 degrees, the one choice is the other.
+    Crosses are drawn until the target is reached: the full row band and column band of a random center. The
+    bands are one patch thick, or two if the target is at least twice the cells of a cross one patch thick. To
+    hit the target exactly, the new cells of the last cross that are farthest from its center are dropped. A
+    random bit decides whether ties drop the first or the last cells in reading order, so that masks lean to
+    no side: turned by 180 degrees, one choice is the other.
     """
     height, width = grid
     mask = 0
@@ -150,9 +158,9 @@ def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
 
 
 def _nearest(cells: int, n: int, center: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool) -> int:
-    """The ``n`` of the cells nearest to a cross's center, by the larger distance of rows and columns.
+    """The ``n`` cells nearest to a cross's center, by the larger distance of rows and columns.
 
-    Of cells that tie, the first in reading order, or the last.
+    Ties keep the first cells in reading order, or the last.
     """
     inner = 0
     for radius in count():
@@ -197,9 +205,10 @@ def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskSett
 
 
 def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator) -> list[int]:
-    """Masked patches of each crop of one kind, in random order: ratios stratified over the crops, as DINOv2's collate.
+    """The number of masked patches in each crop of one kind, in random order. Ratios are stratified over the
+    crops, as in DINOv2.
 
-    A ratio without a range, (r, r), gives every crop the same number, r times ``n_patches`` rounded down.
+    A ratio (r, r) gives every crop the same number, r times ``n_patches``, rounded down.
     """
     edges = np.linspace(*ratio, n_crops + 1)
     targets = (n_patches * (edges[:-1] + np.diff(edges) * rng.random(n_crops))).astype(np.int64)
@@ -210,7 +219,8 @@ def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: 
 def draw_kinds(n_images: int, n_global: int, rule: MaskSettings, rng: np.random.Generator) -> list[str]:
     """The kind of each global crop, view-major: ``content``, ``position`` or ``none``."""
     n = n_images if rule.kinds_over == "image" else n_images * n_global
-    # Rounded up or down at random, so that a share holds on average in small batches too; whole shares stay exact.
+    # Rounded up or down at random, so that shares hold on average in small batches, too; whole shares stay
+    # exact.
     content, both, u = rule.content_share, rule.content_share + rule.position_share, rng.random()
     n_content = min(int(n * content + u + 1e-9), n) if content else 0
     n_position = min(int(n * both + u + 1e-9), n) - n_content if rule.position_share else 0
@@ -224,14 +234,14 @@ def draw_masks(
 ) -> Masks:
     """Masks for the global crops of a batch.
 
-    Kinds and targets are drawn for the whole batch, each crop's mask from a stream of its own: a rank that asks for its ``images``
-    alone gets the same rows as if it had drawn them all (METHOD.md 5, ``exact``).
+    Kinds and targets are drawn for the whole batch, each crop's mask from its own stream. A rank that draws
+    only its ``images`` gets the same rows as if it had drawn all (METHOD.md 5, ``exact``).
 
     Args:
         n_images: images of the global batch, over all ranks.
         grid: (h, w), patches of a global crop.
         key: seeds the draw, e.g. (seed, iteration).
-        images: which images' rows to return, all without it.
+        images: the images whose rows to return; None: all.
 
     Returns:
         masks of [n_global * len(images), h * w], view-major.

@@ -1,8 +1,9 @@
-"""The pixels of views on the CPU: crop, resize, flip, color, one view after the other, in a loader's worker.
+"""Make the pixels of views on the CPU, in a worker: crop, resize, flip and color one view after the other.
 
-Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation is torchvision's on the same parameters within one level of 255, as
-tests/test_pixels.py holds (PIL's hue is coarser); OpenCV and torch's uint8 kernels do the work, several times faster than PIL.
-:mod:`pretrain.views.device_pixels` makes the same crops batched on the training device.
+Images are NumPy arrays [H, W, 3] uint8 RGB. Each operation equals torchvision's with the same parameters
+within one level of 255 (tests/test_pixels.py; PIL's hue is coarser). OpenCV and torch's uint8 kernels are
+several times faster than PIL. :mod:`pretrain.views.device_pixels` makes the same crops batched on the
+training device.
 """
 
 from functools import cache
@@ -25,10 +26,11 @@ Pixels = NDArray[np.uint8]
 
 
 def crop_resize(image: Pixels, box: tuple[int, int, int, int], flip: bool, size_px: int) -> Pixels:
-    """A crop (left, top, right, bottom) at [size, size, 3], bicubic with antialiasing, flipped where asked."""
+    """A crop (left, top, right, bottom) at [size, size, 3], bicubic with antialiasing, flipped where
+    asked."""
     left, top, right, bottom = box
     crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)[None]
-    crop = crop.contiguous(memory_format=torch.channels_last)  # the layout that torch's fast uint8 kernel wants, and keeps
+    crop = crop.contiguous(memory_format=torch.channels_last)  # torch's fast uint8 kernel needs this layout and keeps it
     resized = F.interpolate(crop, (size_px, size_px), mode="bicubic", antialias=True)
     pixels: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
     return cv2.flip(pixels, 1) if flip else pixels  # type: ignore[return-value]
@@ -51,14 +53,15 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
-    """Turn the hue by ``shift`` of a full circle, in HSV. In float32: eight bits a channel would cost several levels."""
+    """Turn the hue by ``shift`` of a full circle, in HSV and float32: eight bits a channel would cost several
+    levels."""
     hsv: NDArray[Any] = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # value in levels, as it is linear
     hsv[..., 0] += 360 * (shift % 1)  # degrees; the way back takes angles above 360, none below 0
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))  # type: ignore[return-value]
 
 
 def to_gray(image: Pixels) -> Pixels:
-    """The luma, three times."""
+    """The luma in all three channels."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
 
 
@@ -107,8 +110,9 @@ def render(
         views, colors: its views, B = 1.
 
     Returns:
-        global views [n_global, 3, global_px, global_px] and local views [n_local, 3, local_px, local_px], uint8. In memory the
-        channels are last, as OpenCV leaves them: :func:`normalize` undoes that on the training device.
+        global views [n_global, 3, global_px, global_px] and local views [n_local, 3, local_px, local_px],
+        uint8. In memory the channels are last, as OpenCV leaves them; :func:`normalize` makes them contiguous
+        on the training device.
     """
     n_views, n_global = views.flips.shape[1], views.n_global
     boxes, flips = pixel_boxes(views.boxes[0], *image.shape[:2]).int().tolist(), views.flips[0].tolist()
@@ -125,7 +129,8 @@ def render(
 
 
 def normalize(image: Tensor) -> Tensor:
-    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and standard deviation 1."""
+    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and standard
+    deviation 1."""
     mean, std = _mean_and_std(image.device)
     levels = torch.empty(image.shape, dtype=torch.float32, device=image.device).copy_(image)
     return levels.sub_(mean).div_(std)
@@ -133,6 +138,6 @@ def normalize(image: Tensor) -> Tensor:
 
 @cache
 def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3, 1, 1] each, in levels; kept, for a copy to the device would wait for it at every step."""
+    """[3, 1, 1] each, in levels; cached, because copying them at every step would wait for the device."""
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     return mean.to(device), std.to(device)

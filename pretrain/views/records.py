@@ -1,4 +1,4 @@
-"""What the parts of a batch have in common: frozen dataclasses of tensors that move as one."""
+"""The base of all parts of a batch: frozen dataclasses of tensors that move together."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -17,7 +17,7 @@ class Record:
     """Base of the dataclasses whose fields are tensors, other records, and plain values."""
 
     def map(self: R, change: Callable[[Tensor], Tensor]) -> R:
-        """The same record with ``change`` applied to each tensor, those of inner records too."""
+        """The same record with ``change`` applied to each tensor, including those of inner records."""
         changed: dict[str, Tensor | Record] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -28,7 +28,7 @@ class Record:
         return replace(self, **changed)  # type: ignore[type-var]
 
     def pin_memory(self: R) -> R:
-        """The same record in page-locked memory; the data loader's own thread calls this."""
+        """The same record in page-locked memory; a thread of the data loader calls this."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     def to(self: R, device: torch.device) -> R:
@@ -36,7 +36,8 @@ class Record:
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))  # the host would read too early
 
     def __getstate__(self) -> dict[str, Any]:
-        """Small tensors as arrays: of a tensor, a worker sends a shared file, and a process may have about a thousand open."""
+        """Small tensors become arrays. A worker sends each tensor as a shared file, and a process can open
+        about a thousand."""
         return {
             name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL_BYTES else value
             for name, value in self.__dict__.items()

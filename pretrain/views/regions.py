@@ -1,12 +1,15 @@
-"""Where two crops of an image overlap, and the patch features of both there, bin by bin: ROI-Align by two matrix products.
+"""The overlap of two crops of an image, and the patch features of both in its bins: ROI-Align by two matrix
+products.
 
-A view's patch features stand at the centers of its patches. Between the centers they are interpolated linearly; beyond the
-outermost ones there is nothing to interpolate. So the overlap of two views is that of the rectangles through their outermost
-centers (each view inset by half a patch): no bin ever reads a repeated border, and features that are linear in the image's
-coordinates come out the same from both views, flips included, in every bin, the border ones too.
+A view's patch features are located at the centers of its patches. Between centers they are interpolated
+linearly; beyond the outermost ones there is nothing to interpolate. So the overlap of two views is that of
+the rectangles through their outermost centers (each view is inset by half a patch). No bin ever reads a
+repeated border, and features that are linear in the image's coordinates are equal in both views, flips
+included, in every bin.
 
-Two crops of one box (``crops.local_rule=same``) need no inset as long as no point lies beyond their outermost centers, which is so
-for n_bins * n_samples <= h: read in all of the box, h bins of one point are the patches themselves.
+Two crops of one box (``crops.local_rule=same``) need no inset if no point lies beyond their outermost
+centers, that is, for n_bins * n_samples <= h: over the whole box, h bins of one point are the patches
+themselves.
 """
 
 import torch
@@ -31,10 +34,10 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
     Args:
         views: of B images.
         global_grid, local_grid: (h, w), patches of a crop.
-        min_patches: sides that are narrower, in patches of either view, are no overlap; more than 0.
+        min_patches: narrower sides, in patches of either view, do not count as an overlap; more than 0.
 
     Returns:
-        boxes [B, G, L, 4] in image units (where there is no overlap: that of the whole image), and which of them are
+        boxes [B, G, L, 4] in image units (the whole image if there is no overlap), and which of them are
         overlaps, [B, G, L] bool.
     """
     boxes = views.boxes
@@ -50,11 +53,11 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
 def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regions: Tensor, n_bins: int, n_samples: int) -> Tensor:
     """Patch features of views at regions of the image, averaged over a regular grid of points in each bin.
 
-    Equal to torchvision's ``roi_align(aligned=True, sampling_ratio=n_samples)`` on the view's feature map, and deterministic in
-    the backward pass. The bins of a flipped view are turned back: rows and columns are the image's. Regions outside a view read
-    its border. Products are of float32 (float64) also for bfloat16 maps, whose eight bits are too few for a bin's weights; kept
-    for the backward pass are the weights alone, and what exists for a moment is a copy of maps that are not float32, and
-    V * K * n_bins * w * D values.
+    Equal to torchvision's ``roi_align(aligned=True, sampling_ratio=n_samples)`` on the view's feature map,
+    and deterministic in the backward pass. The bins of a flipped view are mirrored back: rows and columns are
+    the image's. Regions outside a view read its border. Products are in float32 (float64) even for bfloat16
+    maps, whose eight bits are too few for a bin's weights. The backward pass keeps only the weights.
+    Temporary memory: a copy of maps that are not float32, and V * K * n_bins * w * D values.
 
     Args:
         patches: [V, N, D], row-major.
@@ -78,7 +81,8 @@ def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regi
 
 
 def _bin_weights(low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patches: int, n_bins: int, n_samples: int) -> Tensor:
-    """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centers, averaged over each bin's points."""
+    """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centers, averaged over
+    each bin's points."""
     steps = (torch.arange(n_bins * n_samples, device=low.device, dtype=low.dtype) + 0.5) / (n_bins * n_samples)
     points = start.unsqueeze(-1) + steps * (end - start).unsqueeze(-1)  # [V, K, n s], image units
     size = (high - low)[:, None, None]

@@ -1,7 +1,8 @@
-"""Linear pixel operations as matrices: a crop resized, mirrored or blurred is ``Y @ image @ X^T``, for a whole batch at once.
+"""Linear pixel operations as matrices: a resized, mirrored or blurred crop is ``Y @ image @ X^T``, for a
+whole batch at once.
 
-Batches of crops are [B, V, y, 3, x], the channels between rows and columns: then both products of all views and channels are plain
-batched matrix products without a copy between them.
+Batches of crops are [B, V, y, 3, x] with the channels between rows and columns. Then both products of all
+views and channels are plain batched matrix products without a copy between them.
 """
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 
 def resize_weights(start: Tensor, size: Tensor, length: int, out: int, flip: Tensor | None = None) -> Tensor:
-    """Rows that crop [start, start + size) from ``length`` samples and resize it to ``out``, bicubic with antialiasing.
+    """Rows that crop [start, start + size) from ``length`` samples and resize it to ``out``, bicubic with
+    antialiasing.
 
-    As ``F.interpolate(crop, antialias=True)``: Keys' kernel, a = -1/2, stretched by the scale where the crop shrinks, cut at the
-    crop's border and normalized.
+    Like ``F.interpolate(crop, antialias=True)``: Keys' kernel with a = -1/2, stretched if the crop shrinks,
+    cut at the crop's border and normalized.
 
     Args:
         start, size: [...] whole pixels, as floats.
@@ -41,7 +43,8 @@ def keys(x: Tensor) -> Tensor:
 
 
 def blur_weights(sigma: Tensor, kernel_px: int, length: int) -> Tensor:
-    """Rows of a Gaussian blur along ``length`` samples, the border mirrored without its outermost sample (``reflect``).
+    """Rows of a Gaussian blur along ``length`` samples, the border mirrored without its outermost sample
+    (``reflect``).
 
     Args:
         sigma: [...] in samples; 0 gives the identity.

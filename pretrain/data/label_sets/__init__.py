@@ -1,6 +1,8 @@
-"""Images with a label a pixel, read one by one from where they lie: Pascal VOC, ADE20K, COCO-Things and -Stuff, pairs of folders.
+"""Images with a label for each pixel, read in place: Pascal VOC, ADE20K, COCO-Things and -Stuff, pairs of
+folders.
 
-Labels are 1 .. C, and 0 where a pixel is not counted, whatever the files hold. One file a data set, with what it looks for.
+Labels are 1 .. C, and 0 for pixels that do not count, whatever the files store. Each data set has its own
+module.
 """
 
 from collections.abc import Callable
@@ -22,20 +24,21 @@ _KINDS: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], Label
     "folder": (folder.LAYOUT, folder.has, folder.open_part),
 }
 KINDS = tuple(_KINDS)
-RESERVED = (*KINDS, "knn")  # names of public protocols, which a folder of one's own must not take
+RESERVED = (*KINDS, "knn")  # names of public protocols, which a user's folder must not take
 
 
 def open_label_set(root: str | Path, part: str, kind: str = "auto", n_classes: int = 0) -> LabelSet:
-    """The ``train`` or ``val`` part of a set; its files are listed, none is read but for ``n_classes=0`` of a ``folder``.
+    """The ``train`` or ``val`` part of a set. Files are listed but not read, except for ``n_classes=0`` of a
+    ``folder``.
 
     Args:
-        root: the set's folder; those that it usually lies in are accepted as well.
-        kind: one of :data:`KINDS`; ``auto``: told from the folder's layout, pairs of folders last.
-        n_classes: ``folder``: labels 1 .. n; 0: as many as ``classes.txt`` names, or without it the largest that the maps of the
-            training part hold (each is read). Of the others, 0 or their number.
+        root: the set's folder, or the one that usually contains it.
+        kind: one of :data:`KINDS`; ``auto``: the layout tells it, pairs of folders last.
+        n_classes: of a ``folder``: labels 1 .. n; 0: as many as ``classes.txt`` names, or else the largest
+            label in the maps of the training part (each is read). For other kinds 0 or their number.
 
     Raises:
-        UserError: names what is missing: a folder, a list, the map of an image, the image of a map.
+        UserError: names the missing folder, list, map of an image or image of a map.
     """
     root = Path(root)
     if part not in ("train", "val"):

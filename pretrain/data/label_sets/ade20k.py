@@ -1,4 +1,5 @@
-"""ADE20K (SceneParse150, ``ADEChallengeData2016``): 150 classes, stored as 1 .. 150; the pixels of no class (0) are not counted."""
+"""ADE20K (SceneParse150, ``ADEChallengeData2016``): 150 classes, stored as 1 .. 150. Pixels without a class
+(0) do not count."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ PARTS = {"train": "training", "val": "validation"}
 
 
 def is_named(root: Path) -> bool:
-    """Whether a folder is ADE20K by its own or its files' names: other sets have the same folders."""
+    """Whether the name of the folder or of its files says ADE20K: other sets have the same sub-folders."""
     home = _home(root)
     if not (home / "annotations" / "validation").is_dir():
         return False
@@ -23,7 +24,7 @@ def is_named(root: Path) -> bool:
 
 
 def open_part(root: Path, part: str) -> LabelSet:
-    """One part of the set, in the order of its files' names; errors are ``open_label_set``'s."""
+    """One part of the set, in the order of the file names; errors are those of ``open_label_set``."""
     home = _home(root)
     for folder in (home / kind / PARTS[part] for kind in ("images", "annotations")):
         if not folder.is_dir():

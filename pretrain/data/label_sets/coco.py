@@ -1,9 +1,11 @@
-"""COCO 2017's pixels by supercategory: COCO-Stuff, 15 classes, and COCO-Things, 12; what is of the other kind is not counted.
+"""COCO 2017's pixels by supercategory: COCO-Stuff with 15 classes, COCO-Things with 12. Pixels of the other
+kind do not count.
 
-Leopart's evaluation, which NeCo's, CrIBo's and PaKA's follow: *stuff* from the maps of the stuff annotations, without the class
-"other"; *things* from the panoptic annotations, drawn as category ids. Either is read from the maps of COCO-Stuff 164k
-(``stuffthingmaps``, category - 1) where those are not there: the same stuff, but things by their instance masks, which overlap
-otherwise than the panoptic ones. The classes are in alphabetical order, as there.
+This is Leopart's evaluation, which NeCo, CrIBo and PaKA follow. *Stuff* comes from the maps of the stuff
+annotations, without the class "other"; *things* come from the panoptic annotations, drawn as category ids. If
+these maps are missing, both are read from COCO-Stuff 164k (``stuffthingmaps``, category - 1). There stuff is
+the same, but things are instance masks, which overlap in another way than the panoptic ones. The classes are
+in alphabetical order, as in Leopart.
 """
 
 from pathlib import Path
@@ -79,7 +81,8 @@ def has(root: Path, kind: str) -> bool:
 
 
 def open_part(root: Path, part: str, kind: str) -> LabelSet:
-    """One part of ``coco_stuff`` or ``coco_things``, in the order of the images' names; errors are ``open_label_set``'s."""
+    """One part of ``coco_stuff`` or ``coco_things``, in the order of the image names; errors are those of
+    ``open_label_set``."""
     images = _folder(root, IMAGES, part)
     if images is None:
         raise UserError(f"{root} holds no COCO images: none of {_any(IMAGES, part)}")
@@ -100,10 +103,11 @@ def open_part(root: Path, part: str, kind: str) -> LabelSet:
 
 
 def label_table(kind: str, shift: int) -> NDArray[np.int32]:
-    """[256] the class of each value of a map; the ids of no category are unknown.
+    """[256] the class of each value of a map; ids without a category are unknown.
 
     Args:
-        shift: what the maps take off a category's id: 1 of ``stuffthingmaps``, where 255 is no category, else 0, where 0 is none.
+        shift: what the maps subtract from a category's id: 1 in ``stuffthingmaps``, where 255 is void; else
+            0, where 0 is void.
     """
     table = np.full(256, UNKNOWN, np.int32)
     ids = [id for classes in SUPERCATEGORIES.values() for members in classes.values() for id in members]

@@ -1,8 +1,9 @@
-"""Any images with label maps: values 1 .. n are classes, 0 is not counted, and 255 is not counted where n is below 255.
+"""Any images with label maps. Values 1 .. n are classes; 0 does not count, nor does 255 if n is below 255.
 
-``images/{train,val}`` and ``masks/{train,val}`` (``training``, ``validation``; ``annotations``, ``labels``), or all images and all
-maps in one folder each and the lists ``train.txt`` and ``val.txt``. A map is a PNG with its image's name. ``classes.txt``, if it is
-there, names the classes 1 .. n, one a line. (MMSegmentation's own folders store the first class as 0: here that is not counted.)
+The layout is ``images/{train,val}`` and ``masks/{train,val}`` (or ``training``, ``validation``;
+``annotations``, ``labels``), or all images and all maps in one folder each with the lists ``train.txt`` and
+``val.txt``. A map is a PNG with the name of its image. An optional ``classes.txt`` names the classes 1 .. n,
+one a line. (MMSegmentation's own folders store the first class as 0, which does not count here.)
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ VOID = 255
 
 
 def has(root: Path) -> bool:
-    """Whether the training part is there."""
+    """Whether the folder has a training part."""
     maps = first_folder(root, MAPS)
     if maps is None or not (root / "images").is_dir():
         return False
@@ -30,7 +31,8 @@ def has(root: Path) -> bool:
 
 
 def open_part(root: Path, part: str, n_classes: int = 0) -> LabelSet:
-    """One part, sorted by name or in its list's order; ``n_classes`` and errors are ``open_label_set``'s."""
+    """One part, sorted by name or in the order of its list; ``n_classes`` and errors as for
+    ``open_label_set``."""
     names = _names(root)
     if n_classes and names and n_classes != len(names):
         raise UserError(f"n_classes={n_classes}: {root / 'classes.txt'} names {len(names)} classes")
@@ -72,7 +74,7 @@ def _names(root: Path) -> tuple[str, ...]:
 
 
 def _largest(files: Pairs, root: Path) -> int:
-    """The largest value of the maps but for 255."""
+    """The largest value in the maps other than 255."""
 
     def largest(pair: tuple[str, str]) -> int:
         values = read_map(Path(pair[1]))

@@ -22,12 +22,14 @@ class LabelSet:
     """One part of a labeled set.
 
     Attributes:
-        name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one that is named so).
+        name: of the set: one of ``KINDS``; of a folder, the folder's name (``folder-voc2012``, ... of one
+            that is named so).
         part: ``train`` | ``val``.
         classes: names of the labels 1 .. C.
         files: paths of image and label map of each item.
         table: [V] int32, the label 0 .. C of each raw value of the maps; -1: the set knows no such value.
-        source: what of the set was taken: its list of images (``trainaug``), its kind of maps (``stuffthingmaps``).
+        source: what of the set was taken: its list of images (``trainaug``), its kind of maps
+            (``stuffthingmaps``).
         departure: in what it is not the set of the published figures; empty: in nothing.
         on_read: is called after each item that was read, in its thread, with the number of all items.
     """
@@ -48,7 +50,8 @@ class LabelSet:
         """An image uint8 [H, W, 3], upright, and its labels [H, W].
 
         Raises:
-            UserError: names the file: unreadable, of another size than its map, a raw value that the set does not know.
+            UserError: names the file: unreadable, of another size than its map, a raw value that the set does
+                not know.
         """
         image, label_map = map(Path, self.files[index])
         pixels = read_picture(image)
@@ -80,8 +83,9 @@ class LabelSet:
     def squares(
         self, side_px: int, label_px: int, batch_size: int, order: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole images squeezed to squares: uint8 [b, 3, side, side] (bicubic, antialiased) and int32 labels [b, label, label]
-        (nearest), ``batch_size`` at a time, read ahead in threads. ``order``: indices; none: all, in order."""
+        """Whole images squeezed to squares: uint8 [b, 3, side, side] (bicubic, antialiased) and int32 labels
+        [b, label, label] (nearest), ``batch_size`` at a time, read ahead in threads. ``order``: indices;
+        none: all, in order."""
 
         def item(index: int) -> tuple[Tensor, Tensor]:
             pixels, labels = self.read(index)

@@ -1,4 +1,4 @@
-"""Which images have which label map: folders are listed once, no file in them is looked at."""
+"""Pair images with label maps: folders are listed once, and no file is opened."""
 
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -11,15 +11,15 @@ Pairs = Sequence[tuple[str, str]]  # paths of image and label map of each item; 
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
-    """The first of these sub-folders that is there."""
+    """The first of these sub-folders that exists."""
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def by_stem(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
-    """The paths of a folder's files with one of these suffixes, by their names without it; hidden ones are none.
+    """{stem: path} of the files in a folder with one of these suffixes, without hidden ones.
 
     Raises:
-        UserError: no such folder or file in it, or two that differ by their suffix alone.
+        UserError: there is no such folder or file; two files differ only in their suffix.
     """
     found: dict[str, str] = {}
     try:
@@ -44,14 +44,15 @@ def maps_by_stem(folder: Path) -> dict[str, str]:
 
 
 def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] | None = None, listed: object = "") -> Pairs:
-    """Image and map of each stem; sorted without ``stems``, and then of all, neither without the other.
+    """Image and map of each stem. Without ``stems``: of all, sorted; then each image needs a map and each map
+    an image.
 
     Args:
-        stems: those that are wanted, in this order.
-        listed: who names them, for the message.
+        stems: the wanted ones, in this order.
+        listed: the list that names them, for messages.
 
     Raises:
-        UserError: names the first image without a map, or map without an image, and says how many there are.
+        UserError: names the first image without a map, or map without an image, and their number.
     """
     wanted = sorted(images.keys() | maps.keys()) if stems is None else stems
     some_image, some_map = next(iter(images.values())), next(iter(maps.values()))
@@ -64,12 +65,13 @@ def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] 
 
 
 def listed_stems(file: Path) -> list[str]:
-    """The images that a text file names, one a line: the last part of the first word, with or without a suffix of images.
+    """The images that a text file names, one a line: the last part of the first word, with or without a
+    suffix of images.
 
     Empty lines and lines that start with ``#`` are left out.
 
     Raises:
-        UserError: it cannot be read, names none, or one twice.
+        UserError: the file cannot be read, names no image, or one twice.
     """
     try:
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Label maps: PNG files whose values, not colors, are labels."""
+"""Label maps: PNG files whose values (not colors) are labels."""
 
 import io
 import os
@@ -14,16 +14,16 @@ from pretrain.data.decode import BrokenImage, check_png
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
 
-UNKNOWN = -1  # in a table of labels: no such value
+UNKNOWN = -1  # in a table of labels: the set has no such value
 MAX_MPX = 200.0  # million pixels, as of images
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # PIL spreads gray of 2 and 4 bits over 0 .. 255
 
 
 def read_map(file: Path) -> NDArray[np.integer]:
-    """What a label map holds: values [H, W] as stored, of gray (1 to 16 bits) or, of a palette, its indices.
+    """The stored values [H, W] of a label map: gray levels (1 to 16 bits), or indices of a palette.
 
     Raises:
-        UserError: names the file: missing, broken, no PNG, of several channels.
+        UserError: names a file that is missing, broken, no PNG, or of several channels.
     """
     if not file.exists():
         raise UserError(f"no label map {file}")

@@ -1,7 +1,7 @@
-"""Pascal VOC 2012: 21 classes, background (stored as 0) among them; the void border (255) is not counted.
+"""Pascal VOC 2012: 21 classes, including the background (stored as 0). The void border (255) does not count.
 
-Training is ``trainaug``, 10,582 images, as in all published figures of linear and in-context segmentation (Leopart, NeCo,
-Hummingbird): the annotations of SBD (Hariharan et al. 2011) beside VOC's own 1,464.
+Training uses ``trainaug``, 10,582 images, as do all published figures of linear and in-context segmentation
+(Leopart, NeCo, Hummingbird): VOC's own 1,464 and the annotations of SBD (Hariharan et al. 2011).
 """
 
 from pathlib import Path
@@ -27,12 +27,13 @@ LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 
 def find(root: Path) -> Path | None:
-    """The folder with ``SegmentationClass``, if it is there."""
+    """The folder with ``SegmentationClass``, if it exists."""
     return next((root / place for place in PLACES if (root / place / "SegmentationClass").is_dir()), None)
 
 
 def open_part(root: Path, part: str) -> LabelSet:
-    """``train`` (trainaug where it is there, else VOC's own, which is a departure) or ``val``; errors are ``open_label_set``'s."""
+    """``train`` (trainaug, or else VOC's own, which is a departure) or ``val``; errors are those of
+    ``open_label_set``."""
     home = find(root)
     if home is None:
         raise UserError(f"{root} is no Pascal VOC 2012: it has no {LAYOUT}")
@@ -55,12 +56,12 @@ def open_part(root: Path, part: str) -> LabelSet:
 
 
 def _training(home: Path) -> tuple[list[str], str]:
-    """Names of the training images, and of their list."""
+    """Names of the training images, and the name of their list."""
     if (home / AUGMENTED).is_dir():
         for name in ("trainaug", "train_aug"):
             if (file := _find_list(home, name)) is not None:
                 return listed_stems(file), "trainaug"
-        if (file := _find_list(home, "aug")) is not None:  # as MMSegmentation names what SBD adds
+        if (file := _find_list(home, "aug")) is not None:  # MMSegmentation's name for what SBD adds
             return list(dict.fromkeys(_list(home, "train") + listed_stems(file))), "trainaug"
     return _list(home, "train"), "train"
 

@@ -1,7 +1,8 @@
-"""Where images come from: one interface over folders, lists, COCO, tar shards, parquet files and Hugging Face folders.
+"""Where images come from: one interface to folders, lists, COCO, tar shards, parquet files and Hugging Face
+folders.
 
-A source has random access by index, gives the same order on every machine and goes to workers by pickle or fork: it opens
-what it needs in each process for itself.
+A source gives random access by index, in the same order on every machine. It goes to workers by pickle or
+fork and opens its files in each process.
 """
 
 import os
@@ -56,17 +57,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """The image, as shown to a user."""
+        """The name of the image in messages."""
 
     def read(self, index: int) -> bytes:
         """The encoded image, as in its file; raises :class:`pretrain.data.decode.BrokenImage`."""
 
 
 def open_source(data: DataSettings) -> Source:
-    """The source that the config group ``data`` names: by ``root``, ``source``, ``split`` and ``image_column``.
+    """The source that the settings ``data`` describe by ``root``, ``source``, ``split`` and ``image_column``.
 
     Raises:
-        UserError: nothing to read there; names the key or the file.
+        UserError: there is nothing to read; names the key or the file.
     """
     root, split, column = os.path.expanduser(data.root), data.split, data.image_column
     if not root:
@@ -88,14 +89,15 @@ def open_source(data: DataSettings) -> Source:
 
 
 def kind_of(root: str, split: str = "") -> str:
-    """The kind of source that a path is, as ``data.source=auto`` tells it.
+    """The kind of source of a path, for ``data.source=auto``.
 
-    By suffix for a file or a pattern: .txt and .lst a list, .parquet, all others tar shards. A folder is Hugging Face's by its
-    state.json or dataset_dict.json, and COCO's by annotations/ beside folders like train2017. It holds tar shards or parquet
-    files where there are such files and neither images nor folders in it (or in its sub-folder ``split``), and else images.
+    The suffix tells the kind of a file or pattern: a list for .txt and .lst, .parquet, or tar shards. A
+    folder with state.json or dataset_dict.json is Hugging Face's; one with annotations/ beside folders like
+    train2017 is COCO's. A folder (or its sub-folder ``split``) with tar shards or parquet files, and neither
+    images nor folders, holds these; any other folder holds images.
 
     Raises:
-        UserError: a file of no known kind.
+        UserError: the kind of the file is unknown.
     """
     path = Path(root)
     if path.is_file() or not path.is_dir() and is_pattern(root):
@@ -110,7 +112,7 @@ def kind_of(root: str, split: str = "") -> str:
 
 
 def _kind_of_files_in(folder: Path) -> str:
-    """``tar`` or ``parquet`` for a folder with such files and with neither images nor other folders, else ``folder``."""
+    """``tar`` or ``parquet`` for a folder with such files and neither images nor folders, else ``folder``."""
     kind = "folder"
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -137,10 +139,10 @@ def coco_splits(root: Path) -> list[str]:
 
 
 def _coco_source(root: str, split: str) -> FileSource:
-    """COCO's images of one split, or of several joined with ``+``; the annotations are not read."""
+    """COCO's images of one split, or of several joined with ``+``, without the annotations."""
     if not Path(root).is_dir():
         raise UserError(f"data.root: no folder {root}")
-    if not split:  # never all: the validation images would be trained on without a word
+    if not split:  # never all: the run would silently train on the validation images
         there = ", ".join(coco_splits(Path(root))) or "none like train2017"
         raise UserError(f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +")
     return folder_source(root, split.split("+"))

@@ -1,4 +1,5 @@
-"""Rows of tables, and their image column: Hugging Face's ``struct<bytes: binary, path: string>`` or plain bytes. Needs pyarrow."""
+"""Rows of tables, and their image column: Hugging Face's ``struct<bytes: binary, path: string>`` or plain
+bytes. Needs pyarrow."""
 
 import importlib
 import os
@@ -39,7 +40,7 @@ def pyarrow(submodule: str) -> tuple[ModuleType, ModuleType]:
     """``pyarrow`` and one of its modules.
 
     Raises:
-        UserError: it is not installed, and how to.
+        UserError: it is not installed; says how to install it.
     """
     try:
         return importlib.import_module("pyarrow"), importlib.import_module(f"pyarrow.{submodule}")
@@ -48,10 +49,11 @@ def pyarrow(submodule: str) -> tuple[ModuleType, ModuleType]:
 
 
 def image_column(schema: Any, wanted: str, path: Path) -> str:
-    """The name of the image column in a ``pyarrow.Schema``: ``wanted``, or the only one with the type of images.
+    """The name of the image column in a ``pyarrow.Schema``: ``wanted``, or the only column with the type of
+    images.
 
     Raises:
-        UserError: no such column, none, or several; names data.image_column and the file.
+        UserError: there is no such column, no image column, or several; names data.image_column and the file.
     """
     pa, types = pyarrow("types")
 
@@ -78,10 +80,11 @@ def image_column(schema: Any, wanted: str, path: Path) -> str:
 
 
 def image_bytes(row: Any, folder: Path) -> bytes:
-    """The encoded image of a row (a ``pyarrow.Scalar``); where it holds but a path, the file, relative to ``folder``.
+    """The encoded image of a row (a ``pyarrow.Scalar``). If the row has only a path, read that file, relative
+    to ``folder``.
 
     Raises:
-        BrokenImage: a row without an image, or a file that cannot be read.
+        BrokenImage: the row has no image; the file cannot be read.
     """
     value = row.as_py()
     if isinstance(value, dict):

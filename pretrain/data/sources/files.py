@@ -1,4 +1,4 @@
-"""Reading whole files, and what every kind of source needs of the file system."""
+"""Read whole files, and find the files of a source."""
 
 import glob
 import os
@@ -12,11 +12,11 @@ from pretrain.data.decode import BrokenImage
 from pretrain.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MAX_FILE_BYTES = 2**29  # of one image; a larger file would have to be read whole before it can be refused
+MAX_FILE_BYTES = 2**29  # of one image; a larger file would be read completely before it is refused
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a file is listed as an image: by its suffix, in any case; hidden files (``._a.jpg``) are none."""
+    """Whether a name has a suffix of images, in any case; hidden files (``._a.jpg``) do not count."""
     return os.path.splitext(name)[1].lower() in _SUFFIXES and not os.path.basename(name).startswith(b".")
 
 
@@ -27,7 +27,7 @@ def read_file(path: bytes) -> bytes:
     """The content of an image's file.
 
     Raises:
-        BrokenImage: it cannot be read, or is no regular file (a pipe would be waited for), or is too large.
+        BrokenImage: the file cannot be read, is not regular (reading a pipe would block), or is too large.
     """
     try:
         found = os.stat(path)
@@ -42,14 +42,16 @@ def read_file(path: bytes) -> bytes:
 
 
 def whole_files(root: str, split: str, suffix: str) -> list[Path]:
-    """The files that hold many images each, sorted: ``root`` itself, those it stands for, or those of the folder ``root``.
+    """Files with many images each, sorted: the file ``root``, the files of the pattern ``root``, or those in
+    the folder ``root``.
 
-    ``root`` may hold braces (``train-{000..146}.tar``, ``{a,b}.tar``) and ``*``, ``?``, ``[...]``. ``split`` is a sub-folder of
-    the folder or, where there is none, what the files' names start with, up to a character that is no letter, digit or ``_``:
-    ``train`` takes train-000000.tar and train.tar, not training.tar or train_extra-0.tar.
+    ``root`` may contain braces (``train-{000..146}.tar``, ``{a,b}.tar``) and ``*``, ``?``, ``[...]``.
+    ``split`` is a sub-folder or, if there is none, the start of the files' names up to a character that is no
+    letter, digit or ``_``: ``train`` takes train-000000.tar and train.tar, but not training.tar or
+    train_extra-0.tar.
 
     Raises:
-        UserError: no such file; names data.root, data.split or the one file of a brace pattern that is missing.
+        UserError: there is no such file; names data.root, data.split or the missing file of a brace pattern.
     """
     if (files := _by_pattern(root)) is not None:
         if split:
@@ -69,7 +71,7 @@ def whole_files(root: str, split: str, suffix: str) -> list[Path]:
 
 
 def _by_pattern(root: str) -> list[Path] | None:
-    """The files that ``root`` names by itself; None for a folder."""
+    """The files that ``root`` itself names; None for a folder."""
     if Path(root).is_file():
         return [Path(root)]
     if Path(root).is_dir() or not is_pattern(root):
@@ -88,12 +90,13 @@ def _by_pattern(root: str) -> list[Path] | None:
 
 
 def is_pattern(root: str) -> bool:
-    """Whether a path stands for several, by braces or as a glob."""
+    """Whether a path has braces or wildcards."""
     return re.search(r"[{*?\[]", root) is not None
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with ``{000..146}`` (as wide as its first number) and ``{a,b}``, in order, as in a shell.
+    """All names of a pattern with ``{000..146}`` (padded like the first number) and ``{a,b}``, in the order
+    of a shell.
 
     Braces within braces are not supported.
     """

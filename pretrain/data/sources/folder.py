@@ -1,4 +1,4 @@
-"""Image files: in a folder, nested (as ImageNet's) or flat, or named by a list."""
+"""Image files in a folder, nested (as ImageNet's) or flat, or in a list."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pretrain.errors import UserError
 
 
 class FileSource:
-    """Image files by their names, which are relative to ``root`` or absolute."""
+    """Image files by name, relative to ``root`` or absolute."""
 
     def __init__(self, root: str, names: Names) -> None:
         self.root, self.names = os.fsencode(root), names
@@ -18,7 +18,7 @@ class FileSource:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """As found in the folder or the list."""
+        """The name in the folder or the list."""
         return shown(self.names[index])
 
     def read(self, index: int) -> bytes:
@@ -27,12 +27,15 @@ class FileSource:
 
 
 def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
-    """All images under a folder, or under some of its sub-folders, by suffix, sorted by path: the same on every machine.
+    """All images under a folder, or under some of its sub-folders, sorted by path: the same order on every
+    machine.
 
-    Links to folders are followed, and each real folder is listed once. Hidden files and folders are left out.
+    Suffixes tell images. Links to folders are followed, and each real folder is listed once. Hidden files and
+    folders are left out.
 
     Raises:
-        UserError: no such folder, one that cannot be listed, no image in it; names data.root, or data.split for a sub-folder.
+        UserError: a folder is missing, cannot be listed or has no image; names data.root, or data.split for a
+            sub-folder.
     """
     if not os.path.isdir(root):
         raise UserError(f"data.root: no folder {root}")
@@ -72,12 +75,13 @@ def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
 
 
 def list_source(path: str) -> FileSource:
-    """The images that a text file names, one a line, relative to the list's folder or absolute, in the list's order.
+    """The images in a text file, one a line, relative to the list's folder or absolute, in the list's order.
 
-    Empty lines and lines that start with ``#`` are left out. A file that is not there is a broken image when it is read.
+    Empty lines and lines that start with ``#`` are left out. A missing file counts as a broken image when it
+    is read.
 
     Raises:
-        UserError: no such file, or no name in it.
+        UserError: there is no such file; it has no names.
     """
     try:
         with open(path, "rb") as file:

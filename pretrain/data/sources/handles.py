@@ -1,4 +1,4 @@
-"""What a source has open: a few things, of this process alone."""
+"""The open files of a source: a few, in this process only."""
 
 import os
 from collections import OrderedDict
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Handles(Generic[T]):
-    """The ``size`` things used last. They stay out of pickles, and a forked process drops its parent's and opens its own."""
+    """Keeps the ``size`` objects used last. Pickles leave them out; a forked process opens its own."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -17,7 +17,7 @@ class Handles(Generic[T]):
         self._process = os.getpid()
 
     def get(self, key: Hashable, open_it: Callable[[], T]) -> T:
-        """The thing under ``key``, opened if it is not at hand; the one not used for longest is let go."""
+        """The object under ``key``, opened if necessary; the least recently used one is dropped."""
         if self._process != os.getpid():
             self._kept, self._process = OrderedDict(), os.getpid()
         if key not in self._kept:

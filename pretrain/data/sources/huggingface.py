@@ -1,6 +1,7 @@
-"""A data set that ``datasets`` of Hugging Face left with ``save_to_disk``, read with pyarrow alone.
+"""A data set that Hugging Face's ``datasets`` wrote with ``save_to_disk``, read with pyarrow alone.
 
-The arrow files are mapped into memory, so that a row is read without its neighbors: random order costs nothing more.
+The arrow files are mapped into memory, so that one row is read without its neighbors: random order costs
+nothing extra.
 """
 
 from functools import partial
@@ -17,16 +18,17 @@ MAX_OPEN = 256  # files a process; an open one costs a mapping and no memory
 
 
 class HuggingFaceSource(Rows):
-    """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved ``DatasetDict``, in their order.
+    """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved
+    ``DatasetDict``, in their order.
 
     Args:
         root: the folder, with state.json or dataset_dict.json.
-        split: needed where a DatasetDict has several.
-        column: the column of the images; "": the only one of such a type.
+        split: required if a DatasetDict has several.
+        column: the column of the images; "": the only one of this type.
 
     Raises:
-        UserError: no such folder or split, a missing or damaged file, a selection of rows that was not written out, no or several
-            image columns, no row, or no pyarrow.
+        UserError: the folder or split does not exist; a file is missing or damaged; a selection of rows was
+            not written out; there is no image column, or several; there is no row; pyarrow is missing.
     """
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
@@ -45,7 +47,7 @@ class HuggingFaceSource(Rows):
         self._open: Handles[Any] = Handles(MAX_OPEN)
 
     def name(self, index: int) -> str:
-        """As ``train/data-00000-of-00002.arrow: row 17``, from 0."""
+        """Such as ``train/data-00000-of-00002.arrow: row 17``, counted from 0."""
         file, row = self.place(index)
         return f"{self.files[file].relative_to(self.root)}: row {row}"
 

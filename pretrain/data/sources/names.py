@@ -1,4 +1,5 @@
-"""Millions of names in two arrays: forked workers share them, where a list of strings would be copied page by page."""
+"""Millions of names in two arrays. Forked workers share them; they would copy a list of strings page by
+page."""
 
 from collections.abc import Iterable
 
@@ -22,6 +23,6 @@ class Names:
 
 
 def shown(name: bytes) -> str:
-    """A name for messages, in one line: bytes that are no UTF-8 and control characters as ``\\x..``."""
+    """A name for messages, in one line: invalid UTF-8 and control characters become ``\\x..``."""
     text = name.decode("utf-8", "backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

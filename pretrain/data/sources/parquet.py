@@ -1,8 +1,9 @@
 """Images in a column of parquet files.
 
-A row group is read whole (of the image column) to reach one of its rows, and the last two stay in memory in each process. In
-the random order of a training that is one row group an image: slow where they are large (Hugging Face writes 100 to 1,000
-rows). Such data goes faster as tar shards, or as the folder that ``save_to_disk`` of ``datasets`` leaves.
+To reach a row, the image column of its whole row group is read; each process keeps the last two groups. In
+the random order of training that is one row group for each image, which is slow if they are large (Hugging
+Face writes 100 to 1,000 rows). Tar shards, or the folder that ``save_to_disk`` of ``datasets`` writes, are
+faster.
 """
 
 from functools import partial
@@ -23,11 +24,12 @@ class ParquetSource(Rows):
 
     Args:
         root: a .parquet file, a folder of them, or a pattern such as ``train-*.parquet``.
-        split: a sub-folder of the folder, or what the names of its files start with.
-        column: the column of the images; "": the only one of such a type.
+        split: a sub-folder, or the start of the files' names.
+        column: the column of the images; "": the only one of this type.
 
     Raises:
-        UserError: no file, a damaged one, no or several image columns, no row, or no pyarrow.
+        UserError: a file is missing or damaged; there is no image column, or several; there is no row;
+            pyarrow is missing.
     """
 
     def __init__(self, root: str, split: str = "", column: str = "") -> None:
@@ -49,7 +51,7 @@ class ParquetSource(Rows):
         self._read: Handles[Any] = Handles(MAX_GROUPS)
 
     def name(self, index: int) -> str:
-        """As ``train-00000-of-00002.parquet: row group 3, row 17``, both from 0."""
+        """Such as ``train-00000-of-00002.parquet: row group 3, row 17``, counted from 0."""
         part, row = self.place(index)
         file, group = self.groups[part]
         return f"{self.files[file].name}: row group {group}, row {row}"

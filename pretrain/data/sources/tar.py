@@ -1,8 +1,8 @@
 """Images in tar shards, named as webdataset does.
 
-A sample's key is its members' path up to the first dot of the base name; what follows is the kind of content (``jpg``, ``cls``,
-``json``). The shards' headers are read once, at the start (about 20 microseconds a member); an image is then one ``pread``, in
-any order.
+A sample's key is the path of its members up to the first dot of the base name; the rest is the kind of
+content (``jpg``, ``cls``, ``json``). The headers of the shards are read once, at the start (about 20
+microseconds a member). Then an image is one ``pread``, in any order.
 """
 
 import io
@@ -26,16 +26,19 @@ MAX_OPEN = 64  # shards a process
 
 
 class TarSource:
-    """One image a sample; shards by name, samples in their order within a shard.
+    """One image for each sample; shards in the order of their names, samples in the order of the shard.
 
-    Of a sample without an image, members such as ``my.photo.jpg`` are another kind of content (``photo.jpg``): a warning.
+    If a sample has no image, a member such as ``my.photo.jpg`` counts as another kind of content
+    (``photo.jpg``), with a warning.
 
     Args:
-        root: a .tar file, a folder of them, or a pattern such as ``train-{000000..000146}.tar`` or ``train-*.tar``.
-        split: a sub-folder of the folder, or what the names of its shards start with.
+        root: a .tar file, a folder of them, or a pattern such as ``train-{000000..000146}.tar`` or
+            ``train-*.tar``.
+        split: a sub-folder, or the start of the shards' names.
 
     Raises:
-        UserError: no shard, one that is missing, compressed, damaged or cut off (with the byte), or no image in any.
+        UserError: there is no shard or no image; a shard is missing, compressed, damaged or cut off (names
+            the byte).
     """
 
     def __init__(self, root: str, split: str = "") -> None:
@@ -63,7 +66,7 @@ class TarSource:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Shard and member, as ``train-000001.tar: n01440764/10026.jpg``."""
+        """Shard and member, such as ``train-000001.tar: n01440764/10026.jpg``."""
         return f"{self.shards[self.rows[index, 0]].name}: {shown(self.names[index])}"
 
     def read(self, index: int) -> bytes:
@@ -82,9 +85,10 @@ class TarSource:
 
 
 def scan_shard(path: Path) -> tuple[list[tuple[bytes, int, int]], list[bytes]]:
-    """Name, offset and size in bytes of the images in a shard, from its headers alone.
+    """The images in a shard by name, offset and size in bytes, from the headers alone; and the names of other
+    members.
 
-    And the names of members with an image's suffix after a further dot, of samples without an image.
+    The other members belong to samples without an image and have an image's suffix after another dot.
 
     Raises:
         UserError: as :class:`TarSource`.
