@@ -6,10 +6,9 @@ ADE --jobs 8 python tools/compare.py configs/compare/table1_vits16.yaml --output
 tools/compare.py configs/compare/table1_vits16.yaml --output runs/compare --weights W --submit -- --hours 24
 --partition gpu
 
-Finished runs are not repeated, stopped ones resume (exit code 85: start it again), and a run that fails does
-not stop the others. A row whose file is missing is named and skipped. The results are in OUTPUT/ROW/RUN, the
-tables in OUTPUT/CONFIG.*. Words with = set a key of the yaml: detection=coco10pct-12ep segmentation=none
-seeds=0,1,2 accumulate=16 detection_overrides.batch_size=32.
+Finished runs are not repeated, stopped ones resume (exit code 85: start it again), a failed run stops no other. Rows
+without a file are named and skipped. The results are in OUTPUT/ROW/RUN, the tables in OUTPUT/CONFIG.*. Words with = set
+a key of the yaml: detection=coco10pct-12ep segmentation=none seeds=0,1,2 detection_overrides.batch_size=32.
 """
 
 import sys
