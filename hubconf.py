@@ -1,6 +1,7 @@
 """torch.hub: ``torch.hub.load(REPOSITORY, "posfield", source="local", weights="run/backbone.safetensors")``.
 
-``posfield`` builds what the weights are of; each name of the registry (``vit_small_patch16``, ...) is an entry point, too.
+``posfield`` builds what the weights are of; each name of the registry (``vit_small_patch16``, ...) is an
+entry point, too.
 """
 
 from pretrain.build import backbone_names as _names
@@ -13,10 +14,12 @@ dependencies = ["torch", "numpy", "fvcore", "safetensors", "msgpack"]
 def posfield(weights, backbone=None, source=None, **model_kwargs):
     """A ViT with any supported file of weights, in evaluation mode.
 
-    weights: a file of ours or of another method, or a folder of Hugging Face's. backbone: a registry name, where the weights do not
-    say it. source: whose file it is, where that is not clear. flags: those of pretrain.build.build_backbone (patch_size, ...).
+    weights: a file of ours or of another method, or a folder of Hugging Face's. backbone: a registry name,
+    where the weights do not say it. source: whose file it is, where that is not clear. flags: those of
+    pretrain.build.build_backbone (patch_size, ...).
 
-    vit(image) gives cls [B, D], registers [B, R, D] and patches [B, N, D]; vit.feature_map(image) [B, D, h, w].
+    vit(image) gives cls [B, D], registers [B, R, D] and patches [B, N, D]; vit.feature_map(image) [B, D, h,
+    w].
     """
     return _build(_name_in(backbone, weights, source), weights, source=source, **model_kwargs).eval()
 

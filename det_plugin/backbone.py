@@ -66,7 +66,9 @@ class RegistryBackbone(Backbone):
         if weights is not None:
             origin = origin_of(weights, model_kwargs.get("source"))
             ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
-        self.options = FeatureOptions(final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile)
+        self.options = FeatureOptions(
+            final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile
+        )
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
         self._out_feature_channels = {FEATURE: self.vit.embed_dim}
@@ -92,7 +94,9 @@ class PaddedPyramid(SimpleFeaturePyramid):
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
 
-def _require_every_tensor(module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+def _require_every_tensor(
+    module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any
+) -> None:
     """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with
     ``strict=False``."""
     wanted = {prefix + key: value for key, value in module.state_dict().items()}

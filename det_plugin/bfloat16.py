@@ -19,5 +19,7 @@ class BFloat16RCNN(GeneralizedRCNN):
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """As in ``GeneralizedRCNN``."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training and self.device.type == "cuda"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.training and self.device.type == "cuda"
+        ):
             return super().forward(batched_inputs)

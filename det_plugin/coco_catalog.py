@@ -8,7 +8,14 @@ import numpy as np
 
 from det_plugin.coco_layout import locate
 from det_plugin.requires import detectron2_installed
-from det_plugin.torchvision_engine.coco import UNREADABLE, CocoSplit, Picture, Segmentation, read_classes, read_split
+from det_plugin.torchvision_engine.coco import (
+    UNREADABLE,
+    CocoSplit,
+    Picture,
+    Segmentation,
+    read_classes,
+    read_split,
+)
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.masks import clip
 from pretrain.errors import UserError
@@ -28,7 +35,9 @@ def coco_root(root: str | Path | None) -> Path:
         return Path(root)
     folder = Path(MetadataCatalog.get("coco_2017_val").json_file).parents[1]
     if not folder.is_dir():
-        raise UserError(f"data: no folder {folder}; give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported")
+        raise UserError(
+            f"data: no folder {folder}; give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported"
+        )
     return folder
 
 
@@ -77,7 +86,9 @@ def coco_dicts(
 def train_images(root: str | Path | None, num_classes: int, share: float) -> int | None:
     """How many images training uses; None on a machine that only has the data for evaluation."""
     try:
-        return len(read_split(coco_root(root), "train", num_classes=num_classes, training=True, share=share).pictures)
+        return len(
+            read_split(coco_root(root), "train", num_classes=num_classes, training=True, share=share).pictures
+        )
     except UserError:
         return None
 
@@ -93,7 +104,12 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
         if segmentation:
             shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
             objects.append({"category_id": k, "iscrowd": 0, **shape})
-    return {"file_name": str(split.folder / picture.file_name), "image_id": picture.id, **size, "annotations": objects}
+    return {
+        "file_name": str(split.folder / picture.file_name),
+        "image_id": picture.id,
+        **size,
+        "annotations": objects,
+    }
 
 
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
@@ -132,9 +148,13 @@ class CocoMapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)  # type: ignore[no-any-return]
         except (*UNREADABLE, AssertionError) as error:
-            raise UserError(f"data: {dataset_dict['file_name']} cannot be used: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"data: {dataset_dict['file_name']} cannot be used: {' '.join(str(error).split())}"
+            ) from error
 
-    def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]) -> None:
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
         has_rle = any(isinstance(a["segmentation"], dict) for a in dataset_dict["annotations"])
         self.instance_mask_format = "bitmask" if has_rle else "polygon"
         super()._transform_annotations(dataset_dict, transforms, image_shape)

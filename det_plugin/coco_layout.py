@@ -67,7 +67,9 @@ def _laid_out(root: Path, split: str) -> CocoFiles:
         if (root / annotations).is_file():
             return CocoFiles(root / annotations, root / images)
     names = ", ".join(annotations for annotations, _ in LAYOUTS[split])
-    raise UserError(f"data: {root} has no file for the split {split!r}: none of {names} (a .yaml file may name others)")
+    raise UserError(
+        f"data: {root} has no file for the split {split!r}: none of {names} (a .yaml file may name others)"
+    )
 
 
 def _named(file: Path, split: str) -> CocoFiles:
@@ -79,6 +81,10 @@ def _named(file: Path, split: str) -> CocoFiles:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"data: {file} is no YAML ({' '.join(str(error).split())})") from error
     entry: Any = content.get(split) if isinstance(content, dict) else None
-    if not isinstance(entry, dict) or {type(value) for value in entry.values()} != {str} or set(entry) != {"annotations", "images"}:
+    if (
+        not isinstance(entry, dict)
+        or {type(value) for value in entry.values()} != {str}
+        or set(entry) != {"annotations", "images"}
+    ):
         raise UserError(f"data: {file} must hold {example}, not {split}: {entry!r}")
     return CocoFiles(file.parent / entry["annotations"], file.parent / entry["images"])

@@ -81,9 +81,13 @@ def _torchvision(run: Path, device: torch.device) -> Detector:
     protocol, classes = protocol_of(config), classes_of(run, config)
 
     def batch(images: Images) -> list[list[Prediction]]:
-        maps = [evaluation_geometry((image.shape[1], image.shape[0]), protocol.image_size_px) for image in images]
+        maps = [
+            evaluation_geometry((image.shape[1], image.shape[0]), protocol.image_size_px) for image in images
+        ]
         resized = [to_tensor(geometry.pixels(image)) for geometry, image in zip(maps, images)]
-        return detect(model, resized, [(image.shape[0], image.shape[1]) for image in images], list(classes), device)
+        return detect(
+            model, resized, [(image.shape[0], image.shape[1]) for image in images], list(classes), device
+        )
 
     return Detector(classes, protocol, batch)
 
@@ -135,6 +139,9 @@ def _detectron2(run: Path, device: torch.device) -> Detector:
             inputs.append({"image": pixels, "height": image.shape[0], "width": image.shape[1]})
         results = [instances_to_coco_json(output["instances"].to("cpu"), 0) for output in model(inputs)]
         kept = "bbox", "score", "segmentation"
-        return [[{"category_id": ids[r["category_id"]], **{key: r[key] for key in kept}} for r in own] for own in results]
+        return [
+            [{"category_id": ids[r["category_id"]], **{key: r[key] for key in kept}} for r in own]
+            for own in results
+        ]
 
     return Detector(classes, protocol_in(cfg), batch)

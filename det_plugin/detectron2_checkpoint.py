@@ -45,8 +45,15 @@ class Checkpoints(HookBase):
         start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.
     """
 
-    def __init__(self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int) -> None:
-        self.checkpointer, self.period, self.max_to_keep, self.saved_s = checkpointer, period, max_to_keep, time.monotonic()
+    def __init__(
+        self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int
+    ) -> None:
+        self.checkpointer, self.period, self.max_to_keep, self.saved_s = (
+            checkpointer,
+            period,
+            max_to_keep,
+            time.monotonic(),
+        )
         files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
         self.files = [file for file in files if file.stem < f"model_{start_iter:07d}"]
 
@@ -77,13 +84,18 @@ def last_whole(folder: Path) -> Path | None:
     """
     if not (folder / LAST).is_file():
         return None
-    last, files = folder / (folder / LAST).read_text().strip(), sorted(folder.glob("model_*.pth"), reverse=True)
+    last, files = (
+        folder / (folder / LAST).read_text().strip(),
+        sorted(folder.glob("model_*.pth"), reverse=True),
+    )
     for file in [last, *(file for file in files if file != last)]:
         try:
             torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             return file
         except Exception as error:  # on damaged bytes the unpickler may raise anything
-            log(f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before")
+            log(
+                f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before"
+            )
     raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")
 
 

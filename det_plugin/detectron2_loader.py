@@ -37,7 +37,9 @@ class TrainSamples(Dataset[Sample]):
         mapper: dict -> sample. It may draw from NumPy's global generator, as Detectron2's augmentations do.
     """
 
-    def __init__(self, dicts: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Sample], seed: int) -> None:
+    def __init__(
+        self, dicts: list[dict[str, Any]], mapper: Callable[[dict[str, Any]], Sample], seed: int
+    ) -> None:
         self.dicts, self.mapper, self.seed = DatasetFromList(dicts, copy=False), mapper, seed
 
     def __getitem__(self, position: int) -> Sample:
@@ -84,8 +86,12 @@ class TrainLoader:
         torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in
         the step.
         """
-        start_iter = get_event_storage().iter if has_event_storage() else 0  # where the trainer is, resumed or not
-        loaded = batches(self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu"))
+        start_iter = (
+            get_event_storage().iter if has_event_storage() else 0
+        )  # where the trainer is, resumed or not
+        loaded = batches(
+            self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu")
+        )
         for part, samples in zip(self._positions(start_iter, accumulate), loaded):
             torch.manual_seed(int(_draws(self.seed, STEP, part[0]).generate_state(1, np.uint64)[0]))
             yield samples

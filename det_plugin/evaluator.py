@@ -40,7 +40,14 @@ with detectron2_installed():
     from detectron2.utils.events import get_event_storage, has_event_storage
 
 TASKS = {"bbox": "box", "segm": "mask"}
-METRICS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
+METRICS = {
+    "AP": "ap",
+    "AP50": "ap50",
+    "AP75": "ap75",
+    "APs": "ap_small",
+    "APm": "ap_medium",
+    "APl": "ap_large",
+}
 # Keys of a config that are no part of its recipe.
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
@@ -73,7 +80,9 @@ class ResultEvaluator(COCOEvaluator):
         classes: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(dataset_name(root, "val"), tasks=tuple(TASKS), use_fast_impl=False)
-        self._coco_api.dataset = read_truth(Path(self._metadata.json_file))  # other data than COCO's may lack a field
+        self._coco_api.dataset = read_truth(
+            Path(self._metadata.json_file)
+        )  # other data than COCO's may lack a field
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
         self.folder = Path(output_dir)
@@ -135,7 +144,9 @@ def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
     return changed | {key: different[key] for key in sorted(different) if not key.startswith(NO_RECIPE)}
 
 
-def _leave_result(cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path) -> Path:
+def _leave_result(
+    cfg: DictConfig, metrics: Mapping[str, Any], images: tuple[int | None, int], folder: Path
+) -> Path:
     """Write the ``result.json`` of the run that trained what ``cfg`` evaluates.
 
     Args:

@@ -42,7 +42,9 @@ class FeatureOptions:
     compile: bool = False
 
     @staticmethod
-    def of(protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False) -> "FeatureOptions":
+    def of(
+        protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False
+    ) -> "FeatureOptions":
         """The options of a protocol, with those that a run adds."""
         return FeatureOptions(
             final_norm=protocol.final_norm,
@@ -96,7 +98,9 @@ def detection_features(vit: ViT, x: Tensor, options: FeatureOptions) -> Tensor:
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
-def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor | None, options: FeatureOptions) -> Tensor:
+def _run_blocks(
+    vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor | None, options: FeatureOptions
+) -> Tensor:
     """[B, S + N, D] -> [B, S + N, D], S special tokens first."""
     n_global = options.global_blocks if options.window_size else len(vit.blocks)
     everywhere = global_blocks(len(vit.blocks), n_global)
@@ -106,7 +110,13 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
     run = _compiled(COMPILER) if options.compile else run_block
     for i, block in enumerate(vit.blocks):
         windows = None if i in everywhere else Windows(grid, options.window_size)
-        arguments: tuple[Any, ...] = block, tokens, None if paths is None else paths[i].unsqueeze(-1), windows, buckets
+        arguments: tuple[Any, ...] = (
+            block,
+            tokens,
+            None if paths is None else paths[i].unsqueeze(-1),
+            windows,
+            buckets,
+        )
         if options.checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -114,7 +124,9 @@ def _run_blocks(vit: ViT, tokens: Tensor, grid: tuple[int, int], buckets: Tensor
     return tokens
 
 
-def run_block(block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None) -> Tensor:
+def run_block(
+    block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None
+) -> Tensor:
     """One block, [B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by the
     grid's ``buckets``."""
     if windows is None:

@@ -99,7 +99,9 @@ def config(
     options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
     model_kwargs = {"drop_path": protocol.drop_path, **(model_kwargs or {})}
     if clash := sorted(model_kwargs.keys() & asdict(options).keys()):
-        raise UserError(f"backbone: {clash[0]} is no argument of the ViT; it is a field of the protocol, or an option of the run")
+        raise UserError(
+            f"backbone: {clash[0]} is no argument of the ViT; it is a field of the protocol, or an option of the run"
+        )
     net = L(RegistryBackbone)(
         name=backbone,
         weights=None if weights is None else str(weights),
@@ -174,7 +176,9 @@ def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> P
     micro_batch_size(recipe.batch_size, run.accumulate)
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     Data.read(run.data, recipe)  # finds damage before the first iteration
-    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:  # all ranks look before a file is written; one decides
+    if distributed.gather_objects(is_over(cfg, run.output, resume))[
+        0
+    ]:  # all ranks look before a file is written; one decides
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
@@ -207,7 +211,9 @@ def _evaluate_last(run: DetectionRun, device: str) -> Path:
     if distributed.is_main():
         _start_logs(run.output)
         LazyConfig.save(cfg, str(run.output / ASKED))
-        started -= rest.get("trainer", {}).get("wall_time_s", 0.0)  # the evaluator counts from the file's time
+        started -= rest.get("trainer", {}).get(
+            "wall_time_s", 0.0
+        )  # the evaluator counts from the file's time
         os.utime(run.output / ASKED, (started, started))
     evaluate(cfg, model)
     return run.output / FILE_NAME
@@ -245,11 +251,18 @@ def _proposals(p: DetectionProtocol, levels: list[str], strides: list[int]) -> D
     """Region proposals: one anchor size a level."""
     return L(RPN)(
         in_features=levels,
-        head=L(StandardRPNHead)(in_channels=p.channels, num_anchors=len(p.anchor_ratios), conv_dims=[-1] * p.rpn_convs),
-        anchor_generator=L(DefaultAnchorGenerator)(
-            sizes=[[size] for size in p.anchor_sizes_px], aspect_ratios=p.anchor_ratios, strides=strides, offset=0.0
+        head=L(StandardRPNHead)(
+            in_channels=p.channels, num_anchors=len(p.anchor_ratios), conv_dims=[-1] * p.rpn_convs
         ),
-        anchor_matcher=L(Matcher)(thresholds=p.rpn_thresholds, labels=[0, -1, 1], allow_low_quality_matches=True),
+        anchor_generator=L(DefaultAnchorGenerator)(
+            sizes=[[size] for size in p.anchor_sizes_px],
+            aspect_ratios=p.anchor_ratios,
+            strides=strides,
+            offset=0.0,
+        ),
+        anchor_matcher=L(Matcher)(
+            thresholds=p.rpn_thresholds, labels=[0, -1, 1], allow_low_quality_matches=True
+        ),
         box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
         batch_size_per_image=p.rpn_batch_per_image,
         positive_fraction=p.rpn_positive_fraction,
@@ -266,7 +279,9 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
         num_classes=p.num_classes,
         batch_size_per_image=p.roi_batch_per_image,
         positive_fraction=p.roi_positive_fraction,
-        proposal_matcher=L(Matcher)(thresholds=[p.roi_threshold], labels=[0, 1], allow_low_quality_matches=False),
+        proposal_matcher=L(Matcher)(
+            thresholds=[p.roi_threshold], labels=[0, 1], allow_low_quality_matches=False
+        ),
         box_in_features=levels,
         box_pooler=L(ROIPooler)(output_size=p.box_pool, **pooler),
         box_head=L(FastRCNNConvFCHead)(
@@ -296,7 +311,9 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
 
 def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
     """The section that Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
-    float16 = p.amp and p.amp_dtype == "float16"  # its AMPTrainer knows no other type; for bfloat16 the model sets autocast
+    float16 = (
+        p.amp and p.amp_dtype == "float16"
+    )  # its AMPTrainer knows no other type; for bfloat16 the model sets autocast
     ddp = dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=float16)
     return DictConfig(
         dict(
@@ -320,14 +337,20 @@ def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, wo
     size = p.image_size_px
 
     def dataset(split: str, **how: Any) -> DictConfig:
-        return L(coco_dicts)(root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how)
+        return L(coco_dicts)(
+            root="${...root}", split=split, num_classes="${model.roi_heads.num_classes}", **how
+        )
 
     jitter = [
         L(T.RandomFlip)(prob=p.flip, horizontal=True),
-        L(T.ResizeScale)(min_scale=p.jitter_scale[0], max_scale=p.jitter_scale[1], target_height=size, target_width=size),
+        L(T.ResizeScale)(
+            min_scale=p.jitter_scale[0], max_scale=p.jitter_scale[1], target_height=size, target_width=size
+        ),
         L(T.FixedSizeCrop)(crop_size=[size, size], pad=False),
     ]
-    mapper = L(CocoMapper)(is_train=True, augmentations=jitter, image_format="RGB", use_instance_mask=True, recompute_boxes=True)
+    mapper = L(CocoMapper)(
+        is_train=True, augmentations=jitter, image_format="RGB", use_instance_mask=True, recompute_boxes=True
+    )
     resize = [L(T.ResizeShortestEdge)(short_edge_length=size, max_size=size)]
     return DictConfig(
         dict(

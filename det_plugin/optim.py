@@ -53,7 +53,9 @@ def parameter_groups(
     )
 
 
-def adamw(params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0) -> torch.optim.AdamW:
+def adamw(
+    params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0
+) -> torch.optim.AdamW:
     """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only``
     refuses them.
 
@@ -61,7 +63,11 @@ def adamw(params: Any, *, lr: float, betas: Sequence[float], weight_decay: float
         clip_grad: largest norm of all gradients together; 0: no clipping.
     """
     arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-    return ClippedAdamW(params, max_norm=clip_grad, **arguments) if clip_grad > 0 else torch.optim.AdamW(params, **arguments)
+    return (
+        ClippedAdamW(params, max_norm=clip_grad, **arguments)
+        if clip_grad > 0
+        else torch.optim.AdamW(params, **arguments)
+    )
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -30,7 +30,9 @@ class DetectionProtocol(Settings):
     milestones: tuple[int, ...] = setting((19_667, 21_306), "the lr drops here, in iterations", source="B.2")
     lr_gamma: float = setting(0.1, "factor on the lr at each milestone", source="B.2", ge=0)
     warmup_iters: int = setting(250, "iterations of linear warm-up", source="Detectron2", ge=0)
-    warmup_factor: float = setting(0.001, "share of the lr at the start of the warm-up", source="Detectron2", ge=0, le=1)
+    warmup_factor: float = setting(
+        0.001, "share of the lr at the start of the warm-up", source="Detectron2", ge=0, le=1
+    )
     batch_size: int = setting(64, "images a step, over all processes and micro-batches", source="B.2", ge=1)
     eval_every: int = setting(5_000, "iterations between evaluations", source="Detectron2", ge=1)
 
@@ -39,10 +41,16 @@ class DetectionProtocol(Settings):
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = setting((0.9, 0.999), "of AdamW", source="Detectron2")
     weight_decay: float = setting(0.1, "0 for norms and positions", source="Detectron2", ge=0)
     layer_decay: float = setting(
-        0.7, "factor on the lr a layer; B.2 does not say whether its lr goes with ViTDet's 0.7", source="ours", ge=0, le=1
+        0.7,
+        "factor on the lr a layer; B.2 does not say whether its lr goes with ViTDet's 0.7",
+        source="ours",
+        ge=0,
+        le=1,
     )
     drop_path: float = setting(0.1, "rate of the last block, rising from 0", source="Detectron2", ge=0, le=1)
-    clip_grad: float = setting(0.0, "largest norm of the gradients; 0: no clipping", source="Detectron2", ge=0)
+    clip_grad: float = setting(
+        0.0, "largest norm of the gradients; 0: no clipping", source="Detectron2", ge=0
+    )
     amp: bool = setting(True, "mixed precision, on CUDA", source="Detectron2")
     amp_dtype: Literal["float16", "bfloat16"] = setting(
         "float16", "float16 with loss scaling (its AMPTrainer), or bfloat16 without", source="Detectron2"
@@ -50,38 +58,61 @@ class DetectionProtocol(Settings):
 
     # Input
     image_size_px: int = setting(
-        1024, "side of the square, padded at the bottom and right; the long edge in tests", source="Detectron2", ge=COARSEST_PX
+        1024,
+        "side of the square, padded at the bottom and right; the long edge in tests",
+        source="Detectron2",
+        ge=COARSEST_PX,
     )
-    jitter_scale: tuple[float, float] = setting((0.1, 2.0), "large-scale jitter of training images", source="Detectron2")
+    jitter_scale: tuple[float, float] = setting(
+        (0.1, 2.0), "large-scale jitter of training images", source="Detectron2"
+    )
     flip: float = setting(0.5, "probability of a horizontal flip", source="Detectron2", ge=0, le=1)
-    train_share: float = setting(1.0, "share of the training images, the same ones in every run", source="ours", gt=0, le=1)
+    train_share: float = setting(
+        1.0, "share of the training images, the same ones in every run", source="ours", gt=0, le=1
+    )
     pixel_mean: tuple[float, float, float] = setting((123.675, 116.28, 103.53), "RGB", source="Detectron2")
-    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = setting((58.395, 57.12, 57.375), "RGB", source="Detectron2")
+    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = setting(
+        (58.395, 57.12, 57.375), "RGB", source="Detectron2"
+    )
 
     # Backbone
     keep_special_tokens: bool = setting(
-        True, "[CLS] and registers stay in the sequence, as pre-trained; Detectron2's ViT has none", source="ours"
+        True,
+        "[CLS] and registers stay in the sequence, as pre-trained; Detectron2's ViT has none",
+        source="ours",
     )
     final_norm: bool = setting(True, "as pre-trained; Detectron2's ViT has none", source="ours")
-    window_size: int = setting(0, "patches a side; 0: every block sees the whole image; ViTDet: 14", source="B.2", ge=0)
-    global_blocks: int = setting(4, "where there are windows: blocks without, the last of equal groups", source="Detectron2", ge=1)
+    window_size: int = setting(
+        0, "patches a side; 0: every block sees the whole image; ViTDet: 14", source="B.2", ge=0
+    )
+    global_blocks: int = setting(
+        4, "where there are windows: blocks without, the last of equal groups", source="Detectron2", ge=1
+    )
     freeze_backbone: bool = setting(False, "only pyramid and heads learn", source="ours")
 
     # Simple feature pyramid
-    pyramid_scales: tuple[float, ...] = setting(SCALES, "of its maps; plus one max-pooled level", source="Detectron2")
+    pyramid_scales: tuple[float, ...] = setting(
+        SCALES, "of its maps; plus one max-pooled level", source="Detectron2"
+    )
     channels: int = setting(256, "of the pyramid and the heads", source="Detectron2", ge=1)
     norm: Literal["LN", "GN", ""] = setting(
-        "LN", "of the pyramid and the heads; GN with Detectron2 alone, none ('') with torchvision alone", source="Detectron2"
+        "LN",
+        "of the pyramid and the heads; GN with Detectron2 alone, none ('') with torchvision alone",
+        source="Detectron2",
     )
 
     # Region proposals
-    anchor_sizes_px: tuple[PositiveInt, ...] = setting((32, 64, 128, 256, 512), "one a level", source="Detectron2")
+    anchor_sizes_px: tuple[PositiveInt, ...] = setting(
+        (32, 64, 128, 256, 512), "one a level", source="Detectron2"
+    )
     anchor_ratios: tuple[PositiveFloat, ...] = setting(
         (0.5, 1.0, 2.0), "height / width of the anchors", source="Detectron2", min_length=1
     )
     rpn_convs: int = setting(2, "convolutions", source="Detectron2", ge=1)
     rpn_thresholds: tuple[float, float] = setting(
-        (0.3, 0.7), "IoU below which an anchor is background, and from which it is an object", source="Detectron2"
+        (0.3, 0.7),
+        "IoU below which an anchor is background, and from which it is an object",
+        source="Detectron2",
     )
     rpn_batch_per_image: int = setting(256, "anchors that the loss samples", source="Detectron2", ge=1)
     rpn_positive_fraction: float = setting(0.5, "of these, at most", source="Detectron2", ge=0, le=1)
@@ -95,7 +126,9 @@ class DetectionProtocol(Settings):
 
     # Heads
     num_classes: int = setting(80, "COCO's; else as many as the data have", source="Detectron2", ge=1)
-    roi_threshold: float = setting(0.5, "IoU from which a proposal is an object", source="Detectron2", gt=0, le=1)
+    roi_threshold: float = setting(
+        0.5, "IoU from which a proposal is an object", source="Detectron2", gt=0, le=1
+    )
     roi_batch_per_image: int = setting(512, "proposals that the loss samples", source="Detectron2", ge=1)
     roi_positive_fraction: float = setting(0.25, "of these, at most", source="Detectron2", ge=0, le=1)
     box_pool: int = setting(7, "side of the pooled features of a box", source="Detectron2", ge=1)
@@ -146,7 +179,9 @@ LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 _TENTH: dict[str, Any] = dict(max_iters=2_220, milestones=(1_973, 2_138), train_share=0.1)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(max_iters=22_128, milestones=(19_667, 21_306)),  # B.2
-    "coco-50ep": dict(max_iters=92_187, milestones=(81_944, 88_773)),  # ours: half of 100 epochs; Table 2 gives none
+    "coco-50ep": dict(
+        max_iters=92_187, milestones=(81_944, 88_773)
+    ),  # ours: half of 100 epochs; Table 2 gives none
     "coco-100ep": dict(max_iters=184_375, milestones=(163_889, 177_546)),  # Detectron2
     # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and
     # learning rate are those of the full protocol, and the only evaluation is the last one. "frozen" tests
@@ -203,5 +238,8 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
             counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
-    found: dict[str, list[Any]] = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}
+    found: dict[str, list[Any]] = {
+        "train_images": [expected, train_images],
+        "val_images": [VAL_IMAGES, val_images],
+    }
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}

@@ -108,7 +108,9 @@ def leave_result(
     result = Result(
         kind="detection",
         backbone=run.backbone,
-        protocol=Protocol(name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed),
+        protocol=Protocol(
+            name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed
+        ),
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,

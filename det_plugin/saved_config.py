@@ -57,7 +57,9 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     """
     path = Path(folder) / name
     if not path.is_file():
-        raise UserError(f"{folder}: no {name}; it is no folder of a Detectron2 run, or the run has not come far enough")
+        raise UserError(
+            f"{folder}: no {name}; it is no folder of a Detectron2 run, or the run has not come far enough"
+        )
     cfg = LazyConfig.load(str(path))
     evaluator = cfg.dataloader.evaluator
     evaluator.overrides = upgraded(DetectionProtocol, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
@@ -101,7 +103,9 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
     """
     classes = cfg.dataloader.evaluator.get("classes")
     if not classes:
-        raise UserError(f"{RESOLVED}: dataloader.evaluator.classes is missing; the run is of an older version of this package")
+        raise UserError(
+            f"{RESOLVED}: dataloader.evaluator.classes is missing; the run is of an older version of this package"
+        )
     return {int(id): str(name) for id, name in sorted(classes.items())}
 
 

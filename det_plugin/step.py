@@ -21,7 +21,9 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
     """
     ranks = distributed.world_size()
     if accumulate < 1 or batch_size % (ranks * accumulate):
-        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}")
+        raise UserError(
+            f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}"
+        )
     return batch_size // (ranks * accumulate)
 
 

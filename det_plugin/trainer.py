@@ -56,7 +56,13 @@ class AccumulatingTrainer(SimpleTrainer):
     """
 
     def __init__(
-        self, model: nn.Module, data_loader: Iterable[Any], optimizer: torch.optim.Optimizer, *, accumulate: int, amp: bool
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int,
+        amp: bool,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.accumulate, self.amp, self.started = accumulate, amp, time.time()
@@ -88,7 +94,9 @@ class AccumulatingTrainer(SimpleTrainer):
                         self._stop(signals)
                 self.iter = max_iter
             except BaseException:
-                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]  # nothing to evaluate
+                self._hooks[:] = [
+                    hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)
+                ]  # nothing to evaluate
                 raise
             finally:
                 self.after_train()
@@ -106,7 +114,9 @@ class AccumulatingTrainer(SimpleTrainer):
             if isinstance(hook, Checkpoints):
                 hook.save()
         distributed.barrier()  # if another rank ended first, the launcher would end this process, too
-        raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {self.iter + 1}")
+        raise Interrupted(
+            f"{signals.received or 'another rank was signalled'}; saved at iteration {self.iter + 1}"
+        )
 
     def run_step(self) -> None:
         """One update.
@@ -135,13 +145,20 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
-        own = {"grad_scaler": self.scaler.state_dict(), "last": self.last, "wall_time_s": time.time() - self.started}
+        own = {
+            "grad_scaler": self.scaler.state_dict(),
+            "last": self.last,
+            "wall_time_s": time.time() - self.started,
+        }
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it. States of Detectron2's own trainers load, too."""
         super().load_state_dict(state_dict)
-        self.last, self.started = state_dict.get("last", {}), self.started - state_dict.get("wall_time_s", 0.0)
+        self.last, self.started = (
+            state_dict.get("last", {}),
+            self.started - state_dict.get("wall_time_s", 0.0),
+        )
         if state_dict.get("grad_scaler"):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
@@ -156,7 +173,9 @@ class MetricsLines(HookBase):
         batch_size: images an iteration, over all ranks.
     """
 
-    def __init__(self, folder: Path, start_it: int, periods_it: tuple[int, int], batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, start_it: int, periods_it: tuple[int, int], batch_size: int, device: torch.device
+    ) -> None:
         self.log = MetricsLog(folder, start_it, tensorboard=True)
         self.periods_it, self.batch_size, self.device = periods_it, batch_size, device
 
@@ -174,7 +193,9 @@ class MetricsLines(HookBase):
 
     def _write(self) -> None:
         storage = self.trainer.storage
-        found = {key: value for key, (value, iteration) in storage.latest().items() if iteration == storage.iter}
+        found = {
+            key: value for key, (value, iteration) in storage.latest().items() if iteration == storage.iter
+        }
         values = {
             LOGGED.get(key, key): float(value)
             for key, value in found.items()
@@ -183,7 +204,10 @@ class MetricsLines(HookBase):
         if values:
             self.log.write("metrics", storage.iter, values)
         if found.get("time"):  # seconds an iteration, by Detectron2's timer
-            speed = {"img_per_s": self.batch_size / found["time"], "peak_memory_gb": peak_memory_gb(self.device)}
+            speed = {
+                "img_per_s": self.batch_size / found["time"],
+                "peak_memory_gb": peak_memory_gb(self.device),
+            }
             self.log.write("speed", storage.iter, speed)
         self.log.flush()
 
@@ -209,7 +233,9 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: an image cannot be used, also where a worker process meets it.
     """
-    results = inference_on_dataset(model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator))
+    results = inference_on_dataset(
+        model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
+    )
     distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
     return results
 
@@ -234,9 +260,13 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
     parts = instantiate(cfg.dataloader.train).parts(accumulate)
     trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
-    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    )
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
-    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]  # the same for all ranks
+    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[
+        0
+    ]  # the same for all ranks
     start_it, makes_up = 0, False
     if last is not None:
         if distributed.any_over_ranks(not last.is_file()):
@@ -246,11 +276,15 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
         makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))
     evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))
     if distributed.is_main():
-        os.utime(folder / ASKED, (trainer.started, trainer.started))  # the evaluator counts the run's time from here
+        os.utime(
+            folder / ASKED, (trainer.started, trainer.started)
+        )  # the evaluator counts the run's time from here
         periods_it = cfg.train.log_period, cfg.train.eval_period
         lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
         printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
-        trainer.register_hooks([Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer])
+        trainer.register_hooks(
+            [Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer]
+        )
     else:
         trainer.register_hooks([evaluation])
     with closing(parts):  # ends its workers; they would keep a stopped process alive

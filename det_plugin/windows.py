@@ -56,7 +56,9 @@ def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Ten
     (height, width), size = windows
     qkv = attention.qkv(x)  # [B, S + h * w, 3 D]
     special, patches = qkv.split([qkv.shape[1] - height * width, height * width], dim=1)
-    parts = partition(patches.unflatten(1, windows.grid), attention.qkv.bias.to(qkv.dtype), size)  # [B, n, size^2, 3 D]
+    parts = partition(
+        patches.unflatten(1, windows.grid), attention.qkv.bias.to(qkv.dtype), size
+    )  # [B, n, size^2, 3 D]
     n_parts, n_special = parts.shape[1], special.shape[1]
     if n_special:
         parts = torch.cat([special.unsqueeze(1).expand(-1, n_parts, -1, -1), parts], dim=2)

@@ -23,13 +23,19 @@ class BackboneSettings(Settings):
     """The network of a pre-training run."""
 
     name: str = setting("vit_small_patch16", "registry name", source="appendix B.1")
-    weights: str = setting("", "start from this checkpoint instead of from scratch", source="ours", in_recipe=False)
+    weights: str = setting(
+        "", "start from this checkpoint instead of from scratch", source="ours", in_recipe=False
+    )
     patch_size: int = setting(16, "side of a patch in pixels", source="appendix B.1", ge=1, le=1024)
     depth: int = setting(0, "blocks; 0: the name's own", source="ours", ge=0, le=1024)
     n_registers: int = setting(0, "register tokens; 0: the name's own", source="ours", ge=0, le=1024)
     layer_scale_init: float = setting(1.0e-5, "initial value of LayerScale; 0: none", source="DINOv2", ge=0)
-    drop_path: float = setting(0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9)
-    attention: Literal["auto", "sdpa", "xformers"] = setting("auto", "implementation", source="ours", in_recipe=False)
+    drop_path: float = setting(
+        0.1, "stochastic depth of the last block, linear from 0", source="Table 6", ge=0, le=1 - 1e-9
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = setting(
+        "auto", "implementation", source="ours", in_recipe=False
+    )
 
 
 def backbone_names() -> list[str]:
@@ -99,8 +105,13 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
     usual = SIZES.get(name.split("_")[1], model_kwargs)
     width, depth = model_kwargs["embed_dim"], model_kwargs["depth"]
     if width != usual["embed_dim"]:
-        raise UserError(f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide")
-    named, registers = re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0)  # a plain name allows any number
+        raise UserError(
+            f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide"
+        )
+    named, registers = (
+        re.search(r"_reg(\d+)$", name),
+        model_kwargs.get("n_registers", 0),
+    )  # a plain name allows any number
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual["depth"]:

@@ -1,4 +1,5 @@
-"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback; and how it reads its words."""
+"""How every tool starts: bad input ends in one clear line and exit code 2, never in a traceback; and how
+it reads its words."""
 
 import argparse
 import os
@@ -16,15 +17,19 @@ REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: sta
 def run(main: Callable[[list[str]], None]) -> None:
     """Run ``main(arguments)``.
 
-    A :class:`UserError`, or an error of the file system, is printed as one line on stderr and ends the process with code 2.
-    A non-finite loss exits with code 1, a run that was asked to stop and has saved with code 85. ``--traceback`` anywhere on the
-    command line, or ``POSFIELD_TRACEBACK=1``, shows where the error came from.
+    A :class:`UserError`, or an error of the file system, is printed as one line on stderr and ends the
+    process with code 2. A non-finite loss exits with code 1, a run that was asked to stop and has saved with
+    code 85. ``--traceback`` anywhere on the command line, or ``POSFIELD_TRACEBACK=1``, shows where the error
+    came from.
     """
     arguments = sys.argv[1:]
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         main([a for a in arguments if a != "--traceback"])
-    except (UserError, OSError) as error:  # OSError names the file: a folder that cannot be written, a full disk
+    except (
+        UserError,
+        OSError,
+    ) as error:  # OSError names the file: a folder that cannot be written, a full disk
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -55,10 +60,12 @@ def at_least(options: argparse.Namespace, **least: int) -> None:
 
 
 def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The words of a fine-tuning: ``key=value`` fields of its protocol, and ``backbone.key=value`` arguments of the ViT.
+    """The words of a fine-tuning: ``key=value`` fields of its protocol, and ``backbone.key=value`` arguments
+    of the ViT.
 
     Returns:
-        fields as text, which the protocol's types read; and arguments as :func:`pretrain.settings.plain` reads them.
+        fields as text, which the protocol's types read; and arguments as :func:`pretrain.settings.plain`
+        reads them.
 
     Raises:
         UserError: a word without ``=``, or a key that is given twice.
@@ -71,22 +78,36 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
             continue
         if name in ("name", "weights"):
             raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
-        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)  # the setting, the ViT's argument
+        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(
+            text
+        )  # the setting, the ViT's argument
     return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs
 
 
 def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that both kinds of fine-tuning have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", metavar="NAME", help="registry name, vit_base_patch16, ...; a file of ours says it itself")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="registry name, vit_base_patch16, ...; a file of ours says it itself",
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE"
+    )
     return parser
 
 

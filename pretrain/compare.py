@@ -1,7 +1,7 @@
 """A comparison's runs: how the weights are converted, which runs there are, and the state of each.
 
-:func:`prepare` converts every file of weights to our format, so that a run needs only its path. The runs of :func:`plan` do not
-depend on each other.
+:func:`prepare` converts every file of weights to our format, so that a run needs only its path. The runs of
+:func:`plan` do not depend on each other.
 """
 
 import json
@@ -44,7 +44,7 @@ from pretrain.weights.write import FORMAT
 DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"
 TABLES = {"csv": "csv", "tex": "latex", "html": "html", "md": "md"}  # {suffix: format}
 
-# --- the weights --------------------------------------------------------------------------------------------
+# --- the weights -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights 
 
 def _asked(entry: Entry) -> dict[str, Any]:
     """What an entry says of its file: options of :func:`convert`."""
-    return {key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")}
+    return {
+        key: getattr(entry, key) for key in ("source", "subnet", "patch_size", "method", "effective_epochs")
+    }
 
 
 def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
@@ -144,7 +146,7 @@ def _metadata(file: Path) -> dict[str, str]:
         return {}
 
 
-# --- the runs -----------------------------------------------------------------------------------------------
+# --- the runs ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ class FineTuning:
         return Stage(self.task, self.folder, [sys.executable, *command], self.identity)
 
 
-def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1) -> list[FineTuning]:
+def plan(
+    comparison: Comparison, weights: Mapping[str, Weights], output: Path, n_gpus: int = 1
+) -> list[FineTuning]:
     """The runs of all entries of which there are weights ({name: weights}). They go seed by seed, so that an
     unfinished comparison has every row; a sweep comes with the first seed."""
     runs: list[FineTuning] = []
@@ -197,18 +201,33 @@ def plan(comparison: Comparison, weights: Mapping[str, Weights], output: Path, n
     return runs
 
 
-def _detection(comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int) -> list[FineTuning]:
+def _detection(
+    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
+) -> list[FineTuning]:
     protocol = entry.detection or comparison.detection
     if protocol == NONE:
         return []
     accumulate = -(-comparison.accumulate // n_gpus)
-    rest = ["--data", comparison.coco, "--accumulate", str(accumulate), *["--checkpointing"] * comparison.checkpointing, "--resume"]
+    rest = [
+        "--data",
+        comparison.coco,
+        "--accumulate",
+        str(accumulate),
+        *["--checkpointing"] * comparison.checkpointing,
+        "--resume",
+    ]
     recipe = ["--engine", comparison.engine, "--protocol", protocol, "--seed", str(seed)]
     overrides = words_of(comparison.detection_overrides)
-    return [_run(comparison, entry, weights, "det", folder / f"det_{protocol}_seed{seed}", recipe, overrides, rest)]
+    return [
+        _run(
+            comparison, entry, weights, "det", folder / f"det_{protocol}_seed{seed}", recipe, overrides, rest
+        )
+    ]
 
 
-def _segmentation(comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int) -> list[FineTuning]:
+def _segmentation(
+    comparison: Comparison, entry: Entry, weights: Weights, folder: Path, seed: int, n_gpus: int
+) -> list[FineTuning]:
     kind = entry.segmentation or comparison.segmentation
     is_sweep = kind == SWEEP
     if kind == NONE or (is_sweep and seed != comparison.seeds[0]):
@@ -217,7 +236,17 @@ def _segmentation(comparison: Comparison, entry: Entry, weights: Weights, folder
     rest = ["--data", comparison.ade, *["--resume"] * (not is_sweep)]
     overrides = words_of(comparison.segmentation_overrides)
     return [
-        _run(comparison, entry, weights, "seg", folder, ["--dataset", "ade20k", "--seed", str(seed)], overrides, rest, is_sweep)
+        _run(
+            comparison,
+            entry,
+            weights,
+            "seg",
+            folder,
+            ["--dataset", "ade20k", "--seed", str(seed)],
+            overrides,
+            rest,
+            is_sweep,
+        )
     ]
 
 
@@ -236,7 +265,9 @@ def _run(
     workers = [] if comparison.workers is None else ["--workers", str(comparison.workers)]
     shared = ["--weights", str(weights.file), "--output", str(folder), "--device", comparison.device]
     identity = shlex.join([f"train_{task}", *recipe, *["--sweep"] * is_sweep, *overrides, *weights.identity])
-    return FineTuning(entry, task, folder, (*overrides, *recipe, *rest, *shared, *workers), identity, is_sweep)
+    return FineTuning(
+        entry, task, folder, (*overrides, *recipe, *rest, *shared, *workers), identity, is_sweep
+    )
 
 
 def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
@@ -250,7 +281,9 @@ def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
             raise UserError(f"{key}: there is no {folder}")
 
 
-def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int, seconds: float, device: str) -> dict[str, str]:
+def run_all(
+    runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int, seconds: float, device: str
+) -> dict[str, str]:
     """Run them on this machine, ``n_at_once`` at a time on ``n_gpus`` GPUs each.
 
     Returns:
@@ -270,7 +303,7 @@ def run_all(runs: Sequence[FineTuning], tools: Path, n_at_once: int, n_gpus: int
         return run_jobs(stages, n_at_once, until - time.monotonic(), launch, processes)
 
 
-# --- states and results ----------------------------------------------------------------------------------
+# --- states and results -----------------------------------------------------------------------------------
 
 
 def state(stage: Stage) -> str:
@@ -359,7 +392,9 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
     )
 
 
-def write_tables(done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str) -> str:
+def write_tables(
+    done: Sequence[FineTuning], weights: Mapping[str, Weights], tables: str, output: Path, name: str
+) -> str:
     """Write ``NAME.md``, ``.csv``, ``.tex`` and ``.html``: the published tables with what was measured beside
     them, and the files of weights.
 

@@ -15,7 +15,10 @@ from pretrain.settings import Layer, Settings, build, flat, read_layers, read_wo
 from pretrain.weights import source_names
 
 NONE, SWEEP, POINT = "none", "sweep", "point"
-OVERRIDES = {"detection_overrides": renamed.DETECTION, "segmentation_overrides": renamed.SEGMENTATION}  # {group: old names}
+OVERRIDES = {
+    "detection_overrides": renamed.DETECTION,
+    "segmentation_overrides": renamed.SEGMENTATION,
+}  # {group: old names}
 OF_EVERY_ROW = ("detection", "segmentation")  # a word of the command line is for all rows
 
 
@@ -24,7 +27,9 @@ class Entry(Settings):
 
     method: str = setting(..., "as tables write it", source="ours")
     backbone: str = setting(..., "registry name", source="ours")
-    file: str = setting(..., "in the folder of weights; or a folder there, as Hugging Face leaves it", source="ours")
+    file: str = setting(
+        ..., "in the folder of weights; or a folder there, as Hugging Face leaves it", source="ours"
+    )
     name: str = setting("", "the folder of its runs; empty: made of method and backbone", source="ours")
     effective_epochs: float | None = setting(
         None,
@@ -32,11 +37,17 @@ class Entry(Settings):
         source="ours",
         ge=0,
     )
-    source: str | None = setting(None, "whose file it is, as build_backbone takes it; null: found out", source="ours")
+    source: str | None = setting(
+        None, "whose file it is, as build_backbone takes it; null: found out", source="ours"
+    )
     subnet: Literal["teacher", "student"] | None = setting(None, "which network of the file", source="ours")
-    patch_size: int | None = setting(None, "px, to which patches are resampled; null: the file's", source="ours", ge=1)
+    patch_size: int | None = setting(
+        None, "px, to which patches are resampled; null: the file's", source="ours", ge=1
+    )
     detection: str = setting("", "this row's own protocol; empty: the comparison's", source="ours")
-    segmentation: Literal["", "sweep", "point", "none"] = setting("", "this row's own; empty: the comparison's", source="ours")
+    segmentation: Literal["", "sweep", "point", "none"] = setting(
+        "", "this row's own; empty: the comparison's", source="ours"
+    )
     origin: str = setting("", "where to get the file", source="ours")
     note: str = setting("", "for the reader of the file", source="ours")
 
@@ -61,7 +72,9 @@ class Comparison(Settings):
     """All that a file of ``configs/compare`` says."""
 
     entries: tuple[Entry, ...] = setting(..., "the rows", source="ours", min_length=1)
-    tables: str = setting("1", "the published tables beside which the results stand: 1, or 1,2", source="ours")
+    tables: str = setting(
+        "1", "the published tables beside which the results stand: 1, or 1,2", source="ours"
+    )
     weights: str = setting("weights", "folder of the files that the rows name", source="ours")
     coco: str = setting("coco", "folder of COCO", source="ours")
     ade: str = setting("ADEChallengeData2016", "folder of ADE20K", source="ours")
@@ -69,13 +82,21 @@ class Comparison(Settings):
     segmentation: Literal["sweep", "point", "none"] = setting(
         SWEEP, "sweep: the best of the protocol's grid; point: its first setting alone", source="appendix B.3"
     )
-    seeds: tuple[int, ...] = setting((0,), "of a detection, and of a segmentation that is no sweep", source="ours")
-    accumulate: int = setting(1, "micro-batches of a detection step on one GPU; on n GPUs an n-th of it", source="ours", ge=1)
+    seeds: tuple[int, ...] = setting(
+        (0,), "of a detection, and of a segmentation that is no sweep", source="ours"
+    )
+    accumulate: int = setting(
+        1, "micro-batches of a detection step on one GPU; on n GPUs an n-th of it", source="ours", ge=1
+    )
     engine: Literal["auto", "detectron2", "torchvision"] = setting("auto", "of the detection", source="ours")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "of all runs", source="ours")
-    workers: int | None = setting(None, "processes that load images, of a run; null: the tool's", source="ours", ge=0)
+    workers: int | None = setting(
+        None, "processes that load images, of a run; null: the tool's", source="ours", ge=0
+    )
     checkpointing: bool = setting(False, "whether the detection computes activations twice", source="ours")
-    detection_overrides: dict[str, str] = setting(dict, "{field of the protocol, or backbone.KEY: value}", source="ours")
+    detection_overrides: dict[str, str] = setting(
+        dict, "{field of the protocol, or backbone.KEY: value}", source="ours"
+    )
     segmentation_overrides: dict[str, str] = setting(dict, "the same of the segmentation", source="ours")
 
     @model_validator(mode="after")
@@ -94,7 +115,9 @@ class Comparison(Settings):
         return self
 
 
-def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Collection[str] = ()) -> Comparison:
+def load_comparison(
+    path: str | Path, words: Sequence[str] = (), detections: Collection[str] = ()
+) -> Comparison:
     """Read a comparison.
 
     Args:
@@ -108,7 +131,9 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
     """
     given = read_words(words)
     if "entries" in given.values:
-        raise UserError("entries: name the rows in a YAML file, which may have a base; --only chooses among them")
+        raise UserError(
+            "entries: name the rows in a YAML file, which may have a base; --only chooses among them"
+        )
     layers = [_with_texts(layer) for layer in (*read_layers(path), given)]
     comparison = build(Comparison, layers, str(path))
     of_all = {key: "" for key in OF_EVERY_ROW if key in given.values}
@@ -121,7 +146,8 @@ def load_comparison(path: str | Path, words: Sequence[str] = (), detections: Col
 
 
 def _with_texts(layer: Layer) -> Layer:
-    """The overrides as a command line writes them: ``backbone.KEY``, ``8,16`` for a list; fields under today's names."""
+    """The overrides as a command line writes them: ``backbone.KEY``, ``8,16`` for a list; fields under
+    today's names."""
 
     def text(value: Any) -> Any:
         plain_list = isinstance(value, list) and all(isinstance(item, str) for item in value)

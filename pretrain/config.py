@@ -1,8 +1,10 @@
-"""From names, files and words to the typed settings of a pre-training run; its recipe, and in what it deviates from that.
+"""From names, files and words to the typed settings of a pre-training run; its recipe, and in what it
+deviates from that.
 
-A config names what it stands on: ``base: paka.yaml`` (a file beside it) or ``base: paka-25ep`` (a recipe, shipped in
-``pretrain/recipes``), or a list of these. One that names no recipe stands on its method's own. The recipe's YAML is the only place
-where its values stand; a block ``recipe:`` in it says what else belongs to it (:class:`RecipeInfo`).
+A config names what it stands on: ``base: paka.yaml`` (a file beside it) or ``base: paka-25ep`` (a recipe,
+shipped in ``pretrain/recipes``), or a list of these. One that names no recipe stands on its method's own. The
+recipe's YAML is the only place where its values stand; a block ``recipe:`` in it says what else belongs to it
+(:class:`RecipeInfo`).
 """
 
 import os
@@ -36,7 +38,8 @@ from pretrain.settings import (
 RECIPES = Path(__file__).parent / "recipes"
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"  # of a checkout
 VERSION = 1
-SMALLEST_SIDE_PX = 512  # images scaled down to this before they are cropped are the data path's affair; below, they are other data
+# Images scaled down to this before they are cropped are the data path's affair; below, they are other data
+SMALLEST_SIDE_PX = 512
 
 
 class Variant(Settings):
@@ -51,12 +54,14 @@ class RecipeInfo(Settings):
 
     n_images: int = setting(0, "images of its data set; 0: any", source="ours", ge=0)
     backbones: tuple[str, ...] = setting((), "registry names that follow it; none: any", source="ours")
-    from_scratch: bool = setting(True, "whether it starts from scratch, or from backbone.weights", source="ours")
+    from_scratch: bool = setting(
+        True, "whether it starts from scratch, or from backbone.weights", source="ours"
+    )
     free: tuple[str, ...] = setting((), "dotted keys that are no part of it", source="ours")
     variants: tuple[Variant, ...] = setting((), "what it changes for some sizes", source="ours")
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------
 
 
 def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> Any:
@@ -73,7 +78,9 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     if settings.recipe:  # else a wrong one would be found at the end of the run, when its result is written
         method = _method_in(_recipe(settings.recipe))
         if find_method(method) is not find_method(settings.method):
-            raise UserError(f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another")
+            raise UserError(
+                f"config: recipe={settings.recipe} is of method={method}, not of {settings.method}; take another"
+            )
     return settings
 
 
@@ -100,7 +107,8 @@ def from_saved(values: Mapping[str, Any]) -> Any:
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
-    """The YAML that a name stands for: a path (relative to ``beside``), a recipe's name, or one of ``configs/pretrain``.
+    """The YAML that a name stands for: a path (relative to ``beside``), a recipe's name, or one of
+    ``configs/pretrain``.
 
     Raises:
         UserError: there is none.
@@ -109,7 +117,9 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     for found in (path, *(folder / f"{name}.yaml" for folder in (RECIPES, RECIPES / "ablation", CONFIGS))):
         if os.path.isfile(found):  # no error for a name that no file can have
             return found
-    raise UserError(f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}")
+    raise UserError(
+        f"config: no file {path}, and no recipe of that name; there are {', '.join(recipe_names())}"
+    )
 
 
 def recipe_names() -> list[str]:
@@ -142,19 +152,22 @@ def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[Train
 
 
 def _recipe_in(layers: Sequence[Layer]) -> tuple[str, int]:
-    """The recipe that layers stand on, the last one, and the number of layers up to it; ("", 0) without one."""
+    """The recipe that layers stand on, the last one, and the number of layers up to it; ("", 0) without
+    one."""
     of_recipes = {f"recipe {name}": name for name in recipe_names()}
     found = [(of_recipes[layer.name], n) for n, layer in enumerate(layers, 1) if layer.name in of_recipes]
     return found[-1] if found else ("", 0)
 
 
 def _read(path: Path) -> list[Layer]:
-    """The layers of a config or recipe, under today's names; that of a recipe is called after it. Errors as :func:`read_layers`."""
+    """The layers of a config or recipe, under today's names; that of a recipe is called after it. Errors
+    as :func:`read_layers`."""
     return read_layers(path, find_config, _prepared)
 
 
 def _prepared(layer: Layer) -> Layer:
-    """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is one more base."""
+    """A file's layer. A recipe holds its own name as ``recipe``; a name there in another file (a run's) is
+    one more base."""
     path, values = Path(layer.name), dict(layer.values)
     if is_recipe := path.parent.resolve() == RECIPES.resolve():
         values["recipe"] = path.stem
@@ -163,14 +176,17 @@ def _prepared(layer: Layer) -> Layer:
     if is_recipe:
         return Layer(f"recipe {named}", values, layer.comments)
     if not isinstance(named, str):
-        raise UserError(f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'")
+        raise UserError(
+            f"config: {path}: only files of pretrain/recipes describe a recipe; write 'base: NAME'"
+        )
     if named:
         bases = [*(bases if isinstance(bases, list) else [bases]), str(_recipe_path(named).resolve())]
     return replace(layer, values={**values, "base": bases})
 
 
 def _own_path(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """A method that is a file is named relative to the folder of the config that names it, on a command line to the working one."""
+    """A method that is a file is named relative to the folder of the config that names it, on a command
+    line to the working one."""
     name = values.get("method")
     if isinstance(name, str) and name.endswith(".py") and not Path(name).is_absolute():
         return {**values, "method": str((folder / name).resolve())}
@@ -188,7 +204,8 @@ def _method_in(layers: Iterable[Layer]) -> str:
 
 
 def _variants(model: type[TrainSettings], layers: Sequence[Layer], info: RecipeInfo) -> list[Layer]:
-    """What a recipe changes for the sizes that a config asks for: over the recipe, under all that the config says itself."""
+    """What a recipe changes for the sizes that a config asks for: over the recipe, under all that the
+    config says itself."""
     found = []
     for variant in info.variants:
         values: dict[str, Any] = {}
@@ -210,7 +227,7 @@ def _said(model: type[TrainSettings], layers: Sequence[Layer], key: str) -> str:
     return text
 
 
-# --- configs of earlier versions --------------------------------------------------------------------------------------
+# --- configs of earlier versions --------------------------------------------------------------------------
 
 METHODS = {"intertwined": "intertwined", "dense": "paka"}  # run.algorithm
 
@@ -220,7 +237,8 @@ class _Renamed(Settings):
 
 
 def _modern(layer: Layer) -> Layer:
-    """A layer under today's names. A whole config of an earlier version held the keys of all methods and named no recipe."""
+    """A layer under today's names. A whole config of an earlier version held the keys of all methods and
+    named no recipe."""
     values = upgraded(_Renamed, layer.values)
     method = values.get("method")
     if isinstance(method, str):
@@ -247,8 +265,9 @@ def _known(model: type[TrainSettings], values: Mapping[str, Any]) -> dict[str, A
 
 
 def _recipe_of(settings: TrainSettings) -> str:
-    """The recipe of a config that names none: it holds all words (texts, true, false) by which the recipe differs from the
-    defaults; of several the one with the most. Numbers tell nothing, since runs are scaled down. Else the method's own recipe."""
+    """The recipe of a config that names none: it holds all words (texts, true, false) by which the recipe
+    differs from the defaults; of several the one with the most. Numbers tell nothing, since runs are
+    scaled down. Else the method's own recipe."""
     model, held = type(settings), flat(settings)
     weights = Layer("run", {"backbone": {"weights": settings.backbone.weights}})
     defaults, no_part = flat(build(model, [weights])), keys_where(model, "in_recipe", False)
@@ -257,20 +276,25 @@ def _recipe_of(settings: TrainSettings) -> str:
         layers = _recipe(name)
         if _method_in(layers) == settings.method:
             recipe = flat(build(model, [*layers, weights]))
-            words = {k: v for k, v in recipe.items() if isinstance(v, str | bool) and v != defaults[k] and k not in no_part}
+            words = {
+                k: v
+                for k, v in recipe.items()
+                if isinstance(v, str | bool) and v != defaults[k] and k not in no_part
+            }
             if words.items() <= held.items():
                 n_words[name] = len(words)
     return max(n_words, key=lambda name: n_words[name])
 
 
-# --- the recipe of a run ----------------------------------------------------------------------------------------------
+# --- the recipe of a run ----------------------------------------------------------------------------------
 
 
 def run_protocol(settings: TrainSettings, n_images: int) -> Protocol:
-    """The recipe that a run stands on, and every setting that differs from it; for a method without recipes its own defaults.
+    """The recipe that a run stands on, and every setting that differs from it; for a method without recipes
+    its own defaults.
 
-    ``optim.batch_size`` is the number of images a step over all ranks and micro-batches, so neither the ranks nor
-    ``step.accumulate`` make another recipe.
+    ``optim.batch_size`` is the number of images a step over all ranks and micro-batches, so neither the ranks
+    nor ``step.accumulate`` make another recipe.
 
     Args:
         n_images: size of the run's data set; for a recipe that names a data set, its size is part of it.
@@ -293,7 +317,9 @@ def recipe_info(settings: TrainSettings) -> RecipeInfo:
 def _info(recipe: str) -> RecipeInfo:
     """The blocks ``recipe:`` of a recipe and its bases, each over those before it."""
     layers = read_layers(_recipe_path(recipe), find_config) if recipe else []
-    return build(RecipeInfo, [Layer(layer.name, layer.values.get("recipe", {})) for layer in layers], "recipe")
+    return build(
+        RecipeInfo, [Layer(layer.name, layer.values.get("recipe", {})) for layer in layers], "recipe"
+    )
 
 
 def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
@@ -302,7 +328,9 @@ def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
     info = _info(recipe)
     said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
     layers = [*_recipe(recipe), *_variants(model, said, info)]
-    own = Layer("run", {"backbone": {"weights": settings.backbone.weights}})  # a post-training is none without
+    own = Layer(
+        "run", {"backbone": {"weights": settings.backbone.weights}}
+    )  # a post-training is none without
     reference = build(model, [*layers, own])
     no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}
     found = {key: pair for key, pair in differences(reference, settings).items() if key not in no_part}

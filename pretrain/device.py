@@ -39,7 +39,9 @@ def deterministic(enabled: bool) -> Iterator[None]:
     """torch's deterministic algorithms, on or off: with them a resumed run equals an uninterrupted one."""
     switch: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's matrix products need it before the first of them
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # CUDA's matrix products need it before the first of them
     torch.use_deterministic_algorithms(enabled)
     switch.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:

@@ -1,4 +1,5 @@
-"""Ranks. Every reduction here is the identity at world size 1, so the code around it reads the same on one machine and on many."""
+"""Ranks. Every reduction here is the identity at world size 1, so the code around it reads the same on one
+machine and on many."""
 
 import os
 import sys
@@ -15,12 +16,18 @@ def start(device: str) -> None:
     """Join the process group that ``torchrun`` describes in the environment; without it, do nothing."""
     global _host
     if "RANK" in os.environ and not dist.is_initialized():
-        backend, restarts = "nccl" if device.startswith("cuda") else "gloo", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        backend, restarts = (
+            "nccl" if device.startswith("cuda") else "gloo",
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and restarts != "0":
-            # The agent's store outlives the ranks that it starts again, with the addresses of the dead in it. (On several machines
-            # agents count apart: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for torchrun, gives each attempt a new store.)
+            # The agent's store outlives the ranks that it starts again, with the addresses of the dead in it.
+            # (On several machines agents count apart: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for
+            # torchrun, gives each attempt a new store.)
             store, rank_, size = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=dist.PrefixStore(f"restart_{restarts}", store), rank=rank_, world_size=size)
+            dist.init_process_group(
+                backend, store=dist.PrefixStore(f"restart_{restarts}", store), rank=rank_, world_size=size
+            )
         else:
             dist.init_process_group(backend)
     if dist.is_initialized():
@@ -87,7 +94,8 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """A plain value of each rank, in rank order, on all of them; every rank must call this at the same time."""
+    """A plain value of each rank, in rank order, on all of them; every rank must call this at the same
+    time."""
     if world_size() == 1:
         return [value]
     parts: list[Any] = [None] * world_size()
@@ -96,7 +104,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_over_ranks(flag: bool) -> bool:
-    """Whether the flag is set on some rank; every rank must call this at the same time. Does not wait for a device."""
+    """Whether the flag is set on some rank; every rank must call this at the same time. Does not wait for
+    a device."""
     if world_size() == 1:
         return flag
     largest = torch.tensor([int(flag)])

@@ -55,11 +55,15 @@ class EvalModel:
         """``checkpoints/NAME``, another one for each label: of letters, digits, ``-``, ``_`` and ``.``."""
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.label).strip(".")[:60]
         exact = safe and safe == self.label
-        return f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
+        return (
+            f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
+        )
 
     def build(self, mask_tokens: bool = False) -> ViT:
         """The backbone in evaluation mode, on the CPU; ``mask_tokens``: new ones where the file has none."""
-        vit = build_backbone(self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens)
+        vit = build_backbone(
+            self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens
+        )
         return vit.eval()
 
     def settings_hash(self, protocol: str, settings: UsedSettings) -> str:
@@ -110,16 +114,39 @@ class EvalModel:
 
 
 def add_options(parser: argparse.ArgumentParser, required: bool = True, several: bool = True) -> None:
-    """The options that say which checkpoint, or which ``several``, the same in every tool: those of :func:`open_models`."""
+    """The options that say which checkpoint, or which ``several``, the same in every tool: those of
+    :func:`open_models`."""
     add = parser.add_argument
     if several:
         add(
-            "--weights", type=Path, nargs="+", required=required, default=[], metavar="FILE", help="any checkpoints, or run folders"
+            "--weights",
+            type=Path,
+            nargs="+",
+            required=required,
+            default=[],
+            metavar="FILE",
+            help="any checkpoints, or run folders",
         )
-        add("--names", nargs="+", default=[], metavar="NAME", help="of their methods, one each; else what the files say")
+        add(
+            "--names",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="of their methods, one each; else what the files say",
+        )
     else:
-        add("--weights", type=Path, required=required, metavar="FILE", help="any supported checkpoint, or the folder of a run")
-    add("--source", metavar="NAME", help="whose files they all are (dino, mae, ...); else found out from each file")
+        add(
+            "--weights",
+            type=Path,
+            required=required,
+            metavar="FILE",
+            help="any supported checkpoint, or the folder of a run",
+        )
+    add(
+        "--source",
+        metavar="NAME",
+        help="whose files they all are (dino, mae, ...); else found out from each file",
+    )
     add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
     add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
 
@@ -151,7 +178,9 @@ def open_models(
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
     for name in names:
         if not name.strip() or names.count(name) > 1:
-            raise UserError(f"--names: {name!r} names {names.count(name)} weights; give each a name of its own")
+            raise UserError(
+                f"--names: {name!r} names {names.count(name)} weights; give each a name of its own"
+            )
     if patch_px is not None and patch_px < 1:
         raise UserError(f"--patch-size: {patch_px} is less than 1")
     paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
@@ -182,7 +211,10 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
-        labels = [f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in zip(labels, texts)]
+        labels = [
+            f"{label}, {text}" if counts[label] > 1 and text != label else label
+            for label, text in zip(labels, texts)
+        ]
     return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 

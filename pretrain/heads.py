@@ -46,7 +46,9 @@ class ProjectionHead(nn.Module):
         hidden_dim, bottleneck_dim, n_layers: of the MLP.
     """
 
-    def __init__(self, in_dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, n_layers: int) -> None:
+    def __init__(
+        self, in_dim: int, n_prototypes: int, hidden_dim: int, bottleneck_dim: int, n_layers: int
+    ) -> None:
         super().__init__()
         self.mlp = mlp(in_dim, hidden_dim, bottleneck_dim, n_layers)
         self.last_layer = nn.Linear(bottleneck_dim, n_prototypes, bias=False)

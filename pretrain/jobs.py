@@ -1,4 +1,5 @@
-"""Jobs of several commands each, run until they are done or the time is over; what is done is not run again."""
+"""Jobs of several commands each, run until they are done or the time is over; what is done is not run
+again."""
 
 import fcntl
 import os
@@ -22,7 +23,9 @@ from pretrain.signals import SIGNALS
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
 
-Launch = Callable[[Sequence[str], Path, float], int | None]  # command, log, seconds -> exit code; None: its time was over
+Launch = Callable[
+    [Sequence[str], Path, float], int | None
+]  # command, log, seconds -> exit code; None: its time was over
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Processes:
         self._lock = Lock()  # nothing starts once all that runs is being ended
 
     def launch(self, command: Sequence[str], log: Path, seconds: float) -> int | None:
-        """Run a command and append its output to ``log``. When its time is over it gets a SIGTERM, so that it can
-        save, then a SIGKILL. A command whose log another process has locked is not started.
+        """Run a command and append its output to ``log``. When its time is over it gets a SIGTERM, so that it
+        can save, then a SIGKILL. A command whose log another process has locked is not started.
 
         Returns:
             its exit code; None where its time was over, or all were stopped.
@@ -103,7 +106,9 @@ class Processes:
             self._running.add(process)
         try:
             code = process.wait(max(seconds, 0.0))
-            return None if self._stopped and code else code  # it could not save any more, or torchrun says 1 of all
+            return (
+                None if self._stopped and code else code
+            )  # it could not save any more, or torchrun says 1 of all
         except subprocess.TimeoutExpired:
             end([process])
             return None
@@ -136,7 +141,8 @@ def by_turns(launch: Launch, prefixes: Sequence[Sequence[str]]) -> Launch:
 
 
 def gpu_prefixes(n_at_once: int, n_each: int = 1) -> list[list[str]]:
-    """For each of ``n_at_once`` commands the words that give it ``n_each`` GPUs; no words where there is no choice.
+    """For each of ``n_at_once`` commands the words that give it ``n_each`` GPUs; no words where there is no
+    choice.
 
     Raises:
         UserError: there are fewer than a command needs.
@@ -178,8 +184,9 @@ def recorded_code(log: Path) -> int | str | None:
 
 
 def locked(log: IO[str], how: int) -> bool:
-    """Lock a log; false if another process holds the lock. The command inherits the open log, so the lock lasts as long
-    as the command, even if the process that started it was killed. On a file system without locks: true."""
+    """Lock a log; false if another process holds the lock. The command inherits the open log, so the lock
+    lasts as long as the command, even if the process that started it was killed. On a file system without
+    locks: true."""
     try:
         fcntl.flock(log, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -204,8 +211,9 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the first of :data:`SIGNALS` raises Interrupted in the main thread, so that it can end what it started.
-    Further ones do nothing. (They are not ignored: a command that starts now would inherit that.)"""
+    """Inside, the first of :data:`SIGNALS` raises Interrupted in the main thread, so that it can end what
+    it started. Further ones do nothing. (They are not ignored: a command that starts now would inherit
+    that.)"""
 
     def stop(number: int, _: object) -> None:
         for each in SIGNALS:
@@ -229,9 +237,9 @@ def run_jobs(
 ) -> dict[str, str]:
     """Run the stages of every job that are not done, in order; a job that fails does not stop the others.
 
-    A stage is not started when less time is left than the longest of its kind took. A call of ``launch`` that the end
-    of the time cuts off may take GRACE_S longer. An exception in the main thread (Ctrl-C, :func:`interruptible`) ends
-    what runs.
+    A stage is not started when less time is left than the longest of its kind took. A call of ``launch`` that
+    the end of the time cuts off may take GRACE_S longer. An exception in the main thread (Ctrl-C,
+    :func:`interruptible`) ends what runs.
 
     Args:
         jobs: {name: its stages}; they are begun in this order.
@@ -258,7 +266,10 @@ def run_jobs(
                 return "left"
             code = launch_command(stage.command, stage.log, until - begun)
             needed = time.monotonic() - begun
-            print(f"{name} {stage.kind}: {'no time' if code is None else f'exit code {code}'} after {needed:.0f} s", flush=True)
+            print(
+                f"{name} {stage.kind}: {'no time' if code is None else f'exit code {code}'} after {needed:.0f} s",
+                flush=True,
+            )
             if code in (None, REQUEUE_CODE):
                 return "left"
             if code or not stage.has_result:

@@ -1,7 +1,8 @@
-"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for, the terminal.
+"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for,
+the terminal.
 
-* ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves the same bytes as
-  an uninterrupted one.
+* ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves
+  the same bytes as an uninterrupted one.
 * ``probes.jsonl``: the probes of the teacher, under the same rule.
 * ``speed.jsonl``: how fast it was.
 """
@@ -29,7 +30,9 @@ from pretrain.settings import Settings, setting
 NAMES = ("metrics", "speed", "probes")
 QUIET_S = 20  # between progress lines where there is no terminal
 WINDOW_ITERS = 50  # iterations that the speed is a mean over
-WARM_ITERS = 5  # a process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are over
+# A process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are
+# over
+WARM_ITERS = 5
 
 
 class LogSettings(Settings):
@@ -42,16 +45,24 @@ class LogSettings(Settings):
         1000, "iterations between checkpoints; the last iteration always leaves one", source="ours", ge=1
     )
     keep_checkpoints: int = setting(2, "newest checkpoints that stay", source="ours", ge=1)
-    async_checkpoints: bool = setting(True, "checkpoints are written while the training goes on", source="ours")
+    async_checkpoints: bool = setting(
+        True, "checkpoints are written while the training goes on", source="ours"
+    )
     tensorboard: bool = setting(True, "scalars and images in run.output/tensorboard", source="ours")
     images_every: int = setting(
-        1000, "iterations between images in TensorBoard: views, masks, attention, PCA; 0: none", source="ours", ge=0
+        1000,
+        "iterations between images in TensorBoard: views, masks, attention, PCA; 0: none",
+        source="ours",
+        ge=0,
     )
-    wandb: str = setting("", "project in Weights & Biases, where it is installed; none without", source="ours")
+    wandb: str = setting(
+        "", "project in Weights & Biases, where it is installed; none without", source="ours"
+    )
 
 
 def truncate_lines(path: Path, before_iter: int) -> None:
-    """Drop a log's lines of iterations >= ``before_iter`` (they will be computed again), and a last line that was cut off."""
+    """Drop a log's lines of iterations >= ``before_iter`` (they will be computed again), and a last line
+    that was cut off."""
     if not path.is_file():
         return
     kept = []
@@ -75,8 +86,8 @@ def is_logged(folder: Path, iteration: int) -> bool:
 class MetricsLog:
     """Writes the logs of one run from iteration ``start_iter`` on; only the main process should hold one.
 
-    A line of iteration i must be on the disk (:meth:`flush`) before a checkpoint says that i + 1 iterations are done: a resumed run
-    does not write it again.
+    A line of iteration i must be on the disk (:meth:`flush`) before a checkpoint says that i + 1 iterations
+    are done: a resumed run does not write it again.
 
     Args:
         folder: of the run.
@@ -90,7 +101,12 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path, start_iter: int, tensorboard: bool, wandb: str = "", config: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        start_iter: int,
+        tensorboard: bool,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = WandbRun(folder, wandb, config or {}) if wandb else None  # first: it may fail
@@ -106,7 +122,8 @@ class MetricsLog:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iter)
 
     def write(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
-        """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``, ``probe/knn_top1``, ..."""
+        """One line of ``metrics``, ``speed`` or ``probes``, and the same as scalars: ``metrics/loss``,
+        ``probe/knn_top1``, ..."""
         self.files[name].write(json.dumps({"iteration": iteration, **values}) + "\n")
         scalars = {key if "/" in key else f"{name}/{key}": value for key, value in values.items()}
         if self.writer is not None:
@@ -148,26 +165,36 @@ class MetricsLog:
 
 
 class WandbRun:
-    """One run in Weights & Biases. Its id lies in ``folder/wandb_id``, so that a resumed training goes on in it.
+    """One run in Weights & Biases. Its id lies in ``folder/wandb_id``, so that a resumed training goes on in
+    it.
 
-    Values go by iteration. W&B drops iterations that it already has: a resumed training computes those again, to the same values.
-    ``WANDB_MODE=offline`` keeps everything on the disk, in ``folder/wandb``.
+    Values go by iteration. W&B drops iterations that it already has: a resumed training computes those again,
+    to the same values. ``WANDB_MODE=offline`` keeps everything on the disk, in ``folder/wandb``.
     """
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise UserError(f"log.wandb={project!r}, but wandb cannot be imported ({error}): pip install wandb") from error
+            raise UserError(
+                f"log.wandb={project!r}, but wandb cannot be imported ({error}): pip install wandb"
+            ) from error
         known = folder / "wandb_id"
         run_id = known.read_text().strip() if known.is_file() else None
         try:
             self.run = wandb.init(
-                project=project, id=run_id, resume="allow", name=folder.name, dir=str(folder), config=dict(config)
+                project=project,
+                id=run_id,
+                resume="allow",
+                name=folder.name,
+                dir=str(folder),
+                config=dict(config),
             )
         except wandb.Error as error:  # no account, no network
             reason = str(error).splitlines()[0]
-            raise UserError(f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)") from error
+            raise UserError(
+                f"log.wandb={project!r}: {reason} (WANDB_MODE=offline needs neither account nor network)"
+            ) from error
         known.write_text(f"{self.run.id}\n")
         self.to_image = wandb.Image
 
@@ -181,7 +208,8 @@ class WandbRun:
 
 
 class Speed:
-    """Images a second, share of the time that was spent waiting for data, and time left, over a sliding window of iterations.
+    """Images a second, share of the time that was spent waiting for data, and time left, over a sliding
+    window of iterations.
 
     Args:
         batch_size: images of an iteration, over all ranks.
@@ -191,7 +219,9 @@ class Speed:
     def __init__(self, batch_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.batch_size, self.clock = batch_size, clock
         self.done, self.paused_s, self.waited_s = 0, 0.0, 0.0
-        self.window: deque[tuple[float, float]] = deque([(clock(), 0.0)], WINDOW_ITERS + 1)  # time at work, time of it waited
+        self.window: deque[tuple[float, float]] = deque(
+            [(clock(), 0.0)], WINDOW_ITERS + 1
+        )  # time at work, time of it waited
 
     def tick(self, waited_s: float) -> None:
         """An iteration is done, ``waited_s`` of it went by before its batch was there."""
@@ -204,7 +234,8 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside (probes, images, checkpoints) is not the speed of training; the time left knows it."""
+        """What is done inside (probes, images, checkpoints) is not the speed of training; the time left
+        knows it."""
         started = self.clock()
         try:
             yield
@@ -236,7 +267,8 @@ class Speed:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory so far, 10^9 bytes: allocated on the GPU, or held by this process where there is no CUDA."""
+    """Most memory so far, 10^9 bytes: allocated on the GPU, or held by this process where there is no
+    CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, kilobytes elsewhere
@@ -292,8 +324,8 @@ class ProgressLine:
             self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
 
     def update(self, done_iters: int, note: str, eta_s: float) -> None:
-        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a terminal; the last
-        one always."""
+        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a
+        terminal; the last one always."""
         pause_s = 1 if self.bar is not None else QUIET_S
         if done_iters < self.total_iters and time.time() - self.told < pause_s:
             return
@@ -303,7 +335,11 @@ class ProgressLine:
             self.bar.note = note
             self.bar.update(self.task, completed=done_iters, eta=left)
         else:
-            print(f"{self.title} {done_iters}/{self.total_iters}  {note}  {left}", file=self.console.file, flush=True)
+            print(
+                f"{self.title} {done_iters}/{self.total_iters}  {note}  {left}",
+                file=self.console.file,
+                flush=True,
+            )
 
     def close(self) -> None:
         """Leave the terminal as it was."""

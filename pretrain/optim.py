@@ -1,4 +1,5 @@
-"""AdamW: its settings, parameter groups and the schedules that drive them; clipping; a teacher's moving average."""
+"""AdamW: its settings, parameter groups and the schedules that drive them; clipping; a teacher's moving
+average."""
 
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
@@ -31,14 +32,20 @@ class OptimSettings(Settings):
     weight_decay: float = setting(0.04, "weight decay at the start", source="Table 6", ge=0)
     weight_decay_end: float = setting(0.4, "weight decay at the end, cosine", source="Table 6", ge=0)
     betas: tuple[Beta, Beta] = setting((0.9, 0.999), "of AdamW", source="DINOv2")
-    clip_grad: float = setting(3.0, "largest gradient norm of the backbone and of each head; 0: none", source="DINOv2", ge=0)
+    clip_grad: float = setting(
+        3.0, "largest gradient norm of the backbone and of each head; 0: none", source="DINOv2", ge=0
+    )
 
 
 class TeacherOptimSettings(OptimSettings):
     """The same of a method whose teacher is a moving average of the student."""
 
     teacher_momentum: float = setting(
-        0.992, "of the moving average, at the start; 1 to its end: the teacher stays what it is", source="Table 6", ge=0, le=1
+        0.992,
+        "of the moving average, at the start; 1 to its end: the teacher stays what it is",
+        source="Table 6",
+        ge=0,
+        le=1,
     )
     teacher_momentum_end: float = setting(1.0, "at the end, cosine", source="DINOv2", ge=0, le=1)
 
@@ -67,7 +74,12 @@ def parameter_groups(
             kind = decays(name), not name.startswith("backbone."), frozen_epochs(name)
             groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": p, "decays": decay, "lr_factor": head_lr_factor if is_head else 1.0, "frozen_epochs": frozen}
+        {
+            "params": p,
+            "decays": decay,
+            "lr_factor": head_lr_factor if is_head else 1.0,
+            "frozen_epochs": frozen,
+        }
         for (decay, is_head, frozen), p in groups.items()
     ]
 
@@ -85,7 +97,8 @@ def empty_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, epoch: int) -> None:
-    """This iteration's values into the groups of :func:`parameter_groups`; ``epoch`` is the number of whole epochs done."""
+    """This iteration's values into the groups of :func:`parameter_groups`; ``epoch`` is the number of
+    whole epochs done."""
     for group in optimizer.param_groups:
         group["lr"] = (0.0 if epoch < group["frozen_epochs"] else lr) * group["lr_factor"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -102,7 +115,8 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A device would have to be waited for: there everything is multiplied, by 1 where the norm is small enough.
+        # A device would have to be waited for: there everything is multiplied, by 1 where the norm is small
+        # enough.
         if max_norm > 0 and (norm.device.type != "cpu" or norm > max_norm):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         norms.append(norm)
@@ -111,7 +125,8 @@ def clip_gradients(networks: nn.ModuleDict, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (of a sharded one, this rank's shard)."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter (of a sharded one,
+    this rank's shard)."""
     ours, theirs = _local(teacher.parameters()), _local(student.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
 

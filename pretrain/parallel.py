@@ -1,4 +1,5 @@
-"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and optimizer are sharded)."""
+"""How the ranks share a step: one process, DDP (every rank holds everything), or FSDP2 (parameters and
+optimizer are sharded)."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,8 @@ from pretrain.settings import Settings, setting
 
 
 class StepSettings(Settings):
-    """How a step is computed: the same losses and gradients, but for what ``accumulate`` says of what is drawn."""
+    """How a step is computed: the same losses and gradients, but for what ``accumulate`` says of what is
+    drawn."""
 
     in_recipe = False
     fixed = False
@@ -27,14 +29,18 @@ class StepSettings(Settings):
         ge=1,
     )
     checkpointing: Literal["none", "full", "selective"] = setting(
-        "none", "none | full (blocks are computed again in the backward pass) | selective (matrix products are kept)", source="ours"
+        "none",
+        "none | full (blocks are computed again in the backward pass) | selective (matrix products are kept)",
+        source="ours",
     )
     compile: bool = setting(False, "torch.compile, block by block", source="ours")
     parallel: Literal["ddp", "fsdp2"] = setting(
         "ddp", "several ranks: ddp | fsdp2 (sharded parameters and optimizer)", source="ours"
     )
     on_nan: Literal["stop", "skip"] = setting(
-        "stop", "a loss or gradient that is not finite: stop | skip (that step changes nothing)", source="ours"
+        "stop",
+        "a loss or gradient that is not finite: stop | skip (that step changes nothing)",
+        source="ours",
     )
 
 
@@ -42,7 +48,8 @@ class Ranks:
     """Calls a method's loss so that the gradients of all ranks are averaged.
 
     Args:
-        method: its children that are ModuleDicts are networks of a ViT (``backbone``) and what stands on it; ``student`` learns.
+        method: its children that are ModuleDicts are networks of a ViT (``backbone``) and what stands on it;
+            ``student`` learns.
         rule: ``ddp`` | ``fsdp2``; one process alone needs neither.
         compiled: torch.compile every block.
     """
@@ -61,7 +68,8 @@ class Ranks:
             for network in self.networks:
                 _shard(network)
         elif distributed.world_size() > 1:
-            # Which parameters get a gradient does not change from step to step; centers are kept equal by their own reduction.
+            # Which parameters get a gradient does not change from step to step; centers are kept equal by
+            # their own reduction.
             self.call = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -69,13 +77,15 @@ class Ranks:
         return self.call(*arguments)
 
     def averaging(self, now: bool) -> AbstractContextManager[Any]:
-        """Around a forward and backward pass: whether its gradients, with those before, are averaged over the ranks in it."""
+        """Around a forward and backward pass: whether its gradients, with those before, are averaged over
+        the ranks in it."""
         if isinstance(self.call, DistributedDataParallel) and not now:
             return self.call.no_sync()
         return self._sharded_averaging(now) if self.is_sharded else nullcontext()
 
     def reshard(self) -> None:
-        """Give back what a forward pass gathered and no backward pass has: the teacher's, before it is moved and saved."""
+        """Give back what a forward pass gathered and no backward pass has: the teacher's, before it is
+        moved and saved."""
         if self.is_sharded:
             for network in self.networks:
                 for module in network.values():

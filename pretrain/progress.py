@@ -9,9 +9,12 @@ SAY_EVERY_S = 10.0
 
 
 class Progress:
-    """Prints every ten seconds, and at the end, how far the work on a checkpoint is. A signal stops the work."""
+    """Prints every ten seconds, and at the end, how far the work on a checkpoint is. A signal stops the
+    work."""
 
-    def __init__(self, label: str, total: int, signals: StopSignals | None = None, unit: str = "images") -> None:
+    def __init__(
+        self, label: str, total: int, signals: StopSignals | None = None, unit: str = "images"
+    ) -> None:
         self.label, self.total, self.signals, self.unit = label, total, signals, unit
         self.done, self.started = 0, time.monotonic()
         self.said = self.started
@@ -28,4 +31,6 @@ class Progress:
             print(f"{self.label}: {so_far}, {(now - self.started) / self.done:.2f} s each", flush=True)
             self.said = now
         if self.signals is not None and self.signals.received and self.done < self.total:
-            raise Interrupted(f"{self.signals.received} at {self.label}, after {so_far}; the same command goes on")
+            raise Interrupted(
+                f"{self.signals.received} at {self.label}, after {so_far}; the same command goes on"
+            )

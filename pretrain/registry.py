@@ -3,4 +3,6 @@
 from fvcore.common.registry import Registry
 
 BACKBONES = Registry("BACKBONES")
-BACKBONES.__doc__ = """Name -> function(**flags) -> ViT. Backbones register themselves in :mod:`pretrain.backbones`."""
+BACKBONES.__doc__ = (
+    """Name -> function(**flags) -> ViT. Backbones register themselves in :mod:`pretrain.backbones`."""
+)

@@ -1,8 +1,9 @@
-"""Typed settings: a model beside the code that reads it, and one way to load, check, change, compare and print it.
+"""Typed settings: a model beside the code that reads it, and one way to load, check, change, compare and
+print it.
 
-All three packages use this module, for runs, protocols, comparisons and results. A field carries its default, its range, what it
-means and where its value comes from (:func:`setting`). Text never passes through YAML's guesses: a field's type reads its words, so
-``run.output=2024-10-01`` is a folder and ``run.seed=010`` is ten.
+All three packages use this module, for runs, protocols, comparisons and results. A field carries its default,
+its range, what it means and where its value comes from (:func:`setting`). Text never passes through YAML's
+guesses: a field's type reads its words, so ``run.output=2024-10-01`` is a folder and ``run.seed=010`` is ten.
 """
 
 import difflib
@@ -26,10 +27,12 @@ KEY = "\0"  # the place of a key in an error; no file's name holds it
 
 
 class Settings(BaseModel):
-    """Base of every group of settings: immutable, no unknown key, no wrong type, no number that is not finite.
+    """Base of every group of settings: immutable, no unknown key, no wrong type, no number that is not
+    finite.
 
     Class attributes:
-        renamed: {old dotted key: new one}, relative to this model. Old words, files and saved runs still load.
+        renamed: {old dotted key: new one}, relative to this model. Old words, files and saved runs still
+            load.
         in_recipe: whether the group says what is learned; false: where and how a run computes it.
         fixed: whether the group must stay as it is when a run is resumed.
     """
@@ -83,7 +86,7 @@ class Layer:
     comments: Mapping[str, str] = field(default_factory=dict)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.BaseLoader):  # type: ignore[misc]
@@ -217,13 +220,15 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise UserError(f"config: {key}: {group} is given as a value and as a group of keys; give one of them")
+            raise UserError(
+                f"config: {key}: {group} is given as a value and as a group of keys; give one of them"
+            )
     if isinstance(values.get(last), dict):
         raise UserError(f"config: {key} is given as a value and as a group of keys; give one of them")
     values[last] = value
 
 
-# --- building ---------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------
 
 
 def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config") -> Model:
@@ -233,9 +238,11 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
         what: how an error calls the settings.
 
     Raises:
-        UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and file.
+        UserError: an unknown key, a wrong type, a value out of range; one line that names key, value and
+            file.
     """
-    # A group's default may differ from its model's defaults: a layer that sets one key of it keeps the others.
+    # A group's default may differ from its model's defaults: a layer that sets one key of it keeps the
+    # others.
     defaults = {key: info.default for key, info in model.model_fields.items()}
     merged = {key: group.model_dump() for key, group in defaults.items() if isinstance(group, Settings)}
     origins: dict[str, str] = {}
@@ -249,7 +256,8 @@ def build(model: type[Model], layers: Sequence[Layer] = (), what: str = "config"
 
 
 def replaced(settings: Model, changes: Mapping[str, Any], what: str = "config") -> Model:
-    """The settings with some dotted keys changed, to values or their text; all is checked again. Errors as :func:`build`."""
+    """The settings with some dotted keys changed, to values or their text; all is checked again. Errors as
+    :func:`build`."""
     values: dict[str, Any] = {}
     for key, value in changes.items():
         put(values, key, value)
@@ -267,10 +275,16 @@ def upgraded(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         holder = new.get(group) if group else new
         if isinstance(holder, dict) and key in holder:
             value = holder.pop(key)
-            items = {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {name: value}
+            items = (
+                {f"{name}.{inner}": item for inner, item in value.items()}
+                if isinstance(value, Mapping)
+                else {name: value}
+            )
             for key, item in items.items():
                 if _holds(new, key):
-                    raise UserError(f"config: {old} is the old name of {key}, and both are given; give {key} alone")
+                    raise UserError(
+                        f"config: {old} is the old name of {key}, and both are given; give {key} alone"
+                    )
                 put(new, key, item)
             if group and not holder:
                 new.pop(group)
@@ -298,7 +312,9 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def validated(model: type[Model], values: Any, what: str = "config", origins: Mapping[str, str] = MappingProxyType({})) -> Model:
+def validated(
+    model: type[Model], values: Any, what: str = "config", origins: Mapping[str, str] = MappingProxyType({})
+) -> Model:
     """A model from typed values, with its rules and ranges checked.
 
     Args:
@@ -338,7 +354,8 @@ def _dotted(loc: Sequence[str | int]) -> str:
 
 
 def _typed_group(model: type[Settings], values: Any, where: str, prefix: str) -> dict[str, Any]:
-    """Nested values in the types of a model's fields; ``where`` is an error's beginning, with a place for the key."""
+    """Nested values in the types of a model's fields; ``where`` is an error's beginning, with a place for
+    the key."""
     if not isinstance(values, Mapping):
         key = prefix.rstrip(".") or "it"
         raise UserError(f"{where.replace(KEY, key)} is a group of keys, not {shown(values)}; set {key}.KEY")
@@ -408,13 +425,19 @@ def _typed_tuple(parts: tuple[Any, ...], value: Any, where: str, name: str) -> t
     if parts[-1] is not Ellipsis and len(value) != len(parts):
         raise ValueError
     kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-    return tuple(typed_value(kind, item, where, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value)))
+    return tuple(
+        typed_value(kind, item, where, f"{name}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value))
+    )
 
 
 def _typed_scalar(kind: Any, value: Any) -> Any:
     """A number, a bool or a text; a Literal's check is pydantic's."""
     if not isinstance(value, str):
-        if kind is str or isinstance(value, Mapping | list | tuple) or (isinstance(value, bool) and kind is not bool):
+        if (
+            kind is str
+            or isinstance(value, Mapping | list | tuple)
+            or (isinstance(value, bool) and kind is not bool)
+        ):
             raise TypeError
         return float(value) if kind is float and isinstance(value, int) else value
     value.encode()  # a lone surrogate: bytes of a command line that are no UTF-8
@@ -452,7 +475,8 @@ def _kind_name(kind: Any) -> str:
 
 
 def plain(text: str) -> Any:
-    """A text where no type says how to read it: null, true, false, a number, a list of these, or the text itself."""
+    """A text where no type says how to read it: null, true, false, a number, a list of these, or the text
+    itself."""
     if text in NOTHING[:4]:
         return None
     if text in ("true", "false"):
@@ -484,7 +508,7 @@ def rising(group: str, settings: Settings, *keys: str) -> None:
             raise ValueError(f"{group}.{key}={[low, high]} should rise")
 
 
-# --- looking ----------------------------------------------------------------------------------------------------------
+# --- looking ----------------------------------------------------------------------------------------------
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -504,16 +528,20 @@ def flat(values: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def differences(reference: Settings, settings: Settings) -> dict[str, list[Any]]:
-    """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one has no such key."""
+    """{dotted key: [value in the reference, value in the settings]} of all that differs; None where one
+    has no such key."""
     return compared(as_dict(reference), as_dict(settings))
 
 
 def compared(before: Mapping[Any, Any], now: Mapping[Any, Any], prefix: str = "") -> dict[str, list[Any]]:
-    """:func:`differences` of nested plain values. Lists of mappings are compared item by item: ``hooks.2.type``."""
+    """:func:`differences` of nested plain values. Lists of mappings are compared item by item:
+    ``hooks.2.type``."""
     found: dict[str, list[Any]] = {}
     for key in {**before, **now}:
         a, b = _opened(before.get(key)), _opened(now.get(key))
-        if isinstance(a or b, Mapping) and all(isinstance(value, Mapping) or value in (None, []) for value in (a, b)):
+        if isinstance(a or b, Mapping) and all(
+            isinstance(value, Mapping) or value in (None, []) for value in (a, b)
+        ):
             found |= compared(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             found[f"{prefix}{key}"] = [before.get(key), now.get(key)]
@@ -536,18 +564,23 @@ def fields(model: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any, 
 
 def keys_where(model: type[Settings], flag: str, value: bool) -> frozenset[str]:
     """Dotted keys whose ``in_recipe`` or ``fixed``, their own and their group's, is ``value``."""
-    return frozenset(key for key, info, holder in fields(model) if (getattr(holder, flag) and _flag(info, flag)) == value)
+    return frozenset(
+        key for key, info, holder in fields(model) if (getattr(holder, flag) and _flag(info, flag)) == value
+    )
 
 
 def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
-    """The settings as YAML that loads again; each line ends with what the key means and where its value comes from."""
+    """The settings as YAML that loads again; each line ends with what the key means and where its value
+    comes from."""
     origins = {}
     for layer in layers:
         for key in flat(upgraded(type(settings), layer.values)):
             said = layer.comments.get(key, "")
             origins[key] = f"{layer.name}{': ' if said else ''}{said}"
     values, lines, group = flat(settings), list[str](), ""
-    for key, info, _ in sorted(fields(type(settings)), key=lambda item: "." in item[0]):  # keys without a group first
+    for key, info, _ in sorted(
+        fields(type(settings)), key=lambda item: "." in item[0]
+    ):  # keys without a group first
         parent, _, name = key.rpartition(".")
         if parent != group:
             depth = parent.count(".")
@@ -567,9 +600,14 @@ def _readable(text: str) -> str:
 
 
 def json_schema(model: type[Settings]) -> dict[str, Any]:
-    """The JSON schema of a YAML file of a model's settings, for editors that complete and check it; ``base`` is allowed in it."""
+    """The JSON schema of a YAML file of a model's settings, for editors that complete and check it;
+    ``base`` is allowed in it."""
     schema = _without_marks(model.model_json_schema())
-    base = {"type": ["string", "array"], "items": {"type": "string"}, "description": "files, or recipes, that it changes"}
+    base = {
+        "type": ["string", "array"],
+        "items": {"type": "string"},
+        "description": "files, or recipes, that it changes",
+    }
     schema["properties"]["base"] = base
     return schema
 
@@ -579,5 +617,7 @@ def _without_marks(schema: Any) -> Any:
     if isinstance(schema, dict):
         marks = {"title", "source", "in_recipe", "fixed", "settable"}
         kept = {k: v for k, v in schema.items() if k not in marks or isinstance(v, dict)}
-        return {k: v if k == "default" else _without_marks(v) for k, v in kept.items()}  # a default may hold such a key
+        return {
+            k: v if k == "default" else _without_marks(v) for k, v in kept.items()
+        }  # a default may hold such a key
     return [_without_marks(item) for item in schema] if isinstance(schema, list) else schema

@@ -25,9 +25,12 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
     def on_any_rank(self) -> bool:
-        """Whether any rank got a signal. Every rank must call this at the same iteration, and all get the same answer."""
+        """Whether any rank got a signal. Every rank must call this at the same iteration, and all get the
+        same answer."""
         return distributed.any_over_ranks(self.received is not None)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

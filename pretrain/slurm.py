@@ -1,14 +1,17 @@
 """A tool of ours as a SLURM job: one task a GPU, started again after a preemption and at the time limit.
 
-One task a GPU, and no torchrun: srun starts the ranks, gives the scheduler's signals to every one of them and sees how each of them
-ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes the job, and puts it back into the queue.
+One task a GPU, and no torchrun: srun starts the ranks, gives the scheduler's signals to every one of them and
+sees how each of them ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes the job,
+and puts it back into the queue.
 
-What happens near the time limit, or when SLURM takes the nodes for someone else: the tasks get a signal; a tool that listens
-(:mod:`pretrain.signals`) saves at its next step and leaves with :data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's
-command to one that resumes and puts the job back into the queue, where it keeps its number, its place and its folder. A tool that
-does not listen is put back at once and resumes from its last checkpoint. After a failed node SLURM itself restarts the job.
+What happens near the time limit, or when SLURM takes the nodes for someone else: the tasks get a signal; a
+tool that listens (:mod:`pretrain.signals`) saves at its next step and leaves with
+:data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's command to one that resumes and puts the
+job back into the queue, where it keeps its number, its place and its folder. A tool that does not listen is
+put back at once and resumes from its last checkpoint. After a failed node SLURM itself restarts the job.
 
-Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster (there was none).
+Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster
+(there was none).
 """
 
 import os
@@ -29,7 +32,8 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.settings import Settings, setting
 
-RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py")  # the tools that take --resume; any other starts from its beginning
+# The tools that take --resume; any other starts from its beginning.
+RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py", "evaluate_dense.py")
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 
@@ -47,7 +51,9 @@ class Resources(Settings):
     name: str = setting("", "of the job; empty: that of the tool", source="ours")
     at_once: int = setting(256, "jobs of an array at a time", source="ours", ge=1)
     notice_s: int = setting(180, "seconds between the signal to save and the time limit", source="ours", ge=0)
-    max_timeouts: int = setting(20, "time limits after which a job is put back; preemptions do not count", source="ours", ge=0)
+    max_timeouts: int = setting(
+        20, "time limits after which a job is put back; preemptions do not count", source="ours", ge=0
+    )
     extra: dict[str, str | bool] = setting(dict, "any option of sbatch", source="ours")
 
     @model_validator(mode="after")
@@ -80,7 +86,9 @@ class ToolJob:
         words = [word for word in self.arguments if not word.startswith("--resume=")]
         while "--resume" in words:
             at = words.index("--resume")
-            has_value = bool(words[at + 1 :]) and not words[at + 1].startswith("-") and "=" not in words[at + 1]
+            has_value = (
+                bool(words[at + 1 :]) and not words[at + 1].startswith("-") and "=" not in words[at + 1]
+            )
             del words[at : at + 1 + has_value]
         return ToolJob(self.script, ("--resume", *words))
 
@@ -93,7 +101,9 @@ class ToolJob:
         task = submitit.JobEnvironment()
         os.environ.update(rank_environment(task))
         notice = signal.Signals[f"SIG{task.USR_SIG}"]  # what SLURM sends before the time limit
-        requeue = signal.getsignal(notice)  # submitit's: the first task writes checkpoint() down and puts the job back
+        requeue = signal.getsignal(
+            notice
+        )  # submitit's: the first task writes checkpoint() down and puts the job back
         assert callable(requeue), "submitit listens before it starts a job"
         put_back: list[int] = []
 
@@ -107,21 +117,25 @@ class ToolJob:
 
         if notice != signal.SIGUSR1:
             signal.signal(notice, on_notice)
-        # A job that SLURM itself started again (a node failed, a preemption without grace) had no chance to write it down.
+        # A job that SLURM itself started again (a node failed, a preemption without grace) had no chance to
+        # write it down.
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
         code = run_script(job.script, job.arguments)
         if put_back:
             sys.exit(code)  # submitit's own code: the job is in the queue, however the tool ended
         if code == REQUEUE_CODE:
             if task.global_rank > 0:
-                sys.exit(0)  # no result, and no failure for which srun would kill the first task before it is done
+                sys.exit(
+                    0
+                )  # no result, and no failure for which srun would kill the first task before it is done
             requeue(notice, None)
         elif code:
             raise RuntimeError(f"{Path(self.script).name} ended with exit code {code}")
 
 
 def run_script(script: str, arguments: Sequence[str]) -> int:
-    """Run a Python file as ``python script arguments`` would, in this process, so that signals reach it; its exit code."""
+    """Run a Python file as ``python script arguments`` would, in this process, so that signals reach it;
+    its exit code."""
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(script, run_name="__main__")
@@ -131,7 +145,8 @@ def run_script(script: str, arguments: Sequence[str]) -> int:
 
 
 def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
-    """What torchrun would have set, for :func:`pretrain.distributed.start`; nothing where there is one task."""
+    """What torchrun would have set, for :func:`pretrain.distributed.start`; nothing where there is one
+    task."""
     if task.num_tasks == 1:
         return {}
     return {
@@ -140,19 +155,24 @@ def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
         "LOCAL_RANK": str(task.local_rank),
         "LOCAL_WORLD_SIZE": str(task.num_tasks // task.num_nodes),
         "MASTER_ADDR": task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(PORTS[int(task.raw_job_id) % len(PORTS)]),  # jobs that share a node have other numbers
+        "MASTER_PORT": str(
+            PORTS[int(task.raw_job_id) % len(PORTS)]
+        ),  # jobs that share a node have other numbers
     }
 
 
 def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
-    """The jobs of a command line, ``tools/pretrain.py --config ...``: one, or ``array`` of them, each with its number for {index}.
+    """The jobs of a command line, ``tools/pretrain.py --config ...``: one, or ``array`` of them, each with
+    its number for {index}.
 
     Raises:
-        UserError: no such script; an array whose jobs would all be the same, or {index} without an array; a job's folder in which
-            ``import pretrain`` would find a file (tools/ itself).
+        UserError: no such script; an array whose jobs would all be the same, or {index} without an array; a
+            job's folder in which ``import pretrain`` would find a file (tools/ itself).
     """
     if Path("pretrain.py").is_file():
-        raise UserError(f"{Path.cwd()}: a job that starts here takes pretrain.py for the package; submit it from another folder")
+        raise UserError(
+            f"{Path.cwd()}: a job that starts here takes pretrain.py for the package; submit it from another folder"
+        )
     if not command:
         raise UserError("no command: put it behind --, as in: -- tools/pretrain.py --config FILE")
     script = Path(command[0])
@@ -160,9 +180,13 @@ def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
         raise UserError(f"command: {command[0]} is no Python file")
     has_index = any(INDEX in word for word in command[1:])
     if has_index != bool(array):
-        raise UserError(f"--array {array}: the command has {'a' if has_index else 'no'} {INDEX}, the number of its job")
+        raise UserError(
+            f"--array {array}: the command has {'a' if has_index else 'no'} {INDEX}, the number of its job"
+        )
     path = str(script.absolute())
-    return [ToolJob(path, tuple(word.replace(INDEX, str(i)) for word in command[1:])) for i in range(array or 1)]
+    return [
+        ToolJob(path, tuple(word.replace(INDEX, str(i)) for word in command[1:])) for i in range(array or 1)
+    ]
 
 
 class Executor(submitit.SlurmExecutor):
@@ -191,7 +215,8 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
         wckey=None,  # submitit's own would be refused where a cluster checks them
         # A failed node or a preemption without grace: SLURM itself starts the job again.
         additional_parameters={"requeue": True, **resources.extra},
-        # Since SLURM 22.05 srun does not know what sbatch was told. A rank that dies takes the others along, which wait for it.
+        # Since SLURM 22.05 srun does not know what sbatch was told. A rank that dies takes the others along,
+        # which wait for it.
         srun_args=[f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
     )
     return executor
@@ -217,7 +242,9 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
     """
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
-            raise UserError(f"{program} is not on the PATH: --dry-run shows what would be submitted, --local runs it here")
+            raise UserError(
+                f"{program} is not on the PATH: --dry-run shows what would be submitted, --local runs it here"
+            )
     executor = slurm_executor(resources, folder)
     with submitit.helpers.clean_env():  # from within an interactive job: its variables are not the new job's
         submitted = executor.submit_array(list(jobs))

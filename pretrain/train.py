@@ -36,8 +36,8 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
 
     Args:
         config: all settings (:func:`pretrain.config.load_config`).
-        resume: ``auto``: go on from the folder's newest whole checkpoint if there is one, a finished run is left as it is; or an
-            iteration of it, or a checkpoint's directory; nothing: start.
+        resume: ``auto``: go on from the folder's newest whole checkpoint if there is one, a finished run is
+            left as it is; or an iteration of it, or a checkpoint's directory; nothing: start.
         stop_after: save and leave at this iteration, as an interruption would.
 
     Returns:
@@ -58,7 +58,9 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
             distributed.log(f"{folder} is finished ({read_result(folder).created})")
             return folder
-        with StopSignals() as signals:  # until here a signal simply ends the process: there is nothing to save
+        with (
+            StopSignals() as signals
+        ):  # until here a signal simply ends the process: there is nothing to save
             run = Run(trainer, dataset, before, signals)
             run.loop(min(total_iters, stop_after or total_iters))
         if trainer.iteration == total_iters:
@@ -83,11 +85,14 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
     """Bring the trainer to where the run stands: its start, another run's networks, or a checkpoint.
 
     Raises:
-        UserError: the folder holds a run and nothing says to go on with it; or the checkpoint does not belong to these settings.
+        UserError: the folder holds a run and nothing says to go on with it; or the checkpoint does not belong
+            to these settings.
     """
     config, folder = trainer.config, Path(trainer.config.run.output)
     if not resume and checkpoints.whole_directories(folder):
-        raise UserError(f"run.output: {folder} already holds a run; go on with --resume, or choose another folder")
+        raise UserError(
+            f"run.output: {folder} already holds a run; go on with --resume, or choose another folder"
+        )
     found, messages = checkpoints.find(folder, resume) if resume else (None, [])
     for message in messages:
         distributed.log(message)
@@ -107,9 +112,13 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
             distributed.log(message)
         assert earlier is not None  # what is asked for by name is there, or find raises
         networks = trainer.networks()
-        left = sorted(name for name in earlier.contents() if name.startswith("method.") and name not in networks)
+        left = sorted(
+            name for name in earlier.contents() if name.startswith("method.") and name not in networks
+        )
         if left:
-            raise UserError(f"run.init_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}")
+            raise UserError(
+                f"run.init_from: {earlier.path} has networks that this run has not: {', '.join(left[:4])}"
+            )
         checkpoints.load(earlier, networks)
     return Totals()
 
@@ -130,8 +139,9 @@ def totals_of(found: checkpoints.Found) -> Totals:
 def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: int) -> None:
     """A checkpoint goes on under the settings and over the images that it was made with.
 
-    Settings that may change say so (``fixed=False``). Of ``step`` only how often dropped paths are drawn (``step.accumulate``) and
-    where KoLeo looks under ``koleo_scope=local`` touch what is computed, as the number of ranks does.
+    Settings that may change say so (``fixed=False``). Of ``step`` only how often dropped paths are drawn
+    (``step.accumulate``) and where KoLeo looks under ``koleo_scope=local`` touch what is computed, as the
+    number of ranks does.
 
     Raises:
         UserError: names what differs.
@@ -147,10 +157,14 @@ def check_same_run(found: checkpoints.Found, config: TrainSettings, n_images: in
     changed = {key: pair for key, pair in pairs.items() if key not in free}
     if changed:
         told = ", ".join(f"{key}={before!r} (now {after!r})" for key, (before, after) in changed.items())
-        raise UserError(f"resume: {found.path} was made with other settings: {told}; set them back, or choose another run.output")
+        raise UserError(
+            f"resume: {found.path} was made with other settings: {told}; set them back, or choose another run.output"
+        )
     if found.meta["n_images"] != n_images:
         now = f"{config.data.root} has {n_images}"
-        raise UserError(f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change")
+        raise UserError(
+            f"resume: the run was over {found.meta['n_images']} images, but {now}: order and schedule would change"
+        )
 
 
 def with_method_of(config: TrainSettings, saved: Any) -> Any:
@@ -181,26 +195,45 @@ class Run:
 
     def __init__(self, trainer: Trainer, dataset: ViewsDataset, before: Totals, signals: StopSignals) -> None:
         config = trainer.config
-        self.config, self.trainer, self.dataset, self.before, self.signals = config, trainer, dataset, before, signals
+        self.config, self.trainer, self.dataset, self.before, self.signals = (
+            config,
+            trainer,
+            dataset,
+            before,
+            signals,
+        )
         self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
-        self.broken, self.read = BrokenFiles(**before.broken), BrokenFiles()  # of the whole run; of this rank since the last look
-        self.pending: list[tuple[int, dict[str, Tensor]]] = []  # losses not looked at yet, still on the device
-        self.probes = Probes(config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main())
+        self.broken, self.read = (
+            BrokenFiles(**before.broken),
+            BrokenFiles(),
+        )  # of the whole run; of this rank since the last look
+        self.pending: list[
+            tuple[int, dict[str, Tensor]]
+        ] = []  # losses not looked at yet, still on the device
+        self.probes = Probes(
+            config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main()
+        )
         if config.probes.position and self.probes.is_wanted and not learns_positions(trainer):
             never = f"method={config.method} as it is set never learns a position mask token"
             raise UserError(f"probes.position=true, but {never}; set probes.position=false")
         weights = config.backbone.weights if distributed.is_main() else ""
-        self.started_from = metadata(weights) if weights else {}  # looked at now: at the end of the run the file may be gone
+        self.started_from = (
+            metadata(weights) if weights else {}
+        )  # looked at now: at the end of the run the file may be gone
         self.folder.mkdir(parents=True, exist_ok=True)
         log = config.log
-        self.writer = checkpoints.Writer(self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints)
+        self.writer = checkpoints.Writer(
+            self.folder, log.keep_checkpoints, trainer.ranks.is_sharded, log.async_checkpoints
+        )
         self.speed = Speed(config.optim.batch_size)
         self.log: MetricsLog | None = None
         self.line: ProgressLine | None = None
         if distributed.is_main():
             (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
             self.log = MetricsLog(self.folder, trainer.iteration, log.tensorboard, log.wandb, as_dict(config))
-            self.line = ProgressLine(f"pretrain {run_name(config)}", trainer.length.total_iters, trainer.iteration)
+            self.line = ProgressLine(
+                f"pretrain {run_name(config)}", trainer.length.total_iters, trainer.iteration
+            )
 
     def loop(self, end: int) -> None:
         """Iterations up to ``end``, with logs, probes and checkpoints."""
@@ -211,7 +244,10 @@ class Run:
             for micro_batches, unreadable, waited_s in by_iteration(loader, config.step.accumulate):
                 it, done = trainer.iteration, trainer.iteration + 1
                 is_last = done == trainer.length.total_iters
-                is_logged, is_due = it % log.every == 0 or is_last, done % log.checkpoint_every == 0 or done == end
+                is_logged, is_due = (
+                    it % log.every == 0 or is_last,
+                    done % log.checkpoint_every == 0 or done == end,
+                )
                 logs = trainer.step(micro_batches, examine=is_logged)
                 self.pending.append((it, logs.losses))
                 self.read.record(config.optim.batch_size // distributed.world_size(), unreadable)
@@ -226,7 +262,9 @@ class Run:
                         self.save(done)
                 if stopping and not is_last:
                     self.writer.wait()
-                    raise Interrupted(f"{self.signals.received or 'another rank was signalled'}; saved at iteration {done}")
+                    raise Interrupted(
+                        f"{self.signals.received or 'another rank was signalled'}; saved at iteration {done}"
+                    )
             self.writer.wait()
         except UserError as error:  # raised in a worker, it arrives wrapped in the worker's traceback
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
@@ -236,7 +274,8 @@ class Run:
                 self.line.close()
 
     def log_metrics(self, it: int, logs: StepLogs, is_logged: bool) -> None:
-        """Bring the losses since the last time to the host, refuse what is not finite, and log the last ones."""
+        """Bring the losses since the last time to the host, refuse what is not finite, and log the last
+        ones."""
         self.account()
         losses, self.pending = checked(self.pending, self.config.step.on_nan), []
         seconds = self.before.wall_time_s + time.time() - self.started
@@ -251,7 +290,11 @@ class Run:
         )
         if self.log and self.line and is_logged:
             self.log.write("metrics", it, {**losses, **logs.scheduled})
-            speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait, "broken_images": len(self.broken.files)}
+            speed = {
+                "img_per_s": self.speed.img_per_s,
+                "data_wait": self.speed.data_wait,
+                "broken_images": len(self.broken.files),
+            }
             speed["peak_memory_gb"] = peak_memory_gb(self.trainer.device)
             self.log.write("speed", it, speed)
             left = self.trainer.length.total_iters - it - 1
@@ -272,7 +315,9 @@ class Run:
             if distributed.is_main():
                 self.broken.write(self.folder)
             counts = self.broken.told(0)[0]
-            raise UserError(f"data.root: {counts}, more than data.broken_share={allowed:g} allows; {self.folder} lists them")
+            raise UserError(
+                f"data.root: {counts}, more than data.broken_share={allowed:g} allows; {self.folder} lists them"
+            )
 
     def log_images(self, it: int, batch: AnyBatch) -> None:
         """Images of what the run sees, now and then."""
@@ -283,7 +328,9 @@ class Run:
         if self.log and self.log.shows_images and backbone is not None:
             seen = batch.to(self.trainer.device, self.trainer.dtype)
             crops = seen.global_crops, seen.local_crops
-            self.log.images(it, training_images(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast))
+            self.log.images(
+                it, training_images(backbone, *crops, seen.views, seen.masks, autocast=self.trainer.autocast)
+            )
 
     def probe(self, done: int) -> None:
         """Ask the probes about the network that the run leaves, where it is time."""
@@ -319,7 +366,9 @@ class Run:
         origin = self.origin()
         state = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
         path = self.folder / "backbone.safetensors"
-        save_backbone(path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin)
+        save_backbone(
+            path, state, name=config.backbone.name, model_kwargs=backbone.model_kwargs, provenance=origin
+        )
         result = Result(
             kind="pretrain",
             method=run_name(config),
@@ -342,7 +391,8 @@ class Run:
         write_result(result, self.folder)
 
     def origin(self) -> dict[str, Any]:
-        """What the backbone says of itself. Epochs and images are this run's alone; ``started_from`` tells of those before."""
+        """What the backbone says of itself. Epochs and images are this run's alone; ``started_from`` tells
+        of those before."""
         config, crops = self.config, self.config.view_settings().crops
         seen = self.trainer.length.total_iters * config.optim.batch_size / len(self.dataset)
         epochs = effective_epochs(seen, crops.n_global, crops.n_local, crops.global_px, crops.local_px)
@@ -358,7 +408,8 @@ class Run:
 
 
 def metadata(weights: str) -> dict[str, Any]:
-    """Of what a run starts from: the file's name, its hash, and its method and effective epochs where it says them."""
+    """Of what a run starts from: the file's name, its hash, and its method and effective epochs where it
+    says them."""
     said = read_checkpoint(weights).provenance
     known = {key: said[key] for key in ("method", "effective_epochs") if said.get(key) is not None}
     return {"file": Path(weights).name, "hash": file_hash(weights), **known}
@@ -367,7 +418,8 @@ def metadata(weights: str) -> dict[str, Any]:
 def by_iteration(
     loader: Iterable[tuple[AnyBatch, tuple[str, ...]]], n_micro_batches: int
 ) -> Iterator[tuple[list[AnyBatch], list[str], float]]:
-    """An iteration's micro-batches, the images that could not be read, and how long the data was waited for (s)."""
+    """An iteration's micro-batches, the images that could not be read, and how long the data was waited
+    for (s)."""
     micro_batches, unreadable, since, waited_s = list[AnyBatch](), list[str](), time.perf_counter(), 0.0
     batches = iter(loader)
     try:
@@ -380,7 +432,8 @@ def by_iteration(
                 micro_batches, unreadable, waited_s = [], [], 0.0
             since = time.perf_counter()
     finally:
-        # Workers ignore SIGTERM: whatever holds an iterator that broke off (a traceback) would keep the process from ending.
+        # Workers ignore SIGTERM: whatever holds an iterator that broke off (a traceback) would keep the
+        # process from ending.
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
 
@@ -389,11 +442,13 @@ def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[s
     """The last of some iterations' terms, averaged over the ranks, as numbers.
 
     Raises:
-        FloatingPointError: one of them, in any of the iterations, is NaN or infinite, and such a step is not to be skipped.
+        FloatingPointError: one of them, in any of the iterations, is NaN or infinite, and such a step is not
+            to be skipped.
     """
     losses: dict[str, float] = {}
     stacked = [
-        distributed.mean_over_ranks(torch.stack([at_least_float32(term) for term in terms.values()])) for _, terms in pending
+        distributed.mean_over_ranks(torch.stack([at_least_float32(term) for term in terms.values()]))
+        for _, terms in pending
     ]
     for (it, terms), values in zip(pending, stacked):
         losses = dict(zip(terms, values.tolist()))

@@ -38,7 +38,9 @@ class Length:
         epoch_iters = optim.epoch_iters or n_images // optim.batch_size
         if not epoch_iters:
             few = f"the {n_images} images of {config.data.root}"
-            raise UserError(f"config: optim.batch_size={optim.batch_size} is more than {few}; lower it, or set optim.epoch_iters")
+            raise UserError(
+                f"config: optim.batch_size={optim.batch_size} is more than {few}; lower it, or set optim.epoch_iters"
+            )
         return Length(epoch_iters, optim.epochs * epoch_iters, optim.warmup_epochs * epoch_iters)
 
 
@@ -76,7 +78,8 @@ class StepLogs:
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, AbstractContextManager[Any]]:
-    """Dtype of the parameters and the autocast context of a step; ``auto`` is bf16 on CUDA, float32 elsewhere."""
+    """Dtype of the parameters and the autocast context of a step; ``auto`` is bf16 on CUDA, float32
+    elsewhere."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "float32"
     if name == "bf16":
@@ -101,7 +104,9 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.method = find_method(config.method)(config).to(self.device, self.dtype)
         self.ranks = Ranks(self.method, config.step.parallel, compiled=config.step.compile)
-        self.optimizer = torch.optim.AdamW(self.method.parameter_groups(), betas=config.optim.betas, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.method.parameter_groups(), betas=config.optim.betas, fused=True
+        )
         empty_state(self.optimizer)
         self.iteration, self.n_skipped = 0, 0
 
@@ -124,7 +129,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(here, prepared, progress)
         self.ranks.reshard()
-        losses = {"loss": loss.total, **loss.terms, "grad_norm": clip_gradients(self.method.student, config.optim.clip_grad)}
+        losses = {
+            "loss": loss.total,
+            **loss.terms,
+            "grad_norm": clip_gradients(self.method.student, config.optim.clip_grad),
+        }
         scheduled = {"lr": now.lr, "weight_decay": now.weight_decay}
         if config.step.on_nan == "skip" and not self.is_finite(losses):
             self.n_skipped += 1
@@ -135,7 +144,8 @@ class Trainer:
         return StepLogs(losses | signs, tuple(loss.terms), scheduled)
 
     def backward(self, micro_batches: Sequence[Batch], prepared: Any, progress: Progress) -> LossTerms:
-        """Gradients of the batch's loss, one micro-batch after the other; returns their mean loss and terms."""
+        """Gradients of the batch's loss, one micro-batch after the other; returns their mean loss and
+        terms."""
         n, sums, terms = len(micro_batches), list[Tensor](), dict[str, Tensor]()
         for i, batch in enumerate(micro_batches):
             progress.seed_micro_batch(i)
@@ -146,7 +156,8 @@ class Trainer:
             sums.append(loss.total.detach())
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + term.detach() / n
-        # What couples the micro-batches may count in the total of each: then only the terms' sum is the batch's loss.
+        # What couples the micro-batches may count in the total of each: then only the terms' sum is the
+        # batch's loss.
         return LossTerms(sums[0] if n == 1 else torch.stack(list(terms.values())).sum(), terms)
 
     def is_finite(self, losses: Mapping[str, Tensor]) -> bool:
@@ -172,12 +183,14 @@ class Trainer:
         return {name: tensor for name, tensor in self.tensors().items() if name.startswith("method.")}
 
     def exported_backbone(self) -> ViT | None:
-        """The backbone that the run leaves (:meth:`Method.exported_backbone`), whole; of a sharded one a copy, on the main process
-        only. Every rank must call this."""
+        """The backbone that the run leaves (:meth:`Method.exported_backbone`), whole; of a sharded one a
+        copy, on the main process only. Every rank must call this."""
         backbone = self.method.exported_backbone()
         if not self.ranks.is_sharded:
             return backbone
-        state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()}
+        state = {
+            k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in backbone.state_dict().items()
+        }
         if not distributed.is_main():
             return None
         whole = ViT(**backbone.model_kwargs).to(self.device, self.dtype)

@@ -4,7 +4,9 @@ registers it."""
 from importlib.util import find_spec
 
 if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
-    raise ModuleNotFoundError(f"seg_plugin needs {', '.join(absent)}: pip install 'posfield[seg]'", name=absent[0])
+    raise ModuleNotFoundError(
+        f"seg_plugin needs {', '.join(absent)}: pip install 'posfield[seg]'", name=absent[0]
+    )
 
 from seg_plugin.compat import prepare
 

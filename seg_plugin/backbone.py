@@ -50,7 +50,9 @@ class PosfieldViT(BaseModule):
         checkpointing: bool = False,
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(init_cfg=None)  # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
+        super().__init__(
+            init_cfg=None
+        )  # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
         self.weights = _one_source(weights, init_cfg)
         self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"
@@ -79,7 +81,9 @@ class PosfieldViT(BaseModule):
             (tokens,) = self.vit.forward_views([ViewGroup(x)])  # equals forward(x), with checkpointing
         features = tokens.patches.transpose(1, 2).unflatten(2, (-(-height // patch), -(-width // patch)))
         if height % patch or width % patch:
-            features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)[..., :height, :width]
+            features = F.interpolate(features, scale_factor=patch, mode="bilinear", align_corners=False)[
+                ..., :height, :width
+            ]
         return (features,)
 
 
@@ -87,8 +91,12 @@ def _one_source(weights: str | Path | None, init_cfg: Mapping[str, Any] | None) 
     """The checkpoint, by whichever of the two names it."""
     if init_cfg is not None:
         if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
-            raise UserError(f"backbone: init_cfg can only be dict(type='Pretrained', checkpoint=FILE), not {dict(init_cfg)}")
+            raise UserError(
+                f"backbone: init_cfg can only be dict(type='Pretrained', checkpoint=FILE), not {dict(init_cfg)}"
+            )
         if weights is not None:
-            raise UserError(f"backbone: weights={str(weights)!r} and init_cfg's {init_cfg['checkpoint']!r} are both given")
+            raise UserError(
+                f"backbone: weights={str(weights)!r} and init_cfg's {init_cfg['checkpoint']!r} are both given"
+            )
         weights = init_cfg["checkpoint"]
     return None if weights is None else str(weights)

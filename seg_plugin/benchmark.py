@@ -20,7 +20,13 @@ TOLERANCE = 1e-4  # of outputs and input gradients, which are of the order of 1
 
 
 def measure(
-    backbone: str, rounds: int, device: str = "auto", *, crop_px: int = CROP_PX, batch_size: int = BATCH_SIZE, depth: int = 0
+    backbone: str,
+    rounds: int,
+    device: str = "auto",
+    *,
+    crop_px: int = CROP_PX,
+    batch_size: int = BATCH_SIZE,
+    depth: int = 0,
 ) -> dict[str, Any]:
     """Our backbone over MMSegmentation's, in float32. Ours has no drop path, LayerScale or registers here,
     like theirs.
@@ -76,7 +82,11 @@ def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -
     rounding."""
     expected = None
     for name in CONTENDERS:
-        image = torch.randn(1, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        image = (
+            torch.randn(1, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
+            .to(device)
+            .requires_grad_()
+        )
         features = forward_backward(contender(name, backbone, crop_px, depth).to(device), image)
         assert image.grad is not None
         found = features, image.grad

@@ -41,7 +41,9 @@ class _NoExtension(types.ModuleType):
             raise AttributeError(name)
 
         def missing(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError(f"mmcv.ops: {name} is compiled code, which mmcv-lite does not have; install the full mmcv")
+            raise RuntimeError(
+                f"mmcv.ops: {name} is compiled code, which mmcv-lite does not have; install the full mmcv"
+            )
 
         return missing
 
@@ -53,7 +55,11 @@ def import_ops_without_extension() -> None:
     when called. mmengine and mmcv recognize the full mmcv by ``mmcv._ext``, so the stand-in must not outlive
     the import.
     """
-    if "mmcv.ops" in sys.modules or importlib.util.find_spec("mmcv") is None or importlib.util.find_spec(EXTENSION) is not None:
+    if (
+        "mmcv.ops" in sys.modules
+        or importlib.util.find_spec("mmcv") is None
+        or importlib.util.find_spec(EXTENSION) is not None
+    ):
         return
     package, name = importlib.import_module("mmcv"), EXTENSION.rpartition(".")[2]
     sys.modules[EXTENSION] = _NoExtension(EXTENSION)
@@ -76,7 +82,10 @@ def allow_checkpoint_classes() -> None:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    rebuild: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]  # array, scalar; NumPy 2 moved them
+    rebuild: list[Any] = [
+        np.zeros(1).__reduce__()[0],
+        np.float64(0).__reduce__()[0],
+    ]  # array, scalar; NumPy 2 moved them
     dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)}
     methods = (_history_method, "builtins.getattr")
     torch.serialization.add_safe_globals([HistoryBuffer, *rebuild, np.ndarray, np.dtype, *dtypes, methods])

@@ -49,13 +49,23 @@ def segmenter_config(
         "default_scope": "mmseg",
         "model": _model(recipe, backbone, weights, dict(model_kwargs or {})),
         **_optimization(recipe),
-        **_data(recipe, str(data_root), tuple(classes) or class_names(recipe), layout or dataset_of(recipe).layout, workers),
+        **_data(
+            recipe,
+            str(data_root),
+            tuple(classes) or class_names(recipe),
+            layout or dataset_of(recipe).layout,
+            workers,
+        ),
         **_runtime(recipe, seed),
     }
 
 
-def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **model_kwargs}.get("embed_dim")
+def _model(
+    p: SegmentationProtocol, backbone: str, weights: str | Path | None, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **model_kwargs}.get(
+        "embed_dim"
+    )
     if width is None:
         raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")
     return {
@@ -87,7 +97,11 @@ def _model(p: SegmentationProtocol, backbone: str, weights: str | Path | None, m
             "num_classes": p.num_classes,
             "align_corners": False,
             "ignore_index": p.ignore_index,
-            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "avg_non_ignore": p.avg_non_ignore},
+            "loss_decode": {
+                "type": "CrossEntropyLoss",
+                "use_sigmoid": False,
+                "avg_non_ignore": p.avg_non_ignore,
+            },
         },
         "train_cfg": {},
         "test_cfg": {
@@ -107,7 +121,13 @@ def _optimization(p: SegmentationProtocol) -> dict[str, Any]:
         "end": p.max_iters,
         "by_epoch": False,
     }
-    warmup = {"type": "LinearLR", "start_factor": 1 / max(1, p.warmup_iters), "begin": 0, "end": p.warmup_iters, "by_epoch": False}
+    warmup = {
+        "type": "LinearLR",
+        "start_factor": 1 / max(1, p.warmup_iters),
+        "begin": 0,
+        "end": p.warmup_iters,
+        "by_epoch": False,
+    }
     return {
         "optim_wrapper": {
             "type": "AmpOptimWrapper" if p.amp else "OptimWrapper",
@@ -160,7 +180,9 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     return {"training": training, "validation": validation, "test": test, "unlabeled": [load, resize, pack]}
 
 
-def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: Layout, workers: int) -> dict[str, Any]:
+def _data(
+    p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: Layout, workers: int
+) -> dict[str, Any]:
     pipelines = _pipelines(p)
 
     def dataset(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,7 +213,9 @@ def _data(p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: 
 
     evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
     return {
-        "train_dataloader": loader("training", pipelines["training"], _batch_per_process(p.batch_size), "PosfieldSampler"),
+        "train_dataloader": loader(
+            "training", pipelines["training"], _batch_per_process(p.batch_size), "PosfieldSampler"
+        ),
         "val_dataloader": loader("validation", pipelines["validation"], 1, "DefaultSampler"),
         "test_dataloader": loader("validation", pipelines["test"], 1, "DefaultSampler"),
         "test_pipeline": pipelines["unlabeled"],  # of images without labels
@@ -221,7 +245,12 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
             "logger": {"type": "LoggerHook", "interval": log_interval, "log_metric_by_epoch": False},
             "param_scheduler": {"type": "ParamSchedulerHook"},
             # Two, because mmengine deletes the oldest before it has written the next.
-            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": checkpoint_interval, "max_keep_ckpts": 2},
+            "checkpoint": {
+                "type": "CheckpointHook",
+                "by_epoch": False,
+                "interval": checkpoint_interval,
+                "max_keep_ckpts": 2,
+            },
             "sampler_seed": {"type": "DistSamplerSeedHook"},
             "visualization": {"type": "SegVisualizationHook"},
         },
@@ -232,7 +261,10 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
             "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
             "dist_cfg": {"backend": "nccl"},
         },
-        "randomness": {"seed": seed, "deterministic": False},  # torch has no deterministic 2-D cross-entropy on CUDA
+        "randomness": {
+            "seed": seed,
+            "deterministic": False,
+        },  # torch has no deterministic 2-D cross-entropy on CUDA
         "visualizer": {"type": "SegLocalVisualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
         "log_processor": {"by_epoch": False},
         "log_level": "INFO",

@@ -66,7 +66,9 @@ def check_whole(image: str | Path) -> None:
     while (
         data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda"
     ):  # a segment may hold a preview, with its end
-        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # a fill byte | a segment
+        at += (
+            1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        )  # a fill byte | a segment
     if data.find(b"\xff\xd9", at) < 0:
         raise UserError(f"data: {image} is no readable image (JPEG without an end)")
 
@@ -78,7 +80,9 @@ def _check_mode(mode: str, path: str | Path) -> None:
         )
 
 
-def _check_labels(labels: np.ndarray, path: str | Path, num_classes: int, first: int, ignore_index: int) -> None:
+def _check_labels(
+    labels: np.ndarray, path: str | Path, num_classes: int, first: int, ignore_index: int
+) -> None:
     """``labels`` [H, W] are as stored: ``first`` is class 0, and anything below it is ignored."""
     out_of_range = labels[(labels.astype(np.int64) >= first + num_classes) & (labels != ignore_index)]
     if out_of_range.size:
@@ -103,11 +107,17 @@ class CheckLabels(BaseTransform):
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Check ``gt_seg_map`` [H, W] uint8. It is reduced already if zero labels are ignored."""
-        labels, path, first = results["gt_seg_map"], results["seg_map_path"], int(results["reduce_zero_label"])
+        labels, path, first = (
+            results["gt_seg_map"],
+            results["seg_map_path"],
+            int(results["reduce_zero_label"]),
+        )
         with Image.open(path) as mask:  # its header alone
             _check_mode(mask.mode, path)
         if labels.shape != results["ori_shape"]:
-            raise UserError(f"data: {path} is {labels.shape}, but its image is {results['ori_shape']} (height, width)")
+            raise UserError(
+                f"data: {path} is {labels.shape}, but its image is {results['ori_shape']} (height, width)"
+            )
         stored = np.where(labels == self.ignore_index, self.ignore_index, labels.astype(np.int64) + first)
         _check_labels(stored, path, self.num_classes, first, self.ignore_index)
         return results

@@ -75,10 +75,27 @@ _IN_VOC = ("VOC2012", "VOCdevkit/VOC2012")
 # masks of SBD, as MMSegmentation's tools/dataset_converters/voc_aug.py writes them; where SBD has none, copy
 # that of SegmentationClass there.
 DATASETS = {
-    "ade20k": Dataset("ade20k-160k", "ADE20KDataset", Layout(), (20_210, 2_000), ("ADEChallengeData2016",), "images/*/ADE_*"),
-    "voc": Dataset("voc2012-40k", "PascalVOCDataset", _voc("SegmentationClass", "train"), (1_464, 1_449), _IN_VOC, "JPEGImages"),
-    "voc_aug": Dataset("voc2012aug-40k", "PascalVOCDataset", _voc("SegmentationClassAug", "trainaug"), (10_582, 1_449), _IN_VOC),
-    "cityscapes": Dataset("cityscapes-80k", "CityscapesDataset", _CITYSCAPES, (2_975, 500), (), "leftImg8bit"),
+    "ade20k": Dataset(
+        "ade20k-160k", "ADE20KDataset", Layout(), (20_210, 2_000), ("ADEChallengeData2016",), "images/*/ADE_*"
+    ),
+    "voc": Dataset(
+        "voc2012-40k",
+        "PascalVOCDataset",
+        _voc("SegmentationClass", "train"),
+        (1_464, 1_449),
+        _IN_VOC,
+        "JPEGImages",
+    ),
+    "voc_aug": Dataset(
+        "voc2012aug-40k",
+        "PascalVOCDataset",
+        _voc("SegmentationClassAug", "trainaug"),
+        (10_582, 1_449),
+        _IN_VOC,
+    ),
+    "cityscapes": Dataset(
+        "cityscapes-80k", "CityscapesDataset", _CITYSCAPES, (2_975, 500), (), "leftImg8bit"
+    ),
     "own": Dataset(OWN, "BaseSegDataset", Layout(), None),
 }
 
@@ -103,14 +120,20 @@ def recipe_for(folder: str | Path, name: str | None, overrides: Mapping[str, str
     if name is None:
         if not Path(folder).is_dir():
             raise UserError(f"data: there is no folder {folder}")
-        found = (key for key, dataset in DATASETS.items() if dataset.mark and any(find_root(folder, dataset).glob(dataset.mark)))
+        found = (
+            key
+            for key, dataset in DATASETS.items()
+            if dataset.mark and any(find_root(folder, dataset).glob(dataset.mark))
+        )
         name = next(found, "own")
     if name not in DATASETS:
         raise UserError(f"dataset: {name!r} is none of {', '.join(DATASETS)}")
     if name == "own" and "num_classes" not in overrides:
         names = _listed(Path(folder))
         if not names:
-            raise UserError(f"data: how many classes has {folder}? Give num_classes=N, or their names in classes.txt, one a line")
+            raise UserError(
+                f"data: how many classes has {folder}? Give num_classes=N, or their names in classes.txt, one a line"
+            )
         overrides = {**overrides, "num_classes": str(len(names))}
     return with_overrides(protocol(DATASETS[name].protocol), overrides)
 
@@ -145,13 +168,17 @@ class Located:
         names = image_names(self.root, layout, split)
         if not names:
             raise UserError(f"data: no *{layout.image_suffix} in {images}")
-        pairs = [(images / (name + layout.image_suffix), masks / (name + layout.mask_suffix)) for name in names]
+        pairs = [
+            (images / (name + layout.image_suffix), masks / (name + layout.mask_suffix)) for name in names
+        ]
         for image, mask in pairs:
             if not image.is_file():
                 raise UserError(f"data: no image {image}, which {self.root / layout.lists[index]} lists")
             if not mask.is_file():
                 raise UserError(f"data: {image} has no mask {mask}")
-        if not layout.lists[index] and (alone := set(masks.rglob(f"*{layout.mask_suffix}")) - {mask for _, mask in pairs}):
+        if not layout.lists[index] and (
+            alone := set(masks.rglob(f"*{layout.mask_suffix}")) - {mask for _, mask in pairs}
+        ):
             raise UserError(f"data: {min(alone)} has no image in {images}")
         return pairs
 
@@ -199,7 +226,9 @@ def own_layout(root: Path) -> Layout:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 found.setdefault(path.suffix, path)
     if len(found) != 1:
-        which = " and ".join(map(str, found.values())) or f"no {', '.join(IMAGE_SUFFIXES)} in {root / 'images'}"
+        which = (
+            " and ".join(map(str, found.values())) or f"no {', '.join(IMAGE_SUFFIXES)} in {root / 'images'}"
+        )
         raise UserError(f"data: images must have one suffix; there {'are' if found else 'is'} {which}")
     folders = [(f"{kind}/{training}", f"{kind}/{validation}") for kind in ("images", masks)]
     return Layout(folders[0], folders[1], image_suffix=next(iter(found)))
@@ -208,7 +237,9 @@ def own_layout(root: Path) -> Layout:
 def _only(folder: Path, names: Pair) -> str:
     there = [name for name in names if (folder / name).is_dir()]
     if len(there) != 1:
-        raise UserError(f"data: {folder} must hold a folder {names[0]} or {names[1]}; there {'are both' if there else 'is none'}")
+        raise UserError(
+            f"data: {folder} must hold a folder {names[0]} or {names[1]}; there {'are both' if there else 'is none'}"
+        )
     return there[0]
 
 
@@ -220,7 +251,9 @@ def class_names(recipe: SegmentationProtocol, root: Path | None = None) -> tuple
         told = f"{len(set(names))} different names, but num_classes is {recipe.num_classes}"
         raise UserError(f"data: {root}/classes.txt has {told}")
     known = dataset_of(recipe).classes
-    return names or (known if len(known) == recipe.num_classes else tuple(f"class {k}" for k in range(recipe.num_classes)))
+    return names or (
+        known if len(known) == recipe.num_classes else tuple(f"class {k}" for k in range(recipe.num_classes))
+    )
 
 
 def _listed(root: Path) -> tuple[str, ...]:

@@ -36,7 +36,9 @@ def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path
     )
 
 
-def leave_page(path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False) -> Path:
+def leave_page(
+    path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False
+) -> Path:
     """Draw a page and enter it into ``captions.json`` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay)
@@ -57,7 +59,9 @@ def palette_of(metainfo: Any) -> np.ndarray:
     return np.array(colormaps["tab20"](strong_first[:count])[:, :3] * 255, np.uint8)
 
 
-def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False) -> None:
+def draw(
+    path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False
+) -> None:
     """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the
     largest first.
 
@@ -82,7 +86,9 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
     for line, row in zip(axes, rows):
         predicted = colored(row.predicted, palette)
         pictures = {"image": row.pixels, "prediction": predicted}
-        pictures["prediction over the image"] = (OVERLAY * predicted + (1 - OVERLAY) * row.pixels).astype(np.uint8)
+        pictures["prediction over the image"] = (OVERLAY * predicted + (1 - OVERLAY) * row.pixels).astype(
+            np.uint8
+        )
         if row.truth is not None:
             pictures["ground truth"] = colored(row.truth, palette)
         for axis, title in zip(line, titles):
@@ -93,7 +99,14 @@ def draw(path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequ
         axis.set_title(title, fontsize=10)
     patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
     more = f"and {len(pixels) - len(shown)} smaller classes" if len(pixels) > len(shown) else None
-    figure.legend(handles=patches, loc="outside lower center", ncols=2 * len(titles), fontsize=8, frameon=False, title=more)
+    figure.legend(
+        handles=patches,
+        loc="outside lower center",
+        ncols=2 * len(titles),
+        fontsize=8,
+        frameon=False,
+        title=more,
+    )
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -44,7 +44,9 @@ class PosfieldRunHook(Hook):
 
     priority = "NORMAL"  # before ParamSchedulerHook, so that the lr is the iteration's
 
-    def __init__(self, protocol: Mapping[str, Any], origin: Mapping[str, Any] | None = None, interval: int = 50) -> None:
+    def __init__(
+        self, protocol: Mapping[str, Any], origin: Mapping[str, Any] | None = None, interval: int = 50
+    ) -> None:
         self.protocol = dict(protocol)
         self.origin = dict(origin) if origin else None
         if self.origin and "backbone_flags" in self.origin:  # the key's name before
@@ -75,17 +77,25 @@ class PosfieldRunHook(Hook):
         if backbone.weights is not None or self.origin is None:  # otherwise it is what the saved config says
             self.origin = origin_of(backbone.weights, model_kwargs.get("source"))
         self.origin = {**self.origin, "model_kwargs": model_kwargs}
-        self.identity = identity(runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size())
+        self.identity = identity(
+            runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size()
+        )
         self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
             self.folder = Path(runner.work_dir)
-            (self.folder / SETTINGS_FILE).write_text(json.dumps(self.identity, indent=2, sort_keys=True) + "\n")
-            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)  # their iterations will run again
+            (self.folder / SETTINGS_FILE).write_text(
+                json.dumps(self.identity, indent=2, sort_keys=True) + "\n"
+            )
+            truncate_lines(
+                self.folder / "metrics.jsonl", before_iter=runner.iter + 1
+            )  # their iterations will run again
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Validate first where a resumed run stopped at a validation: it may not have finished it."""
-        due = runner.iter > 0 and (runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters)
+        due = runner.iter > 0 and (
+            runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters
+        )
         if not due or runner.val_loop is None:
             return
         if is_main_process():
@@ -101,8 +111,15 @@ class PosfieldRunHook(Hook):
     def _save_config(self, runner: Any, backbone: Any) -> None:
         """Save the config again, with the checkpoint's arguments instead of the checkpoint."""
         old = runner.cfg.model.backbone
-        kept = {key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old}
-        runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.model_kwargs, **kept, "weights": None}
+        kept = {
+            key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old
+        }
+        runner.cfg.model.backbone = {
+            **given_model_kwargs(runner.cfg),
+            **backbone.vit.model_kwargs,
+            **kept,
+            "weights": None,
+        }
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
                 hook.origin = self.origin
@@ -117,7 +134,9 @@ class PosfieldRunHook(Hook):
         terms = {key: value.detach() for key, value in (outputs or {}).items() if "loss" in key}
         losses = dict(zip(terms, distributed.mean_over_ranks(torch.stack(list(terms.values()))).tolist()))
         if not all(math.isfinite(value) for value in losses.values()):
-            raise FloatingPointError(f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in losses.items()))
+            raise FloatingPointError(
+                f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in losses.items())
+            )
         if is_main_process() and (iteration % self.interval == 0 or iteration == runner.max_iters):
             lr = max(group["lr"] for group in runner.optim_wrapper.param_groups)
             self._log({"iteration": iteration, "loss": losses["loss"], "lr": lr})
@@ -125,7 +144,11 @@ class PosfieldRunHook(Hook):
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Keep the metrics. The last ones are the run's."""
         metrics = metrics or {}
-        self.metrics = {ours: metrics[name] for ours, name in METRICS.items() if not math.isnan(metrics.get(name, math.nan))}
+        self.metrics = {
+            ours: metrics[name]
+            for ours, name in METRICS.items()
+            if not math.isnan(metrics.get(name, math.nan))
+        }
         if is_main_process() and hasattr(self, "folder"):  # training
             self._log({"iteration": runner.iter, **self.metrics})
 
@@ -141,7 +164,9 @@ class PosfieldRunHook(Hook):
 
         leave_figure(_model(runner), runner.val_dataloader.dataset, self.folder / "figures")
         evaluators = runner.val_loop.evaluator.metrics
-        per_class: dict[str, float] = next((metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {})
+        per_class: dict[str, float] = next(
+            (metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {}
+        )
         assert self.origin is not None
         result = Result(
             kind="segmentation",
@@ -191,8 +216,12 @@ class StopHook(Hook):
             return
         saver = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
         if saver.filename_tmpl.format(iteration) != Path(saver.last_ckpt or "").name:
-            saver._save_checkpoint_with_step(runner, iteration, meta={"epoch": runner.epoch, "iter": iteration})
-        raise Interrupted(f"{self.signals.received or 'another rank was signalled'}; saved at iteration {iteration}")
+            saver._save_checkpoint_with_step(
+                runner, iteration, meta={"epoch": runner.epoch, "iter": iteration}
+            )
+        raise Interrupted(
+            f"{self.signals.received or 'another rank was signalled'}; saved at iteration {iteration}"
+        )
 
 
 def _model(runner: Any) -> Any:

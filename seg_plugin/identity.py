@@ -27,7 +27,13 @@ SECTIONS = (
 )  # fmt: skip
 NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
 NOT_OF_THE_VIT = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
-ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationHook", "PosfieldRunHook")  # change no number
+ONLOOKERS = (
+    "IterTimerHook",
+    "LoggerHook",
+    "CheckpointHook",
+    "SegVisualizationHook",
+    "PosfieldRunHook",
+)  # change no number
 
 
 def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
@@ -50,15 +56,22 @@ def recipe(cfg: Config, processes: int) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     sections: dict[str, Any] = {name: plain(cfg.get(name)) for name in SECTIONS}
-    sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path", "freeze")}
+    sections["model"]["backbone"] = {
+        key: cfg.model.backbone.get(key) for key in ("type", "name", "drop_path", "freeze")
+    }
     sections["train_dataloader"]["batch_size"] *= processes
-    hooks = [*cfg.get("default_hooks", {}).values(), *cfg.get("custom_hooks", [])]  # an EMA, early stopping, ...
+    hooks = [
+        *cfg.get("default_hooks", {}).values(),
+        *cfg.get("custom_hooks", []),
+    ]  # an EMA, early stopping, ...
     sections["hooks"] = [plain(hook) for hook in hooks if hook and hook["type"] not in ONLOOKERS]
     sections["load_from"] = None if cfg.get("resume") else cfg.get("load_from")
     return sections
 
 
-def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
+def deviations(
+    cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int
+) -> dict[str, list[Any]]:
     """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
     value]}``.
 
@@ -72,7 +85,9 @@ def deviations(cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str
     dataset = dataset_of(declared)
     classes = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes", ())
     layout = None if dataset.counts else _layout(cfg)  # your own folders may have any
-    made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, classes=classes, layout=layout)
+    made = segmenter_config(
+        declared, cfg.model.backbone.name, model_kwargs=model_kwargs, classes=classes, layout=layout
+    )
     made["train_dataloader"]["batch_size"] = declared.batch_size
     different = compared(recipe(Config(made), 1), recipe(cfg, processes))
     changed |= {key: different[key] for key in sorted(different)}
@@ -101,7 +116,9 @@ def _layout(cfg: Config) -> Layout:
     )
 
 
-def identity(cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | None, processes: int) -> dict[str, Any]:
+def identity(
+    cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | None, processes: int
+) -> dict[str, Any]:
     """What makes two runs the same, as plain values to compare and to save.
 
     Args:

@@ -41,9 +41,15 @@ class PosfieldIoU(IoUMetric):
         """
         if self.format_only:
             return super().compute_metrics(results)
-        intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))  # each [classes]
+        intersect, union, _, label = (
+            torch.stack(counts).double().sum(0) for counts in zip(*results)
+        )  # each [classes]
         iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
         names = self.dataset_meta["classes"]
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
-        metrics: dict[str, Any] = {"mIoU": iou.nanmean(), "mAcc": accuracy.nanmean(), "aAcc": 100 * intersect.sum() / label.sum()}
+        metrics: dict[str, Any] = {
+            "mIoU": iou.nanmean(),
+            "mAcc": accuracy.nanmean(),
+            "aAcc": 100 * intersect.sum() / label.sum(),
+        }
         return {name: float(value) for name, value in metrics.items()}

@@ -40,7 +40,9 @@ def load_run(folder: Path, device: str = "auto") -> nn.Module:
         UserError: the folder holds no run.
     """
     if (folder / POINTS).is_dir():
-        raise UserError(f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N")
+        raise UserError(
+            f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N"
+        )
     configs, checkpoint = sorted(folder.glob("*.py")), newest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")
@@ -63,7 +65,9 @@ def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
         raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}")
     cfg = model.cfg
     values = dict(cfg.val_dataloader.dataset)
-    recipe = declared_protocol(next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook"))
+    recipe = declared_protocol(
+        next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
+    )
     data, index = locate(folder or values["data_root"], recipe), SPLITS.index(split)
     values["data_root"] = str(data.root)
     values["data_prefix"] = {"img_path": data.layout.images[index], "seg_map_path": data.layout.masks[index]}
@@ -82,7 +86,9 @@ def segment_dataset(model: Any, dataset: Any, indices: list[int]) -> Iterator[Se
     for index in indices:
         with torch.no_grad():
             sample = model.val_step(pseudo_collate([dataset[index]]))[0]
-        truth, predicted = (field.data.squeeze(0).cpu().numpy() for field in (sample.gt_sem_seg, sample.pred_sem_seg))
+        truth, predicted = (
+            field.data.squeeze(0).cpu().numpy() for field in (sample.gt_sem_seg, sample.pred_sem_seg)
+        )
         yield Segmented(Path(sample.img_path), read_rgb(sample.img_path), predicted, truth)
 
 

@@ -103,7 +103,9 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     cfg = config(run, data)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
-        raise UserError(f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py")
+        raise UserError(
+            f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py"
+        )
     if _is_over(run, cfg):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{output} holds this run already, finished: nothing to do")
@@ -116,11 +118,15 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
-            raise UserError(f"output: {output} holds an unfinished run ({checkpoint.name}); go on with it by --resume")
+            raise UserError(
+                f"output: {output} holds an unfinished run ({checkpoint.name}); go on with it by --resume"
+            )
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
         with on_device(run.device) as device, StopSignals() as signals:
-            distributed.start(device.type)  # before mmengine, which knows neither gloo nor a task with one GPU
+            distributed.start(
+                device.type
+            )  # before mmengine, which knows neither gloo nor a task with one GPU
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:
@@ -131,10 +137,13 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         distributed.stop()
     except Interrupted:
         distributed.barrier()  # until the main process has saved: torchrun ends all as soon as one ends
-        distributed.stop()  # all ranks end here; if only one fails, leaving the group could wait for the others
+        # All ranks end here; if only one fails, leaving the group could wait for the others
+        distributed.stop()
         raise
     except UserError as error:  # a data-loading process's error has its traceback; the last line is ours
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from error
     return output / FILE_NAME
 
 
@@ -144,14 +153,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: none is whole; names the newest.
     """
-    found = {int(name[1]): path for path in folder.glob("iter_*.pth") if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))}
+    found = {
+        int(name[1]): path
+        for path in folder.glob("iter_*.pth")
+        if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))
+    }
     paths = [found[iteration] for iteration in sorted(found, reverse=True)]
     for path in paths:
         if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
             return path
         distributed.log(f"passed over: {path} was not written to its end")
     if paths:
-        raise UserError(f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew")
+        raise UserError(
+            f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew"
+        )
     return None
 
 

@@ -44,7 +44,9 @@ class PosfieldSampler(InfiniteSampler):
     def __iter__(self) -> Iterator[DrawnIndex]:
         """From ``start`` on, without end. Process r of W has positions r, r + W, r + 2 W, ..."""
         stream = enumerate(self._infinite_indices())
-        for position, index in itertools.islice(stream, self.rank + self.start * self.world_size, None, self.world_size):
+        for position, index in itertools.islice(
+            stream, self.rank + self.start * self.world_size, None, self.world_size
+        ):
             yield DrawnIndex(index, self.seed, position)
 
 
@@ -62,5 +64,7 @@ class PosfieldTrainLoop(IterBasedTrainLoop):
         if self._iter and isinstance(sampler, PosfieldSampler):
             sampler.start = self._iter * self.dataloader.batch_size
             # The base class advances its iterator by k before it starts.
-            self.dataloader_iterator = itertools.chain(itertools.repeat(None, self._iter), iter(self.dataloader))
+            self.dataloader_iterator = itertools.chain(
+                itertools.repeat(None, self._iter), iter(self.dataloader)
+            )
         return super().run()

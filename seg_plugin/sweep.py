@@ -79,7 +79,9 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     """
     _check_folder(run)
     if processes() > 1 or "RANK" in os.environ:  # the runs would take them for theirs
-        raise UserError("--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX")
+        raise UserError(
+            "--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
+        )
     jobs = {}
     for index, point in enumerate(points(run)):
         name = str(point.output.relative_to(Path(run.output) / POINTS))
@@ -91,7 +93,9 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     failed = [name for name, how in ended.items() if how == "failed"]
     told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {Path(run.output) / POINTS}, RUN.log)"
     if left := [name for name, how in ended.items() if how == "left"]:
-        raise Interrupted(f"{len(left)} of {len(jobs)} runs are left: start it again" + f"; {told}" * bool(failed))
+        raise Interrupted(
+            f"{len(left)} of {len(jobs)} runs are left: start it again" + f"; {told}" * bool(failed)
+        )
     if failed:
         raise UserError(f"sweep: {told}")
     result = conclude(run)
@@ -127,15 +131,23 @@ def conclude(run: SegmentationRun) -> Path | None:
     weights_hash = file_hash(run.weights) if run.weights else None
     for point, result in zip(runs, results):
         if result.weights_hash != weights_hash:
-            raise UserError(f"sweep: {point.output} is a run of other weights than {run.weights}; remove it and start again")
+            raise UserError(
+                f"sweep: {point.output} is a run of other weights than {run.weights}; remove it and start again"
+            )
         if _deviations(result) != _deviations(results[0]):
-            raise UserError(f"sweep: {point.output} and {runs[0].output} follow different recipes; remove one and start again")
+            raise UserError(
+                f"sweep: {point.output} and {runs[0].output} follow different recipes; remove one and start again"
+            )
     return write_result(_summary(runs, results), run.output)
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:
     """A run's deviations, without its place in the grid. A changed grid shows in ``lr_grid``."""
-    return {key: pair for key, pair in result.protocol.deviations.items() if key not in (SWEEP, "lr", "weight_decay")}
+    return {
+        key: pair
+        for key, pair in result.protocol.deviations.items()
+        if key not in (SWEEP, "lr", "weight_decay")
+    }
 
 
 def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
@@ -146,11 +158,17 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     chosen = settings[means.index(max(means))]
     best, of_seeds = runs[chosen][0].protocol, results[chosen]
     deviations = _deviations(of_seeds[0])
-    grid = {f"lr {runs[s][0].protocol.lr:g}, weight decay {runs[s][0].protocol.weight_decay:g}": s for s in settings}
+    grid = {
+        f"lr {runs[s][0].protocol.lr:g}, weight decay {runs[s][0].protocol.weight_decay:g}": s
+        for s in settings
+    }
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
     metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
     classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
-    per_class = {name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"]) for name in classes}
+    per_class = {
+        name: statistics.fmean(r.metrics["iou"][name] for r in of_seeds if name in r.metrics["iou"])
+        for name in classes
+    }
     return of_seeds[0].with_changes(
         protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
         metrics={

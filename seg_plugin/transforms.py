@@ -52,7 +52,9 @@ class PosfieldLoadImage(LoadImageFromFile):
         except UserError:
             raise
         except Exception as error:  # cv2.error, OSError, AssertionError, ...
-            raise UserError(f"data: {results['img_path']} is no readable image ({_in_one_line(error)})") from error
+            raise UserError(
+                f"data: {results['img_path']} is no readable image ({_in_one_line(error)})"
+            ) from error
 
 
 @TRANSFORMS.register_module()
@@ -64,7 +66,9 @@ class PosfieldLoadLabels(LoadAnnotations):
         try:
             return super().transform(results)  # type: ignore[no-any-return]
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-            raise UserError(f"data: {results['seg_map_path']} is no readable mask ({_in_one_line(error)})") from error
+            raise UserError(
+                f"data: {results['seg_map_path']} is no readable mask ({_in_one_line(error)})"
+            ) from error
 
 
 @TRANSFORMS.register_module()

@@ -1,4 +1,5 @@
-"""Tiny data sets in the layouts of ADE20K and others, written in milliseconds: rectangles whose color tells the class."""
+"""Tiny data sets in the layouts of ADE20K and others, written in milliseconds: rectangles whose color
+tells the class."""
 
 from pathlib import Path
 
@@ -8,8 +9,11 @@ from PIL import Image
 COLORS = np.array([(200, 60, 60), (60, 180, 60), (60, 80, 200), (210, 200, 70), (150, 70, 180)], np.uint8)
 
 
-def write_ade(root: Path, *, n_train: int = 6, n_val: int = 3, size: tuple[int, int] = (40, 56), classes: int = 4) -> Path:
-    """Write ``root/{images,annotations}/{training,validation}``; class k is stored as k + 1, and some pixels as 0.
+def write_ade(
+    root: Path, *, n_train: int = 6, n_val: int = 3, size: tuple[int, int] = (40, 56), classes: int = 4
+) -> Path:
+    """Write ``root/{images,annotations}/{training,validation}``; class k is stored as k + 1, and some pixels
+    as 0.
 
     Args:
         size: height, width in pixels; every second image is transposed.
@@ -48,7 +52,8 @@ def _masks_from_zero(root: Path) -> list[Path]:
 
 
 def write_voc(root: Path, aug: bool = False, **options: int) -> Path:
-    """Write ``root`` as ``VOCdevkit/VOC2012``: palette masks, and lists of names; images that no list names lie beside them."""
+    """Write ``root`` as ``VOCdevkit/VOC2012``: palette masks, and lists of names; images that no list
+    names lie beside them."""
     source = write_ade(root / "source", **options)
     names: dict[str, list[str]] = {"training": [], "validation": []}
     for path in _masks_from_zero(source):

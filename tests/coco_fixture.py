@@ -34,7 +34,8 @@ def shapes(index: int, width: int, height: int) -> list[tuple[int, int, int, int
 
 
 def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
-    """Write the set. The last image of each split is empty; the first has a crowd (RLE) and an RLE in place of a polygon."""
+    """Write the set. The last image of each split is empty; the first has a crowd (RLE) and an RLE in
+    place of a polygon."""
     (root / "annotations").mkdir(parents=True)
     for split, n, first_id in (("train", n_train, 1), ("val", n_val, 1001)):
         (root / f"{split}2017").mkdir()
@@ -46,11 +47,17 @@ def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
             for number, (kind, x, y, w, h) in enumerate(objects):
                 polygon = polygon_of(kind, x, y, w, h)
                 cv2.fillPoly(image, [np.array(polygon).reshape(-1, 2).round().astype(np.int32)], COLORS[kind])
-                segmentation = rle_of_box(width, height, x, y, w, h) if i == number == 0 and kind != 7 else [polygon]
-                annotations.append(annotation(len(annotations) + 1, first_id + i, kind, (x, y, w, h), segmentation))
+                segmentation = (
+                    rle_of_box(width, height, x, y, w, h) if i == number == 0 and kind != 7 else [polygon]
+                )
+                annotations.append(
+                    annotation(len(annotations) + 1, first_id + i, kind, (x, y, w, h), segmentation)
+                )
             if i == 0:
                 crowd = rle_of_box(width, height, 0, 0, 8, 8)
-                annotations.append({**annotation(len(annotations) + 1, first_id, 3, (0, 0, 8, 8), crowd), "iscrowd": 1})
+                annotations.append(
+                    {**annotation(len(annotations) + 1, first_id, 3, (0, 0, 8, 8), crowd), "iscrowd": 1}
+                )
             name = f"{first_id + i:012d}.png"
             assert cv2.imwrite(str(root / f"{split}2017" / name), image[:, :, ::-1])
             images.append({"id": first_id + i, "file_name": name, "width": width, "height": height})
@@ -60,10 +67,19 @@ def write_coco(root: Path, n_train: int = 6, n_val: int = 4) -> Path:
     return root
 
 
-def annotation(id: int, image_id: int, category_id: int, box: tuple[int, int, int, int], segmentation) -> dict:
+def annotation(
+    id: int, image_id: int, category_id: int, box: tuple[int, int, int, int], segmentation
+) -> dict:
     """One COCO annotation; the area is the box's."""
     area = box[2] * box[3]
-    named = {"id": id, "image_id": image_id, "category_id": category_id, "bbox": list(box), "area": area, "iscrowd": 0}
+    named = {
+        "id": id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(box),
+        "area": area,
+        "iscrowd": 0,
+    }
     return {**named, "segmentation": segmentation}
 
 

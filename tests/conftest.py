@@ -12,8 +12,9 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """One process imports yapf (of mmengine) before the workers do: where its grammar is not cached yet it writes the file in
-    place, and a second process that imports it in that moment reads an empty one (EOFError)."""
+    """One process imports yapf (of mmengine) before the workers do: where its grammar is not cached yet it
+    writes the file in place, and a second process that imports it in that moment reads an empty one
+    (EOFError)."""
     if not hasattr(config, "workerinput") and importlib.util.find_spec("yapf"):
         importlib.import_module("yapf")
 

@@ -23,7 +23,8 @@ GRAM = ["alignment.loss=gram", "alignment.head=false", "optim.teacher_momentum=1
 
 
 def write_start(path, name="vit_tiny_patch16", **model_kwargs):
-    """A backbone of random weights, larger than at a fresh start, so that patches differ; returns its file."""
+    """A backbone of random weights, larger than at a fresh start, so that patches differ; returns its
+    file."""
     torch.manual_seed(5)
     vit = build_backbone(name, **{"depth": 2, "pos_encoding": "standard", "pos_grid": 4, **model_kwargs})
     with torch.no_grad():

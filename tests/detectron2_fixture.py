@@ -20,14 +20,18 @@ FIELD = dict(depth=2, pos_encoding="field", n_registers=2, layerscale=1e-2)
 
 
 def save_pretrained(path):
-    """A backbone as pre-training leaves it: field, registers, LayerScale, mask tokens, and what it says about itself."""
+    """A backbone as pre-training leaves it: field, registers, LayerScale, mask tokens, and what it says
+    about itself."""
     model = randomize(build_backbone(TINY, mask_tokens=True, **FIELD))
     said = {"method": "ours", "effective_epochs": 3}
-    return save_backbone(path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs, provenance=said)
+    return save_backbone(
+        path, model.state_dict(), name=TINY, model_kwargs=model.model_kwargs, provenance=said
+    )
 
 
 def toy_run(folder, coco, weights, **changes):
-    """Four iterations of configs/det/toy.py on the fixture's three classes; ``changes`` are fields of the protocol."""
+    """Four iterations of configs/det/toy.py on the fixture's three classes; ``changes`` are fields of the
+    protocol."""
     small = dict(max_iters=4, milestones=(3,), eval_every=2, num_classes=3)
     recipe = with_overrides(protocol_in(LazyConfig.load(str(TOY))), {**small, **changes})
     return DetectionRun(TINY, weights, coco, folder, recipe, seed=5, device="cpu", workers=0, accumulate=2)

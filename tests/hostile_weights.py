@@ -81,7 +81,11 @@ def twice(records):
 
 def numel_edited(name, content):
     """12345 elements become 2^30 in the structure; the record stays."""
-    return content.replace(struct.pack("<BH", 0x4D, 12345), struct.pack("<Bi", 0x4A, 1 << 30)) if name.endswith(".pkl") else content
+    return (
+        content.replace(struct.pack("<BH", 0x4D, 12345), struct.pack("<Bi", 0x4A, 1 << 30))
+        if name.endswith(".pkl")
+        else content
+    )
 
 
 def zips():
@@ -94,7 +98,11 @@ def zips():
         yield f"{edit.__name__}.pth", directory_edited(good, edit), REFUSED
     yield "numel.pth", rewritten(torch_bytes({"cls_token": torch.zeros(12345)}), numel_edited), REFUSED
     yield "structure.pth", torch_bytes({"x" * (MAX_PICKLE_BYTES + 1): 1}), REFUSED
-    yield "no_structure.pth", rewritten(good, lambda name, content: b"" if name.endswith(".pkl") else content), REFUSED
+    yield (
+        "no_structure.pth",
+        rewritten(good, lambda name, content: b"" if name.endswith(".pkl") else content),
+        REFUSED,
+    )
     arrays = io.BytesIO()
     np.savez(arrays, cls_token=np.zeros(3))
     yield "arrays.npz", arrays.getvalue(), REFUSED
@@ -128,7 +136,10 @@ def doubled(levels):
 def numpy_scalar(dtype):
     """Of no content: NumPy makes room for what the type declares."""
     name = dtype.encode()
-    made = b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX%s%s\x89\x88\x87R\x85R" % (struct.pack("<I", len(name)), name)
+    made = b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX%s%s\x89\x88\x87R\x85R" % (
+        struct.pack("<I", len(name)),
+        name,
+    )
     return b"\x80\x02}X\x01\0\0\0a" + made + b"s."
 
 
@@ -152,7 +163,11 @@ def pickles():
         yield f"{name}.pth", torch_bytes({**state_dict(), "blocks.0.extra": content}), REFUSED
         yield f"{name}.legacy.pth", torch_bytes({"a": content}, _use_new_zipfile_serialization=False), REFUSED
     shared = torch.zeros(1 << 18)
-    yield "shared.pth", torch_bytes({f"blocks.{i}.attn.qkv.weight": shared.view(512, 512) for i in range(1000)}), REFUSED
+    yield (
+        "shared.pth",
+        torch_bytes({f"blocks.{i}.attn.qkv.weight": shared.view(512, 512) for i in range(1000)}),
+        REFUSED,
+    )
     views = torch.zeros(1 << 16)
     yield "views.pth", torch_bytes({f"tensor{i}": views[i:] for i in range(1000)}), REFUSED
     pickled = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
@@ -165,13 +180,18 @@ def pickles():
     yield "tensor.pth", torch_bytes(torch.zeros(3)), REFUSED
     full = {
         "model": state_dict(),
-        "args": argparse.Namespace(lr=0.1, out=Path("runs"), dtype=torch.uint8, device=torch.device("cuda:0")),
+        "args": argparse.Namespace(
+            lr=0.1, out=Path("runs"), dtype=torch.uint8, device=torch.device("cuda:0")
+        ),
         "best": np.float64(3.5),
         "n": np.int64(3),
         "epoch": 3,
     }
     yield "full.pth", torch_bytes(full), READ
-    older = rewritten(torch_bytes(full), lambda _, content: content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    older = rewritten(
+        torch_bytes(full),
+        lambda _, content: content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"),
+    )
     yield "older_numpy.pth", older, READ
     yield "full.legacy.pth", torch_bytes(full, _use_new_zipfile_serialization=False), READ
 
@@ -191,9 +211,17 @@ def named_states():
     ]:
         yield f"{name}.pth", torch_bytes({**state_dict(), "norm.weight": value}), outcome
         yield f"{name}.safetensors", save({**state_dict(), "norm.weight": value}), outcome
-    yield "complex.pth", torch_bytes({**state_dict(), "norm.weight": torch.ones(192, dtype=torch.complex64)}), REFUSED
+    yield (
+        "complex.pth",
+        torch_bytes({**state_dict(), "norm.weight": torch.ones(192, dtype=torch.complex64)}),
+        REFUSED,
+    )
     for number in ("99999", "9" * 5000, "-1", "²", "1e9"):
-        yield f"blocks{number[:6]}.pth", torch_bytes({**state_dict(), f"blocks.{number}.norm1.weight": torch.zeros(192)}), EITHER
+        yield (
+            f"blocks{number[:6]}.pth",
+            torch_bytes({**state_dict(), f"blocks.{number}.norm1.weight": torch.zeros(192)}),
+            EITHER,
+        )
     yield "newline.pth", torch_bytes({"a\nb": torch.zeros(1), "c\r\n": torch.zeros(1)}), REFUSED
     yield "numbers.pth", torch_bytes({0: torch.zeros(1), (1, 2): torch.zeros(1)}), REFUSED
 
@@ -233,7 +261,13 @@ def ours():
     }.items():
         yield f"ours_{name}.safetensors", our_metadata(**changes), REFUSED
     for name, model_kwargs in {"list": "[1]", "deep_json": "[" * 100_000, "number": "3"}.items():
-        told = {"format": "posfield-backbone", "format_version": "1", "backbone": NAME, "provenance": "{}", "flags": model_kwargs}
+        told = {
+            "format": "posfield-backbone",
+            "format_version": "1",
+            "backbone": NAME,
+            "provenance": "{}",
+            "flags": model_kwargs,
+        }
         yield f"ours_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
         told |= {"flags": "{}", "provenance": model_kwargs}
         yield f"ours_provenance_{name}.safetensors", save({"a": torch.zeros(1)}, metadata=told), REFUSED
@@ -281,7 +315,9 @@ def headers():
 
 
 def array_bytes(shape, dtype="float32", content=bytes(16)):
-    return msgpack.packb({"teacher_weights": {"a": msgpack.ExtType(1, msgpack.packb((shape, dtype, content)))}})
+    return msgpack.packb(
+        {"teacher_weights": {"a": msgpack.ExtType(1, msgpack.packb((shape, dtype, content)))}}
+    )
 
 
 def flax():
@@ -305,7 +341,13 @@ def flax():
         "void": array_bytes((2,), "V8"),
         "nothing": array_bytes((), content=b""),
         "chunks": msgpack.packb(
-            {"teacher_weights": {"__msgpack_chunked_array__": True, "shape": {"0": 1 << 40}, "chunks": {"0": 3}}}
+            {
+                "teacher_weights": {
+                    "__msgpack_chunked_array__": True,
+                    "shape": {"0": 1 << 40},
+                    "chunks": {"0": 3},
+                }
+            }
         ),
         "no_chunks": msgpack.packb({"teacher_weights": {"__msgpack_chunked_array__": True}}),
         "items": key + b"\xdc\x03\xe8" + (b"\xdc\x03\xe8" + b"\x80" * 1000) * 1000,
@@ -323,7 +365,11 @@ def others():
     yield "empty.pth", b"", REFUSED
     yield "empty.safetensors", b"", REFUSED
     yield "page.pth", b"<!DOCTYPE html><html>404</html>", REFUSED
-    yield "pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", REFUSED
+    yield (
+        "pointer.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        REFUSED,
+    )
     yield "one", b"P", REFUSED
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -331,7 +377,13 @@ def others():
     yield "legacy.tar", archive.getvalue(), REFUSED
     rng = np.random.default_rng(0)
     for k, start in enumerate(
-        [b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x82", b"\x10" + bytes(7) + b"{", b""]
+        [
+            b"PK\x03\x04",
+            b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+            b"\x82",
+            b"\x10" + bytes(7) + b"{",
+            b"",
+        ]
     ):
         yield f"noise{k}", start + rng.bytes(3000), REFUSED
 
@@ -343,7 +395,9 @@ def write_special(folder):
     (folder / "endless.pth").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.pth")
     (folder / "folder.pth").mkdir()
-    with open(folder / "hole.pth", "wb") as file:  # 3 GB that are not there, all of them a directory by its own account
+    with open(
+        folder / "hole.pth", "wb"
+    ) as file:  # 3 GB that are not there, all of them a directory by its own account
         size = 3 << 30
         file.write(b"PK\x03\x04")
         file.truncate(size)
@@ -378,7 +432,9 @@ def write_special(folder):
 def damaged():
     """Good files cut off and with bytes changed: read or refused, never a crash."""
     rng = np.random.default_rng(1)
-    small = {key: value for key, value in state_dict().items() if value.numel() < 1000} | {"a": torch.zeros(3)}
+    small = {key: value for key, value in state_dict().items() if value.numel() < 1000} | {
+        "a": torch.zeros(3)
+    }
     for kind, data in {
         "pth": torch_bytes({"model": small, "args": argparse.Namespace(a=1)}),
         "legacy.pth": torch_bytes(small, _use_new_zipfile_serialization=False),
@@ -390,7 +446,9 @@ def damaged():
             if k % 4 == 0:
                 changed = changed[: int(rng.integers(1, len(changed)))]
             else:
-                for at in rng.integers(0, len(changed) if k % 2 else min(len(changed), 800), int(rng.integers(1, 12))):
+                for at in rng.integers(
+                    0, len(changed) if k % 2 else min(len(changed), 800), int(rng.integers(1, 12))
+                ):
                     changed[at] = int(rng.integers(256))
             yield f"damaged{k:02}.{kind}", bytes(changed), EITHER
 

@@ -1,12 +1,15 @@
-"""Tiny labeled sets in the real layouts of Pascal VOC 2012, ADE20K, COCO-Stuff 164k and of one's own folders, made on the spot.
+"""Tiny labeled sets in the real layouts of Pascal VOC 2012, ADE20K, COCO-Stuff 164k and of one's own folders,
+made on the spot.
 
-Every image is a plain ground with rectangles and a strip of void along its top; color and stripes tell the class, so that a
-linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` images below ``root`` and returns ``root``,
-which ``open_label_set(root, part)`` takes (COCO: with its kind). The classes that occur:
+Every image is a plain ground with rectangles and a strip of void along its top; color and stripes tell the
+class, so that a linear layer over patches can learn it. Each function writes ``n_train`` and ``n_val`` images
+below ``root`` and returns ``root``, which ``open_label_set(root, part)`` takes (COCO: with its kind). The
+classes that occur:
 
 * ``write_voc``: background, aeroplane, bicycle, bird (of 21); trainaug unless ``augmented=False``.
 * ``write_ade``: wall, building, sky, floor (of 150).
-* ``write_coco``: sky, tree, grass (stuff) and person, dog, car (things), in ``stuffthingmaps``; for both kinds.
+* ``write_coco``: sky, tree, grass (stuff) and person, dog, car (things), in ``stuffthingmaps``; for both
+  kinds.
 * ``write_folder``: 1 .. 4; flat with lists if ``flat``; stored as ``values``.
 """
 
@@ -19,7 +22,9 @@ import numpy as np
 from PIL import Image
 
 SIZE = (64, 80)  # height, width in pixels; every second image is turned
-COLORS = np.array([(90, 90, 90), (210, 60, 50), (60, 170, 70), (60, 80, 210), (215, 200, 70), (150, 70, 180)], np.uint8)
+COLORS = np.array(
+    [(90, 90, 90), (210, 60, 50), (60, 170, 70), (60, 80, 210), (215, 200, 70), (150, 70, 180)], np.uint8
+)
 COCO_VALUES = {"sky-other": 156, "tree": 168, "grass": 123, "person": 0, "dog": 17, "car": 2}  # category - 1
 COCO_VOID, VOC_VOID = 255, 255
 VOID_ROWS = 3
@@ -39,7 +44,9 @@ def scene(index: int, n_classes: int, size: tuple[int, int] = SIZE) -> tuple[np.
     return (pixels.transpose(1, 0, 2), classes.T) if index % 2 else (pixels, classes)
 
 
-def save_scene(index: int, image: Path, label_map: Path, values: Sequence[int], void: int, palette: bool = False) -> None:
+def save_scene(
+    index: int, image: Path, label_map: Path, values: Sequence[int], void: int, palette: bool = False
+) -> None:
     """An image and its map, in which class k is stored as ``values[k]``."""
     pixels, classes = scene(index, len(values))
     stored = np.array([*values, void])[classes]
@@ -58,7 +65,8 @@ def save_map(file: Path, values: np.ndarray, palette: bool = False) -> None:
 
 
 def gray_png(values: np.ndarray, bits: int, size: tuple[int, int] | None = None) -> bytes:
-    """A gray PNG of 1 to 8 bits a pixel, which PIL writes with 8 alone; ``size``: the height and width that it declares."""
+    """A gray PNG of 1 to 8 bits a pixel, which PIL writes with 8 alone; ``size``: the height and width
+    that it declares."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -77,7 +85,8 @@ def _parts(n_train: int, n_val: int) -> list[tuple[str, int]]:
 
 
 def write_voc(root: Path, n_train: int = 6, n_val: int = 3, augmented: bool = True) -> Path:
-    """``root/VOC2012`` as in VOCdevkit. With ``augmented``, VOC's own train is the first half, trainaug all of ``n_train``."""
+    """``root/VOC2012`` as in VOCdevkit. With ``augmented``, VOC's own train is the first half, trainaug
+    all of ``n_train``."""
     home = root / "VOC2012"
     names: dict[str, list[str]] = {"train": [], "val": []}
     for part, index in _parts(n_train, n_val):
@@ -105,24 +114,44 @@ def write_ade(root: Path, n_train: int = 6, n_val: int = 3) -> Path:
     for part, index in _parts(n_train, n_val):
         folder, home = {"train": "training", "val": "validation"}[part], root / "ADEChallengeData2016"
         name = f"ADE_{part}_{index:08d}"
-        save_scene(index, home / f"images/{folder}/{name}.jpg", home / f"annotations/{folder}/{name}.png", (1, 2, 3, 4), 0)
+        save_scene(
+            index,
+            home / f"images/{folder}/{name}.jpg",
+            home / f"annotations/{folder}/{name}.png",
+            (1, 2, 3, 4),
+            0,
+        )
     return root
 
 
-def write_coco(root: Path, n_train: int = 6, n_val: int = 3, value: Callable[[int], int] = lambda stored: stored) -> Path:
-    """``root/images/{train,val}2017`` and ``root/stuffthingmaps/{train,val}2017``; ``value`` of what 164k's maps hold is stored."""
+def write_coco(
+    root: Path, n_train: int = 6, n_val: int = 3, value: Callable[[int], int] = lambda stored: stored
+) -> Path:
+    """``root/images/{train,val}2017`` and ``root/stuffthingmaps/{train,val}2017``; ``value`` of what
+    164k's maps hold is stored."""
     values = [value(stored) for stored in COCO_VALUES.values()]
     for part, index in _parts(n_train, n_val):
         image, label_map = (root / kind / f"{part}2017" for kind in ("images", "stuffthingmaps"))
-        save_scene(index, image / f"{index:012d}.jpg", label_map / f"{index:012d}.png", values, value(COCO_VOID))
+        save_scene(
+            index, image / f"{index:012d}.jpg", label_map / f"{index:012d}.png", values, value(COCO_VOID)
+        )
     return root
 
 
-def write_folder(root: Path, n_train: int = 6, n_val: int = 3, flat: bool = False, values: Sequence[int] = (1, 2, 3, 4)) -> Path:
-    """``root/{images,masks}/{train,val}``; ``flat``: ``root/{images,masks}`` and the lists ``train.txt`` and ``val.txt``."""
+def write_folder(
+    root: Path, n_train: int = 6, n_val: int = 3, flat: bool = False, values: Sequence[int] = (1, 2, 3, 4)
+) -> Path:
+    """``root/{images,masks}/{train,val}``; ``flat``: ``root/{images,masks}`` and the lists ``train.txt``
+    and ``val.txt``."""
     for part, index in _parts(n_train, n_val):
         within = "" if flat else part
-        save_scene(index, root / "images" / within / f"{index}.jpg", root / "masks" / within / f"{index}.png", values, 0)
+        save_scene(
+            index,
+            root / "images" / within / f"{index}.jpg",
+            root / "masks" / within / f"{index}.png",
+            values,
+            0,
+        )
         if flat:
             with (root / f"{part}.txt").open("a") as file:
                 file.write(f"{index}\n")

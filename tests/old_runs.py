@@ -27,7 +27,7 @@ BACKBONE = "pretrain_finished/backbone.safetensors"
 SMALL_DET = {**safety_net.DET_SMALL, "eval_every": 2, "box_fc": 16}
 SMALL_SEG = {**safety_net.SEG_SMALL, "max_iters": 4}
 
-# --- making the folders -----------------------------------------------------------------------------------
+# --- making the folders ------------------------------------------------------------------------------------
 
 
 def create(root: Path, only: str = "") -> Path:
@@ -88,7 +88,9 @@ def drawn(word: str, name: str) -> Tensor:
     if value:
         return torch.full(size, float(value))
     # Sums of twelve uniform numbers are nearly normal, and the same with every library.
-    bits = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()))).random((12, *size), np.float32)
+    bits = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()))).random(
+        (12, *size), np.float32
+    )
     normal = torch.from_numpy(bits.sum(0, dtype=np.float32) - 6)
     if name.endswith("exp_avg_sq"):
         return normal.square() * 1e-4

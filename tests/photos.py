@@ -10,7 +10,9 @@ def write_photos(folder, n=6, size=(90, 70), seed=0):
     rng = np.random.default_rng(seed)
     for i in range(n):
         coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03}.jpg", quality=90)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(
+            folder / f"{i:03}.jpg", quality=90
+        )
     return folder
 
 

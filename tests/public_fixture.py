@@ -40,7 +40,11 @@ def at_grid(state, grid, rule, **model_kwargs):
     positions = state["pos_embed"]
     learned = positions[:, n_prefix:]
     side = math.isqrt(learned.shape[1])
-    maps = rule(learned.reshape(1, side, side, -1).permute(0, 3, 1, 2), grid) if (side, side) != tuple(grid) else None
+    maps = (
+        rule(learned.reshape(1, side, side, -1).permute(0, 3, 1, 2), grid)
+        if (side, side) != tuple(grid)
+        else None
+    )
     learned = learned if maps is None else maps.flatten(2).transpose(1, 2)
     model.load_state_dict({**state, "pos_embed": torch.cat([positions[:, :n_prefix], learned], dim=1)})
     return model

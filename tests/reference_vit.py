@@ -1,6 +1,8 @@
-"""The public methods' networks and checkpoints, restated: their names of parameters, their forward passes, their wrappers of files.
+"""The public methods' networks and checkpoints, restated: their names of parameters, their forward passes,
+their wrappers of files.
 
-Written from the methods' papers and public code, on plain torch: nothing of ours, nothing of timm's. Small: 192 wide, 2 blocks.
+Written from the methods' papers and public code, on plain torch: nothing of ours, nothing of timm's. Small:
+192 wide, 2 blocks.
 """
 
 import argparse
@@ -58,7 +60,11 @@ class Block(nn.Module):
     def forward(self, x):
         first, second = 1.0, 1.0
         if self.layerscale:
-            first, second = (self.gamma_1, self.gamma_2) if self.layerscale == "ibot" else (self.ls1.gamma, self.ls2.gamma)
+            first, second = (
+                (self.gamma_1, self.gamma_2)
+                if self.layerscale == "ibot"
+                else (self.ls1.gamma, self.ls2.gamma)
+            )
         x = x + first * self.attn(self.norm1(x))
         return x + second * self.mlp(self.norm2(x))
 
@@ -70,7 +76,8 @@ class PatchEmbed(nn.Module):
 
 
 class DinoViT(nn.Module):
-    """DINO's, also that of CrIBo and CrOC: positions of another grid by scale factors with 0.1 added to the grid's sides."""
+    """DINO's, also that of CrIBo and CrOC: positions of another grid by scale factors with 0.1 added to
+    the grid's sides."""
 
     def __init__(self, depth=2, patch=16, side=14, layerscale="", dim=WIDTH):
         super().__init__()
@@ -86,7 +93,9 @@ class DinoViT(nn.Module):
         if grid == (side, side):
             return positions
         maps = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        maps = F.interpolate(maps, scale_factor=((grid[0] + 0.1) / side, (grid[1] + 0.1) / side), mode="bicubic")
+        maps = F.interpolate(
+            maps, scale_factor=((grid[0] + 0.1) / side, (grid[1] + 0.1) / side), mode="bicubic"
+        )
         return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
     def patches_in(self, image):
@@ -162,12 +171,18 @@ class MaeEncoder(DinoViT):
     def __init__(self):
         super().__init__()
         table = sincos(14, WIDTH)
-        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, WIDTH), table]).unsqueeze(0), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            torch.cat([torch.zeros(1, WIDTH), table]).unsqueeze(0), requires_grad=False
+        )
 
     def resampled(self, positions, grid):
         side = int(positions.shape[1] ** 0.5)
         maps = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        return F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
+        return (
+            F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
+            .permute(0, 2, 3, 1)
+            .flatten(1, 2)
+        )
 
 
 class Mae(MaeEncoder):
@@ -177,7 +192,9 @@ class Mae(MaeEncoder):
         super().__init__()
         self.decoder_embed = nn.Linear(WIDTH, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pos_embed = nn.Parameter(torch.cat([torch.zeros(1, dim), sincos(14, dim)]).unsqueeze(0), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.cat([torch.zeros(1, dim), sincos(14, dim)]).unsqueeze(0), requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList([Block(dim)])
         self.decoder_norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, 16 * 16 * 3)
@@ -228,7 +245,9 @@ class NecoOnDinov2(NecoViT):
     def forward(self, image):
         x, grid = self.patches_in(image)
         x = x + self.resampled(self.pos_embed[:, 1:], grid)
-        first = [self.cls_token + self.pos_embed[:, :1]] + ([self.register_tokens] if self.n_registers else [])
+        first = [self.cls_token + self.pos_embed[:, :1]] + (
+            [self.register_tokens] if self.n_registers else []
+        )
         x = torch.cat([torch.cat(first, dim=1).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -260,10 +279,18 @@ def mlp(*sizes):
 
 
 def sincos(side, dim):
-    """Position (row, column) -> [sin, cos of column * f, sin, cos of row * f], f_i = 10000^(-4i / dim): [side^2, dim]."""
+    """Position (row, column) -> [sin, cos of column * f, sin, cos of row * f], f_i = 10000^(-4i / dim):
+    [side^2, dim]."""
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     rows = [
-        np.concatenate([np.sin(c * frequencies), np.cos(c * frequencies), np.sin(r * frequencies), np.cos(r * frequencies)])
+        np.concatenate(
+            [
+                np.sin(c * frequencies),
+                np.cos(c * frequencies),
+                np.sin(r * frequencies),
+                np.cos(r * frequencies),
+            ]
+        )
         for r in range(side)
         for c in range(side)
     ]
@@ -302,7 +329,8 @@ def wrapped(backbone, **heads):
 
 
 def full_checkpoint(student, teacher, loss, **entries):
-    """What DINO's training loop saves; ``student`` and ``teacher`` are wrappers, the student is inside DDP's."""
+    """What DINO's training loop saves; ``student`` and ``teacher`` are wrappers, the student is inside
+    DDP's."""
     ddp = nn.Module()
     ddp.module = student
     weights = [p for p in student.parameters() if p.requires_grad]
@@ -310,7 +338,9 @@ def full_checkpoint(student, teacher, loss, **entries):
     for weight in weights[:3]:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    args = argparse.Namespace(arch="vit_tiny", patch_size=16, lr=5e-4, use_fp16=True, global_crops_scale=(0.4, 1.0), data_path="x")
+    args = argparse.Namespace(
+        arch="vit_tiny", patch_size=16, lr=5e-4, use_fp16=True, global_crops_scale=(0.4, 1.0), data_path="x"
+    )
     return {
         "student": ddp.state_dict(),
         "teacher": teacher.state_dict(),
@@ -342,7 +372,8 @@ def image(size, seed=0):
 
 @torch.no_grad()
 def difference(reference, backbone, size):
-    """Largest difference of the features of an image, [CLS] (of a ViT without, the patches' mean) and patches."""
+    """Largest difference of the features of an image, [CLS] (of a ViT without, the patches' mean) and
+    patches."""
     x = image(size)
     cls, patches = reference(x)
     ours = backbone.eval()(x)

@@ -17,9 +17,23 @@ OF_A_RANK = {"feature_std", "teacher_entropy", "mean_entropy", "grad_norm", "ove
 
 def torchrun(n_ranks, script, *words, options=(), code=0):
     """A script on some gloo ranks of this machine; returns stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n_ranks}",
+        *options,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), *words], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    done = subprocess.run(
+        [*command, str(script), *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=300,
+    )
     assert done.returncode == code, done.stderr[-3000:]
     return done.stderr
 
@@ -54,10 +68,15 @@ def lines_of(folder):
 
 
 def differences(one, two, n_steps, tolerance=1e-9):
-    """Where two runs of some steps are not the same: tensors of their last checkpoints, numbers of their logs."""
+    """Where two runs of some steps are not the same: tensors of their last checkpoints, numbers of their
+    logs."""
     a, b = tensors_of(one), tensors_of(two)
     found = sorted(a.keys() ^ b.keys())
-    found += [key for key in a.keys() & b.keys() if not torch.allclose(a[key], b[key], rtol=tolerance, atol=tolerance)]
+    found += [
+        key
+        for key in a.keys() & b.keys()
+        if not torch.allclose(a[key], b[key], rtol=tolerance, atol=tolerance)
+    ]
     logs = lines_of(one), lines_of(two)
     if [len(log) for log in logs] != [n_steps, n_steps]:
         return [*found, f"{[len(log) for log in logs]} steps"]

@@ -43,7 +43,7 @@ TOLERANCE = 1e-4
 # For numbers that are small differences of larger ones: float32 rounds these in another way elsewhere.
 FLOOR = 1e-6
 
-# --- the product: everything that is called by name -----------------------------------------------
+# --- the product: everything that is called by name --------------------------------------------------------
 
 # Pre-training at a size of milliseconds. {name in the record: key=value words of the product}
 SMALL = [
@@ -126,7 +126,9 @@ def batches_of(config: Any, n: int) -> list[dict[str, Tensor]]:
     for batch, _ in build_loader(config, build_dataset(config), 0, n):
         views, masks, colors = batch.views, batch.masks, batch.colors
         if masks is None:  # a post-training masks nothing; 2c21771 drew empty masks for it
-            nothing = np.zeros((views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool)
+            nothing = np.zeros(
+                (views.n_global * len(views.boxes), np.prod(config.view_settings().grid)), bool
+            )
             masks = Masks.of(nothing, nothing)
         found.append(
             {
@@ -172,7 +174,9 @@ def detectron2_config(name: str, backbone: str) -> dict[str, Any]:
     from det_plugin.lazy import config
     from det_plugin.protocol import protocol
 
-    plain = OmegaConf.to_container(config(protocol(name, backbone), backbone, data="COCO", output="OUTPUT"), resolve=False)
+    plain = OmegaConf.to_container(
+        config(protocol(name, backbone), backbone, data="COCO", output="OUTPUT"), resolve=False
+    )
     del plain["dataloader"]["evaluator"]
     return plain
 
@@ -191,7 +195,9 @@ def mmengine_config(name: str, backbone: str) -> dict[str, Any]:
     return plain
 
 
-def torchvision_objects(name: str, backbone: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float], list[Any]]:
+def torchvision_objects(
+    name: str, backbone: str
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float], list[Any]]:
     """Detector (without weights) and optimizer of a protocol; learning rates; lengths and geometries."""
     from det_plugin.protocol import protocol
     from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
@@ -246,7 +252,9 @@ def result_of(**fields: Any) -> Any:
     from pretrain.results.schema import Protocol, Result
 
     name, deviations = fields.pop("protocol")
-    return Result(protocol=Protocol(name=name, version=1, full=not deviations, deviations=deviations), **fields)
+    return Result(
+        protocol=Protocol(name=name, version=1, full=not deviations, deviations=deviations), **fields
+    )
 
 
 def rendered(results: Sequence[Any], layout: str, published: str, format: str, against: str = "") -> str:
@@ -304,7 +312,9 @@ SEG_SMALL = dict(
 )  # fmt: skip
 
 
-def torchvision_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def torchvision_steps(
+    coco: Path, folder: Path, n: int, accumulate: int
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses of the torchvision engine's first steps, and the detector after them."""
     from det_plugin.protocol import protocol, with_overrides
     from det_plugin.run import DetectionRun
@@ -328,11 +338,15 @@ def torchvision_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tupl
     with deterministic(True):
         trainer, data = Trainer(run, CPU), Data.read(coco, recipe)
         samples = TrainSamples(data.train, recipe, run.seed)
-        logged = [trainer.step([samples[i] for i in positions(it, recipe.batch_size, 0, 1)]) for it in range(n)]
+        logged = [
+            trainer.step([samples[i] for i in positions(it, recipe.batch_size, 0, 1)]) for it in range(n)
+        ]
         return logged, trainer.model.state_dict()
 
 
-def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def detectron2_steps(
+    coco: Path, folder: Path, n: int, accumulate: int
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """The same of Detectron2's engine."""
     from detectron2.config import instantiate
     from detectron2.engine import hooks
@@ -352,7 +366,9 @@ def detectron2_steps(coco: Path, folder: Path, n: int, accumulate: int) -> tuple
         model = instantiate(cfg.model)
         cfg.optimizer.params.model = model
         parts = instantiate(cfg.dataloader.train).parts(accumulate)
-        trainer = AccumulatingTrainer(model, parts, instantiate(cfg.optimizer), accumulate=accumulate, amp=False)
+        trainer = AccumulatingTrainer(
+            model, parts, instantiate(cfg.optimizer), accumulate=accumulate, amp=False
+        )
         trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
         logged = []
         with EventStorage(0) as trainer.storage:
@@ -376,12 +392,14 @@ def mmseg_run(ade: Path, folder: Path) -> tuple[list[dict[str, float]], dict[str
 
     mmengine.config.config.FormatCode = lambda text, **_: (text, True)  # it beautifies configs for seconds
     recipe = with_overrides(protocol(), SEG_SMALL)
-    train(SegmentationRun("vit_tiny_patch16", None, ade, folder, recipe, 3, "cpu", 0, dict(depth=2, pos_grid=6)))
+    train(
+        SegmentationRun("vit_tiny_patch16", None, ade, folder, recipe, 3, "cpu", 0, dict(depth=2, pos_grid=6))
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, torch.load(folder / "iter_2.pth", weights_only=True)["state_dict"]
 
 
-# --- images by integer arithmetic ---------------------------------------------------------------
+# --- images by integer arithmetic -------------------------------------------------------------------------
 
 
 def picture(index: int, height: int, width: int) -> np.ndarray:
@@ -389,7 +407,13 @@ def picture(index: int, height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width].astype(np.int64)
     channels = []
     for k in range(3):
-        wave = (x * (3 + (index + k) % 4) + y * (2 + (2 * index + k) % 5) + ((x * y) >> 5) * (1 + k) + 61 * index + 97 * k) % 510
+        wave = (
+            x * (3 + (index + k) % 4)
+            + y * (2 + (2 * index + k) % 5)
+            + ((x * y) >> 5) * (1 + k)
+            + 61 * index
+            + 97 * k
+        ) % 510
         grain = ((x * 7919 + y * 104729 + index * 1299709 + k * 15485863) * 1103515245 >> 9) & 15
         channels.append(np.abs(wave - 255) * 15 // 16 + grain)
     return np.stack(channels, -1).clip(0, 255).astype(np.uint8)
@@ -415,7 +439,9 @@ def write_coco(root: Path) -> Path:
         images, annotations = [], []
         for i in range(n):
             width, height = [(96, 64), (64, 96), (80, 80)][i % 3]
-            images.append({"id": first + i, "file_name": f"{first + i:06}.png", "width": width, "height": height})
+            images.append(
+                {"id": first + i, "file_name": f"{first + i:06}.png", "width": width, "height": height}
+            )
             write_png(root / f"{split}2017" / images[-1]["file_name"], picture(first + i, height, width))
             for k in range(2):
                 x, y, w, h = (
@@ -468,7 +494,7 @@ def write_ade(root: Path) -> Path:
 SPELLED = False  # --spell
 
 
-# --- hashes ---------------------------------------------------------------------------------------
+# --- hashes -----------------------------------------------------------------------------------------------
 
 
 def short_hash(*parts: bytes) -> str:
@@ -478,7 +504,9 @@ def short_hash(*parts: bytes) -> str:
 
 def tensor_hash(tensor: Tensor) -> str:
     """Of dtype, shape and bytes."""
-    return short_hash(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), tensor.detach().cpu().numpy().tobytes())
+    return short_hash(
+        f"{tensor.dtype} {tuple(tensor.shape)}".encode(), tensor.detach().cpu().numpy().tobytes()
+    )
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -504,7 +532,9 @@ def described(tensors: Mapping[str, Tensor], group_of: Callable[[str], str]) -> 
 
 def spelled_tensors(tensors: Mapping[str, Tensor]) -> Any:
     """Their hash, or each one's."""
-    return {name: tensor_hash(tensors[name]) for name in sorted(tensors)} if SPELLED else tensors_hash(tensors)
+    return (
+        {name: tensor_hash(tensors[name]) for name in sorted(tensors)} if SPELLED else tensors_hash(tensors)
+    )
 
 
 def text_hash(text: str) -> Any:
@@ -522,7 +552,11 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """{dotted name: leaf} of nested dicts and lists; an empty one is a leaf."""
     if isinstance(value, Mapping | list | tuple) and value:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        return {k: v for key, item in items for k, v in leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            k: v
+            for key, item in items
+            for k, v in leaves(item, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     return {prefix: value}
 
 
@@ -544,7 +578,7 @@ def config_record(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# --- the groups -----------------------------------------------------------------------------------
+# --- the groups -------------------------------------------------------------------------------------------
 
 POST_TRAININGS = ("toy_paka", "toy_paka_tied", "toy_gram")
 BACKBONES = ("vit_small_patch16", "vit_base_patch16")
@@ -696,7 +730,9 @@ def tables(folder: Path) -> dict[str, Any]:
         for layout in ("list", "paper", "dense"):
             for published in ("", "all", "1,7"):
                 key = f"{kind}, {layout}, {published or 'usual'}"
-                texts = [rendered(chosen, layout, published, format) for format in ("md", "csv", "latex", "html")]
+                texts = [
+                    rendered(chosen, layout, published, format) for format in ("md", "csv", "latex", "html")
+                ]
                 found[key] = [[len(text), text_hash(text)] for text in texts]
     found["against dinov2r"] = text_hash(rendered(results, "dense", "", "md", "dinov2r"))
     stages = [[r for r in results if r.kind == kind and r.seed == 0] for kind in ("pretrain", "detection")]
@@ -731,7 +767,9 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for registers in (0, 4):
         torch.manual_seed(1)
         state = test_weights_dinov2.published(registers)[0]
-        path = saved(folder / f"dinov2_{registers}", state, f"dinov2_vits14{'_reg4' * (registers > 0)}_pretrain.pth")
+        path = saved(
+            folder / f"dinov2_{registers}", state, f"dinov2_vits14{'_reg4' * (registers > 0)}_pretrain.pth"
+        )
         files[f"dinov2 registers={registers}"] = (path, {})
         files[f"dinov2 registers={registers} at 16 px"] = (path, {"patch_size": 16})
     torch.manual_seed(2)
@@ -754,7 +792,9 @@ def weight_files(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     (folder / "loca").mkdir()
     loca = folder / "loca" / "loca_vsmall_imnet1k"
     loca.write_bytes(
-        test_weights_loca.packed(test_weights_loca.state_of(test_weights_loca.network(0), test_weights_loca.network(1)))
+        test_weights_loca.packed(
+            test_weights_loca.state_of(test_weights_loca.network(0), test_weights_loca.network(1))
+        )
     )
     files["loca"] = (loca, {})
     (folder / "lomar").mkdir()
@@ -776,8 +816,12 @@ def weight_features(folder: Path) -> dict[str, Any]:
         says, vit, said = read_backbone(path, options)
         pixels = torch.from_numpy(picture(3, 5 * vit.patch_size, 9 * vit.patch_size)).permute(2, 0, 1)[None]
         tokens = vit(pixels.float() / 127.5 - 1)
-        outputs = {key: value for key, value in zip(("cls", "registers", "patches"), tokens) if value is not None}
-        numbers = [float(x) for x in outputs["patches"].flatten()[:: max(1, outputs["patches"].numel() // 4)][:4]]
+        outputs = {
+            key: value for key, value in zip(("cls", "registers", "patches"), tokens) if value is not None
+        }
+        numbers = [
+            float(x) for x in outputs["patches"].flatten()[:: max(1, outputs["patches"].numel() // 4)][:4]
+        ]
         said = {key: word(value) for key, value in said.items()}
         found[name] = {"backbone": says, "says": said, "hash": spelled_tensors(outputs), "numbers": numbers}
     return found
@@ -799,7 +843,10 @@ def image_sources(folder: Path) -> dict[str, Any]:
     for kind, (root, split) in kinds.items():
         images = open_images(root, kind, split)
         # PNGs are compressed by a library: their pixels are the content.
-        pixels = [np.asarray(Image.open(p)).tobytes() if (p := folder / "photos" / n).is_file() else b for n, b in images]
+        pixels = [
+            np.asarray(Image.open(p)).tobytes() if (p := folder / "photos" / n).is_file() else b
+            for n, b in images
+        ]
         pixels = pixels if kind in ("folder", "tar") else []
         found[kind] = {
             "names": short_hash(*(name.encode() for name, _ in images)),
@@ -809,7 +856,9 @@ def image_sources(folder: Path) -> dict[str, Any]:
     return found
 
 
-def engine_record(steps: Callable[..., tuple[list[dict[str, float]], dict[str, Tensor]]], *arguments: Any) -> dict[str, Any]:
+def engine_record(
+    steps: Callable[..., tuple[list[dict[str, float]], dict[str, Tensor]]], *arguments: Any
+) -> dict[str, Any]:
     """Losses and parameters of an engine's first steps."""
     logged, tensors = steps(*arguments)
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -819,13 +868,17 @@ def engine_record(steps: Callable[..., tuple[list[dict[str, float]], dict[str, T
 def torchvision_detection(folder: Path) -> dict[str, Any]:
     """Steps of the torchvision engine."""
     coco = write_coco(folder / "coco")
-    return {f"accumulate={n}": engine_record(torchvision_steps, coco, folder / "run", N_STEPS, n) for n in (1, 2)}
+    return {
+        f"accumulate={n}": engine_record(torchvision_steps, coco, folder / "run", N_STEPS, n) for n in (1, 2)
+    }
 
 
 def detectron2_detection(folder: Path) -> dict[str, Any]:
     """Steps of Detectron2's engine."""
     coco = write_coco(folder / "coco")
-    return {f"accumulate={n}": engine_record(detectron2_steps, coco, folder / "run", N_STEPS, n) for n in (1, 2)}
+    return {
+        f"accumulate={n}": engine_record(detectron2_steps, coco, folder / "run", N_STEPS, n) for n in (1, 2)
+    }
 
 
 def segmentation(folder: Path) -> dict[str, Any]:
@@ -878,7 +931,7 @@ NEEDS = {
     "resumed_segmentation": ("mmseg",),
 }
 
-# --- recording and comparing ----------------------------------------------------------------------
+# --- recording and comparing -------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, str]:
@@ -888,7 +941,9 @@ def machine() -> dict[str, str]:
 
     cpu = {}
     if Path("/proc/cpuinfo").is_file():
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+        lines = [
+            line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        ]
         cpu = {key.strip(): value.strip() for key, _, value in lines}
     return {
         "cpu": " ".join(cpu.get(key, "?") for key in ("model name", "cpu family", "model", "stepping")),
@@ -952,13 +1007,17 @@ def write_record(groups: Sequence[str]) -> None:
 def compact(value: Any, depth: int = 0) -> str:
     """JSON with a line a run, so that a diff names what changed."""
     if isinstance(value, dict) and value and depth < 3:
-        inner = ",\n".join(f"{' ' * (depth + 1)}{json.dumps(k)}: {compact(v, depth + 1)}" for k, v in value.items())
+        inner = ",\n".join(
+            f"{' ' * (depth + 1)}{json.dumps(k)}: {compact(v, depth + 1)}" for k, v in value.items()
+        )
         return f"{{\n{inner}\n{' ' * depth}}}"
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--record", action="store_true")
     action.add_argument("--check", action="store_true")

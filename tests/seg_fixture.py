@@ -1,4 +1,5 @@
-"""Segmentation runs that last seconds: their numbers, a checkpoint with all that a plain ViT lacks, and the stock launchers."""
+"""Segmentation runs that last seconds: their numbers, a checkpoint with all that a plain ViT lacks, and
+the stock launchers."""
 
 import os
 import subprocess
@@ -13,13 +14,20 @@ from pretrain.weights import save_backbone
 from seg_plugin.protocol import protocol, with_overrides
 from seg_plugin.run import SegmentationRun
 
-# mmengine beautifies a config whenever it is logged or saved, which takes most of a run of seconds; in other processes it does.
+# mmengine beautifies a config whenever it is logged or saved, which takes most of a run of seconds; in other
+# processes it does.
 mmengine.config.config.FormatCode = lambda text, **_: (text, True)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "train_seg.py"
 TINY = dict(
-    resize_px=(96, 48), crop_px=48, slide_crop_px=48, slide_stride_px=32, num_classes=4, reduce_zero_label=True, batch_size=2
+    resize_px=(96, 48),
+    crop_px=48,
+    slide_crop_px=48,
+    slide_stride_px=32,
+    num_classes=4,
+    reduce_zero_label=True,
+    batch_size=2,
 )
 FLAGS = dict(depth=2, pos_grid=6)
 
@@ -41,7 +49,13 @@ def write_weights(folder):
     vit = build_backbone("vit_tiny_patch16_reg4", depth=2, pos_encoding="field", pos_grid=10, layerscale=0.1)
     provenance = {"method": "posfield", "effective_epochs": 400.0}
     path = folder / "backbone.safetensors"
-    return save_backbone(path, vit.state_dict(), name="vit_tiny_patch16_reg4", model_kwargs=vit.model_kwargs, provenance=provenance)
+    return save_backbone(
+        path,
+        vit.state_dict(),
+        name="vit_tiny_patch16_reg4",
+        model_kwargs=vit.model_kwargs,
+        provenance=provenance,
+    )
 
 
 def stock_tool(name):
@@ -66,10 +80,22 @@ def write_config(folder, data, *, backbone="vit_tiny_patch16", workers=0, model_
 def command_line(output, data, *words, backbone="vit_tiny_patch16", workers=0, **numbers):
     """Of our tool."""
     fields = [
-        f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in {**TINY, **numbers}.items()
+        f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in {**TINY, **numbers}.items()
     ]
     model_kwargs = [f"backbone.{key}={value}" for key, value in FLAGS.items()]
-    options = ["--dataset", "ade20k", "--data", data, "--output", output, "--workers", workers, "--device", "cpu"]
+    options = [
+        "--dataset",
+        "ade20k",
+        "--data",
+        data,
+        "--output",
+        output,
+        "--workers",
+        workers,
+        "--device",
+        "cpu",
+    ]
     return [*map(str, ["--backbone", backbone, *options, *words]), *fields, *model_kwargs]
 
 

@@ -41,15 +41,23 @@ class Colors(ColorSettings):
     jitter: tuple[float, float, float, float] = setting(
         (0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue", source="SimCLR, A"
     )
-    blur_p: tuple[Probability, Probability, Probability] = setting((0.5, 0.5, 0.5), "of a blur", source="SimCLR, A")
-    solarize_p: tuple[Probability, Probability, Probability] = setting((0.0, 0.0, 0.0), "none", source="SimCLR, A")
+    blur_p: tuple[Probability, Probability, Probability] = setting(
+        (0.5, 0.5, 0.5), "of a blur", source="SimCLR, A"
+    )
+    solarize_p: tuple[Probability, Probability, Probability] = setting(
+        (0.0, 0.0, 0.0), "none", source="SimCLR, A"
+    )
 
 
 class ContrastSettings(Group):
     """The head and the loss."""
 
-    temperature: float = setting(0.1, "of the softmax over the other crops", source="SimCLR, Table 5", ge=1e-6)
-    hidden_dim: int = setting(2048, "width of the head's hidden layer", source="SimCLR, 2.1: ResNet-50's", ge=1)
+    temperature: float = setting(
+        0.1, "of the softmax over the other crops", source="SimCLR, Table 5", ge=1e-6
+    )
+    hidden_dim: int = setting(
+        2048, "width of the head's hidden layer", source="SimCLR, 2.1: ResNet-50's", ge=1
+    )
     out_dim: int = setting(128, "width of the embedding", source="SimCLR, 2.1", ge=1)
 
 
@@ -96,8 +104,8 @@ class SimCLR(Method):
         return found
 
     def loss(self, micro_batch: Batch, prepared: list[Tensor], i: int) -> LossTerms:
-        """InfoNCE of the whole batch, whose gradient goes through micro-batch ``i``. It counts once a micro-batch:
-        the mean of their gradients is the batch's."""
+        """InfoNCE of the whole batch, whose gradient goes through micro-batch ``i``. It counts once a
+        micro-batch: the mean of their gradients is the batch's."""
         own = self.embed(micro_batch)
         everyone = [own if j == i else others for j, others in enumerate(prepared)] or [own]
         loss = info_nce(torch.cat(everyone, 1), self.settings.contrast.temperature)

@@ -41,7 +41,10 @@ def write_shards(folder, n_shards=3, n=4):
         members = []
         for i in range(n):
             key = f"n{shard}/{i:03}"
-            members += [(f"{key}.cls", b"7"), (f"{key}.JPEG" if i % 2 else f"{key}.jpg", f"{shard}-{i}".encode() * 300)]
+            members += [
+                (f"{key}.cls", b"7"),
+                (f"{key}.JPEG" if i % 2 else f"{key}.jpg", f"{shard}-{i}".encode() * 300),
+            ]
             members += [(f"{key}.json", b"{}")]
         write_tar(folder / f"train-{shard:06}.tar", members)
     return folder

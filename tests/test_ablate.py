@@ -1,4 +1,5 @@
-"""The ablation: what every job runs, what is run again, and the table. The tools themselves are stand-ins here."""
+"""The ablation: what every job runs, what is run again, and the table. The tools themselves are stand-ins
+here."""
 
 import json
 import os
@@ -27,7 +28,9 @@ TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
 
 
 def options(folder, **changed):
-    return Namespace(**{"output": folder, "seeds": 3, "quick": False, "pretrain": [], "detection": []} | changed)
+    return Namespace(
+        **{"output": folder, "seeds": 3, "quick": False, "pretrain": [], "detection": []} | changed
+    )
 
 
 def result(kind, method="intertwined", seed=0, box_ap=10.0, deviations=None, config="a", **metrics):
@@ -38,7 +41,9 @@ def result(kind, method="intertwined", seed=0, box_ap=10.0, deviations=None, con
         backbone="vit_tiny_patch16",
         effective_epochs=8.5,
         protocol=Protocol(name=f"{kind}-full", version=1, full=not deviations, deviations=deviations),
-        metrics={"box_ap": box_ap, "mask_ap": box_ap / 2, **metrics} if kind == "detection" else {"loss": 1.0},
+        metrics={"box_ap": box_ap, "mask_ap": box_ap / 2, **metrics}
+        if kind == "detection"
+        else {"loss": 1.0},
         seed=seed,
         config_hash=config,
         weights_hash=None,
@@ -51,10 +56,13 @@ def result(kind, method="intertwined", seed=0, box_ap=10.0, deviations=None, con
 
 
 def trial(method="intertwined", seed=0, box_ap=10.0, deviations=None, **changed):
-    return Trial(result("pretrain", method, seed, deviations=deviations, **changed), result("detection", method, seed, box_ap))
+    return Trial(
+        result("pretrain", method, seed, deviations=deviations, **changed),
+        result("detection", method, seed, box_ap),
+    )
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- what is run ------------------------------------------------------------------------------------------
 
 
 def pretraining_of(stage):
@@ -66,29 +74,44 @@ def pretraining_of(stage):
 
 def test_every_job_is_the_toy_with_what_its_row_changes(tmp_path):
     plan = TOOL["plan"](options(tmp_path))
-    assert list(plan) == [f"{row}/seed_{seed}" for seed in range(3) for row in TOOL["ROWS"]] and len(plan) == 15
+    assert (
+        list(plan) == [f"{row}/seed_{seed}" for seed in range(3) for row in TOOL["ROWS"]] and len(plan) == 15
+    )
     toy = flat(load_config(TOY))
     changed = {}
     for name, (first, second) in plan.items():
         config = flat(pretraining_of(first))
         assert Path(config["run.output"]) == first.folder == tmp_path / name / "pretrain"
         assert str(config["run.seed"]) == name[-1] == second.command[second.command.index("--seed") + 1]
-        assert second.command[second.command.index("--weights") + 1] == str(first.folder / "backbone.safetensors")
-        differs = {key: v for key, v in config.items() if v != toy[key] and not key.startswith(("run.", "data."))}
+        assert second.command[second.command.index("--weights") + 1] == str(
+            first.folder / "backbone.safetensors"
+        )
+        differs = {
+            key: v for key, v in config.items() if v != toy[key] and not key.startswith(("run.", "data."))
+        }
         changed.setdefault(name.split("/")[0], []).append(differs)
     off = {"masks.position_share": 0.0, "losses.position": 0.0}
     fixed = {"positions.encoding": "standard", "positions.augment": False}
     rows = {"table3_none": off | fixed, "table3_sampling": off, "table3_lpos": fixed, "method": {}}
-    assert changed == {row: [keys] * 3 for row, keys in (rows | {"reference_image": {"positions.reference": "image"}}).items()}
+    assert changed == {
+        row: [keys] * 3
+        for row, keys in (rows | {"reference_image": {"positions.reference": "image"}}).items()
+    }
 
 
 def test_the_rows_are_named_apart_and_say_what_they_change(tmp_path):
     plan = TOOL["plan"](options(tmp_path, seeds=1))
     configs = {name.split("/")[0]: pretraining_of(first) for name, (first, _) in plan.items()}
-    assert len({config.run.name for config in configs.values()}) == 5 and configs["method"].run.name == "intertwined"
+    assert (
+        len({config.run.name for config in configs.values()}) == 5
+        and configs["method"].run.name == "intertwined"
+    )
     protocols = {row: run_protocol(config, 400) for row, config in configs.items()}
     assert changes(protocols["method"], protocols["reference_image"]) == "positions.reference crops → image"
-    assert changes(protocols["method"], protocols["table3_sampling"]) == "losses.position 1.0 → 0.0; masks.position_share 0.5 → 0.0"
+    assert (
+        changes(protocols["method"], protocols["table3_sampling"])
+        == "losses.position 1.0 → 0.0; masks.position_share 0.5 → 0.0"
+    )
     assert changes(protocols["method"], protocols["method"]) == ""
 
 
@@ -111,7 +134,7 @@ def test_quick_and_other_settings_come_last(tmp_path, word):
     assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 
 
-# --- how it is run ----------------------------------------------------------------------------------------------------
+# --- how it is run ----------------------------------------------------------------------------------------
 
 
 class Machine:
@@ -131,7 +154,10 @@ class Machine:
 
 
 def two_stage_jobs(folder, n=3, word="a"):
-    return {f"j{i}": [Stage(kind, folder / f"j{i}" / kind, [kind, word]) for kind in ("pretrain", "det")] for i in range(n)}
+    return {
+        f"j{i}": [Stage(kind, folder / f"j{i}" / kind, [kind, word]) for kind in ("pretrain", "det")]
+        for i in range(n)
+    }
 
 
 def test_jobs_run_once_and_in_order(tmp_path):
@@ -154,7 +180,11 @@ def test_a_failure_stops_its_own_job_alone_and_is_tried_again(tmp_path):
 
 @pytest.mark.parametrize("what", ["slow", REQUEUE_CODE])
 def test_what_was_cut_off_is_left(tmp_path, what):
-    assert run_jobs(two_stage_jobs(tmp_path), 1, 1e6, Machine({"j1/pretrain": what})) == {"j0": "done", "j1": "left", "j2": "done"}
+    assert run_jobs(two_stage_jobs(tmp_path), 1, 1e6, Machine({"j1/pretrain": what})) == {
+        "j0": "done",
+        "j1": "left",
+        "j2": "done",
+    }
 
 
 def test_a_result_of_another_command_is_not_taken_for_this_one(tmp_path):
@@ -165,7 +195,9 @@ def test_a_result_of_another_command_is_not_taken_for_this_one(tmp_path):
 
 
 def test_what_has_no_time_to_end_is_not_begun(tmp_path, monkeypatch):
-    clock = iter(range(0, 10_000, 10))  # every look at it is 10 s later: a stage takes 10 s, and the next begins 10 s after it
+    clock = iter(
+        range(0, 10_000, 10)
+    )  # every look at it is 10 s later: a stage takes 10 s, and the next begins 10 s after it
     monkeypatch.setattr(jobs_module.time, "monotonic", lambda: next(clock))
     machine = Machine()
     assert run_jobs(two_stage_jobs(tmp_path), 1, 55, machine) == {"j0": "done", "j1": "left", "j2": "left"}
@@ -186,7 +218,11 @@ def test_jobs_run_beside_each_other(tmp_path):
     assert run_jobs(two_stage_jobs(tmp_path, 2), 2, 1e6, machine) == {"j0": "done", "j1": "done"}
 
 
-SAVES = ["sh", "-c", "trap 'echo saved; exit' TERM; echo on; while :; do sleep 0.1; done"]  # when it is asked to leave
+SAVES = [
+    "sh",
+    "-c",
+    "trap 'echo saved; exit' TERM; echo on; while :; do sleep 0.1; done",
+]  # when it is asked to leave
 
 
 def test_a_command_is_asked_to_leave_before_it_is_made_to(tmp_path):
@@ -208,7 +244,8 @@ def test_a_command_that_cannot_begin_fails_its_own_job_alone(tmp_path, capsys):
     makes_a_result = ["sh", "-c", 'mkdir -p "$0" && echo "{}" >"$0/result.json"']
     for name, stages in jobs.items():
         jobs[name] = [
-            Stage(s.kind, s.folder, [*makes_a_result, str(s.folder)] if name != "j1" else ["no-such-command"]) for s in stages
+            Stage(s.kind, s.folder, [*makes_a_result, str(s.folder)] if name != "j1" else ["no-such-command"])
+            for s in stages
         ]
     assert run_jobs(jobs, 2, 1e6) == {"j0": "done", "j1": "failed", "j2": "done"}
     assert "j1: " in (said := capsys.readouterr().out) and "no-such-command" in said
@@ -224,13 +261,20 @@ def harmless_sigterm():
 
 
 def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigterm):
-    """Two jobs run, a third waits. The children save and are gone before the exception comes out; a second signal is no matter."""
-    jobs = {f"j{i}": [Stage(kind, tmp_path / f"j{i}" / kind, SAVES) for kind in ("pretrain", "det")] for i in range(3)}
+    """Two jobs run, a third waits. The children save and are gone before the exception comes out; a second
+    signal is no matter."""
+    jobs = {
+        f"j{i}": [Stage(kind, tmp_path / f"j{i}" / kind, SAVES) for kind in ("pretrain", "det")]
+        for i in range(3)
+    }
     logs = [tmp_path / f"j{i}" / "pretrain.log" for i in range(2)]
 
     def interrupt():
         patience = time.monotonic() + 20
-        while not all(log.is_file() and log.read_text() == "on\n" for log in logs) and time.monotonic() < patience:
+        while (
+            not all(log.is_file() and log.read_text() == "on\n" for log in logs)
+            and time.monotonic() < patience
+        ):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -240,17 +284,22 @@ def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigt
         thread.start()
         run_jobs(jobs, 2, 1e6)
     thread.join()
-    assert sorted(tmp_path.rglob("*.log")) == logs and [log.read_text() for log in logs] == ["on\nsaved\n"] * 2
+    assert (
+        sorted(tmp_path.rglob("*.log")) == logs and [log.read_text() for log in logs] == ["on\nsaved\n"] * 2
+    )
     assert not harmless_sigterm
 
 
 def test_what_is_stopped_begins_no_more(tmp_path):
     processes = Processes()
     processes.stop()
-    assert processes.launch(["sh", "-c", "echo on"], tmp_path / "log", 60) is None and (tmp_path / "log").read_text() == ""
+    assert (
+        processes.launch(["sh", "-c", "echo on"], tmp_path / "log", 60) is None
+        and (tmp_path / "log").read_text() == ""
+    )
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------
 
 
 def test_the_table_holds_mean_deviation_and_paired_difference():
@@ -260,12 +309,23 @@ def test_the_table_holds_mean_deviation_and_paired_difference():
     trials += [trial("image", seed, ap, deviations=image) for seed, ap in enumerate((11.0, 22.0, 33.0))]
     table = ablation_table(trials, "intertwined", "T")
     (method, other) = table.groups[0]
-    assert method.cells[1:] == ("intertwined", "–", "20.0 ± 10.0 (n=3) ‡1", "–", "10.0 ± 5.0 (n=3) ‡1", "–", "0, 1, 2")
+    assert method.cells[1:] == (
+        "intertwined",
+        "–",
+        "20.0 ± 10.0 (n=3) ‡1",
+        "–",
+        "10.0 ± 5.0 (n=3) ‡1",
+        "–",
+        "0, 1, 2",
+    )
     assert other.cells[2] == "positions.reference crops → image"
     assert other.cells[3] == "22.0 ± 11.0 (n=3) ‡1" and other.cells[6] == "+2.0 ± 1.0 (n=3)"
     assert table.records[1]["box_ap_gain"] == "2.0" and table.records[1]["box_ap_std"] == "11.0"
     assert any("It departs in: optim.epochs 100 → 14." in note for note in table.notes)
-    assert any(note.startswith("‡1 detection-full, scaled down (1 change): batch_size 512 → 32.") for note in table.notes)
+    assert any(
+        note.startswith("‡1 detection-full, scaled down (1 change): batch_size 512 → 32.")
+        for note in table.notes
+    )
     assert "| **measured †** | **image** |" in render(table, "md")
 
 
@@ -288,12 +348,13 @@ def test_what_does_not_belong_together_is_refused():
             ablation_table([Trial(fitting[0], fitting[1].with_changes(weights_hash=read))], "intertwined")
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+# --- all of it --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fake_tools(tmp_path, monkeypatch):
-    """Scripts that leave what the real tools leave, at once; ``failing`` names a folder whose pre-training fails."""
+    """Scripts that leave what the real tools leave, at once; ``failing`` names a folder whose pre-training
+    fails."""
     monkeypatch.setattr("subprocess.run", lambda command, **_: Namespace(returncode=0))  # the toy data
     machine = Namespace(ran=[], failing="", slow="")
 
@@ -307,13 +368,17 @@ def fake_tools(tmp_path, monkeypatch):
                 return 1
             config = load_config(command[4], command[5:])
             protocol = run_protocol(config, 400)
-            write_result(result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder)
+            write_result(
+                result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder
+            )
         else:
             before = json.loads((folder.parent / "pretrain" / "result.json").read_text())
             write_result(result("detection", before["method"], before["seed"], 10.0 + before["seed"]), folder)
         return 0
 
-    monkeypatch.setitem(TOOL["main"].__globals__, "run_jobs", lambda jobs, n, seconds: run_jobs(jobs, n, seconds, fake))
+    monkeypatch.setitem(
+        TOOL["main"].__globals__, "run_jobs", lambda jobs, n, seconds: run_jobs(jobs, n, seconds, fake)
+    )
     return machine
 
 
@@ -322,7 +387,9 @@ def test_the_command_ends_in_a_table_of_all_rows(tmp_path, fake_tools, capsys):
     assert len(fake_tools.ran) == 30
     text = (tmp_path / "ablation.md").read_text()
     assert text in capsys.readouterr().out and text.count("11.0 ± 1.0 (n=3)") == 5
-    methods = [line.split("|")[2].strip(" *") for line in text.splitlines() if line.startswith("| **measured")]
+    methods = [
+        line.split("|")[2].strip(" *") for line in text.splitlines() if line.startswith("| **measured")
+    ]
     assert methods == [
         "intertwined, no sampling, no L\\_pos",
         "intertwined, no L\\_pos",
@@ -349,7 +416,9 @@ def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
 
 
 def test_the_command_passes_on_what_asks_it_to_stop(tmp_path, monkeypatch, harmless_sigterm):
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: (signal.raise_signal(signal.SIGTERM), time.sleep(5)))
+    monkeypatch.setattr(
+        "subprocess.run", lambda *_, **__: (signal.raise_signal(signal.SIGTERM), time.sleep(5))
+    )
     with pytest.raises(Interrupted, match="SIGTERM"):  # exit code 85
         TOOL["main"](["--output", str(tmp_path)])
     signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,5 @@
-"""The losses of dense post-training against closed forms, restatements in float64, and features that have no size."""
+"""The losses of dense post-training against closed forms, restatements in float64, and features that have
+no size."""
 
 import math
 
@@ -6,9 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.losses.alignment import KERNELS, LOSSES, alignment, alignment_loss, centered_kernel, gram_distance
+from pretrain.losses.alignment import (
+    KERNELS,
+    LOSSES,
+    alignment,
+    alignment_loss,
+    centered_kernel,
+    gram_distance,
+)
 
-OPTIONS = [("cka", "linear"), ("cka", "rbf"), ("frobenius", "linear"), ("frobenius", "rbf"), ("gram", "linear")]
+OPTIONS = [
+    ("cka", "linear"),
+    ("cka", "rbf"),
+    ("frobenius", "linear"),
+    ("frobenius", "rbf"),
+    ("gram", "linear"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +53,10 @@ def plain_kernel(x, kernel, bandwidth=1.0, of=None):
 
 
 def plain_loss(name, s, t, kernel, bandwidth):
-    k, l = plain_kernel(s, kernel, bandwidth, of=t if name == "frobenius" else None), plain_kernel(t, kernel, bandwidth)
+    k, l = (
+        plain_kernel(s, kernel, bandwidth, of=t if name == "frobenius" else None),
+        plain_kernel(t, kernel, bandwidth),
+    )
     if name == "cka":
         return 1 - np.sum(k * l) / math.sqrt(np.sum(k * k) * np.sum(l * l))
     return np.sum((k - l) ** 2) / np.sum(l * l)
@@ -73,12 +90,16 @@ def test_a_scale_changes_neither_the_loss_nor_the_direction_of_its_gradient(scal
 
 @pytest.mark.parametrize("n, d, e", [(49, 16, 16), (49, 256, 256), (16, 64, 64), (49, 256, 32)])
 def test_cka_of_independent_gaussian_features(n, d, e):
-    """Centering costs one of n samples: E<K, L> = d e (n - 1) and E|K|^2 = d (n - 1) (d + n), so CKA = d / (d + n) for d = e.
+    """Centering costs one of n samples: E<K, L> = d e (n - 1) and E|K|^2 = d (n - 1) (d + n), so CKA = d / (d
+    + n) for d = e.
 
-    That is the ratio of expectations. A region's CKA scatters around it by std, the mean of 800 by std / sqrt(800); the expectation
-    of the ratio lies beside it by less than 1 / n^2.
+    That is the ratio of expectations. A region's CKA scatters around it by std, the mean of 800 by std /
+    sqrt(800); the expectation of the ratio lies beside it by less than 1 / n^2.
     """
-    a, b = torch.randn(800, n, d) + 5, torch.randn(800, n, e) - 3  # uncentered, the means would be all that the kernels see
+    a, b = (
+        torch.randn(800, n, d) + 5,
+        torch.randn(800, n, e) - 3,
+    )  # uncentered, the means would be all that the kernels see
     seen, expected = cka(a, b), math.sqrt(d * e / ((d + n) * (e + n)))
     error = seen.std().item() / math.sqrt(800)
     assert error < 0.01 * expected
@@ -91,7 +112,10 @@ def test_cka_of_independent_gaussian_features(n, d, e):
 @pytest.mark.parametrize("name, kernel", OPTIONS[:4])
 def test_a_shift_of_all_patches_changes_nothing(name, kernel):
     s, t = patches(3, 25, 8, dtype=torch.float64), patches(3, 25, 8, dtype=torch.float64)
-    shifted = s + 100 * torch.randn(3, 1, 8, dtype=torch.float64), t + torch.randn(3, 1, 8, dtype=torch.float64)
+    shifted = (
+        s + 100 * torch.randn(3, 1, 8, dtype=torch.float64),
+        t + torch.randn(3, 1, 8, dtype=torch.float64),
+    )
     torch.testing.assert_close(alignment_loss(name, *shifted, kernel), alignment_loss(name, s, t, kernel))
 
 
@@ -109,13 +133,21 @@ def test_the_order_of_the_patches_does_not_matter(name, kernel):
 def test_losses_equal_a_plain_restatement(name, kernel, bandwidth):
     s = patches(3, 10, 6, dtype=torch.float64)
     t = 2 * s[..., :5] + patches(3, 10, 5, dtype=torch.float64)
-    expected = torch.tensor([plain_loss(name, a, b, kernel, bandwidth) for a, b in zip(s.numpy(), t.numpy())]).double()
+    expected = torch.tensor(
+        [plain_loss(name, a, b, kernel, bandwidth) for a, b in zip(s.numpy(), t.numpy())]
+    ).double()
     torch.testing.assert_close(alignment_loss(name, s, t, kernel, bandwidth), expected)
     single = alignment_loss(name, s.float(), t.float(), kernel, bandwidth)
-    torch.testing.assert_close(single, expected.float(), atol=1e-4, rtol=1e-4)  # wide kernels differ from 1 by little
+    torch.testing.assert_close(
+        single, expected.float(), atol=1e-4, rtol=1e-4
+    )  # wide kernels differ from 1 by little
     k = centered_kernel(t, kernel, bandwidth)
     plain = np.stack([plain_kernel(b, kernel, bandwidth) for b in t.numpy()])
-    scale = np.sum((t - t.mean(1, keepdim=True)).numpy() ** 2, axis=(1, 2), keepdims=True) if kernel == "linear" else 1
+    scale = (
+        np.sum((t - t.mean(1, keepdim=True)).numpy() ** 2, axis=(1, 2), keepdims=True)
+        if kernel == "linear"
+        else 1
+    )
     torch.testing.assert_close(k, torch.from_numpy(plain / scale))
     torch.testing.assert_close(alignment(k, k), torch.ones(3, dtype=torch.float64))
 
@@ -144,13 +176,19 @@ def test_gram_is_a_plain_loop_over_pairs():
     s, t = patches(2, 7, 5, dtype=torch.float64), patches(2, 7, 4, dtype=torch.float64)
     expected = []
     for a, b in zip(s.numpy(), t.numpy()):
-        cosines = [[[np.dot(x, y) / math.sqrt(np.dot(x, x) * np.dot(y, y)) for y in z] for x in z] for z in (a, b)]
+        cosines = [
+            [[np.dot(x, y) / math.sqrt(np.dot(x, x) * np.dot(y, y)) for y in z] for x in z] for z in (a, b)
+        ]
         expected.append(np.mean((np.array(cosines[0]) - np.array(cosines[1])) ** 2))
     torch.testing.assert_close(gram_distance(s, t), torch.tensor(expected))
-    norms = torch.rand(2, 7, 1, dtype=torch.float64) * 1e6 + 1e-6  # a patch's norm is not seen, so none needs to be divided out
+    norms = (
+        torch.rand(2, 7, 1, dtype=torch.float64) * 1e6 + 1e-6
+    )  # a patch's norm is not seen, so none needs to be divided out
     torch.testing.assert_close(alignment_loss("gram", s * norms, t / norms), torch.tensor(expected))
     for scale in (1e-12, 1e12):
-        torch.testing.assert_close(alignment_loss("gram", (scale * s).float(), t.float()), torch.tensor(expected).float())
+        torch.testing.assert_close(
+            alignment_loss("gram", (scale * s).float(), t.float()), torch.tensor(expected).float()
+        )
 
 
 @pytest.mark.parametrize("name, kernel", OPTIONS)
@@ -161,7 +199,9 @@ def test_a_region_is_compared_with_itself_alone(name, kernel):
     changed[2] = 7 * torch.randn(9, 6)
     after = alignment_loss(name, changed, t, kernel)
     assert torch.equal(before[[0, 1, 3, 4]], after[[0, 1, 3, 4]]) and before[2] != after[2]
-    torch.testing.assert_close(torch.cat([alignment_loss(name, s[i : i + 1], t[i : i + 1], kernel) for i in range(5)]), before)
+    torch.testing.assert_close(
+        torch.cat([alignment_loss(name, s[i : i + 1], t[i : i + 1], kernel) for i in range(5)]), before
+    )
     x = s.clone().requires_grad_()
     alignment_loss(name, x, t, kernel)[2].backward()
     assert not x.grad[[0, 1, 3, 4]].any() and x.grad[2].any()
@@ -199,7 +239,9 @@ def test_a_small_spread_is_no_rounding():
     far = 1e3 + x  # exact sums, but for x's last places
     torch.testing.assert_close(cka(far, x), torch.ones(3), atol=1e-4, rtol=0)
     x = x.double()
-    torch.testing.assert_close(cka(1e9 + x, x), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)  # float64 sees further
+    torch.testing.assert_close(
+        cka(1e9 + x, x), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0
+    )  # float64 sees further
 
 
 @pytest.mark.parametrize("name, kernel", OPTIONS)

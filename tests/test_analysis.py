@@ -50,7 +50,9 @@ def test_components_equal_scikit_learns_up_to_the_fixed_sign():
     expected = oracle.transform(rows) * np.sign(largest[:, 0])
     got = principal_components(torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-9)
-    np.testing.assert_allclose(principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9)
+    np.testing.assert_allclose(
+        principal_components(torch.from_numpy(rows[::-1].copy())).numpy(), got[::-1], atol=1e-9
+    )
 
 
 def test_pca_colors_are_joint_and_scaled_by_percentiles():
@@ -58,12 +60,16 @@ def test_pca_colors_are_joint_and_scaled_by_percentiles():
     features[0] += 10 * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one image is of another kind than the two others
     rgb = torch.stack(pca_colors(list(features)))
     assert rgb.shape == (3, 50, 3) and rgb.min() == 0 and rgb.max() == 1
-    assert rgb[0, :, 0].min() > rgb[1:, :, 0].max()  # its color is another, for the components are those of all images
+    assert (
+        rgb[0, :, 0].min() > rgb[1:, :, 0].max()
+    )  # its color is another, for the components are those of all images
     clipped = ((rgb == 0) | (rgb == 1)).sum((0, 1)).tolist()
     assert clipped == [6, 6, 6]  # of 150 patches 3 lie below the 2nd and 3 above the 98th percentile
 
 
-@pytest.mark.parametrize(("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)])
+@pytest.mark.parametrize(
+    ("encoding", "n_global", "n_local"), [("field", 2, 5), ("standard", 2, 0), ("standard", 1, 0)]
+)
 def test_pictures_of_a_running_training(encoding, n_global, n_local):
     n_images, rng = 5, np.random.default_rng(0)
     corners = torch.from_numpy(rng.uniform(0, 0.5, (n_images, n_global + n_local, 2))).float()
@@ -89,9 +95,12 @@ def test_pictures_of_a_running_training(encoding, n_global, n_local):
 
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
-    """A post-training reads the field of its start over the whole of every crop: there is no place in P to show; or no [CLS]."""
+    """A post-training reads the field of its start over the whole of every crop: there is no place in P to
+    show; or no [CLS]."""
     shown = []
-    monkeypatch.setattr("pretrain.analysis.training_images.as_array", lambda figure: shown.append(figure) or np.zeros(1))
+    monkeypatch.setattr(
+        "pretrain.analysis.training_images.as_array", lambda figure: shown.append(figure) or np.zeros(1)
+    )
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))
     backbone = ViT(embed_dim=12, depth=1, num_heads=3, pos_encoding="field", has_cls=has_cls)
@@ -113,7 +122,9 @@ def test_knn_equals_a_plain_loop():
     for query in queries:
         cosine = [float(torch.nn.functional.cosine_similarity(query, b, dim=0)) for b in bank]
         near = sorted(range(40), key=lambda i: -cosine[i])[:7]
-        votes = [sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)]
+        votes = [
+            sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)
+        ]
         expected.append(votes.index(max(votes)))
     (got,) = knn_predict_each(bank, labels, queries, (7,), 4, chunk=4)
     assert got.tolist() == expected
@@ -140,4 +151,6 @@ def test_a_runs_figures(tmp_path, capsys):
     assert set(captions) == {"views.png", "masks.png", "scales.png", "attention.png"}
     for name, entry in captions.items():
         picture = Image.open(tmp_path / "run" / "figures" / name).convert("L")
-        assert picture.size[0] > 200 and len(picture.getcolors(256)) > 20 and entry["title"] and entry["caption"]
+        assert (
+            picture.size[0] > 200 and len(picture.getcolors(256)) > 20 and entry["title"] and entry["caption"]
+        )

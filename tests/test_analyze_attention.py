@@ -1,4 +1,5 @@
-"""tools/analyze_attention.py end to end: numbers, figures, page, results; what is broken, hostile, stopped or done before."""
+"""tools/analyze_attention.py end to end: numbers, figures, page, results; what is broken, hostile, stopped
+or done before."""
 
 import csv
 import os
@@ -41,7 +42,13 @@ def setting(tmp_path_factory):
         provenance = {"method": "<i>Method</i>", "effective_epochs": 12.5} if name == "ours" else {}
         (folder / name).mkdir()
         path = folder / name / "backbone.safetensors"
-        save_backbone(path, model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs, provenance=provenance)
+        save_backbone(
+            path,
+            model.state_dict(),
+            name="vit_tiny_patch16",
+            model_kwargs=model.model_kwargs,
+            provenance=provenance,
+        )
     return folder
 
 
@@ -68,7 +75,17 @@ def analyzed(setting):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
-        more = ["--names", "ours", HOSTILE, "--shown", "2", "--queries", "0.5,0.2", "0.9,0.6", "--compare-masks"]
+        more = [
+            "--names",
+            "ours",
+            HOSTILE,
+            "--shown",
+            "2",
+            "--queries",
+            "0.5,0.2",
+            "0.9,0.6",
+            "--compare-masks",
+        ]
         masks = [str(setting / "ours" / "backbone.safetensors"), str(setting / "other")]
         load_tool("analyze_attention").main(arguments(setting, setting / "out", *more, *masks))
     return setting / "out", lines
@@ -95,7 +112,12 @@ def by_hand(setting, name):
 def test_the_numbers_are_the_functions(setting, analyzed):
     output, _ = analyzed
     rows = read_csv(output / "statistics.csv")
-    names = {"ours": "ours", "other": HOSTILE.replace("\n", "\\n"), "box-wise": "box-wise", "cross-wise": "cross-wise"}
+    names = {
+        "ours": "ours",
+        "other": HOSTILE.replace("\n", "\\n"),
+        "box-wise": "box-wise",
+        "cross-wise": "cross-wise",
+    }
     assert [row["weights"] for row in rows[:: 3 * 2 * 3]] == list(names.values())
     for i, name in enumerate(("ours", "other", "ours", "other")):
         expected, of_name = by_hand(setting, name), rows[i * 18 : (i + 1) * 18]
@@ -103,7 +125,12 @@ def test_the_numbers_are_the_functions(setting, analyzed):
             got = torch.tensor([float(row[metric]) for row in of_name], dtype=torch.float64).view(3, 2, 3)
             torch.testing.assert_close(got, getattr(expected, metric), atol=1e-5, rtol=1e-5)
     places = [(row["image"], row["layer"], row["head"]) for row in rows[:4]]
-    assert places == [("000.jpg", "1", "1"), ("000.jpg", "1", "2"), ("000.jpg", "1", "3"), ("000.jpg", "2", "1")]
+    assert places == [
+        ("000.jpg", "1", "1"),
+        ("000.jpg", "1", "2"),
+        ("000.jpg", "1", "3"),
+        ("000.jpg", "2", "1"),
+    ]
     assert rows[6]["image"] == "001.jpg"
 
 
@@ -111,7 +138,11 @@ def test_the_summary_is_over_the_images(setting, analyzed):
     rows = read_csv(analyzed[0] / "summary.csv")
     heads = by_hand(setting, "ours").mad_px.mean(2)  # [3, 2]
     for layer in range(2):
-        assert rows[layer]["weights"] == "ours" and rows[layer]["layer"] == str(layer + 1) and rows[layer]["images"] == "3"
+        assert (
+            rows[layer]["weights"] == "ours"
+            and rows[layer]["layer"] == str(layer + 1)
+            and rows[layer]["images"] == "3"
+        )
         assert float(rows[layer]["mad_px_mean"]) == pytest.approx(heads[:, layer].mean().item(), rel=1e-6)
         assert float(rows[layer]["mad_px_std"]) == pytest.approx(heads[:, layer].std().item(), rel=1e-3)
     one = Measured("x", np.ones((1, 2, 3)), np.ones((1, 2, 3)))
@@ -130,7 +161,9 @@ def test_results(analyzed):
     assert result.protocol.deviations == {"size_px": [480, 48], "images": [100, 3]}
     assert result.metrics["images"] == 3 and result.metrics["broken_images"] == 1 and result.weights_hash
     layers = [float(row["nmi_mean"]) for row in read_csv(output / "summary.csv")[:2]]
-    assert list(result.metrics["nmi_by_layer"].values()) == layers and result.metrics["nmi"] == pytest.approx(np.mean(layers))
+    assert list(result.metrics["nmi_by_layer"].values()) == layers and result.metrics["nmi"] == pytest.approx(
+        np.mean(layers)
+    )
     (other,) = (read_result(file) for file in output.glob("checkpoints/_script_*/result.json"))
     assert other.method == HOSTILE.replace("\n", "\\n")
     assert other.protocol.deviations["patch_px"] == [16, 8]
@@ -164,7 +197,9 @@ def test_what_is_measured_is_kept(setting, analyzed, tmp_path, monkeypatch, caps
         tool.main(arguments(setting, tmp_path, "--shown", "1", "--queries", "0.5,0.5"))
     assert capsys.readouterr().out.count("measured before") == 2
     assert (tmp_path / "statistics.csv").read_bytes() == before
-    assert {path.stem for path in (tmp_path / "figures").glob("queries_*.png")} == {"queries_01"}  # the others are of before
+    assert {path.stem for path in (tmp_path / "figures").glob("queries_*.png")} == {
+        "queries_01"
+    }  # the others are of before
     undrawn(monkeypatch, tool)
     tool.main(arguments(setting, tmp_path, "--crop"))
     assert "measured before" not in capsys.readouterr().out
@@ -231,7 +266,9 @@ def test_bad_input(setting, tmp_path, more, message):
 def test_no_image_that_can_be_read(setting, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"none")
     with pytest.raises(UserError, match="none of the 1 images of .* can be read; the first: a.jpg"):
-        load_tool("analyze_attention").main([*arguments(setting, tmp_path / "out"), "--images", str(tmp_path)])
+        load_tool("analyze_attention").main(
+            [*arguments(setting, tmp_path / "out"), "--images", str(tmp_path)]
+        )
     with pytest.raises(UserError, match="nothing to analyze"):
         load_tool("analyze_attention").main(["--images", str(tmp_path), "--output", str(tmp_path)])
 

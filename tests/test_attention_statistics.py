@@ -31,7 +31,10 @@ def plain_nmi(attention):
     joint = attention / n
     p_q, p_k = joint.sum(1), joint.sum(0)
     information = sum(
-        float(joint[q, k] * torch.log(joint[q, k] / (p_q[q] * p_k[k]))) for q in range(n) for k in range(n) if joint[q, k] > 0
+        float(joint[q, k] * torch.log(joint[q, k] / (p_q[q] * p_k[k])))
+        for q in range(n)
+        for k in range(n)
+        if joint[q, k] > 0
     )
     h_q, h_k = (-sum(float(p * torch.log(p)) for p in ps if p > 0) for ps in (p_q, p_k))
     return information / math.sqrt(h_q * h_k)
@@ -45,7 +48,9 @@ def random_attention(*shape, sharpness=3.0, seed=0):
 def test_uniform_attention():
     attention = torch.full((N, N), 1 / N, dtype=torch.float64)
     assert nmi(attention).item() == pytest.approx(0, abs=1e-12)
-    assert mad_px(attention, GRID, 16).item() == pytest.approx(plain_distances(GRID, 16).mean().item(), rel=1e-6)
+    assert mad_px(attention, GRID, 16).item() == pytest.approx(
+        plain_distances(GRID, 16).mean().item(), rel=1e-6
+    )
 
 
 def test_uniform_attention_on_one_row_in_closed_form():
@@ -92,7 +97,9 @@ def test_random_attention_by_the_definition():
     attention[0, 1] *= attention[0, 1] > 0.02  # zeros among the weights
     attention /= attention.sum(-1, keepdim=True)
     expected = [[plain_nmi(head) for head in image] for image in attention]
-    torch.testing.assert_close(nmi(attention), torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        nmi(attention), torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=0
+    )
     by_loops = (attention * plain_distances(GRID, 16)).sum(-1).mean(-1)
     torch.testing.assert_close(mad_px(attention, GRID, 16), by_loops, atol=1e-4, rtol=0)
     torch.testing.assert_close(distances_px(GRID, 16).double(), plain_distances(GRID, 16), atol=1e-4, rtol=0)
@@ -106,7 +113,9 @@ def test_scikit_learn_finds_the_same():
     attention = torch.from_numpy(counts / 20)
     queries, keys = np.nonzero(counts)
     repeats = counts[queries, keys]
-    expected = normalized_mutual_info_score(queries.repeat(repeats), keys.repeat(repeats), average_method="geometric")
+    expected = normalized_mutual_info_score(
+        queries.repeat(repeats), keys.repeat(repeats), average_method="geometric"
+    )
     assert nmi(attention).item() == pytest.approx(expected, abs=1e-10) and 0.1 < expected < 0.9
     information = mutual_info_score(None, None, contingency=counts)
     h_k = entropy(attention.mean(0)).item()
@@ -207,7 +216,8 @@ def memory(depth, batch, block):
 
 
 def test_memory_is_bounded_by_a_block_of_queries():
-    """256 patches, 3 heads: the rows of a block and no more, whatever the depth; the network's own pass holds less than these."""
+    """256 patches, 3 heads: the rows of a block and no more, whatever the depth; the network's own pass
+    holds less than these."""
     of_block = 4 * 3 * 128 * 257
     for depth, batch in ((2, 1), (5, 1), (2, 3)):
         seen = memory(depth, batch, 128)

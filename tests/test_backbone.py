@@ -43,7 +43,9 @@ def as_timm(ours: ViT, image_size):
 @pytest.mark.parametrize("layerscale", [None, 1e-5])
 @pytest.mark.parametrize("size", [(224, 224), (160, 272), (100, 75)])
 def test_equals_timm(n_registers, layerscale, size):
-    ours = randomize(ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias"))
+    ours = randomize(
+        ViT(**SMALL, n_registers=n_registers, layerscale=layerscale, pos_interpolation="bicubic_antialias")
+    )
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens, expected = ours(x), as_timm(ours, size).forward_features(x)
@@ -65,11 +67,15 @@ def test_feature_map_is_the_patch_grid():
 
 
 def test_registered_names_and_sizes():
-    assert backbone_names() == sorted(f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4"))
+    assert backbone_names() == sorted(
+        f"vit_{s}_patch16{r}" for s in ("tiny", "small", "base", "large") for r in ("", "_reg4")
+    )
     model = build_backbone("vit_small_patch16_reg4", patch_size=14, depth=1)
     assert (model.embed_dim, model.n_registers, model.patch_size) == (384, 4, 14)
     n_parameters = sum(p.numel() for p in build_backbone("vit_small_patch16").parameters())
-    assert n_parameters == sum(p.numel() for p in timm.create_model("vit_small_patch16_224", num_classes=0).parameters())
+    assert n_parameters == sum(
+        p.numel() for p in timm.create_model("vit_small_patch16_224", num_classes=0).parameters()
+    )
 
 
 def test_drop_path_keeps_the_mean_and_is_off_in_eval():
@@ -104,14 +110,21 @@ def test_masks_replace_content_or_position_alone():
         torch.testing.assert_close(content[0, 1 + 5], model.mask_token[0] + p)
         torch.testing.assert_close(position[0, 1 + 5], plain[0, 1 + 5] - p + model.pos_mask_token[0])
     others = [i for i in range(17) if i != 6]
-    assert torch.equal(content[0, others], plain[0, others]) and torch.equal(position[0, others], plain[0, others])
+    assert torch.equal(content[0, others], plain[0, others]) and torch.equal(
+        position[0, others], plain[0, others]
+    )
 
 
 @pytest.mark.parametrize("pos_encoding", ["field", "standard"])
 def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
     model_kwargs = dict(depth=2, pos_encoding=pos_encoding, n_registers=4, layerscale=1e-5, mask_tokens=True)
     model = randomize(build_backbone("vit_tiny_patch16", **model_kwargs))
-    path = save_backbone(tmp_path / "b.safetensors", model.state_dict(), name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
+    path = save_backbone(
+        tmp_path / "b.safetensors",
+        model.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=model.model_kwargs,
+    )
     again = build_backbone("vit_tiny_patch16", weights=path).eval()
     assert "mask_token" not in again.state_dict()
     assert "mask_token" in build_backbone("vit_tiny_patch16", weights=path, mask_tokens=True).state_dict()
@@ -121,7 +134,9 @@ def test_file_round_trip_builds_the_same_network(tmp_path, pos_encoding):
 
 
 def test_timm_state_dict_is_recognized(tmp_path):
-    theirs = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True))
+    theirs = randomize(
+        timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True)
+    )
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     ours = build_backbone("vit_tiny_patch16", weights=tmp_path / "timm.pth").eval()
     x = torch.randn(1, 3, 96, 160)
@@ -133,7 +148,9 @@ def save_tiny(tmp_path, edit):
     model = build_backbone("vit_tiny_patch16", depth=1)
     state = dict(model.state_dict())
     edit(state)
-    return save_backbone(tmp_path / "b.safetensors", state, name="vit_tiny_patch16", model_kwargs=model.model_kwargs)
+    return save_backbone(
+        tmp_path / "b.safetensors", state, name="vit_tiny_patch16", model_kwargs=model.model_kwargs
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,13 +213,20 @@ def packed_inputs(dtype=torch.float64):
         torch.rand(4, generator=g) < 0.5,
         torch.rand(4, 16, generator=g) < 0.3,
     )
-    small = ViewGroup(torch.randn(6, 3, 32, 32, generator=g, dtype=dtype), torch.rand(6, 4, generator=g).sort(1).values, None)
+    small = ViewGroup(
+        torch.randn(6, 3, 32, 32, generator=g, dtype=dtype),
+        torch.rand(6, 4, generator=g).sort(1).values,
+        None,
+    )
     return [large, small]
 
 
 def packed_model(dtype=torch.float64, **model_kwargs):
     torch.manual_seed(0)
-    model_kwargs = dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1) | model_kwargs
+    model_kwargs = (
+        dict(depth=3, pos_encoding="field", pos_grid=7, n_registers=2, mask_tokens=True, layerscale=0.1)
+        | model_kwargs
+    )
     return build_backbone("vit_tiny_patch16", **model_kwargs).to(dtype)
 
 
@@ -214,14 +238,22 @@ def packed_gradients(model, forward, autocast=False):
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         large, small = forward(packed_inputs(next(model.parameters()).dtype))
-        # Sums, and sums of squares, of LayerNorm's output are constants: their gradient would be rounding alone.
+        # Sums, and sums of squares, of LayerNorm's output are constants: their gradient would be rounding
+        # alone.
         loss = sum((tokens * ramp(tokens)).sum() for tokens in (large.patches, small.cls, large.registers))
     loss.backward()
-    return [large.cls, large.patches, small.cls, small.patches, *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [
+        large.cls,
+        large.patches,
+        small.cls,
+        small.patches,
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
 
 
 @pytest.mark.parametrize(
-    "dtype, autocast, tolerance", [(torch.float64, False, 1e-9), (torch.float32, False, 1e-5), (torch.float32, True, 0.03)]
+    "dtype, autocast, tolerance",
+    [(torch.float64, False, 1e-9), (torch.float32, False, 1e-5), (torch.float32, True, 0.03)],
 )
 def test_packed_views_equal_a_pass_for_each_size(dtype, autocast, tolerance):
     """Tokens and every parameter's gradient; under bf16 autocast to 3 % of the largest value."""
@@ -252,7 +284,8 @@ def some_patches(batch, n_patches, n, seed=0):
 
 
 def by_hand(model, group, visible):
-    """Tokens of the visible patches: each image alone, its sequence put together patch by patch, then blocks and norm."""
+    """Tokens of the visible patches: each image alone, its sequence put together patch by patch, then
+    blocks and norm."""
     content, at = model.patch_embed(group.x), model.positions((4, 4), group.boxes, group.flips)
     at = at.expand(len(group.x), -1, -1)
     rows = []
@@ -268,12 +301,15 @@ def by_hand(model, group, visible):
 @pytest.mark.parametrize("encoding", ["field", "standard"])
 @pytest.mark.parametrize("rule", ["none", "full", "selective"])
 def test_visible_patches_are_run_alone(encoding, rule):
-    """Tokens and gradients, in a pass of their own and packed with crops of another size, whose patches are all there."""
+    """Tokens and gradients, in a pass of their own and packed with crops of another size, whose patches
+    are all there."""
     model = packed_model(pos_encoding=encoding, pos_grid=7)
     visible = some_patches(4, 16, 5)
 
     def gradients(forward):
-        return packed_gradients(model, lambda groups: forward(groups[0]._replace(content_mask=None), groups[1]))
+        return packed_gradients(
+            model, lambda groups: forward(groups[0]._replace(content_mask=None), groups[1])
+        )
 
     expected = gradients(lambda large, small: [by_hand(model, large, visible), model(*small)])
     alone = gradients(lambda large, small: [model(*large._replace(visible=visible)), model(*small)])
@@ -302,7 +338,10 @@ def test_every_patch_visible_in_order_is_the_usual_pass():
     large, small = packed_inputs(torch.float32)
     everything = torch.arange(16).expand(4, -1)
     with torch.no_grad():
-        for one, two in zip(model.forward_views([large, small]), model.forward_views([large._replace(visible=everything), small])):
+        for one, two in zip(
+            model.forward_views([large, small]),
+            model.forward_views([large._replace(visible=everything), small]),
+        ):
             assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
@@ -317,7 +356,9 @@ def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
     torch.manual_seed(3)
     paths = model.draw_paths([(4, 5), (3, 2)], "cpu")
     torch.manual_seed(3)
-    assert torch.equal(model.draw_paths([(4, 5)], "cpu"), paths[:, :, :20])  # the first group alone draws the same
+    assert torch.equal(
+        model.draw_paths([(4, 5)], "cpu"), paths[:, :, :20]
+    )  # the first group alone draws the same
     assert paths.shape == (3, 2, 26, 1)
     of_crops = paths[:, :, :20, 0].unflatten(2, (4, 5))
     assert (of_crops == of_crops[..., :1]).all()
@@ -330,7 +371,10 @@ def test_paths_are_dropped_for_whole_crops_and_drawn_group_by_group():
 def test_compiled_blocks_give_the_same_gradients():
     """torch.compile block by block, in a packed pass: tokens and gradients to 1e-5."""
     model, visible = packed_model(torch.float32), some_patches(4, 16, 5)
-    passes = [model.forward_views, lambda groups: model.forward_views([groups[0]._replace(visible=visible), groups[1]])]
+    passes = [
+        model.forward_views,
+        lambda groups: model.forward_views([groups[0]._replace(visible=visible), groups[1]]),
+    ]
     eager = [packed_gradients(model, forward) for forward in passes]
     for block in model.blocks:
         block.compile()

@@ -1,4 +1,5 @@
-"""What other methods' networks lack: [CLS], the final norm, positions. Each against the formulas, from the tensors alone."""
+"""What other methods' networks lack: [CLS], the final norm, positions. Each against the formulas, from the
+tensors alone."""
 
 import itertools
 
@@ -43,19 +44,30 @@ def restated(state, model_kwargs, x):
     def linear(name, tokens):
         return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
-    tokens = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16).flatten(2).mT
+    tokens = (
+        F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16).flatten(2).mT
+    )
     cls = state["cls_token"] if model_kwargs["has_cls"] else torch.zeros(1, 0, 192)
     if model_kwargs["pos_encoding"] == "standard":
-        cls, tokens = cls + state["pos_embed"][:, : cls.shape[1]], tokens + state["pos_embed"][:, cls.shape[1] :]
-    if model_kwargs["pos_encoding"] == "field":  # 9 x 9 samples, of which each second lies at the center of one of 4 x 4 patches
+        cls, tokens = (
+            cls + state["pos_embed"][:, : cls.shape[1]],
+            tokens + state["pos_embed"][:, cls.shape[1] :],
+        )
+    if (
+        model_kwargs["pos_encoding"] == "field"
+    ):  # 9 x 9 samples, of which each second lies at the center of one of 4 x 4 patches
         cls = cls + state["cls_pos"] if model_kwargs["has_cls"] else cls
         tokens = tokens + state["pos_field"][..., 1::2, 1::2].flatten(2).mT
     tokens = torch.cat([cls.expand(len(x), -1, -1), tokens], 1)
     for block in ("blocks.0", "blocks.1"):
         q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", tokens)).chunk(3, dim=-1)
-        heads = [(q_ @ k_.mT / 8).softmax(-1) @ v_ for q_, k_, v_ in zip(*(t.split(64, -1) for t in (q, k, v)))]
+        heads = [
+            (q_ @ k_.mT / 8).softmax(-1) @ v_ for q_, k_, v_ in zip(*(t.split(64, -1) for t in (q, k, v)))
+        ]
         tokens = tokens + linear(f"{block}.attn.proj", torch.cat(heads, -1))
-        tokens = tokens + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens))))
+        tokens = tokens + linear(
+            f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens)))
+        )
     return norm("norm", tokens) if model_kwargs["final_norm"] else tokens
 
 
@@ -67,9 +79,11 @@ def images(*size):
 def test_features_equal_the_formulas_and_what_is_absent_has_no_tensor(model_kwargs):
     vit, x = variant(model_kwargs), images(64, 64)
     state = vit.state_dict()
-    own = {"none": [], "standard": ["pos_embed"], "field": ["pos_field"] + ["cls_pos"] * model_kwargs["has_cls"]}[
-        model_kwargs["pos_encoding"]
-    ]
+    own = {
+        "none": [],
+        "standard": ["pos_embed"],
+        "field": ["pos_field"] + ["cls_pos"] * model_kwargs["has_cls"],
+    }[model_kwargs["pos_encoding"]]
     own += ["cls_token"] * model_kwargs["has_cls"] + ["norm"] * model_kwargs["final_norm"]
     assert {key.split(".")[0] for key in state} == {"patch_embed", "blocks", *own}
     with torch.no_grad():
@@ -89,13 +103,16 @@ def test_features_equal_the_formulas_and_what_is_absent_has_no_tensor(model_kwar
 @EACH
 def test_a_file_builds_the_same_network(tmp_path, model_kwargs):
     vit, x = variant(model_kwargs, n_registers=2), images(40, 70)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
+    file = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs
+    )
     again = build_backbone(TINY, file).eval()
     assert again.model_kwargs == vit.model_kwargs
     with torch.no_grad():
         assert all(torch.equal(one, two) for one, two in zip(again(x), vit(x)))
     with pytest.raises(
-        UserError, match=f"has_cls={model_kwargs['has_cls']}, but has_cls={not model_kwargs['has_cls']} is asked for"
+        UserError,
+        match=f"has_cls={model_kwargs['has_cls']}, but has_cls={not model_kwargs['has_cls']} is asked for",
     ):
         build_backbone(TINY, file, has_cls=not model_kwargs["has_cls"])
 
@@ -105,7 +122,12 @@ def test_detectors_take_it(model_kwargs):
     vit, x = variant(model_kwargs), images(64, 64)
     with torch.no_grad():
         assert torch.equal(detection_features(vit, x, FeatureOptions()), vit.feature_map(x))
-        assert detection_features(vit, x, FeatureOptions(window_size=3, global_blocks=1)).shape == (2, 192, 4, 4)
+        assert detection_features(vit, x, FeatureOptions(window_size=3, global_blocks=1)).shape == (
+            2,
+            192,
+            4,
+            4,
+        )
     options = FeatureOptions(final_norm=False, keep_special_tokens=False)
     prepare(vit, options)
     with torch.no_grad():
@@ -114,17 +136,22 @@ def test_detectors_take_it(model_kwargs):
             content = block(content)
     got = detection_features(vit, x, options)
     torch.testing.assert_close(got, content.mT.unflatten(2, (4, 4)), rtol=0, atol=1e-6)
-    got.sum().backward()  # every parameter that learns gets a gradient: DistributedDataParallel waits for each
+    # Every parameter that learns gets a gradient: DistributedDataParallel waits for each
+    got.sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in vit.parameters())
 
 
-@pytest.mark.parametrize("model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="field")], ids=str)
+@pytest.mark.parametrize(
+    "model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="field")], ids=str
+)
 def test_segmentation_takes_it(tmp_path, model_kwargs):
     pytest.importorskip("mmseg", reason="MMSegmentation is not installed (pip install 'posfield[seg]')")
     from seg_plugin.backbone import PosfieldViT
 
     vit, x = variant(model_kwargs), images(48, 64)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
+    file = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs
+    )
     model = PosfieldViT(TINY, file, checkpointing=True)
     (got,) = model(x)
     torch.testing.assert_close(got, vit.feature_map(x), rtol=0, atol=1e-5)
@@ -132,7 +159,9 @@ def test_segmentation_takes_it(tmp_path, model_kwargs):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="standard")], ids=str)
+@pytest.mark.parametrize(
+    "model_kwargs", [BARE, dict(BARE, has_cls=True), dict(BARE, pos_encoding="standard")], ids=str
+)
 def test_a_program_does_what_it_does(tmp_path, model_kwargs):
     assert export(variant(model_kwargs), "torch", (40, 64), tmp_path / "a.pt2") < 1e-5
 
@@ -150,13 +179,24 @@ def test_positions_that_are_not_there_have_no_grid():
             dict(has_cls=False, layerscale=1e-5, pos_encoding="field", pos_grid=4),
             r"backbone\.weights: .*b\.safetensors has no \[CLS\] token",
         ),
-        (dict(pos_encoding="none"), r"b\.safetensors was made with pos_encoding='none', but pos_encoding='field' is asked for"),
+        (
+            dict(pos_encoding="none"),
+            r"b\.safetensors was made with pos_encoding='none', but pos_encoding='field' is asked for",
+        ),
     ],
     ids=["no-cls", "no-positions"],
 )
 def test_pretraining_cannot_start_from_such_a_file(tmp_path, model_kwargs, said):
     vit = build_backbone(TINY, depth=2, **model_kwargs)
-    file = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
-    settings = [f"backbone.name={TINY}", "backbone.depth=2", "positions.grid=4", "data.root=x", f"backbone.weights={file}"]
+    file = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs
+    )
+    settings = [
+        f"backbone.name={TINY}",
+        "backbone.depth=2",
+        "positions.grid=4",
+        "data.root=x",
+        f"backbone.weights={file}",
+    ]
     with pytest.raises(UserError, match=said):
         Intertwined(load_config(None, settings))

@@ -1,4 +1,5 @@
-"""What `tools/benchmark.py det` and `det-step` measure, at tiny sizes; the bounds are the tool's own. Needs Detectron2."""
+"""What `tools/benchmark.py det` and `det-step` measure, at tiny sizes; the bounds are the tool's own.
+Needs Detectron2."""
 
 import json
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+pytest.importorskip(
+    "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+)
 
 from det_plugin.benchmark import backbone as det
 from det_plugin.benchmark import step
@@ -33,12 +36,26 @@ def test_contenders_are_alike_or_the_measure_stops(monkeypatch):
 
 def test_the_tool_leaves_the_ratios(tmp_path):
     tool = Path(__file__).parents[1] / "tools" / "benchmark.py"
-    words = ["det", "--backbone", TINY, "--image-px", "64", "--rounds", "1", "--device", "cpu", "--json", tmp_path / "f.json"]
+    words = [
+        "det",
+        "--backbone",
+        TINY,
+        "--image-px",
+        "64",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "f.json",
+    ]
     out = subprocess.run([sys.executable, tool, *words], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     found = json.loads((tmp_path / "f.json").read_text())
     for name, bound in (("time_ratio", 0.55), ("memory_ratio", 0.3), ("memory_ratio_checkpointed", 0.12)):
-        assert found[name] > 0 and f"{name} {found[name]}  (at most {bound})" in out.stdout.replace("0.30", "0.3")
+        assert found[name] > 0 and f"{name} {found[name]}  (at most {bound})" in out.stdout.replace(
+            "0.30", "0.3"
+        )
     assert all(found[name]["seconds"] > 0 < found[name]["peak_mib"] for name in (*det.OURS, *det.THEIRS))
 
 
@@ -49,13 +66,25 @@ def test_a_step_trains_every_part(name):
     train = step.Step(step.build(name, recipe, TINY, dict(depth=4)), recipe, torch.device("cpu"))
     before = {key: p.detach().clone() for key, p in train.model.named_parameters()}
     train(step.synthetic_batch(recipe, 2))
-    same = {key.split(".")[0] for key, p in train.model.named_parameters() if p.requires_grad and torch.equal(p, before[key])}
-    assert not same and {key.split(".")[0] for key in before} == {"backbone", "proposal_generator", "roi_heads"}
+    same = {
+        key.split(".")[0]
+        for key, p in train.model.named_parameters()
+        if p.requires_grad and torch.equal(p, before[key])
+    }
+    assert not same and {key.split(".")[0] for key in before} == {
+        "backbone",
+        "proposal_generator",
+        "roi_heads",
+    }
 
 
 def test_steps_of_several_batch_sizes_are_measured(monkeypatch):
-    found = step.measure(TINY, [2, 1], 1, "cpu", contenders=["ours"], model_kwargs=dict(depth=1), overrides=SMALL)
-    assert list(found["ours"]) == ["1", "2"] and all(f["img_per_s"] > 0 < f["peak_mib"] for f in found["ours"].values())
+    found = step.measure(
+        TINY, [2, 1], 1, "cpu", contenders=["ours"], model_kwargs=dict(depth=1), overrides=SMALL
+    )
+    assert list(found["ours"]) == ["1", "2"] and all(
+        f["img_per_s"] > 0 < f["peak_mib"] for f in found["ours"].values()
+    )
 
     def no_memory(self, batch):
         raise torch.cuda.OutOfMemoryError

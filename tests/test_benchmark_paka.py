@@ -14,7 +14,10 @@ from pretrain.errors import UserError
 from pretrain.settings import as_dict
 from pretrain.weights import read_checkpoint
 
-TINY, SMALL = "vit_tiny_patch16", ["backbone.depth=1", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16"]
+TINY, SMALL = (
+    "vit_tiny_patch16",
+    ["backbone.depth=1", "heads.n_prototypes=64", "heads.hidden_dim=32", "heads.bottleneck_dim=16"],
+)
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"
 
 
@@ -31,7 +34,9 @@ def test_contenders_are_the_recipes(name, file, patch_size):
     own = "backbone.weights=w"
     file_config = load_config(CONFIGS / file, [own] * (name != "dinov2"))
     backbone, batch_size = file_config.backbone.name, file_config.optim.batch_size
-    config = load_config(RECIPES[name], [*words_of(backbone, patch_size, batch_size)[name], *([own] * (name != "dinov2"))])
+    config = load_config(
+        RECIPES[name], [*words_of(backbone, patch_size, batch_size)[name], *([own] * (name != "dinov2"))]
+    )
     one, two = as_dict(config), as_dict(file_config)
     groups = {"crops", "positions", "color", "masks", "losses", "alignment", "heads", "optim"} & one.keys()
     assert len(groups) >= 6 and one.keys() == two.keys()
@@ -49,33 +54,61 @@ def test_baseline_with_patches_of_14_px_sees_crops_of_224_px():
 def test_the_start_is_the_network_that_the_baseline_trains(tmp_path):
     words = [*words_of(f"{TINY}_reg4", 14, 2)["dinov2"], *SMALL]
     model_kwargs = read_checkpoint(write_start(tmp_path / "b.safetensors", words)).model_kwargs
-    assert {model_kwargs[key] for key in ("n_registers", "depth", "layerscale", "patch_size")} == {4, 1, 1e-5, 14}
+    assert {model_kwargs[key] for key in ("n_registers", "depth", "layerscale", "patch_size")} == {
+        4,
+        1,
+        1e-5,
+        14,
+    }
 
 
 def test_arithmetic_of_a_whole_run():
     """The paper's 14 hours are what 1.09 s a step at 64 images would take."""
     found = full_run({"paka": 14 * 3600 / 46_200}, 64)
     assert found["hours_full_run"] == {"paka": 14.0}
-    assert found["arithmetic"]["paka"] == "25 epochs * floor(118287 images / 64 images a step) = 46200 steps * 1.091 s = 14 h"
+    assert (
+        found["arithmetic"]["paka"]
+        == "25 epochs * floor(118287 images / 64 images a step) = 46200 steps * 1.091 s = 14 h"
+    )
 
 
 def in_this_process(contenders, device, rounds):
-    """:func:`pretrain.benchmark.turns.in_turns` without the seconds that starting processes takes (test_benchmark_turns.py)."""
+    """:func:`pretrain.benchmark.turns.in_turns` without the seconds that starting processes takes
+    (test_benchmark_turns.py)."""
     assert device == "cpu"
     found = {}
     for name, contender in contenders.items():
         make, arguments = pickle.loads(pickle.dumps(contender))  # as it goes to a process
         make(*arguments)()
-        found[name] = Figures([{"dinov2": 4.0, "paka": 2.0, "gram": 1.0}[name]] * rounds, 100.0 if name == "dinov2" else 80.0)
+        found[name] = Figures(
+            [{"dinov2": 4.0, "paka": 2.0, "gram": 1.0}[name]] * rounds, 100.0 if name == "dinov2" else 80.0
+        )
     return found
 
 
 def test_the_tool_leaves_the_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pretrain.benchmark.paka.in_turns", in_this_process)
-    words = ["--backbone", TINY, "--batch", "1", "--rounds", "1", "--device", "cpu", "--json", str(tmp_path / "f.json"), *SMALL]
+    words = [
+        "--backbone",
+        TINY,
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "f.json"),
+        *SMALL,
+    ]
     load_tool("benchmark").main(["paka", *words])
     found, shown = json.loads((tmp_path / "f.json").read_text()), capsys.readouterr().out
-    for name, value in {"time_ratio": 0.5, "memory_ratio": 0.8, "gram_time_ratio": 0.25, "gram_memory_ratio": 0.8}.items():
+    for name, value in {
+        "time_ratio": 0.5,
+        "memory_ratio": 0.8,
+        "gram_time_ratio": 0.25,
+        "gram_memory_ratio": 0.8,
+    }.items():
         assert found[name] == value and f"{name} {value}" in shown
     assert found["seconds"] == {"dinov2": 4.0, "paka": 2.0, "gram": 1.0}
     assert found["img_per_s"] == {"dinov2": 0.25, "paka": 0.5, "gram": 1.0}

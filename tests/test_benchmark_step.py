@@ -9,7 +9,10 @@ from tool_fixture import load_tool
 def test_the_tool_leaves_the_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pretrain.benchmark.step.WARM_UP", 0)
     settings = [word for word in TINY if word.startswith(("crops.", "heads.", "backbone.depth"))]
-    words = [*"--backbone vit_tiny_patch16 --batch 2 --rounds 1 --device cpu --json".split(), str(tmp_path / "f.json")]
+    words = [
+        *"--backbone vit_tiny_patch16 --batch 2 --rounds 1 --device cpu --json".split(),
+        str(tmp_path / "f.json"),
+    ]
     load_tool("benchmark").main(["step", *words, *settings])
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["method_over_baseline"] > 0 and len(found["turns"]) == 1 and found["batch_size"] == 2

@@ -24,6 +24,9 @@ def test_ratios_and_peaks_are_those_of_each_process():
     found = in_turns({"ours": (hold, (64,)), "theirs": (hold, (256,))}, "cpu", 2)
     assert [len(f.seconds) for f in found.values()] == [2, 2]
     assert 64 <= found["ours"].peak_mib < 128 and 256 <= found["theirs"].peak_mib < 320
-    assert ratio(Figures([1.0, 9.0, 2.0], 10.0), Figures([2.0, 1.0, 4.0], 40.0)) == {"time": 0.5, "memory": 0.25}
+    assert ratio(Figures([1.0, 9.0, 2.0], 10.0), Figures([2.0, 1.0, 4.0], 40.0)) == {
+        "time": 0.5,
+        "memory": 0.25,
+    }
     with pytest.raises(UserError, match="nothing to measure"):
         in_turns({"ours": (refuse, (1,))}, "cpu", 1)

@@ -1,6 +1,8 @@
-"""Checkpoints: exact, whole whenever the process is killed, refused when damaged or hostile, the same over any number of ranks.
+"""Checkpoints: exact, whole whenever the process is killed, refused when damaged or hostile, the same over
+any number of ranks.
 
-Run as a program, this file is one rank of the tests of the sharded layout: ``test_checkpoint.py save|load FOLDER RANKS RANK``.
+Run as a program, this file is one rank of the tests of the sharded layout: ``test_checkpoint.py save|load
+FOLDER RANKS RANK``.
 """
 
 import json
@@ -62,12 +64,21 @@ def state(offset=0.0):
     }
 
 
-SHARDS = {"matrix": Shard(0), "bf16": Shard(0), "strided": Shard(1), "float64": Replicate(), "shared": Shard(1)}
+SHARDS = {
+    "matrix": Shard(0),
+    "bf16": Shard(0),
+    "strided": Shard(1),
+    "float64": Replicate(),
+    "shared": Shard(1),
+}
 
 
 def distributed_state(mesh, offset=0.0):
     """:func:`state` with some DTensors: uneven shards, fewer rows than ranks, other dimensions, replicas."""
-    return {n: distribute_tensor(x.clone(), mesh, [SHARDS[n]]) if n in SHARDS else x for n, x in state(offset).items()}
+    return {
+        n: distribute_tensor(x.clone(), mesh, [SHARDS[n]]) if n in SHARDS else x
+        for n, x in state(offset).items()
+    }
 
 
 def assert_equal(ours, theirs):
@@ -75,7 +86,9 @@ def assert_equal(ours, theirs):
     for name, x in theirs.items():
         y = ours[name].full_tensor() if isinstance(ours[name], DTensor) else ours[name]
         assert (y.dtype, y.shape) == (x.dtype, x.shape), name
-        assert torch.equal(y.contiguous().view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8)), name
+        assert torch.equal(
+            y.contiguous().view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8)
+        ), name
 
 
 def zeros_like(tensors):
@@ -108,7 +121,9 @@ def test_every_dtype_round_trips(tmp_path):
     target = zeros_like(state())
     load(found, target)
     assert_equal(target, state())
-    assert {n: (e.dtype, e.shape) for n, e in found.contents().items()} == {n: (x.dtype, x.shape) for n, x in state().items()}
+    assert {n: (e.dtype, e.shape) for n, e in found.contents().items()} == {
+        n: (x.dtype, x.shape) for n, x in state().items()
+    }
 
 
 def test_nested_state_round_trips(tmp_path):
@@ -118,13 +133,33 @@ def test_nested_state_round_trips(tmp_path):
     module(torch.ones(1, 3).double()).sum().backward()
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38).state_dict()
-    odd = [(), [], {}, {1: (True, None)}, "é", 2**70, 0.1 + 0.2, -0.0, float("-inf"), {"tensor": "x"}, {"mapping": 1}]
-    given = {"n": 3, "model": module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler, "odd": odd}
+    odd = [
+        (),
+        [],
+        {},
+        {1: (True, None)},
+        "é",
+        2**70,
+        0.1 + 0.2,
+        -0.0,
+        float("-inf"),
+        {"tensor": "x"},
+        {"mapping": 1},
+    ]
+    given = {
+        "n": 3,
+        "model": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler,
+        "odd": odd,
+    }
     found = open_checkpoint(save_state(tmp_path, 3, given, keep=1))
     assert found.iteration == 3 and "model.weight" in found.contents()
     again = load_state(found)
     assert again.keys() == given.keys() and repr(again["odd"]) == repr(odd) and again["scaler"] == scaler
-    assert repr(again["optimizer"]) == repr(given["optimizer"]) and torch.equal(again["model"]["weight"], module.weight)
+    assert repr(again["optimizer"]) == repr(given["optimizer"]) and torch.equal(
+        again["model"]["weight"], module.weight
+    )
     other = torch.optim.AdamW(module.parameters())
     other.load_state_dict(again["optimizer"])
     for ours, theirs in zip(other.state.values(), optimizer.state.values()):
@@ -134,7 +169,16 @@ def test_nested_state_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [None, {"x": {"tensor": "y"}}, {"x": {"tensor": []}}, {"x": {"pickle": "x"}}, {"x": {}}, {"x": {"mapping": 3}}, []]
+    "bad",
+    [
+        None,
+        {"x": {"tensor": "y"}},
+        {"x": {"tensor": []}},
+        {"x": {"pickle": "x"}},
+        {"x": {}},
+        {"x": {"mapping": 3}},
+        [],
+    ],
 )
 def test_a_state_that_is_described_wrongly_is_named(tmp_path, bad):
     found = open_checkpoint(save(tmp_path, 1, state(), {"state": bad}, keep=1))
@@ -165,7 +209,8 @@ class Killed(BaseException):
 
 
 def kill_at(patch, step):
-    """Let the process end right before its ``step``-th change of the file system; removing a folder is cut off half-way."""
+    """Let the process end right before its ``step``-th change of the file system; removing a folder is cut
+    off half-way."""
     count = iter(range(1, 10**6))
 
     def counted(module, name, half=lambda *a: None):
@@ -196,7 +241,9 @@ def kill_at(patch, step):
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
 @pytest.mark.parametrize(
-    "iterations, keep", [((4,), 1), ((2, 4), 1), ((4, 6), 2), ((6,), 1)], ids=["first", "prune", "keep", "again"]
+    "iterations, keep",
+    [((4,), 1), ((2, 4), 1), ((4, 6), 2), ((6,), 1)],
+    ids=["first", "prune", "keep", "again"],
 )
 def test_killed_at_any_step_leaves_a_whole_one(tmp_path, request, layout, iterations, keep):
     if layout == "sharded":
@@ -214,7 +261,9 @@ def test_killed_at_any_step_leaves_a_whole_one(tmp_path, request, layout, iterat
             except (Killed, RuntimeError):  # DCP wraps whatever a rank raises
                 finished = False
         found, messages = newest(folder)
-        assert messages == [] and found.tensors()["x"].item() in ((60.0,) if finished else (float(iterations[-1]), 60.0))
+        assert messages == [] and found.tensors()["x"].item() in (
+            (60.0,) if finished else (float(iterations[-1]), 60.0)
+        )
         assert all(open_checkpoint(path) for path in whole_directories(folder))  # no .tmp in the name: whole
         clean(folder)
         assert not list(folder.glob("checkpoints/*.tmp"))
@@ -304,9 +353,14 @@ def test_a_malicious_pickle_is_refused_wherever_it_lies(tmp_path, one_rank):
                     if found is None:
                         assert name in messages[0]
                         continue
-                    with pytest.raises(UserError, match=name):  # a shard is not opened before its values are asked for
+                    with pytest.raises(
+                        UserError, match=name
+                    ):  # a shard is not opened before its values are asked for
                         found.tensors()
-                    for target in (torch.zeros(5, 3), distribute_tensor(torch.zeros(5, 3), one_rank, [Shard(0)])):
+                    for target in (
+                        torch.zeros(5, 3),
+                        distribute_tensor(torch.zeros(5, 3), one_rank, [Shard(0)]),
+                    ):
                         with pytest.raises(UserError, match=name):
                             load(found, {"matrix": target})
     theirs = tmp_path / "run" / "checkpoints" / "it_00000009"
@@ -453,9 +507,13 @@ def test_a_writer_removes_what_a_killed_run_left(tmp_path):
 
 def ranks(n, action, folder):
     """Run this file as ``n`` gloo ranks."""
-    env, pipes = {**os.environ, "OMP_NUM_THREADS": "1"}, {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env, pipes = (
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+    )
     started = [
-        subprocess.Popen([sys.executable, __file__, action, str(folder), str(n), str(rank)], env=env, **pipes) for rank in range(n)
+        subprocess.Popen([sys.executable, __file__, action, str(folder), str(n), str(rank)], env=env, **pipes)
+        for rank in range(n)
     ]
     try:
         for process in started:
@@ -472,23 +530,35 @@ def test_shards_of_two_ranks_are_read_by_one_two_and_three(tmp_path, one_rank):
     ranks(3, "load", tmp_path)
     found = open_checkpoint(tmp_path / "sync" / "checkpoints" / "it_00000004")
     assert found.layout == "sharded" and found.meta == {**META, "iteration": 4, "layout": "sharded"}
-    assert {p.name for p in found.path.glob("*.safetensors")} == {f"shard_0000{rank}.safetensors" for rank in range(2)}
+    assert {p.name for p in found.path.glob("*.safetensors")} == {
+        f"shard_0000{rank}.safetensors" for rank in range(2)
+    }
     assert_equal(found.tensors(), state())
-    for target in (zeros_like(state()), {n: torch.zeros_like(x) for n, x in distributed_state(one_rank).items()}):
+    for target in (
+        zeros_like(state()),
+        {n: torch.zeros_like(x) for n, x in distributed_state(one_rank).items()},
+    ):
         load(found, target)
         assert_equal(target, state())
     assert_equal(newest(tmp_path / "late")[0].tensors(), state())
     for folder in (tmp_path / "one_file", tmp_path / "sync"):
         path = consolidate(found, folder)
-        assert path.name == "it_00000004" and sorted(os.listdir(path)) == ["manifest.json", "meta.json", "state.safetensors"]
+        assert path.name == "it_00000004" and sorted(os.listdir(path)) == [
+            "manifest.json",
+            "meta.json",
+            "state.safetensors",
+        ]
         again = newest(folder)[0]
         assert again.layout == "single" and again.meta == {**META, "iteration": 4, "layout": "single"}
         assert_equal(again.tensors(), state())
 
 
 def as_rank(action, folder, n, rank):
-    """What each rank does: save shards, now and in the background; load them and a single file into other shards."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{action}", rank=rank, world_size=n)
+    """What each rank does: save shards, now and in the background; load them and a single file into other
+    shards."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous_{action}", rank=rank, world_size=n
+    )
     mesh = init_device_mesh("cpu", (n,))
     if action == "save":
         for iteration in (2, 4):

@@ -14,12 +14,18 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
+    ).to(dtype)
 
 
 def inputs(n_student, n_teacher, n_samples, dtype, width=8, n_prototypes=50):
-    student = HeadOutput(unit(n_student, n_samples, width, dtype=dtype, seed=1), unit(n_prototypes, width, dtype=dtype, seed=2))
-    teacher = HeadOutput(unit(n_teacher, n_samples, width, dtype=dtype, seed=3), unit(n_prototypes, width, dtype=dtype, seed=4))
+    student = HeadOutput(
+        unit(n_student, n_samples, width, dtype=dtype, seed=1), unit(n_prototypes, width, dtype=dtype, seed=2)
+    )
+    teacher = HeadOutput(
+        unit(n_teacher, n_samples, width, dtype=dtype, seed=3), unit(n_prototypes, width, dtype=dtype, seed=4)
+    )
     center = 0.1 * unit(1, n_prototypes, dtype=dtype, seed=5)
     generator = torch.Generator().manual_seed(6)
     pairs = torch.rand(n_student, n_teacher, generator=generator, dtype=torch.float64).to(dtype)
@@ -41,11 +47,14 @@ def test_chunks_equal_the_plain_form(dtype, n_rows, views):
     plain = value_and_gradients(*given, 0)
     for one, two in zip(value_and_gradients(*given, n_rows), plain):
         assert one.dtype == dtype
-        torch.testing.assert_close(one, two, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * two.abs().max().item())
+        torch.testing.assert_close(
+            one, two, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * two.abs().max().item()
+        )
 
 
 def test_under_bf16_autocast_the_two_forms_differ_by_its_rounding():
-    """Stated tolerance: 1 % of the value, 5 % of the largest gradient (bfloat16 has 8 bits; logits reach 10)."""
+    """Stated tolerance: 1 % of the value, 5 % of the largest gradient (bfloat16 has 8 bits; logits reach
+    10)."""
     given = inputs(4, 2, 5, torch.float32, width=32)
     exact = value_and_gradients(*given, 0)
     for n_rows in (0, 6):
@@ -100,8 +109,13 @@ def test_never_more_rows_than_asked_for_exist(monkeypatch):
 def test_image_and_patch_loss_in_chunks(dtype=torch.float64):
     student, teacher, center, *_ = inputs(5, 2, 4, dtype)
     whole = image_loss(student, teacher, center, TEMPERATURES, 0)
-    torch.testing.assert_close(image_loss(student, teacher, center, TEMPERATURES, 6), whole, rtol=1e-12, atol=0)
-    rows = HeadOutput(student.bottleneck[0], student.prototypes), HeadOutput(teacher.bottleneck[0], teacher.prototypes)
+    torch.testing.assert_close(
+        image_loss(student, teacher, center, TEMPERATURES, 6), whole, rtol=1e-12, atol=0
+    )
+    rows = (
+        HeadOutput(student.bottleneck[0], student.prototypes),
+        HeadOutput(teacher.bottleneck[0], teacher.prototypes),
+    )
     weights = torch.tensor([0.5, 0.5, 1.0, 0.25], dtype=dtype)
     plain, chunked = (patch_loss(*rows, center, weights, 3, TEMPERATURES, n) for n in (0, 3))
     torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=0)
@@ -123,7 +137,10 @@ def test_prototypes_have_norm_one_and_the_gradient_of_normalization():
     weight = torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(unit_rows(weight), F.normalize(weight, dim=1))
     upstream = torch.randn(20, 4, dtype=torch.float64)
-    ours, torchs = (torch.autograd.grad(f(weight), weight, upstream)[0] for f in (unit_rows, lambda w: F.normalize(w, dim=1)))
+    ours, torchs = (
+        torch.autograd.grad(f(weight), weight, upstream)[0]
+        for f in (unit_rows, lambda w: F.normalize(w, dim=1))
+    )
     torch.testing.assert_close(ours, torchs)
     head = ProjectionHead(8, 20, hidden_dim=16, bottleneck_dim=4, n_layers=3).double()
     bottleneck, prototypes = head(torch.randn(7, 8, dtype=torch.float64))

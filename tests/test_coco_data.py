@@ -1,4 +1,5 @@
-"""COCO-format data as people have them: every layout, every oddity with a documented handling, every damage with a clear error."""
+"""COCO-format data as people have them: every layout, every oddity with a documented handling, every
+damage with a clear error."""
 
 import json
 import math
@@ -57,7 +58,7 @@ def ids(split):
     return [picture.id for picture in split.pictures]
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["coco", "roboflow", "plain", "plain instances", "yaml"])
@@ -85,7 +86,9 @@ def test_missing_files_are_named(root, tmp_path):
     with pytest.raises(UserError, match="no file .*nowhere and no folder"):
         locate(tmp_path / "nowhere", "train")
     (root / "train2017").rename(root / "images")
-    with pytest.raises(UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"):
+    with pytest.raises(
+        UserError, match=r"no folder .*train2017 for the images of .*instances_train2017\.json"
+    ):
         locate(root, "train")
     annotation_file(root, "train").unlink()
     with pytest.raises(UserError) as error:
@@ -111,7 +114,7 @@ def test_damaged_yaml_is_named(tmp_path, text, message):
         locate(tmp_path / "data.json", "train")
 
 
-# --- a share of the images --------------------------------------------------------------------------------------------
+# --- a share of the images --------------------------------------------------------------------------------
 
 
 def test_a_share_is_the_same_in_every_run_and_of_the_images_that_training_uses(tmp_path):
@@ -143,12 +146,14 @@ def test_a_share_can_be_recomputed_by_anyone():
     assert np.random.RandomState(0).permutation(10).tolist() == [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
 
 
-# --- what is allowed --------------------------------------------------------------------------------------------------
+# --- what is allowed --------------------------------------------------------------------------------------
 
 
 def add(content, **fields):
     """One more object, on the third image."""
-    known = dict(id=500, image_id=content["images"][2]["id"], category_id=3, bbox=[10, 10, 20, 20], area=400, iscrowd=0)
+    known = dict(
+        id=500, image_id=content["images"][2]["id"], category_id=3, bbox=[10, 10, 20, 20], area=400, iscrowd=0
+    )
     content["annotations"].append({**known, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]], **fields})
 
 
@@ -170,7 +175,13 @@ def perfect(root, category_ids=(3, 7, 90)):
             y, x = np.nonzero(mask)
             box = [int(x.min()), int(y.min()), int(x.max() - x.min() + 1), int(y.max() - y.min() + 1)]
             found.append(
-                dict(image_id=picture.id, category_id=category_ids[k], bbox=box, score=0.9, segmentation=encode_mask(mask > 0))
+                dict(
+                    image_id=picture.id,
+                    category_id=category_ids[k],
+                    bbox=box,
+                    score=0.9,
+                    segmentation=encode_mask(mask > 0),
+                )
             )
     return found
 
@@ -178,12 +189,17 @@ def perfect(root, category_ids=(3, 7, 90)):
 def mask_of(segmentation, height, width):
     api = coco_api().mask
     rles = api.frPyObjects(segmentation, height, width) if isinstance(segmentation, list) else segmentation
-    rles = api.frPyObjects(rles, height, width) if isinstance(rles, dict) and isinstance(rles["counts"], list) else rles
+    rles = (
+        api.frPyObjects(rles, height, width)
+        if isinstance(rles, dict) and isinstance(rles["counts"], list)
+        else rles
+    )
     return api.decode(api.merge(rles) if isinstance(rles, list) else rles)
 
 
 def test_crowd_only_and_empty_images(root):
-    """Out of training; in evaluation they are there, and what is found in a crowd is neither right nor wrong."""
+    """Out of training; in evaluation they are there, and what is found in a crowd is neither right nor
+    wrong."""
     for split in ("train", "val"):
         edit(annotation_file(root, split), lambda content: only_crowds(content, 1))
     assert ids(read(root)) == [1, 3, 4, 5] and ids(read(root, "val", False)) == [1001, 1002, 1003, 1004]
@@ -204,23 +220,35 @@ def test_objects_without_extent_or_mask_teach_nothing(root):
         add(content, id=500, bbox=[10, 10, 0, 20])
         add(content, id=501, bbox=[10, 10, 5, 0], segmentation=[])
         add(content, id=502, segmentation=[[10, 10, 30, 30]])  # two points
-        add(content, id=503, segmentation=[[10, 10], [10, 10, 30, 10, 30, 30, 10, 30]])  # the second one counts
+        add(
+            content, id=503, segmentation=[[10, 10], [10, 10, 30, 10, 30, 30, 10, 30]]
+        )  # the second one counts
 
     for split in ("train", "val"):
         edit(annotation_file(root, split), change)
     assert len(read(root).pictures[2].classes) == 3
     third = read(root, "val", False).pictures[2]
     assert len(third.classes) == 6 and [len(s) for s in third.segmentations[2:]] == [1, 0, 0, 1]
-    metrics = coco_metrics(annotation_file(root, "val"), perfect(root))  # all are counted, as COCO does; no crash
+    metrics = coco_metrics(
+        annotation_file(root, "val"), perfect(root)
+    )  # all are counted, as COCO does; no crash
     assert 30 < metrics["mask_ap"] < 100
-    truth = {annotation["id"]: annotation for annotation in read_truth(annotation_file(root, "val"))["annotations"]}
+    truth = {
+        annotation["id"]: annotation for annotation in read_truth(annotation_file(root, "val"))["annotations"]
+    }
     assert mask_of(truth[502]["segmentation"], 100, 128).sum() == 0
 
 
 def test_masks_leave_the_image_and_are_clipped(root):
     far = [[-40, -30, 20, -30, 20, 25, -40, 25]]
-    edit(annotation_file(root, "train"), lambda content: add(content, bbox=[-40, -30, 60, 55], segmentation=far))
-    edit(annotation_file(root, "train"), lambda content: add(content, id=501, bbox=[300, 300, 9, 9], segmentation=[[300, 300] * 3]))
+    edit(
+        annotation_file(root, "train"),
+        lambda content: add(content, bbox=[-40, -30, 60, 55], segmentation=far),
+    )
+    edit(
+        annotation_file(root, "train"),
+        lambda content: add(content, id=501, bbox=[300, 300, 9, 9], segmentation=[[300, 300] * 3]),
+    )
     split = read(root)
     assert split.pictures[2].segmentations[2] == far
     assert mask_of(far, 100, 128).sum() == 20 * 25
@@ -271,7 +299,9 @@ def test_ids_from_zero_absent_fields_and_names_twice(pristine, root):
             if not annotation["iscrowd"]:
                 del annotation["area"], annotation["iscrowd"]
         names = ("thing", "thing", "bar")
-        content["categories"] = [{"id": k, "name": name, "supercategory": "none"} for k, name in enumerate(names)]
+        content["categories"] = [
+            {"id": k, "name": name, "supercategory": "none"} for k, name in enumerate(names)
+        ]
         content["info"] = {"year": 2026}
 
     before = coco_metrics(annotation_file(pristine, "val"), perfect(pristine))
@@ -285,8 +315,13 @@ def test_ids_from_zero_absent_fields_and_names_twice(pristine, root):
 
 
 def test_truth_of_a_clean_file_is_the_file(pristine):
-    content, truth = json.loads(annotation_file(pristine, "val").read_text()), read_truth(annotation_file(pristine, "val"))
-    assert {key: truth[key] for key in ("images", "annotations")} == {key: content[key] for key in ("images", "annotations")}
+    content, truth = (
+        json.loads(annotation_file(pristine, "val").read_text()),
+        read_truth(annotation_file(pristine, "val")),
+    )
+    assert {key: truth[key] for key in ("images", "annotations")} == {
+        key: content[key] for key in ("images", "annotations")
+    }
     for annotation in content["annotations"]:
         del annotation["area"], annotation["iscrowd"]
     (path := pristine.parent / "without.json").write_text(json.dumps(content))
@@ -315,7 +350,7 @@ def test_turned_photographs_are_upright(root):
     assert np.abs(split.load(split.pictures[0]).astype(int) - np.asarray(upright)).mean() < 5
 
 
-# --- what is not ------------------------------------------------------------------------------------------------------
+# --- what is not ------------------------------------------------------------------------------------------
 
 
 def first(**fields):
@@ -348,8 +383,14 @@ DAMAGED = [
     (first(segmentation=[[1, 2, 1e9, 4, 5, 6]]), "no polygons"),
     (first(segmentation="mask.png"), "no polygons"),
     (first(segmentation={"size": [64, 96]}), "no polygons and no RLE"),
-    (first(segmentation={"size": [96, 64], "counts": [96 * 64]}), r"RLE of size \[96, 64\], but its image is 64 high and 96 wide"),
-    (first(segmentation={"size": [64, 96], "counts": [96 * 63]}), "RLE of 6048 pixels, but its image has 6144"),
+    (
+        first(segmentation={"size": [96, 64], "counts": [96 * 64]}),
+        r"RLE of size \[96, 64\], but its image is 64 high and 96 wide",
+    ),
+    (
+        first(segmentation={"size": [64, 96], "counts": [96 * 63]}),
+        "RLE of 6048 pixels, but its image has 6144",
+    ),
     (first(segmentation={"size": [64, 96], "counts": [-1, 96 * 64 + 1]}), "no RLE"),
     (first(segmentation={"size": [64, 96], "counts": ["6144"]}), "no RLE"),
     (first(segmentation={"size": [64, 96], "counts": "zzz"}), "RLE"),
@@ -363,12 +404,18 @@ DAMAGED = [
     (image(height=0), "image 1 is 96 x 0 pixels"),
     (image(file_name="../1.png"), "image 1: the file_name '../1.png' leads out of the folder"),
     (image(file_name="/tmp/1.png"), "image 1: the file_name '/tmp/1.png' leads out of the folder"),
-    (lambda c: c["images"][0].update(coco_url="http://images/" + c["images"][0].pop("file_name")), "image 1 has no file_name"),
+    (
+        lambda c: c["images"][0].update(coco_url="http://images/" + c["images"][0].pop("file_name")),
+        "image 1 has no file_name",
+    ),
     (lambda c: c["categories"].append(c["categories"][0]), "a category id twice: 3"),
     (lambda c: c["categories"].clear(), "no categories"),
     (lambda c: c["categories"][0].pop("name"), "lacks 'name'"),
     (lambda c: c.update(annotations=[1]), "an entry is damaged"),
-    (lambda c: c.pop("categories"), "is no COCO instances file: it has no list 'categories'"),  # a captions file
+    (
+        lambda c: c.pop("categories"),
+        "is no COCO instances file: it has no list 'categories'",
+    ),  # a captions file
     (lambda c: [c["annotations"].clear(), c["images"].clear()], "has no images with objects"),
 ]
 
@@ -381,7 +428,9 @@ def test_damaged_annotations_are_named(root, change, message):
     assert "instances_train2017.json" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"images": {}}', "\x00", '{"images": [], "annotations": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"images": {}}', "\x00", '{"images": [], "annotations": []}']
+)
 def test_other_files_are_no_coco(root, text):
     annotation_file(root, "train").write_text(text)
     with pytest.raises(UserError, match="instances_train2017.json is no (JSON|COCO instances file)"):
@@ -401,14 +450,19 @@ IMAGES = [
     (lambda path: path.write_bytes(b"no image"), "000000000001.png cannot be read as an image"),
     (lambda path: path.write_bytes(b""), "000000000001.png cannot be read as an image"),
     (lambda path: path.write_bytes(path.read_bytes()[:20]), "000000000001.png cannot be read as an image"),
-    (lambda path: Image.new("L", (96, 65)).save(path), "000000000001.png is 96 x 65 pixels, but .* says 96 x 64"),
+    (
+        lambda path: Image.new("L", (96, 65)).save(path),
+        "000000000001.png is 96 x 65 pixels, but .* says 96 x 64",
+    ),
 ]
 
 
 @pytest.mark.parametrize("damage, message", IMAGES)
 def test_bad_images_are_found_before_the_first_iteration(root, tmp_path, damage, message):
     damage(root / "train2017" / "000000000001.png")
-    run = DetectionRun(TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1))
+    run = DetectionRun(
+        TINY, None, root, tmp_path / "out", RECIPE, device="cpu", workers=0, model_kwargs=dict(depth=1)
+    )
     with pytest.raises(UserError, match=message):
         train(run)
     assert not run.output.exists()
@@ -422,14 +476,25 @@ def test_a_truncated_image_is_named_when_it_is_met(root):
         split.load(split.pictures[0])
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool ---------------------------------------------------------------------------------------------
 
 
 def words(data, output, *more, **changes):
     """A command line of one small iteration."""
     small = {**{key: value for key, value in SMALL.items() if key != "num_classes"}, **changes}
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in small.items()]
-    base = ["--engine", "torchvision", "--device", "cpu", "--workers", "0", "--data", str(data), "--output", str(output)]
+    base = [
+        "--engine",
+        "torchvision",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+    ]
     return [*base, *map(str, more), *named]
 
 
@@ -437,7 +502,16 @@ def test_classes_come_from_the_data_and_mark_the_result(root, tmp_path, capsys):
     """One's own data in one command, out of a .yaml file."""
     data = relayout(root, "yaml")
     tool.main(
-        words(data, tmp_path / "out", "--backbone", TINY, "--protocol", "coco10pct-12ep", "backbone.depth=1", train_share=0.4)
+        words(
+            data,
+            tmp_path / "out",
+            "--backbone",
+            TINY,
+            "--protocol",
+            "coco10pct-12ep",
+            "backbone.depth=1",
+            train_share=0.4,
+        )
     )
     assert f"num_classes=3, as in {data}; the protocol's is 80" in capsys.readouterr().out
     result = read_result(tmp_path / "out")
@@ -451,11 +525,15 @@ def test_classes_come_from_the_data_and_mark_the_result(root, tmp_path, capsys):
 
 
 def test_number_of_classes_of_coco_needs_no_word(root, tmp_path, capsys):
-    categories = [{"id": k, "name": f"class {k}"} for k in range(1, 91) if k not in (4, 5, 6, 8, 9, 10, 11, 12, 13, 14)]
+    categories = [
+        {"id": k, "name": f"class {k}"} for k in range(1, 91) if k not in (4, 5, 6, 8, 9, 10, 11, 12, 13, 14)
+    ]
     for split in ("train", "val"):
         edit(annotation_file(root, split), lambda content: content.update(categories=categories))
     options = tool.parse(words(root, tmp_path / "out", "--backbone", TINY))
-    assert tool.settings_of(options).protocol.num_classes == 80 and "num_classes" not in capsys.readouterr().out
+    assert (
+        tool.settings_of(options).protocol.num_classes == 80 and "num_classes" not in capsys.readouterr().out
+    )
 
 
 def test_the_engine_is_that_of_the_folder(tmp_path):
@@ -470,8 +548,16 @@ def test_the_engine_is_that_of_the_folder(tmp_path):
 def test_a_checkpoint_of_another_width_ends_in_one_line(root, tmp_path):
     torch.manual_seed(0)
     vit = build_backbone(TINY, depth=1)
-    file = save_backbone(tmp_path / "tiny.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance={})
-    with pytest.raises(UserError, match=r"tiny\.safetensors.*") as error:  # pretrain.cli prints it and ends with code 2
+    file = save_backbone(
+        tmp_path / "tiny.safetensors",
+        vit.state_dict(),
+        name=TINY,
+        model_kwargs=vit.model_kwargs,
+        provenance={},
+    )
+    with pytest.raises(
+        UserError, match=r"tiny\.safetensors.*"
+    ) as error:  # pretrain.cli prints it and ends with code 2
         tool.main(words(root, tmp_path / "out", "--backbone", "vit_small_patch16", "--weights", file))
     assert "192" in str(error.value) and "384" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

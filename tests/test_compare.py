@@ -1,4 +1,5 @@
-"""The comparison: what a yaml may say, the shipped ones against the published tables, and the runs: done once, and gone on with.
+"""The comparison: what a yaml may say, the shipped ones against the published tables, and the runs: done
+once, and gone on with.
 
 One comparison at the end is real, of files in two layouts; elsewhere the tools that it starts are stand-ins.
 """
@@ -62,7 +63,7 @@ def write_timm(file, seed=0, **model_kwargs):
     return file
 
 
-# --- the yaml ---------------------------------------------------------------------------------------------------------
+# --- the yaml ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,11 @@ def write_timm(file, seed=0, **model_kwargs):
     [
         ({}, {"seed": 0}, "c.yaml: unknown key 'seed'; did you mean seeds?"),
         ({"epochs": 3}, {}, r"c.yaml: unknown key 'entries\[0\].epochs'"),
-        ({}, {"seeds": [0, "x"]}, r"c.yaml: seeds=\['0', 'x'\] should be a list of values, each a whole number"),
+        (
+            {},
+            {"seeds": [0, "x"]},
+            r"c.yaml: seeds=\['0', 'x'\] should be a list of values, each a whole number",
+        ),
         ({}, {"seeds": []}, r"c.yaml: seeds=\[\] should be one or more different"),
         ({}, {"seeds": [1, 1]}, r"seeds=\[1, 1\] should be one or more different"),
         ({}, {"accumulate": 0}, "c.yaml: accumulate=0 should be greater than or equal to 1"),
@@ -81,8 +86,16 @@ def write_timm(file, seed=0, **model_kwargs):
         ({}, {"segmentation": "all"}, "c.yaml: segmentation='all' should be 'sweep', 'point' or 'none'"),
         ({}, {"detection_overrides": ["lr"]}, "c.yaml: detection_overrides=.* should be a group of keys"),
         ({"file": [1]}, {}, r"c.yaml: entries\[0\].file=\['1'\] should be UTF-8 text"),
-        ({"effective_epochs": "many"}, {}, r"c.yaml: entries\[0\].effective_epochs='many' should be a number"),
-        ({"effective_epochs": "inf"}, {}, r"c.yaml: entries\[0\].effective_epochs=inf should be a finite number"),
+        (
+            {"effective_epochs": "many"},
+            {},
+            r"c.yaml: entries\[0\].effective_epochs='many' should be a number",
+        ),
+        (
+            {"effective_epochs": "inf"},
+            {},
+            r"c.yaml: entries\[0\].effective_epochs=inf should be a finite number",
+        ),
         ({"patch_size": True}, {}, r"entries\[0\].patch_size='true' should be a whole number"),
         ({"backbone": "vit_s16"}, {}, r"c.yaml: entries\[0\]: backbone='vit_s16' is none of"),
         ({"source": "dyno"}, {}, r"entries\[0\]: source='dyno' is none of"),
@@ -93,10 +106,18 @@ def write_timm(file, seed=0, **model_kwargs):
         ({}, {"base": ["c.yaml"]}, "base: .*c.yaml -> .*c.yaml is a circle"),
         ({}, {"base": {"c.yaml": 1}}, r"base={'c.yaml': '1'} \(.*c.yaml\) should be the name of a file"),
         ({}, {"base": "none.yaml"}, "no file .*none.yaml"),
-        ({"effective_epochs": -3}, {}, r"entries\[0\].effective_epochs=-3.0 should be greater than or equal to 0"),
+        (
+            {"effective_epochs": -3},
+            {},
+            r"entries\[0\].effective_epochs=-3.0 should be greater than or equal to 0",
+        ),
         ({"method": " "}, {}, r"entries\[0\]: method is empty"),
         ({}, {"seeds": [2**32]}, r"seeds=\[4294967296\] should be"),
-        ({}, {"detection_overrides": {"lr": [[1]]}}, r"detection_overrides.lr=\[\['1'\]\] should be UTF-8 text"),
+        (
+            {},
+            {"detection_overrides": {"lr": [[1]]}},
+            r"detection_overrides.lr=\[\['1'\]\] should be UTF-8 text",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, row, keys, message):
@@ -105,7 +126,11 @@ def test_what_is_wrong_is_named(tmp_path, row, keys, message):
     assert str(tmp_path) in str(unsupported.value) and "\n" not in str(unsupported.value)
 
 
-BOMB = "[x, x, &a [y, y, y, y], " + ", ".join(f"&{b} [{', '.join(6 * [f'*{a}'])}]" for a, b in pairwise("abcdefghijklmn")) + "]"
+BOMB = (
+    "[x, x, &a [y, y, y, y], "
+    + ", ".join(f"&{b} [{', '.join(6 * [f'*{a}'])}]" for a, b in pairwise("abcdefghijklmn"))
+    + "]"
+)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +165,29 @@ def test_rows_need_names_of_their_own_and_all_that_has_no_default(tmp_path):
 
 
 def test_a_base_and_words_change_single_keys(tmp_path):
-    write_yaml(tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones_it": [3, 4]})  # an old name
+    write_yaml(
+        tmp_path, {}, seeds=[1], detection_overrides={"lr": 1e-4, "amp": False, "milestones_it": [3, 4]}
+    )  # an old name
     (tmp_path / "between.yaml").write_text("base: c.yaml\ndetection_overrides: {amp: true}\n")
     (tmp_path / "child.yaml").write_text("base: between.yaml\nweights: there\n")
-    words = ["coco=here #{1}", "seeds=0,2", "detection_overrides.lr=3e-4", "accumulate=4", "segmentation=none"]
+    words = [
+        "coco=here #{1}",
+        "seeds=0,2",
+        "detection_overrides.lr=3e-4",
+        "accumulate=4",
+        "segmentation=none",
+    ]
     words += ["detection_overrides.backbone.drop_path=0.2"]
     read = load_comparison(tmp_path / "child.yaml", words, PROTOCOLS)
     changed = {"lr": "3e-4", "amp": "true", "milestones": "3,4", "backbone.drop_path": "0.2"}
-    told = dict(weights="there", coco="here #{1}", seeds=(0, 2), accumulate=4, segmentation="none", detection_overrides=changed)
+    told = dict(
+        weights="there",
+        coco="here #{1}",
+        seeds=(0, 2),
+        accumulate=4,
+        segmentation="none",
+        detection_overrides=changed,
+    )
     assert read == Comparison(entries=(Entry(**ROW),), **told)
     write_yaml(tmp_path, {"segmentation": "none", "detection": "none"})
     (entry,) = load_comparison(tmp_path / "c.yaml", ["segmentation=sweep"], PROTOCOLS).entries
@@ -173,7 +213,9 @@ def test_bases_that_lead_back_are_named(tmp_path):
     circle = message.split("base: ")[1].split(" is a circle")[0].split(" -> ")
     assert [Path(name).name for name in circle] == ["a.yaml", "b.yaml", "c.yaml", "b.yaml"]
     (folder / "c.yaml").write_text("seed: 1\n")
-    with pytest.raises(UserError, match=r"unknown key 'seed' \(.*c.yaml\); did you mean seeds\?") as unsupported:
+    with pytest.raises(
+        UserError, match=r"unknown key 'seed' \(.*c.yaml\); did you mean seeds\?"
+    ) as unsupported:
         load_comparison(folder / "a.yaml")
     assert str(unsupported.value).startswith(f"{folder}/a.yaml: ")
 
@@ -184,7 +226,7 @@ def test_every_key_says_where_its_value_comes_from(model):
     assert all(field.description for field in model.model_fields.values())
 
 
-# --- the shipped ones -------------------------------------------------------------------------------------------------
+# --- the shipped ones -------------------------------------------------------------------------------------
 
 
 def shipped(name):
@@ -210,7 +252,8 @@ def test_every_shipped_file_can_be_read():
     ],
 )
 def test_every_published_row_has_an_entry(name, table, backbone):
-    """In the paper's order, under its label, with its number of epochs; a file of ours says its own, and the tables match those."""
+    """In the paper's order, under its label, with its number of epochs; a file of ours says its own, and
+    the tables match those."""
     read = shipped(name)
     rows = [row for row in rows_of_tables(published_rows(), table) if backbone in (row.backbone, None)]
     ours = {"Intertwined", "DINOv2 (ImageNet-1K)"}
@@ -228,7 +271,10 @@ def test_every_published_row_has_an_entry(name, table, backbone):
 
 def made_plan(comparison, output, **options):
     """The plan with all weights there."""
-    weights = {name_of(e): compare.Weights(output / name_of(e), output / name_of(e), ("weights=0",)) for e in comparison.entries}
+    weights = {
+        name_of(e): compare.Weights(output / name_of(e), output / name_of(e), ("weights=0",))
+        for e in comparison.entries
+    }
     return compare.plan(comparison, weights, output, **options)
 
 
@@ -238,20 +284,36 @@ def words_of(run):
 
 def test_the_plans_of_the_shipped_files(tmp_path):
     two = made_plan(shipped("table2"), tmp_path)
-    assert [run.name for run in two] == ["flsl_vits16/det_coco-50ep_seed0", "intertwined_vits16/det_coco-50ep_seed0"]
+    assert [run.name for run in two] == [
+        "flsl_vits16/det_coco-50ep_seed0",
+        "intertwined_vits16/det_coco-50ep_seed0",
+    ]
     assert {words_of(run)["--protocol"] for run in two} == {"coco-50ep"}
-    rows = {name_of(e): (e.file, e.source, e.method, e.effective_epochs) for e in shipped("table1_vits16").entries}
-    assert all(rows[name_of(e)] == (e.file, e.source, e.method, e.effective_epochs) for e in shipped("table2").entries)  # shared
+    rows = {
+        name_of(e): (e.file, e.source, e.method, e.effective_epochs) for e in shipped("table1_vits16").entries
+    }
+    assert all(
+        rows[name_of(e)] == (e.file, e.source, e.method, e.effective_epochs)
+        for e in shipped("table2").entries
+    )  # shared
     seven = made_plan(shipped("table7"), tmp_path)
-    assert {run.entry.patch_size for run in seven} == {16} and len(seven) == 8 and sum(run.is_sweep for run in seven) == 4
+    assert (
+        {run.entry.patch_size for run in seven} == {16}
+        and len(seven) == 8
+        and sum(run.is_sweep for run in seven) == 4
+    )
     assert [run.entry.backbone for run in seven[:4]] == ["vit_base_patch16", "vit_base_patch16_reg4", "vit_small_patch16",
                                                          "vit_small_patch16_reg4"]  # fmt: skip
     base = made_plan(shipped("table1_vitb16"), tmp_path)
     assert [run.task for run in base] == ["det"] * 10 + ["seg"] * 7 and all(run.is_sweep for run in base[10:])
     several = made_plan(replaced(shipped("table1_vitb16"), {"seeds": (2, 3)}), tmp_path)
-    assert [run.task for run in several] == ["det"] * 10 + ["seg"] * 7 + ["det"] * 10  # a sweep has seeds of its own
+    assert [run.task for run in several] == ["det"] * 10 + ["seg"] * 7 + [
+        "det"
+    ] * 10  # a sweep has seeds of its own
     cheap = made_plan(shipped("coco10pct"), tmp_path)
-    assert len(cheap) == 30 and {run.folder.name for run in cheap} == {f"det_coco10pct-12ep_seed{seed}" for seed in range(3)}
+    assert len(cheap) == 30 and {run.folder.name for run in cheap} == {
+        f"det_coco10pct-12ep_seed{seed}" for seed in range(3)
+    }
     assert [words_of(run)["--seed"] for run in cheap] == ["0"] * 10 + ["1"] * 10 + ["2"] * 10
 
 
@@ -260,11 +322,22 @@ def test_the_tools_understand_the_commands(tmp_path):
     read = replaced(shipped("table1_vits16"), changes)
     run = made_plan(read, tmp_path, n_gpus=4)[0]
     options = load_tool("train_det").parse([*run.arguments])
-    assert (options.protocol, options.seed, options.accumulate, options.checkpointing) == ("coco-12ep", 3, 2, True)
-    assert (options.output, options.overrides, options.resume) == (tmp_path / "dino_vits16/det_coco-12ep_seed3", ["lr=2e-4"], True)
+    assert (options.protocol, options.seed, options.accumulate, options.checkpointing) == (
+        "coco-12ep",
+        3,
+        2,
+        True,
+    )
+    assert (options.output, options.overrides, options.resume) == (
+        tmp_path / "dino_vits16/det_coco-12ep_seed3",
+        ["lr=2e-4"],
+        True,
+    )
     pytest.importorskip("mmseg")
     tool = load_tool("train_seg")
-    swept, single = [made_plan(replaced(read, {"segmentation": kind}), tmp_path)[-1] for kind in ("sweep", "point")]
+    swept, single = [
+        made_plan(replaced(read, {"segmentation": kind}), tmp_path)[-1] for kind in ("sweep", "point")
+    ]
     options = tool.parse(swept.stage(TOOLS, 2).command[2:])
     assert (options.sweep, options.jobs, options.dataset, options.resume) == ("all", 2, "ade20k", False)
     assert options.output == tmp_path / "intertwined_vits16/seg_sweep"
@@ -277,7 +350,9 @@ def test_a_run_on_several_gpus(tmp_path, monkeypatch):
     alone, spread = run.stage(TOOLS), run.stage(TOOLS, 4)
     assert alone.command[1] == str(TOOLS / "train_det.py")
     assert spread.command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert alone.identity == spread.identity and "accumulate" not in alone.identity  # the result does not depend on it
+    assert (
+        alone.identity == spread.identity and "accumulate" not in alone.identity
+    )  # the result does not depend on it
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7,8")
     pairs = ["CUDA_VISIBLE_DEVICES=2,5", "CUDA_VISIBLE_DEVICES=6,7"]  # the last one is no pair
     assert gpu_prefixes(3, 2) == [["env", pair] for pair in (*pairs, pairs[0])]
@@ -290,7 +365,7 @@ def test_a_run_on_several_gpus(tmp_path, monkeypatch):
     assert gpu_prefixes(2, 1) == [[], []]
 
 
-# --- the weights ------------------------------------------------------------------------------------------------------
+# --- the weights ------------------------------------------------------------------------------------------
 
 
 def test_a_foreign_file_becomes_one_of_ours_once(tmp_path):
@@ -314,8 +389,17 @@ def test_a_foreign_file_becomes_one_of_ours_once(tmp_path):
         compare.prepare(entry, weights, out)
     write_timm(file, seed=1)
     other = compare.find_weights(read, entry, out)
-    assert other.file == weights.file and other.identity[0] != weights.identity[0] and other.identity[1:] == weights.identity[1:]
-    for changed in ({"patch_size": 16}, {"method": "iBOT", "name": "dino_vitt16"}, {"effective_epochs": 1.0}, {"source": None}):
+    assert (
+        other.file == weights.file
+        and other.identity[0] != weights.identity[0]
+        and other.identity[1:] == weights.identity[1:]
+    )
+    for changed in (
+        {"patch_size": 16},
+        {"method": "iBOT", "name": "dino_vitt16"},
+        {"effective_epochs": 1.0},
+        {"source": None},
+    ):
         assert compare.find_weights(read, replaced(entry, changed), out).identity != other.identity
 
 
@@ -337,12 +421,19 @@ def test_a_file_of_ours_is_read_as_it_is(tmp_path):
 
 
 def test_the_tables_say_of_which_file_a_row_is(tmp_path):
-    """Its own hash, not the converted file's; whose layout; and patches of another size, which the runs resample."""
+    """Its own hash, not the converted file's; whose layout; and patches of another size, which the runs
+    resample."""
     write_ours(tmp_path / "w" / "ours.safetensors")
-    files = {"timm": write_timm(tmp_path / "w" / "t.pth", patch_size=14), "ours": tmp_path / "w" / "ours.safetensors"}
+    files = {
+        "timm": write_timm(tmp_path / "w" / "t.pth", patch_size=14),
+        "ours": tmp_path / "w" / "ours.safetensors",
+    }
     rows = [{"name": "asked", "file": "t.pth", "patch_size": 16}, {"name": "silent", "file": "t.pth"},
             {"name": "ours", "file": "ours.safetensors"}]  # fmt: skip
-    read, out = load_comparison(write_yaml(tmp_path, *rows, weights=str(tmp_path / "w"), segmentation="none")), tmp_path / "out"
+    read, out = (
+        load_comparison(write_yaml(tmp_path, *rows, weights=str(tmp_path / "w"), segmentation="none")),
+        tmp_path / "out",
+    )
     weights = compare.find_all(read, out)
     assert not compare.prepare_all(weights, read.entries, out)
     (lines,) = compare.weights_table(compare.plan(read, weights, out), weights).groups
@@ -365,7 +456,7 @@ def test_a_folder_of_weights_is_there(tmp_path):
     assert compare.find_weights(read, entry, tmp_path / "out").identity != before.identity
 
 
-# --- the runs, with stand-ins for the tools ---------------------------------------------------------------------------
+# --- the runs, with stand-ins for the tools ---------------------------------------------------------------
 
 STAND_IN = """
 import json, os, signal, sys, time
@@ -422,16 +513,28 @@ class Workplace:
 
     def happens(self, **how):
         """{run with __ for /: exit code | "slow" | "rude": slow, and ends of a signal}."""
-        (self.tools / "how.json").write_text(json.dumps({name.replace("__", "/"): code for name, code in how.items()}))
+        (self.tools / "how.json").write_text(
+            json.dumps({name.replace("__", "/"): code for name, code in how.items()})
+        )
 
     def __call__(self, *words, rows=(), **keys):
         keys = dict(weights="w", coco="coco", ade="ade", segmentation="point", device="cpu") | keys
         keys |= {key: str(self.folder / keys[key]) for key in ("weights", "coco", "ade")}
-        self.module.main([str(write_yaml(self.folder, *self.rows, *rows, **keys)), "--output", str(self.out), *map(str, words)])
+        self.module.main(
+            [
+                str(write_yaml(self.folder, *self.rows, *rows, **keys)),
+                "--output",
+                str(self.out),
+                *map(str, words),
+            ]
+        )
 
     def calls(self):
         """How often each run came to its end."""
-        return {str(path.parent.relative_to(self.out)): len(path.read_text()) for path in sorted(self.out.rglob("calls"))}
+        return {
+            str(path.parent.relative_to(self.out)): len(path.read_text())
+            for path in sorted(self.out.rglob("calls"))
+        }
 
 
 @pytest.fixture
@@ -461,7 +564,9 @@ def test_tables_are_written_of_what_is_done(work, capsys):
         work()
     for suffix in ("md", "csv", "tex", "html"):
         text = (work.out / f"c.{suffix}").read_text()
-        assert "two" in text and "30.0" in text and "40.0" in text and "49.2" in text, suffix  # the last one is published
+        assert "two" in text and "30.0" in text and "40.0" in text and "49.2" in text, (
+            suffix
+        )  # the last one is published
         assert "told" not in text  # a file of ours stands under the comparison's name for it
         (work.out / f"c.{suffix}").unlink()
     capsys.readouterr()
@@ -485,7 +590,10 @@ def test_other_settings_never_replace_a_result(work, capsys):
     with pytest.raises(UserError, match=f"^failed: one/{DET}, two/{DET}, two/{SEG}$"):
         work(detection_overrides={"lr": 1e-3})
     said = capsys.readouterr().err
-    assert f"{work.out / 'one' / DET}: it was begun with less, asked for is lr=0.001; move it away, or give another" in said
+    assert (
+        f"{work.out / 'one' / DET}: it was begun with less, asked for is lr=0.001; move it away, or give another"
+        in said
+    )
     assert f"{work.out / 'two' / SEG}: it was begun with weights=" in said
     assert set(work.calls().values()) == {1}
     work("--status", detection_overrides={"lr": 1e-3})
@@ -531,7 +639,10 @@ def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
     assert seen == ["running"] and (work.out / "one" / DET / "saved").is_file() and work.calls() == {}
     capsys.readouterr()
     work("--status")
-    assert capsys.readouterr().out.splitlines()[:2] == [f"begun            one/{DET}", f"left             two/{DET}"]
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"begun            one/{DET}",
+        f"left             two/{DET}",
+    ]
     work.happens(**{f"two__{DET}": 85})
     with pytest.raises(Interrupted, match=r"1 of 4 runs are left: start it again$"):
         work()
@@ -562,7 +673,9 @@ def test_a_run_whose_comparison_was_killed_is_left_alone_while_it_lasts(work, ca
 def test_what_a_stop_ends_has_not_failed(work, capsys):
     """Not even where it ends of the signal, before it could save."""
     work.happens(**{f"one__{DET}": "rude"})
-    thread = threading.Thread(target=lambda: (wait_for(work.out / "one" / DET / "begun"), os.kill(os.getpid(), signal.SIGTERM)))
+    thread = threading.Thread(
+        target=lambda: (wait_for(work.out / "one" / DET / "begun"), os.kill(os.getpid(), signal.SIGTERM))
+    )
     thread.start()
     with pytest.raises(Interrupted, match="start it again"):
         work()
@@ -575,14 +688,21 @@ def test_our_own_pretraining_says_whether_it_was_scaled_down(work):
     hashed = file_hash(work.folder / "w" / "one.safetensors")
     (work.tools / "train_det.json").write_text(to_json(result("detection", weights_hash="of what it read")))
     scaled = Protocol(name="intertwined-100ep", version=1, full=False, deviations={"optim.epochs": [100, 3]})
-    write_result(result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash=hashed), work.folder / "w")
+    write_result(
+        result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash=hashed), work.folder / "w"
+    )
     work("segmentation=none", "--only", "one")
     assert "optim.epochs 100 → 3" in (work.out / "c.md").read_text().replace("\\", "")
     work.out = work.folder / "elsewhere"
     converted = {"method": "one", "name": "converted", "file": "one.safetensors", "effective_epochs": 9}
     work("segmentation=none", "--only", "converted", rows=[converted])
-    assert (work.out / "weights" / "converted.safetensors").is_file() and "epochs 100 → 3" in (work.out / "c.md").read_text()
-    write_result(result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash="another's"), work.folder / "w")
+    assert (work.out / "weights" / "converted.safetensors").is_file() and "epochs 100 → 3" in (
+        work.out / "c.md"
+    ).read_text()
+    write_result(
+        result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash="another's"),
+        work.folder / "w",
+    )
     work("--tables", rows=[converted])
     assert "epochs 100 → 3" not in (work.out / "c.md").read_text()
 
@@ -590,34 +710,58 @@ def test_our_own_pretraining_says_whether_it_was_scaled_down(work):
 def test_a_dry_run_shows_the_commands_and_writes_nothing(work, capsys):
     work("--dry-run", "--gpus-per-run", 2)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all("--nproc-per-node 2" in line and f"--output {work.out}" in line for line in lines)
+    assert len(lines) == 4 and all(
+        "--nproc-per-node 2" in line and f"--output {work.out}" in line for line in lines
+    )
     assert not work.out.exists()
     with pytest.raises(UserError, match="what stands behind it is for --submit"):
         work("--", "--hours", "3")
 
 
-# --- SLURM ------------------------------------------------------------------------------------------------------------
+# --- SLURM ------------------------------------------------------------------------------------------------
 
 
 def test_the_jobs_that_would_be_submitted(work, capfd, monkeypatch):
     pytest.importorskip("mmseg")
     monkeypatch.setattr(work.module, "TOOLS", TOOLS)
     grid = {"lr_grid": [1e-4, 1e-5], "seeds": 3}
-    words = ["--submit", "--dry-run", "--gpus-per-run", 4, "--only", "one", "--", "--hours", 3, "--partition", "fast"]
+    words = [
+        "--submit",
+        "--dry-run",
+        "--gpus-per-run",
+        4,
+        "--only",
+        "one",
+        "--",
+        "--hours",
+        3,
+        "--partition",
+        "fast",
+    ]
     work(*words, segmentation="sweep", segmentation_overrides=grid, accumulate=8)
     said = capfd.readouterr().out
     detection, sweep = said.split("one/seg_sweep: ")
-    assert "#SBATCH --partition=fast" in detection and "#SBATCH --time=180" in detection and "--array" not in detection
+    assert (
+        "#SBATCH --partition=fast" in detection
+        and "#SBATCH --time=180" in detection
+        and "--array" not in detection
+    )
     assert "#SBATCH --gpus-per-node=4" in detection and "#SBATCH --ntasks-per-node=4" in detection
     assert "#SBATCH --job-name=one.det_coco-12ep_seed0" in detection and "--accumulate 2" in detection
-    assert "#SBATCH --array=0-11" in sweep and "#SBATCH --gpus-per-node=1" in sweep and "job 11" in sweep  # 2 x 2 x 3
+    assert (
+        "#SBATCH --array=0-11" in sweep and "#SBATCH --gpus-per-node=1" in sweep and "job 11" in sweep
+    )  # 2 x 2 x 3
     assert "--sweep 0" in sweep and not work.out.exists()
 
 
 def test_what_waits_in_the_queue_is_not_submitted_again(work, capfd, monkeypatch):
     programs, record = work.folder / "bin", work.folder / "sbatch"
     programs.mkdir()
-    bodies = {"sbatch": f"echo x >> {record}; echo Submitted batch job 4242", "srun": "", "squeue": f"cat {work.folder / 'queue'}"}
+    bodies = {
+        "sbatch": f"echo x >> {record}; echo Submitted batch job 4242",
+        "srun": "",
+        "squeue": f"cat {work.folder / 'queue'}",
+    }
     for name, body in bodies.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
@@ -633,7 +777,9 @@ def test_what_waits_in_the_queue_is_not_submitted_again(work, capfd, monkeypatch
     assert capfd.readouterr().out.splitlines()[-1] == f"in the queue (job 4242) one/{DET}"
     with pytest.raises(Interrupted, match="1 of 1 runs are left"):  # nor is it run here
         work(*words)
-    (work.folder / "queue").write_text("")  # it ended: without a result it may be submitted again, with one it is done
+    (work.folder / "queue").write_text(
+        ""
+    )  # it ended: without a result it may be submitted again, with one it is done
     work(*words, "--submit")
     assert record.read_text() == "x\nx\n"
     write_result(result("detection"), work.out / "one" / DET)
@@ -641,7 +787,7 @@ def test_what_waits_in_the_queue_is_not_submitted_again(work, capfd, monkeypatch
     assert record.read_text() == "x\nx\n"
 
 
-# --- for real ---------------------------------------------------------------------------------------------------------
+# --- for real ---------------------------------------------------------------------------------------------
 
 
 def test_two_layouts_side_by_side(tmp_path, capsys):
@@ -659,7 +805,15 @@ def test_two_layouts_side_by_side(tmp_path, capsys):
     ]
     config = write_yaml(tmp_path, *rows, base=str(CONFIGS / "toy.yaml"))
     folders = [word for key in ("coco", "ade") for word in (f"--{key}", str(tmp_path / key))]
-    words = [str(config), "segmentation_overrides.num_classes=4", "--output", str(tmp_path / "out"), "--jobs", "2", *folders]
+    words = [
+        str(config),
+        "segmentation_overrides.num_classes=4",
+        "--output",
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+        *folders,
+    ]
     tool = load_tool("compare")
     for _ in range(2):
         with pytest.raises(UserError, match="^failed: mae_vitt16$"):
@@ -669,8 +823,14 @@ def test_two_layouts_side_by_side(tmp_path, capsys):
     assert said.err.count("failed: mae_vitt16: weights: ") == 2 and "cut.pth" in said.err
     detection, segmentation = (read_result(tmp_path / "out" / "dino_vitt16" / name) for name in (DET, SEG))
     ours = read_result(tmp_path / "out" / "intertwined_vitt16" / DET)
-    for found, origin in ((detection, ("DINO", 1600)), (segmentation, ("DINO", 1600)), (ours, ("intertwined", 3.5))):
+    for found, origin in (
+        (detection, ("DINO", 1600)),
+        (segmentation, ("DINO", 1600)),
+        (ours, ("intertwined", 3.5)),
+    ):
         assert (found.method, found.effective_epochs) == origin and found.backbone == TINY
     assert detection.protocol.name == "coco-12ep" and not detection.protocol.full
     text = (tmp_path / "out" / "c.md").read_text()
-    assert "**DINO †**" in text and "**intertwined †**" in text and f"{segmentation.metrics['miou']:.1f}" in text
+    assert (
+        "**DINO †**" in text and "**intertwined †**" in text and f"{segmentation.metrics['miou']:.1f}" in text
+    )

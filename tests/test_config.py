@@ -1,4 +1,5 @@
-"""Settings of a pre-training: every key has a source and a reader, a mistake is one line, a text is as written."""
+"""Settings of a pre-training: every key has a source and a reader, a mistake is one line, a text is as
+written."""
 
 import os
 import re
@@ -24,7 +25,7 @@ START = "backbone.weights=start.pth"
 SOURCE = re.compile(r"Table 6|appendix B|sec\. [34]|footnote|DINOv2|DINO$|eq\. |PaKA|NeCo|MAE|ours")
 
 
-# --- every key ----------------------------------------------------------------------------------------------
+# --- every key --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -47,7 +48,8 @@ RUNS = {
     "paka": [DENSE, [*DENSE, *TIED, "color.solarize_p=[1,1,1]"]],
     "mae": [[*NO_HEADS, *MAE_TINY, "crops.n_local=0"]],
 }
-# Read where a probe's folder is given, which these runs do not: tests/test_probes.py, tests/test_dense_probes.py.
+# Read where a probe's folder is given, which these runs do not: tests/test_probes.py,
+# tests/test_dense_probes.py.
 OF_PROBES = {"probes.seg_classes", "probes.dense_set", "probes.dense_tasks"}
 # Keys of groups that all methods share, of which one has no use for some.
 UNREAD = {
@@ -77,7 +79,9 @@ class Readers:
 
     def note(self, group, names):
         if id(group) in self.prefixes:
-            self.read |= {self.prefixes[id(group)] + name for name in names if name in type(group).model_fields}
+            self.read |= {
+                self.prefixes[id(group)] + name for name in names if name in type(group).model_fields
+            }
 
     def watch(self, group, prefix=""):
         for name in type(group).model_fields:
@@ -89,7 +93,8 @@ class Readers:
 
 @pytest.mark.filterwarnings("ignore:(config. positions.grid|weights. )")
 def test_every_key_is_read(tmp_path, monkeypatch):
-    """A run touches each key of its settings at least once: a key that nothing reads would lie to the user."""
+    """A run touches each key of its settings at least once: a key that nothing reads would lie to the
+    user."""
     photos, start = write_photos(tmp_path / "photos"), write_start(tmp_path / "start.safetensors")
     for method, runs in RUNS.items():
         with monkeypatch.context() as patch:
@@ -111,7 +116,7 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     assert set(RUNS) == set(SHIPPED)
 
 
-# --- values that are wrong ----------------------------------------------------------------------------------
+# --- values that are wrong --------------------------------------------------------------------------------
 
 
 def refused(words, path=None):
@@ -129,7 +134,9 @@ def bad_texts(info):
     if typing.get_origin(kind) is typing.Literal:
         return ["nonesuch", "", parts[0].upper()]
     if typing.get_origin(kind) is tuple:
-        limits = typing.get_args(parts[0])[1].metadata if typing.get_origin(parts[0]) is typing.Annotated else []
+        limits = (
+            typing.get_args(parts[0])[1].metadata if typing.get_origin(parts[0]) is typing.Annotated else []
+        )
         rest = "".join(f",{item}" for item in info.default[1:])
         short = ["0.5,", "0.5," * (len(parts) + 1), "", "{a: 1}"]
         return short + [f"{text}{rest}" for text in ("x", "nan", "inf", "-inf", *outside(limits))]
@@ -145,7 +152,9 @@ def bad_texts(info):
 def outside(limits):
     """A number below, and one above, what a field takes."""
     below = [getattr(item, name) - 1 for item in limits for name in ("ge", "gt") if hasattr(item, name)]
-    return below + [getattr(item, name) + 1 for item in limits for name in ("le", "lt") if hasattr(item, name)]
+    return below + [
+        getattr(item, name) + 1 for item in limits for name in ("le", "lt") if hasattr(item, name)
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -224,7 +233,10 @@ def test_no_key_takes_what_it_cannot_mean(name):
         ),
         ("method=", "'' is none of intertwined, mae, paka, nor a dotted module or a .py file of your own"),
         ("method=no_such.module", "no_such.module cannot be imported (No module named 'no_such')"),
-        ("method=nothing.py", f"{Path.cwd() / 'nothing.py'} cannot be imported ([Errno 2] No such file or directory: "),
+        (
+            "method=nothing.py",
+            f"{Path.cwd() / 'nothing.py'} cannot be imported ([Errno 2] No such file or directory: ",
+        ),
         (
             "method=paka",
             "backbone.weights is empty, but a post-training starts from a backbone; set backbone.weights=FILE",
@@ -237,18 +249,23 @@ def test_a_bad_word_is_one_line_that_says_the_way_on(word, told):
 
 
 def test_words_that_do_not_fit_each_other():
-    assert refused(["optim.epochs=1", "optim.epochs=2"]) == "config: optim.epochs is given twice: '1' and '2'; give it once"
+    assert (
+        refused(["optim.epochs=1", "optim.epochs=2"])
+        == "config: optim.epochs is given twice: '1' and '2'; give it once"
+    )
     assert "optim is given as a value and as a group of keys" in refused(["optim=1", "optim.epochs=2"])
     assert "optim is given as a value and as a group of keys" in refused(["optim.epochs=2", "optim=1"])
     both = "color.grey_p is the old name of color.grayscale_p, and both are given"
     assert both in refused(["colour.grey_p=0.1", "color.grayscale_p=0.2"])
 
 
-# --- values that are right ----------------------------------------------------------------------------------
+# --- values that are right --------------------------------------------------------------------------------
 
 
 def test_values_keep_their_types():
-    config = load_config(None, ["optim.base_lr=1e-3", "optim.clip_grad=3", "crops.ratio=[0.5, 2]", "run.seed=010"])
+    config = load_config(
+        None, ["optim.base_lr=1e-3", "optim.clip_grad=3", "crops.ratio=[0.5, 2]", "run.seed=010"]
+    )
     assert config.optim.base_lr == 1e-3 and config.optim.clip_grad == 3.0 and config.crops.ratio == (0.5, 2.0)
     assert isinstance(config.optim.clip_grad, float) and config.run.seed == 10
     with pytest.raises(ValueError, match="frozen"):
@@ -293,7 +310,9 @@ def test_a_text_is_read_as_written(text, tmp_path):
     """As a word, and where YAML has a form for it, in a file; again from what a run saves."""
     keys = ("data.root", "run.output", "run.name", "backbone.weights", "data.split")
     config = load_config(None, [f"{key}={text}" for key in keys])
-    assert [typing.cast(dict, as_dict(config))[group][key] for group, key in (key.split(".") for key in keys)] == [text] * 5
+    assert [
+        typing.cast(dict, as_dict(config))[group][key] for group, key in (key.split(".") for key in keys)
+    ] == [text] * 5
     assert from_saved(as_dict(config)) == config
 
 
@@ -313,10 +332,14 @@ def test_typed_values_of_files_and_words_are_the_same(tmp_path):
     )
     words = ["optim.base_lr=1e-3", "optim.epochs=010", "crops.ratio=0.5,2", "log.tensorboard=False"]
     assert load_config(tmp_path / "c.yaml") == load_config(None, words)
-    assert typed_value(tuple[float, float], "(1, 2,)") == typed_value(tuple[float, float], [1, "2"]) == (1.0, 2.0)
+    assert (
+        typed_value(tuple[float, float], "(1, 2,)")
+        == typed_value(tuple[float, float], [1, "2"])
+        == (1.0, 2.0)
+    )
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 
 HOSTILE = "photos #1 ${HOME} {a} 010 2024-10-01"  # a folder's name
@@ -384,9 +407,13 @@ def test_a_bad_file_is_one_line_that_names_it(write, text, told, recwarn):
     assert refused([], path).startswith(f"config: {told}".replace("FILE", str(path)))
 
 
-@pytest.mark.parametrize("name", ["", "none.yaml", "nothing", "~no_such_user/x.yaml", "x" * 5000, "a\0b", "."])
+@pytest.mark.parametrize(
+    "name", ["", "none.yaml", "nothing", "~no_such_user/x.yaml", "x" * 5000, "a\0b", "."]
+)
 def test_a_config_that_is_not_there(name):
-    with pytest.raises(UserError, match="^config: no file .*, and no recipe of that name; there are dinov2-100ep, "):
+    with pytest.raises(
+        UserError, match="^config: no file .*, and no recipe of that name; there are dinov2-100ep, "
+    ):
         load_config(name)
 
 
@@ -411,7 +438,8 @@ def test_a_base_that_leads_back_is_named(write):
 
 
 def test_a_saved_config_keeps_the_recipe_that_it_names(tmp_path):
-    """Also where its values have little of that recipe left: it was started from it, and is compared with it."""
+    """Also where its values have little of that recipe left: it was started from it, and is compared with
+    it."""
     config = load_config("dinov2-100ep", ["positions.encoding=field", "positions.interpolation=bilinear"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
     again = load_config(tmp_path / "config.yaml")
@@ -428,7 +456,8 @@ def test_a_base_that_is_none(write, base):
 
 @pytest.mark.parametrize("way", ["root.yaml", "./root.yaml", "../{folder}/root.yaml"])
 def test_what_two_bases_stand_on_counts_once_and_below_both(write, way):
-    """A diamond: the second base does not set back what the first one changed, however it spells their root."""
+    """A diamond: the second base does not set back what the first one changed, however it spells their
+    root."""
     write("optim: {epochs: 1, batch_size: 1}\n", "root.yaml")
     write("base: root.yaml\noptim: {epochs: 2}\n", "one.yaml")
     write(f"base: {way.replace('{folder}', HOSTILE)!r}\noptim: {{batch_size: 3}}\n", "two.yaml")
@@ -438,7 +467,7 @@ def test_what_two_bases_stand_on_counts_once_and_below_both(write, way):
     assert (of_recipe.recipe, of_recipe.optim.epochs, of_recipe.positions.grid) == ("dinov2-100ep", 2, 14)
 
 
-# --- the tool -----------------------------------------------------------------------------------------------
+# --- the tool ---------------------------------------------------------------------------------------------
 
 
 def one_line(stderr):
@@ -452,7 +481,9 @@ LEVELS = [f"n{i}: &n{i} [{', '.join([f'*n{i - 1}'] * 9)}]" for i in range(1, 61)
 BOMB = "\n".join(["n0: &n0 [x]", *LEVELS])
 
 
-@pytest.mark.parametrize("words", [[b"run.name=\xff"], [b"\xff\xfe=1"], ["--config", "BOMB"]], ids=["value", "key", "bomb"])
+@pytest.mark.parametrize(
+    "words", [[b"run.name=\xff"], [b"\xff\xfe=1"], ["--config", "BOMB"]], ids=["value", "key", "bomb"]
+)
 def test_the_tool_ends_with_one_line_and_code_2(write, words):
     """As a user starts it: a word that is no UTF-8; a file that would fill the memory."""
     words = [write(BOMB) if word == "BOMB" else word for word in words]
@@ -466,7 +497,9 @@ def test_the_tool_ends_with_one_line_and_code_2(write, words):
     )
     assert done.returncode == 2 and not done.stdout
     line = one_line(done.stderr.decode())
-    assert "should be UTF-8 text" in line or "unknown key '\\udcff\\udcfe'" in line or "aliases (*name)" in line
+    assert (
+        "should be UTF-8 text" in line or "unknown key '\\udcff\\udcfe'" in line or "aliases (*name)" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -502,7 +535,7 @@ def test_the_tool_ends_every_mistake_alike(write, capsys, text, words):
         assert "/photos #1 ${HOME} {a} 2024-10-01" in line
 
 
-# --- what the configs are -----------------------------------------------------------------------------------
+# --- what the configs are ---------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_the_papers():
@@ -530,7 +563,9 @@ def test_the_defaults_are_the_papers():
 
 def test_a_setting_without_effect_is_a_warning():
     with pytest.warns(UserWarning, match="positions.augment has no effect"):
-        load_config(None, ["positions.encoding=standard", "positions.interpolation=dinov2", "positions.grid=14"])
+        load_config(
+            None, ["positions.encoding=standard", "positions.interpolation=dinov2", "positions.grid=14"]
+        )
 
 
 def test_masks_without_their_loss_are_a_warning():

@@ -46,7 +46,9 @@ def test_the_tool_prints_where_each_value_comes_from(tmp_path, capsys):
     assert "[Table 6]; here: command line" in lines["epochs"] and lines["epochs"].startswith("  epochs: 3 ")
     assert "[Table 6]; here: " in lines["grid"] and lines["grid"].endswith(f"{toy}: 112 / 16")
     assert lines["betas"].endswith("# of AdamW [DINOv2]")
-    assert lines["interpolation"].endswith("; here: recipe dinov2-100ep") and "toy.yaml" in lines["n_prototypes"]
+    assert (
+        lines["interpolation"].endswith("; here: recipe dinov2-100ep") and "toy.yaml" in lines["n_prototypes"]
+    )
     (tmp_path / "printed.yaml").write_text(text)
     assert load_config(tmp_path / "printed.yaml") == load_config(toy, ["optim.epochs=3", "log.every=7"])
 
@@ -71,17 +73,23 @@ def test_the_tool_ends_mistakes_with_one_line_and_code_2(capsys):
     ):
         assert ended("config", *words) == 2
         captured = capsys.readouterr()
-        assert captured.out == "" and captured.err.startswith("error: config: ") and captured.err.count("\n") == 1
+        assert (
+            captured.out == ""
+            and captured.err.startswith("error: config: ")
+            and captured.err.count("\n") == 1
+        )
 
 
 def test_the_tool_as_a_user_starts_it(tmp_path):
     command = [sys.executable, str(TOOLS / "config.py"), "paka-25ep", *START]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["alignment"]["region_grid"] == 7
 
 
-# --- the schema ---------------------------------------------------------------------------------------------
+# --- the schema -------------------------------------------------------------------------------------------
 
 
 def opened(schema, part, prefix=""):
@@ -113,7 +121,9 @@ def test_the_schema_knows_every_key_with_its_meaning_choices_and_range(name):
             "boolean",
             "array",
         )
-    assert keys["run.device"]["enum"] == ["auto", "cpu", "cuda", "mps"] and keys["optim.epochs"]["minimum"] == 1
+    assert (
+        keys["run.device"]["enum"] == ["auto", "cpu", "cuda", "mps"] and keys["optim.epochs"]["minimum"] == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["toy", "toy_paka", "toy_mae"])
@@ -127,4 +137,6 @@ def test_the_tool_prints_a_schema_that_the_configs_fit(name, capsys):
     kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
     for key, value in flat(yaml.safe_load(path.read_text())).items():
         kind = keys[key]["type"]
-        assert any(isinstance(value, kinds[name]) for name in ([kind] if isinstance(kind, str) else kind)), key
+        assert any(isinstance(value, kinds[name]) for name in ([kind] if isinstance(kind, str) else kind)), (
+            key
+        )

@@ -35,7 +35,9 @@ def png(width, height, rows=b"", color=2, depth=8, chunks=()):
     """A PNG of these raw rows (each begins with its filter byte), whatever its header declares."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)), *chunks]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -50,7 +52,9 @@ def either_decoder(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(97, 61), (16, 16), (1, 1), (3000, 1), (1, 3000)])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}]
+)
 def test_jpeg_pixels_are_pils(either_decoder, size, options):
     for image in (picture(*size), picture(*size).convert("L")):
         data = encoded(image, quality=90, **options)
@@ -60,7 +64,12 @@ def test_jpeg_pixels_are_pils(either_decoder, size, options):
         assert np.array_equal(pixels, by_pil(data))
 
 
-MODES = {"BMP": "RGB L P RGBA 1", "GIF": "RGB L P RGBA LA 1", "PNG": "RGB L P RGBA LA 1", "WEBP": "RGB L P RGBA LA"}
+MODES = {
+    "BMP": "RGB L P RGBA 1",
+    "GIF": "RGB L P RGBA LA 1",
+    "PNG": "RGB L P RGBA LA 1",
+    "WEBP": "RGB L P RGBA LA",
+}
 
 
 @pytest.mark.parametrize("kind, mode", [(kind, mode) for kind in MODES for mode in MODES[kind].split()])
@@ -76,7 +85,9 @@ def test_transparency_is_dropped_and_the_colors_below_it_stay():
     rgba = np.full((4, 5, 4), [10, 20, 30, 0], np.uint8)
     assert (decode(encoded(Image.fromarray(rgba), "PNG")) == [10, 20, 30]).all()
     palette = picture().convert("P")
-    assert np.array_equal(decode(encoded(palette, "PNG", transparency=bytes(range(256)))), np.array(palette.convert("RGB")))
+    assert np.array_equal(
+        decode(encoded(palette, "PNG", transparency=bytes(range(256)))), np.array(palette.convert("RGB"))
+    )
 
 
 def test_cmyk_jpeg_with_adobes_inverted_values():
@@ -87,7 +98,10 @@ def test_cmyk_jpeg_with_adobes_inverted_values():
     at = data.index(b"Adobe") + 11
     assert data[at] == 0  # no transform; 2: YCCK, whose red is another
     ycck = data[:at] + b"\2" + data[at + 1 :]
-    assert np.array_equal(decode(ycck), by_pil(ycck)) and np.abs(decode(ycck).astype(int) - [255, 0, 0]).max() > 50
+    assert (
+        np.array_equal(decode(ycck), by_pil(ycck))
+        and np.abs(decode(ycck).astype(int) - [255, 0, 0]).max() > 50
+    )
 
 
 def test_16_bits_are_scaled_not_clipped():
@@ -127,13 +141,21 @@ def test_unknown_orientations_and_damaged_exif_ask_for_nothing(value):
 def test_color_profiles_are_ignored():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for kind in ("JPEG", "PNG", "WEBP"):
-        assert np.array_equal(decode(encoded(picture(), kind, icc_profile=profile)), decode(encoded(picture(), kind)))
+        assert np.array_equal(
+            decode(encoded(picture(), kind, icc_profile=profile)), decode(encoded(picture(), kind))
+        )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_of_several_frames(kind):
     frames = [picture(seed=i).quantize(16) if kind == "GIF" else picture(seed=i) for i in range(3)]
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     assert Image.open(io.BytesIO(data)).n_frames == 3
     assert np.array_equal(decode(data), np.array(frames[0].convert("RGB")))
 
@@ -151,9 +173,15 @@ def test_content_tells_the_format_and_others_are_refused():
 def test_the_size_is_bounded(either_decoder):
     data = encoded(picture(640, 480), quality=95)
     full = to_image(by_pil(data))[None]
-    expected = functional.interpolate(full, size=(384, 512), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    expected = functional.interpolate(full, size=(384, 512), mode="bicubic", antialias=True)[0].permute(
+        1, 2, 0
+    )
     bounded = decode(data, max_side_px=512)
-    assert bounded.shape == (384, 512, 3) and bounded.flags.c_contiguous and np.array_equal(bounded, expected.numpy())
+    assert (
+        bounded.shape == (384, 512, 3)
+        and bounded.flags.c_contiguous
+        and np.array_equal(bounded, expected.numpy())
+    )
     assert np.array_equal(decode(data, max_side_px=640), decode(data))
     reduced = np.array(_drafted(data, 320))
     assert reduced.shape == (240, 320, 3)
@@ -161,7 +189,12 @@ def test_the_size_is_bounded(either_decoder):
     assert decode(data, max_side_px=319).shape == (239, 319, 3)
     standing = decode(encoded(picture(480, 640)), max_side_px=100)
     assert standing.shape == (100, 75, 3)
-    assert np.abs(standing.astype(float) - np.array(picture(480, 640).resize((75, 100), Image.Resampling.BICUBIC))).mean() < 2
+    assert (
+        np.abs(
+            standing.astype(float) - np.array(picture(480, 640).resize((75, 100), Image.Resampling.BICUBIC))
+        ).mean()
+        < 2
+    )
 
 
 def _drafted(data, side):
@@ -183,15 +216,21 @@ def test_extreme_shapes(size):
 def test_the_header_tells_the_size_before_a_pixel_is_decoded():
     bombs = {
         "100000 x 100000": png(100_000, 100_000),
-        "65500 x 65500": encoded(picture()).replace(struct.pack(">HH", 61, 97), struct.pack(">HH", 65500, 65500), 1),
-        "60000 x 60000": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + encoded(picture().convert("P"), "GIF")[13:],
+        "65500 x 65500": encoded(picture()).replace(
+            struct.pack(">HH", 61, 97), struct.pack(">HH", 65500, 65500), 1
+        ),
+        "60000 x 60000": b"GIF89a"
+        + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0)
+        + encoded(picture().convert("P"), "GIF")[13:],
     }
     for size, data in bombs.items():
         with pytest.raises(BrokenImage, match=f"declares {size} pixels, more than max_mpx=200 million"):
             decode(data)
     with pytest.raises(BrokenImage, match="declares 16383 x 10000 pixels, more than max_mpx=100 million"):
         decode(_webp_canvas(16383, 10000), max_mpx=100)
-    with pytest.raises(BrokenImage, match="decompression bomb"):  # PIL's own bound, 179 million, comes first for WebP
+    with pytest.raises(
+        BrokenImage, match="decompression bomb"
+    ):  # PIL's own bound, 179 million, comes first for WebP
         decode(_webp_canvas(16383, 16383), max_mpx=100)
     with pytest.raises(BrokenImage, match="declares 97 x 61 pixels, more than max_mpx=0.005 million"):
         decode(encoded(picture()), max_mpx=0.005)
@@ -209,7 +248,8 @@ def _webp_canvas(width, height):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_a_machine_short_of_memory_is_no_broken_image(monkeypatch, kind):
-    """Nothing is wrong with the file: whoever reads it must not count it as broken. What declares too much is never loaded."""
+    """Nothing is wrong with the file: whoever reads it must not count it as broken. What declares too much
+    is never loaded."""
 
     def short(*_):
         raise MemoryError
@@ -235,7 +275,9 @@ def test_a_side_that_pil_cannot_hold_is_broken_not_short_of_memory():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_every_truncation_is_broken(either_decoder, kind):
     data = encoded(picture().convert("P") if kind == "GIF" else picture(), kind)
-    ends = {"GIF": 3, "BMP": 2}.get(kind, 1)  # the last bytes but these close the file or fill a row, after the pixels
+    ends = {"GIF": 3, "BMP": 2}.get(
+        kind, 1
+    )  # the last bytes but these close the file or fill a row, after the pixels
     for cut in [*range(0, len(data) - ends, max(1, len(data) // 60)), len(data) - ends]:
         with pytest.raises(BrokenImage):
             decode(data[:cut])
@@ -279,7 +321,9 @@ def test_damage_that_can_be_seen_is_broken_and_does_not_depend_on_the_decoder(mo
                         results.append(None)
             assert results[0] == results[1]
             outcomes.append(results[0] is None)
-        assert all(outcomes) if kind == "PNG" else 0 < sum(outcomes) < 60  # PNG: checksums tell; JPEG has none
+        assert (
+            all(outcomes) if kind == "PNG" else 0 < sum(outcomes) < 60
+        )  # PNG: checksums tell; JPEG has none
 
 
 def test_costly_files_are_refused():

@@ -1,4 +1,5 @@
-"""k-NN classification of folders: against a plain loop; DINO's crops; what is refused; nothing is read twice or kept."""
+"""k-NN classification of folders: against a plain loop; DINO's crops; what is refused; nothing is read
+twice or kept."""
 
 from contextlib import nullcontext
 
@@ -39,14 +40,18 @@ def write_classes(root, n_train=9, n_val=4, classes=("n01440764", "n01443537", "
             for file in folder.iterdir():
                 pixels = np.array(Image.open(file)).astype(float)
                 pixels[..., c] += 35
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file.with_suffix(".JPEG"), quality=95)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    file.with_suffix(".JPEG"), quality=95
+                )
                 file.unlink()
     return root
 
 
 def knn_classification(features, root, settings, max_images=10**6, **others):
     """Of the first images of a folder's parts."""
-    return module.knn_classification(features, *(part.first(max_images) for part in open_class_folders(root)), settings, **others)
+    return module.knn_classification(
+        features, *(part.first(max_images) for part in open_class_folders(root)), settings, **others
+    )
 
 
 @pytest.fixture
@@ -57,7 +62,11 @@ def root(tmp_path):
 def by_loop(features, root, k, resize_px=40, crop_px=32):
     """DINO's rule, image by image, from torchvision's transforms."""
     crop = transforms.Compose(
-        [transforms.Resize(resize_px, interpolation=3), transforms.CenterCrop(crop_px), transforms.PILToTensor()]
+        [
+            transforms.Resize(resize_px, interpolation=3),
+            transforms.CenterCrop(crop_px),
+            transforms.PILToTensor(),
+        ]
     )
     found = {}
     for part in ("train", "val"):
@@ -70,7 +79,9 @@ def by_loop(features, root, k, resize_px=40, crop_px=32):
         cosines = found["train"][0] @ query
         votes = {}
         for row in sorted(range(len(cosines)), key=lambda r: -cosines[r])[:k]:
-            votes[found["train"][1][row]] = votes.get(found["train"][1][row], 0) + np.exp(cosines[row].item() / 0.07)
+            votes[found["train"][1][row]] = votes.get(found["train"][1][row], 0) + np.exp(
+                cosines[row].item() / 0.07
+            )
         right += max(votes, key=votes.get) == name
     return 100 * right / len(found["val"][1])
 
@@ -79,7 +90,9 @@ def test_equals_a_plain_loop(features, tmp_path):
     root = write_classes(tmp_path, n_val=12)
     metrics = knn_classification(features, root, SMALL).metrics
     expected = {k: by_loop(features, root, k) for k in (2, 5, 20)}
-    assert metrics == pytest.approx({"knn_top1": expected[20], **{f"knn_top1_k{k}": expected[k] for k in (2, 5, 20)}})
+    assert metrics == pytest.approx(
+        {"knn_top1": expected[20], **{f"knn_top1_k{k}": expected[k] for k in (2, 5, 20)}}
+    )
     assert len({*expected.values()}) > 1 and min(expected.values()) > 34 and max(expected.values()) < 100
 
 
@@ -87,9 +100,9 @@ def test_equals_a_plain_loop(features, tmp_path):
 def test_crops_are_dinos(size):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size)
-    expected = transforms.Compose([transforms.Resize(256, interpolation=3), transforms.CenterCrop(224), transforms.PILToTensor()])(
-        image
-    )
+    expected = transforms.Compose(
+        [transforms.Resize(256, interpolation=3), transforms.CenterCrop(224), transforms.PILToTensor()]
+    )(image)
     assert torch.equal(center_crop(np.array(image), 256, 224), expected)
 
 
@@ -155,8 +168,15 @@ def test_folders(root):
     (root / "train" / "n09999999").mkdir()  # without an image
     (root / "train" / "n01440764" / "notes.txt").write_text("no picture")
     train, val = open_class_folders(root)
-    assert train.classes == val.classes == ("n01440764", "n01443537", "n02085620") and (len(train), len(val)) == (27, 12)
-    assert train.labels().tolist() == [0] * 9 + [1] * 9 + [2] * 9 and val.first(3).labels().tolist() == [0, 1, 2]
+    assert train.classes == val.classes == ("n01440764", "n01443537", "n02085620") and (
+        len(train),
+        len(val),
+    ) == (27, 12)
+    assert train.labels().tolist() == [0] * 9 + [1] * 9 + [2] * 9 and val.first(3).labels().tolist() == [
+        0,
+        1,
+        2,
+    ]
     (root / "val" / "n09999999").mkdir()
     Image.new("RGB", (8, 8)).save(root / "val" / "n09999999" / "0.png")
     with pytest.raises(UserError, match="class 'n09999999' of val has no image in train"):
@@ -166,15 +186,25 @@ def test_folders(root):
 def test_a_class_of_train_alone_is_one_that_can_be_wrong(features, root):
     for file in (root / "val" / "n02085620").iterdir():
         file.unlink()
-    assert knn_classification(features, root, SMALL).metrics["knn_top1_k5"] == pytest.approx(by_loop(features, root, 5))
+    assert knn_classification(features, root, SMALL).metrics["knn_top1_k5"] == pytest.approx(
+        by_loop(features, root, 5)
+    )
 
 
 @pytest.mark.parametrize(
     "spoil, change, message",
     [
         (lambda r: (r / "val").rename(r / "test"), {}, "no folder .*val"),
-        (lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")], {}, r"no image CLASS/\*.* in .*val"),
-        (lambda r: (r / "val" / "n01443537" / "002.JPEG").write_bytes(b"no"), {}, r"n01443537/002\.JPEG cannot be read"),
+        (
+            lambda r: [f.rename(r / "val" / f.name) for f in (r / "val").glob("*/*")],
+            {},
+            r"no image CLASS/\*.* in .*val",
+        ),
+        (
+            lambda r: (r / "val" / "n01443537" / "002.JPEG").write_bytes(b"no"),
+            {},
+            r"n01443537/002\.JPEG cannot be read",
+        ),
         (None, {"crop_px": 30}, "crop_px=30 is no multiple of the patch size 16"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Clustering of patches, end to end: scikit-learn's scaler, PCA and K-means with SciPy's assignment; what is refused."""
+"""Clustering of patches, end to end: scikit-learn's scaler, PCA and K-means with SciPy's assignment; what
+is refused."""
 
 from contextlib import nullcontext
 
@@ -21,18 +22,25 @@ from pretrain.evaluation.linear import Moments
 from pretrain.signals import StopSignals
 
 SIDE, PATCH, CLASSES = 64, 8, ("sky", "grass", "cow")
-SHADES = np.array([[230, 40, 40], [30, 0, 150], [40, 220, 40], [110, 50, 0], [40, 60, 240], [240, 230, 60]])  # two of each class
+SHADES = np.array(
+    [[230, 40, 40], [30, 0, 150], [40, 220, 40], [110, 50, 0], [40, 60, 240], [240, 230, 60]]
+)  # two of each class
 SMALL = ClusteringSettings(image_px=SIDE, label_px=40, pca_dim=6, overclusters=(6,), seeds=2, restarts=6)
 
 
 def write_set(folder, n=12, seed=0):
-    """Images of colored squares of two patches; labels of their colors with every fifth one wrong and some of 0."""
+    """Images of colored squares of two patches; labels of their colors with every fifth one wrong and some
+    of 0."""
     rng, files = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         shades = rng.integers(0, 6, (4, 4))
         pixels = SHADES[shades].repeat(2, 0).repeat(2, 1) + rng.integers(-25, 26, (8, 8, 3))
-        labels = np.where(rng.random((4, 4)) < 0.2, rng.integers(0, 4, (4, 4)), shades // 2 + 1).repeat(16, 0).repeat(16, 1)
+        labels = (
+            np.where(rng.random((4, 4)) < 0.2, rng.integers(0, 4, (4, 4)), shades // 2 + 1)
+            .repeat(16, 0)
+            .repeat(16, 1)
+        )
         pair = folder / f"{i}.png", folder / f"{i}_labels.png"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)).save(pair[0])
         Image.fromarray(labels.astype(np.uint8)).save(pair[1])
@@ -55,7 +63,9 @@ def features():
 
 def all_of(features, val, label_px):
     images, labels = (torch.cat(parts) for parts in zip(*val.squares(SIDE, label_px, 5)))
-    return torch.cat([tokens.patches for tokens in features(images)]).flatten(0, 1).double().numpy(), labels.numpy()
+    return torch.cat([tokens.patches for tokens in features(images)]).flatten(
+        0, 1
+    ).double().numpy(), labels.numpy()
 
 
 def restated(features, val, k, pca_dim=6, label_px=40):
@@ -75,7 +85,10 @@ def restated(features, val, k, pca_dim=6, label_px=40):
             precision[a, c] = both / ((clusters == a) & counted).sum()
     named = linear_sum_assignment(-ious)[1] if k == 3 else precision.argmax(1)
     classes = named[clusters] + 1
-    classwise = [((classes == c) & (labels == c)).sum() / (((classes == c) | (labels == c)) & counted).sum() for c in (1, 2, 3)]
+    classwise = [
+        ((classes == c) & (labels == c)).sum() / (((classes == c) | (labels == c)) & counted).sum()
+        for c in (1, 2, 3)
+    ]
     return classes, 100 * np.mean(classwise)
 
 
@@ -86,11 +99,22 @@ def test_equals_scikit_learn_and_scipy(features, squares):
     over = restated(features, squares, 6)[1]
     assert outcome.metrics["clustering_k6_miou"] == pytest.approx(over, abs=1e-9)
     assert 30 < expected < over < 90  # nothing is trivial: each shade is a cluster, and three mix the classes
-    assert outcome.metrics["clustering_miou_std"] == outcome.metrics["clustering_k6_miou_std"] == pytest.approx(0)
-    assert list(outcome.metrics) == ["clustering_miou", "clustering_miou_std", "clustering_k6_miou", "clustering_k6_miou_std"]
+    assert (
+        outcome.metrics["clustering_miou_std"]
+        == outcome.metrics["clustering_k6_miou_std"]
+        == pytest.approx(0)
+    )
+    assert list(outcome.metrics) == [
+        "clustering_miou",
+        "clustering_miou_std",
+        "clustering_k6_miou",
+        "clustering_k6_miou_std",
+    ]
     assert outcome.maps.keys() == {"clustering"} and len(outcome.maps["clustering"]) == 3
     for i in range(3):
-        assert outcome.maps["clustering"][i].dtype == np.int32 and np.array_equal(outcome.maps["clustering"][i], classes[i])
+        assert outcome.maps["clustering"][i].dtype == np.int32 and np.array_equal(
+            outcome.maps["clustering"][i], classes[i]
+        )
 
 
 def test_unlabeled_pixels_are_not_counted(features, squares, tmp_path):
@@ -118,19 +142,31 @@ def test_principal_components_are_scikit_learns():
     expected = PCA(4).fit_transform(StandardScaler().fit_transform(x))
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-7)
     weight = principal(moments, 50).weight
-    assert weight.shape == (7, 7) and not weight[:, 0].any() and weight[:, 1:].any(0).all()  # what does not vary gives 0
+    assert (
+        weight.shape == (7, 7) and not weight[:, 0].any() and weight[:, 1:].any(0).all()
+    )  # what does not vary gives 0
 
 
 def test_seeds_and_pool(features, squares):
-    """Few patches, drawn anew for each seed: the numbers differ between seeds, repeat themselves, and have a deviation."""
+    """Few patches, drawn anew for each seed: the numbers differ between seeds, repeat themselves, and have
+    a deviation."""
     few = ClusteringSettings(
-        image_px=SIDE, label_px=40, overclusters=(5,), seeds=3, restarts=1, patches_per_cluster=1, max_patches=60
+        image_px=SIDE,
+        label_px=40,
+        overclusters=(5,),
+        seeds=3,
+        restarts=1,
+        patches_per_cluster=1,
+        max_patches=60,
     )
     first, again = (clustering(features, squares, squares, few).metrics for _ in range(2))
     assert first == again and first["clustering_k5_miou_std"] > 0
     single = [
         clustering(
-            features, squares, squares, ClusteringSettings(**{**vars(few), "seeds": 1, "seed": seed, "max_patches": 10**6})
+            features,
+            squares,
+            squares,
+            ClusteringSettings(**{**vars(few), "seeds": 1, "seed": seed, "max_patches": 10**6}),
         ).metrics
         for seed in (0, 1)
     ]
@@ -193,7 +229,9 @@ def test_a_signal_stops_k_means_and_hours_are_told_before(features, squares, mon
     monkeypatch.setattr(module, "_seconds", lambda pool, n_clusters, settings: 3600.0 * n_clusters)
     clustering(features, squares, squares, SMALL, signals=StopSignals())
     said = capsys.readouterr().out
-    assert said.startswith("clustering, K-means: up to about 18.0 h on this device; less by clustering.overclusters, ")
+    assert said.startswith(
+        "clustering, K-means: up to about 18.0 h on this device; less by clustering.overclusters, "
+    )
     assert "clustering, K-means: 4 of 4 fits" in said
     clustering(features, squares, squares, SMALL)
     assert not capsys.readouterr().out  # a probe

@@ -1,4 +1,5 @@
-"""Figures of a dense evaluation: where labels are drawn and in which colors, components before and after, what a folder keeps."""
+"""Figures of a dense evaluation: where labels are drawn and in which colors, components before and after,
+what a folder keeps."""
 
 import json
 from contextlib import nullcontext
@@ -60,7 +61,7 @@ def two_features():
         yield found
 
 
-# --- colors ----------------------------------------------------------------------------------------------------------
+# --- colors -----------------------------------------------------------------------------------------------
 
 
 def test_lab_is_that_of_scikit_image():
@@ -96,7 +97,7 @@ def test_colors_differ_for_every_eye():
     assert chroma.min() > 20  # none is taken for the gray of pixels that are not counted
 
 
-# --- one image ------------------------------------------------------------------------------------------------------
+# --- one image --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(36, 72), (720, 360), (50, 50)])
@@ -107,8 +108,12 @@ def test_a_label_covers_its_part_of_the_image(size, side):
     assert max(height, width) == 360 and height / width == pytest.approx(size[0] / size[1], rel=0.01)
     gray = (1 - SHARE) * (0.3 + 0.7 * 128 / 255)
     middle = width // 2
-    np.testing.assert_allclose(pixels[:, :middle], np.broadcast_to(SHARE * np.array(RED) + gray, (height, middle, 3)))
-    np.testing.assert_allclose(pixels[:, middle:], np.broadcast_to(SHARE * np.array(BLUE) + gray, (height, width - middle, 3)))
+    np.testing.assert_allclose(
+        pixels[:, :middle], np.broadcast_to(SHARE * np.array(RED) + gray, (height, middle, 3))
+    )
+    np.testing.assert_allclose(
+        pixels[:, middle:], np.broadcast_to(SHARE * np.array(BLUE) + gray, (height, width - middle, 3))
+    )
 
 
 def test_what_is_not_counted_is_hatched_in_gray():
@@ -128,7 +133,7 @@ def test_outlines_lie_where_the_labels_change():
     assert (lined[:, 179] == 0).all() and (lined[:, [178, 180]] == 1).all()
 
 
-# --- a figure ---------------------------------------------------------------------------------------------------------
+# --- a figure ---------------------------------------------------------------------------------------------
 
 
 def legend_of(figure):
@@ -156,13 +161,17 @@ def test_a_figure_shows_every_map_over_its_image_in_the_colors_of_the_legend():
     for i in range(2):
         np.testing.assert_array_equal(drawn(figure, i, 0), images[i])
         for column, shown in enumerate((labels[i], maps["linear"][i], maps["in_context"][i]), 1):
-            np.testing.assert_allclose(drawn(figure, i, column), painted(images[i], shown, by_number), atol=1e-6)
+            np.testing.assert_allclose(
+                drawn(figure, i, column), painted(images[i], shown, by_number), atol=1e-6
+            )
     plt.close(figure)
 
 
 def test_a_class_keeps_its_color_whatever_was_predicted():
     labels = [halves(5, 3)]
-    one, other = (labels_figure([photo(0)], labels, {"linear": [halves(1, guess)]}, CLASSES) for guess in (1, 2))
+    one, other = (
+        labels_figure([photo(0)], labels, {"linear": [halves(1, guess)]}, CLASSES) for guess in (1, 2)
+    )
     assert all(legend_of(one)[name] == legend_of(other)[name] for name in ("sand", "grass"))
     plt.close(one), plt.close(other)
 
@@ -174,7 +183,9 @@ def test_clusters_are_in_the_colors_of_their_classes_and_many_classes_are_counte
     (legend,) = figure.legends
     words = [text.get_text() for text in legend.get_texts()]
     assert len(words) == MOST_IN_LEGEND + 1 and words[-1] == "and 28 more" and set(words[:-1]) <= set(names)
-    figure_of_two = labels_figure([photo(0)], [halves(2, 1)], {"clustering": [halves(1, 9)], "linear": [halves(1, 9)]}, names)
+    figure_of_two = labels_figure(
+        [photo(0)], [halves(2, 1)], {"clustering": [halves(1, 9)], "linear": [halves(1, 9)]}, names
+    )
     colors = {number: legend_of(figure_of_two)[f"class {number}"] for number in (1, 9)}
     for column, outlined in ((2, halves(2, 1)), (3, None)):
         wanted = painted(photo(0), halves(1, 9), colors, outlined=outlined)
@@ -182,7 +193,7 @@ def test_clusters_are_in_the_colors_of_their_classes_and_many_classes_are_counte
     plt.close(figure), plt.close(figure_of_two)
 
 
-# --- components -------------------------------------------------------------------------------------------------------
+# --- components -------------------------------------------------------------------------------------------
 
 
 def test_turning_undoes_a_turn():
@@ -198,7 +209,8 @@ def test_turning_undoes_a_turn():
 
 
 class Turned:
-    """The features of a network, turned as a whole: nothing about the patches changes, but the signs of their components do."""
+    """The features of a network, turned as a whole: nothing about the patches changes, but the signs of
+    their components do."""
 
     def __init__(self, features):
         self.features, self.backbone = features, features.backbone
@@ -219,13 +231,17 @@ def test_components_before_and_after(two_features):
     images = [photo(i) for i in range(3)]
     found = components(images, two_features, 70)  # 64 px: whole patches
     assert list(found) == ["before", "after"]
-    assert all(part.shape == (4, 4, 3) and 0 <= part.min() <= part.max() <= 1 for parts in found.values() for part in parts)
+    assert all(
+        part.shape == (4, 4, 3) and 0 <= part.min() <= part.max() <= 1
+        for parts in found.values()
+        for part in parts
+    )
     same = components(images, [("a", two_features[0][1]), ("b", two_features[0][1])], 64)
     torch.testing.assert_close(same["a"], same["b"])
     assert not torch.allclose(torch.stack(found["before"]), torch.stack(found["after"]), atol=0.1)
 
 
-# --- what is left -----------------------------------------------------------------------------------------------------
+# --- what is left -----------------------------------------------------------------------------------------
 
 
 def test_figures_of_a_run_and_its_page(tmp_path, two_features):
@@ -234,7 +250,10 @@ def test_figures_of_a_run_and_its_page(tmp_path, two_features):
     write_result(dense(), tmp_path)
     write(tmp_path, images, labels, maps, CLASSES, two_features, 64)
     shown = read_figures(tmp_path / "figures")
-    assert [figure.title for figure in shown] == ["Segmentation and clusters", "Principal components of the patches"]
+    assert [figure.title for figure in shown] == [
+        "Segmentation and clusters",
+        "Principal components of the patches",
+    ]
     assert "Hatched gray: not counted." in shown[0].caption and "those of before" in shown[1].caption
     page = build_report([read_run(tmp_path / "result.json")])
     assert page.count("<img ") == 2 and all(figure.title in page for figure in shown)

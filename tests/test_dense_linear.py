@@ -1,4 +1,5 @@
-"""Linear segmentation: the published loop restated in plain torch; what is counted; seeds; a backbone that stays as it is."""
+"""Linear segmentation: the published loop restated in plain torch; what is counted; seeds; a backbone that
+stays as it is."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,9 @@ from pretrain.settings import replaced
 from pretrain.views.pixels import normalize
 
 CPU, PATCH, SIDE = torch.device("cpu"), 16, 64
-WHOLE = LinearSettings(image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_at=2, augment=False, map_px=32)
+WHOLE = LinearSettings(
+    image_px=SIDE, label_px=20, epochs=3, batch_size=5, drop_at=2, augment=False, map_px=32
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,15 +44,25 @@ class InMemory(LabelSet):
 def held(images, labels, part="train", n_classes=3):
     classes = tuple("abcdefgh"[:n_classes])
     return InMemory(
-        name="set", part=part, classes=classes, files=range(len(images)), table=np.arange(9), images=[*images], labels=[*labels]
+        name="set",
+        part=part,
+        classes=classes,
+        files=range(len(images)),
+        table=np.arange(9),
+        images=[*images],
+        labels=[*labels],
     )
 
 
 def random_set(n, part="train", seed=0, side=SIDE, n_classes=3):
     """Rectangles of classes, and of pixels that are not counted, on noise."""
     rng = np.random.default_rng([seed, part == "val"])
-    labels = rng.integers(0, n_classes + 1, (n, 8, 8)).repeat(side // 8, 1).repeat(side // 8, 2).astype(np.int32)
-    images = np.clip(60 * labels[..., None] + rng.integers(0, 90, (n, side, side, 3)), 0, 255).astype(np.uint8)
+    labels = (
+        rng.integers(0, n_classes + 1, (n, 8, 8)).repeat(side // 8, 1).repeat(side // 8, 2).astype(np.int32)
+    )
+    images = np.clip(60 * labels[..., None] + rng.integers(0, 90, (n, side, side, 3)), 0, 255).astype(
+        np.uint8
+    )
     return held(images, labels, part, n_classes)
 
 
@@ -123,7 +136,9 @@ def test_miou_is_that_of_the_published_validation():
         maps = backbone(normalize(images)).patches.transpose(1, 2).unflatten(2, (4, 4))
         enlarged = F.interpolate(maps, size=(20, 20), mode="bilinear")
         predicted = F.conv2d(enlarged, head.weight[..., None, None], head.bias).argmax(1)
-    masks = F.interpolate(torch.from_numpy(np.stack(val.labels)).float()[:, None], size=(20, 20), mode="nearest")[:, 0].long()
+    masks = F.interpolate(
+        torch.from_numpy(np.stack(val.labels)).float()[:, None], size=(20, 20), mode="nearest"
+    )[:, 0].long()
     for a in range(3):
         for b in range(3):
             assert confusion[a, b] == ((predicted == a) & (masks == b + 1)).sum()
@@ -132,8 +147,13 @@ def test_miou_is_that_of_the_published_validation():
 
 def test_a_set_that_color_separates_is_segmented():
     train, val = (blocks_set(n, part, (1, 2, 3)) for n, part in ((24, "train"), (6, "val")))
-    settings = replaced(WHOLE, dict(label_px=4, map_px=SIDE, epochs=25, batch_size=8, lr=0.3, augment=True, crop_scale=(1.0, 1.0)))
-    outcome = linear(features_of(Colors()), train, val, replaced(settings, dict(crop_ratio=(1.0, 1.0))), n_shown=2)
+    settings = replaced(
+        WHOLE,
+        dict(label_px=4, map_px=SIDE, epochs=25, batch_size=8, lr=0.3, augment=True, crop_scale=(1.0, 1.0)),
+    )
+    outcome = linear(
+        features_of(Colors()), train, val, replaced(settings, dict(crop_ratio=(1.0, 1.0))), n_shown=2
+    )
     assert outcome.metrics["linear_miou"] == 100
     assert outcome.metrics["linear_class_iou"] == {"a": 100, "b": 100, "c": 100}
     assert len(outcome.maps["linear"]) == 2
@@ -146,14 +166,18 @@ def test_a_set_that_color_separates_is_segmented():
 def test_classes_that_a_part_lacks():
     settings = replaced(WHOLE, dict(label_px=4, epochs=25, batch_size=8, lr=0.3))
     features = features_of(Colors())
-    absent = linear(features, blocks_set(24, "train", (1, 2, 3)), blocks_set(6, "val", (1, 3)), settings).metrics
+    absent = linear(
+        features, blocks_set(24, "train", (1, 2, 3)), blocks_set(6, "val", (1, 3)), settings
+    ).metrics
     assert absent == {"linear_miou": 100, "linear_class_iou": {"a": 100, "c": 100}}
     val = blocks_set(6, "val", (1, 2))
     val = replace(val, labels=[*val.labels[:5], np.where(val.labels[5] == 2, 3, val.labels[5])])
     wrong, right = ((np.stack(val.labels) == c).sum() for c in (3, 2))
     unseen = linear(features, blocks_set(24, "train", (1, 2)), val, settings).metrics
     assert unseen["linear_class_iou"] == {"a": 100, "b": pytest.approx(100 * right / (right + wrong)), "c": 0}
-    assert unseen["linear_miou"] == pytest.approx((100 + unseen["linear_class_iou"]["b"]) / 3)  # what occurs in labels counts
+    assert unseen["linear_miou"] == pytest.approx(
+        (100 + unseen["linear_class_iou"]["b"]) / 3
+    )  # what occurs in labels counts
 
 
 def test_what_is_not_counted_changes_nothing():
@@ -200,7 +224,9 @@ def test_crops_and_flips_move_image_and_labels_alike():
     plain = weights_after(WHOLE, train)
     whole = replaced(WHOLE, dict(augment=True, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)))
     torch.testing.assert_close(weights_after(replaced(whole, dict(flip_p=0.0)), train), plain)
-    mirrored = held([np.fliplr(image) for image in train.images], [np.fliplr(labels) for labels in train.labels])
+    mirrored = held(
+        [np.fliplr(image) for image in train.images], [np.fliplr(labels) for labels in train.labels]
+    )
     flipped = weights_after(replaced(whole, dict(flip_p=1.0)), train)
     torch.testing.assert_close(flipped, weights_after(WHOLE, mirrored))
     assert not torch.allclose(flipped, plain)
@@ -229,11 +255,15 @@ def test_a_seed_is_the_whole_of_chance():
     with torch.no_grad():
         first, again = (linear(features, train, val, settings, 4) for _ in range(2))
         other = linear(features, train, val, replaced(settings, dict(seed=6)), 4)
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(
+        np.random.get_state()[1], states[1]
+    )
     assert first.metrics == again.metrics and np.array_equal(first.maps["linear"], again.maps["linear"])
     assert first.metrics != other.metrics
     assert torch.equal(weights_after(settings, train), weights_after(settings, train))
-    assert not torch.equal(weights_after(settings, train), weights_after(replaced(settings, dict(epochs=4)), train))
+    assert not torch.equal(
+        weights_after(settings, train), weights_after(replaced(settings, dict(epochs=4)), train)
+    )
 
 
 def test_the_first_weights_are_a_convolutions():
@@ -249,7 +279,9 @@ def test_sides_that_are_no_whole_patches():
     train, val, features = random_set(6), random_set(3, "val"), features_of(tiny_vit())
     assert whole_patches(79, features) == SIDE and whole_patches(SIDE, features) == SIDE
     with torch.no_grad():
-        assert linear(features, train, val, replaced(WHOLE, dict(image_px=79))) == linear(features, train, val, WHOLE)
+        assert linear(features, train, val, replaced(WHOLE, dict(image_px=79))) == linear(
+            features, train, val, WHOLE
+        )
     with pytest.raises(UserError, match="image_px=15 is less than a patch of 16"):
         linear(features, train, val, replaced(WHOLE, dict(image_px=15)))
 
@@ -273,17 +305,27 @@ def test_bad_settings_and_features():
 
 
 def test_of_coco_the_layer_sees_some_images_drawn_from_the_seed(monkeypatch):
-    train, features, settings = random_set(12), features_of(Colors()), replaced(WHOLE, dict(coco_images=5, label_px=4))
+    train, features, settings = (
+        random_set(12),
+        features_of(Colors()),
+        replaced(WHOLE, dict(coco_images=5, label_px=4)),
+    )
     coco = replace(train, name="coco_stuff")
-    assert drawn(train, settings) is train and list(drawn(coco, replaced(settings, dict(coco_images=99))).files) == list(range(12))
+    assert drawn(train, settings) is train and list(
+        drawn(coco, replaced(settings, dict(coco_images=99))).files
+    ) == list(range(12))
     for seed in range(3):
         places = drawn(coco, replaced(settings, dict(seed=seed))).files
         assert len(set(places)) == 5 and list(places) == sorted(places)
     assert len({tuple(drawn(coco, replaced(settings, dict(seed=seed))).files) for seed in range(5)}) > 3
     read = []
-    monkeypatch.setattr(InMemory, "read", lambda self, i: read.append(self.files[i]) or (self.images[i], self.labels[i]))
+    monkeypatch.setattr(
+        InMemory, "read", lambda self, i: read.append(self.files[i]) or (self.images[i], self.labels[i])
+    )
     with torch.no_grad():
         linear(features, coco, held(train.images, train.labels, "val"), settings)
-    assert read[:5] == drawn(coco, settings).files and read[5:] == list(range(12))  # all of the validation part
+    assert read[:5] == drawn(coco, settings).files and read[5:] == list(
+        range(12)
+    )  # all of the validation part
     with pytest.raises(UserError, match="linear.coco_images=0"):
         settings_of(["linear"], ["linear.coco_images=0"])

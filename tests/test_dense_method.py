@@ -1,4 +1,5 @@
-"""PaKA and Gram anchoring, one step: the loss restated pair by pair, its gradient, its edges, and the settings that it refuses."""
+"""PaKA and Gram anchoring, one step: the loss restated pair by pair, its gradient, its edges, and the
+settings that it refuses."""
 
 import re
 
@@ -53,7 +54,7 @@ def terms_of(method, batch):
     return {"loss": loss.total, **loss.terms}
 
 
-# --- the loss -----------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------
 
 
 def patches_in(network, crop, place, box, flip, region, bins):
@@ -65,12 +66,17 @@ def patches_in(network, crop, place, box, flip, region, bins):
     x0, y0, x1, y1 = box
     scale = torch.stack([side / (x1 - x0), side / (y1 - y0)])
     corners = torch.cat([(region[:2] - box[:2]) * scale, (region[2:] - box[:2]) * scale])
-    bins = roi_align(maps, [corners[None].to(maps.dtype)], (bins, bins), sampling_ratio=2, aligned=True)[0].flatten(1).T
+    bins = (
+        roi_align(maps, [corners[None].to(maps.dtype)], (bins, bins), sampling_ratio=2, aligned=True)[0]
+        .flatten(1)
+        .T
+    )
     return network["head"](bins) if "head" in network else bins
 
 
 def overlap(first, second, least):
-    """The overlap of two crops (box, patches a side) between their outermost centers, none where it is too narrow."""
+    """The overlap of two crops (box, patches a side) between their outermost centers, none where it is too
+    narrow."""
     boxes = []
     for box, n in (first, second):
         half = (box[2:] - box[:2]) / (2 * n)
@@ -88,12 +94,19 @@ def one_minus_cka(s, t):
 
 def gram(s, t):
     s, t = F.normalize(s, dim=1), F.normalize(t, dim=1)
-    return sum(((s[i] @ s[j]) - (t[i] @ t[j])) ** 2 for i in range(len(s)) for j in range(len(s))) / len(s) ** 2
+    return (
+        sum(((s[i] @ s[j]) - (t[i] @ t[j])) ** 2 for i in range(len(s)) for j in range(len(s))) / len(s) ** 2
+    )
 
 
 @pytest.mark.parametrize(
     "extra",
-    [[], [*TIED, "crops.n_local=3"], [*GRAM, "alignment.pairs=parent"], ["crops.local_rule=image", "alignment.loss=gram"]],
+    [
+        [],
+        [*TIED, "crops.n_local=3"],
+        [*GRAM, "alignment.pairs=parent"],
+        ["crops.local_rule=image", "alignment.loss=gram"],
+    ],
     ids=["paka", "tied", "gram", "anywhere"],
 )
 def test_the_loss_is_the_mean_over_all_overlaps(folder, extra):
@@ -112,27 +125,40 @@ def test_the_loss_is_the_mean_over_all_overlaps(folder, extra):
                 if region is None:
                     continue
                 found = []
-                for network, crops, v, n in (("teacher", batch.global_crops, g, g), ("student", batch.local_crops, 2 + l, l)):
+                for network, crops, v, n in (
+                    ("teacher", batch.global_crops, g, g),
+                    ("student", batch.local_crops, 2 + l, l),
+                ):
                     flip = views.flips[b, v]
                     place = (views.position_boxes[b, v][None], flip[None]) if tied else ()
                     crop = crops[n * n_images + b]
-                    found.append(patches_in(getattr(method, network), crop, place, views.boxes[b, v], flip, region, 3))
+                    found.append(
+                        patches_in(getattr(method, network), crop, place, views.boxes[b, v], flip, region, 3)
+                    )
                 losses.append((gram if alignment.loss == "gram" else one_minus_cka)(found[1], found[0]))
     terms = terms_of(method, batch)
     assert len(losses) > 3 and set(terms) == {"loss", alignment.loss}
-    torch.testing.assert_close(terms["loss"], torch.stack(losses).mean(), rtol=1e-5, atol=1e-9)  # boxes are float32
+    torch.testing.assert_close(
+        terms["loss"], torch.stack(losses).mean(), rtol=1e-5, atol=1e-9
+    )  # boxes are float32
     assert terms["loss"] > 1e-4
 
 
 @pytest.mark.parametrize("extra", [[], GRAM, TIED], ids=["paka", "gram", "tied"])
 def test_equal_views_and_networks_agree(folder, extra):
     """The crop itself for both, no colors, student and teacher as they start."""
-    plain = ["crops.local_rule=same", "crops.local_px=64", *(f"color.{key}={value}" for key, value in NO_COLOR.items())]
+    plain = [
+        "crops.local_rule=same",
+        "crops.local_px=64",
+        *(f"color.{key}={value}" for key, value in NO_COLOR.items()),
+    ]
     config = settings(folder, *EXACT, *plain, "alignment.region_grid=4", "alignment.region_samples=1", *extra)
     batch = first_batch(config, torch.float64)
     method = PaKA(config).double()
     assert bool(batch.views.flips[:, 2:].any()) and not bool(batch.views.flips[:, :2].any())
-    unflipped = first_batch(settings(folder, *EXACT, *plain, "crops.flip_p=0.0", "alignment.region_grid=4", *extra), torch.float64)
+    unflipped = first_batch(
+        settings(folder, *EXACT, *plain, "crops.flip_p=0.0", "alignment.region_grid=4", *extra), torch.float64
+    )
     assert terms_of(method, unflipped)["loss"].abs() < 1e-9 < terms_of(method, batch)["loss"]
 
 
@@ -145,23 +171,32 @@ def test_the_student_alone_drops_paths(folder):
 
 
 def test_the_whole_crop_is_read_patch_by_patch(folder):
-    """Gram anchoring as DINOv3 does it: the features of the regions are the patches themselves, turned back where flipped."""
-    whole = ["crops.local_rule=same", "crops.local_px=64", "alignment.region_grid=4", "alignment.region_samples=1"]
+    """Gram anchoring as DINOv3 does it: the features of the regions are the patches themselves, turned
+    back where flipped."""
+    whole = [
+        "crops.local_rule=same",
+        "crops.local_px=64",
+        "alignment.region_grid=4",
+        "alignment.region_samples=1",
+    ]
     config = settings(folder, *EXACT, *GRAM, *whole)
     batch, method = first_batch(config, torch.float64), apart(config)
     targets = method.teacher_targets(batch)
-    patches = method.teacher["backbone"](batch.global_crops).patches.unflatten(0, (2, -1)).transpose(0, 1)  # [B, G, N, D]
+    patches = (
+        method.teacher["backbone"](batch.global_crops).patches.unflatten(0, (2, -1)).transpose(0, 1)
+    )  # [B, G, N, D]
     assert torch.equal(targets.are, torch.eye(2, dtype=torch.bool).expand(len(patches), -1, -1))
     own = torch.stack([targets.features[:, g, g] for g in range(2)], 1)
     torch.testing.assert_close(own, patches, rtol=1e-4, atol=1e-5)  # float32 boxes
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", [[], GRAM, TIED], ids=["paka", "gram", "tied"])
 def test_the_gradient_reaches_every_parameter_of_the_student_alone(folder, extra):
-    """DDP waits for all of them: [CLS], registers and their positions too. Of the head's last bias CKA sees nothing."""
+    """DDP waits for all of them: [CLS], registers and their positions too. Of the head's last bias CKA
+    sees nothing."""
     config = settings(folder, *EXACT, *extra)
     method = apart(config)
     terms_of(method, first_batch(config, torch.float64))["loss"].backward()
@@ -186,7 +221,9 @@ def test_checkpointing_changes_nothing(folder, rule):
         torch.manual_seed(3)
         loss = terms_of(method, batch)["loss"]
         loss.backward()
-        found.append([loss, *(parameter.grad for parameter in method.student.parameters() if parameter.requires_grad)])
+        found.append(
+            [loss, *(parameter.grad for parameter in method.student.parameters() if parameter.requires_grad)]
+        )
     for one, two in zip(*found):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
@@ -200,7 +237,9 @@ def step_of(config):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["alignment.loss=frobenius", "alignment.kernel=rbf"], GRAM], ids=["paka", "frobenius rbf", "gram"]
+    "extra",
+    [[], ["alignment.loss=frobenius", "alignment.kernel=rbf"], GRAM],
+    ids=["paka", "frobenius rbf", "gram"],
 )
 def test_a_step_in_bfloat16_is_finite(folder, extra):
     trainer, terms, _ = step_of(settings(folder, "run.precision=bf16", *extra))
@@ -214,21 +253,30 @@ def test_heads_learn_ten_times_as_fast_and_nothing_is_frozen(folder):
     trainer, _, scheduled = step_of(settings(folder, "optim.warmup_epochs=0"))
     rates, lr = {group["lr_factor"]: group["lr"] for group in trainer.optimizer.param_groups}, scheduled["lr"]
     assert rates == {1.0: lr, 10.0: 10 * lr} and lr > 0
-    heads = {id(p) for group in trainer.optimizer.param_groups if group["lr_factor"] == 10 for p in group["params"]}
+    heads = {
+        id(p) for group in trainer.optimizer.param_groups if group["lr_factor"] == 10 for p in group["params"]
+    }
     assert heads == {id(p) for p in trainer.method.student["head"].parameters() if p.requires_grad}
     start = PaKA(trainer.config)
-    for (name, moved), parameter in zip(trainer.method.student.named_parameters(), start.student.parameters()):
+    for (name, moved), parameter in zip(
+        trainer.method.student.named_parameters(), start.student.parameters()
+    ):
         assert name.startswith("head") or not torch.equal(moved, parameter), name
 
 
-# --- edges -----------------------------------------------------------------------------------------------------------------
+# --- edges ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", [[], GRAM], ids=["paka", "gram"])
 def test_a_batch_without_any_overlap_changes_nothing(folder, extra):
     tiny = ["crops.local_rule=image", "crops.local_scale=[0.01,0.02]", "crops.global_scale=[0.9,1.0]"]
     config = settings(
-        folder, *tiny, "alignment.min_overlap_patches=1.9", "optim.weight_decay=0.0", "optim.weight_decay_end=0.0", *extra
+        folder,
+        *tiny,
+        "alignment.min_overlap_patches=1.9",
+        "optim.weight_decay=0.0",
+        "optim.weight_decay_end=0.0",
+        *extra,
     )
     trainer, terms, _ = step_of(config)
     assert terms["loss"] == terms["overlaps"] == terms["grad_norm"] == 0
@@ -254,15 +302,23 @@ def test_weights_without_the_registers_that_are_asked_for_are_named(folder, tmp_
 def test_a_file_of_14_px_patches_goes_on_at_14_or_16(folder, tmp_path):
     path = write_start(tmp_path / "14.safetensors", patch_size=14, n_registers=4)
     for patch_size, sides in ((14, (56, 42)), (16, (64, 48))):
-        px = [f"backbone.patch_size={patch_size}", f"crops.global_px={sides[0]}", f"crops.local_px={sides[1]}"]
+        px = [
+            f"backbone.patch_size={patch_size}",
+            f"crops.global_px={sides[0]}",
+            f"crops.local_px={sides[1]}",
+        ]
         config = settings(folder, *px, f"backbone.weights={path}", *EXACT)
         method = apart(config)
         backbone = method.backbone
-        assert backbone.patch_size == patch_size and backbone.n_registers == 4 and not backbone.model_kwargs["mask_tokens"]
+        assert (
+            backbone.patch_size == patch_size
+            and backbone.n_registers == 4
+            and not backbone.model_kwargs["mask_tokens"]
+        )
         assert bool(terms_of(method, first_batch(config, torch.float64))["loss"] > 0)
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,5 +369,7 @@ def test_settings_of_a_post_training_are_refused_by_a_pre_training(recwarn):
 
 def test_a_teacher_that_moves_may_be_gram_anchoring_s_and_a_head_too(folder, recwarn):
     settings(folder, "alignment.loss=gram")
-    settings(folder, "run.export_network=teacher", "optim.teacher_momentum=1.0", "optim.teacher_momentum_end=0.9")
+    settings(
+        folder, "run.export_network=teacher", "optim.teacher_momentum=1.0", "optim.teacher_momentum_end=0.9"
+    )
     assert not recwarn.list

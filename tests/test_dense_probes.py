@@ -1,4 +1,5 @@
-"""Dense evaluation as a probe of a running training: the evaluators' numbers, no trace, equal after a resumption; bad sets told."""
+"""Dense evaluation as a probe of a running training: the evaluators' numbers, no trace, equal after a
+resumption; bad sets told."""
 
 import json
 from contextlib import nullcontext
@@ -64,7 +65,9 @@ def test_the_probe_leaves_no_trace_and_repeats_itself(sets):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first = probes.run(backbone, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
-    assert all(part.training for part in backbone.modules()) and all(p.grad is None for p in backbone.parameters())
+    assert all(part.training for part in backbone.modules()) and all(
+        p.grad is None for p in backbone.parameters()
+    )
     torch.manual_seed(2)
     np.random.seed(2)
     assert json.dumps(probes.run(backbone, torch.device("cpu"))) == json.dumps(first)
@@ -81,7 +84,9 @@ def test_a_run_logs_the_probe_and_a_resumed_one_the_same(sets):
     logs = [(sets / name / "probes.jsonl").read_text() for name in ("straight", "parts")]
     assert logs[0] == logs[1]
     probed = [json.loads(line) for line in logs[0].splitlines()]
-    assert [line["iteration"] for line in probed] == [1, 3] and {f"probe/dense_{name}" for name in NAMES} <= set(probed[0])
+    assert [line["iteration"] for line in probed] == [1, 3] and {
+        f"probe/dense_{name}" for name in NAMES
+    } <= set(probed[0])
     metrics = read_result(sets / "parts").metrics
     assert metrics["probe/dense_linear_miou"] == probed[-1]["probe/dense_linear_miou"]
 

@@ -1,4 +1,5 @@
-"""The recipes of post-training: the configs of PaKA and Gram anchoring follow theirs, and deviations are said."""
+"""The recipes of post-training: the configs of PaKA and Gram anchoring follow theirs, and deviations are
+said."""
 
 import pytest
 from recipe_fixture import CONFIGS, comments, effective, recipe
@@ -17,9 +18,16 @@ def test_a_post_training_follows_its_recipe(name):
     """Any patch size and size of network, on COCO's train2017 and from the weights that are given."""
     config = recipe(name, *START)
     protocol = run_protocol(config, COCO_TRAIN)
-    names = {"paka": "paka-25ep", "gram": "gram-25ep", "paka_tied_vits16": "paka-tied-25ep", "gram_whole_vits16": "gram-whole-25ep"}
+    names = {
+        "paka": "paka-25ep",
+        "gram": "gram-25ep",
+        "paka_tied_vits16": "paka-tied-25ep",
+        "gram_whole_vits16": "gram-whole-25ep",
+    }
     assert protocol.full and protocol.name == names.get(name, names[name[:4]])
-    assert config.run.export_network == "student" and config.optim.batch_size == (16 if "vitb" in name else 64)
+    assert config.run.export_network == "student" and config.optim.batch_size == (
+        16 if "vitb" in name else 64
+    )
     assert config.crops.global_px // config.backbone.patch_size == (37 if "14" in name else 14)
     said = comments("paka-25ep") + comments(name)
     assert f"{round(effective(config, config.optim.epochs), 1)}" in said or name == "gram_whole_vits16"
@@ -28,7 +36,12 @@ def test_a_post_training_follows_its_recipe(name):
 
 
 def test_what_makes_another_post_training_is_said():
-    changes = ["optim.epochs=5", "optim.head_lr_factor=1.0", "alignment.region_grid=5", "run.init_from=runs/earlier"]
+    changes = [
+        "optim.epochs=5",
+        "optim.head_lr_factor=1.0",
+        "alignment.region_grid=5",
+        "run.init_from=runs/earlier",
+    ]
     of_the_file = ["positions.grid=9", "backbone.depth=3"]  # no part of the recipe
     deviations = run_protocol(recipe("paka_vits16", *START, *changes, *of_the_file), IMAGENET_1K).deviations
     assert deviations == {
@@ -45,19 +58,35 @@ def test_what_makes_another_post_training_is_said():
 
 def test_gram_anchoring_and_paka_are_two_configs_of_few_keys():
     """The comparison that PaKA's reviewers asked for: the same weights, images, crops and regions."""
-    paka, gram, whole = (recipe(name, *START) for name in ("paka_dinov2reg_vits16", "gram_dinov2reg_vits16", "gram_whole_vits16"))
+    paka, gram, whole = (
+        recipe(name, *START)
+        for name in ("paka_dinov2reg_vits16", "gram_dinov2reg_vits16", "gram_whole_vits16")
+    )
     named = {"recipe", "run.name", "run.output"}
-    assert set(differences(paka, gram)) == named | {"alignment.loss", "alignment.head", "optim.teacher_momentum"}
+    assert set(differences(paka, gram)) == named | {
+        "alignment.loss",
+        "alignment.head",
+        "optim.teacher_momentum",
+    }
     differ = set(differences(gram, whole))
     regions = {"alignment.region_grid", "alignment.region_samples"}
     assert differ == named | regions | {"crops.n_local", "crops.local_px", "crops.local_rule"}
 
 
-@pytest.mark.parametrize("name, label", [("toy_paka", "paka-25ep"), ("toy_paka_tied", "paka-tied-25ep"), ("toy_gram", "gram-25ep")])
+@pytest.mark.parametrize(
+    "name, label", [("toy_paka", "paka-25ep"), ("toy_paka_tied", "paka-tied-25ep"), ("toy_gram", "gram-25ep")]
+)
 def test_toys_say_that_they_are_scaled_down_and_fit_the_demos_backbone(name, label):
     config, demo = recipe(name, *START), load_config(CONFIGS / "toy.yaml")
     assert run_protocol(config, 300).label.startswith(f"{label}, scaled down")
-    for key in ("backbone.name", "backbone.depth", "crops.global_px", "crops.local_px", "heads.hidden_dim", "heads.bottleneck_dim"):
+    for key in (
+        "backbone.name",
+        "backbone.depth",
+        "crops.global_px",
+        "crops.local_px",
+        "heads.hidden_dim",
+        "heads.bottleneck_dim",
+    ):
         assert flat(config)[key] == flat(demo)[key]
     if name == "toy_paka_tied":
         assert config.positions.grid == demo.positions.grid

@@ -1,4 +1,5 @@
-"""PaKA, whole runs: what they leave, exact resume, micro-batches and ranks that equal one, and runs of before."""
+"""PaKA, whole runs: what they leave, exact resume, micro-batches and ranks that equal one, and runs of
+before."""
 
 import json
 from pathlib import Path
@@ -25,7 +26,13 @@ from pretrain.train import check_same_run, train
 from pretrain.trainer import Length, Trainer
 from pretrain.weights import read_checkpoint
 
-EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_iters=1", "optim.epochs=3"]
+EXACT = [
+    "run.precision=float64",
+    "backbone.drop_path=0.0",
+    "optim.batch_size=4",
+    "optim.epoch_iters=1",
+    "optim.epochs=3",
+]
 ANYWHERE = ["crops.local_rule=image", "crops.local_scale=[0.1,0.4]", *EXACT]
 
 
@@ -44,7 +51,11 @@ def one_rank(folder):
 
 
 def overrides(folder, output, *extra):
-    where = [f"data.root={folder / 'photos'}", f"backbone.weights={folder / 'start.safetensors'}", f"run.output={output}"]
+    where = [
+        f"data.root={folder / 'photos'}",
+        f"backbone.weights={folder / 'start.safetensors'}",
+        f"run.output={output}",
+    ]
     return last([*DENSE, "optim.warmup_epochs=0", *where, *extra])
 
 
@@ -72,20 +83,28 @@ def test_a_run_leaves_the_student_and_says_where_it_comes_from(folder, tmp_path)
     assert not torch.equal(student["patch_embed.proj.weight"], teacher["patch_embed.proj.weight"])
     assert (backbone.patch_size, backbone.n_registers) == (14, 4)
     said = read_checkpoint(output / "backbone.safetensors").provenance
-    earlier = {"file": "start.safetensors", "hash": file_hash(start), "method": "earlier", "effective_epochs": 12.5}
+    earlier = {
+        "file": "start.safetensors",
+        "hash": file_hash(start),
+        "method": "earlier",
+        "effective_epochs": 12.5,
+    }
     assert said["started_from"] == earlier and said["position_masks"] is False
     result = read_result(output)
     epochs = 6 * (2 * (56 / 224) ** 2 + 2 * (42 / 224) ** 2)
     assert result.effective_epochs == said["effective_epochs"] == pytest.approx(epochs, abs=0.01)
     assert result.protocol.name == "paka-25ep" and "backbone.weights" not in result.protocol.deviations
     assert {"loss", "cka", "overlaps", "feature_std", "grad_norm"} <= set(result.metrics)
-    assert "paka" in model_card(backbone, "safetensors", (56, 56), 0.0, file="x", provenance=said, results=[result])
+    assert "paka" in model_card(
+        backbone, "safetensors", (56, 56), 0.0, file="x", provenance=said, results=[result]
+    )
     assert str(tmp_path) not in json.dumps(said) and list((output / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize("extra", [[], TIED, GRAM], ids=["paka", "tied", "gram"])
 def test_steps_on_one_batch_lower_its_loss(folder, tmp_path, extra):
-    """The same crops again and again, before a teacher that stays: nothing but the step itself changes the loss."""
+    """The same crops again and again, before a teacher that stays: nothing but the step itself changes the
+    loss."""
     still = ["optim.teacher_momentum=1.0", "backbone.drop_path=0.0", "optim.batch_size=4", "positions.grid=6"]
     config = load_config(None, overrides(folder, tmp_path, *extra, *still))
     trainer = Trainer(config, Length(100, 1000, 0))
@@ -102,7 +121,9 @@ def test_resume_is_bit_for_bit(folder, tmp_path, extra):
     run(folder, tmp_path / "parts", *extra, resume="auto")
     one, two = tensors_of(tmp_path / "straight"), tensors_of(tmp_path / "parts")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert (tmp_path / "straight" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "straight" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "parts" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_a_frozen_teacher_stays_what_the_weights_are(folder, tmp_path):
@@ -116,7 +137,10 @@ def test_a_frozen_teacher_stays_what_the_weights_are(folder, tmp_path):
 def test_micro_batches_equal_the_whole_although_their_overlaps_differ_in_number(folder, one_rank, tmp_path):
     """float64, drop path 0: each micro-batch counts as much as it has overlaps."""
     config = load_config(None, overrides(folder, tmp_path / "parts", *ANYWHERE, "step.accumulate=2"))
-    batches = [item[0].to(torch.device("cpu"), torch.float64) for item in build_loader(config, build_dataset(config), 0, 3)]
+    batches = [
+        item[0].to(torch.device("cpu"), torch.float64)
+        for item in build_loader(config, build_dataset(config), 0, 3)
+    ]
     method = PaKA(config).double()
     counts = [int(method.teacher_targets(batch).are.sum()) for batch in batches]
     assert any(one != two for one, two in zip(counts[::2], counts[1::2])), counts
@@ -145,16 +169,25 @@ def test_two_gloo_ranks_equal_one_at_double_batch(one_rank, two_ranks, rule):
 
 def test_a_checkpoint_from_before_these_settings_goes_on():
     """The config of a run of commit 2c21771, and without the keys that came with post-training."""
-    meta = json.loads(json.loads(old_runs.RECORD.read_text())["pretrain_stopped"]["checkpoints/it_00000002/meta.json"])
+    meta = json.loads(
+        json.loads(old_runs.RECORD.read_text())["pretrain_stopped"]["checkpoints/it_00000002/meta.json"]
+    )
     before = meta["config"]
     config = from_saved(before)
-    del before["dense"], before["optim"]["head_lr_factor"], before["run"]["algorithm"], before["run"]["leaves"]
+    del (
+        before["dense"],
+        before["optim"]["head_lr_factor"],
+        before["run"]["algorithm"],
+        before["run"]["leaves"],
+    )
     for key in ("plain_globals", "local_rule", "local_inside"):
         del before["crops"][key]
     found = SimpleNamespace(path=Path("it_1"), meta={"config": before, "n_images": 6, "progress": {}})
     check_same_run(found, config, 6)
     changed = replaced(config, {"crops.local_rule": "inside", "run.export_network": "student"})
-    with pytest.raises(UserError, match=r"run\.export_network='teacher' .*crops\.local_rule='image' \(now 'inside'\)"):
+    with pytest.raises(
+        UserError, match=r"run\.export_network='teacher' .*crops\.local_rule='image' \(now 'inside'\)"
+    ):
         check_same_run(found, changed, 6)
     before["optim"]["epochs"] = 3
     with pytest.raises(UserError, match=r"optim\.epochs=3"):

@@ -1,4 +1,5 @@
-"""The table of dense evaluations: published anchors, seeds, marks, differences, and where it stands among the other tables."""
+"""The table of dense evaluations: published anchors, seeds, marks, differences, and where it stands among
+the other tables."""
 
 import csv
 import io
@@ -39,7 +40,7 @@ def cells(line):
     return [cell.strip(" *") for cell in line.strip("|").split(" | ")]
 
 
-# --- published numbers ------------------------------------------------------------------------------------------------
+# --- published numbers ------------------------------------------------------------------------------------
 
 
 def test_the_published_anchors():
@@ -69,13 +70,27 @@ def test_without_measured_rows_the_published_ones_alone():
 
 def test_a_published_row_is_never_marked_measured_and_a_measured_one_always_is():
     table = dense_table([dense(), dense(deviations=DEVIATIONS, config_hash="another")])
-    assert not [line for group in table.groups for line in group if (line.source == "measured") != ("†" in line.cells[0])]
+    assert not [
+        line
+        for group in table.groups
+        for line in group
+        if (line.source == "measured") != ("†" in line.cells[0])
+    ]
     rows = csv_rows(table)
-    assert [(row["source"], row["mark"]) for row in rows] == [("published", "")] * 6 + [("measured", "†"), ("measured", "†‡")]
-    for format, mark in (("md", "**measured †**"), ("latex", r"\textbf{measured $^\dagger$}"), ("html", "<b>measured †</b>")):
+    assert [(row["source"], row["mark"]) for row in rows] == [("published", "")] * 6 + [
+        ("measured", "†"),
+        ("measured", "†‡"),
+    ]
+    for format, mark in (
+        ("md", "**measured †**"),
+        ("latex", r"\textbf{measured $^\dagger$}"),
+        ("html", "<b>measured †</b>"),
+    ):
         lines = render(table, format).splitlines()
         published = [line for line in lines if "DINO" in line or "CrIBo" in line or "NeCo" in line]
-        assert len(published) == 5 and not any("†" in line or "dagger" in line or "measured" in line for line in published)
+        assert len(published) == 5 and not any(
+            "†" in line or "dagger" in line or "measured" in line for line in published
+        )
         assert sum(mark in line for line in lines) == 2
 
 
@@ -89,23 +104,37 @@ def test_a_published_row_stands_under_its_set_only():
     assert "22.7" not in render(table, "md")
 
 
-# --- measured numbers -------------------------------------------------------------------------------------------------
+# --- measured numbers -------------------------------------------------------------------------------------
 
 
 def test_seeds_are_averaged():
     values = (70.1, 71.4, 70.9)
-    runs = [dense(metrics={"linear_miou": v, "knn_top1": 2 * i}, seed=i, weights_hash=f"w{i}") for i, v in enumerate(values)]
+    runs = [
+        dense(metrics={"linear_miou": v, "knn_top1": 2 * i}, seed=i, weights_hash=f"w{i}")
+        for i, v in enumerate(values)
+    ]
     (row,) = [row for row in csv_rows(dense_table(runs)) if row["source"] == "measured"]
     assert float(row["linear_miou"]) == pytest.approx(statistics.fmean(values), abs=1e-6)
     assert float(row["linear_miou_std"]) == pytest.approx(statistics.stdev(values), abs=1e-6)
-    assert (row["linear_miou_n"], row["seeds"], row["knn_top1"], row["knn_top1_std"]) == ("3", "0, 1, 2", "2.0", "2.0")
+    assert (row["linear_miou_n"], row["seeds"], row["knn_top1"], row["knn_top1_std"]) == (
+        "3",
+        "0, 1, 2",
+        "2.0",
+        "2.0",
+    )
     text = render(dense_table(runs[::-1]), "md")
-    assert text == render(dense_table(runs), "md") and "70.8 ± 0.7 (n=3)" in text and "sample standard deviation" in text
+    assert (
+        text == render(dense_table(runs), "md")
+        and "70.8 ± 0.7 (n=3)" in text
+        and "sample standard deviation" in text
+    )
     assert "sample standard deviation" not in render(dense_table(runs[:1]), "md")
 
 
 def test_two_checkpoints_of_one_name_are_no_seeds():
-    table = dense_table([dense(weights_hash=name, metrics={"linear_miou": v}) for name, v in (("a", 60.0), ("b", 70.0))])
+    table = dense_table(
+        [dense(weights_hash=name, metrics={"linear_miou": v}) for name, v in (("a", 60.0), ("b", 70.0))]
+    )
     assert [row["linear_miou"] for row in csv_rows(table)[6:]] == ["60.0", "70.0"]
     assert "config 0123456789ab" in render(table, "md")  # they look alike
 
@@ -119,7 +148,12 @@ def test_sets_and_configurations_have_rows_of_their_own():
 
 
 def test_columns_are_those_that_were_measured():
-    metrics = {"clustering_k500_miou": 40.0, "clustering_k50_miou": 30.0, "clustering_miou": 20.0, "linear_class_iou": {"cat": 1.0}}
+    metrics = {
+        "clustering_k500_miou": 40.0,
+        "clustering_k50_miou": 30.0,
+        "clustering_miou": 20.0,
+        "linear_class_iou": {"cat": 1.0},
+    }
     table = dense_table([dense("toy", metrics | {"knn_top1_k10": 3.0, "clustering_miou_std": 0.5})])
     assert table.columns[4:-3] == ("clustering mIoU", "clustering mIoU, K = 50", "clustering mIoU, K = 500")
     assert cells(render(table, "md").splitlines()[5])[4:-3] == ["20.0", "30.0", "40.0"]
@@ -130,7 +164,9 @@ def test_a_scaled_down_evaluation_never_stands_under_the_bare_name():
     table = dense_table([dense(deviations={"linear.epochs": [25, 2]})])
     for format in FORMATS:
         text = render(table, format)
-        assert not re.search(r"dense-voc2012(?!, scaled down \(1 change\))", text) and "linear.epochs 25" in text
+        assert (
+            not re.search(r"dense-voc2012(?!, scaled down \(1 change\))", text) and "linear.epochs 25" in text
+        )
     assert "70.0 ‡1" in render(table, "md")
 
 
@@ -149,14 +185,20 @@ def test_html_is_escaped():
     assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;" in text
 
 
-# --- before and after -------------------------------------------------------------------------------------------------
+# --- before and after -------------------------------------------------------------------------------------
 
 
 def test_differences_to_the_method_that_it_started_from():
     before = dense(
-        metrics={"linear_miou": 66.0, "in_context_miou": 60.04}, method="iBOT", weights_hash="x", config_hash="of a file"
+        metrics={"linear_miou": 66.0, "in_context_miou": 60.04},
+        method="iBOT",
+        weights_hash="x",
+        config_hash="of a file",
     )
-    after = [dense(metrics={"linear_miou": v, "in_context_miou": 60.0}, method="PaKA", seed=i) for i, v in enumerate((67, 70))]
+    after = [
+        dense(metrics={"linear_miou": v, "in_context_miou": 60.0}, method="PaKA", seed=i)
+        for i, v in enumerate((67, 70))
+    ]
     elsewhere = [dense("toy", method="PaKA"), dense(method="PaKA", backbone="vit_base_patch16")]
     rows = csv_rows(dense_table([before, *after, *elsewhere], against="iBOT"))
     gains = {
@@ -171,7 +213,9 @@ def test_differences_to_the_method_that_it_started_from():
         ("PaKA", "ViT-S/16", "toy"): ("", ""),
     }
     assert {row["linear_miou_difference"] for row in rows if row["source"] == "published"} == {""}
-    shown = [(row["method"], row["set"]) for row in rows if row["source"] == "measured" and row["set"] == "voc2012"]
+    shown = [
+        (row["method"], row["set"]) for row in rows if row["source"] == "measured" and row["set"] == "voc2012"
+    ]
     assert shown[0] == ("iBOT", "voc2012")  # what the others are compared with comes first
     last = dense_table([*after, before.with_changes(method="zzz")], against="zzz").records
     assert [row["method"] for row in last if row["source"] == "measured"] == ["zzz", "PaKA"]
@@ -181,7 +225,10 @@ def test_differences_to_the_method_that_it_started_from():
 
 
 def test_differences_only_where_the_evaluation_is_the_same():
-    runs = [dense(method="iBOT"), dense(method="PaKA", deviations={"linear.epochs": [25, 2]}, metrics={"linear_miou": 75.0})]
+    runs = [
+        dense(method="iBOT"),
+        dense(method="PaKA", deviations={"linear.epochs": [25, 2]}, metrics={"linear_miou": 75.0}),
+    ]
     assert {row["linear_miou_difference"] for row in csv_rows(dense_table(runs, against="iBOT"))} == {""}
     with pytest.raises(UserError, match="'DINO'; there are PaKA, iBOT"):
         dense_table(runs, against="DINO")
@@ -189,7 +236,7 @@ def test_differences_only_where_the_evaluation_is_the_same():
         dense_table([], against="DINO")
 
 
-# --- among the other tables -------------------------------------------------------------------------------------------
+# --- among the other tables -------------------------------------------------------------------------------
 
 
 def titles(results, *options, **more):
@@ -204,7 +251,10 @@ def test_dense_results_alone_make_the_dense_table_alone():
     both = [dense(), result(metrics={"box_ap": 40.0})]
     assert titles(both) == ["COCO and ADE20K", title] and titles(both, "dense") == [title, "COCO and ADE20K"]
     assert titles(both, "paper")[-1] == title and titles(both, "paper")[0].startswith("Table 1a of the paper")
-    assert titles([]) == ["COCO and ADE20K"] and titles([posttrained()]) == ["COCO and ADE20K", "Post-training runs"]
+    assert titles([]) == ["COCO and ADE20K"] and titles([posttrained()]) == [
+        "COCO and ADE20K",
+        "Post-training runs",
+    ]
 
 
 def test_make_table(tmp_path, capsys):
@@ -214,7 +264,9 @@ def test_make_table(tmp_path, capsys):
     main([str(tmp_path / "runs"), "--format", "csv"])
     told = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(told.out)))
-    assert [row["source"] for row in rows] == ["published"] * 6 + ["measured"] and rows[-1]["linear_miou"] == "70.0"
+    assert [row["source"] for row in rows] == ["published"] * 6 + ["measured"] and rows[-1][
+        "linear_miou"
+    ] == "70.0"
     assert told.err == "left out of csv: Post-training runs\n"
     main([str(tmp_path / "runs"), "--against", "intertwined"])
     assert "minus that of intertwined" in capsys.readouterr().out
@@ -222,11 +274,13 @@ def test_make_table(tmp_path, capsys):
     assert capsys.readouterr().out == render(dense_table([]), "latex")
 
 
-# --- schema, post-training runs, report -------------------------------------------------------------------------------
+# --- schema, post-training runs, report -------------------------------------------------------------------
 
 
 def test_dense_metrics_are_percentages(tmp_path):
-    metrics = dict.fromkeys((*METRICS, "clustering_k500_miou", "knn_top1_k10"), 50.0) | {"linear_class_iou": {"cat": 3.5}}
+    metrics = dict.fromkeys((*METRICS, "clustering_k500_miou", "knn_top1_k10"), 50.0) | {
+        "linear_class_iou": {"cat": 3.5}
+    }
     run = dense(metrics=metrics)
     assert read_result(write_result(run, tmp_path)) == run
     for name in (*METRICS, "clustering_k500_miou", "knn_top1_k10"):
@@ -241,7 +295,10 @@ def test_post_trainings_have_a_table_of_their_own_losses():
     assert [run.stage for run in runs] == ["posttrain", "posttrain", "pretrain"] and dense().stage == "dense"
     after, before = posttraining_table(runs), pretraining_table(runs)
     assert after.columns[5:-2] == ("cka", "gram", "overlaps", "img_per_s")  # the total is the one term
-    assert [line.cells[5:-2] for line in after.groups[0]] == [("0.3", "–", "0.6", "100"), ("–", "0.01", "0.6", "100")]
+    assert [line.cells[5:-2] for line in after.groups[0]] == [
+        ("0.3", "–", "0.6", "100"),
+        ("–", "0.01", "0.6", "100"),
+    ]
     assert before.columns[5:-2] == ("loss", "image") and len(before.groups[0]) == 1
     assert posttraining_table(runs[2:]) is None and pretraining_table(runs[:2]) is None
     with_more = runs[0].with_changes(metrics={"loss": 0.4, "cka": 0.3})

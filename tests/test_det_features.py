@@ -1,4 +1,5 @@
-"""How a detector runs its ViT: windows, checkpointing, freezing, compilation, and the learning rate of every tensor."""
+"""How a detector runs its ViT: windows, checkpointing, freezing, compilation, and the learning rate of
+every tensor."""
 
 import copy
 import pickle
@@ -39,19 +40,22 @@ def gradients(vit, options, seed=0):
 
 def detectron2s(vit, window_size, blocks):
     """Detectron2's own ViT with the weights of ours."""
-    pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+    pytest.importorskip(
+        "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+    )
     from detectron2.modeling.backbone.vit import ViT
 
-    model_kwargs = vit.model_kwargs
     theirs = ViT(
-        img_size=112, embed_dim=model_kwargs["embed_dim"], depth=model_kwargs["depth"], num_heads=model_kwargs["num_heads"], use_rel_pos=False,
+        img_size=112, use_rel_pos=False, **{key: vit.model_kwargs[key] for key in ("embed_dim", "depth", "num_heads")},
         window_size=window_size, window_block_indexes=blocks, norm_layer=lambda dim: torch.nn.LayerNorm(dim, eps=1e-6),
     )  # fmt: skip
     theirs.load_state_dict(vit.state_dict(), strict=False)
     return theirs.double()
 
 
-@pytest.mark.parametrize("window_size, n_global, windowed", [(3, 2, [0, 2]), (4, 1, [0, 1, 2]), (0, 4, []), (9, 4, [])])
+@pytest.mark.parametrize(
+    "window_size, n_global, windowed", [(3, 2, [0, 2]), (4, 1, [0, 1, 2]), (0, 4, []), (9, 4, [])]
+)
 @pytest.mark.detectron2
 def test_windows_are_detectron2s(window_size, n_global, windowed):
     vit = randomize(build_backbone(TINY, depth=4, pos_interpolation="bicubic")).double()
@@ -61,7 +65,9 @@ def test_windows_are_detectron2s(window_size, n_global, windowed):
     )
     results = []
     for run in (lambda x: detection_features(vit, x, options), lambda x: theirs(x)["last_feat"]):
-        x = torch.randn(2, 3, 112, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        x = torch.randn(
+            2, 3, 112, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        ).requires_grad_()
         out = run(x)
         (out * out.detach().cos()).sum().backward()
         results.append((out.detach(), x.grad))
@@ -72,16 +78,24 @@ def test_windows_are_detectron2s(window_size, n_global, windowed):
         torch.testing.assert_close(vit.get_parameter(name).grad, parameter.grad, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("grid, size, n_special", [((7, 5), 3, 0), ((7, 5), 3, 3), ((6, 4), 2, 1), ((2, 3), 4, 2)])
+@pytest.mark.parametrize(
+    "grid, size, n_special", [((7, 5), 3, 0), ((7, 5), 3, 3), ((6, 4), 2, 1), ((2, 3), 4, 2)]
+)
 def test_who_sees_whom(grid, size, n_special):
-    """Against one softmax over all tokens with a mask, the padding written out as tokens whose projection is the bias."""
+    """Against one softmax over all tokens with a mask, the padding written out as tokens whose projection
+    is the bias."""
     attention = randomize(Attention(12, 2)).double()
     height, width = (-(-side // size) * size for side in grid)
     n = grid[0] * grid[1]
     x = torch.randn(2, n_special + n, 12, dtype=torch.float64)
     maps = x[:, n_special:].unflatten(1, grid)
-    padded = F.pad(maps, (0, 0, 0, width - grid[1], 0, height - grid[0])).flatten(1, 2)  # zeros: their projection is the bias
-    row, column = torch.arange(height).div(size, rounding_mode="floor"), torch.arange(width).div(size, rounding_mode="floor")
+    padded = F.pad(maps, (0, 0, 0, width - grid[1], 0, height - grid[0])).flatten(
+        1, 2
+    )  # zeros: their projection is the bias
+    row, column = (
+        torch.arange(height).div(size, rounding_mode="floor"),
+        torch.arange(width).div(size, rounding_mode="floor"),
+    )
     window = (row[:, None] * width + column).flatten()
     sees = torch.ones(n_special + len(window), n_special + len(window), dtype=torch.bool)
     sees[n_special:, n_special:] = window[:, None] == window
@@ -98,12 +112,19 @@ def test_partition_is_undone_and_row_major():
     maps = torch.arange(2.0 * 5 * 7).view(2, 5, 7, 1)
     parts = partition(maps, torch.tensor([-1.0]), 3)
     assert parts.shape == (2, 6, 9, 1) and parts[0, 1].flatten().tolist() == [3, 4, 5, 10, 11, 12, 17, 18, 19]
-    assert parts[0, 2].flatten().tolist() == [6, -1, -1, 13, -1, -1, 20, -1, -1] and (parts[1, 5] == -1).sum() == 7
+    assert (
+        parts[0, 2].flatten().tolist() == [6, -1, -1, 13, -1, -1, 20, -1, -1]
+        and (parts[1, 5] == -1).sum() == 7
+    )
     assert torch.equal(unpartition(parts, Windows((5, 7), 3)), maps)
 
 
 def test_global_blocks_end_equal_groups():
-    assert global_blocks(12, 4) == [2, 5, 8, 11] and global_blocks(24, 4) == [5, 11, 17, 23] and global_blocks(3, 3) == [0, 1, 2]
+    assert (
+        global_blocks(12, 4) == [2, 5, 8, 11]
+        and global_blocks(24, 4) == [5, 11, 17, 23]
+        and global_blocks(3, 3) == [0, 1, 2]
+    )
     vit = build_backbone(TINY, depth=3)
     prepare(vit, FeatureOptions(global_blocks=2))  # without windows it says nothing
     with pytest.raises(UserError, match="global_blocks=2 .* 3 blocks"):
@@ -113,12 +134,18 @@ def test_global_blocks_end_equal_groups():
 # --- the same numbers for less memory
 
 
-@pytest.mark.parametrize("options", [FeatureOptions(), WINDOWED, FeatureOptions(**BARE)], ids=["global", "windows", "bare"])
+@pytest.mark.parametrize(
+    "options", [FeatureOptions(), WINDOWED, FeatureOptions(**BARE)], ids=["global", "windows", "bare"]
+)
 def test_checkpointing_changes_no_gradient(options):
     vit = randomize(build_backbone(TINY, depth=2, drop_path=0.5, **FULL))
-    plain, again = (gradients(vit, FeatureOptions(**{**vars(options), "checkpointing": on})) for on in (False, True))
+    plain, again = (
+        gradients(vit, FeatureOptions(**{**vars(options), "checkpointing": on})) for on in (False, True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, again) if a is not None)
-    assert any(not torch.equal(a, b) for a, b in zip(plain, gradients(vit, options, seed=5)) if a is not None)  # paths are dropped
+    assert any(
+        not torch.equal(a, b) for a, b in zip(plain, gradients(vit, options, seed=5)) if a is not None
+    )  # paths are dropped
 
 
 def saved_mib(vit, options):
@@ -142,7 +169,9 @@ def test_what_is_kept_for_the_backward_pass(window_size):
     vit = build_backbone(TINY, depth=4, drop_path=0.5, **FULL)
     plain, _ = saved_mib(vit, options)
     again, _ = saved_mib(vit, FeatureOptions(**{**vars(options), "checkpointing": True}))
-    assert 0 < again < 0.5 * plain  # all that is not in a block: pixels, norm (checkpoint holds the blocks' inputs itself)
+    assert (
+        0 < again < 0.5 * plain
+    )  # all that is not in a block: pixels, norm (checkpoint holds the blocks' inputs itself)
 
 
 @pytest.mark.parametrize("window_size", [0, 3])
@@ -156,7 +185,9 @@ def test_a_frozen_vit_keeps_nothing_and_drops_nothing(window_size):
     maps = [detector.train(mode)(x)["p4"] for mode in (True, True, False)]
     assert all(torch.equal(m, maps[0]) for m in maps)
     maps[0].sum().backward()
-    assert {name.split(".")[0] for name, p in detector.named_parameters() if p.grad is not None} == {"pyramid"}
+    assert {name.split(".")[0] for name, p in detector.named_parameters() if p.grad is not None} == {
+        "pyramid"
+    }
 
 
 # --- compilation
@@ -180,7 +211,9 @@ def test_blocks_are_compiled_whole_and_once_for_all(monkeypatch):
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(det, "_compiled", lambda _: torch.compile(det.run_block, backend=backend, fullgraph=True))
+    monkeypatch.setattr(
+        det, "_compiled", lambda _: torch.compile(det.run_block, backend=backend, fullgraph=True)
+    )
     vit = randomize(build_backbone(TINY, depth=6, drop_path=0.5, **FULL))
     options = FeatureOptions(window_size=3, global_blocks=2, compile=True)
     keys = list(vit.state_dict())
@@ -208,7 +241,9 @@ def test_inductor_gives_the_same_gradients(options):
 def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
     vit = build_backbone(TINY, depth=2, **model_kwargs)
     expected = {  # layer, whether weights decay
-        **dict.fromkeys(("cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"), (0, True)),
+        **dict.fromkeys(
+            ("cls_token", "reg_token", "patch_embed.proj.weight", "patch_embed.proj.bias"), (0, True)
+        ),
         **dict.fromkeys(("pos_embed", "pos_field", "cls_pos"), (0, False)),
         **dict.fromkeys(("norm.weight", "norm.bias"), (3, False)),
     }
@@ -226,4 +261,7 @@ def test_every_tensor_has_its_learning_rate_and_weight_decay(model_kwargs):
 def test_mask_tokens_are_of_no_use_to_a_detector():
     vit = build_backbone(TINY, depth=1, mask_tokens=True, **FULL)
     prepare(vit, FeatureOptions())
-    assert {name for name, p in vit.named_parameters() if not p.requires_grad} == {"mask_token", "pos_mask_token"}
+    assert {name for name, p in vit.named_parameters() if not p.requires_grad} == {
+        "mask_token",
+        "pos_mask_token",
+    }

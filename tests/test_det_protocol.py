@@ -41,14 +41,35 @@ def test_learning_rate_follows_the_backbone():
 
 def test_numbers_of_vitdet():
     p = DetectionProtocol()
-    assert (p.batch_size, p.betas, p.weight_decay, p.layer_decay, p.drop_path) == (64, (0.9, 0.999), 0.1, 0.7, 0.1)
-    assert (p.warmup_iters, p.warmup_factor, p.eval_every, p.clip_grad, p.amp) == (250, 0.001, 5000, 0.0, True)
+    assert (p.batch_size, p.betas, p.weight_decay, p.layer_decay, p.drop_path) == (
+        64,
+        (0.9, 0.999),
+        0.1,
+        0.7,
+        0.1,
+    )
+    assert (p.warmup_iters, p.warmup_factor, p.eval_every, p.clip_grad, p.amp) == (
+        250,
+        0.001,
+        5000,
+        0.0,
+        True,
+    )
     assert (p.image_size_px, p.jitter_scale, p.flip) == (1024, (0.1, 2.0), 0.5)
-    assert (p.channels, p.norm, p.rpn_convs, p.box_convs, p.box_fc, p.mask_convs) == (256, "LN", 2, 4, 1024, 4)
+    assert (p.channels, p.norm, p.rpn_convs, p.box_convs, p.box_fc, p.mask_convs) == (
+        256,
+        "LN",
+        2,
+        4,
+        1024,
+        4,
+    )
     assert p.keep_special_tokens and p.final_norm
 
 
-@pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="Detectron2, the source, is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="Detectron2, the source, is not installed"
+)
 def test_numbers_equal_detectron2s_own_configuration():
     from detectron2 import model_zoo
 
@@ -62,14 +83,29 @@ def test_numbers_equal_detectron2s_own_configuration():
     assert list(p.pixel_mean) == list(theirs.pixel_mean) and list(p.pixel_std) == list(theirs.pixel_std)
     assert theirs.input_format == "RGB" and p.drop_path == theirs.backbone.net.drop_path_rate
     assert [[size] for size in p.anchor_sizes_px] == list(rpn.anchor_generator.sizes)
-    assert list(p.anchor_ratios) == list(rpn.anchor_generator.aspect_ratios) and rpn.anchor_generator.offset == 0
-    assert list(p.rpn_thresholds) == list(rpn.anchor_matcher.thresholds) and p.rpn_convs == len(rpn.head.conv_dims)
-    assert (p.rpn_batch_per_image, p.rpn_positive_fraction) == (rpn.batch_size_per_image, rpn.positive_fraction)
-    assert (p.rpn_pre_nms, p.rpn_post_nms) == (tuple(rpn.pre_nms_topk), tuple(rpn.post_nms_topk)) and p.rpn_nms == rpn.nms_thresh
+    assert (
+        list(p.anchor_ratios) == list(rpn.anchor_generator.aspect_ratios) and rpn.anchor_generator.offset == 0
+    )
+    assert list(p.rpn_thresholds) == list(rpn.anchor_matcher.thresholds) and p.rpn_convs == len(
+        rpn.head.conv_dims
+    )
+    assert (p.rpn_batch_per_image, p.rpn_positive_fraction) == (
+        rpn.batch_size_per_image,
+        rpn.positive_fraction,
+    )
+    assert (p.rpn_pre_nms, p.rpn_post_nms) == (
+        tuple(rpn.pre_nms_topk),
+        tuple(rpn.post_nms_topk),
+    ) and p.rpn_nms == rpn.nms_thresh
     assert (p.num_classes, [p.roi_threshold]) == (roi.num_classes, list(roi.proposal_matcher.thresholds))
-    assert (p.roi_batch_per_image, p.roi_positive_fraction) == (roi.batch_size_per_image, roi.positive_fraction)
+    assert (p.roi_batch_per_image, p.roi_positive_fraction) == (
+        roi.batch_size_per_image,
+        roi.positive_fraction,
+    )
     assert (p.box_pool, p.mask_pool) == (roi.box_pooler.output_size, roi.mask_pooler.output_size)
-    assert [p.channels] * p.box_convs == list(roi.box_head.conv_dims) and [p.box_fc] == list(roi.box_head.fc_dims)
+    assert [p.channels] * p.box_convs == list(roi.box_head.conv_dims) and [p.box_fc] == list(
+        roi.box_head.fc_dims
+    )
     assert [p.channels] * (p.mask_convs + 1) == list(roi.mask_head.conv_dims)
     assert list(p.box_weights) == list(roi.box_predictor.box2box_transform.weights)
     assert p.score_threshold == roi.box_predictor.test_score_thresh
@@ -86,7 +122,9 @@ def test_unknown_names(name, backbone, message):
 
 
 def test_overrides_from_a_command_line():
-    changed = with_overrides(DetectionProtocol(), {"lr": "1e-4", "milestones": "3, 5", "amp": "false", "batch_size": "8"})
+    changed = with_overrides(
+        DetectionProtocol(), {"lr": "1e-4", "milestones": "3, 5", "amp": "false", "batch_size": "8"}
+    )
     assert (changed.lr, changed.milestones, changed.amp, changed.batch_size) == (1e-4, (3, 5), False, 8)
     assert with_overrides(DetectionProtocol(), {"milestones": ""}).milestones == ()
     assert with_overrides(DetectionProtocol(), {}) == DetectionProtocol()
@@ -113,7 +151,13 @@ def test_every_field_is_a_deviation_when_changed():
     for name, value in vars(full).items():
         if name in ("name", "version"):
             continue
-        other = not value if isinstance(value, bool) else tuple(v + 1 for v in value) if isinstance(value, tuple) else f"{value}x"
+        other = (
+            not value
+            if isinstance(value, bool)
+            else tuple(v + 1 for v in value)
+            if isinstance(value, tuple)
+            else f"{value}x"
+        )
         other = value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else other
         changed = full.model_copy(update={name: other})  # whether or not a run could follow it
         assert deviations(changed, "vit_base_patch16") == {name: json.loads(json.dumps([value, other]))}
@@ -147,7 +191,10 @@ def test_a_share_of_coco_is_full_with_its_own_number_of_images():
 
 
 def test_layer_decay_table():
-    rates = {name: lr_rate(name, 12, 0.7) for name in ("cls_token", "reg_token", "pos_embed", "pos_field", "cls_pos")}
+    rates = {
+        name: lr_rate(name, 12, 0.7)
+        for name in ("cls_token", "reg_token", "pos_embed", "pos_field", "cls_pos")
+    }
     assert set(rates.values()) == {0.7**13}
     assert lr_rate("patch_embed.proj.weight", 12, 0.7) == 0.7**13
     assert lr_rate("blocks.0.attn.qkv.weight", 12, 0.7) == 0.7**12
@@ -155,9 +202,20 @@ def test_layer_decay_table():
     assert lr_rate("norm.weight", 12, 0.7) == 1
     with pytest.raises(ValueError, match="head.weight"):
         lr_rate("head.weight", 12, 0.7)
-    free = ("norm.bias", "blocks.3.norm1.weight", "blocks.3.norm2.bias", "blocks.3.ls1.gamma", "pos_embed", "pos_field", "cls_pos")
+    free = (
+        "norm.bias",
+        "blocks.3.norm1.weight",
+        "blocks.3.norm2.bias",
+        "blocks.3.ls1.gamma",
+        "pos_embed",
+        "pos_field",
+        "cls_pos",
+    )
     assert all(no_decay(name) for name in free)
-    assert not any(no_decay(name) for name in ("cls_token", "reg_token", "blocks.3.attn.qkv.bias", "patch_embed.proj.bias"))
+    assert not any(
+        no_decay(name)
+        for name in ("cls_token", "reg_token", "blocks.3.attn.qkv.bias", "patch_embed.proj.bias")
+    )
 
 
 def test_whose_file_it_is_read_as_is_no_setting():

@@ -1,4 +1,5 @@
-"""The protocol on Detectron2: our backbone and our numbers inside its own classes. Skipped where it is not installed."""
+"""The protocol on Detectron2: our backbone and our numbers inside its own classes. Skipped where it is not
+installed."""
 
 import copy
 import itertools
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+pytest.importorskip(
+    "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+)
 
 from backbone_fixture import randomize
 from coco_fixture import annotation_file, rle_of_box, write_coco
@@ -140,7 +143,9 @@ def test_detectron2s_checkpointer_leaves_the_weights_and_may_not_half_load_them(
     toy.model.backbone.net.weights = str(weights)
     model, expected = instantiate(toy.model), build_backbone(TINY, weights=weights).state_dict()
     DetectionCheckpointer(model, str(tmp_path)).resume_or_load(toy.train.init_checkpoint, resume=False)
-    inside = {k.removeprefix("backbone.net.vit."): v for k, v in model.state_dict().items() if ".net.vit." in k}
+    inside = {
+        k.removeprefix("backbone.net.vit."): v for k, v in model.state_dict().items() if ".net.vit." in k
+    }
     assert inside.keys() == expected.keys() and all(torch.equal(inside[k], expected[k]) for k in expected)
 
     state = model.state_dict()
@@ -160,7 +165,9 @@ def numbers_of(cfg):
     model = instantiate(cfg.model)
     rpn, heads, pyramid = model.proposal_generator, model.roi_heads, model.backbone
     is_frozen = not any(p.requires_grad for p in pyramid.net.vit.parameters())
-    cfg.optimizer.params.model = model.requires_grad_()  # else a frozen backbone has no learning rates to look at
+    cfg.optimizer.params.model = (
+        model.requires_grad_()
+    )  # else a frozen backbone has no learning rates to look at
     optimizer, train_share = instantiate(cfg.optimizer), cfg.dataloader.train.dataset.share
     cfg.dataloader.train.dataset = [{}] * 8
     flip, scale, crop = instantiate(cfg.dataloader.train.mapper).augmentations.augs
@@ -188,7 +195,11 @@ def numbers_of(cfg):
         drop_path=pyramid.net.vit.blocks[-1].drop_path.rate,
         clip_grad=optimizer.max_norm if isinstance(optimizer, ClippedAdamW) else 0.0,
         amp=cfg.train.amp.enabled or isinstance(model, BFloat16RCNN),
-        amp_dtype="float16" if cfg.train.amp.enabled else "bfloat16" if isinstance(model, BFloat16RCNN) else None,
+        amp_dtype="float16"
+        if cfg.train.amp.enabled
+        else "bfloat16"
+        if isinstance(model, BFloat16RCNN)
+        else None,
         image_size_px=sizes.pop(),
         jitter_scale=(scale.min_scale, scale.max_scale),
         flip=flip.prob,
@@ -204,7 +215,9 @@ def numbers_of(cfg):
         channels=pyramid.output_shape()["p4"].channels,
         norm={"LayerNorm": "LN", "GroupNorm": "GN"}[type(pyramid.stages[-1][-1].norm).__name__],
         anchor_sizes_px=[math.sqrt((a[0, 2:] - a[0, :2]).prod()) for a in rpn.anchor_generator.cell_anchors],
-        anchor_ratios=[float(corner[1] / corner[0]) for corner in next(iter(rpn.anchor_generator.cell_anchors))[:, 2:]],
+        anchor_ratios=[
+            float(corner[1] / corner[0]) for corner in next(iter(rpn.anchor_generator.cell_anchors))[:, 2:]
+        ],
         rpn_convs=1 if isinstance(rpn.rpn_head.conv, torch.nn.Conv2d) else len(rpn.rpn_head.conv),
         rpn_thresholds=rpn.anchor_matcher.thresholds[1:-1],
         rpn_batch_per_image=rpn.batch_size_per_image,
@@ -234,7 +247,9 @@ def built(cfg):
     return model, instantiate(cfg.optimizer)
 
 
-@pytest.mark.parametrize("name, changes", [("coco-50ep", {}), ("coco10pct-frozen-12ep", {}), ("odd", {}), ("odd", {"amp": True})])
+@pytest.mark.parametrize(
+    "name, changes", [("coco-50ep", {}), ("coco10pct-frozen-12ep", {}), ("odd", {}), ("odd", {"amp": True})]
+)
 def test_every_number_is_the_protocols(name, changes):
     recipe = with_overrides(ODD if name == "odd" else protocol(name, TINY), changes)
     cfg = config(recipe, TINY, model_kwargs=dict(depth=4 if recipe.window_size == 0 else 2), workers=0)
@@ -283,12 +298,16 @@ def test_learning_rates_and_weight_decay_of_named_parameters(weights):
         assert group["lr"] == pytest.approx(3e-4 * (lr_rate(own, 2, 0.7) if in_vit else 1)), name
         assert group["weight_decay"] == (0.0 if in_vit and no_decay(own) else 0.1), name
         if in_vit and own.startswith(("blocks.", "patch_embed.", "pos_embed")):  # what Detectron2 knows
-            assert group["lr"] == pytest.approx(3e-4 * get_vit_lr_decay_rate(name, lr_decay_rate=0.7, num_layers=2))
+            assert group["lr"] == pytest.approx(
+                3e-4 * get_vit_lr_decay_rate(name, lr_decay_rate=0.7, num_layers=2)
+            )
         if group["weight_decay"] == 0:
             undecayed.add(own.split(".")[-1] if own.startswith("blocks") else own)
     assert undecayed == {"pos_field", "cls_pos", "gamma", "weight", "bias", "norm.weight", "norm.bias"}
     for name in ("cls_token", "reg_token", "pos_field", "cls_pos", "patch_embed.proj.weight"):
-        assert group_of[model.backbone.net.vit.get_parameter(name)]["lr"] == pytest.approx(3e-4 * 0.7**3), name
+        assert group_of[model.backbone.net.vit.get_parameter(name)]["lr"] == pytest.approx(3e-4 * 0.7**3), (
+            name
+        )
     assert group_of[model.backbone.net.vit.norm.weight]["lr"] == pytest.approx(3e-4)
 
 
@@ -299,7 +318,12 @@ def test_the_schedule_is_the_torchvision_engines(recipe):
         assert recipe.lr * schedule(it / recipe.max_iters) == pytest.approx(lr_at(it, recipe)), it
     with pytest.raises(UserError, match="milestones"):
         config(with_overrides(recipe, dict(max_iters=25)), TINY)
-    for field, value in (("pyramid_scales", (8.0, 4.0)), ("anchor_sizes_px", (32,)), ("norm", "XX"), ("norm", "")):
+    for field, value in (
+        ("pyramid_scales", (8.0, 4.0)),
+        ("anchor_sizes_px", (32,)),
+        ("norm", "XX"),
+        ("norm", ""),
+    ):
         with pytest.raises(UserError, match=f"{field}="):
             config(with_overrides(recipe, {field: value}), TINY)
     with pytest.raises(UserError, match="norm='GN' .* channels=48"):
@@ -324,7 +348,9 @@ def test_the_optimizer_holds_what_learns_and_nothing_else(changes, unused):
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == {p for p in model.parameters() if p.requires_grad}
     frozen = {name.removeprefix("backbone.net.vit.") for name, p in model.named_parameters() if p not in held}
-    assert frozen == ({name for name, _ in model.backbone.net.vit.named_parameters()} if unused is None else unused)
+    assert frozen == (
+        {name for name, _ in model.backbone.net.vit.named_parameters()} if unused is None else unused
+    )
     rates = {group["lr"] for group in optimizer.param_groups}
     expected = {cfg.optimizer.lr} if unused is None else {cfg.optimizer.lr * 0.7**k for k in range(4)}
     assert sorted(rates) == pytest.approx(sorted(expected))
@@ -335,7 +361,10 @@ def test_bfloat16_is_the_models_own_affair(toy):
     recipe = with_overrides(protocol("coco-12ep", TINY), {"amp_dtype": "bfloat16"})
     cfg = config(recipe, TINY, model_kwargs=dict(depth=1))
     assert not cfg.train.amp.enabled and isinstance(instantiate(cfg.model), BFloat16RCNN)
-    assert config_deviations(cfg) == {"amp_dtype": ["float16", "bfloat16"], "model_kwargs": [{}, {"depth": 1}]}
+    assert config_deviations(cfg) == {
+        "amp_dtype": ["float16", "bfloat16"],
+        "model_kwargs": [{}, {"depth": 1}],
+    }
     losses = []
     for target in (GeneralizedRCNN, BFloat16RCNN):
         torch.manual_seed(0)
@@ -346,8 +375,12 @@ def test_bfloat16_is_the_models_own_affair(toy):
         with EventStorage():
             losses.append(model([{"image": torch.ones(3, 128, 128), "instances": instances}]))
     assert losses[0] == losses[1] and len(losses[0]) == 5
-    with torch.autocast("cpu", torch.bfloat16):  # RoIAlign casts boxes to the maps' type: bfloat16 would round 1000 px by 2
-        assert {level.dtype for level in model.backbone(torch.ones(1, 3, 128, 128)).values()} == {torch.float32}
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # RoIAlign casts boxes to the maps' type: bfloat16 would round 1000 px by 2
+        assert {level.dtype for level in model.backbone(torch.ones(1, 3, 128, 128)).values()} == {
+            torch.float32
+        }
 
 
 def test_clipping_bounds_the_norm_of_all_gradients():
@@ -368,7 +401,12 @@ def test_a_smaller_image_is_padded_to_the_square(toy, size, square):
     image = torch.full((3, 60, 90), 200, dtype=torch.uint8)
     for batch in ([image], [image, image[:, :50]]):
         images = model.preprocess_image([{"image": i} for i in batch])
-        assert images.tensor.shape == (len(batch), 3, square, square)  # also divisible by 32, the coarsest stride
+        assert images.tensor.shape == (
+            len(batch),
+            3,
+            square,
+            square,
+        )  # also divisible by 32, the coarsest stride
         assert images.image_sizes == [tuple(i.shape[1:]) for i in batch]
         assert images.tensor[0, :, 60:].abs().max() == 0 and images.tensor[0, :, :, 90:].abs().max() == 0
         assert images.tensor[0, :, :60, :90].abs().min() > 0
@@ -448,7 +486,13 @@ def test_the_mapper_names_an_image_that_cannot_be_used(tmp_path, toy, workers):
     path = root / "train2017" / "000000000001.png"
     path.write_bytes(path.read_bytes()[:80])
     dicts = coco_dicts(root, "train", 3, filter_empty=True)
-    loader = TrainLoader(dicts, mapper=instantiate(toy.dataloader.train.mapper), total_batch_size=1, num_workers=workers, seed=0)
+    loader = TrainLoader(
+        dicts,
+        mapper=instantiate(toy.dataloader.train.mapper),
+        total_batch_size=1,
+        num_workers=workers,
+        seed=0,
+    )
     with pytest.raises(UserError) as caught:
         list(itertools.islice(iter(loader), 5))  # one epoch
     assert str(caught.value).startswith(f"data: {path} cannot be used: ") and "\n" not in str(caught.value)
@@ -463,14 +507,21 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
     """RLEs of both kinds, a crowd alone, nothing at all, no extent, polygons that leave the image."""
     root = write_coco(tmp_path / "coco", n_train=7)
     content = json.loads(annotation_file(root, "train").read_text())
-    by_image = {image["id"]: [a for a in content["annotations"] if a["image_id"] == image["id"]] for image in content["images"]}
+    by_image = {
+        image["id"]: [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        for image in content["images"]
+    }
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     compressed = coco_api().mask.frPyObjects(rle_of_box(*sizes[2], 3, 4, 20, 10), sizes[2][1], sizes[2][0])
-    by_image[2][0].update(segmentation={**compressed, "counts": compressed["counts"].decode()}, bbox=[3, 4, 20, 10])
+    by_image[2][0].update(
+        segmentation={**compressed, "counts": compressed["counts"].decode()}, bbox=[3, 4, 20, 10]
+    )
     by_image[3][0].update(segmentation=[[-30, -30, 40, -30, 40, 40, -30, 40]], bbox=[-30, -30, 70, 70])
     by_image[4][0].update(bbox=[5, 5, 0, 9])
     (width, height), outside = sizes[6], [[300, 300, 320, 300, 320, 320]]
-    below = [[width - 20, height - 10, width + 50, height - 10, width + 50, height + 50, width - 20, height + 50]]
+    below = [
+        [width - 20, height - 10, width + 50, height - 10, width + 50, height + 50, width - 20, height + 50]
+    ]
     by_image[6][0].update(segmentation=below, bbox=[width - 20, height - 10, 70, 60])
     by_image[6][1].update(segmentation=outside, bbox=[300, 300, 20, 20])
     for a in by_image[5]:
@@ -480,11 +531,18 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
     assert list(dicts) == [1, 2, 3, 4, 6] and len(dicts[4]["annotations"]) == 1
     assert len(coco_dicts(root, "train", 3, filter_empty=False)) == 7
     crop = [T.FixedSizeCrop([200, 200], pad=False)]  # of the whole image
-    mapper = CocoMapper(is_train=True, augmentations=crop, image_format="RGB", use_instance_mask=True, recompute_boxes=True)
+    mapper = CocoMapper(
+        is_train=True, augmentations=crop, image_format="RGB", use_instance_mask=True, recompute_boxes=True
+    )
     found = {id: mapper(d)["instances"] for id, d in dicts.items()}
-    assert found[2].gt_boxes.tensor[0].tolist() == [3, 4, 23, 14] and int(found[2].gt_masks.tensor[0].sum()) == 200
+    assert (
+        found[2].gt_boxes.tensor[0].tolist() == [3, 4, 23, 14]
+        and int(found[2].gt_masks.tensor[0].sum()) == 200
+    )
     assert found[3].gt_boxes.tensor[0].tolist() == [0, 0, 40, 40]  # clipped, as the torchvision engine does
-    assert found[6].gt_boxes.tensor.tolist() == [[width - 20, height - 10, width, height]]  # and not at the square of 200
+    assert found[6].gt_boxes.tensor.tolist() == [
+        [width - 20, height - 10, width, height]
+    ]  # and not at the square of 200
     assert len(dicts[6]["annotations"]) == 1
     jittered = instantiate(toy.dataloader.train.mapper)
     with EventStorage():
@@ -493,7 +551,8 @@ def test_strange_objects_are_read_as_the_torchvision_engine_reads_them(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "text, named", [("junk", "is no JSON"), ("[1, 2]", "no COCO instances file"), ('{"images": []}', "annotations")]
+    "text, named",
+    [("junk", "is no JSON"), ("[1, 2]", "no COCO instances file"), ('{"images": []}', "annotations")],
 )
 def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, named):
     (tmp_path / "annotations").mkdir()

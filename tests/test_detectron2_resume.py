@@ -1,5 +1,5 @@
-"""Detectron2 runs that are interrupted and gone on with, and runs of several processes: as if there had been one. Skipped where it
-is not installed."""
+"""Detectron2 runs that are interrupted and gone on with, and runs of several processes: as if there had
+been one. Skipped where it is not installed."""
 
 import itertools
 import os
@@ -13,7 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+pytest.importorskip(
+    "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+)
 
 from coco_fixture import CATEGORIES, annotation_file, write_coco
 from detectron2.config import LazyConfig, instantiate
@@ -40,14 +42,18 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, coco, weights):
-    """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is high enough to matter."""
-    run = toy_run(tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_iters=1)
+    """A run that nothing interrupted: every part of an iteration draws random numbers, and the rate is
+    high enough to matter."""
+    run = toy_run(
+        tmp_path_factory.mktemp("whole") / "run", coco, weights, drop_path=0.5, lr=2e-3, warmup_iters=1
+    )
     train(run)
     return run
 
 
 def copied(run, folder, last=None):
-    """The run in another folder; with ``last``, as if it had been killed when that checkpoint was its last."""
+    """The run in another folder; with ``last``, as if it had been killed when that checkpoint was its
+    last."""
     shutil.copytree(run.output, folder)
     if last is not None:
         for file in folder.glob("model_*.pth"):
@@ -94,7 +100,9 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, coco, whole, monkeypatch):
         with pytest.raises(Interrupted, match="SIGUSR1; saved at iteration 3"):
             train(run)
     last = run.output / "model_0000002.pth"
-    assert (run.output / "last_checkpoint").read_text() == last.name and not (run.output / "result.json").exists()
+    assert (run.output / "last_checkpoint").read_text() == last.name and not (
+        run.output / "result.json"
+    ).exists()
     state = torch.load(last, weights_only=True)
     assert state["trainer"]["wall_time_s"] > 0
     state["trainer"]["wall_time_s"] = 1000.0
@@ -114,7 +122,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, whole, capsys):
             train(resumed, resume=True)
             assert f"{resumed.output / name} is no whole checkpoint" in capsys.readouterr().err
             assert_same_end(resumed, whole)
-    with pytest.raises(UserError, match=r"no whole checkpoint to go on from; the last is .*model_0000003\.pth"):
+    with pytest.raises(
+        UserError, match=r"no whole checkpoint to go on from; the last is .*model_0000003\.pth"
+    ):
         train(run, resume=True)
 
 
@@ -122,7 +132,9 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
     """As commit 2c21771 left its folders."""
     old = {new: old for old, new in renamed.DETECTION.items()}
     part, done = copied(whole, tmp_path / "part", "model_0000001.pth"), copied(whole, tmp_path / "done")
-    for file in (folder.output / name for folder in (part, done) for name in ("config.yaml", "config_resolved.yaml")):
+    for file in (
+        folder.output / name for folder in (part, done) for name in ("config.yaml", "config_resolved.yaml")
+    ):
         cfg = LazyConfig.load(str(file))
         evaluator = cfg.dataloader.evaluator
         evaluator.overrides = {old.get(key, key): value for key, value in evaluator.overrides.items()}
@@ -134,7 +146,11 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
     (done.output / "result.json").unlink()
     train(done, eval_only=True)
     before, now = read_result(whole.output), read_result(done.output)
-    assert (now.metrics, now.protocol, now.config_hash) == (before.metrics, before.protocol, before.config_hash)
+    assert (now.metrics, now.protocol, now.config_hash) == (
+        before.metrics,
+        before.protocol,
+        before.config_hash,
+    )
     with pytest.raises(UserError, match="other settings .*evaluator.overrides.lr 0.002 -> 0.003"):
         train(replace(part, protocol=with_overrides(whole.protocol, {"lr": 3e-3})), resume=True)
     train(part, resume=True)
@@ -149,7 +165,9 @@ def test_the_run_folder_names_the_classes(whole):
 
 def test_other_categories_are_not_evaluated(tmp_path, whole):
     data = write_coco(tmp_path / "coco")
-    annotation_file(data, "val").write_text(annotation_file(data, "val").read_text().replace('"disc"', '"plate"'))
+    annotation_file(data, "val").write_text(
+        annotation_file(data, "val").read_text().replace('"disc"', '"plate"')
+    )
     run = replace(copied(whole, tmp_path / "run"), data=data)
     before = (run.output / "config.yaml").read_text()
     with pytest.raises(UserError, match="other categories than those that .*run was trained on"):
@@ -166,13 +184,19 @@ def test_an_unreadable_image_ends_the_tool_in_one_line(tmp_path, whole):
     broken.write_bytes(broken.read_bytes()[:-30])  # its header is whole: met in the evaluation, by a worker
     process = start(replace(whole, data=data, output=tmp_path / "run", workers=1))
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and said.splitlines()[-1].startswith(f"error: data: {broken} cannot be used: "), said[-2000:]
+    assert process.returncode == 2 and said.splitlines()[-1].startswith(
+        f"error: data: {broken} cannot be used: "
+    ), said[-2000:]
     assert "Traceback" not in said
 
 
 def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
     cfg = LazyConfig.load(str(TOY))
-    cfg.dataloader.root, cfg.model.roi_heads.num_classes, cfg.dataloader.train.total_batch_size = str(coco), 3, 4
+    cfg.dataloader.root, cfg.model.roi_heads.num_classes, cfg.dataloader.train.total_batch_size = (
+        str(coco),
+        3,
+        4,
+    )
 
     def drawn(n_parts, accumulate=1, start_iter=0, **changes):
         """Images and torch's next random number, part by part."""
@@ -184,7 +208,10 @@ def test_batches_depend_on_seed_and_position_alone(coco, monkeypatch):
     whole = drawn(6, accumulate=2)
     assert len({number for _, number in whole}) == 6
     assert_equal(drawn(2, accumulate=2, start_iter=2, num_workers=2), whole[4:])
-    assert_equal([image for images, _ in drawn(3) for image in images], [image for images, _ in whole for image in images])
+    assert_equal(
+        [image for images, _ in drawn(3) for image in images],
+        [image for images, _ in whole for image in images],
+    )
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):  # two ranks are two parts
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
@@ -199,13 +226,35 @@ def words_of(run):
     """The command line of a run."""
     fields = {key: value for key, (_, value) in deviations(run.protocol, run.backbone).items()}
     words = [f"{k}={','.join(map(str, v)) if isinstance(v, (tuple, list)) else v}" for k, v in fields.items()]
-    paths = ["--weights", run.weights, "--data", run.data, "--output", run.output, "--seed", run.seed, "--workers", run.workers]
-    return list(map(str, ["--engine", "detectron2", "--device", "cpu", "--accumulate", run.accumulate, *paths, *words]))
+    paths = [
+        "--weights",
+        run.weights,
+        "--data",
+        run.data,
+        "--output",
+        run.output,
+        "--seed",
+        run.seed,
+        "--workers",
+        run.workers,
+    ]
+    return list(
+        map(
+            str, ["--engine", "detectron2", "--device", "cpu", "--accumulate", run.accumulate, *paths, *words]
+        )
+    )
 
 
 def start(run, *launcher, **options):
     """tools/train_det.py in a process of its own."""
-    command = [sys.executable, "-W", "ignore", *launcher, str(ROOT / "tools" / "train_det.py"), *words_of(run)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        *launcher,
+        str(ROOT / "tools" / "train_det.py"),
+        *words_of(run),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=environment, **streams, **options)
@@ -233,8 +282,14 @@ def test_the_tool_ends_a_stopped_run_with_the_code_for_requeuing(tmp_path, whole
             break
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do it; the workers must not end before the training
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # as schedulers do it; the workers must not end before the training
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == REQUEUE_CODE and said.splitlines()[-1].startswith("stopped: SIGTERM; saved at iteration "), said
+    assert process.returncode == REQUEUE_CODE and said.splitlines()[-1].startswith(
+        "stopped: SIGTERM; saved at iteration "
+    ), said
     it = int(said.split()[-1])
-    assert (run.output / "last_checkpoint").read_text() == f"model_{it - 1:07d}.pth" and "Traceback" not in said
+    assert (
+        run.output / "last_checkpoint"
+    ).read_text() == f"model_{it - 1:07d}.pth" and "Traceback" not in said

@@ -1,4 +1,5 @@
-"""Whole runs on Detectron2: the stock launcher, our loop, and the result.json that both leave. Skipped where it is not installed.
+"""Whole runs on Detectron2: the stock launcher, our loop, and the result.json that both leave. Skipped where
+it is not installed.
 
 ``$DETECTRON2_SRC``: Detectron2's source tree, whose stock launcher is run.
 """
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+pytest.importorskip(
+    "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+)
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
@@ -49,11 +52,24 @@ def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
     cfg = config_file(name)
     its = {"coco-12ep": 22_128, "coco-50ep": 92_187, "coco10pct-12ep": 2_220, "coco10pct-frozen-12ep": 2_220}
     full_it = its[cfg.dataloader.evaluator.protocol]
-    assert cfg.dataloader.evaluator.protocol == name.split("16_")[1].replace("_", "-") and cfg.train.init_checkpoint == ""
-    asked = ["dataloader.root=/data", "train.output_dir=/out", "model.backbone.net.weights=/b.pth", "train.seed=4"]
+    assert (
+        cfg.dataloader.evaluator.protocol == name.split("16_")[1].replace("_", "-")
+        and cfg.train.init_checkpoint == ""
+    )
+    asked = [
+        "dataloader.root=/data",
+        "train.output_dir=/out",
+        "model.backbone.net.weights=/b.pth",
+        "train.seed=4",
+    ]
     cfg = LazyConfig.apply_overrides(cfg, [*asked, "train.device=cpu", "dataloader.train.num_workers=0"])
     assert config_deviations(cfg) == {}
-    edits = ["optimizer.lr=0.5", "train.max_iter=100", "dataloader.train.mapper.augmentations.0.prob=0", "train.more=1"]
+    edits = [
+        "optimizer.lr=0.5",
+        "train.max_iter=100",
+        "dataloader.train.mapper.augmentations.0.prob=0",
+        "train.more=1",
+    ]
     lr = cfg.optimizer.lr
     cfg = LazyConfig.apply_overrides(cfg, [*edits, "model.backbone.net.depth=2"])
     assert config_deviations(cfg) == {
@@ -66,9 +82,15 @@ def test_a_full_config_departs_in_nothing_and_an_edited_one_says_so(name):
 
 
 def test_another_backbone_or_windows_take_one_override_each():
-    cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
-    assert config_deviations(cfg) == {"optimizer.lr": [3e-4, 1e-4]}  # the file's rate stays, and the protocol has another for ViT-L
-    cfg = LazyConfig.apply_overrides(config_file("vitb16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"])
+    cfg = LazyConfig.apply_overrides(
+        config_file("vits16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"]
+    )
+    assert config_deviations(cfg) == {
+        "optimizer.lr": [3e-4, 1e-4]
+    }  # the file's rate stays, and the protocol has another for ViT-L
+    cfg = LazyConfig.apply_overrides(
+        config_file("vitb16_coco_12ep"), ["model.backbone.net.name=vit_large_patch16_reg4"]
+    )
     assert config_deviations(cfg) == {}
     cfg = LazyConfig.apply_overrides(cfg, ["model.backbone.net.depth=3"])  # only to build it fast
     model = instantiate(cfg.model)
@@ -78,25 +100,50 @@ def test_another_backbone_or_windows_take_one_override_each():
     assert rates == pytest.approx([3e-4 * 0.7**k for k in range(4, -1, -1)])
     asked = ["model.backbone.net.window_size=14", "model.backbone.net.global_blocks=2"]
     cfg = LazyConfig.apply_overrides(config_file("vits16_coco_12ep"), asked)
-    assert config_deviations(cfg) == {"model.backbone.net.window_size": [0, 14], "model.backbone.net.global_blocks": [4, 2]}
+    assert config_deviations(cfg) == {
+        "model.backbone.net.window_size": [0, 14],
+        "model.backbone.net.global_blocks": [4, 2],
+    }
     assert instantiate(cfg.model.backbone.net).options.window_size == 14
 
 
 def test_percentages_leave_out_what_has_no_objects():
     nan = math.nan
-    box = {"AP": 50.0, "AP50": 60.0, "AP75": 40.0, "APs": nan, "APm": 1.0, "APl": 2.0, "AP-cat": 3.0, "AP-dog": nan}
+    box = {
+        "AP": 50.0,
+        "AP50": 60.0,
+        "AP75": 40.0,
+        "APs": nan,
+        "APm": 1.0,
+        "APl": 2.0,
+        "AP-cat": 3.0,
+        "AP-dog": nan,
+    }
     got = percentages({"bbox": box, "segm": {"AP": nan}})
     assert got.pop("box_ap_classes") == {"cat": 3}
     assert got == {"box_ap": 50, "box_ap50": 60, "box_ap75": 40, "box_ap_medium": 1, "box_ap_large": 2}
 
 
 def launch(folder, *arguments, until=None):
-    """Detectron2's stock launcher, from the repository's root; killed as soon as the file ``until`` is there."""
+    """Detectron2's stock launcher, from the repository's root; killed as soon as the file ``until`` is
+    there."""
     script = Path(os.environ["DETECTRON2_SRC"]) / "tools" / "lazyconfig_train_net.py"
-    command = [sys.executable, "-W", "ignore", str(script), *map(str, arguments), f"train.output_dir={folder}"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(script),
+        *map(str, arguments),
+        f"train.output_dir={folder}",
+    ]
     with open(folder.with_suffix(".said"), "w+") as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
         try:
             while process.poll() is None and not (until and until.is_file()):
@@ -109,7 +156,9 @@ def launch(folder, *arguments, until=None):
         assert process.returncode == (-signal.SIGKILL if until else 0), said.read()[-3000:]
 
 
-@pytest.mark.skipif("DETECTRON2_SRC" not in os.environ, reason="$DETECTRON2_SRC does not name Detectron2's source tree")
+@pytest.mark.skipif(
+    "DETECTRON2_SRC" not in os.environ, reason="$DETECTRON2_SRC does not name Detectron2's source tree"
+)
 def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights):
     run, file = tmp_path / "run", tmp_path / "backbone.safetensors"
     file.write_bytes(weights.read_bytes())
@@ -121,16 +170,22 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     assert first.metrics.keys() >= {"box_ap", "mask_ap", "box_ap50", "mask_ap75"} and not first.protocol.full
     changed = first.protocol.deviations
     assert changed["max_iters"] == [22_128, 20] and changed["model_kwargs"] == [{}, {"depth": 2}]
-    assert {key: pair for key, pair in changed.items() if "." in key} == {"model.roi_heads.num_classes": [5, 3]}
+    assert {key: pair for key, pair in changed.items() if "." in key} == {
+        "model.roi_heads.num_classes": [5, 3]
+    }
     whole = torch.load(run / "model_final.pth", weights_only=True)
     state, optimizer = whole["model"], whole["trainer"]["optimizer"]["state"]
     trained = {k.removeprefix("backbone.net.vit."): v for k, v in state.items() if ".net.vit." in k}
     start = build_backbone(TINY, weights=weights).state_dict()
-    assert trained.keys() == start.keys() and not torch.equal(trained["blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"])
+    assert trained.keys() == start.keys() and not torch.equal(
+        trained["blocks.1.mlp.fc1.weight"], start["blocks.1.mlp.fc1.weight"]
+    )
 
     killed, resolved = tmp_path / "killed", run / "config_resolved.yaml"
     launch(killed, "--config-file", TOY, *two, *asked, until=killed / "last_checkpoint")
-    assert (killed / "last_checkpoint").read_text() == "model_0000009.pth" and not (killed / "model_final.pth").exists()
+    assert (killed / "last_checkpoint").read_text() == "model_0000009.pth" and not (
+        killed / "model_final.pth"
+    ).exists()
     file.unlink()  # a run's folder is enough from here on
     launch(killed, "--resume", "--config-file", resolved, *two)
     assert "Starting training from iteration 10" in (killed / "log.txt").read_text()
@@ -139,7 +194,13 @@ def test_the_stock_launcher_trains_resumes_and_evaluates(tmp_path, coco, weights
     assert (again["iteration"], read_result(killed).metrics) == (19, first.metrics)
     assert read_result(killed).protocol == first.protocol
 
-    launch(tmp_path / "half", "--eval-only", "--config-file", resolved, f"train.init_checkpoint={run / 'model_0000009.pth'}")
+    launch(
+        tmp_path / "half",
+        "--eval-only",
+        "--config-file",
+        resolved,
+        f"train.init_checkpoint={run / 'model_0000009.pth'}",
+    )
     half = read_result(tmp_path / "half")
     assert (half.method, half.weights_hash) == (first.method, first.weights_hash)
     assert half.protocol.deviations == {**first.protocol.deviations, "max_iters": [22_128, 10]}
@@ -154,7 +215,9 @@ def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
     assert "amp needs CUDA" in capsys.readouterr().err
     result = read_result(path)
     assert (result.method, result.effective_epochs, result.seed) == ("ours", 3, 5)
-    assert result.protocol.deviations["amp"] == [True, False] and not any("." in key for key in result.protocol.deviations)
+    assert result.protocol.deviations["amp"] == [True, False] and not any(
+        "." in key for key in result.protocol.deviations
+    )
     lines = metrics_lines(folder)
     terms, ap = (
         {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"},
@@ -165,7 +228,9 @@ def test_our_loop_trains_and_evaluates(tmp_path, coco, weights, capsys):
     assert lines[4].keys() == {"iteration", *ap} and lines[4]["box_ap"] == result.metrics["box_ap"]
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][term] for term in terms))
     assert [line["lr"] for line in lines[:4]] == pytest.approx([lr_at(it, run.protocol) for it in range(4)])
-    assert "LRScheduler" in torch.load(folder / "model_final.pth", weights_only=True)["trainer"]["hooks"]  # by its launcher's name
+    assert (
+        "LRScheduler" in torch.load(folder / "model_final.pth", weights_only=True)["trainer"]["hooks"]
+    )  # by its launcher's name
     net = LazyConfig.load(str(folder / "config_resolved.yaml")).model.backbone.net
     assert net.weights is None and {key: net[key] for key in FIELD} == FIELD
     before = path.read_bytes()
@@ -214,7 +279,9 @@ def test_our_loop_resumes_and_evaluates_without_the_file(tmp_path, coco, weights
 def test_our_loop_in_mixed_precision(tmp_path, coco, weights, amp_dtype):
     run = toy_run(tmp_path / "run", coco, weights, amp=True, amp_dtype=amp_dtype)
     result = read_result(train(replace(run, device="cuda")))
-    assert "amp" not in result.protocol.deviations and ("amp_dtype" in result.protocol.deviations) == (amp_dtype == "bfloat16")
+    assert "amp" not in result.protocol.deviations and ("amp_dtype" in result.protocol.deviations) == (
+        amp_dtype == "bfloat16"
+    )
     scaler = torch.load(run.output / "model_final.pth", weights_only=True)["trainer"]["grad_scaler"]
     assert bool(scaler) == (amp_dtype == "float16")
 
@@ -246,7 +313,9 @@ def test_accumulated_parts_equal_one_batch_and_nan_stops_the_run():
     model = Line()
     broken = [batches[0], batches[0], batches[1], [x * math.nan for x in batches[1]]]
     with pytest.raises(FloatingPointError, match=r"iteration 1: a loss is no number \(loss_a nan, loss_b"):
-        AccumulatingTrainer(model, broken, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2, amp=False).train(0, 2)
+        AccumulatingTrainer(
+            model, broken, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2, amp=False
+        ).train(0, 2)
     assert torch.isfinite(model.w).all()
 
 
@@ -266,6 +335,8 @@ def test_another_kind_of_runs_folder_is_refused_and_a_bad_val_split_at_once(tmp_
 def test_bad_settings_are_named(tmp_path, coco, weights):
     run = toy_run(tmp_path, coco, weights)
     bad = dict(accumulate=3, device="cuda:9", seed=-1, workers=-1)
-    for (key, value), named in zip(bad.items(), ("1 processes x accumulate=3", "cuda:9", "seed: -1", "workers: -1")):
+    for (key, value), named in zip(
+        bad.items(), ("1 processes x accumulate=3", "cuda:9", "seed: -1", "workers: -1")
+    ):
         with pytest.raises(UserError, match=named):
             train(replace(run, **{key: value}))

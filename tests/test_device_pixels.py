@@ -23,9 +23,15 @@ SIZES = [(90, 120), (75, 61), (40, 128), (31, 33)]
 
 
 def photograph(height, width, seed):
-    """Smooth colors with a little grain. (In pure noise the bytes between the CPU path's two passes clip what overshoots.)"""
+    """Smooth colors with a little grain. (In pure noise the bytes between the CPU path's two passes clip
+    what overshoots.)"""
     smooth = cv2.GaussianBlur(picture(height, width, seed), (9, 9), 2.0).astype(np.float64)
-    return (smooth + np.random.default_rng(seed).normal(0, 5, smooth.shape)).clip(0, 255).round().astype(np.uint8)
+    return (
+        (smooth + np.random.default_rng(seed).normal(0, 5, smooth.shape))
+        .clip(0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def canvas_batch(n_images=4, rule=None, n_local=3, global_px=64, local_px=32):
@@ -34,10 +40,14 @@ def canvas_batch(n_images=4, rule=None, n_local=3, global_px=64, local_px=32):
     images = [photograph(*SIZES[i % len(SIZES)], i) for i in range(n_images)]
     canvas, sizes = lay_out(images)
     crops = CropSettings(n_local=n_local)
-    views = draw_views(sizes, crops, PositionSettings(), [np.random.default_rng([1, i]) for i in range(n_images)])
+    views = draw_views(
+        sizes, crops, PositionSettings(), [np.random.default_rng([1, i]) for i in range(n_images)]
+    )
     colors = draw_colors(2 + n_local, 2, rule, [np.random.default_rng([2, i]) for i in range(n_images)])
     masks = draw_masks(n_images, 2, (4, 4), MaskSettings(), (0,))
-    return CanvasBatch(canvas, torch.from_numpy(sizes).float(), views, colors, masks, rule, global_px, local_px), images
+    return CanvasBatch(
+        canvas, torch.from_numpy(sizes).float(), views, colors, masks, rule, global_px, local_px
+    ), images
 
 
 def on_the_cpu_path(batch, images):
@@ -45,7 +55,9 @@ def on_the_cpu_path(batch, images):
     groups = []
     for i, image in enumerate(images):
         views, colors = (record.map(lambda t, i=i: t[i : i + 1]) for record in (batch.views, batch.colors))
-        groups.append(render(image, views, colors, batch.rule, global_px=batch.global_px, local_px=batch.local_px))
+        groups.append(
+            render(image, views, colors, batch.rule, global_px=batch.global_px, local_px=batch.local_px)
+        )
     return [normalize(torch.stack(crops, dim=1).flatten(0, 1)) for crops in zip(*groups)]
 
 
@@ -58,14 +70,21 @@ def levels_apart(a, b):
 def test_crop_resize_by_matrices_equals_interpolation_of_the_crop(size):
     """1.4e-5 on values in [0, 1], growing and shrinking, flipped or not, down to a single pixel."""
     image = torch.rand(3, 90, 130, generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor([[3, 5, 120, 80], [10, 10, 30, 25], [0, 0, 130, 90], [50, 50, 51, 52], [129, 0, 130, 90]])
+    boxes = torch.tensor(
+        [[3, 5, 120, 80], [10, 10, 30, 25], [0, 0, 130, 90], [50, 50, 51, 52], [129, 0, 130, 90]]
+    )
     left, top, right, bottom = boxes.float()[None].unbind(-1)
     for flip in (False, True):
         flips = torch.full((1, len(boxes)), flip)
-        rows, columns = resize_weights(top, bottom - top, 90, size), resize_weights(left, right - left, 130, size, flips)
+        rows, columns = (
+            resize_weights(top, bottom - top, 90, size),
+            resize_weights(left, right - left, 130, size, flips),
+        )
         ours = sandwich(rows, image.permute(1, 0, 2)[None], columns)[0].transpose(1, 2)  # [V, 3, size, size]
         for (x0, y0, x1, y1), crop in zip(boxes.tolist(), ours):
-            expected = F.interpolate(image[None, :, y0:y1, x0:x1], (size, size), mode="bicubic", antialias=True)[0]
+            expected = F.interpolate(
+                image[None, :, y0:y1, x0:x1], (size, size), mode="bicubic", antialias=True
+            )[0]
             torch.testing.assert_close(crop, expected.flip(-1) if flip else expected, atol=1.4e-5, rtol=0)
 
 
@@ -81,7 +100,8 @@ def test_blur_by_matrices_equals_torchvisions():
 
 
 def test_every_order_of_the_jitter_equals_torchvisions():
-    """All 24 orders in one batch, and a sample without jitter beside each; then gray and solarize by sample."""
+    """All 24 orders in one batch, and a sample without jitter beside each; then gray and solarize by
+    sample."""
     orders = torch.tensor([[0, 1, 2, 3]])[:, torch.cartesian_prod(*[torch.arange(4)] * 4)][0]
     orders = orders[[len(set(order.tolist())) == 4 for order in orders]]
     n = len(orders)
@@ -90,13 +110,17 @@ def test_every_order_of_the_jitter_equals_torchvisions():
     on = torch.tensor([True, False]).expand(n, 2)
     colors = Colors(on, orders[:, None].expand(-1, 2, -1), factors, ~on, torch.zeros(n, 2), ~on)
     start = image.transpose(0, 1).expand(n, 2, -1, -1, -1)
-    ours = apply_colors(start, colors, ColorSettings(solarize_threshold=100)).transpose(2, 3)  # [24, 2, 3, y, x]
+    ours = apply_colors(start, colors, ColorSettings(solarize_threshold=100)).transpose(
+        2, 3
+    )  # [24, 2, 3, y, x]
     gray = on_tensors.rgb_to_grayscale(image, 3)
     for order, (jittered, plain) in zip(orders.tolist(), ours):
         expected = image.double() / 255
         for i in order:
             expected = getattr(on_tensors, f"adjust_{OPERATIONS[i]}")(expected, factors[0, 0, i].item())
-        torch.testing.assert_close(jittered.double(), expected * 255, atol=0.02, rtol=0)  # torchvision's luma: 0.2989, 0.587, 0.114
+        torch.testing.assert_close(
+            jittered.double(), expected * 255, atol=0.02, rtol=0
+        )  # torchvision's luma: 0.2989, 0.587, 0.114
         inverted = torch.where(gray.round() >= 100, 255 - gray, gray)
         torch.testing.assert_close(plain, inverted, atol=0.03, rtol=0)
 
@@ -187,4 +211,6 @@ def test_the_batch_goes_with_its_views_masks_and_dtype():
     assert made.local_crops.shape == (0, 3, 32, 32) and made.n_images == batch.n_images == 3
     assert torch.equal(made.views.position_boxes, batch.views.position_boxes)
     assert torch.equal(made.masks.content_index, batch.masks.content_index)
-    assert made.global_crops.dtype == torch.float64 and torch.equal(made.global_crops, plain.global_crops.double())
+    assert made.global_crops.dtype == torch.float64 and torch.equal(
+        made.global_crops, plain.global_crops.double()
+    )

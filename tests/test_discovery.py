@@ -1,4 +1,5 @@
-"""Object discovery: LOST and TokenCut against loops, on planted objects, and CorLoc on sets of the public layouts."""
+"""Object discovery: LOST and TokenCut against loops, on planted objects, and CorLoc on sets of the public
+layouts."""
 
 import csv
 import json
@@ -105,12 +106,18 @@ def test_components_equal_scipys():
 def test_boxes_and_their_ious_by_hand():
     mask = np.zeros((3, 4), bool)
     mask[1:3, 2:4] = True
-    assert box_of(mask, (16, 16), (40, 60)).tolist() == [32, 16, 60, 40]  # cut off where the patches were padded
+    assert box_of(mask, (16, 16), (40, 60)).tolist() == [
+        32,
+        16,
+        60,
+        40,
+    ]  # cut off where the patches were padded
     assert box_of(mask, (10.0, 12.5), (30, 50)).tolist() == [25, 10, 50, 30]
 
 
 @pytest.mark.parametrize(
-    "model_kwargs", [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)]
+    "model_kwargs",
+    [{}, dict(has_cls=False), dict(n_registers=3, patch_size=8), dict(relative_positions=True)],
 )
 def test_keys_are_those_of_the_last_attention(model_kwargs):
     backbone = randomize(ViT(embed_dim=24, depth=2, num_heads=3, pos_encoding="none", **model_kwargs))
@@ -120,7 +127,9 @@ def test_keys_are_those_of_the_last_attention(model_kwargs):
         inputs = []
         with backbone.blocks[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
             keys = features.keys(images)
-        k = backbone.blocks[-1].attn.heads(backbone.blocks[-1].norm1(inputs[0]))[1]  # [B, heads, S + N, D / heads]
+        k = backbone.blocks[-1].attn.heads(backbone.blocks[-1].norm1(inputs[0]))[
+            1
+        ]  # [B, heads, S + N, D / heads]
         torch.testing.assert_close(keys, k.transpose(1, 2).flatten(2)[:, backbone.n_prefix :])
         patch = backbone.patch_size
         assert keys.shape[1] == -(-40 // patch) * -(-70 // patch)
@@ -153,7 +162,12 @@ def test_an_object_in_a_picture_is_found_exactly(of, model_kwargs):
     with frozen(features.backbone):
         found = discover(features, two_tone(), truth, list(METHODS), of)
         scaled = discover(
-            features, two_tone(160, 192), truth, list(METHODS), of, short_px=80 if model_kwargs.get("patch_size") == 8 else 320
+            features,
+            two_tone(160, 192),
+            truth,
+            list(METHODS),
+            of,
+            short_px=80 if model_kwargs.get("patch_size") == 8 else 320,
         )
     for judged in [*found.values(), *scaled.values()]:
         assert judged.box.tolist() == [48, 32, 112, 96] and judged.iou == 1 and judged.hit
@@ -167,7 +181,7 @@ def test_a_hit_is_more_than_half(right, hit):
     assert judged.iou == (right - 48) / 64 and judged.hit == hit
 
 
-# --- sets -------------------------------------------------------------------------------------------------------------
+# --- sets -------------------------------------------------------------------------------------------------
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated><difficult>{difficult}</difficult>
 <bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox>
@@ -180,7 +194,8 @@ def voc_object(box, name="dog", truncated=0, difficult=0):
 
 
 def write_voc(root: Path) -> Path:
-    """Four images, each with its planted box as VOC counts; one more that is hard, and one that is not in the split."""
+    """Four images, each with its planted box as VOC counts; one more that is hard, and one that is not in
+    the split."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for i, box in enumerate([*PLANTED, PLANTED[0], PLANTED[1]]):
@@ -189,7 +204,9 @@ def write_voc(root: Path) -> Path:
         true = (1, 1, 40, 40) if i == 2 else (box[0] + 1, box[1] + 1, *box[2:])
         hard = [voc_object(true, difficult=1), voc_object((1, 1, 9, 9), truncated=1)]
         objects = hard if i == 4 else [voc_object((1, 130, 20, 150), "cat"), voc_object(true)]
-        text = f"<annotation><folder>VOC</folder><size><width>170</width></size>{''.join(objects)}</annotation>"
+        text = (
+            f"<annotation><folder>VOC</folder><size><width>170</width></size>{''.join(objects)}</annotation>"
+        )
         (root / "Annotations" / f"{i:06d}.xml").write_text(text)
     (root / "ImageSets/Main/trainval.txt").write_text("".join(f"{i:06d}\n" for i in (3, 0, 1, 2, 4)))
     (root / "ImageSets/Main/dog_trainval.txt").write_text("000000  1\n000005 -1\n")
@@ -201,10 +218,18 @@ def test_pascal_voc(tmp_path):
     assert [image.path.stem for image in images] == ["000003", "000000", "000001", "000002", "000004"]
     assert images[1].boxes.tolist() == [[0, 129, 20, 150], [48, 32, 112, 96]] and images[1].path.is_file()
     assert images[4].boxes.tolist() == [[48, 32, 112, 96], [0, 0, 9, 9]]
-    assert [image.path.stem for image in read_boxes(tmp_path, no_hard=True)] == ["000003", "000000", "000001", "000002"]
+    assert [image.path.stem for image in read_boxes(tmp_path, no_hard=True)] == [
+        "000003",
+        "000000",
+        "000001",
+        "000002",
+    ]
     assert [image.path.stem for image in read_boxes(tmp_path, "dog_trainval")] == ["000000", "000005"]
     (tmp_path / "list.txt").write_text("# some\nJPEGImages/000002.jpg\n000003\n")
-    assert [image.path.stem for image in read_boxes(tmp_path, names=tmp_path / "list.txt")] == ["000002", "000003"]
+    assert [image.path.stem for image in read_boxes(tmp_path, names=tmp_path / "list.txt")] == [
+        "000002",
+        "000003",
+    ]
 
 
 def edit(root, name, old, new):
@@ -237,7 +262,9 @@ def test_malformed_voc(tmp_path, spoil, said):
 
 def test_entities_are_never_expanded(tmp_path):
     file = tmp_path / "a.xml"
-    file.write_text('<!DOCTYPE x [<!ENTITY a "' + "z" * 50 + '">]><annotation>&a;</annotation>', encoding="utf-16")
+    file.write_text(
+        '<!DOCTYPE x [<!ENTITY a "' + "z" * 50 + '">]><annotation>&a;</annotation>', encoding="utf-16"
+    )
     try:
         assert len(read_voc_xml(file)) == 0  # a few letters at most: expat bounds how much they grow
     except UserError as error:
@@ -247,13 +274,22 @@ def test_entities_are_never_expanded(tmp_path):
 def test_coco(tmp_path):
     root = write_coco(tmp_path / "coco")
     images = read_boxes(root)
-    assert [image.path.name for image in images] == [f"{id:012d}.png" for id in (1001, 1002, 1003)]  # the last one has no object
+    assert [image.path.name for image in images] == [
+        f"{id:012d}.png" for id in (1001, 1002, 1003)
+    ]  # the last one has no object
     content = json.loads((root / "annotations/instances_val2017.json").read_text())
     for image in images:
-        boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == int(image.path.stem) and not a["iscrowd"]]
+        boxes = [
+            a["bbox"]
+            for a in content["annotations"]
+            if a["image_id"] == int(image.path.stem) and not a["iscrowd"]
+        ]
         assert image.boxes.tolist() == [[x, y, x + w, y + h] for x, y, w, h in boxes] and image.path.is_file()
     (tmp_path / "list.txt").write_text("train2017/000000000003.png\n000000000001\n")
-    assert [i.path.stem for i in read_boxes(root, "train2017", names=tmp_path / "list.txt")] == ["000000000003", "000000000001"]
+    assert [i.path.stem for i in read_boxes(root, "train2017", names=tmp_path / "list.txt")] == [
+        "000000000003",
+        "000000000001",
+    ]
     content["annotations"][0]["bbox"] = [1.4, 2.5, 10.2, 3.9]
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     assert read_boxes(root)[0].boxes[0].tolist() == [1, 2, 12, 6]
@@ -297,7 +333,7 @@ def test_what_is_asked_for_and_not_there(tmp_path):
         read_boxes(coco)
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -322,7 +358,11 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     tool = load_tool("discover")
     tool.main(["--weights", str(weights), "--data", str(root), "--output", str(out), "--device", "cpu"])
     result = read_result(out / "checkpoints" / "mine")
-    assert result.metrics == {"corloc_lost": 80.0, "corloc_tokencut": 80.0, "images": 5}  # all but the one whose truth is elsewhere
+    assert result.metrics == {
+        "corloc_lost": 80.0,
+        "corloc_tokencut": 80.0,
+        "images": 5,
+    }  # all but the one whose truth is elsewhere
     assert result.kind == "analysis" and result.protocol.full and result.effective_epochs == 12
     with open(out / "checkpoints" / "mine" / "boxes.csv", newline="") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}
@@ -339,10 +379,39 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     assert table == ["checkpoint,images,corloc_lost,corloc_tokencut", "mine,5,80.00,80.00"]
     assert "corloc_lost 80.00, corloc_tokencut 80.00 (5 images)" in capsys.readouterr().out
     picture = np.asarray(Image.open(out / "checkpoints" / "mine" / "figures" / "boxes.png"))
-    assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20 and (out / "checkpoints/mine/figures/boxes.svg").is_file()
+    assert (
+        min(picture.shape[:2]) > 300
+        and len(np.unique(picture)) > 20
+        and (out / "checkpoints/mine/figures/boxes.svg").is_file()
+    )
 
-    fewer = ["--method", "lost", "--max-images", "2", "--features", "tokens", "--show", "0", "--no-hard", "--size", "150"]
-    tool.main(["--weights", str(weights), str(weights), "--data", str(root), "--output", str(out / "b"), "--device", "cpu", *fewer])
+    fewer = [
+        "--method",
+        "lost",
+        "--max-images",
+        "2",
+        "--features",
+        "tokens",
+        "--show",
+        "0",
+        "--no-hard",
+        "--size",
+        "150",
+    ]
+    tool.main(
+        [
+            "--weights",
+            str(weights),
+            str(weights),
+            "--data",
+            str(root),
+            "--output",
+            str(out / "b"),
+            "--device",
+            "cpu",
+            *fewer,
+        ]
+    )
     results = [read_result(file) for file in sorted((out / "b").glob("checkpoints/*/result.json"))]
     assert len(results) == 2 and set(results[0].metrics) == {"corloc_lost", "images"}
     assert set(results[0].protocol.deviations) == {"size", "features", "max_images", "no_hard"}
@@ -384,7 +453,18 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, weights, monkeypatch)
 
 def test_the_tool_on_coco(tmp_path, weights):
     root = write_coco(tmp_path / "coco")
-    arguments = ["--weights", weights, "--data", root, "--split", "train2017", "--output", tmp_path / "out", "--device", "cpu"]
+    arguments = [
+        "--weights",
+        weights,
+        "--data",
+        root,
+        "--split",
+        "train2017",
+        "--output",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     load_tool("discover").main(list(map(str, arguments)))
     result = read_result(next((tmp_path / "out").glob("checkpoints/*/result.json")))
     assert result.metrics["images"] == 5 and 0 <= result.metrics["corloc_lost"] <= 100
@@ -393,7 +473,20 @@ def test_the_tool_on_coco(tmp_path, weights):
 def test_the_tools_errors(tmp_path, weights):
     root = write_voc(tmp_path / "VOC2007")
     (root / "JPEGImages" / "000001.jpg").write_bytes(b"no")
-    arguments = ["--weights", str(weights), "--data", str(root), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    for extra, said in (([], r"000001\.jpg cannot be read"), (["--size", "-1"], "--size: -1"), (["--size", "9999"], "patches")):
+    arguments = [
+        "--weights",
+        str(weights),
+        "--data",
+        str(root),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    for extra, said in (
+        ([], r"000001\.jpg cannot be read"),
+        (["--size", "-1"], "--size: -1"),
+        (["--size", "9999"], "patches"),
+    ):
         with pytest.raises(UserError, match=said):
             load_tool("discover").main([*arguments, *extra])

@@ -1,4 +1,5 @@
-"""tools/evaluate_dense.py as users run it: the evaluators' numbers, deviations by name, nothing done twice, bad input by name."""
+"""tools/evaluate_dense.py as users run it: the evaluators' numbers, deviations by name, nothing done
+twice, bad input by name."""
 
 import json
 import os
@@ -24,7 +25,14 @@ from pretrain.data.label_sets import open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import run as dense
 from pretrain.evaluation.dense.classification import knn_classification
-from pretrain.evaluation.dense.protocol import KNN, N_IMAGES, TASKS, deviations_of_data, protocol_of, settings_of
+from pretrain.evaluation.dense.protocol import (
+    KNN,
+    N_IMAGES,
+    TASKS,
+    deviations_of_data,
+    protocol_of,
+    settings_of,
+)
 from pretrain.evaluation.features import Features, frozen
 from pretrain.results.dense import dense_table
 from pretrain.results.provenance import file_hash
@@ -37,7 +45,12 @@ from pretrain.weights import read_checkpoint, save_backbone
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 LINEAR = ["linear.image_px=32", "linear.label_px=16", "linear.epochs=2", "linear.batch_size=2"]
 IN_CONTEXT = ["in_context.image_px=32", "in_context.memory_size=12", "in_context.passes=1", "in_context.k=3"]
-CLUSTERING = ["clustering.image_px=32", "clustering.label_px=16", "clustering.overclusters=6", "clustering.restarts=1"]
+CLUSTERING = [
+    "clustering.image_px=32",
+    "clustering.label_px=16",
+    "clustering.overclusters=6",
+    "clustering.restarts=1",
+]
 OF_SET = [*LINEAR, *IN_CONTEXT, *CLUSTERING]
 KNN_WORDS = ["--knn-root", "/nowhere"]
 OF_KNN = ["knn.resize_px=40", "knn.crop_px=32", "knn.k=1,3"]
@@ -45,7 +58,8 @@ OF_KNN = ["knn.resize_px=40", "knn.crop_px=32", "knn.k=1,3"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Weights of ours and of DINO's layout, a folder of masks, Pascal VOC without SBD, and a folder of classes."""
+    """Weights of ours and of DINO's layout, a folder of masks, Pascal VOC without SBD, and a folder of
+    classes."""
     home = tmp_path_factory.mktemp("dense")
     write_start(home / "ours.safetensors", depth=1)
     saved(home, filled(DinoViT(depth=1, side=2), seed=3).state_dict(), "dino.pth")
@@ -59,7 +73,9 @@ def home(tmp_path_factory):
 
 def words(home, output, *extra, weights="ours.safetensors", data="toy"):
     where = ["--data", home / data] if data else []
-    return list(map(str, ["--weights", home / weights, *where, "--output", output, "--device", "cpu", *extra]))
+    return list(
+        map(str, ["--weights", home / weights, *where, "--output", output, "--device", "cpu", *extra])
+    )
 
 
 def evaluate(*given, figures=False, **named):
@@ -84,30 +100,54 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     with frozen(features.backbone):
         for task in dense.EVALUATORS:
             expected |= dense.EVALUATORS[task](features, *parts, settings[task], 0).metrics
-        of_classes = knn_classification(features, *open_class_folders(home / "classes"), settings[KNN]).metrics
+        of_classes = knn_classification(
+            features, *open_class_folders(home / "classes"), settings[KNN]
+        ).metrics
 
     run = read_run(tmp_path / "out" / "result.json")
     result, other = run.result, read_result(tmp_path / "out" / "knn")
     assert result.metrics == expected and other.metrics == of_classes
-    assert {"linear_miou", "in_context_miou", "in_context_hungarian_miou", "clustering_miou", "clustering_k6_miou"} <= set(expected)
+    assert {
+        "linear_miou",
+        "in_context_miou",
+        "in_context_hungarian_miou",
+        "clustering_miou",
+        "clustering_k6_miou",
+    } <= set(expected)
     assert set(of_classes) == {"knn_top1_k1", "knn_top1_k3"}
     assert (result.kind, result.method, result.effective_epochs, result.seed) == ("dense", "earlier", 12.5, 3)
     assert (result.backbone, result.weights_hash) == ("vit_tiny_patch16", file_hash(weights))
     assert (result.protocol.name, other.protocol.name) == ("dense-toy", "dense-knn")
     assert set(result.protocol.deviations) == {word.partition("=")[0] for word in OF_SET}
     assert result.protocol.deviations["clustering.overclusters"] == [[500], [6]]
-    assert "published" not in (tmp_path / "out" / "tasks" / "linear.json").read_text()  # as a folder of one's own never was
-    assert set(other.protocol.deviations) == {"train_images", "val_images", "knn.resize_px", "knn.crop_px", "knn.k"}
+    assert (
+        "published" not in (tmp_path / "out" / "tasks" / "linear.json").read_text()
+    )  # as a folder of one's own never was
+    assert set(other.protocol.deviations) == {
+        "train_images",
+        "val_images",
+        "knn.resize_px",
+        "knn.crop_px",
+        "knn.k",
+    }
     assert other.protocol.deviations["train_images"] == [1_281_167, 6]
     assert 0 < result.wall_time_s < 120 and result.peak_memory_mib > 10
-    assert [figure.title for figure in run.figures] == ["Segmentation and clusters", "Principal components of the patches"]
+    assert [figure.title for figure in run.figures] == [
+        "Segmentation and clusters",
+        "Principal components of the patches",
+    ]
     assert "those of DINO" in run.figures[1].caption  # two rows, the one before first
-    assert f"linear_miou {expected['linear_miou']:.2f}" in said and "linear, train, pass 1: 4 of 4 images" in said
+    assert (
+        f"linear_miou {expected['linear_miou']:.2f}" in said
+        and "linear, train, pass 1: 4 of 4 images" in said
+    )
 
 
 def test_a_file_of_dinos_on_voc_says_all_deviations(home, tmp_path):
     some = ["--patch-size", 8, "--bf16", "--max-images", 2, "--tasks", "in_context", *IN_CONTEXT]
-    evaluate(home, tmp_path / "out", *some, weights="dino.pth", data="voc")  # --tasks takes the words after it, too
+    evaluate(
+        home, tmp_path / "out", *some, weights="dino.pth", data="voc"
+    )  # --tasks takes the words after it, too
     result = read_result(tmp_path / "out")
     assert set(result.metrics) == {"in_context_miou", "in_context_hungarian_miou", "in_context_class_iou"}
     assert (result.method, result.backbone, result.effective_epochs) == ("DINO", "vit_tiny_patch16", None)
@@ -116,7 +156,11 @@ def test_a_file_of_dinos_on_voc_says_all_deviations(home, tmp_path):
         *("patch_size", "precision", "max_images", "train_images", "val_images", "train_set"),
         *(word.partition("=")[0] for word in IN_CONTEXT),
     }
-    assert changed["patch_size"] == [16, 8] and changed["precision"] == ["float32", "bf16"] and changed["max_images"] == ["all", 2]
+    assert (
+        changed["patch_size"] == [16, 8]
+        and changed["precision"] == ["float32", "bf16"]
+        and changed["max_images"] == ["all", 2]
+    )
     assert changed["train_images"] == [10_582, 3] and changed["val_images"] == [1_449, 2]
     assert changed["train_set"][0] == "as published" and "trainaug" in changed["train_set"][1]
 
@@ -128,12 +172,20 @@ def test_k_nn_alone_is_one_result(home, tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_configuration(home, tmp_path):
-    for output, *extra in (["a"], ["b", "--seed", 1], ["c", "linear.lr=0.02"], ["d", "--max-images", 3], ["e", "--seed", 0]):
+    for output, *extra in (
+        ["a"],
+        ["b", "--seed", 1],
+        ["c", "linear.lr=0.02"],
+        ["d", "--max-images", 3],
+        ["e", "--seed", 0],
+    ):
         evaluate(home, tmp_path / output, "--tasks", "linear", *LINEAR, *extra)
     a, b, c, d, e = (read_result(tmp_path / name) for name in "abcde")
     assert a.config_hash == b.config_hash and a.protocol == b.protocol and (a.seed, b.seed) == (0, 1)
     assert a.metrics != b.metrics and a.metrics == e.metrics  # drawn from the seed, and from nothing else
-    assert len({a.config_hash, c.config_hash, d.config_hash}) == 3 and d.protocol.deviations["max_images"] == ["all", 3]
+    assert len({a.config_hash, c.config_hash, d.config_hash}) == 3 and d.protocol.deviations[
+        "max_images"
+    ] == ["all", 3]
 
 
 def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(home, tmp_path):
@@ -142,10 +194,20 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     for said in (0, 1, 2, True, -1, "x"):
         told = {"method": "paka", "seed": said, "config_hash": "c"}
         save_backbone(
-            tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+            tmp_path / "w.safetensors",
+            start.state,
+            name="vit_tiny_patch16",
+            model_kwargs=start.model_kwargs,
+            provenance=told,
         )
         evaluate(
-            tmp_path, tmp_path / "out" / f"of_{said}", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy"
+            tmp_path,
+            tmp_path / "out" / f"of_{said}",
+            "--tasks",
+            "linear",
+            *LINEAR,
+            weights="w.safetensors",
+            data=home / "toy",
         )
     found = {path.parent.name: read_result(path) for path in sorted(tmp_path.glob("out/*/result.json"))}
     assert {name: run.seed for name, run in found.items()} == {
@@ -154,20 +216,49 @@ def test_each_training_is_evaluated_with_its_own_seed_and_three_make_one_row(hom
     }
     (row,) = dense_table([found[f"of_{seed}"] for seed in (0, 1, 2)]).records
     values = [found[f"of_{seed}"].metrics["linear_miou"] for seed in (0, 1, 2)]
-    assert (row["seeds"], row["linear_miou_n"]) == ("0, 1, 2", "3") and len({run.weights_hash for run in found.values()}) == 6
+    assert (row["seeds"], row["linear_miou_n"]) == ("0, 1, 2", "3") and len(
+        {run.weights_hash for run in found.values()}
+    ) == 6
     assert float(row["linear_miou"]) == pytest.approx(np.mean(values)) and len(set(values)) == 3
     told = {"method": "paka", "seed": 3, "config_hash": "of another recipe"}
     save_backbone(
-        tmp_path / "w.safetensors", start.state, name="vit_tiny_patch16", model_kwargs=start.model_kwargs, provenance=told
+        tmp_path / "w.safetensors",
+        start.state,
+        name="vit_tiny_patch16",
+        model_kwargs=start.model_kwargs,
+        provenance=told,
     )
-    evaluate(tmp_path, tmp_path / "out" / "other", "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
-    rows = dense_table([*(found[f"of_{seed}"] for seed in (0, 1, 2)), read_result(tmp_path / "out" / "other")]).records
-    assert sorted(row["seeds"] for row in rows) == ["0, 1, 2", "3"]  # of one name, but no seed of that training
-    evaluate(tmp_path, tmp_path / "seven", "--seed", 7, "--tasks", "linear", *LINEAR, weights="w.safetensors", data=home / "toy")
+    evaluate(
+        tmp_path,
+        tmp_path / "out" / "other",
+        "--tasks",
+        "linear",
+        *LINEAR,
+        weights="w.safetensors",
+        data=home / "toy",
+    )
+    rows = dense_table(
+        [*(found[f"of_{seed}"] for seed in (0, 1, 2)), read_result(tmp_path / "out" / "other")]
+    ).records
+    assert sorted(row["seeds"] for row in rows) == [
+        "0, 1, 2",
+        "3",
+    ]  # of one name, but no seed of that training
+    evaluate(
+        tmp_path,
+        tmp_path / "seven",
+        "--seed",
+        7,
+        "--tasks",
+        "linear",
+        *LINEAR,
+        weights="w.safetensors",
+        data=home / "toy",
+    )
     assert read_result(tmp_path / "seven").seed == 7
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on ---------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tmp_path, monkeypatch, capsys):
@@ -183,9 +274,14 @@ def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tm
         with pytest.raises(SystemExit) as ended:
             main(words(home, tmp_path / "parts", *OF_SET))
     assert ended.value.code == REQUEUE_CODE
-    assert "SIGTERM at in_context, train; finished tasks are kept, --resume goes on with it" in capsys.readouterr().err
+    assert (
+        "SIGTERM at in_context, train; finished tasks are kept, --resume goes on with it"
+        in capsys.readouterr().err
+    )
     folder = tmp_path / "parts"
-    assert [file.name for file in folder.glob("tasks/*.json")] == ["linear.json"] and not (folder / "result.json").exists()
+    assert [file.name for file in folder.glob("tasks/*.json")] == ["linear.json"] and not (
+        folder / "result.json"
+    ).exists()
     with pytest.raises(UserError, match="already holds an evaluation; go on with --resume"):
         evaluate(home, folder, *OF_SET)
     for task, evaluator in dense.EVALUATORS.items():
@@ -195,7 +291,11 @@ def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tm
     evaluate(home, folder, *OF_SET, "--resume")
     assert asked == ["in_context", "clustering"]
     whole, parts = read_result(tmp_path / "whole"), read_result(folder)
-    assert (parts.metrics, parts.config_hash, parts.protocol) == (whole.metrics, whole.config_hash, whole.protocol)
+    assert (parts.metrics, parts.config_hash, parts.protocol) == (
+        whole.metrics,
+        whole.config_hash,
+        whole.protocol,
+    )
     for task in set(TASKS) - {KNN}:  # their maps, for the figures
         maps = [np.load(tmp_path / name / "tasks" / f"{task}.npz") for name in ("whole", "parts")]
         assert maps[0].files and all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0].files)
@@ -211,8 +311,18 @@ def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tm
     ],
 )
 def test_another_evaluation_is_not_gone_on_with(home, finished, extra, named):
-    with pytest.raises(UserError, match=rf"linear\.json is of another evaluation: .*{named}.*choose another folder"):
-        evaluate(home, finished, "--tasks", "linear", *[w for w in LINEAR if w.split("=")[0] not in str(extra)], *extra, "--resume")
+    with pytest.raises(
+        UserError, match=rf"linear\.json is of another evaluation: .*{named}.*choose another folder"
+    ):
+        evaluate(
+            home,
+            finished,
+            "--tasks",
+            "linear",
+            *[w for w in LINEAR if w.split("=")[0] not in str(extra)],
+            *extra,
+            "--resume",
+        )
 
 
 def test_other_weights_or_another_set_are_not_gone_on_with(home, finished):
@@ -220,7 +330,9 @@ def test_other_weights_or_another_set_are_not_gone_on_with(home, finished):
         evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume", weights="dino.pth")
     with pytest.raises(UserError, match="holds a run of another kind, dense-toy"):
         evaluate(home, finished, "--tasks", "linear", *LINEAR, "--resume", data="voc")
-    with pytest.raises(UserError, match=r"linear\.json is of another evaluation: weights_hash"):  # nor with another task
+    with pytest.raises(
+        UserError, match=r"linear\.json is of another evaluation: weights_hash"
+    ):  # nor with another task
         evaluate(home, finished, "--tasks", "in_context", *IN_CONTEXT, "--resume", weights="dino.pth")
 
 
@@ -236,7 +348,11 @@ def test_a_task_more_needs_the_settings_of_its_own_alone(home, finished, capsys)
 
 def test_a_damaged_task_is_named(home, finished):
     file = finished / "tasks" / "linear.json"
-    for spoil in (lambda: file.write_text("{"), lambda: file.write_text("{}"), file.with_suffix(".npz").unlink):
+    for spoil in (
+        lambda: file.write_text("{"),
+        lambda: file.write_text("{}"),
+        file.with_suffix(".npz").unlink,
+    ):
         before = file.read_text()
         spoil()
         with pytest.raises(UserError, match=r"linear\.json: no finished task can be read"):
@@ -252,11 +368,17 @@ def finished(home, tmp_path):
 
 def test_the_folder_of_another_run_is_not_written_into(home, tmp_path):
     protocol = Protocol(name="intertwined-100ep", version=1, full=True, deviations={})
-    rest = dict(seed=0, config_hash="0", weights_hash=None, git_commit=None, packages={}, hardware={}, wall_time_s=1)
-    told = dict(method="mine", backbone="vit_tiny_patch16", effective_epochs=1, metrics={}, peak_memory_mib=None)
+    rest = dict(
+        seed=0, config_hash="0", weights_hash=None, git_commit=None, packages={}, hardware={}, wall_time_s=1
+    )
+    told = dict(
+        method="mine", backbone="vit_tiny_patch16", effective_epochs=1, metrics={}, peak_memory_mib=None
+    )
     write_result(Result(kind="pretrain", protocol=protocol, **told, **rest), tmp_path)
     for resume in ([], ["--resume"]):
-        with pytest.raises(UserError, match="holds a run of another kind, intertwined-100ep; choose another folder"):
+        with pytest.raises(
+            UserError, match="holds a run of another kind, intertwined-100ep; choose another folder"
+        ):
             evaluate(home, tmp_path, *resume)
 
 
@@ -265,15 +387,19 @@ def test_a_watched_set_is_the_set_until_a_signal(home, capsys):
     with StopSignals() as signals:
         seen = dense.watched(part, "linear", signals)
         list(seen.first(2).squares(32, 16, 2))
-        assert "linear, train, pass 1: 2 of 2 images" in capsys.readouterr().out  # a task that takes some of them counts those
-        for ours, theirs in zip(seen.first(3).squares(32, 16, 2), part.first(3).squares(32, 16, 2), strict=True):
+        assert (
+            "linear, train, pass 1: 2 of 2 images" in capsys.readouterr().out
+        )  # a task that takes some of them counts those
+        for ours, theirs in zip(
+            seen.first(3).squares(32, 16, 2), part.first(3).squares(32, 16, 2), strict=True
+        ):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
         signals.received = "SIGTERM"
         with pytest.raises(Interrupted, match="SIGTERM at linear, train"):
             seen.read(0)
 
 
-# --- the protocol -----------------------------------------------------------------------------------------------------
+# --- the protocol -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", N_IMAGES)
@@ -281,7 +407,9 @@ def test_the_public_protocol_has_no_deviation(name):
     tasks = [KNN] if name == KNN else list(dense.EVALUATORS)
     protocol = protocol_of(name, settings_of(tasks, seed=5), deviations_of_data(name, N_IMAGES[name], 0))
     assert protocol.full and protocol.name == f"dense-{name}"
-    fewer = deviations_of_data(name, (N_IMAGES[name][0] - 1, N_IMAGES[name][1]), 10**9)  # more than there are is no restriction
+    fewer = deviations_of_data(
+        name, (N_IMAGES[name][0] - 1, N_IMAGES[name][1]), 10**9
+    )  # more than there are is no restriction
     assert set(protocol_of(name, {}, fewer).deviations) == {"train_images"}
 
 
@@ -289,9 +417,21 @@ def test_the_public_protocol_has_no_deviation(name):
 def test_every_setting_of_a_task_can_be_changed_and_is_told(task):
     (default,) = settings_of([task]).values()
     for name, value in vars(default).items():
-        other = not value if isinstance(value, bool) else (1,) if isinstance(value, tuple) and len(value) != 2 else value
+        other = (
+            not value
+            if isinstance(value, bool)
+            else (1,)
+            if isinstance(value, tuple) and len(value) != 2
+            else value
+        )
         other = (value[0] / 2, value[1]) if isinstance(value, tuple) and len(value) == 2 else other
-        other = value / 2 if isinstance(value, float) else value + 16 if other is value and isinstance(value, int) else other
+        other = (
+            value / 2
+            if isinstance(value, float)
+            else value + 16
+            if other is value and isinstance(value, int)
+            else other
+        )
         used = replaced(default, {name: other})
         told = protocol_of("toy", {task: used}, {}).deviations
         silent = name in ("seed", "map_px")
@@ -308,7 +448,7 @@ def test_a_folder_that_nothing_can_be_written_into_is_told_before_the_first_task
         evaluate(home, Path("/proc"), *OF_SET)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------
 
 
 def main(arguments):
@@ -348,7 +488,9 @@ def main(arguments):
     ],
 )
 def test_bad_input_is_one_line_and_code_2(home, tmp_path, capsys, extra, named):
-    small = [word for word in OF_SET if word.split("=")[0] not in str(extra)] if "--tasks" not in extra else []
+    small = (
+        [word for word in OF_SET if word.split("=")[0] not in str(extra)] if "--tasks" not in extra else []
+    )
     with pytest.raises(SystemExit) as ended:
         main(words(home, tmp_path / "out", *small, *extra))
     said = capsys.readouterr().err

@@ -14,11 +14,15 @@ from pretrain.errors import UserError
 needs_detectron2 = pytest.mark.skipif(
     importlib.util.find_spec("detectron2") is None, reason="Detectron2, the oracle, is not installed"
 )
-SIDE, CATEGORIES = 240, {2: "cat", 5: "dog", 17: "cup", 90: "bird"}  # nothing is a bird; of cups there are crowds alone
+SIDE, CATEGORIES = (
+    240,
+    {2: "cat", 5: "dog", 17: "cup", 90: "bird"},
+)  # nothing is a bird; of cups there are crowds alone
 
 
 def disc(box):
-    """Pixels of an ellipse in a box (x, y, width, height), and a corner of the image where it leaves nothing."""
+    """Pixels of an ellipse in a box (x, y, width, height), and a corner of the image where it leaves
+    nothing."""
     x, y, w, h = box
     rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
     return ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
@@ -32,20 +36,30 @@ def random_box(rng, sides):
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """An annotation file, and detections by image: found, missed, doubled, displaced, of the wrong class, made up, with ties."""
+    """An annotation file, and detections by image: found, missed, doubled, displaced, of the wrong class,
+    made up, with ties."""
     rng, annotations, found = np.random.default_rng(0), [], defaultdict(list)
 
     def detect(image, kind, box):
         score = rng.integers(1, 10) / 10  # many are equal
-        found[image].append({"image_id": image, "category_id": kind, "bbox": box.tolist(), "score": float(np.float32(score))})
+        found[image].append(
+            {"image_id": image, "category_id": kind, "bbox": box.tolist(), "score": float(np.float32(score))}
+        )
 
     for image in range(1, 13):
         for _ in range(0 if image in (4, 9) else int(rng.integers(1, 7))):
             kind, box, crowd = int(rng.choice([2, 5])), random_box(rng, [18, 60, 150]), rng.random() < 0.15
             kind = 17 if crowd and rng.random() < 0.5 else kind
             mask = encode_mask(disc(box))
-            named = {"id": len(annotations) + 1, "image_id": image, "category_id": kind, "iscrowd": int(crowd)}
-            annotations.append({**named, "bbox": box.tolist(), "area": float(disc(box).sum()), "segmentation": mask})
+            named = {
+                "id": len(annotations) + 1,
+                "image_id": image,
+                "category_id": kind,
+                "iscrowd": int(crowd),
+            }
+            annotations.append(
+                {**named, "bbox": box.tolist(), "area": float(disc(box).sum()), "segmentation": mask}
+            )
             for _ in range(int(rng.integers(0, 4))):
                 moved = box + (rng.normal(0, 0.06, 4) * box[[2, 3, 2, 3]] * 4).round() / 4
                 detect(image, kind if rng.random() < 0.9 else 5, moved)
@@ -53,10 +67,14 @@ def case(tmp_path_factory):
             detect(image, int(rng.choice([2, 5, 17, 90])), random_box(rng, [18, 60, 150]))
     for prediction in (p for own in found.values() for p in own):
         prediction["segmentation"] = encode_mask(disc(prediction["bbox"]))
-    images = [{"id": image, "file_name": f"{image}.jpg", "width": SIDE, "height": SIDE} for image in range(1, 13)]
+    images = [
+        {"id": image, "file_name": f"{image}.jpg", "width": SIDE, "height": SIDE} for image in range(1, 13)
+    ]
     categories = [{"id": id, "name": name} for id, name in CATEGORIES.items()]
     file = tmp_path_factory.mktemp("evaluators") / "instances.json"
-    file.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories}))
+    file.write_text(
+        json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories})
+    )
     return file, dict(found)
 
 
@@ -73,7 +91,10 @@ def by_detectron2(file, found, name, fast):
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, str(file), str(file.parent))
     DatasetCatalog.get(name)  # names the classes
-    evaluator, kinds = COCOEvaluator(name, tasks=("bbox", "segm"), distributed=False, use_fast_impl=fast), list(CATEGORIES)
+    evaluator, kinds = (
+        COCOEvaluator(name, tasks=("bbox", "segm"), distributed=False, use_fast_impl=fast),
+        list(CATEGORIES),
+    )
     evaluator.reset()
     for image in range(1, 13):
         own, instances = found.get(image, []), Instances((SIDE, SIDE))
@@ -100,12 +121,18 @@ def test_detectron2_and_ours_agree(case, fast):
     for kind in ("box", "mask"):
         assert ours[f"{kind}_ap_classes"].keys() == expected[f"{kind}_ap_classes"].keys() == {"cat", "dog"}
         for name in ("cat", "dog"):
-            assert ours[f"{kind}_ap_classes"][name] == pytest.approx(expected[f"{kind}_ap_classes"][name], abs=1e-9)
+            assert ours[f"{kind}_ap_classes"][name] == pytest.approx(
+                expected[f"{kind}_ap_classes"][name], abs=1e-9
+            )
         sizes = [ours.pop(f"{kind}_{name}") for name in ("ap_small", "ap_medium", "ap_large")]
-        assert sizes == pytest.approx([expected[f"{kind}_{name}"] for name in ("ap_small", "ap_medium", "ap_large")], abs=1e-9)
+        assert sizes == pytest.approx(
+            [expected[f"{kind}_{name}"] for name in ("ap_small", "ap_medium", "ap_large")], abs=1e-9
+        )
         for name in ("ap", "ap50", "ap75"):
             assert ours[f"{kind}_{name}"] == pytest.approx(expected[f"{kind}_{name}"], abs=1e-9)
-        assert 5 < ours[f"{kind}_ap75"] < ours[f"{kind}_ap50"] < 95 and len({*sizes}) == 3  # nothing is trivial
+        assert (
+            5 < ours[f"{kind}_ap75"] < ours[f"{kind}_ap50"] < 95 and len({*sizes}) == 3
+        )  # nothing is trivial
 
 
 def test_without_annotations_there_is_nothing_to_compare_with(tmp_path):

@@ -19,7 +19,9 @@ from pretrain.weights import save_backbone
 TINY = "vit_tiny_patch16"
 WITH_ALL = dict(pos_encoding="field", n_registers=4, layerscale=0.3)
 ABSENT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-needs_onnx = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)} (pip install 'posfield[export]')")
+needs_onnx = pytest.mark.skipif(
+    bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)} (pip install 'posfield[export]')"
+)
 PROGRAMS = [pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in ("torch", "onnx")]
 
 
@@ -46,7 +48,11 @@ def read(path: Path):
 @pytest.mark.parametrize("format", PROGRAMS)
 @pytest.mark.parametrize(
     "model_kwargs, size",
-    [(WITH_ALL, (64, 96)), (dict(layerscale=None), (224, 224)), (dict(pos_interpolation="bicubic_antialias"), (70, 50))],
+    [
+        (WITH_ALL, (64, 96)),
+        (dict(layerscale=None), (224, 224)),
+        (dict(pos_interpolation="bicubic_antialias"), (70, 50)),
+    ],
     ids=["field-registers-layerscale", "own-grid", "resampled-padded"],
 )
 def test_a_file_equals_the_backbone(tmp_path, format, model_kwargs, size):
@@ -104,7 +110,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             export(vit, format, size, tmp_path / name)
     monkeypatch.setattr(pretrain.export.fixed_size.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"format onnx needs onnx, onnxscript, onnxruntime: pip install 'posfield\[export\]'"):
+    with pytest.raises(
+        UserError, match=r"format onnx needs onnx, onnxscript, onnxruntime: pip install 'posfield\[export\]'"
+    ):
         export(vit, "onnx", (32, 32), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +155,8 @@ def detection_run(train, folder, **changes):
 
 
 def is_in_checkpoint(vit, state, prefix):
-    """Whether the state of a backbone is what a checkpoint holds under a prefix, name by name and bit by bit."""
+    """Whether the state of a backbone is what a checkpoint holds under a prefix, name by name and bit by
+    bit."""
     stored = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     own = vit.state_dict()
     return stored.keys() == own.keys() and all(torch.equal(value, stored[key]) for key, value in own.items())
@@ -163,12 +172,17 @@ def test_the_backbone_of_a_torchvision_run(tmp_path, tool):
     assert is_in_checkpoint(vit, load_checkpoint(folder)["model"], "backbone.vit.")
     tool.main(["--weights", str(folder), "--size", "64", "--output", str(tmp_path / "tuned.pt2")])
     image = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        read(tmp_path / "tuned.pt2")(image)["cls"], vit.eval()(image).cls, rtol=0, atol=1e-5
+    )
     card = tmp_path / "card.md"
     common = ["--weights", str(folder), "--output", str(tmp_path / "tuned.safetensors")]
     tool.main([*common, "--format", "safetensors", "--size", "64", "--card", str(card)])
     told = card.read_text()
-    assert "| Fine-tuned | detection, coco-12ep, scaled down (" in told and "Detection" not in told.split("## Results")[0]
+    assert (
+        "| Fine-tuned | detection, coco-12ep, scaled down (" in told
+        and "Detection" not in told.split("## Results")[0]
+    )
     assert "‡1" in told.split("## Results")[1]  # its own result, as every table marks it
     tool.main([*common, "--format", "posfield"])
     again = build_backbone(TINY, tmp_path / "tuned.safetensors").eval()
@@ -182,12 +196,16 @@ def test_a_detector_without_the_final_norm_is_no_plain_vit(tmp_path, tool):
     from det_plugin.torchvision_engine.train import train
 
     folder = detection_run(train, tmp_path / "run", final_norm=False)
-    with pytest.raises(UserError, match=r"run ran its backbone with windows, or without the final norm or \[CLS\]"):
+    with pytest.raises(
+        UserError, match=r"run ran its backbone with windows, or without the final norm or \[CLS\]"
+    ):
         tool.backbone_of_run(folder)
 
 
 def test_the_backbone_of_a_detectron2_run(tmp_path, tool):
-    pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+    pytest.importorskip(
+        "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+    )
     from det_plugin.lazy import train
 
     folder = detection_run(train, tmp_path / "run")
@@ -196,7 +214,9 @@ def test_the_backbone_of_a_detectron2_run(tmp_path, tool):
 
 
 def test_a_folder_without_a_run_and_a_run_without_its_engine(tmp_path, tool, monkeypatch):
-    with pytest.raises(UserError, match="is no folder of a fine-tuning run; of a pre-training, name the file in it"):
+    with pytest.raises(
+        UserError, match="is no folder of a fine-tuning run; of a pre-training, name the file in it"
+    ):
         tool.backbone_of_run(tmp_path)
     (tmp_path / "config_resolved.yaml").write_text("{}")
     for name in [name for name in sys.modules if name.partition(".")[0] == "detectron2"]:
@@ -217,7 +237,9 @@ def test_the_backbone_of_a_segmentation_run(tmp_path, tool):
                  slide_stride_px=32, num_classes=4, lr=0.1)  # fmt: skip
     data, folder = write_ade(tmp_path / "ade", n_train=2, n_val=2), tmp_path / "run"
     recipe, model_kwargs = with_overrides(protocol(), small), dict(depth=1, **WITH_ALL)
-    train(SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs))
+    train(
+        SegmentationRun(TINY, None, data, folder, recipe, device="cpu", workers=0, model_kwargs=model_kwargs)
+    )
     state = torch.load(folder / "iter_1.pth", weights_only=False)["state_dict"]  # our own file, of this test
     assert is_in_checkpoint(tool.backbone_of_run(folder), state, "backbone.vit.")
 

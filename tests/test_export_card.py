@@ -36,7 +36,11 @@ def weights(tmp_path):
     vit = backbone(pos_encoding="field", pos_grid=5, layerscale=0.3)
     told = {"method": "intertwined", "effective_epochs": 347.25, "seed": 3, "config_hash": "0123456789ab"}
     return save_backbone(
-        tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told
+        tmp_path / "backbone.safetensors",
+        vit.state_dict(),
+        name=TINY,
+        model_kwargs=vit.model_kwargs,
+        provenance=told,
     )
 
 
@@ -69,16 +73,24 @@ def test_the_code_in_a_card_runs_and_gives_our_features(tmp_path, monkeypatch, f
     exec(re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1], place)
     expected = vit(image)
     torch.testing.assert_close(torch.as_tensor(place["cls"]), expected.cls, rtol=0, atol=1e-5)
-    patches = place["patches"] if "patches" in place else torch.as_tensor(place["feature_map"]).flatten(2).transpose(1, 2)
+    patches = (
+        place["patches"]
+        if "patches" in place
+        else torch.as_tensor(place["feature_map"]).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(patches, expected.patches, rtol=0, atol=1e-5)
 
 
 def test_a_card_tells_what_the_file_says(tmp_path, weights, tool, capsys):
-    pytest.importorskip("transformers", reason="transformers is not installed (pip install 'posfield[export]')")
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install 'posfield[export]')"
+    )
     out = tmp_path / "exported"
     tool.main(["--weights", str(weights), "--format", "huggingface", "--size", "48", "--output", str(out)])
     shown = capsys.readouterr().out
-    assert "48 x 48 px, largest relative difference" in shown and f"AutoModel.from_pretrained('{out}')" in shown
+    assert (
+        "48 x 48 px, largest relative difference" in shown and f"AutoModel.from_pretrained('{out}')" in shown
+    )
     card = (out / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "transformers" and head["pipeline_tag"] == "image-feature-extraction"
@@ -114,7 +126,12 @@ def test_an_export_that_is_read_again_remembers_its_method(tmp_path, weights, to
 def test_what_is_unknown_is_said_to_be(tmp_path):
     card = model_card(backbone(), "safetensors", (32, 32), 0.0, file="a.safetensors")
     assert "# ViT-T/16, method unknown" in card
-    for key in ("Method", "Effective epochs", "Pre-training data", "Exported from a file of SHA-256 (first 12 digits)"):
+    for key in (
+        "Method",
+        "Effective epochs",
+        "Pre-training data",
+        "Exported from a file of SHA-256 (first 12 digits)",
+    ):
         assert f"| {key} | unknown |" in card
 
 
@@ -122,14 +139,20 @@ def test_what_is_unknown_is_said_to_be(tmp_path):
     "model_kwargs, size, sentence",
     [
         (dict(pos_grid=2), (32, 32), "Learned for 2 x 2 patches, and stored as learned."),
-        (dict(pos_grid=2), (64, 32), r"Learned for 2 x 2 patches; the file holds them resampled \(dinov2\) to the 4 x 2 patches"),
+        (
+            dict(pos_grid=2),
+            (64, 32),
+            r"Learned for 2 x 2 patches; the file holds them resampled \(dinov2\) to the 4 x 2 patches",
+        ),
         (dict(pos_encoding="none"), (32, 32), "The network has no positions"),
         (dict(layerscale=0.3), (32, 32), "LayerScale is multiplied into"),
         (dict(patch_size=14), (28, 28), "# ViT-T/14, method unknown"),
     ],
 )
 def test_a_card_says_what_the_export_did(model_kwargs, size, sentence):
-    assert re.search(sentence, model_card(backbone(**model_kwargs), "torchvision", size, 0.0, file="a.safetensors"))
+    assert re.search(
+        sentence, model_card(backbone(**model_kwargs), "torchvision", size, 0.0, file="a.safetensors")
+    )
 
 
 def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
@@ -138,12 +161,24 @@ def test_results_stand_in_the_tables_that_mark_them(tmp_path, weights, tool):
     measured(tmp_path / "runs" / "a", own, box_ap=41.25, mask_ap=36.5)
     measured(tmp_path / "runs" / "b", own, kind="segmentation", protocol=SHORT, miou=37.75)
     measured(tmp_path / "runs" / "c", "ffffffffffff", box_ap=99.0)
-    arguments = ["--weights", str(weights), "--format", "safetensors", "--size", "32", "--output", str(tmp_path / "a.safetensors")]
+    arguments = [
+        "--weights",
+        str(weights),
+        "--format",
+        "safetensors",
+        "--size",
+        "32",
+        "--output",
+        str(tmp_path / "a.safetensors"),
+    ]
     tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs")])
     text = card.read_text()
     assert "41.2" in text and "36.5" in text and "99.0" not in text
     assert re.search(r"37\.\d ‡1", text) and "max\\_iters 160000 → 2000" in text
-    assert "ade20k-160k, scaled down (1 change)" in text and "published" not in text.split("## Results")[1].split("- ")[0]
+    assert (
+        "ade20k-160k, scaled down (1 change)" in text
+        and "published" not in text.split("## Results")[1].split("- ")[0]
+    )
     with pytest.raises(UserError, match="results: none of the 1 there was measured with these weights"):
         tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs" / "c")])
 
@@ -153,27 +188,64 @@ def test_results_of_a_folder_are_known_by_the_hash_that_its_runs_report(tmp_path
     folder, card = tmp_path / "theirs", tmp_path / "new" / "card.md"
     export(backbone(), "timm", (32, 32), folder)
     measured(tmp_path / "runs", file_hash(folder), box_ap=41.25)
-    arguments = ["--weights", str(folder), "--format", "safetensors", "--size", "32", "--output", str(folder / "a.safetensors")]
+    arguments = [
+        "--weights",
+        str(folder),
+        "--format",
+        "safetensors",
+        "--size",
+        "32",
+        "--output",
+        str(folder / "a.safetensors"),
+    ]
     told = file_hash(folder)
     tool.main([*arguments, "--card", str(card), "--results", str(tmp_path / "runs")])
-    assert "41.2" in card.read_text() and told in card.read_text()  # as it was read, without what was written into it
+    assert (
+        "41.2" in card.read_text() and told in card.read_text()
+    )  # as it was read, without what was written into it
 
 
 def test_what_was_measured_before_a_fine_tuning_is_not_its_result(tmp_path, tool):
     vit, file, told = backbone(), tmp_path / "a.safetensors", {"weights_hash": "ffffffffffff"}
     measured(tmp_path / "runs", "ffffffffffff", box_ap=41.25)
-    arguments = ["--weights", str(file), "--format", "timm", "--size", "32", "--results", str(tmp_path / "runs"), "--output"]
-    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told)  # only converted
+    arguments = [
+        "--weights",
+        str(file),
+        "--format",
+        "timm",
+        "--size",
+        "32",
+        "--results",
+        str(tmp_path / "runs"),
+        "--output",
+    ]
+    save_backbone(
+        file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told
+    )  # only converted
     tool.main([*arguments, str(tmp_path / "b")])
-    save_backbone(file, vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance={**told, "fine_tuned": "detection"})
+    save_backbone(
+        file,
+        vit.state_dict(),
+        name=TINY,
+        model_kwargs=vit.model_kwargs,
+        provenance={**told, "fine_tuned": "detection"},
+    )
     with pytest.raises(UserError, match="none of the 1 there was measured with these weights"):
         tool.main([*arguments, str(tmp_path / "c")])
 
 
-@pytest.mark.parametrize("told", [{"effective_epochs": "abc"}, {"effective_epochs": [1]}, {"method": ["x"]}, {"weights_hash": {}}])
+@pytest.mark.parametrize(
+    "told", [{"effective_epochs": "abc"}, {"effective_epochs": [1]}, {"method": ["x"]}, {"weights_hash": {}}]
+)
 def test_what_a_file_says_of_itself_may_be_nonsense(tmp_path, told):
     vit = backbone()
-    save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs, provenance=told)
+    save_backbone(
+        tmp_path / "a.safetensors",
+        vit.state_dict(),
+        name=TINY,
+        model_kwargs=vit.model_kwargs,
+        provenance=told,
+    )
     with pytest.raises(UserError, match=rf"a\.safetensors has damaged metadata \({[*told][0]} "):
         read_checkpoint(tmp_path / "a.safetensors")
 
@@ -214,11 +286,22 @@ def test_text_from_files_is_escaped():
 
 
 def test_any_file_as_one_of_ours(tmp_path, tool, capsys):
-    """Weights under timm's names, as many methods publish them, with the mask token of our own converted file kept."""
+    """Weights under timm's names, as many methods publish them, with the mask token of our own converted
+    file kept."""
     vit = backbone(pos_grid=2)
     torch.save(vit.state_dict(), tmp_path / "theirs.pth")
     common = ["--weights", str(tmp_path / "theirs.pth"), "--format", "posfield", "--source", "timm"]
-    tool.main([*common, "--method", "Theirs", "--effective-epochs", "300", "--output", str(tmp_path / "ours.safetensors")])
+    tool.main(
+        [
+            *common,
+            "--method",
+            "Theirs",
+            "--effective-epochs",
+            "300",
+            "--output",
+            str(tmp_path / "ours.safetensors"),
+        ]
+    )
     assert "every tool takes it as --weights" in capsys.readouterr().out
     found = read_checkpoint(tmp_path / "ours.safetensors")
     assert found.backbone == TINY and found.model_kwargs["depth"] == 2
@@ -227,7 +310,10 @@ def test_any_file_as_one_of_ours(tmp_path, tool, capsys):
     assert all(torch.equal(found.state[key], value) for key, value in vit.state_dict().items())
     for extra, message in [
         (["--size", "32", "--output", "a.safetensors"], "--size: has no effect on format posfield"),
-        (["--effective-epochs", "nan", "--output", "a.safetensors"], "effective_epochs: nan is no positive number"),
+        (
+            ["--effective-epochs", "nan", "--output", "a.safetensors"],
+            "effective_epochs: nan is no positive number",
+        ),
         (["--patch-size", "0", "--output", "a.safetensors"], "patch_size: 0 px is no patch"),
         (["--output", "a.pth"], r"a converted file ends in \.safetensors, a\.pth does not"),
     ]:
@@ -245,7 +331,16 @@ def test_mask_tokens_outlive_a_conversion(tmp_path):
 def test_a_patch_size_travels_into_the_card(tmp_path, tool):
     vit = backbone(patch_size=14, pos_grid=2)
     save_backbone(tmp_path / "a.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
-    arguments = ["--weights", str(tmp_path / "a.safetensors"), "--patch-size", "16", "--format", "torchvision", "--size", "32"]
+    arguments = [
+        "--weights",
+        str(tmp_path / "a.safetensors"),
+        "--patch-size",
+        "16",
+        "--format",
+        "torchvision",
+        "--size",
+        "32",
+    ]
     tool.main([*arguments, "--output", str(tmp_path / "b.safetensors"), "--card", str(tmp_path / "card.md")])
     card = (tmp_path / "card.md").read_text()
     assert "# ViT-T/16" in card and "resampled from 14 to 16 px" in card

@@ -24,14 +24,20 @@ def hub(*arguments, **model_kwargs):
 @pytest.fixture
 def weights(tmp_path):
     vit = randomize(build_backbone(TINY, depth=1, pos_encoding="field", layerscale=0.3))
-    return save_backbone(tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
+    return save_backbone(
+        tmp_path / "backbone.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs
+    )
 
 
 @torch.no_grad()
 def test_the_hub_builds_what_the_weights_are_of(weights):
     image = torch.randn(1, 3, 32, 48)
     expected = build_backbone(TINY, weights).eval()(image)
-    for model in (hub("posfield", weights=weights), hub("posfield", str(weights)), hub(TINY, weights=weights)):
+    for model in (
+        hub("posfield", weights=weights),
+        hub("posfield", str(weights)),
+        hub(TINY, weights=weights),
+    ):
         assert not model.training
         for output, wanted in zip(model(image), expected):
             assert torch.equal(output, wanted)
@@ -44,7 +50,9 @@ def hubconf(monkeypatch):
 
 
 def test_every_name_of_the_registry_is_an_entry_point(hubconf):
-    listed = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]  # torch.hub's rule
+    listed = [
+        name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")
+    ]  # torch.hub's rule
     assert sorted(listed) == sorted([*backbone_names(), "posfield"])
     assert "evaluation mode" in hubconf.vit_tiny_patch16.__doc__
     assert hub("vit_tiny_patch16_reg4", depth=1, patch_size=14).n_registers == 4
@@ -58,7 +66,8 @@ def test_the_dependencies_are_installed_with_the_package(hubconf):
 
 
 def test_the_hub_needs_no_installation_and_no_folder(weights):
-    """A fresh process without the installed package, in the worst of folders: the tool pretrain.py does not shadow the package."""
+    """A fresh process without the installed package, in the worst of folders: the tool pretrain.py does
+    not shadow the package."""
     program = (
         "import sys, torch; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
         f"model = torch.hub.load({str(ROOT)!r}, 'posfield', source='local', weights={str(weights)!r}); "

@@ -1,4 +1,5 @@
-"""Folders for Hugging Face: ``AutoModel`` reads them without a tensor missing or left over, and gives our features."""
+"""Folders for Hugging Face: ``AutoModel`` reads them without a tensor missing or left over, and gives our
+features."""
 
 import json
 
@@ -11,7 +12,9 @@ from pretrain.errors import UserError
 from pretrain.export import export
 from pretrain.export.huggingface import huggingface_state
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install 'posfield[export]')")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (pip install 'posfield[export]')"
+)
 
 TINY = "vit_tiny_patch16"
 CASES = {
@@ -24,7 +27,11 @@ CASES = {
     ),
     "patch of 14, resampled": ("ViTModel", dict(patch_size=14, pos_grid=4, mask_tokens=True), (28, 42)),
     "LayerScale": ("Dinov2Model", dict(layerscale=0.3, pos_grid=2, mask_tokens=True), (32, 32)),
-    "LayerScale, field, tanh": ("Dinov2Model", dict(layerscale=0.3, pos_encoding="field", gelu="tanh", ln_eps=1e-5), (48, 48)),
+    "LayerScale, field, tanh": (
+        "Dinov2Model",
+        dict(layerscale=0.3, pos_encoding="field", gelu="tanh", ln_eps=1e-5),
+        (48, 48),
+    ),
     "registers": ("Dinov2WithRegistersModel", dict(n_registers=4, pos_grid=2), (32, 32)),
     "registers, LayerScale, field": (
         "Dinov2WithRegistersModel",
@@ -51,7 +58,9 @@ def test_transformers_gives_our_features(tmp_path, name, model_kwargs, size):
     torch.testing.assert_close(tokens[:, 0], expected.cls, rtol=0, atol=1e-5)
     torch.testing.assert_close(tokens[:, vit.n_prefix :], expected.patches, rtol=0, atol=1e-5)
     torch.testing.assert_close(tokens[:, 1 : vit.n_prefix], expected.registers, rtol=0, atol=1e-5)
-    assert torch.equal(outputs.pooler_output, tokens[:, 0])  # no weights of chance, in ViTModel's pooler either
+    assert torch.equal(
+        outputs.pooler_output, tokens[:, 0]
+    )  # no weights of chance, in ViTModel's pooler either
 
 
 @torch.no_grad()
@@ -68,10 +77,14 @@ def test_at_another_size_transformers_resamples_as_a_vit_of_that_rule(tmp_path, 
     vit, image = backbone(pos_grid=2, **model_kwargs), torch.randn(2, 3, 48, 64)
     export(vit, "huggingface", (32, 32), tmp_path / "a")
     model = transformers.AutoModel.from_pretrained(tmp_path / "a").eval()
-    torch.testing.assert_close(model(pixel_values=image, **asked).pooler_output, vit(image).cls, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(pixel_values=image, **asked).pooler_output, vit(image).cls, rtol=0, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
+@pytest.mark.parametrize(
+    "model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"]
+)
 def test_the_names_on_disk_are_transformers_own(tmp_path, model_kwargs):
     """Whatever it calls its modules now, ``save_pretrained`` leaves the names that every version reads."""
     export(backbone(**model_kwargs), "huggingface", (32, 32), tmp_path / "a")
@@ -100,16 +113,34 @@ def test_what_transformers_has_no_place_for_is_refused(tmp_path, monkeypatch):
     for model_kwargs, size, message in [
         (dict(has_cls=False), (32, 32), r"transformers has no ViT without \[CLS\]"),
         (dict(final_norm=False), (32, 32), "transformers has no ViT without a final norm"),
-        (dict(has_cls=False, final_norm=False), (32, 32), r"without \[CLS\], nor one without a final norm; take another --format"),
-        (dict(relative_positions=True, pos_encoding="none"), (32, 32), "transformers has no ViT with relative positions"),
-        (dict(layerscale=0.3), (32, 48), "32 x 48 px: the grid of positions of transformers' Dinov2Model is square"),
-        (dict(n_registers=4, mlp_ratio=2.5), (32, 32), r"transformers \(Dinov2WithRegistersModel\) has no ViT with mlp_ratio 2.5"),
+        (
+            dict(has_cls=False, final_norm=False),
+            (32, 32),
+            r"without \[CLS\], nor one without a final norm; take another --format",
+        ),
+        (
+            dict(relative_positions=True, pos_encoding="none"),
+            (32, 32),
+            "transformers has no ViT with relative positions",
+        ),
+        (
+            dict(layerscale=0.3),
+            (32, 48),
+            "32 x 48 px: the grid of positions of transformers' Dinov2Model is square",
+        ),
+        (
+            dict(n_registers=4, mlp_ratio=2.5),
+            (32, 32),
+            r"transformers \(Dinov2WithRegistersModel\) has no ViT with mlp_ratio 2.5",
+        ),
         (dict(), (40, 40), "40 x 40 px are not whole patches of 16 px"),
     ]:
         with pytest.raises(UserError, match=message):
             export(backbone(**model_kwargs), "huggingface", size, tmp_path / "a")
     monkeypatch.setattr("pretrain.export.fixed_size.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"format huggingface needs transformers: pip install 'posfield\[export\]'"):
+    with pytest.raises(
+        UserError, match=r"format huggingface needs transformers: pip install 'posfield\[export\]'"
+    ):
         export(backbone(), "huggingface", (32, 32), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -121,13 +152,17 @@ def test_a_tensor_too_few_is_found_before_the_folder_stays(tmp_path, monkeypatch
         return state
 
     monkeypatch.setattr("pretrain.export.huggingface.huggingface_state", without_one)
-    with pytest.raises(RuntimeError, match="transformers reads it with .*missing_keys.*layers.1.layernorm_before.bias"):
+    with pytest.raises(
+        RuntimeError, match="transformers reads it with .*missing_keys.*layers.1.layernorm_before.bias"
+    ):
         export(backbone(), "huggingface", (32, 32), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"])
+@pytest.mark.parametrize(
+    "model_kwargs", [dict(), dict(layerscale=0.3), dict(n_registers=4)], ids=["ViT", "DINOv2", "DINOv2-reg"]
+)
 def test_what_transformers_has_comes_back_exactly(tmp_path, model_kwargs):
     vit = backbone(pos_encoding="field", **model_kwargs)
     export(vit, "huggingface", (32, 32), tmp_path / "a")

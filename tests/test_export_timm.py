@@ -20,11 +20,17 @@ CASES = {
     "plain": (dict(pos_grid=2), (32, 32)),
     "standard, resampled, not square": (dict(pos_grid=3, pos_interpolation="bicubic_antialias"), (64, 32)),
     "field": (dict(pos_encoding="field", pos_grid=5), (48, 48)),
-    "field, registers, LayerScale, not square": (dict(pos_encoding="field", pos_grid=5, n_registers=4, layerscale=0.3), (32, 64)),
+    "field, registers, LayerScale, not square": (
+        dict(pos_encoding="field", pos_grid=5, n_registers=4, layerscale=0.3),
+        (32, 64),
+    ),
     "no [CLS]": (dict(has_cls=False, pos_grid=2), (32, 32)),
     "no [CLS], registers": (dict(has_cls=False, pos_grid=2, n_registers=2), (32, 48)),
     "no final norm": (dict(final_norm=False, pos_grid=2), (32, 32)),
-    "neither, no positions, tanh": (dict(final_norm=False, has_cls=False, pos_encoding="none", gelu="tanh"), (32, 48)),
+    "neither, no positions, tanh": (
+        dict(final_norm=False, has_cls=False, pos_encoding="none", gelu="tanh"),
+        (32, 48),
+    ),
     "no positions, registers": (dict(pos_encoding="none", n_registers=4), (32, 48)),
     "heads of 32 channels": (dict(num_heads=6, pos_grid=2), (32, 32)),
     "patch of 14": (dict(patch_size=14, pos_grid=2, mask_tokens=True), (42, 28)),
@@ -44,7 +50,10 @@ def test_timm_gives_our_features(tmp_path, model_kwargs, size):
     image = torch.randn(2, 3, *size)
     expected = vit(image)
     by_hand = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(folder / "model.safetensors"), **model_arguments(vit, size)
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        checkpoint_path=str(folder / "model.safetensors"),
+        **model_arguments(vit, size),
     )
     for model in (timm.create_model(f"local-dir:{folder}", pretrained=True), by_hand):
         assert model.state_dict().keys() == load_file(folder / "model.safetensors").keys()
@@ -52,7 +61,9 @@ def test_timm_gives_our_features(tmp_path, model_kwargs, size):
         torch.testing.assert_close(model(image), expected.cls, rtol=0, atol=1e-5)
         tokens = model.forward_features(image)
         torch.testing.assert_close(tokens[:, vit.n_prefix :], expected.patches, rtol=0, atol=1e-5)
-        torch.testing.assert_close(tokens[:, vit.has_cls : vit.n_prefix], expected.registers, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            tokens[:, vit.has_cls : vit.n_prefix], expected.registers, rtol=0, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -77,7 +88,9 @@ def test_timm_finds_what_it_needs_beside_the_weights(tmp_path):
 
 def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_path):
     export(randomize(build_backbone(TINY)), "timm", (224, 224), tmp_path / "a")
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "a" / "model.safetensors"))
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "a" / "model.safetensors")
+    )
     assert json.loads((tmp_path / "a" / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
     assert torch.equal(model.pos_embed, load_file(tmp_path / "a" / "model.safetensors")["pos_embed"])
 
@@ -85,11 +98,18 @@ def test_a_plain_vit_is_timms_architecture_with_no_more_said_than_its_sizes(tmp_
 @torch.no_grad()
 @pytest.mark.parametrize("model_kwargs, size", CASES.values(), ids=CASES)
 def test_what_timm_has_comes_back_exactly(tmp_path, model_kwargs, size):
-    """With all that no tensor shows; a grid that is not square is none of ours, and is not taken for another one."""
-    vit, folder, patch = backbone(**model_kwargs), tmp_path / "a", {"patch_size": model_kwargs.get("patch_size", 16)}
+    """With all that no tensor shows; a grid that is not square is none of ours, and is not taken for
+    another one."""
+    vit, folder, patch = (
+        backbone(**model_kwargs),
+        tmp_path / "a",
+        {"patch_size": model_kwargs.get("patch_size", 16)},
+    )
     export(vit, "timm", size, folder)
     if size[0] != size[1]:
-        with pytest.raises(UserError, match=f"positions for images of {size[0]} x {size[1]} px, not of a square grid"):
+        with pytest.raises(
+            UserError, match=f"positions for images of {size[0]} x {size[1]} px, not of a square grid"
+        ):
             build_backbone(TINY, folder, **patch)
         size = (size[0], size[0])
         export(vit, "timm", size, folder)
@@ -102,7 +122,11 @@ def test_what_timm_has_comes_back_exactly(tmp_path, model_kwargs, size):
 def test_what_timm_has_no_place_for_is_refused(tmp_path, monkeypatch):
     for model_kwargs, size, message in [
         (dict(ln_eps=1e-5), (32, 32), r"timm has no ViT with ln_eps 1e-05 \(its is 1e-06\)"),
-        (dict(relative_positions=True, pos_encoding="none"), (32, 32), "timm has no ViT with relative positions"),
+        (
+            dict(relative_positions=True, pos_encoding="none"),
+            (32, 32),
+            "timm has no ViT with relative positions",
+        ),
         (dict(), (40, 32), "size: 40 x 32 px are not whole patches of 16 px"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -132,7 +156,9 @@ def test_a_folder_replaces_an_export_and_nothing_else(tmp_path):
     with pytest.raises(UserError, match="format timm is a folder, and .*thesis.tex is a file"):
         export(backbone(), "timm", (32, 32), folder / "thesis.tex")
     (folder / "thesis.tex").rename(tmp_path / "theirs" / "thesis.tex")
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")  # of the same names, but none of ours
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    )  # of the same names, but none of ours
     with pytest.raises(UserError, match="a holds config.json, which no export left"):
         export(backbone(), "timm", (32, 32), folder)
     with pytest.raises(UserError, match=r"output: \. is where you are"):

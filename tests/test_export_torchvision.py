@@ -19,12 +19,18 @@ OF_TORCHVISION = {
     "plain": (dict(pos_grid=2), 32),
     "field": (dict(pos_encoding="field", pos_grid=5), 48),
     "LayerScale, resampled": (dict(layerscale=0.3, pos_grid=2, pos_interpolation="bicubic"), 64),
-    "no positions, patch of 14, own MLP": (dict(pos_encoding="none", patch_size=14, mlp_ratio=2.5, mask_tokens=True), 28),
+    "no positions, patch of 14, own MLP": (
+        dict(pos_encoding="none", patch_size=14, mlp_ratio=2.5, mask_tokens=True),
+        28,
+    ),
 }
 PLAIN = {
     "all": (dict(pos_encoding="field", n_registers=4, layerscale=0.3, mask_tokens=True), (32, 32)),
     "resampled": (dict(pos_grid=4, pos_interpolation="bicubic_antialias"), (48, 48)),
-    "every departure": (dict(has_cls=False, final_norm=False, gelu="tanh", ln_eps=1e-5, pos_encoding="field"), (48, 48)),
+    "every departure": (
+        dict(has_cls=False, final_norm=False, gelu="tanh", ln_eps=1e-5, pos_encoding="field"),
+        (48, 48),
+    ),
     "no positions": (dict(pos_encoding="none"), (48, 32)),
     "relative positions": (dict(pos_encoding="none", relative_positions=True), (48, 32)),
 }
@@ -56,11 +62,16 @@ def test_the_fold_of_layerscale_is_its_closed_form(tmp_path):
     export(vit, "torchvision", (32, 32), tmp_path / "a.safetensors")
     state, block = load_file(tmp_path / "a.safetensors"), vit.blocks[1]
     layer = "encoder.layers.encoder_layer_1"
-    for name, linear, scale in (("self_attention.out_proj", block.attn.proj, block.ls1), ("mlp.3", block.mlp.fc2, block.ls2)):
+    for name, linear, scale in (
+        ("self_attention.out_proj", block.attn.proj, block.ls1),
+        ("mlp.3", block.mlp.fc2, block.ls2),
+    ):
         assert torch.equal(state[f"{layer}.{name}.weight"], torch.diag(scale.gamma) @ linear.weight)
         assert torch.equal(state[f"{layer}.{name}.bias"], scale.gamma * linear.bias)
     assert not any("gamma" in key for key in state)
-    assert torch.equal(vit.blocks[1].attn.proj.weight, backbone(layerscale=0.3).blocks[1].attn.proj.weight)  # the network's stay
+    assert torch.equal(
+        vit.blocks[1].attn.proj.weight, backbone(layerscale=0.3).blocks[1].attn.proj.weight
+    )  # the network's stay
 
 
 def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
@@ -70,7 +81,11 @@ def test_what_torchvision_has_no_place_for_is_refused(tmp_path):
         (dict(final_norm=False), (32, 32), "torchvision has no ViT without a final norm"),
         (dict(gelu="tanh"), (32, 32), "torchvision has no ViT with the tanh GELU"),
         (dict(ln_eps=1e-5), (32, 32), r"torchvision has no ViT with ln_eps 1e-05 \(its is 1e-06\)"),
-        (dict(relative_positions=True, pos_encoding="none"), (32, 32), "torchvision has no ViT with relative positions"),
+        (
+            dict(relative_positions=True, pos_encoding="none"),
+            (32, 32),
+            "torchvision has no ViT with relative positions",
+        ),
         (dict(), (32, 48), "32 x 48 px: images of torchvision's VisionTransformer are square"),
         (dict(), (40, 40), "40 x 40 px are not whole patches of 16 px"),
     ]:
@@ -102,7 +117,9 @@ def test_plain_tensors_come_back_exactly(tmp_path, model_kwargs, size):
 
 def test_plain_tensors_are_of_a_square_grid(tmp_path):
     """As every ViT's: 1 + 2 x 4 positions would be taken for 3 x 3."""
-    with pytest.raises(UserError, match="size: 32 x 64 px: a ViT learns a square grid; give one side, or take --format timm"):
+    with pytest.raises(
+        UserError, match="size: 32 x 64 px: a ViT learns a square grid; give one side, or take --format timm"
+    ):
         export(backbone(pos_encoding="field"), "safetensors", (32, 64), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="names the network by its width, and 128 is none of the registry's"):
         export(backbone(embed_dim=128, num_heads=2), "safetensors", (32, 32), tmp_path / "a.safetensors")

@@ -1,4 +1,5 @@
-"""Views of features: layers through hooks, PCA over images of several sizes, similarity, figures and the page."""
+"""Views of features: layers through hooks, PCA over images of several sizes, similarity, figures and the
+page."""
 
 import json
 from contextlib import nullcontext
@@ -32,26 +33,35 @@ CPU = torch.device("cpu")
 def test_pictures_keep_their_aspect_to_whole_patches():
     pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
     assert whole(pixels, 56, 14).shape == (3, 56, 98) and whole(pixels, 56, 16).shape == (3, 64, 96)
-    assert whole(pixels.transpose(1, 0, 2), 30, 2).shape == (3, 50, 30) and whole(pixels[:3], 2, 16).shape == (3, 16, 64)
+    assert whole(pixels.transpose(1, 0, 2), 30, 2).shape == (3, 50, 30) and whole(
+        pixels[:3], 2, 16
+    ).shape == (3, 16, 64)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(whole(pixels, 60, 20), image)
-    expected = F.interpolate(image[None].double(), size=(30, 50), mode="bicubic", antialias=True)[0].clamp(0, 255)
+    expected = F.interpolate(image[None].double(), size=(30, 50), mode="bicubic", antialias=True)[0].clamp(
+        0, 255
+    )
     assert (whole(pixels, 30, 2).double() - expected).abs().max() <= 2
     with pytest.raises(UserError, match="100 x 60 at size 2000 has 26000 patches"):
         whole(pixels, 2000, 16)
 
 
 @pytest.mark.parametrize(
-    "model_kwargs", [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)]
+    "model_kwargs",
+    [dict(), dict(has_cls=False, final_norm=False), dict(n_registers=2, patch_size=8, layerscale=0.3)],
 )
 def test_each_layer_is_what_flows_through_the_network(model_kwargs):
     backbone = randomize(ViT(embed_dim=24, depth=3, num_heads=2, **model_kwargs))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (35, 3, 32, 48), dtype=np.uint8))
     features, seen = Features(backbone, CPU, nullcontext()), {}
     with frozen(backbone):
-        features.visit(images, lambda part, layer, patches: seen.setdefault(layer, []).append((part, patches)))
+        features.visit(
+            images, lambda part, layer, patches: seen.setdefault(layer, []).append((part, patches))
+        )
         pixels = torch.stack([image / 255 for image in images])
-        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        ).view(3, 1, 1)
         x, _ = backbone.embed(pixels)
         expected = [x]
         for block in backbone.blocks:
@@ -79,7 +89,11 @@ def test_similarity_equals_a_loop():
 
 
 def test_places():
-    assert patch_at((0, 0), (3, 4)) == (0, 0) and patch_at((1, 1), (3, 4)) == (2, 3) and patch_at((0.5, 0.4), (3, 4)) == (1, 2)
+    assert (
+        patch_at((0, 0), (3, 4)) == (0, 0)
+        and patch_at((1, 1), (3, 4)) == (2, 3)
+        and patch_at((0.5, 0.4), (3, 4)) == (1, 2)
+    )
     assert read_place("0.25,1") == (0.25, 1)
     for text in ("0.5", "a,b", "0.1,0.2,0.3", "1.5,0", "nan,0"):
         with pytest.raises(UserError, match=text):
@@ -97,7 +111,9 @@ def test_colors_over_pictures_of_several_sizes_are_those_of_all_their_patches():
     masked = torch.cat(pca_colors(parts, hidden)).numpy()
     assert not masked[~kept].any()
     oracle = PCA(3).fit(rows[kept])
-    signs = np.sign(np.take_along_axis(oracle.components_, np.abs(oracle.components_).argmax(1)[:, None], 1)[:, 0])
+    signs = np.sign(
+        np.take_along_axis(oracle.components_, np.abs(oracle.components_).argmax(1)[:, None], 1)[:, 0]
+    )
     scores = oracle.transform(rows[kept]) * signs
     low, high = np.quantile(scores, 0.02, axis=0), np.quantile(scores, 0.98, axis=0)
     np.testing.assert_allclose(masked[kept], ((scores - low) / (high - low)).clip(0, 1), atol=1e-6)
@@ -111,7 +127,9 @@ def test_the_background_is_the_side_of_the_borders(sign):
         mask[box[0] : box[2], box[1] : box[3]] = False
         truth.append(mask.ravel())
         features.append(
-            torch.from_numpy(np.where(mask.ravel()[:, None], sign, -sign) * [5, 0, 0, 0] + rng.normal(size=(mask.size, 4)))
+            torch.from_numpy(
+                np.where(mask.ravel()[:, None], sign, -sign) * [5, 0, 0, 0] + rng.normal(size=(mask.size, 4))
+            )
         )
     got = background_by_pca(features, grids)
     assert all(np.array_equal(part.numpy(), mask) for part, mask in zip(got, truth))
@@ -121,9 +139,14 @@ def test_names_are_shown_literally():
     assert plain("a $x$\n b") == r"a \$x\$ b"
     assert plain("x" * 50 + "end", 20) == "x" * 9 + "..." + "x" * 5 + "end"
     picture = np.zeros((20, 30, 3), np.uint8)
-    figure = boxes_figure([Boxed("$_^{", picture, np.array([[1, 2, 5, 6.0]]), {"lost": (np.array([0, 0, 3, 3.0]), True)})])
+    figure = boxes_figure(
+        [Boxed("$_^{", picture, np.array([[1, 2, 5, 6.0]]), {"lost": (np.array([0, 0, 3, 3.0]), True)})]
+    )
     figure.canvas.draw()
-    assert [patch.get_bbox().extents.tolist() for patch in figure.axes[0].patches] == [[1, 2, 5, 6], [0, 0, 3, 3]]
+    assert [patch.get_bbox().extents.tolist() for patch in figure.axes[0].patches] == [
+        [1, 2, 5, 6],
+        [0, 0, 3, 3],
+    ]
 
 
 def test_the_query_is_marked_at_its_patch():
@@ -132,14 +155,28 @@ def test_the_query_is_marked_at_its_patch():
     marks = [tuple(float(v[0]) for v in axis.lines[0].get_data()) for axis in figure.axes[:4]]
     assert marks[0] == pytest.approx((6.4, 4.8)) and marks[2:] == [(8, 8), (56, 24)]
     low = min(float(m.min()) for m in maps["a"])
-    assert figure.axes[2].images[0].get_clim() == figure.axes[3].images[0].get_clim() == (pytest.approx(low), 1)
+    assert (
+        figure.axes[2].images[0].get_clim() == figure.axes[3].images[0].get_clim() == (pytest.approx(low), 1)
+    )
 
 
 def test_the_page_is_escaped_and_stands_alone(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    text = gallery("<script>", {"<u>": ["<b>&"]}, [Shown('"><img src=x>', "<i>", (tmp_path / "a.png").read_bytes())])
-    assert "<script" not in text and "<b>&<" not in text and "<img src=x" not in text and "<i>" not in text and "<u>" not in text
-    assert "&lt;script&gt;" in text and "data:image/png;base64," in text and "http" not in text.replace("http-equiv", "")
+    text = gallery(
+        "<script>", {"<u>": ["<b>&"]}, [Shown('"><img src=x>', "<i>", (tmp_path / "a.png").read_bytes())]
+    )
+    assert (
+        "<script" not in text
+        and "<b>&<" not in text
+        and "<img src=x" not in text
+        and "<i>" not in text
+        and "<u>" not in text
+    )
+    assert (
+        "&lt;script&gt;" in text
+        and "data:image/png;base64," in text
+        and "http" not in text.replace("http-equiv", "")
+    )
 
 
 @pytest.fixture
@@ -166,7 +203,8 @@ def weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "n_images"), [(["--foreground", "--query", "0.2,0.9"], 3), (["--layer", "1", "--max-images", "1"], 1)]
+    ("extra", "n_images"),
+    [(["--foreground", "--query", "0.2,0.9"], 3), (["--layer", "1", "--max-images", "1"], 1)],
 )
 def test_the_tool(tmp_path, weights, extra, n_images):
     out = tmp_path / "out"
@@ -194,7 +232,16 @@ def test_the_tool(tmp_path, weights, extra, n_images):
     ],
 )
 def test_the_tools_errors(tmp_path, weights, extra, said):
-    rest = ["--images", str(tmp_path / "photos"), "--size", "64", "--device", "cpu", "--output", str(tmp_path / "out")]
+    rest = [
+        "--images",
+        str(tmp_path / "photos"),
+        "--size",
+        "64",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(UserError, match=said):
         load_tool("view_features").main(["--weights", weights[0], *rest, *extra])
 
@@ -210,7 +257,9 @@ def test_a_broken_image_is_left_out_by_name_and_figures_of_before_are_removed(tm
     out = tmp_path / "out"
     rest = ["--images", str(tmp_path / "photos"), "--size", "64", "--output", str(out), "--device", "cpu"]
     (out / "figures").mkdir(parents=True)
-    (out / "figures" / "captions.json").write_text('{"views.png": {"title": "", "caption": ""}, "similarity-3.png": {}}')
+    (out / "figures" / "captions.json").write_text(
+        '{"views.png": {"title": "", "caption": ""}, "similarity-3.png": {}}'
+    )
     for name in ("views.png", "similarity-3.png", "similarity-3.svg"):
         (out / "figures" / name).touch()
     (tmp_path / "photos" / "000.jpg").write_bytes(b"no")

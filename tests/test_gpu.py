@@ -21,7 +21,12 @@ from pretrain.trainer import Length, Trainer
 from pretrain.views.regions import read_regions
 
 DEVICE = "cuda"
-BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
+BASELINE = [
+    "positions.encoding=standard",
+    "positions.grid=4",
+    "positions.interpolation=dinov2",
+    "positions.augment=false",
+]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -53,11 +58,15 @@ def logs_of_straight_and_resumed(folder, overrides):
         config = load_config(None, last([*overrides, *words]))
         for stop in stops:
             train(config, resume="auto" if stop is None else "", stop_after=stop)
-        logs.append([json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()])
+        logs.append(
+            [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+        )
     return logs
 
 
-@pytest.mark.parametrize("extra", [[], ["run.precision=float32"], BASELINE], ids=["bf16", "float32", "baseline"])
+@pytest.mark.parametrize(
+    "extra", [[], ["run.precision=float32"], BASELINE], ids=["bf16", "float32", "baseline"]
+)
 def test_pretraining_resumes_on_the_gpu(tmp_path, extra):
     write_photos(tmp_path / "photos")
     straight, resumed = logs_of_straight_and_resumed(tmp_path, [*TINY, *extra])
@@ -97,16 +106,26 @@ def test_the_searches_of_dense_evaluation_are_those_of_the_cpu():
         memory.add(rows.to(device), torch.ones(500, 3, dtype=torch.int64, device=device))
         found.append(memory.nearest(queries.to(device), 30)[0].cpu())
     torch.testing.assert_close(*found, atol=2e-3, rtol=0)
-    labels = [kmeans(rows.to(device), 8, torch.Generator().manual_seed(0)).labels.cpu() for device in ("cpu", DEVICE)]
+    labels = [
+        kmeans(rows.to(device), 8, torch.Generator().manual_seed(0)).labels.cpu()
+        for device in ("cpu", DEVICE)
+    ]
     assert (labels[0] == labels[1]).float().mean() > 0.9
 
 
-CHUNKED_AND_PLAIN = [[], ["step.checkpointing=full"], ["step.checkpointing=selective"], ["step.compile=true"], BASELINE]
+CHUNKED_AND_PLAIN = [
+    [],
+    ["step.checkpointing=full"],
+    ["step.checkpointing=selective"],
+    ["step.compile=true"],
+    BASELINE,
+]
 
 
 @pytest.mark.parametrize("extra", CHUNKED_AND_PLAIN, ids=lambda extra: extra[0] if extra else "method")
 def test_a_step_never_waits_for_the_device(extra):
-    """In the steady state the host only queues work; and the losses are the plain form's, to bfloat16's rounding."""
+    """In the steady state the host only queues work; and the losses are the plain form's, to bfloat16's
+    rounding."""
     config = load_config(None, last([*TINY, "run.device=cuda", *extra]))
     plain = load_config(None, last([*TINY, "run.device=cuda", "step.loss_rows=0", *extra]))
     trainer, reference = Trainer(config, Length(1, 100, 0)), Trainer(plain, Length(1, 100, 0))
@@ -125,7 +144,9 @@ def test_a_step_never_waits_for_the_device(extra):
 
 def test_the_detector_steps_in_mixed_precision():
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), dict(image_size_px=256, channels=64))
-    model = build_model(build_backbone("vit_tiny_patch16", depth=2, pos_encoding="field"), recipe).cuda().train()
+    model = (
+        build_model(build_backbone("vit_tiny_patch16", depth=2, pos_encoding="field"), recipe).cuda().train()
+    )
     masks = torch.zeros(1, 256, 256, dtype=torch.uint8, device="cuda")
     masks[0, 40:120, 30:200] = 1
     boxes = torch.tensor([[30.0, 40, 200, 120]], device="cuda")

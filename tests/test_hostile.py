@@ -1,6 +1,8 @@
-"""500 hostile image files: no crash, no hang, memory bounded, every file is an image or a BrokenImage, nothing is said aside.
+"""500 hostile image files: no crash, no hang, memory bounded, every file is an image or a BrokenImage,
+nothing is said aside.
 
-``python tests/test_hostile.py LIST`` reads the images of a list in a process of its own and prints what came of each.
+``python tests/test_hostile.py LIST`` reads the images of a list in a process of its own and prints what came
+of each.
 """
 
 import io
@@ -48,7 +50,9 @@ def chunk(kind, content):
 
 def png(width, height, *, extra=b"", data=b"\0" * 100, depth=8, color=2):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
+    )
 
 
 def with_size(kind, width, height):
@@ -57,7 +61,9 @@ def with_size(kind, width, height):
         return png(width, height)
     data, formats = bytearray(encoded(kind)), {"jpg": ">HH", "prog.jpg": ">HH", "gif": "<HH", "bmp": "<ii"}
     sizes, layout = [120, 90], formats[kind]
-    old, new = (struct.pack(layout, *(pair[::-1] if layout[0] == ">" else pair)) for pair in (sizes, [width, height]))
+    old, new = (
+        struct.pack(layout, *(pair[::-1] if layout[0] == ">" else pair)) for pair in (sizes, [width, height])
+    )
     return bytes(data).replace(old, new, 1)
 
 
@@ -80,15 +86,23 @@ def corrupted():
                 damaged[at] = int(rng.integers(256))
             yield f"corrupted{k:02}.{kind}", bytes(damaged), EITHER
         for k in range(2):  # the right start, and noise
-            yield f"noise{k:02}.{kind}", data[:32] + rng.bytes(3000), EITHER if kind in ("bmp", "webp") else BROKEN
+            yield (
+                f"noise{k:02}.{kind}",
+                data[:32] + rng.bytes(3000),
+                EITHER if kind in ("bmp", "webp") else BROKEN,
+            )
 
 
 def declared_sizes():
     for kind in ("jpg", "prog.jpg", "png", "gif", "bmp"):
         for width, height in [(60000, 60000), (65535, 1000), (5000, 4801), (0, 90), (120, 0)]:
-            outcome = READ if kind == "gif" and not width * height else BROKEN  # its frame tells the size then
+            outcome = (
+                READ if kind == "gif" and not width * height else BROKEN
+            )  # its frame tells the size then
             yield f"declared{width}x{height}.{kind}", with_size(kind, width, height), outcome
-        outcome = EITHER if kind in ("gif", "prog.jpg") else BROKEN  # an allowed size, and the data ends early
+        outcome = (
+            EITHER if kind in ("gif", "prog.jpg") else BROKEN
+        )  # an allowed size, and the data ends early
         yield f"declared4900x4890.{kind}", with_size(kind, 4900, 4890), outcome
     yield "negative.bmp", with_size("bmp", -120, 90), BROKEN
     yield "huge.png", png(2**31 - 1, 2**31 - 1), BROKEN
@@ -168,7 +182,14 @@ def write_special(folder):
     (folder / "odd.jpg").write_bytes(encoded("jpg"))
     kinds = [(f"{kind}{k}.jpg", BROKEN) for kind in ("folder", "dangling", "loop") for k in range(3)]
     secret = READ if os.geteuid() == 0 else BROKEN  # root may read all
-    return [*kinds, ("pipe.jpg", BROKEN), ("endless.jpg", BROKEN), ("secret.jpg", secret), ("link.jpg", READ), ("gone.jpg", BROKEN)]
+    return [
+        *kinds,
+        ("pipe.jpg", BROKEN),
+        ("endless.jpg", BROKEN),
+        ("secret.jpg", secret),
+        ("link.jpg", READ),
+        ("gone.jpg", BROKEN),
+    ]
 
 
 def write_hostile_files(folder, n=N_FILES):
@@ -188,7 +209,8 @@ def write_hostile_files(folder, n=N_FILES):
 
 
 def read_all(path):
-    """In a process of its own: the outcome of every image of a list, and the memory that it took, as JSON on stdout."""
+    """In a process of its own: the outcome of every image of a list, and the memory that it took, as JSON
+    on stdout."""
     from pretrain.data.decode import BrokenImage, decode
     from pretrain.data.sources import list_source
 
@@ -218,42 +240,76 @@ def test_500_hostile_files(tmp_path):
     assert len(expected) == N_FILES
     (tmp_path / "list.txt").write_text("".join(f"files/{name}\n" for name in expected))
     command = [sys.executable, __file__, str(tmp_path / "list.txt")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
     told = json.loads(done.stdout)
     outcomes = {name.removeprefix("files/"): outcome for name, outcome in told["outcomes"].items()}
     assert outcomes.keys() == expected.keys()
-    wrong = {name: (outcomes[name], e) for name, e in expected.items() if e != EITHER and not outcomes[name].startswith(e)}
+    wrong = {
+        name: (outcomes[name], e)
+        for name, e in expected.items()
+        if e != EITHER and not outcomes[name].startswith(e)
+    }
     assert not wrong
     counts = Counter(outcome.split(":")[0] for outcome in outcomes.values())
     assert set(counts) == {READ, BROKEN} and sum(counts.values()) == N_FILES
     assert counts[READ] > 100 and counts[BROKEN] > 250
-    assert not any("MemoryError" in outcome or "AssertionError" in outcome or "\n" in outcome for outcome in outcomes.values())
+    assert not any(
+        "MemoryError" in outcome or "AssertionError" in outcome or "\n" in outcome
+        for outcome in outcomes.values()
+    )
     if sys.platform == "linux":
         assert told["peak_mb"] < MAX_RESIDENT_MB
 
 
 def test_a_run_among_hostile_files(tmp_path, capsys):
-    """Pre-training over good photographs and a share of these files ends, and every broken file was met, named and listed."""
+    """Pre-training over good photographs and a share of these files ends, and every broken file was met,
+    named and listed."""
     from pretrain.config import load_config
     from pretrain.train import train
 
     outcomes = write_hostile_files(tmp_path / "files")
     photos = write_photos(tmp_path / "photos", n=20)
-    broken = [name for name, outcome in outcomes.items() if outcome == BROKEN and (tmp_path / "files" / name).is_file()][::30]
-    readable = [name for name, outcome in outcomes.items() if outcome == READ and "large" not in name and "more" not in name][::30]
+    broken = [
+        name
+        for name, outcome in outcomes.items()
+        if outcome == BROKEN and (tmp_path / "files" / name).is_file()
+    ][::30]
+    readable = [
+        name
+        for name, outcome in outcomes.items()
+        if outcome == READ and "large" not in name and "more" not in name
+    ][::30]
     for k, name in enumerate([*broken, *readable]):
         (tmp_path / "files" / name).rename(photos / f"{k:03}_{name}.png")  # sorted among the photographs
     n, batch = len(list(photos.iterdir())), 3
-    settings = [f"data.root={photos}", f"run.output={tmp_path / 'run'}", "data.workers=1", f"data.max_mpx={MAX_MPX}"]
-    settings += [f"optim.batch_size={batch}", f"optim.epoch_iters={-(-n // batch)}", "optim.epochs=2", "data.broken_share=1.0"]
+    settings = [
+        f"data.root={photos}",
+        f"run.output={tmp_path / 'run'}",
+        "data.workers=1",
+        f"data.max_mpx={MAX_MPX}",
+    ]
+    settings += [
+        f"optim.batch_size={batch}",
+        f"optim.epoch_iters={-(-n // batch)}",
+        "optim.epochs=2",
+        "data.broken_share=1.0",
+    ]
     folder = train(load_config(None, last([*TINY, *settings])))
     assert (folder / "backbone.safetensors").is_file()
     expected = [f"{k:03}_{name}.png" for k, name in enumerate(broken)]
     assert len(expected) >= 10 and len(readable) >= 3
     lines = capsys.readouterr().err.splitlines()
-    said = [line.split(": ", 1)[1].split(" (")[0] for line in lines if line.startswith("skipped, cannot be read: ")]
+    said = [
+        line.split(": ", 1)[1].split(" (")[0]
+        for line in lines
+        if line.startswith("skipped, cannot be read: ")
+    ]
     listed = [line.split(" (")[0] for line in (folder / "broken_images.txt").read_text().splitlines()]
     assert sorted(said) == listed == expected
 

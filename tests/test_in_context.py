@@ -1,4 +1,5 @@
-"""In-context segmentation: a brute-force restatement in float64; what is held in memory; ties, small memories, seeds."""
+"""In-context segmentation: a brute-force restatement in float64; what is held in memory; ties, small
+memories, seeds."""
 
 from itertools import permutations
 
@@ -14,7 +15,14 @@ from test_dense_linear import WHOLE as WHOLE_LINEAR
 from pretrain.data.label_sets import open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.dense import in_context as in_context_module
-from pretrain.evaluation.dense.in_context import InContextSettings, Memory, choose, in_context, jittered, remember
+from pretrain.evaluation.dense.in_context import (
+    InContextSettings,
+    Memory,
+    choose,
+    in_context,
+    jittered,
+    remember,
+)
 from pretrain.evaluation.dense.linear import LinearSettings, linear
 from pretrain.evaluation.dense.long_work import check_signals
 from pretrain.evaluation.dense.patches import patch_counts
@@ -36,14 +44,18 @@ def ragged_set(n, part):
     """Labels that change within patches; a patch of each image, and some pixels, are not counted."""
     rng = np.random.default_rng([9, part == "val"])
     base = random_set(n, part)
-    labels = [np.where(rng.random(m.shape) < 0.2, 0, np.roll(m, rng.integers(1, 16, 2), (0, 1))) for m in base.labels]
+    labels = [
+        np.where(rng.random(m.shape) < 0.2, 0, np.roll(m, rng.integers(1, 16, 2), (0, 1)))
+        for m in base.labels
+    ]
     for m in labels:
         m[16:32, 32:48] = 0
     return held(base.images, [m.astype(np.int32) for m in labels], part)
 
 
 def brute_force(features, train, val, settings, n_classes=3):
-    """Everything in float64 and loops, from the definitions. Features are rounded to float16, as they are held."""
+    """Everything in float64 and loops, from the definitions. Features are rounded to float16, as they are
+    held."""
     keys, shares = [], []
     with torch.no_grad():
         found = torch.cat([t.patches for t in features(pixels_of(train))]).double().numpy()
@@ -99,7 +111,9 @@ def test_it_is_the_brute_force_restatement(k, monkeypatch):
 
 def test_renamed_classes_cost_the_identity_and_not_the_hungarian_miou():
     train, val = blocks_set(6, "train", (1, 2, 3)), blocks_set(3, "val", (1, 2, 3))
-    whole = [np.repeat(m[:1, :1], SIDE, 0).repeat(SIDE, 1) for m in val.labels]  # one class an image: no edges to enlarge
+    whole = [
+        np.repeat(m[:1, :1], SIDE, 0).repeat(SIDE, 1) for m in val.labels
+    ]  # one class an image: no edges to enlarge
     val = held([np.broadcast_to(image[:1, :1], image.shape) for image in val.images], whole, "val")
     settings = replaced(WHOLE, dict(k=1))
     right = in_context(features_of(Colors()), train, val, settings).metrics
@@ -137,7 +151,9 @@ def test_equal_neighbors_weigh_the_same_and_half_shares_are_kept():
     torch.testing.assert_close(memory.attend(query, 2, 0.02), torch.tensor([[0.5, 0.0, 0.5]]))
     one = memory.attend(query, 1, 0.02)[0].tolist()
     assert one in ([1, 0, 0], [0, 0, 1]) and memory.attend(query, 1, 0.02)[0].tolist() == one
-    torch.testing.assert_close(memory.attend(query, 50, 0.02), torch.tensor([[0.5, 0.0, 0.5]]))  # exp(-50) of the third
+    torch.testing.assert_close(
+        memory.attend(query, 50, 0.02), torch.tensor([[0.5, 0.0, 0.5]])
+    )  # exp(-50) of the third
     far = memory.attend(query, 50, 1.0)[0]
     assert far[1].item() == pytest.approx(1 / (1 + 2 * np.e))
     shared = memory_of([[1.0, 0.0]], [[3, 1, 0]]).attend(query, 30, 0.02)
@@ -177,7 +193,8 @@ def test_patches_of_rare_classes_are_held_first():
 def test_the_memory_is_bounded_and_drawn_from_all_images():
     train, features = blocks_set(10, "train", (1, 2, 3)), features_of(Colors())
     sizes = {
-        size: remember(features, train, replaced(WHOLE, dict(memory_size=size, passes=2)), SIDE).n for size in (1000, 320, 100, 7)
+        size: remember(features, train, replaced(WHOLE, dict(memory_size=size, passes=2)), SIDE).n
+        for size in (1000, 320, 100, 7)
     }
     assert sizes == {1000: 2 * 10 * 16, 320: 2 * 10 * 16, 100: 2 * 10 * 5, 7: 2 * 3}
     labels = held(train.images, [m * (i == 4) for i, m in enumerate(train.labels)])  # one image is labeled
@@ -209,17 +226,27 @@ def test_a_seed_is_the_whole_of_chance():
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     with torch.no_grad():
         first, again = (in_context(features, train, val, settings, 3) for _ in range(2))
-        one, two, other = (remember(features, train, s, SIDE) for s in (settings, settings, replaced(settings, dict(seed=6))))
+        one, two, other = (
+            remember(features, train, s, SIDE) for s in (settings, settings, replaced(settings, dict(seed=6)))
+        )
         plain = remember(features, train, replaced(settings, dict(augment=False)), SIDE)
-    assert first.metrics == again.metrics and np.array_equal(first.maps["in_context"], again.maps["in_context"])
-    assert torch.equal(one.features[: one.n], two.features[: two.n]) and torch.equal(one.counts[: one.n], two.counts[: two.n])
+    assert first.metrics == again.metrics and np.array_equal(
+        first.maps["in_context"], again.maps["in_context"]
+    )
+    assert torch.equal(one.features[: one.n], two.features[: two.n]) and torch.equal(
+        one.counts[: one.n], two.counts[: two.n]
+    )
     assert not torch.equal(one.features, other.features) and not torch.equal(one.features, plain.features)
     assert not torch.equal(one.features[:30], one.features[30:60])  # the second pass sees other crops
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(
+        np.random.get_state()[1], states[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
-@pytest.mark.parametrize("evaluate, settings", [(linear, WHOLE_LINEAR), (in_context, WHOLE)], ids=["linear", "in_context"])
+@pytest.mark.parametrize(
+    "evaluate, settings", [(linear, WHOLE_LINEAR), (in_context, WHOLE)], ids=["linear", "in_context"]
+)
 def test_the_backbone_stays_as_it_is(evaluate, settings, kind):
     backbone = tiny_vit().train()
     if kind == "bfloat16":
@@ -244,8 +271,13 @@ def test_jitter_is_torchvisions():
         expected = adjust(expected, factor)
     expected = T.adjust_hue(expected, 0.1 * drawn[3]).permute(1, 2, 0).numpy() * 255
     found = jittered(np.random.default_rng(1), pixels, 0.1, 1.0)
-    assert np.abs(found - expected).max() <= 4 and np.abs(found - pixels.astype(float)).max() > 10  # four roundings
-    changed = [not np.array_equal(jittered(np.random.default_rng(seed), pixels, 0.1, 0.5), pixels) for seed in range(100)]
+    assert (
+        np.abs(found - expected).max() <= 4 and np.abs(found - pixels.astype(float)).max() > 10
+    )  # four roundings
+    changed = [
+        not np.array_equal(jittered(np.random.default_rng(seed), pixels, 0.1, 0.5), pixels)
+        for seed in range(100)
+    ]
     assert 85 < sum(changed) < 100  # 15 / 16
 
 
@@ -261,7 +293,9 @@ def test_a_folder_of_images_as_they_come(tmp_path):
 def test_sides_that_are_no_whole_patches_and_bad_settings():
     train, val, features = random_set(4), random_set(2, "val"), features_of(tiny_vit())
     with torch.no_grad():
-        assert in_context(features, train, val, replaced(WHOLE, dict(image_px=79))) == in_context(features, train, val, WHOLE)
+        assert in_context(features, train, val, replaced(WHOLE, dict(image_px=79))) == in_context(
+            features, train, val, WHOLE
+        )
     with pytest.raises(UserError, match="image_px=15 is less than a patch of 16"):
         in_context(features, train, val, replaced(WHOLE, dict(image_px=15)))
     for name in ("k", "temperature", "memory_size", "passes", "map_px"):
@@ -291,14 +325,20 @@ def test_a_signal_stops_the_search_between_chunks(monkeypatch):
 
 
 def test_hours_of_search_are_told_before(monkeypatch, capsys):
-    train, val, features = blocks_set(4, "train", (1, 2, 3)), blocks_set(3, "val", (1, 2)), features_of(Colors())
+    train, val, features = (
+        blocks_set(4, "train", (1, 2, 3)),
+        blocks_set(3, "val", (1, 2)),
+        features_of(Colors()),
+    )
     monkeypatch.setattr(in_context_module, "search_seconds", lambda features, k: 3600 * 50 / (48 * 64))
     in_context(features, train, val, WHOLE, signals=StopSignals())
     assert " h on this device" not in capsys.readouterr().out  # too few to be worth a measurement
     monkeypatch.setattr(in_context_module, "TIMED_FROM", 0)
     in_context(features, train, val, WHOLE, signals=StopSignals())
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("in_context: 48 patches compared with up to 64 (0.0 GB): up to about 50.0 h on this device; less by ")
+    assert said[0].startswith(
+        "in_context: 48 patches compared with up to 64 (0.0 GB): up to about 50.0 h on this device; less by "
+    )
     assert said[0].endswith(" in_context.memory_size")
     assert "in_context, search: 1 of 1 batches of 32 images" in said[1]
     in_context(features, train, val, WHOLE)

@@ -1,4 +1,5 @@
-"""Local crops inside their global ones, plain global crops, positions as at inference: the rules of dense post-training."""
+"""Local crops inside their global ones, plain global crops, positions as at inference: the rules of dense
+post-training."""
 
 import math
 from dataclasses import replace
@@ -26,7 +27,9 @@ from pretrain.views.boxes import (
 from pretrain.views.color import ColorSettings, draw_colors
 from pretrain.views.pixels import crop_resize, normalize
 
-PAKA = CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
+PAKA = CropSettings(
+    n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside"
+)
 SIZES = [(480, 640), (640, 427), (100, 1000), (37, 41), (7, 8), (3, 2000), (1, 50), (50, 1), (1, 1)]
 FIXED = PositionSettings(augment=False)
 
@@ -36,7 +39,8 @@ def changed(rule, **keys):
 
 
 def draw(size, rule, n=1, positions=FIXED, tied=True, seed=0):
-    """Views of ``n`` images of a size (height, width), their generators, and the crops in pixels as float64, [n, V, 4]."""
+    """Views of ``n`` images of a size (height, width), their generators, and the crops in pixels as
+    float64, [n, V, 4]."""
     rngs = [np.random.default_rng([seed, i]) for i in range(n)]
     views = draw_views(np.array([size] * n, np.float64), rule, positions, rngs, tied)
     return views, rngs, pixel_boxes(views.boxes, *size).double().numpy()
@@ -60,15 +64,20 @@ def test_every_local_crop_lies_in_its_parent(size, inside):
     low, high = np.maximum(parent[..., :2], local[..., :2]), np.minimum(parent[..., 2:], local[..., 2:])
     common = (high - low).clip(0).prod(-1)
     assert (common >= inside * area(local) - 1e-9).all()
-    assert (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
+    assert (
+        (local[..., :2] >= 0).all() and (local[..., 2] <= size[1]).all() and (local[..., 3] <= size[0]).all()
+    )
     assert (local[..., 2:] - local[..., :2] >= 1).all()
     if min(size) > 300 and inside < 1:
-        assert (common < area(local)).mean() > 0.05 and (common / area(local)).min() < inside + 0.1  # the slack is used
+        assert (common < area(local)).mean() > 0.05 and (
+            common / area(local)
+        ).min() < inside + 0.1  # the slack is used
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 427), (2000, 1000)])
 def test_areas_and_ratios_are_the_rules(size):
-    """Of the parent's area and not of the image's, uniform in local_scale; ratios log-uniform; up to the rounding to pixels."""
+    """Of the parent's area and not of the image's, uniform in local_scale; ratios log-uniform; up to the
+    rounding to pixels."""
     _, _, crops = draw(size, PAKA, 2000)
     parent, local = with_parents(crops, PAKA)
     w, h = local[..., 2] - local[..., 0], local[..., 3] - local[..., 1]
@@ -83,7 +92,8 @@ def test_areas_and_ratios_are_the_rules(size):
 
 
 def test_places_are_uniform():
-    """The centers' mean is the parent's; in a parent far from the image's border the place is uniform, slack included."""
+    """The centers' mean is the parent's; in a parent far from the image's border the place is uniform,
+    slack included."""
     _, _, crops = draw((600, 800), PAKA, 4000)
     parent, local = with_parents(crops, PAKA)
     size = parent[..., 2:] - parent[..., :2]
@@ -96,11 +106,15 @@ def test_places_are_uniform():
     side = local[:, 2:] - local[:, :2]
     slack = np.floor(side * (1 - math.sqrt(0.9)))
     free = ((parent[:, :2] > slack) & (parent[:, 2:] + slack < 2000)).all(1)
-    where = (local[:, :2] - parent[:, :2] + slack) / (parent[:, 2:] - parent[:, :2] - side + 2 * slack)  # [n, 2] in [0, 1]
+    where = (local[:, :2] - parent[:, :2] + slack) / (
+        parent[:, 2:] - parent[:, :2] - side + 2 * slack
+    )  # [n, 2] in [0, 1]
     for axis in (0, 1):
         ranks = np.sort(where[free, axis])
         distance = abs(ranks - (np.arange(len(ranks)) + 0.5) / len(ranks)).max()
-        assert distance < 1.95 / math.sqrt(len(ranks)) + 0.005  # Kolmogorov-Smirnov, once in a thousand; and the pixels
+        assert (
+            distance < 1.95 / math.sqrt(len(ranks)) + 0.005
+        )  # Kolmogorov-Smirnov, once in a thousand; and the pixels
     assert abs(np.corrcoef(where[free].T)[0, 1]) < 0.05
 
 
@@ -127,14 +141,21 @@ def test_same_is_the_parents_box(size):
     ids=["fixed", "augmented", "untied"],
 )
 def test_rules_take_the_same_numbers(positions, tied):
-    """Whatever the rules, an image's global crops and flips are the same, and so is what is drawn after them."""
+    """Whatever the rules, an image's global crops and flips are the same, and so is what is drawn after
+    them."""
     plain = changed(PAKA, local_rule="image")
     first, rngs, _ = draw((480, 640), plain, 8, positions, tied)
     after = [rng.random() for rng in rngs]
-    for rule in (changed(plain, local_rule="inside"), changed(plain, local_rule="same"), changed(plain, plain_globals=True)):
+    for rule in (
+        changed(plain, local_rule="inside"),
+        changed(plain, local_rule="same"),
+        changed(plain, plain_globals=True),
+    ):
         views, rngs, _ = draw((480, 640), rule, 8, positions, tied)
         assert [rng.random() for rng in rngs] == after
-        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(views.flips[:, 2:], first.flips[:, 2:])
+        assert torch.equal(views.boxes[:, :2], first.boxes[:, :2]) and torch.equal(
+            views.flips[:, 2:], first.flips[:, 2:]
+        )
         assert torch.equal(views.boxes, first.boxes) == (rule.local_rule == "image")
         assert torch.equal(views.flips, first.flips) != rule.plain_globals
         assert not rule.plain_globals or not views.flips[:, :2].any()
@@ -146,15 +167,28 @@ def test_the_default_draw_is_what_it_was():
     views, _, _ = draw((333, 517), rule, 1, PositionSettings())
     rng = np.random.default_rng([0, 0])
     u = rng.random((1, 10, 2 * TRIES + 3))
-    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [517, 333, 517, 333]
+    crops = draw_crops(size, np.array([(0.32, 1.0)] * 2 + [(0.05, 0.32)] * 8), rule.ratio, u[..., 1:]) / [
+        517,
+        333,
+        517,
+        333,
+    ]
     moved = augment_positions(crops, PositionSettings(), 2, np.array([draw_move(PositionSettings(), rng)]))
-    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(views.flips, torch.from_numpy(u[..., 0] < 0.5))
+    assert torch.equal(views.boxes, torch.from_numpy(crops).float()) and torch.equal(
+        views.flips, torch.from_numpy(u[..., 0] < 0.5)
+    )
     assert torch.equal(views.position_boxes, torch.from_numpy(moved).float()) and views.tied
 
 
 def test_plain_globals_keep_their_colors():
     def colors(plain):
-        return draw_colors(6, 2, ColorSettings(solarize_p=(0.5, 0.5, 0.5)), [np.random.default_rng(i) for i in range(50)], plain)
+        return draw_colors(
+            6,
+            2,
+            ColorSettings(solarize_p=(0.5, 0.5, 0.5)),
+            [np.random.default_rng(i) for i in range(50)],
+            plain,
+        )
 
     on, off = colors(True), colors(False)
     for name in ("jitter", "gray", "sigma", "solarize"):
@@ -199,7 +233,8 @@ def test_both_data_paths_follow_the_rules(dataset):
 
 @pytest.mark.parametrize("encoding", ["field", "standard"])
 def test_what_positions_a_method_reads(dataset, encoding):
-    """Dense post-training with standard positions reads those of a whole image in every crop; nothing else changes."""
+    """Dense post-training with standard positions reads those of a whole image in every crop; nothing else
+    changes."""
     words = [f"positions.encoding={encoding}", "positions.augment=false"]
     before = load_config(None, [*TINY, *words]).view_settings()
     assert before.tied and before.masks is not None

@@ -13,7 +13,9 @@ def blobs(n=600, dim=5, n_blobs=7, spread=1.5, seed=0, dtype=torch.float64):
     """Blobs that run into one another, far from 0."""
     g = torch.Generator().manual_seed(seed)
     centers = 4 * torch.randn(n_blobs, dim, generator=g, dtype=torch.float64) + 50
-    rows = centers[torch.randint(n_blobs, (n,), generator=g)] + spread * torch.randn(n, dim, generator=g, dtype=torch.float64)
+    rows = centers[torch.randint(n_blobs, (n,), generator=g)] + spread * torch.randn(
+        n, dim, generator=g, dtype=torch.float64
+    )
     return rows.to(dtype)
 
 
@@ -22,7 +24,9 @@ def generator(seed=0):
 
 
 def by_sklearn(x, centers, max_iterations=100):
-    return KMeans(len(centers), init=centers.numpy(), n_init=1, algorithm="lloyd", max_iter=max_iterations, tol=0).fit(x.numpy())
+    return KMeans(
+        len(centers), init=centers.numpy(), n_init=1, algorithm="lloyd", max_iter=max_iterations, tol=0
+    ).fit(x.numpy())
 
 
 @pytest.mark.parametrize("most", [100, 3], ids=["to the end", "cut short"])
@@ -52,19 +56,27 @@ def test_from_its_own_centers_as_good_as_sklearn():
     x = blobs(n=400, n_blobs=12, spread=0.8)
     ours = [kmeans(x, 12, generator(seed), n_restarts=3).inertia for seed in range(12)]
     theirs = [KMeans(12, n_init=3, random_state=seed, tol=0).fit(x.numpy()).inertia_ for seed in range(12)]
-    random = [min(lloyd(x, x[torch.randperm(400, generator=g)[:12]]).inertia for _ in range(3)) for g in map(generator, range(12))]
+    random = [
+        min(lloyd(x, x[torch.randperm(400, generator=g)[:12]]).inertia for _ in range(3))
+        for g in map(generator, range(12))
+    ]
     assert min(ours) == pytest.approx(min(theirs)) and np.mean(ours) < 1.05 * np.mean(theirs)
     assert np.mean(ours) < np.mean(random)  # what k-means++ is for
 
 
 def test_first_centers_are_far_apart():
-    """The second center is one of two drawn in proportion to the squared distance from the first; no row is taken twice."""
+    """The second center is one of two drawn in proportion to the squared distance from the first; no row
+    is taken twice."""
     x = torch.tensor([[0.0], [1.0], [3.0]])
     pairs = torch.stack([spread_centers(x, 2, generator(seed))[:, 0] for seed in range(2000)])
-    of_three = pairs[pairs[:, 0] == 3][:, 1]  # 9 : 4; the inertia left is 1 with either, and the first drawn is taken
+    of_three = pairs[pairs[:, 0] == 3][
+        :, 1
+    ]  # 9 : 4; the inertia left is 1 with either, and the first drawn is taken
     assert len(of_three) == pytest.approx(667, abs=80) and (of_three == 3).sum() == 0
     assert (of_three == 0).double().mean() == pytest.approx(9 / 13, abs=0.05)
-    assert (pairs[pairs[:, 0] == 0][:, 1] == 3).double().mean() == pytest.approx(0.99, abs=0.02)  # 1 - (1 / 10) ** 2
+    assert (pairs[pairs[:, 0] == 0][:, 1] == 3).double().mean() == pytest.approx(
+        0.99, abs=0.02
+    )  # 1 - (1 / 10) ** 2
     assert spread_centers(x, 3, generator()).unique().tolist() == [0, 1, 3]
 
 
@@ -100,12 +112,19 @@ def test_memory_is_one_chunk_of_distances(monkeypatch):
 
 
 def test_equal_rows():
-    """Of fewer different rows than clusters each is a cluster, and the other clusters are empty; nothing is NaN."""
+    """Of fewer different rows than clusters each is a cluster, and the other clusters are empty; nothing
+    is NaN."""
     x = torch.tensor([[1.0, 2.0], [1.0, 2.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
     found = kmeans(x, 4, generator(), n_restarts=2)
-    assert found.inertia == 0 and torch.equal(found.centers[found.labels], x) and len(found.labels.unique()) == 2
+    assert (
+        found.inertia == 0 and torch.equal(found.centers[found.labels], x) and len(found.labels.unique()) == 2
+    )
     same = kmeans(torch.full((6, 3), 0.1), 3, generator())
-    assert same.labels.tolist() == [0] * 6 and same.inertia == pytest.approx(0, abs=1e-12) and same.centers.isfinite().all()
+    assert (
+        same.labels.tolist() == [0] * 6
+        and same.inertia == pytest.approx(0, abs=1e-12)
+        and same.centers.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("n_clusters", [0, 6])

@@ -1,4 +1,5 @@
-"""The readers of labeled sets: each in its own layout, its table against the ids that its files are known to hold."""
+"""The readers of labeled sets: each in its own layout, its table against the ids that its files are known
+to hold."""
 
 import ast
 import importlib.util
@@ -51,12 +52,14 @@ def classes_of(label_set, index, scene_index, labels):
     return np.array([*labels, 0])[classes]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------
 
 
 def test_stuff_is_the_fifteen_supercategories_of_cocos_list():
     classes = tuple(coco.SUPERCATEGORIES["coco_stuff"])
-    short = {name.removesuffix("-stuff").removesuffix("-material"): label for label, name in enumerate(classes, 1)}
+    short = {
+        name.removesuffix("-stuff").removesuffix("-material"): label for label, name in enumerate(classes, 1)
+    }
     assert len(classes) == 15 and list(classes) == sorted(classes)
     maps, pixels = coco.label_table("coco_stuff", 1), coco.label_table("coco_stuff", 0)
     assert maps[91:182].tolist() == pixels[92:183].tolist() == [short[name] for name in STUFF]
@@ -82,10 +85,25 @@ def test_ids_of_no_category_are_unknown_to_cocos_maps():
 
 
 def test_the_classes_of_voc_and_ade20k(tmp_path):
-    voc, ade = open_label_set(write_voc(tmp_path / "v"), "val"), open_label_set(write_ade(tmp_path / "a"), "val")
-    assert len(voc.classes) == 21 and (voc.classes[0], voc.classes[15], voc.classes[20]) == ("background", "person", "tvmonitor")
-    assert voc.table[:21].tolist() == list(range(1, 22)) and voc.table[255] == 0 and (voc.table[21:255] == -1).all()
-    assert len(set(ade.classes)) == 150 and (ade.classes[0], ade.classes[12], ade.classes[149]) == ("wall", "person", "flag")
+    voc, ade = (
+        open_label_set(write_voc(tmp_path / "v"), "val"),
+        open_label_set(write_ade(tmp_path / "a"), "val"),
+    )
+    assert len(voc.classes) == 21 and (voc.classes[0], voc.classes[15], voc.classes[20]) == (
+        "background",
+        "person",
+        "tvmonitor",
+    )
+    assert (
+        voc.table[:21].tolist() == list(range(1, 22))
+        and voc.table[255] == 0
+        and (voc.table[21:255] == -1).all()
+    )
+    assert len(set(ade.classes)) == 150 and (ade.classes[0], ade.classes[12], ade.classes[149]) == (
+        "wall",
+        "person",
+        "flag",
+    )
     assert ade.table.tolist() == list(range(151))
 
 
@@ -94,12 +112,14 @@ def test_ade20ks_names_are_mmsegmentations(tmp_path):
     if (mmseg := importlib.util.find_spec("mmseg")) is None:
         pytest.skip("MMSegmentation is not installed")
     tree = ast.parse((Path(mmseg.submodule_search_locations[0]) / "datasets" / "ade.py").read_text())
-    (names,) = (word.value for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "classes")
+    (names,) = (
+        word.value for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg == "classes"
+    )
     expected = tuple(name.strip() for name in ast.literal_eval(names))  # one ends in a blank there
     assert open_label_set(write_ade(tmp_path), "val").classes == expected
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------
 
 STUFF_LABELS = (9, 7, 7, 0, 0, 0)  # of the fixture's sky, tree, grass, person, dog, car
 THING_LABELS = (0, 0, 0, 10, 2, 12)
@@ -130,18 +150,24 @@ def test_a_set_in_its_own_layout(tmp_path, write, kind, name, n_classes, labels)
 
 
 def test_vocs_training_part_says_whether_it_is_trainaug(tmp_path):
-    augmented, own = (open_label_set(write_voc(tmp_path / str(aug), augmented=aug), "train") for aug in (True, False))
+    augmented, own = (
+        open_label_set(write_voc(tmp_path / str(aug), augmented=aug), "train") for aug in (True, False)
+    )
     assert (augmented.source, augmented.departure) == ("trainaug", "")
     assert own.source == "train" and "trainaug" in own.departure
     assert {Path(file).parent.name for _, file in augmented.files} == {"SegmentationClassAug"}
-    assert {Path(file).parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {"SegmentationClass"}
+    assert {Path(file).parent.name for _, file in open_label_set(tmp_path / "True", "val").files} == {
+        "SegmentationClass"
+    }
 
 
 def names_with_paths(lists):
     lines = (lists / "trainaug.txt").read_text().split()
     aug = lists.parent / "SegmentationAug"
     aug.mkdir()
-    (aug / "train_aug.txt").write_text("".join(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in lines))
+    (aug / "train_aug.txt").write_text(
+        "".join(f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n" for n in lines)
+    )
     (lists / "trainaug.txt").unlink()
 
 
@@ -179,9 +205,19 @@ def test_the_roots_that_voc_may_have(tmp_path):
 
 def test_cocos_own_maps_go_before_stuffthingmaps(tmp_path):
     stuff = [value + 1 for value in (156, 168, 123)]
-    folders = {  # as COCO's archives and as NeCo have them: category ids, 183 "other"; 199 a merged class of the panoptic ones
-        "coco_stuff": ("annotations/stuff_annotations/stuff_{}2017_pixelmaps", [*stuff, 183, 183, 183], STUFF_LABELS),
-        "coco_things": ("annotations/panoptic_annotations/semantic_segmentation_{}2017", [187, 184, 199, 1, 18, 3], THING_LABELS),
+    # As COCO's archives and as NeCo have them: category ids, 183 "other"; 199 a merged class of the panoptic
+    # ones
+    folders = {
+        "coco_stuff": (
+            "annotations/stuff_annotations/stuff_{}2017_pixelmaps",
+            [*stuff, 183, 183, 183],
+            STUFF_LABELS,
+        ),
+        "coco_things": (
+            "annotations/panoptic_annotations/semantic_segmentation_{}2017",
+            [187, 184, 199, 1, 18, 3],
+            THING_LABELS,
+        ),
     }
     for kind, (folder, values, labels) in folders.items():
         root = write_coco(tmp_path / kind)
@@ -204,7 +240,7 @@ def test_coco_as_mmsegmentation_has_it(tmp_path):
     assert len(open_label_set(root, "train", "coco_stuff")) == 6
 
 
-# --- one's own folders ------------------------------------------------------------------------------------------------
+# --- one's own folders ------------------------------------------------------------------------------------
 
 
 def test_other_names_of_ones_own_folders(tmp_path):
@@ -238,7 +274,7 @@ def test_a_folder_of_more_classes_than_a_byte_holds(tmp_path):
     np.testing.assert_array_equal(found.read(2)[1], classes_of(found, 2, 2, (1, 255, 256, 1000)))
 
 
-# --- maps, squares ----------------------------------------------------------------------------------------------------
+# --- maps, squares ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -297,7 +333,12 @@ def test_the_first_of_a_set_are_at_equal_steps(tmp_path):
 
 
 def test_a_set_is_opened_without_a_look_at_its_files(tmp_path, monkeypatch):
-    for folder in ("images/train2017", "images/val2017", "stuffthingmaps/train2017", "stuffthingmaps/val2017"):
+    for folder in (
+        "images/train2017",
+        "images/val2017",
+        "stuffthingmaps/train2017",
+        "stuffthingmaps/val2017",
+    ):
         (tmp_path / folder).mkdir(parents=True)
         for index in range(300):
             (tmp_path / folder / f"{index:012d}{'.jpg' if folder[0] == 'i' else '.png'}").touch()
@@ -308,7 +349,13 @@ def test_a_set_is_opened_without_a_look_at_its_files(tmp_path, monkeypatch):
 
 
 def test_every_kind_can_be_named(tmp_path):
-    roots = {"voc2012": write_voc, "ade20k": write_ade, "coco_things": write_coco, "coco_stuff": write_coco, "folder": write_folder}
+    roots = {
+        "voc2012": write_voc,
+        "ade20k": write_ade,
+        "coco_things": write_coco,
+        "coco_stuff": write_coco,
+        "folder": write_folder,
+    }
     assert tuple(roots) == KINDS
     for kind, write in roots.items():
         assert len(open_label_set(write(tmp_path / kind), "val", kind)) == 3

@@ -29,31 +29,96 @@ def put(file, content):
             "train",
             r"2 images have no .*masks/train.*: 2$",
         ),
-        (write_folder, lambda r: drop(r, "images/val/1001.jpg"), "val", r"1 label maps have no image in .*images/val.*: 1001$"),
-        (write_folder, lambda r: put(r / "images/val/1001.png", b""), "val", r"two files 1001: 1001\.jpg and 1001\.png"),
-        (write_folder, lambda r: (r / "masks").rename(r / "label maps"), "val", "looked for .*VOC2012/.*masks,annotations,labels"),
-        (write_folder, lambda r: put(r / "classes.txt", b"cat\ncat\n"), "val", r"classes\.txt names 1 different classes in 2"),
+        (
+            write_folder,
+            lambda r: drop(r, "images/val/1001.jpg"),
+            "val",
+            r"1 label maps have no image in .*images/val.*: 1001$",
+        ),
+        (
+            write_folder,
+            lambda r: put(r / "images/val/1001.png", b""),
+            "val",
+            r"two files 1001: 1001\.jpg and 1001\.png",
+        ),
+        (
+            write_folder,
+            lambda r: (r / "masks").rename(r / "label maps"),
+            "val",
+            "looked for .*VOC2012/.*masks,annotations,labels",
+        ),
+        (
+            write_folder,
+            lambda r: put(r / "classes.txt", b"cat\ncat\n"),
+            "val",
+            r"classes\.txt names 1 different classes in 2",
+        ),
         (
             write_folder,
             lambda r: [save_map(f, np.zeros((9, 9))) for f in r.glob("masks/train/*")],
             "val",
             "no pixel of the 6 train",
         ),
-        (write_folder, lambda r: [f.unlink() for f in r.glob("images/val/*")], "val", r"no \*\.jpg .* in .*images/val"),
-        (lambda r: write_folder(r, flat=True), lambda r: drop(r, "val.txt"), "val", r"neither images/val .* nor val\.txt"),
-        (lambda r: write_folder(r, flat=True), lambda r: put(r / "val.txt", b"7000\n"), "val", r"of .*val\.txt have no .*: 7000$"),
-        (lambda r: write_folder(r, flat=True), lambda r: put(r / "val.txt", b"3\n4\n3\n"), "val", r"val\.txt names 3 twice"),
-        (lambda r: write_folder(r, flat=True), lambda r: put(r / "val.txt", b"\n"), "val", r"val\.txt names no image"),
-        (lambda r: write_folder(r, flat=True), lambda r: put(r / "val.txt", b"\xff"), "val", r"val\.txt is no readable list"),
-        (write_voc, lambda r: drop(r / "VOC2012", "ImageSets/Segmentation/val.txt"), "train", r"no list .*Segmentation/val\.txt"),
-        (write_voc, lambda r: drop(r / "VOC2012", "JPEGImages/2007_000002.jpg"), "train", "the list trainaug .*: 2007_000002"),
+        (
+            write_folder,
+            lambda r: [f.unlink() for f in r.glob("images/val/*")],
+            "val",
+            r"no \*\.jpg .* in .*images/val",
+        ),
+        (
+            lambda r: write_folder(r, flat=True),
+            lambda r: drop(r, "val.txt"),
+            "val",
+            r"neither images/val .* nor val\.txt",
+        ),
+        (
+            lambda r: write_folder(r, flat=True),
+            lambda r: put(r / "val.txt", b"7000\n"),
+            "val",
+            r"of .*val\.txt have no .*: 7000$",
+        ),
+        (
+            lambda r: write_folder(r, flat=True),
+            lambda r: put(r / "val.txt", b"3\n4\n3\n"),
+            "val",
+            r"val\.txt names 3 twice",
+        ),
+        (
+            lambda r: write_folder(r, flat=True),
+            lambda r: put(r / "val.txt", b"\n"),
+            "val",
+            r"val\.txt names no image",
+        ),
+        (
+            lambda r: write_folder(r, flat=True),
+            lambda r: put(r / "val.txt", b"\xff"),
+            "val",
+            r"val\.txt is no readable list",
+        ),
+        (
+            write_voc,
+            lambda r: drop(r / "VOC2012", "ImageSets/Segmentation/val.txt"),
+            "train",
+            r"no list .*Segmentation/val\.txt",
+        ),
+        (
+            write_voc,
+            lambda r: drop(r / "VOC2012", "JPEGImages/2007_000002.jpg"),
+            "train",
+            "the list trainaug .*: 2007_000002",
+        ),
         (
             write_voc,
             lambda r: put(r / "VOC2012/ImageSets/Segmentation/trainaug.txt", b"2007_000001\n2007_001001\n"),
             "train",
             "1 images of trainaug are of val, too; the first: 2007_001001",
         ),
-        (write_coco, lambda r: None, "val", "several labeled sets: say which kind, coco_things or coco_stuff"),
+        (
+            write_coco,
+            lambda r: None,
+            "val",
+            "several labeled sets: say which kind, coco_things or coco_stuff",
+        ),
     ],
 )
 def test_a_set_that_is_not_whole(tmp_path, write, spoil, part, message):
@@ -100,10 +165,25 @@ def test_cocos_maps_of_train_ids_alone(tmp_path):
 @pytest.mark.parametrize(
     ("write", "kind", "value", "message"),
     [
-        (write_voc, "voc2012", 21, r"2007_001000\.png holds the value 21, which is none of voc2012 \(21 classes\)"),
+        (
+            write_voc,
+            "voc2012",
+            21,
+            r"2007_001000\.png holds the value 21, which is none of voc2012 \(21 classes\)",
+        ),
         (write_ade, "ade20k", 151, r"ADE_val_00001000\.png holds the value 151, .* \(150 classes\)"),
-        (write_coco, "coco_stuff", 11, "000000001000.png holds the value 11,"),  # a street sign: no object has it
-        (write_coco, "coco_things", 190, "holds the value 190,"),  # of panoptic maps that lie where COCO-Stuff's are looked for
+        (
+            write_coco,
+            "coco_stuff",
+            11,
+            "000000001000.png holds the value 11,",
+        ),  # a street sign: no object has it
+        (
+            write_coco,
+            "coco_things",
+            190,
+            "holds the value 190,",
+        ),  # of panoptic maps that lie where COCO-Stuff's are looked for
         (write_folder, "folder", 5, "1000.png holds the value 5, .* of set"),
         (write_folder, "folder", 40_000, "1000.png holds the value 40000, .* of set"),
     ],
@@ -157,7 +237,11 @@ def tall(file):
         (1, lambda f: put(f, b"\xff\xd8\xff\xe0 a JPEG"), r"1000\.png cannot be read"),
         (1, lambda f: put(f, b""), r"1000\.png cannot be read"),
         (1, lambda f: Image.new("RGB", (80, 64)).save(f), r"1000\.png is no label map: it has 3 channels"),
-        (1, lambda f: save_map(f, np.ones((60, 80))), r"1000\.png has 80 x 60 pixels, its image .*1000\.jpg 80 x 64$"),
+        (
+            1,
+            lambda f: save_map(f, np.ones((60, 80))),
+            r"1000\.png has 80 x 60 pixels, its image .*1000\.jpg 80 x 64$",
+        ),
         (0, lambda f: put(f, f.read_bytes()[:400]), r"1000\.jpg cannot be read"),
         (0, lambda f: f.unlink(), r"1000\.jpg cannot be read \(No such file"),
         (0, turned, r"1000\.png has 80 x 64 pixels, its image .*1000\.jpg 64 x 80 \(as EXIF turns it\)"),

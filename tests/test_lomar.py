@@ -1,4 +1,5 @@
-"""LoMaR: contextual relative positions, held against the encoder of its public code, written again here pair by pair."""
+"""LoMaR: contextual relative positions, held against the encoder of its public code, written again here
+pair by pair."""
 
 import argparse
 import math
@@ -63,7 +64,9 @@ class PublicAttention(nn.Module):
     def forward(self, x, buckets):
         q, k, v = (t.unflatten(2, (self.heads, -1)) for t in self.qkv(x).chunk(3, dim=-1))  # [B, N, heads, d]
         vectors = self.rpe_k.lookup_table_weight[0].T[buckets]  # [N, N, d]: one of every pair
-        logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1]) + torch.einsum("bihd,ijd->bhij", q, vectors)
+        logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1]) + torch.einsum(
+            "bihd,ijd->bhij", q, vectors
+        )
         return self.proj(torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v).flatten(2))
 
 
@@ -86,7 +89,10 @@ class PublicLoMaR(nn.Module):
         super().__init__()
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, dim, 16, 16)
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_token, self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, dim)),
+            nn.Parameter(torch.zeros(1, 1, dim)),
+        )
         self.pos_embed = nn.Parameter(torch.zeros(1, 197, dim), requires_grad=False)
         self.blocks = nn.ModuleList(PublicBlock(dim, heads) for _ in range(depth))
         self.norm, self.encoder_pred = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 768)
@@ -109,8 +115,20 @@ def public():
 
 def write(path, state):
     """A file as LoMaR's pre-training leaves it."""
-    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
-    torch.save({"model": state, "optimizer": optimizer, "epoch": 399, "scaler": {}, "args": argparse.Namespace(lr=1)}, path)
+    optimizer = {
+        "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
+        "param_groups": [{"lr": 1e-3, "params": [0]}],
+    }
+    torch.save(
+        {
+            "model": state,
+            "optimizer": optimizer,
+            "epoch": 399,
+            "scaler": {},
+            "args": argparse.Namespace(lr=1),
+        },
+        path,
+    )
     return path
 
 
@@ -137,11 +155,41 @@ def test_buckets_equal_the_formula_pair_by_pair(grid, n_special):
 
 
 def test_the_window_that_lomar_trains_on():
-    """7 x 7 patches and [CLS]: what the public code gives for the first patch, and how far each bucket reaches."""
+    """7 x 7 patches and [CLS]: what the public code gives for the first patch, and how far each bucket
+    reaches."""
     buckets = relative_buckets((7, 7), 1)
     assert buckets.shape == (50, 50) and set(buckets.unique().tolist()) == set(range(50))
     assert buckets[0].unique().tolist() == buckets[:, 0].unique().tolist() == [49]
-    first = [24, 23, 22, 22, 21, 21, 21, 17, 16, 15, 15, 14, 14, 14, 10, 9, 8, 8, 7, 7, 7, 10, 9, 8, 8, 7, 7, 7]
+    first = [
+        24,
+        23,
+        22,
+        22,
+        21,
+        21,
+        21,
+        17,
+        16,
+        15,
+        15,
+        14,
+        14,
+        14,
+        10,
+        9,
+        8,
+        8,
+        7,
+        7,
+        7,
+        10,
+        9,
+        8,
+        8,
+        7,
+        7,
+        7,
+    ]
     assert buckets[1, 1:].tolist() == first + 3 * [3, 2, 1, 1, 0, 0, 0]
     line = relative_buckets((1, 41), 0)[20] - 21  # a query in the middle of a line
     assert line.tolist() == [6] * 17 + [5, 5, 4, 3, 2, 1, 1] + [0] * 17
@@ -158,16 +206,24 @@ def test_features_equal_the_public_encoder(public, file, size):
         expected = public.norm(public(F.pad(x, (0, -size[1] % 16, 0, -size[0] % 16))))
         tokens = vit(x)
     assert expected.abs().max() > 0.5
-    torch.testing.assert_close(torch.cat([tokens.cls[:, None], tokens.patches], 1), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([tokens.cls[:, None], tokens.patches], 1), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_what_is_read_and_what_is_dropped(public, file, tmp_path):
     found = read_checkpoint(file)
     assert found.provenance == {"source": "lomar", "method": "LoMaR"} and found.backbone == TINY
-    assert set(public.state_dict()) - set(found.state) == {"pos_embed", "encoder_pred.weight", "encoder_pred.bias"}
+    assert set(public.state_dict()) - set(found.state) == {
+        "pos_embed",
+        "encoder_pred.weight",
+        "encoder_pred.bias",
+    }
     vit = build_backbone(TINY, file, mask_tokens=True).eval()
     assert vit.pos_encoding == "none" and torch.equal(vit.mask_token, public.mask_token[0])
-    ours = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs)
+    ours = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=TINY, model_kwargs=vit.model_kwargs
+    )
     again, x = build_backbone(TINY, ours).eval(), noise(1, 3, 64, 48)
     with torch.no_grad():
         assert torch.equal(again.feature_map(x), vit.feature_map(x))
@@ -183,13 +239,28 @@ KEY = "blocks.1.attn.rpe_k.lookup_table_weight"
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (lambda s: s.update({"blocks.0.attn.rpe_q.lookup_table_weight": s[KEY]}), "blocks.0.attn.rpe_q.lookup.* on keys alone"),
-        (lambda s: s.update({"blocks.0.attn.rpe_v.lookup_table_weight": s[KEY].mT}), r"blocks.0.attn.rpe_v.*only LoMaR's"),
-        (lambda s: s.update({"blocks.1.attn.rpe_k.lookup_table_bias": s[KEY][:, 0]}), "rpe_k.lookup_table_bias.*only LoMaR's"),
+        (
+            lambda s: s.update({"blocks.0.attn.rpe_q.lookup_table_weight": s[KEY]}),
+            "blocks.0.attn.rpe_q.lookup.* on keys alone",
+        ),
+        (
+            lambda s: s.update({"blocks.0.attn.rpe_v.lookup_table_weight": s[KEY].mT}),
+            r"blocks.0.attn.rpe_v.*only LoMaR's",
+        ),
+        (
+            lambda s: s.update({"blocks.1.attn.rpe_k.lookup_table_bias": s[KEY][:, 0]}),
+            "rpe_k.lookup_table_bias.*only LoMaR's",
+        ),
         (lambda s: s.update({"blocks.0.attn.rpe_k.rp_rows.lookup_table_weight": s[KEY]}), "rp_rows.*product"),
-        (lambda s: s.update({KEY: s[KEY].repeat(3, 1, 1)}), r"blocks.1.* is \(3, 64, 50\).*one table for all heads"),
+        (
+            lambda s: s.update({KEY: s[KEY].repeat(3, 1, 1)}),
+            r"blocks.1.* is \(3, 64, 50\).*one table for all heads",
+        ),
         (lambda s: s.update({KEY: s[KEY][..., :49]}), r"blocks.1.* is \(1, 64, 49\).*7 x 7 \+ 1"),
-        (lambda s: s.update({KEY: s[KEY][:, :32]}), r"rpe_k.lookup_table_weight is \(1, 32, 50\) in the file"),
+        (
+            lambda s: s.update({KEY: s[KEY][:, :32]}),
+            r"rpe_k.lookup_table_weight is \(1, 32, 50\) in the file",
+        ),
         (lambda s: s.pop(KEY), f"missing {KEY}"),
         (lambda s: s.pop("norm.bias"), "missing norm.bias"),
         (lambda s: s.update({"head.weight": torch.zeros(2, 192)}), "left over head.weight"),
@@ -205,7 +276,9 @@ def test_other_variants_and_damaged_files_are_refused_by_name(public, tmp_path, 
 
 def test_a_file_without_tables_is_not_lomars(tmp_path):
     torch.save({"model": {"cls_token": torch.zeros(1, 1, 192)}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"read as lomar: no tensor blocks\.N\.attn\.rpe_k\.lookup_table_weight"):
+    with pytest.raises(
+        UserError, match=r"read as lomar: no tensor blocks\.N\.attn\.rpe_k\.lookup_table_weight"
+    ):
         read_checkpoint(tmp_path / "x.pth", source="lomar")
 
 
@@ -253,7 +326,8 @@ def test_checkpointed_blocks_give_the_same_gradients(rule):
 
 
 def test_bfloat16_autocast_rounds_and_no_more():
-    """Here on the CPU; that a product's gradient, a sum over keys, is not added up in bfloat16 matters on a GPU."""
+    """Here on the CPU; that a product's gradient, a sum over keys, is not added up in bfloat16 matters on
+    a GPU."""
     vit, x = relative_vit(depth=1), noise(1, 3, 320, 240)
     expected = gradients(vit, lambda vit: [vit(x).patches])
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,7 +344,9 @@ def test_attention_maps_are_what_attention_does():
         buckets = vit.buckets(grid)
         maps = attention.attention_map(tokens, buckets=buckets)
         values = (maps @ attention.heads(tokens)[2]).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(attention.proj(values), attention(tokens, None, buckets), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            attention.proj(values), attention(tokens, None, buckets), rtol=0, atol=1e-5
+        )
         assert torch.equal(attention.attention_map(tokens, slice(4, 9), buckets), maps[:, :, 4:9])
         torch.testing.assert_close(last_layer_attention(vit, x).sum(-1), torch.ones(2, 15))
     for call in (vit.blocks[0], attention, attention.attention_map):
@@ -291,12 +367,15 @@ def test_detectors_take_it_with_and_without_special_tokens(public, file):
     with torch.no_grad():
         assert torch.equal(detection_features(vit, x, FeatureOptions()), vit.feature_map(x))
         expected = public(F.pad(x, (0, 14)), with_cls=False).transpose(1, 2).unflatten(2, (4, 4))
-        torch.testing.assert_close(detection_features(vit, x, FeatureOptions(**BARE)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            detection_features(vit, x, FeatureOptions(**BARE)), expected, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("grid, size, n_special", [((6, 6), 3, 0), ((7, 5), 3, 2), ((2, 3), 4, 1)])
 def test_windows_keep_the_distances_of_the_image(grid, size, n_special):
-    """Against one softmax over all tokens, with a mask; padding written out as zeros, whose projection is the bias."""
+    """Against one softmax over all tokens, with a mask; padding written out as zeros, whose projection is
+    the bias."""
     attention = relative_vit(torch.float64).blocks[0].attn
     height, width = (-(-side // size) * size for side in grid)
     x = noise(2, n_special + grid[0] * grid[1], 192, dtype=torch.float64)
@@ -349,7 +428,9 @@ def test_segmentation_takes_it(file, checkpointing):
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in param_groups(whole, lr=1, weight_decay=0.1, layer_decay=0.5)
                 for p in g["params"]}  # fmt: skip
     attention = model.vit.blocks[0].attn
-    assert settings[id(attention.rpe_k.lookup_table_weight)] == settings[id(attention.qkv.weight)] == (0.25, 0.1)
+    assert (
+        settings[id(attention.rpe_k.lookup_table_weight)] == settings[id(attention.qkv.weight)] == (0.25, 0.1)
+    )
 
 
 @pytest.mark.parametrize("format, suffix", [("torch", "pt2"), ("onnx", "onnx")])

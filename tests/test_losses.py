@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from pretrain.heads import HeadOutput, ProjectionHead
-from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.losses import (
+    image_loss,
+    koleo_loss,
+    patch_loss,
+    sinkhorn_center,
+    teacher_entropies,
+    updated_center,
+)
 from pretrain.losses.chunked_cross_entropy import distribution
 from pretrain.optim import decays, ema_update, parameter_groups, set_schedules
 from pretrain.schedules import cosine, effective_epochs, scaled_lr, warmup_cosine
@@ -33,18 +40,29 @@ def random_head(rng, *shape, k=6, d=5):
 
 @pytest.mark.parametrize("n_rows", [0, 4])
 def test_image_loss_is_dinos(rng, n_rows):
-    """Every global teacher view against every other student view; means over the images and over the 2 + 2 * 3 pairs."""
+    """Every global teacher view against every other student view; means over the images and over the 2 + 2
+    * 3 pairs."""
     student, teacher = random_head(rng, 5, 4), random_head(rng, 2, 4)
     center = torch.randn(1, 6, generator=rng, dtype=torch.float64)
-    p = distribution(HeadOutput(teacher.bottleneck.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(0, (2, 4))
+    p = distribution(HeadOutput(teacher.bottleneck.flatten(0, 1), teacher.prototypes), center, 0.3).unflatten(
+        0, (2, 4)
+    )
     total, pairs = 0.0, [(t, s) for t in range(2) for s in range(5) if s != t]
     for t, s in pairs:
         rows = [plain_cross_entropy(student.logits[s, b].tolist(), p[t, b].tolist(), 0.1) for b in range(4)]
         total += sum(rows) / 4
-    assert image_loss(student, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(total / len(pairs), rel=1e-12)
+    assert image_loss(student, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(
+        total / len(pairs), rel=1e-12
+    )
     globals_ = HeadOutput(student.bottleneck[:2], student.prototypes)
-    rows = [plain_cross_entropy(student.logits[1 - t, b].tolist(), p[t, b].tolist(), 0.1) for t in range(2) for b in range(4)]
-    assert image_loss(globals_, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(sum(rows) / 8, rel=1e-12)
+    rows = [
+        plain_cross_entropy(student.logits[1 - t, b].tolist(), p[t, b].tolist(), 0.1)
+        for t in range(2)
+        for b in range(4)
+    ]
+    assert image_loss(globals_, teacher, center, (0.1, 0.3), n_rows).item() == pytest.approx(
+        sum(rows) / 8, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("n_rows", [0, 2])
@@ -56,7 +74,9 @@ def test_patch_loss_weighs_each_crop_alike(rng, n_rows):
     rows = [plain_cross_entropy(s.tolist(), t.tolist(), 0.1) for s, t in zip(student.logits, p)]
     expected = (sum(rows[:2]) / 2 + sum(rows[2:]) / 5) / 4
     weights = torch.tensor([1 / 2] * 2 + [1 / 5] * 5, dtype=torch.float64)
-    assert patch_loss(student, teacher, center, weights, 4, (0.1, 0.3), n_rows).item() == pytest.approx(expected, rel=1e-12)
+    assert patch_loss(student, teacher, center, weights, 4, (0.1, 0.3), n_rows).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_centering(rng):
@@ -68,8 +88,12 @@ def test_centering(rng):
         assert probabilities.tolist() == pytest.approx([math.exp(v) for v in log_softmax(scores)], rel=1e-9)
     moved = updated_center(center, teacher, 0.9)
     for k in range(4):
-        assert moved[0, k].item() == pytest.approx(0.9 * center[0, k].item() + 0.1 * teacher.logits[:, k].mean().item(), rel=1e-12)
-    assert torch.equal(updated_center(center, HeadOutput(teacher.bottleneck[:0], teacher.prototypes), 0.9), center)
+        assert moved[0, k].item() == pytest.approx(
+            0.9 * center[0, k].item() + 0.1 * teacher.logits[:, k].mean().item(), rel=1e-12
+        )
+    assert torch.equal(
+        updated_center(center, HeadOutput(teacher.bottleneck[:0], teacher.prototypes), 0.9), center
+    )
 
 
 def test_sinkhorn_is_the_plain_alternation(rng):
@@ -86,7 +110,8 @@ def test_sinkhorn_is_the_plain_alternation(rng):
 
 
 def test_entropies_tell_the_two_collapses():
-    """Uniform distributions: both ln K. One prototype for all: both 0. Each its own: 0, and ln of how many."""
+    """Uniform distributions: both ln K. One prototype for all: both 0. Each its own: 0, and ln of how
+    many."""
     prototypes, zero = torch.eye(4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     for rows, expected in [
         (torch.zeros(4, 4), (math.log(4), math.log(4))),
@@ -115,7 +140,9 @@ def test_head_gives_cosines_with_unit_prototypes(rng):
     assert [type(m).__name__ for m in head.mlp] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
     x = torch.randn(7, 8, generator=rng, dtype=torch.float64)
     z = head.mlp(x)
-    expected = (z / z.norm(dim=1, keepdim=True)) @ (head.last_layer.weight / head.last_layer.weight.norm(dim=1, keepdim=True)).T
+    expected = (z / z.norm(dim=1, keepdim=True)) @ (
+        head.last_layer.weight / head.last_layer.weight.norm(dim=1, keepdim=True)
+    ).T
     torch.testing.assert_close(head(x).logits, expected)
     doubled = ProjectionHead(8, 20, 16, 4, 3).double()
     doubled.load_state_dict({k: v * 2 if "last" in k else v for k, v in head.state_dict().items()})
@@ -128,7 +155,10 @@ def test_schedules_are_dinov2s():
     assert lr[4:10] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
     assert lr[10] == 0.1
     assert [cosine(it, 100, 0.04, 0.4) for it in (0, 50, 100, 500)] == pytest.approx([0.04, 0.22, 0.4, 0.4])
-    assert scaled_lr(2e-3, 512, "sqrt_1024") == pytest.approx(2e-3 * math.sqrt(0.5)) and scaled_lr(1.0, 64, "none") == 1.0
+    assert (
+        scaled_lr(2e-3, 512, "sqrt_1024") == pytest.approx(2e-3 * math.sqrt(0.5))
+        and scaled_lr(1.0, 64, "none") == 1.0
+    )
     assert effective_epochs(100, 2, 8, 224, 96) == pytest.approx(346.94, abs=0.01)  # the paper's "350"
 
 
@@ -142,7 +172,11 @@ def test_optimizer_groups_and_ema():
     named = {name: of[id(p)] for name, p in model.named_parameters()}
     assert named["head.last_layer.weight"] == (0.0, 0.3) and named["head.mlp.0.weight"] == (0.5, 0.3)
     assert named["head.mlp.0.bias"] == named["norm.weight"] == named["norm.bias"] == (0.5, 0.0)
-    assert not decays("backbone.blocks.0.ls1.gamma") and decays("backbone.cls_token") and decays("backbone.pos_field")
+    assert (
+        not decays("backbone.blocks.0.ls1.gamma")
+        and decays("backbone.cls_token")
+        and decays("backbone.pos_field")
+    )
     teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     before = teacher.weight.detach().clone()
     ema_update(teacher, student, 0.75)

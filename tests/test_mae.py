@@ -58,7 +58,9 @@ def learned(method):
 
 def batch_of(method, n=3, dtype=torch.float64):
     """Crops of noise with the masks that the loader would draw."""
-    crops = torch.randn(n, 3, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    crops = torch.randn(
+        n, 3, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(1), dtype=dtype
+    )
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(n, 1, 4), torch.zeros(n, 1, dtype=torch.bool)
     masks = draw_masks(n, 1, (SIDE, SIDE), method.settings.view_settings().masks, (0, 3, 0))
     return Batch(crops, crops[:0], Views(boxes, flips, boxes, 1), masks)
@@ -69,11 +71,12 @@ def masked_in(batch):
     return [row.nonzero().flatten().tolist() for row in batch.masks.content]
 
 
-# --- the paper's formulas, one image, one patch, one head at a time ------------------------------------------
+# --- the paper's formulas, one image, one patch, one head at a time ---------------------------------------
 
 
 def sines(row, column, width):
-    """Half of the channels for the column, half for the row: sines, then cosines, of place / 10000^(k / (width / 4))."""
+    """Half of the channels for the column, half for the row: sines, then cosines, of place / 10000^(k /
+    (width / 4))."""
     values = []
     for place in (column, row):
         angles = [place / 10000 ** (k / (width / 4)) for k in range(width // 4)]
@@ -82,7 +85,9 @@ def sines(row, column, width):
 
 
 def layer_norm(x, state, name):
-    return (x - x.mean()) / (((x - x.mean()) ** 2).mean() + 1e-6).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (x - x.mean()) / (((x - x.mean()) ** 2).mean() + 1e-6).sqrt() * state[f"{name}.weight"] + state[
+        f"{name}.bias"
+    ]
 
 
 def linear(x, state, name):
@@ -93,7 +98,10 @@ def transformer(tokens, state, depth, heads):
     """Pre-norm blocks on a list of vectors."""
     for i in range(depth):
         name, size = f"blocks.{i}", len(tokens[0]) // heads
-        qkv = [linear(layer_norm(t, state, f"{name}.norm1"), state, f"{name}.attn.qkv").view(3, heads, size) for t in tokens]
+        qkv = [
+            linear(layer_norm(t, state, f"{name}.norm1"), state, f"{name}.attn.qkv").view(3, heads, size)
+            for t in tokens
+        ]
         mixed = []
         for q in qkv:
             of_heads = []
@@ -112,7 +120,9 @@ def pixels_of(image, patch):
     """A patch's pixels in reading order, the three colors of each side by side."""
     row, column = divmod(patch, SIDE)
     square = image[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-    return torch.stack([square[color, y, x] for y in range(PATCH) for x in range(PATCH) for color in range(3)])
+    return torch.stack(
+        [square[color, y, x] for y in range(PATCH) for x in range(PATCH) for color in range(3)]
+    )
 
 
 def restated_loss(encoder, decoder, images, masked):
@@ -190,17 +200,22 @@ def test_plain_pixels_as_targets():
 
 
 def test_the_encoder_runs_on_the_visible_patches_alone(monkeypatch):
-    """What enters the decoder is our ViT on a sequence of these patches; what is masked changes none of it."""
+    """What enters the decoder is our ViT on a sequence of these patches; what is masked changes none of
+    it."""
     method = method_of()
     batch, seen = batch_of(method), []
     decoder, encoder = method.student["decoder"], method.backbone
-    monkeypatch.setattr(decoder, "forward", lambda x, order: seen.append(x) or torch.zeros(3, 12, 768, dtype=x.dtype))
+    monkeypatch.setattr(
+        decoder, "forward", lambda x, order: seen.append(x) or torch.zeros(3, 12, 768, dtype=x.dtype)
+    )
     with torch.no_grad():
         method.loss(batch, None, 0)
         for image, hidden in enumerate(masked_in(batch)):
             content = encoder.patch_embed(batch.global_crops[image : image + 1]).flatten(2)[0].T  # [N, D]
             visible = [patch for patch in range(16) if patch not in hidden]
-            sequence = torch.cat([encoder.cls_input()[0], content[visible] + encoder.positions((SIDE, SIDE))[0, visible]])
+            sequence = torch.cat(
+                [encoder.cls_input()[0], content[visible] + encoder.positions((SIDE, SIDE))[0, visible]]
+            )
             for block in encoder.blocks:
                 sequence = block(sequence.unsqueeze(0))[0]
             torch.testing.assert_close(seen[0][image], encoder.norm(sequence), rtol=0, atol=1e-10)
@@ -216,7 +231,11 @@ def test_gradients_flow_into_all_that_learns_and_nothing_else():
     batch = batch_of(method)
     method.loss(batch, None, 0).total.backward()
     bare = {name for name, p in method.student.named_parameters() if p.grad is None or not p.grad.any()}
-    assert bare == {"backbone.pos_embed"} == {n for n, p in method.student.named_parameters() if not p.requires_grad}
+    assert (
+        bare
+        == {"backbone.pos_embed"}
+        == {n for n, p in method.student.named_parameters() if not p.requires_grad}
+    )
     x = batch.global_crops.requires_grad_()
     masked = batch.masks.content
     (tokens,) = method.backbone.forward_views([ViewGroup(x, visible=(~masked).nonzero()[:, 1].view(3, 4))])
@@ -233,7 +252,9 @@ def test_predictions_do_not_depend_on_the_order_of_the_patches():
     visible, masked = torch.randperm(4, generator=generator), torch.randperm(12, generator=generator)
     again = torch.cat([order[:, :4][:, visible], order[:, 4:][:, masked]], 1)
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, visible]], 1)
-    torch.testing.assert_close(decoder(shuffled, again), decoder(tokens, order)[:, masked], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        decoder(shuffled, again), decoder(tokens, order)[:, masked], atol=1e-12, rtol=0
+    )
 
 
 def test_positions_are_fixed_sines_with_zero_for_cls():
@@ -244,7 +265,9 @@ def test_positions_are_fixed_sines_with_zero_for_cls():
     ):
         table = torch.stack([sines(*divmod(patch, SIDE), width) for patch in range(16)])
         torch.testing.assert_close(positions, table, atol=1e-7, rtol=0)
-    assert not method.backbone.pos_embed[0, 0].any() and "student.decoder.positions" not in method.state_dict()
+    assert (
+        not method.backbone.pos_embed[0, 0].any() and "student.decoder.positions" not in method.state_dict()
+    )
 
 
 def test_linear_layers_start_as_xaviers():
@@ -253,7 +276,9 @@ def test_linear_layers_start_as_xaviers():
     student = MAE(load_config(None, TINY)).student
     layers = [m for m in student.modules() if isinstance(m, nn.Linear)]
     assert len(layers) == 2 * 4 + 1 * 4 + 2
-    for weight in [layer.weight for layer in layers] + [student["backbone"].patch_embed.proj.weight.flatten(1)]:
+    for weight in [layer.weight for layer in layers] + [
+        student["backbone"].patch_embed.proj.weight.flatten(1)
+    ]:
         bound = (6 / sum(weight.shape)) ** 0.5
         assert 0.97 * bound < weight.abs().max() <= bound
     assert not any(layer.bias.any() for layer in layers)
@@ -264,7 +289,7 @@ def test_linear_layers_start_as_xaviers():
     assert not torch.equal(before, student["decoder"].pixels.weight)
 
 
-# --- recipe --------------------------------------------------------------------------------------------------
+# --- recipe -----------------------------------------------------------------------------------------------
 
 RECIPE = {  # MAE's Table 8 and A.1, and its code (PRETRAIN.md, main_pretrain.py, models_mae.py)
     "optim.epochs": 800,
@@ -303,8 +328,14 @@ def test_the_recipe(size):
     config = load_config(ROOT / f"configs/pretrain/mae_vit{size}16.yaml")
     assert {key: flat(config)[key] for key in RECIPE} == RECIPE
     protocol = run_protocol(config, IMAGENET)
-    assert protocol.name == "mae-800ep" and protocol.full and config.optim.batch_size % config.step.accumulate == 0
-    assert scaled_lr(config.optim.base_lr, config.optim.batch_size, config.optim.lr_rule) == pytest.approx(2.4e-3)
+    assert (
+        protocol.name == "mae-800ep"
+        and protocol.full
+        and config.optim.batch_size % config.step.accumulate == 0
+    )
+    assert scaled_lr(config.optim.base_lr, config.optim.batch_size, config.optim.lr_rule) == pytest.approx(
+        2.4e-3
+    )
     crops, color = config.view_settings().crops, config.view_settings().color
     assert effective_epochs(800, crops.n_global, crops.n_local, crops.global_px, crops.local_px) == 800
     assert color.jitter_p == color.grayscale_p == 0 and color.blur_p == color.solarize_p == (0, 0, 0)
@@ -314,7 +345,9 @@ def test_the_recipe(size):
     student = find_method("mae")(config).student
     n = {name: sum(p.numel() for p in module.parameters()) for name, module in student.items()}
     width = {"s": 384, "b": 768}[size]
-    assert n["backbone"] == {"s": 21_665_664, "b": 85_798_656}[size]  # timm's vit_{small,base}_patch16_224 without classes
+    assert (
+        n["backbone"] == {"s": 21_665_664, "b": 85_798_656}[size]
+    )  # timm's vit_{small,base}_patch16_224 without classes
     block = 12 * 512**2 + 13 * 512
     assert n["decoder"] == (width + 1) * 512 + 512 + 8 * block + 2 * 512 + 513 * 768
 
@@ -344,7 +377,7 @@ def test_local_crops_are_said_to_have_no_effect():
         load_config("mae-800ep")
 
 
-# --- runs ----------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -384,7 +417,9 @@ def test_steps_on_one_batch_lower_its_loss():
 
 def test_micro_batches_give_the_loss_of_the_batch(tmp_path, photos):
     """float64: losses and tensors of two and four micro-batches after 6 steps are the whole batch's."""
-    runs = [run(tmp_path, photos, f"run{n}", "run.precision=float64", f"step.accumulate={n}") for n in (1, 2, 4)]
+    runs = [
+        run(tmp_path, photos, f"run{n}", "run.precision=float64", f"step.accumulate={n}") for n in (1, 2, 4)
+    ]
     assert differences(runs[0], runs[1], 6) == differences(runs[0], runs[2], 6) == []
 
 
@@ -408,7 +443,8 @@ def test_two_ranks_equal_one(tmp_path, photos, parallel):
 
 
 def test_what_a_run_leaves(tmp_path, photos):
-    """The trained encoder: it builds, starts another run and goes into a detector; the result, its protocol."""
+    """The trained encoder: it builds, starts another run and goes into a detector; the result, its
+    protocol."""
     for part in ("train/a", "train/b", "val/a", "val/b"):
         write_photos(tmp_path / "labeled" / part, n=3, seed=len(part) + ord(part[-1]))
     words = [
@@ -420,7 +456,9 @@ def test_what_a_run_leaves(tmp_path, photos):
     folder = run(tmp_path, photos, "run", "log.tensorboard=true", "log.images_every=2", *words)
     result, path = read_result(folder), folder / "backbone.safetensors"
     assert (result.method, result.effective_epochs) == ("mae", pytest.approx(3 * (64 / 224) ** 2, abs=0.01))
-    assert {"loss", "pixels", "grad_norm", "probe/knn_top1"} <= set(result.metrics) and not result.protocol.full
+    assert {"loss", "pixels", "grad_norm", "probe/knn_top1"} <= set(
+        result.metrics
+    ) and not result.protocol.full
     assert result.protocol.name == "mae-800ep" and result.protocol.deviations["mae.decoder_width"] == [
         512,
         32,
@@ -444,7 +482,9 @@ def test_what_a_run_leaves(tmp_path, photos):
     features = detection_features(detector.eval(), x, FeatureOptions())
     assert features.shape == (2, 192, 5, 7) and torch.equal(features, vit.eval().feature_map(x))
     (features.square().sum() + features.sum()).backward()
-    assert detector.pos_embed.requires_grad and detector.pos_embed.grad.any()  # in fine-tuning positions learn, as MAE's do
+    assert (
+        detector.pos_embed.requires_grad and detector.pos_embed.grad.any()
+    )  # in fine-tuning positions learn, as MAE's do
 
 
 def test_loader_and_method_agree_on_the_masks(tmp_path, photos):

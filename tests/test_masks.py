@@ -65,24 +65,34 @@ class Scripted:
 @pytest.mark.parametrize("row, column", [(0, 0), (7, 7), (14, 3), (2, 14)])
 def test_a_short_cross_keeps_the_cells_near_its_center(row, column, keep_first):
     rows, columns = np.indices((15, 15))
-    on_cross, distance = (rows == row) | (columns == column), np.maximum(abs(rows - row), abs(columns - column))
+    on_cross, distance = (
+        (rows == row) | (columns == column),
+        np.maximum(abs(rows - row), abs(columns - column)),
+    )
     for target in range(1, 29):
-        mask = cross_mask((15, 15), target, Scripted((row + 0.5) / 15, (column + 0.5) / 15, 0.49 if keep_first else 0.5))
+        mask = cross_mask(
+            (15, 15), target, Scripted((row + 0.5) / 15, (column + 0.5) / 15, 0.49 if keep_first else 0.5)
+        )
         assert mask.sum() == target and not (mask & ~on_cross).any()
         if target < 29:
             last = distance[mask].max()
             assert last <= distance[on_cross & ~mask].min()
-            tied = np.flatnonzero(on_cross & (distance == last))  # of equally far cells, the first or the last in reading order
+            tied = np.flatnonzero(
+                on_cross & (distance == last)
+            )  # of equally far cells, the first or the last in reading order
             kept = int(mask.flat[tied].sum())
             assert mask.flat[tied[:kept] if keep_first else tied[len(tied) - kept :]].all()
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 7), (4, 9)])
 def test_no_side_is_preferred(grid):
-    """Every number u against 1 - u: places and the choice between ties are mirrored, and the mask is turned by 180 degrees."""
+    """Every number u against 1 - u: places and the choice between ties are mirrored, and the mask is
+    turned by 180 degrees."""
     cut = 0
     for target in range(1, grid[0] * grid[1], 3):
-        drawn = [(target * k * k + k) % 101 or 50 for k in range(1, 100)]  # of 101, a prime: u times a side is never whole
+        drawn = [
+            (target * k * k + k) % 101 or 50 for k in range(1, 100)
+        ]  # of 101, a prime: u times a side is never whole
         one, other = Scripted(*(n / 101 for n in drawn)), Scripted(*((101 - n) / 101 for n in drawn))
         assert (cross_mask(grid, target, one) == cross_mask(grid, target, other)[::-1, ::-1]).all()
         assert len(one.numbers) == len(other.numbers)
@@ -97,26 +107,36 @@ def test_only_a_mask_that_is_cut_draws_between_ties():
 
 
 @pytest.mark.parametrize(
-    "number, ring", [(0.0, ((8, 10), (8, 11), (9, 9), (9, 12))), (0.9, ((10, 9), (10, 12), (11, 10), (11, 11)))]
+    "number, ring",
+    [(0.0, ((8, 10), (8, 11), (9, 9), (9, 12))), (0.9, ((10, 9), (10, 12), (11, 10), (11, 11)))],
 )
 def test_the_last_of_two_thick_crosses_is_cut_at_its_own_far_cells(number, ring):
-    """By hand: the first cross at rows 2-3 and columns 4-5 stands whole (52 cells); of the second, those nearest to (9.5, 10.5)."""
+    """By hand: the first cross at rows 2-3 and columns 4-5 stands whole (52 cells); of the second, those
+    nearest to (9.5, 10.5)."""
     mask = cross_mask((14, 14), 60, Scripted(2.5 / 13, 4.5 / 13, 9.5 / 13, 10.5 / 13, number))
     rows, columns = np.indices((14, 14))
     first = np.isin(rows, (2, 3)) | np.isin(columns, (4, 5))
     assert (mask & first).sum() == first.sum() == 52 and mask.sum() == 60
     second = mask & ~first
     expected = np.zeros((14, 14), dtype=bool)
-    expected[9:11, 10:12] = True  # at distance 1/2; then half the ring at 3/2, in reading order from its start or its end
+    expected[9:11, 10:12] = (
+        True  # at distance 1/2; then half the ring at 3/2, in reading order from its start or its end
+    )
     for row, column in ring:
         expected[row, column] = True
     assert (second == expected).all()
 
 
 def test_boxes_by_hand():
-    """Of 25 patches: 4 + 21 * 13/21 = 17 at aspect 1 is a box of 4 x 4; then 4 + 5 = 9 of the 9 left over, 3 x 3."""
+    """Of 25 patches: 4 + 21 * 13/21 = 17 at aspect 1 is a box of 4 x 4; then 4 + 5 = 9 of the 9 left over,
+    3 x 3."""
     size, square = 13 / 21, 0.5
-    first = [size, square, 3.5 / 11, 6.5 / 11]  # at row 3 and column 6, of the 11 places each that a side of 4 has in 14
+    first = [
+        size,
+        square,
+        3.5 / 11,
+        6.5 / 11,
+    ]  # at row 3 and column 6, of the 11 places each that a side of 4 has in 14
     second = [1.0, square, 10.5 / 12, 0.5 / 12]
     mask = box_mask(GRID, 25, MaskSettings(), Scripted(*first, *second))
     expected = np.zeros(GRID, dtype=bool)
@@ -128,7 +148,9 @@ def test_boxes_by_hand():
 
 def test_the_rest_beyond_the_boxes_is_single_free_patches():
     """No box fits a grid of one row: all patches come from the top-up, each as likely as any other."""
-    seen = np.stack([box_mask((1, 12), 5, MaskSettings(), np.random.default_rng(seed))[0] for seed in range(2000)])
+    seen = np.stack(
+        [box_mask((1, 12), 5, MaskSettings(), np.random.default_rng(seed))[0] for seed in range(2000)]
+    )
     assert (seen.sum(1) == 5).all() and abs(seen.mean(0) - 5 / 12).max() < 0.05
 
 
@@ -183,9 +205,9 @@ def test_targets_and_kinds_by_hand():
     rng = np.random.default_rng(0)
     assert draw_targets(0, 196, (0.1, 0.5), rng) == []
     assert draw_targets(2, 10, (0.2, 0.2), rng) == [2, 2]
-    assert sorted(draw_kinds(3, 2, MaskSettings(content_share=0.5, position_share=0.25), rng)) == ["content"] * 3 + ["none"] * 2 + [
-        "position"
-    ]
+    assert sorted(draw_kinds(3, 2, MaskSettings(content_share=0.5, position_share=0.25), rng)) == [
+        "content"
+    ] * 3 + ["none"] * 2 + ["position"]
 
 
 def test_a_rank_draws_its_rows_of_the_global_batch():
@@ -220,11 +242,19 @@ def test_maes_masks_hide_147_of_196_patches_of_every_crop(n_images):
 def test_random_masks_are_patches_of_the_smallest_numbers():
     numbers = [0.9, 0.2, 0.8, 0.1, 0.7, 0.3]
     assert random_mask((2, 3), 3, Scripted(*numbers)).tolist() == [[False, True, False], [True, False, True]]
-    assert mask_of_shape("random", (2, 3), 2, MAE, Scripted(*numbers)).ravel().tolist() == [False, True, False, True, False, False]
+    assert mask_of_shape("random", (2, 3), 2, MAE, Scripted(*numbers)).ravel().tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_every_patch_and_every_pair_of_patches_is_masked_as_often_as_any_other():
-    """3,000 masks of 9 of 12 patches: shares 3/4 and 9 * 8 / (12 * 11), each within five standard deviations."""
+    """3,000 masks of 9 of 12 patches: shares 3/4 and 9 * 8 / (12 * 11), each within five standard
+    deviations."""
     masks = draw_masks(3000, 1, (3, 4), MAE, (11, 3, 0)).content.double()
     pairs = masks.T @ masks / len(masks)  # [N, N], the shares of single patches on the diagonal
     expected = torch.full((12, 12), 72 / 132, dtype=torch.float64).fill_diagonal_(0.75)
@@ -234,6 +264,9 @@ def test_every_patch_and_every_pair_of_patches_is_masked_as_often_as_any_other()
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
 def test_every_rank_draws_its_rows_of_random_masks(n_ranks):
     whole, size = draw_masks(8, 1, GRID, MAE, (1, 3, 2)), 8 // n_ranks
-    parts = [draw_masks(8, 1, GRID, MAE, (1, 3, 2), slice(rank * size, rank * size + size)) for rank in range(n_ranks)]
+    parts = [
+        draw_masks(8, 1, GRID, MAE, (1, 3, 2), slice(rank * size, rank * size + size))
+        for rank in range(n_ranks)
+    ]
     assert torch.equal(torch.cat([part.content for part in parts]), whole.content)
     assert not torch.equal(draw_masks(8, 1, GRID, MAE, (1, 3, 3)).content, whole.content)

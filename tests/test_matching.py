@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evaluation.dense.matching import UNMATCHED, class_ious, count_pairs, greedy, hungarian, mean_iou, named_ious
+from pretrain.evaluation.dense.matching import (
+    UNMATCHED,
+    class_ious,
+    count_pairs,
+    greedy,
+    hungarian,
+    mean_iou,
+    named_ious,
+)
 from pretrain.evaluation.segmentation import mean_iou as probe_mean_iou
 
 
@@ -52,13 +60,17 @@ def test_hungarian_is_the_best_of_all_permutations(seed):
     best = max(sum(ious_by_pixels(clusters, labels, order, 4)) for order in permutations(range(4)))
     assert sorted(assignment.tolist()) == [0, 1, 2, 3]
     assert class_ious(matrix, assignment).sum().item() == pytest.approx(best)
-    assert class_ious(matrix, assignment).tolist() == pytest.approx(ious_by_pixels(clusters, labels, assignment, 4))
+    assert class_ious(matrix, assignment).tolist() == pytest.approx(
+        ious_by_pixels(clusters, labels, assignment, 4)
+    )
 
 
 def test_what_is_largest_is_the_iou_not_the_pixels():
     matrix = torch.tensor([[50, 45], [6, 0]])
     ious = {order: mean_iou(matrix, torch.tensor(order)) for order in ((0, 1), (1, 0))}
-    assert ious[0, 1] == pytest.approx(100 * 50 / 101 / 2) and ious[1, 0] == pytest.approx(100 * (45 / 95 + 6 / 56) / 2)
+    assert ious[0, 1] == pytest.approx(100 * 50 / 101 / 2) and ious[1, 0] == pytest.approx(
+        100 * (45 / 95 + 6 / 56) / 2
+    )
     assert ious[1, 0] > ious[0, 1] and hungarian(matrix).tolist() == [1, 0]
     matrix = torch.tensor([[52, 45], [6, 0]])
     assert hungarian(matrix).tolist() == [1, 0]  # 52 pixels against 51
@@ -72,7 +84,9 @@ def test_of_unequal_numbers_the_rest_is_unmatched(n_clusters, n_classes):
     matched = assignment[assignment != UNMATCHED]
     assert len(matched) == len(matched.unique()) == min(n_clusters, n_classes)
     found = class_ious(matrix, assignment)
-    assert found.tolist() == pytest.approx(ious_by_pixels(clusters, labels, assignment, n_classes))  # the unmatched predict nothing
+    assert found.tolist() == pytest.approx(
+        ious_by_pixels(clusters, labels, assignment, n_classes)
+    )  # the unmatched predict nothing
     unserved = [c for c in range(n_classes) if c not in matched.tolist()]
     assert found[unserved].tolist() == [0.0] * len(unserved)
 

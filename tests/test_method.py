@@ -14,7 +14,12 @@ from pretrain.methods.intertwined import Intertwined
 from pretrain.methods.method import Progress
 from pretrain.trainer import Length, Trainer
 
-BASELINE = ["positions.encoding=standard", "positions.grid=4", "positions.interpolation=dinov2", "positions.augment=false"]
+BASELINE = [
+    "positions.encoding=standard",
+    "positions.grid=4",
+    "positions.interpolation=dinov2",
+    "positions.augment=false",
+]
 BASELINE += ["masks.position_share=0.0", "losses.position=0.0"]
 
 
@@ -49,7 +54,9 @@ def double_method(config):
     method = Intertwined(config).double()
     with torch.no_grad():  # teacher and student apart, LayerScale and mask tokens of a size that can be seen
         for i, p in enumerate(method.parameters()):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) * 0.1)
+            p.copy_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) * 0.1
+            )
     return method
 
 
@@ -61,7 +68,9 @@ def test_the_students_unmasked_input_is_the_teachers(folder):
     boxes, flips = batch.views.globals
     teacher, grid = method.teacher["backbone"].embed(batch.global_crops, boxes, flips)
     masks = batch.masks
-    student, _ = method.student["backbone"].embed(batch.global_crops, boxes, flips, masks.content, masks.position)
+    student, _ = method.student["backbone"].embed(
+        batch.global_crops, boxes, flips, masks.content, masks.position
+    )
     assert grid == (4, 4) and masks.content.any() and masks.position.any()
     masked = masks.content | masks.position
     same = (student[:, 3:] == teacher[:, 3:]).all(-1)
@@ -69,7 +78,9 @@ def test_the_students_unmasked_input_is_the_teachers(folder):
     assert torch.equal(student[:, :3], teacher[:, :3])
 
 
-@pytest.mark.parametrize("extra", [[], BASELINE, ["losses.centering=sinkhorn_knopp"]], ids=["method", "baseline", "sinkhorn"])
+@pytest.mark.parametrize(
+    "extra", [[], BASELINE, ["losses.centering=sinkhorn_knopp"]], ids=["method", "baseline", "sinkhorn"]
+)
 def test_a_steps_loss_is_equation_6(folder, extra):
     """The terms restated with loops over views and patches from the networks' own outputs."""
     config = settings(folder, "run.precision=float64", "backbone.drop_path=0.0", *extra)
@@ -95,7 +106,9 @@ def test_a_steps_loss_is_equation_6(folder, extra):
     all_cls = teacher["image"](torch.cat([t.cls for t in tokens_t]))
     all_cls = distribution(all_cls, centers["image"], 0.04).split(n_images)
     pairs = [(t, s) for t in range(2) for s in range(len(crops)) if s != t]
-    image = sum(cross_entropy(student["image"](tokens_s[s].cls).logits, all_cls[t], 0.1).mean() for t, s in pairs) / len(pairs)
+    image = sum(
+        cross_entropy(student["image"](tokens_s[s].cls).logits, all_cls[t], 0.1).mean() for t, s in pairs
+    ) / len(pairs)
     torch.testing.assert_close(terms["image"], image)
     koleo = sum(koleo_loss(tokens_s[v].cls) for v in range(2))
     torch.testing.assert_close(terms["koleo"], koleo)
@@ -108,7 +121,9 @@ def test_a_steps_loss_is_equation_6(folder, extra):
         loss, row = 0.0, 0
         for crop in range(2 * n_images):
             for patch in mask[crop].nonzero().flatten().tolist():
-                loss = loss + cross_entropy(logits[crop, patch], probabilities[row], 0.1) / mask[crop].sum() / (2 * n_images)
+                loss = loss + cross_entropy(logits[crop, patch], probabilities[row], 0.1) / mask[
+                    crop
+                ].sum() / (2 * n_images)
                 row += 1
         torch.testing.assert_close(terms[kind], loss)
         total = total + loss
@@ -123,7 +138,11 @@ def test_every_trainable_parameter_has_a_gradient(folder, extra):
     method = Intertwined(config)
     batch = first_batch(config)
     loss_of(method, batch).total.backward()
-    without = [name for name, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    without = [
+        name
+        for name, p in method.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert without == []
     assert all(p.grad is None for p in method.teacher.parameters())
     assert (method.student["backbone"].pos_mask_token.grad is None) == (extra == BASELINE)
@@ -134,7 +153,9 @@ def test_centers_follow_the_teacher_one_step_behind(folder):
     method, batch = Intertwined(config), first_batch(config)
     boxes, flips = batch.views.globals
     with torch.no_grad():
-        logits = method.teacher["image"](method.teacher["backbone"](batch.global_crops, boxes, flips).cls).logits
+        logits = method.teacher["image"](
+            method.teacher["backbone"](batch.global_crops, boxes, flips).cls
+        ).logits
     first = loss_of(method, batch).terms["image"]
     assert not method.center_image.any()  # until the step is done
     assert method.after_step(progress_at()) == {"teacher_momentum": config.optim.teacher_momentum}
@@ -174,7 +195,8 @@ def test_parts_of_a_batch_equal_the_whole(folder, extra):
 
 
 def test_koleo_sees_the_same_dropped_paths_in_both_of_its_passes(folder):
-    """The pass without gradient, over the global crops alone, gives the [CLS] of the packed pass over all crops."""
+    """The pass without gradient, over the global crops alone, gives the [CLS] of the packed pass over all
+    crops."""
     config = settings(folder, "run.precision=float64", "backbone.drop_path=0.5")
     trainer, batch = trainer_of(config), first_batch(config, torch.float64)
 
@@ -212,7 +234,9 @@ def test_a_step_that_is_not_finite_can_be_skipped(folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
     assert logs.scheduled.keys() == {"lr", "weight_decay"}  # nothing followed the step: no teacher moved
     trainer.step([batch])
-    assert trainer.n_skipped == 1 and not torch.equal(trainer.tensors()["method.center_image"], before["method.center_image"])
+    assert trainer.n_skipped == 1 and not torch.equal(
+        trainer.tensors()["method.center_image"], before["method.center_image"]
+    )
 
 
 def test_the_same_sample_is_drawn_at_a_position_whatever_the_order(folder):
@@ -220,7 +244,9 @@ def test_the_same_sample_is_drawn_at_a_position_whatever_the_order(folder):
     a, b = build_dataset(config), build_dataset(config)
     for position in (7, 0, 3):
         one, two = a[position], b[position]
-        assert torch.equal(one.global_crops, two.global_crops) and torch.equal(one.views.boxes, two.views.boxes)
+        assert torch.equal(one.global_crops, two.global_crops) and torch.equal(
+            one.views.boxes, two.views.boxes
+        )
     assert not torch.equal(a[1].views.boxes, a[7].views.boxes)
     order = [a.order.image(p) for p in range(12)]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]

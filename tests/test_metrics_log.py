@@ -1,4 +1,5 @@
-"""Logs: lines that a resume cuts and continues, TensorBoard read back, W&B by a stand-in, speed and progress by a clock of ours."""
+"""Logs: lines that a resume cuts and continues, TensorBoard read back, W&B by a stand-in, speed and
+progress by a clock of ours."""
 
 import io
 import json
@@ -61,7 +62,9 @@ def test_tensorboard_holds_scalars_and_pictures(tmp_path):
     (image,) = events.Images("images/views")
     from PIL import Image
 
-    assert image.step == 7 and np.array_equal(np.array(Image.open(io.BytesIO(image.encoded_image_string))), PICTURE)
+    assert image.step == 7 and np.array_equal(
+        np.array(Image.open(io.BytesIO(image.encoded_image_string))), PICTURE
+    )
 
 
 class FakeWandb(types.ModuleType):
@@ -98,7 +101,9 @@ def test_wandb_gets_everything_and_a_resume_goes_on_in_the_same_run(tmp_path, mo
         log.write("probes", start_iter, {"probe/knn_top1": 50.0})
         log.images(start_iter, {"views": PICTURE})
         log.close()
-    one = dict(project="birds", resume="allow", name="run", dir=str(tmp_path / "run"), config={"run": {"seed": 1}})
+    one = dict(
+        project="birds", resume="allow", name="run", dir=str(tmp_path / "run"), config={"run": {"seed": 1}}
+    )
     assert fake.inits == [{**one, "id": None}, {**one, "id": "run7"}] and fake.finished == 2
     assert fake.logged[:3] == [
         (0, {"metrics/loss": 2.0}),
@@ -113,7 +118,9 @@ def test_without_wandb_the_key_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"log\.wandb='birds'.*pip install wandb"):
         MetricsLog(tmp_path, 0, False, wandb="birds")
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refuses="api_key not configured\nlog in"))
-    with pytest.raises(UserError, match=r"log\.wandb='birds': api_key not configured \(WANDB_MODE=offline") as error:
+    with pytest.raises(
+        UserError, match=r"log\.wandb='birds': api_key not configured \(WANDB_MODE=offline"
+    ) as error:
         MetricsLog(tmp_path, 0, False, wandb="birds")
     assert "\n" not in str(error.value)
     MetricsLog(tmp_path, 0, False).close()  # not asked for, not needed
@@ -141,9 +148,17 @@ def test_speed_is_of_the_last_iterations_and_forgets_the_first():
     ticks(speed, clock, *[10.0] * (metrics_log.WARM_ITERS - 1))
     assert speed.img_per_s > 0
     ticks(speed, clock, 2.0, waited=0.5)
-    assert speed.img_per_s == pytest.approx(4.0) and speed.data_wait == pytest.approx(0.25) and speed.eta_s(10) == pytest.approx(20)
+    assert (
+        speed.img_per_s == pytest.approx(4.0)
+        and speed.data_wait == pytest.approx(0.25)
+        and speed.eta_s(10) == pytest.approx(20)
+    )
     ticks(speed, clock, *[1.0] * metrics_log.WINDOW_ITERS)
-    assert speed.img_per_s == pytest.approx(8.0) and speed.data_wait == 0 and len(speed.window) == metrics_log.WINDOW_ITERS + 1
+    assert (
+        speed.img_per_s == pytest.approx(8.0)
+        and speed.data_wait == 0
+        and len(speed.window) == metrics_log.WINDOW_ITERS + 1
+    )
 
 
 def test_pauses_are_not_the_trainings_speed_but_take_their_time():
@@ -163,8 +178,16 @@ def test_words():
     clock = Clock()
     speed = Speed(8, clock)
     ticks(speed, clock, *[2.0] * 9, waited=0.1)
-    text = describe({"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0}, ["image", "content", "koleo"], speed, CPU)
-    assert text == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
+    text = describe(
+        {"loss": 3.25, "image": 3.0, "koleo": 0.25, "grad_norm": 7.0},
+        ["image", "content", "koleo"],
+        speed,
+        CPU,
+    )
+    assert (
+        text
+        == f"loss 3.250 (image 3.000, koleo 0.250)  4.0 img/s  data wait 5%  process {peak_memory_gb(CPU):.1f} GB"
+    )
     text = describe({"loss": 3.25, "pixels": 3.25, "image": 1.0, "grad_norm": 7.0}, ["pixels"], speed, CPU)
     assert text.startswith("loss 3.250 (pixels 3.250)  ")
     assert 0.05 < peak_memory_gb(CPU) < 200
@@ -194,5 +217,9 @@ def test_a_terminal_shows_a_bar_with_the_numbers_below(monkeypatch):
     line.update(601, "never shown: less than a second later", eta_s=3720.0)
     line.close()
     shown = file.getvalue()
-    assert "600/1000" in shown and "1 h 02 min left" in shown and "loss 1.234 (image 1.000, content 0.234)" in shown
+    assert (
+        "600/1000" in shown
+        and "1 h 02 min left" in shown
+        and "loss 1.234 (image 1.000, content 0.234)" in shown
+    )
     assert "never shown" not in shown

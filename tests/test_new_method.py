@@ -72,15 +72,23 @@ def finished(folder):
     return folder / "tool", pretrain(*words_of(folder, folder / "tool"))
 
 
-# --- the method itself ------------------------------------------------------------------------------------------------
+# --- the method itself ------------------------------------------------------------------------------------
 
 
 def test_it_is_one_short_file_that_nothing_else_names():
     assert METHOD.read_text().count("\n") <= 150
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    product = [ROOT / name for name in tracked if name.endswith((".py", ".yaml", ".cfg")) and not name.startswith("tests/")]
+    product = [
+        ROOT / name
+        for name in tracked
+        if name.endswith((".py", ".yaml", ".cfg")) and not name.startswith("tests/")
+    ]
     assert len(product) > 100
-    naming = [path.name for path in product if path.is_file() and "simclr_method" in path.read_text(encoding="utf-8")]
+    naming = [
+        path.name
+        for path in product
+        if path.is_file() and "simclr_method" in path.read_text(encoding="utf-8")
+    ]
     assert naming == []
 
 
@@ -143,7 +151,7 @@ def test_steps_on_one_batch_lower_its_loss(folder, tmp_path):
     assert losses[-1] < 0.5 * losses[0], losses
 
 
-# --- its run ----------------------------------------------------------------------------------------------------------
+# --- its run ----------------------------------------------------------------------------------------------
 
 
 def test_the_tool_trains_it_and_logs_its_own_losses(finished):
@@ -159,7 +167,9 @@ def test_the_tool_trains_it_and_logs_its_own_losses(finished):
 def test_it_is_probed_while_it_trains(finished):
     output, _ = finished
     probes = [json.loads(line) for line in (output / "probes.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in probes] == [1, 3, 5] and all(0 <= line["probe/knn_top1"] <= 100 for line in probes)
+    assert [line["iteration"] for line in probes] == [1, 3, 5] and all(
+        0 <= line["probe/knn_top1"] <= 100 for line in probes
+    )
     assert read_result(output).metrics["probe/knn_top1"] == probes[-1]["probe/knn_top1"]
 
 
@@ -202,7 +212,9 @@ def test_it_goes_on_where_its_file_was_moved(folder, tmp_path):
 
 
 def test_another_run_starts_from_its_networks(folder, finished, tmp_path):
-    output = run(folder, tmp_path / "run", f"run.init_from={finished[0]}", "optim.epochs=1", "optim.warmup_epochs=0")
+    output = run(
+        folder, tmp_path / "run", f"run.init_from={finished[0]}", "optim.epochs=1", "optim.warmup_epochs=0"
+    )
     assert lines_of(output)[0]["loss"] < lines_of(finished[0])[0]["loss"]
     assert read_result(output).protocol.deviations["run.init_from"] == ["from scratch", "tool"]
 
@@ -226,7 +238,14 @@ def test_it_stands_in_the_table_and_in_the_report(finished, tmp_path, capsys):
     assert result.effective_epochs == pytest.approx(3 * 2 * (64 / 224) ** 2, abs=0.01)
     load_tool("make_table").main([str(output), "--format", "md"])
     table = capsys.readouterr().out.partition("**Pre-training runs**")[2].strip().splitlines()
-    cells = dict(zip(*([cell.strip("| *").replace("\\", "") for cell in line.split(" | ")] for line in (table[0], table[2]))))
+    cells = dict(
+        zip(
+            *(
+                [cell.strip("| *").replace("\\", "") for cell in line.split(" | ")]
+                for line in (table[0], table[2])
+            )
+        )
+    )
     assert cells["method"] == "simclr" and cells["protocol"].startswith("simclr_method, scaled down (")
     assert float(cells["info_nce"]) == pytest.approx(result.metrics["info_nce"], rel=1e-2)
     load_tool("make_report").main([str(output), "--output", str(tmp_path / "report.html")])
@@ -239,7 +258,10 @@ def test_its_backbone_is_one_of_ours_and_is_exported(finished, tmp_path, capsys)
     file = finished[0] / "backbone.safetensors"
     vit = build_backbone("vit_tiny_patch16", weights=file)
     trained = tensors_of(finished[0])
-    assert all(torch.equal(value, trained[f"method.student.backbone.{key}"]) for key, value in vit.state_dict().items())
+    assert all(
+        torch.equal(value, trained[f"method.student.backbone.{key}"])
+        for key, value in vit.state_dict().items()
+    )
     assert read_checkpoint(file).provenance["method"] == "simclr"
     out = tmp_path / "timm"
     words = ["--weights", str(file), "--format", "timm", "--size", "64", "--output", str(out)]
@@ -250,11 +272,14 @@ def test_its_backbone_is_one_of_ours_and_is_exported(finished, tmp_path, capsys)
 
 @pytest.fixture(scope="module")
 def shared_out(folder):
-    """One process alone, with micro-batches, and two ranks, replicated and sharded: float64, no dropped path."""
+    """One process alone, with micro-batches, and two ranks, replicated and sharded: float64, no dropped
+    path."""
     run(folder, folder / "one", *EXACT)
     run(folder, folder / "micro", *EXACT, "step.accumulate=2")
     by_rule = {rule: [*EXACT, f"step.parallel={rule}", "step.accumulate=2"] for rule in ("ddp", "fsdp2")}
-    train_on_ranks(2, folder, [(str(CONFIG), words_of(folder, folder / rule, *words)) for rule, words in by_rule.items()])
+    train_on_ranks(
+        2, folder, [(str(CONFIG), words_of(folder, folder / rule, *words)) for rule, words in by_rule.items()]
+    )
     return folder
 
 

@@ -13,8 +13,8 @@ from pretrain.errors import UserError
 from pretrain.results.renamed import PRETRAINING, deviation
 from pretrain.settings import differences
 
-# Every config of configs/pretrain at that commit: what it changes in the default.yaml of then; the recipe and the
-# deviations that the result of its run named.
+# Every config of configs/pretrain at that commit: what it changes in the default.yaml of then; the recipe and
+# the deviations that the result of its run named.
 OLD = json.loads(Path(__file__).with_name("old_configs.json").read_text())
 START = "start.pth"  # of every post-training
 IMAGES = {"intertwined": 1_281_167, "paka": 118_287}
@@ -44,7 +44,9 @@ def test_a_saved_config_equals_todays_of_its_name(name, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     assert load_config(tmp_path / "config.yaml") == now
     changed = load_config(tmp_path / "config.yaml", ["optim.epochs=3", "run.leaves=student"])
-    assert set(differences(now, changed)) <= {"optim.epochs", "run.export_network"} and changed.optim.epochs == 3
+    assert (
+        set(differences(now, changed)) <= {"optim.epochs", "run.export_network"} and changed.optim.epochs == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,9 @@ def test_every_old_word_still_means_its_key():
         "log.checkpoint_period_it": ("11", 11),
         "log.pictures_period_it": ("12", 12),
     }
-    config = load_config(None, [f"backbone.weights={START}", *(f"{key}={text}" for key, (text, _) in values.items())])
+    config = load_config(
+        None, [f"backbone.weights={START}", *(f"{key}={text}" for key, (text, _) in values.items())]
+    )
     for key, (_, value) in values.items():
         held = config
         for name in deviation(key).split("."):
@@ -93,7 +97,9 @@ def test_every_old_word_still_means_its_key():
         assert held == value, key
     groups = {old: new for old, new in PRETRAINING.items() if "." not in old}
     assert groups == {"colour": "color", "dense": "alignment"}
-    named = {old for old in PRETRAINING if old not in groups} - {"color.grey_p"}  # of colour, when that is color already
+    named = {old for old in PRETRAINING if old not in groups} - {
+        "color.grey_p"
+    }  # of colour, when that is color already
     assert named <= set(values)
 
 

@@ -21,7 +21,9 @@ def needs(package):
 
 
 STOPPED = [
-    pytest.param(name.removesuffix("_stopped"), marks=[mark for package in packages for mark in needs(package)])
+    pytest.param(
+        name.removesuffix("_stopped"), marks=[mark for package in packages for mark in needs(package)]
+    )
     for name, (_, packages) in old_runs.RESUMED.items()
 ]
 FINISHED = [param for param in STOPPED if param.values != ("posttrain",)]
@@ -37,12 +39,16 @@ def test_a_stopped_run_goes_on_to_its_end(run, root):
     group, folder = f"resumed_{run}", root / f"{run}_stopped"
     found = old_runs.resumed(root, folder.name)
     if not safety_net.is_exact(group):
-        warnings.warn(f"another machine than the record's: compared to {safety_net.TOLERANCE:g}", stacklevel=1)
+        warnings.warn(
+            f"another machine than the record's: compared to {safety_net.TOLERANCE:g}", stacklevel=1
+        )
     assert not safety_net.differences(group, found)
     log = old_runs.log_of(folder)
     assert len([line for line in log if "loss" in line]) == 4
     result, backbone = read_result(folder), read_result(root / "pretrain_finished")
-    kind = {"pretrain": "pretrain", "posttrain": "pretrain", "segmentation": "segmentation"}.get(run, "detection")
+    kind = {"pretrain": "pretrain", "posttrain": "pretrain", "segmentation": "segmentation"}.get(
+        run, "detection"
+    )
     assert result.kind == kind and result.protocol.deviations
     if kind == "pretrain":
         assert (folder / "backbone.safetensors").is_file()
@@ -51,7 +57,9 @@ def test_a_stopped_run_goes_on_to_its_end(run, root):
 
 
 def contents(folder):
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("run", FINISHED)
@@ -65,7 +73,11 @@ def test_a_finished_run_is_left_as_it_is(run, root):
 def test_a_finished_pre_training_gives_its_backbone_and_a_start(root):
     folder = root / "pretrain_finished"
     vit = build_backbone("vit_tiny_patch16", folder / "backbone.safetensors")
-    assert (len(vit.blocks), vit.model_kwargs["pos_encoding"], vit.model_kwargs["pos_grid"]) == (1, "field", 20)
+    assert (len(vit.blocks), vit.model_kwargs["pos_encoding"], vit.model_kwargs["pos_grid"]) == (
+        1,
+        "field",
+        20,
+    )
     output = root / "new"
     old_runs.start_from(folder, output)
     assert read_result(output).protocol.deviations["run.init_from"] == ["from scratch", "pretrain_finished"]
@@ -102,4 +114,8 @@ def test_old_results_stand_in_the_tables(root):
             text = render_all(tables_of(results, layout), format)
             assert "scaled down" in text and "intertwined" in text
     text = render_all(tables_of(results), "md")
-    assert "coco-12ep, scaled down" in text and "ade20k-160k, scaled down" in text and "Pre-training runs" in text
+    assert (
+        "coco-12ep, scaled down" in text
+        and "ade20k-160k, scaled down" in text
+        and "Pre-training runs" in text
+    )

@@ -1,4 +1,5 @@
-"""One file flows: the same ``backbone.safetensors`` in every consumer gives the same features for the same pixels."""
+"""One file flows: the same ``backbone.safetensors`` in every consumer gives the same features for the same
+pixels."""
 
 import importlib.util
 
@@ -12,18 +13,24 @@ from pretrain.errors import UserError
 from pretrain.weights import save_backbone
 
 NAME = "vit_tiny_patch16"
-needs_detectron2 = pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed")
+needs_detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
+)
 
 
 @pytest.fixture(params=["field", "standard"])
 def file(request, tmp_path):
     """A backbone with everything that a consumer could lose: registers, LayerScale, final norm, positions."""
-    model = build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, pos_encoding=request.param, mask_tokens=True)
+    model = build_backbone(
+        NAME, depth=2, n_registers=3, layerscale=0.5, pos_encoding=request.param, mask_tokens=True
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return save_backbone(tmp_path / "backbone.safetensors", model.state_dict(), name=NAME, model_kwargs=model.model_kwargs)
+    return save_backbone(
+        tmp_path / "backbone.safetensors", model.state_dict(), name=NAME, model_kwargs=model.model_kwargs
+    )
 
 
 @pytest.fixture
@@ -87,7 +94,9 @@ def test_mmseg(file, x):
 
 
 @pytest.mark.parametrize("edit, named", [("missing", "blocks.1.ls2.gamma"), ("left over", "surprise")])
-@pytest.mark.parametrize("consumer", ["torchvision", pytest.param("detectron2", marks=needs_detectron2), "mmseg"])
+@pytest.mark.parametrize(
+    "consumer", ["torchvision", pytest.param("detectron2", marks=needs_detectron2), "mmseg"]
+)
 def test_a_tensor_too_few_or_too_many_is_named(file, consumer, edit, named):
     model = build_backbone(NAME, weights=file)
     state = dict(model.state_dict())

@@ -1,4 +1,5 @@
-"""The CPU path's pixels: each operation against torchvision's on the same parameters, and bytes on their way to a step."""
+"""The CPU path's pixels: each operation against torchvision's on the same parameters, and bytes on their
+way to a step."""
 
 import numpy as np
 import pytest
@@ -12,13 +13,26 @@ from pretrain.views.batch import Batch
 from pretrain.views.boxes import CropSettings, PositionSettings, draw_views
 from pretrain.views.color import OPERATIONS, Color, ColorSettings, draw_colors
 from pretrain.views.masks import MaskSettings, draw_masks
-from pretrain.views.pixels import ADJUST, MEAN, STD, apply_color, blur, crop_resize, normalize, render, solarize, to_gray
+from pretrain.views.pixels import (
+    ADJUST,
+    MEAN,
+    STD,
+    apply_color,
+    blur,
+    crop_resize,
+    normalize,
+    render,
+    solarize,
+    to_gray,
+)
 
 
 def picture(height=90, width=120, seed=0):
     """Smooth colors and noise side by side, [H, W, 3] uint8: every hue, gray, black and white."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     image = np.array(coarse)
     image[: height // 3] = rng.integers(0, 256, (height // 3, width, 3), dtype=np.uint8)
     image[-10:, :10], image[-10:, 10:20], image[-10:, 20:30] = 0, 255, 128
@@ -36,7 +50,9 @@ def levels_apart(ours, theirs):
     return np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
 
 
-@pytest.mark.parametrize("box", [(0, 0, 120, 90), (11, 7, 101, 83), (40, 30, 52, 41), (5, 5, 115, 9), (50, 0, 51, 1)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 120, 90), (11, 7, 101, 83), (40, 30, 52, 41), (5, 5, 115, 9), (50, 0, 51, 1)]
+)
 @pytest.mark.parametrize("size", [32, 64])
 def test_crop_and_resize_is_torchvisions(box, size):
     image = picture()
@@ -45,28 +61,41 @@ def test_crop_and_resize_is_torchvisions(box, size):
     for flip in (False, True):
         ours = crop_resize(image, box, flip, size)
         assert ours.dtype == np.uint8 and ours.shape == (size, size, 3) and ours.flags.c_contiguous
-        expected = on_tensors.resized_crop(planes(image), top, left, bottom - top, right - left, [size, size], cubic, True)
+        expected = on_tensors.resized_crop(
+            planes(image), top, left, bottom - top, right - left, [size, size], cubic, True
+        )
         assert levels_apart(ours, expected.flip(-1) if flip else expected) <= 1
-        pil = on_pil.resized_crop(Image.fromarray(image), top, left, bottom - top, right - left, [size, size], cubic)
+        pil = on_pil.resized_crop(
+            Image.fromarray(image), top, left, bottom - top, right - left, [size, size], cubic
+        )
         assert levels_apart(ours, on_pil.hflip(pil) if flip else pil) <= 1
 
 
 def test_resized_bytes_are_near_the_exact_sum():
-    """Within 1.1 levels of float64: weights and the bytes between the axes are rounded. (These clip noise that overshoots.)"""
+    """Within 1.1 levels of float64: weights and the bytes between the axes are rounded. (These clip noise
+    that overshoots.)"""
     image = blur(blur(picture(), 2.0, 9), 2.0, 9)
     for size in (32, 64, 160):
-        exact = F.interpolate(planes(image).double()[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 255)
+        exact = F.interpolate(planes(image).double()[None], (size, size), mode="bicubic", antialias=True)[
+            0
+        ].clamp(0, 255)
         assert levels_apart(crop_resize(image, (0, 0, 120, 90), False, size), exact) <= 1.1
 
 
 @pytest.mark.parametrize("operation", range(4), ids=OPERATIONS)
 def test_jitter_is_torchvisions(operation):
-    """Exact to rounding (of the gray image, too) against torchvision's floats; one level against its bytes, and PIL's.
+    """Exact to rounding (of the gray image, too) against torchvision's floats; one level against its bytes,
+    and PIL's.
 
-    PIL's hue is coarser, for its HSV has eight bits a channel: the smooth part of the image is then within 16 levels.
+    PIL's hue is coarser, for its HSV has eight bits a channel: the smooth part of the image is then within 16
+    levels.
     """
     image, name = picture(), f"adjust_{OPERATIONS[operation]}"
-    for factor in (-0.5, -0.1, -0.03, 0, 0.04, 0.1, 0.5) if OPERATIONS[operation] == "hue" else (0, 0.6, 0.83, 1, 1.2, 1.4):
+    for factor in (
+        (-0.5, -0.1, -0.03, 0, 0.04, 0.1, 0.5)
+        if OPERATIONS[operation] == "hue"
+        else (0, 0.6, 0.83, 1, 1.2, 1.4)
+    ):
         ours = ADJUST[operation](image, factor)
         assert ours.dtype == np.uint8 and ours.shape == image.shape
         exact = getattr(on_tensors, name)(planes(image).double() / 255, factor) * 255
@@ -84,7 +113,10 @@ def test_blur_is_torchvisions(sigma):
     image = picture()
     exact = on_tensors.gaussian_blur(planes(image).double(), [9, 9], [sigma, sigma])
     assert levels_apart(blur(image, sigma, 9), exact) <= 0.51
-    assert levels_apart(blur(image, sigma, 9), on_tensors.gaussian_blur(planes(image), [9, 9], [sigma, sigma])) <= 1
+    assert (
+        levels_apart(blur(image, sigma, 9), on_tensors.gaussian_blur(planes(image), [9, 9], [sigma, sigma]))
+        <= 1
+    )
 
 
 def test_gray_and_solarize_are_torchvisions():
@@ -113,25 +145,43 @@ def test_a_whole_color_is_torchvisions(order):
 
 def test_rendering_is_crop_then_color():
     image, rule = picture(), ColorSettings()
-    views = draw_views(np.array([[90, 120]]), CropSettings(n_local=3), PositionSettings(), [np.random.default_rng(1)])
+    views = draw_views(
+        np.array([[90, 120]]), CropSettings(n_local=3), PositionSettings(), [np.random.default_rng(1)]
+    )
     colors = draw_colors(5, 2, rule, [np.random.default_rng(2)])
     global_crops, local_crops = render(image, views, colors, rule, global_px=48, local_px=32)
-    assert global_crops.shape == (2, 3, 48, 48) and local_crops.shape == (3, 3, 32, 32) and local_crops.dtype == torch.uint8
+    assert (
+        global_crops.shape == (2, 3, 48, 48)
+        and local_crops.shape == (3, 3, 32, 32)
+        and local_crops.dtype == torch.uint8
+    )
     for view, (crop, color) in enumerate(zip([*global_crops, *local_crops], colors.rows(0))):
-        box = [round(side * length) for side, length in zip(views.boxes[0, view].tolist(), (120, 90, 120, 90))]
-        expected = apply_color(crop_resize(image, tuple(box), bool(views.flips[0, view]), crop.shape[1]), color, rule)
+        box = [
+            round(side * length) for side, length in zip(views.boxes[0, view].tolist(), (120, 90, 120, 90))
+        ]
+        expected = apply_color(
+            crop_resize(image, tuple(box), bool(views.flips[0, view]), crop.shape[1]), color, rule
+        )
         assert np.array_equal(crop.permute(1, 2, 0).numpy(), expected)
-    none = draw_views(np.array([[90, 120]]), CropSettings(n_local=0), PositionSettings(), [np.random.default_rng(1)])
+    none = draw_views(
+        np.array([[90, 120]]), CropSettings(n_local=0), PositionSettings(), [np.random.default_rng(1)]
+    )
     assert render(image, none, colors, rule, global_px=48, local_px=32)[1].shape == (0, 3, 32, 32)
 
 
 def test_bytes_are_normalized_on_the_way_to_the_step():
-    """A batch of bytes becomes exactly what normalizing its crops beforehand would give, in any memory layout."""
+    """A batch of bytes becomes exactly what normalizing its crops beforehand would give, in any memory
+    layout."""
     generator = torch.Generator().manual_seed(0)
-    channels_last = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    channels_last = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(
+        0, 3, 1, 2
+    )
     planar = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator)
     views = draw_views(
-        np.array([[90, 120]] * 2), CropSettings(n_local=1), PositionSettings(), [np.random.default_rng(i) for i in (0, 1)]
+        np.array([[90, 120]] * 2),
+        CropSettings(n_local=1),
+        PositionSettings(),
+        [np.random.default_rng(i) for i in (0, 1)],
     )
     batch = Batch(channels_last, planar, views, draw_masks(2, 2, (2, 2), MaskSettings(), (0,)))
     mean, std = torch.tensor(MEAN).view(3, 1, 1) * 255, torch.tensor(STD).view(3, 1, 1) * 255

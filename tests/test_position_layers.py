@@ -1,4 +1,5 @@
-"""The position probe layer by layer: against the training's probe, plain restatements, and networks whose answer is known."""
+"""The position probe layer by layer: against the training's probe, plain restatements, and networks whose
+answer is known."""
 
 import csv
 import json
@@ -63,14 +64,22 @@ def test_the_last_layer_is_the_probe_of_the_training(model_kwargs):
     got = {f"probe/position_{name}": value for name, value in hidden[-1].scores[0]._asdict().items()}
     assert got == expected
     assert hidden[-1].scores[1] != hidden[-1].scores[0] and hidden[-1].std("error") > 0
-    assert not backbone.blocks[0]._forward_hooks and not backbone.blocks[0]._forward_pre_hooks and not backbone.norm._forward_hooks
+    assert (
+        not backbone.blocks[0]._forward_hooks
+        and not backbone.blocks[0]._forward_pre_hooks
+        and not backbone.norm._forward_hooks
+    )
 
 
 @pytest.mark.parametrize("shape", ["cross", "box"])
 def test_every_layer_equals_a_plain_restatement(shape):
     backbone, images = vit(n_registers=1), images_of(12, 48, 80)
     masks = draw_masks(12, (3, 5), shape, draw=1)
-    assert masks.shape == (12, 15) and masks.sum(1).tolist() == [8] * 12 and not torch.equal(masks, draw_masks(12, (3, 5), shape))
+    assert (
+        masks.shape == (12, 15)
+        and masks.sum(1).tolist() == [8] * 12
+        and not torch.equal(masks, draw_masks(12, (3, 5), shape))
+    )
     with frozen(backbone):
         told: list[int] = []
         scores = position_layers(features_of(backbone), images, draws=2, shape=shape, tell=told.append)
@@ -86,7 +95,10 @@ def test_every_layer_equals_a_plain_restatement(shape):
     for score in scores:
         x = layers[score.layer][:, 2:].double().numpy()
         mask = masks.numpy() == (score.patches == "hidden")
-        rows = [[(x[n, p], place[p]) for n in range(part, 12, 2) for p in range(15) if mask[n, p]] for part in (0, 1)]
+        rows = [
+            [(x[n, p], place[p]) for n in range(part, 12, 2) for p in range(15) if mask[n, p]]
+            for part in (0, 1)
+        ]
         (x, y), (x_test, y_test) = (map(np.array, zip(*part)) for part in rows)
         std = np.where(x.std(0) > 1e-6, x.std(0), 1)
         error = Ridge(alpha=24).fit((x - x.mean(0)) / std, y).predict((x_test - x.mean(0)) / std) - y_test
@@ -112,12 +124,20 @@ def planted(**model_kwargs):
 
 def test_places_that_features_hold_linearly_are_read_exactly():
     levels = torch.arange(8).repeat_interleave(16).to(torch.uint8) * 30
-    ramps = torch.stack([levels.expand(128, 128), levels.view(-1, 1).expand(128, 128), torch.full((128, 128), 9).to(torch.uint8)])
+    ramps = torch.stack(
+        [
+            levels.expand(128, 128),
+            levels.view(-1, 1).expand(128, 128),
+            torch.full((128, 128), 9).to(torch.uint8),
+        ]
+    )
     backbone = planted(pos_encoding="none")
     with frozen(backbone):
         scores = position_layers(features_of(backbone), ramps.expand(200, -1, -1, -1), draws=1)
     for score in scores:
-        assert score.mean("r2") == pytest.approx(1, abs=1e-5) and score.mean("error") < 1e-3  # the ridge shrinks a little
+        assert (
+            score.mean("r2") == pytest.approx(1, abs=1e-5) and score.mean("error") < 1e-3
+        )  # the ridge shrinks a little
 
 
 def test_places_that_only_the_position_holds_are_read_where_it_was_given_and_not_where_it_was_hidden():
@@ -134,13 +154,17 @@ def test_places_that_only_the_position_holds_are_read_where_it_was_given_and_not
             if score.patches == "given":
                 assert score.mean("r2") == pytest.approx(1, abs=1e-5)
             else:
-                assert abs(score.mean("r2")) < 0.01 and score.mean("error") == pytest.approx(score.mean("chance"), rel=0.01)
+                assert abs(score.mean("r2")) < 0.01 and score.mean("error") == pytest.approx(
+                    score.mean("chance"), rel=0.01
+                )
 
 
 def test_what_stands_for_a_hidden_position():
     backbone = vit()
     learned = backbone.pos_mask_token.clone()
-    assert hide_with(backbone, "auto", True, (2, 3)) == "token" and torch.equal(backbone.pos_mask_token, learned)
+    assert hide_with(backbone, "auto", True, (2, 3)) == "token" and torch.equal(
+        backbone.pos_mask_token, learned
+    )
     assert hide_with(backbone, "auto", False, (2, 3)) == "mean"
     torch.testing.assert_close(backbone.pos_mask_token[0], backbone.positions((2, 3))[0].mean(0))
     assert hide_with(backbone, "zero", True, (2, 3)) == "zero" and not backbone.pos_mask_token.any()
@@ -167,14 +191,19 @@ def test_mean_and_deviation_over_the_draws():
     )
     figure = layers_figure([*csv_rows("a $ b", "mean", scores), *csv_rows("c", "token", scores)])
     lines = [line for line in figure.axes[0].lines if line.get_label() == r"a \$ b"]
-    np.testing.assert_allclose(lines[0].get_ydata(), [s.mean("error") for s in scores if s.patches == "hidden"], atol=1e-6)
+    np.testing.assert_allclose(
+        lines[0].get_ydata(), [s.mean("error") for s in scores if s.patches == "hidden"], atol=1e-6
+    )
 
 
 @pytest.fixture
 def weights(tmp_path):
     """Ours with a token; patches of 14 and no [CLS]; no positions at all."""
     write_photos(tmp_path / "photos", n=6)
-    kinds = {"ours": dict(mask_tokens=True, pos_encoding="field", pos_grid=7), "fourteen": dict(patch_size=14, has_cls=False)}
+    kinds = {
+        "ours": dict(mask_tokens=True, pos_encoding="field", pos_grid=7),
+        "fourteen": dict(patch_size=14, has_cls=False),
+    }
     kinds |= {"none": dict(pos_encoding="none")}
     files = []
     for name, model_kwargs in kinds.items():
@@ -182,28 +211,60 @@ def weights(tmp_path):
         said = {"method": "same <b>" if name != "none" else "other", "effective_epochs": 350}
         file = tmp_path / name / "backbone.safetensors"
         files.append(
-            save_backbone(file, backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs, provenance=said)
+            save_backbone(
+                file,
+                backbone.state_dict(),
+                name="vit_tiny_patch16",
+                model_kwargs=backbone.model_kwargs,
+                provenance=said,
+            )
         )
     return files
 
 
 def test_the_tool(tmp_path, weights, capsys):
     tool, out = load_tool("probe_position"), tmp_path / "out"
-    rest = ["--images", str(tmp_path / "photos"), "--output", str(out), "--size", "64", "--draws", "2", "--device", "cpu"]
+    rest = [
+        "--images",
+        str(tmp_path / "photos"),
+        "--output",
+        str(out),
+        "--size",
+        "64",
+        "--draws",
+        "2",
+        "--device",
+        "cpu",
+    ]
     tool.main(["--weights", *map(str, weights), *rest])
     said = capsys.readouterr().out
-    assert "hidden positions are replaced by the token" in said and "replaced by the mean" in said and "none to hide" in said
+    assert (
+        "hidden positions are replaced by the token" in said
+        and "replaced by the mean" in said
+        and "none to hide" in said
+    )
     with open(out / "position_layers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     labels = ["same <b>, ours", "same <b>, fourteen", "other"]
     assert list(dict.fromkeys(row["checkpoint"] for row in rows)) == labels
-    assert [row["hidden_by"] for row in rows if row["after"] == "norm" and row["patches"] == "hidden"] == ["token", "mean", "none"]
+    assert [row["hidden_by"] for row in rows if row["after"] == "norm" and row["patches"] == "hidden"] == [
+        "token",
+        "mean",
+        "none",
+    ]
     ours = [row for row in rows if row["checkpoint"] == labels[0]]
     assert [row["after"] for row in ours] == ["embedding", "block 1", "norm"] * 2
     results = [read_result(file) for file in (out / s.folder for s in open_models(weights))]
-    assert [result.backbone for result in results] == ["vit_tiny_patch16"] * 3 and len({r.config_hash for r in results}) == 2
+    assert [result.backbone for result in results] == ["vit_tiny_patch16"] * 3 and len(
+        {r.config_hash for r in results}
+    ) == 2
     first = results[0]
-    assert first.kind == "analysis" and first.method == "same <b>" and first.effective_epochs == 350 and first.weights_hash
+    assert (
+        first.kind == "analysis"
+        and first.method == "same <b>"
+        and first.effective_epochs == 350
+        and first.weights_hash
+    )
     assert first.protocol.deviations == {"size": [224, 64], "draws": [3, 2]} and first.metrics["images"] == 6
     assert results[1].protocol.deviations["size"] == [224, 70]
     assert f"{first.metrics['position_r2']:.6f}" == ours[2]["r2"]
@@ -211,9 +272,15 @@ def test_the_tool(tmp_path, weights, capsys):
     assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 30
     assert "<svg" in (out / "figures" / "position_layers.svg").read_text()
 
-    before = (out / "position_layers.csv").read_bytes(), (out / "figures" / "position_layers.svg").read_bytes()
+    before = (
+        (out / "position_layers.csv").read_bytes(),
+        (out / "figures" / "position_layers.svg").read_bytes(),
+    )
     tool.main(["--weights", *map(str, weights), *rest])
-    assert ((out / "position_layers.csv").read_bytes(), (out / "figures" / "position_layers.svg").read_bytes()) == before
+    assert (
+        (out / "position_layers.csv").read_bytes(),
+        (out / "figures" / "position_layers.svg").read_bytes(),
+    ) == before
     assert capsys.readouterr().out.count("measured before") == 3
 
 
@@ -229,7 +296,16 @@ def test_the_tool(tmp_path, weights, capsys):
     ],
 )
 def test_the_tools_errors(tmp_path, weights, extra, said):
-    rest = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out"), "--size", "64", "--device", "cpu"]
+    rest = [
+        "--images",
+        str(tmp_path / "photos"),
+        "--output",
+        str(tmp_path / "out"),
+        "--size",
+        "64",
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(UserError, match=said) as error:
         load_tool("probe_position").main(["--weights", str(weights[1]), *rest, *extra])
     assert "\n" not in str(error.value)
@@ -249,7 +325,9 @@ def test_checkpoints_are_named_apart(weights, tmp_path):
         open_models(weights, names=["x"])
     (of_run,) = open_models([weights[0].parent], source="posfield", patch_px=8)
     assert (
-        of_run.path == weights[0] and of_run.build().patch_size == of_run.patch_px == 8 and of_run.build().pos_encoding == "field"
+        of_run.path == weights[0]
+        and of_run.build().patch_size == of_run.patch_px == 8
+        and of_run.build().pos_encoding == "field"
     )
     with pytest.raises(UserError, match="none of"):
         open_models(weights, source="nobody")
@@ -265,13 +343,22 @@ def test_checkpoints_are_named_apart(weights, tmp_path):
     assert not open_models([drawn])[0].has_token
     assert [s.label for s in open_models([drawn, drawn])] == ["d, #1", "d, #2"]  # its name would tell nothing
     assert [s.has_token for s in subjects] == [True, True, False] and not subjects[0].build().training
-    assert subjects[2].build(mask_tokens=True).model_kwargs["mask_tokens"] and not subjects[2].build().model_kwargs["mask_tokens"]
+    assert (
+        subjects[2].build(mask_tokens=True).model_kwargs["mask_tokens"]
+        and not subjects[2].build().model_kwargs["mask_tokens"]
+    )
     subjects[0].write(tmp_path / "r", "p", {"a": (1, 1)}, {"m": 1.0}, 0.0)
     assert subjects[0].found(tmp_path / "r", "p", {"a": (1, 1)}).metrics == {"m": 1.0}
-    assert not subjects[0].found(tmp_path / "r", "p", {"a": (1, 2)}) and not subjects[2].found(tmp_path / "r", "p", {"a": (1, 1)})
+    assert not subjects[0].found(tmp_path / "r", "p", {"a": (1, 2)}) and not subjects[2].found(
+        tmp_path / "r", "p", {"a": (1, 1)}
+    )
     assert not replace(subjects[0], patch_px=8).found(tmp_path / "r", "p", {"a": (1, 1)})
     content = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert content["protocol"]["full"] and math.isfinite(content["wall_time_s"]) and content["peak_memory_mib"] > 0
+    assert (
+        content["protocol"]["full"]
+        and math.isfinite(content["wall_time_s"])
+        and content["peak_memory_mib"] > 0
+    )
 
 
 def test_progress_stops_where_something_is_left(capsys):
@@ -288,7 +375,19 @@ def test_progress_stops_where_something_is_left(capsys):
 
 def test_folders_of_any_labels(weights):
     (one,) = open_models(weights[:1])
-    labels = ["a", "a b", "a_b", "..", "", "x" * 200, "x" * 201, "ä", '<script>alert("1")</script>\n../../figures']
+    labels = [
+        "a",
+        "a b",
+        "a_b",
+        "..",
+        "",
+        "x" * 200,
+        "x" * 201,
+        "ä",
+        '<script>alert("1")</script>\n../../figures',
+    ]
     folders = [replace(one, label=label).folder for label in labels]
-    assert len(set(folders)) == len(labels) and folders[0] == "checkpoints/a" and folders[2] == "checkpoints/a_b"
+    assert (
+        len(set(folders)) == len(labels) and folders[0] == "checkpoints/a" and folders[2] == "checkpoints/a_b"
+    )
     assert all(re.fullmatch(r"checkpoints/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,80}", folder) for folder in folders)

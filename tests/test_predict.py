@@ -1,4 +1,5 @@
-"""A detector on one's own images: both engines alike, the results' file, the images, and what cannot be read."""
+"""A detector on one's own images: both engines alike, the results' file, the images, and what cannot be
+read."""
 
 import importlib
 import importlib.util
@@ -38,7 +39,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run folder of the torchvision engine, and its model; the weights are random, of ordinary size everywhere."""
+    """A run folder of the torchvision engine, and its model; the weights are random, of ordinary size
+    everywhere."""
     folder, model = tmp_path_factory.mktemp("runs") / "torchvision", detector(**FLAGS).eval()
     run = DetectionRun(TINY, None, data, folder, SMALL, device="cpu", model_kwargs=FLAGS)
     split = read_split(data, "train", num_classes=3, training=True)
@@ -113,7 +115,9 @@ def test_both_engines_find_the_same(trained, data, tmp_path):
             pair = [p["segmentation"] for p in (mine, reference)]
             masks = [coco_api().mask.decode(rle).astype(bool) for rle in pair]
             assert (masks[0] != masks[1]).sum() <= 2  # a probability at 1/2 may fall either way
-    load_tool("visualize_det").main(["--run", str(tmp_path), "--data", str(data), "--images", "1001", "--device", "cpu"])
+    load_tool("visualize_det").main(
+        ["--run", str(tmp_path), "--data", str(data), "--images", "1001", "--device", "cpu"]
+    )
     assert (tmp_path / "figures" / "val_1.png").is_file()
 
 
@@ -127,28 +131,48 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
     for _ in range(2):
         predict(trained, "--images", images, "--output", output, "--min-score", 0.002)
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1].endswith(f"objects in 5 images, 2 skipped: {output / 'predictions.json'}")
+    assert said.out.splitlines()[-1].endswith(
+        f"objects in 5 images, 2 skipped: {output / 'predictions.json'}"
+    )
     assert "cut.jpg: " in said.err and "empty.png: empty file" in said.err and "notes.txt" not in said.err
     coco = coco_api().COCO(str(output / "predictions.json"))
     names = {image["file_name"]: (image["width"], image["height"]) for image in coco.dataset["images"]}
-    assert names == {"a.jpg": (60, 90), **dict.fromkeys(["a.png", "alpha.png", "gray.png", "sub/a.jpg"], (90, 60))}
+    assert names == {
+        "a.jpg": (60, 90),
+        **dict.fromkeys(["a.png", "alpha.png", "gray.png", "sub/a.jpg"], (90, 60)),
+    }
     assert {c["id"]: c["name"] for c in coco.dataset["categories"]} == CATEGORIES
     assert len(coco.anns) > 20 and min(a["score"] for a in coco.anns.values()) >= 0.002
     for annotation in coco.anns.values():
         image = coco.imgs[annotation["image_id"]]
         assert annotation["segmentation"]["size"] == [image["height"], image["width"]]
         assert annotation["area"] == coco.annToMask(annotation).sum() and annotation["iscrowd"] == 0
-    pictures = sorted(path.relative_to(output / "pictures").as_posix() for path in (output / "pictures").rglob("*.*"))
+    pictures = sorted(
+        path.relative_to(output / "pictures").as_posix() for path in (output / "pictures").rglob("*.*")
+    )
     assert pictures == ["a.jpg", "a.png.jpg", "alpha.png.jpg", "gray.png.jpg", "sub/a.jpg"]
     assert cv2.imread(str(output / "pictures" / "a.jpg")).shape == (640, 427, 3)  # enlarged, upright
 
 
 def test_predictions_of_files(trained, images, tmp_path):
     output = tmp_path / "out"
-    predict(trained, "--images", images / "a.png", images / "sub", "--output", output, "--no-pictures", "--min-score", 1)
+    predict(
+        trained,
+        "--images",
+        images / "a.png",
+        images / "sub",
+        "--output",
+        output,
+        "--no-pictures",
+        "--min-score",
+        1,
+    )
     content = json.loads((output / "predictions.json").read_text())
     names = [image["file_name"] for image in content["images"]]
-    assert names == [(images / "a.png").as_posix(), (images / "sub" / "a.jpg").as_posix()] and content["annotations"] == []
+    assert (
+        names == [(images / "a.png").as_posix(), (images / "sub" / "a.jpg").as_posix()]
+        and content["annotations"] == []
+    )
     assert sorted(path.name for path in output.iterdir()) == ["predictions.json"]
 
 
@@ -181,23 +205,37 @@ def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
     evaluate_folder(folder, data, device="cpu", workers=0)
     tool.main([*base, "--images", "1003,1001", "--min-score", "0.1"])
     assert f"predictions: {folder / 'predictions.json'}" in capsys.readouterr().out
-    same_ids = write_coco(tmp_path / "same")  # the predictions left are of other images, whose ids are those of these
+    same_ids = write_coco(
+        tmp_path / "same"
+    )  # the predictions left are of other images, whose ids are those of these
     shutil.copytree(same_ids / "val2017", same_ids / "train2017", dirs_exist_ok=True)
     shutil.copy(annotation_file(same_ids, "val"), annotation_file(same_ids, "train"))
     tool.main([*base[:2], "--data", str(same_ids), *base[4:], "--split", "train", "--count", "4"])
     assert "predictions: made now" in capsys.readouterr().out
-    val, left = read_split(data, "val", num_classes=3, training=False), json.loads((folder / "predictions.json").read_text())
+    val, left = (
+        read_split(data, "val", num_classes=3, training=False),
+        json.loads((folder / "predictions.json").read_text()),
+    )
     assert tool.are_of(left, val)
-    assert not tool.are_of(left, replace(val, pictures=[replace(picture, height=99) for picture in val.pictures]))
+    assert not tool.are_of(
+        left, replace(val, pictures=[replace(picture, height=99) for picture in val.pictures])
+    )
     captions = json.loads((tmp_path / "captions.json").read_text())
-    assert list(captions) == ["train_1.png", "val_1.png"] and "score 0.1 and more" in captions["val_1.png"]["caption"]
+    assert (
+        list(captions) == ["train_1.png", "val_1.png"]
+        and "score 0.1 and more" in captions["val_1.png"]["caption"]
+    )
     assert all(cv2.imread(str(tmp_path / name)).std() > 10 for name in captions)
     with pytest.raises(UserError, match="has no image '7'"):
         tool.main([*base, "--images", "1001,7"])
     file = annotation_file(write_coco(tmp_path / "other"), "val")
-    file.write_text(file.read_text().replace('"id": 90', '"id": 91').replace('"category_id": 90', '"category_id": 91'))
+    file.write_text(
+        file.read_text().replace('"id": 90', '"id": 91').replace('"category_id": 90', '"category_id": 91')
+    )
     with pytest.raises(UserError, match="has other categories"):
-        tool.main(["--run", str(folder), "--data", str(tmp_path / "other"), "--device", "cpu", "--images", "1001"])
+        tool.main(
+            ["--run", str(folder), "--data", str(tmp_path / "other"), "--device", "cpu", "--images", "1001"]
+        )
 
 
 def test_labels_keep_apart_and_classes_have_their_colors():

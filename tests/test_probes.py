@@ -1,4 +1,5 @@
-"""Online probes: against plain restatements; deterministic; no trace in the backbone or the random state; bad folders by key."""
+"""Online probes: against plain restatements; deterministic; no trace in the backbone or the random state;
+bad folders by key."""
 
 import json
 import math
@@ -40,7 +41,12 @@ CPU = torch.device("cpu")
 
 def tiny_vit(**model_kwargs):
     torch.manual_seed(0)
-    return ViT(**{**dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True), **model_kwargs})
+    return ViT(
+        **{
+            **dict(embed_dim=24, depth=2, num_heads=2, pos_encoding="field", pos_grid=5, mask_tokens=True),
+            **model_kwargs,
+        }
+    )
 
 
 def random_images(n, side=64, seed=0):
@@ -67,8 +73,18 @@ def sets(tmp_path):
 
 
 def config_of(folder, *extra):
-    paths = [f"data.root={folder / 'photos'}", f"probes.knn_root={folder / 'knn'}", f"probes.seg_root={folder / 'ade'}"]
-    rest = ["probes.seg_classes=4", "probes.position=true", "probes.image_px=64", "probes.knn_k=3", "probes.every=5"]
+    paths = [
+        f"data.root={folder / 'photos'}",
+        f"probes.knn_root={folder / 'knn'}",
+        f"probes.seg_root={folder / 'ade'}",
+    ]
+    rest = [
+        "probes.seg_classes=4",
+        "probes.position=true",
+        "probes.image_px=64",
+        "probes.knn_k=3",
+        "probes.every=5",
+    ]
     return load_config(None, last([*TINY, *paths, *rest, *extra]))
 
 
@@ -79,10 +95,16 @@ def probes_of(config):
 def test_squares():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    assert torch.equal(square(pixels, 40, crop=True), image[:, :, 12:52])  # the central square, at its own size
+    assert torch.equal(
+        square(pixels, 40, crop=True), image[:, :, 12:52]
+    )  # the central square, at its own size
     whole = square(pixels, 32, crop=False)
-    expected = F.interpolate(image[None].double(), size=(32, 32), mode="bicubic", antialias=True)[0].clamp(0, 255)
-    assert whole.dtype == torch.uint8 and (whole.double() - expected).abs().max() <= 2  # each of the two passes rounds
+    expected = F.interpolate(image[None].double(), size=(32, 32), mode="bicubic", antialias=True)[0].clamp(
+        0, 255
+    )
+    assert (
+        whole.dtype == torch.uint8 and (whole.double() - expected).abs().max() <= 2
+    )  # each of the two passes rounds
     labels = np.arange(12, dtype=np.int32).reshape(3, 4)
     assert nearest(labels, 2).tolist() == [[1, 3], [9, 11]]
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread("abc", 9) == ["a", "b", "c"]
@@ -95,7 +117,9 @@ def test_features_are_the_plain_forward_pass_in_batches():
     assert [len(part.cls) for part in parts] == [32, 1]
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     plain = backbone((images / 255 - mean) / std, position_mask=mask)
-    torch.testing.assert_close(torch.cat([part.patches for part in parts]), plain.patches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([part.patches for part in parts]), plain.patches, atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(torch.cat([part.cls for part in parts]), plain.cls, atol=1e-5, rtol=1e-5)
 
 
@@ -119,7 +143,9 @@ def test_ridge_equals_scikit_learns():
         moments.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
     std = np.where(x.std(0) > 0, x.std(0), 1)
     oracle = Ridge(alpha=6).fit((x - x.mean(0)) / std, y)
-    np.testing.assert_allclose(ridge(moments)(torch.from_numpy(x)).numpy(), oracle.predict((x - x.mean(0)) / std), atol=1e-10)
+    np.testing.assert_allclose(
+        ridge(moments)(torch.from_numpy(x)).numpy(), oracle.predict((x - x.mean(0)) / std), atol=1e-10
+    )
 
 
 def test_the_discriminant_is_the_bayes_rule_of_one_covariance():
@@ -131,16 +157,24 @@ def test_the_discriminant_is_the_bayes_rule_of_one_covariance():
     scores = discriminant(moments)(torch.from_numpy(x)).numpy()
     z = (x - x.mean(0)) / x.std(0)
     means = {c: z[classes == c].mean(0) for c in (0, 1, 3)}
-    within = sum(np.outer(row - means[c], row - means[c]) for row, c in zip(z, classes)) / 90 + 5 / 90 * np.eye(5)
+    within = sum(
+        np.outer(row - means[c], row - means[c]) for row, c in zip(z, classes)
+    ) / 90 + 5 / 90 * np.eye(5)
     for c, m in means.items():
         w = np.linalg.solve(within, m)
-        np.testing.assert_allclose(scores[:, c], z @ w - 0.5 * m @ w + math.log((classes == c).mean()), atol=1e-9)
+        np.testing.assert_allclose(
+            scores[:, c], z @ w - 0.5 * m @ w + math.log((classes == c).mean()), atol=1e-9
+        )
     assert np.isneginf(scores[:, 2]).all()
 
 
 def test_votes_and_their_chunks():
     g = torch.Generator().manual_seed(0)
-    bank, queries, labels = torch.randn(40, 6, generator=g), torch.randn(15, 6, generator=g), torch.arange(40) % 4
+    bank, queries, labels = (
+        torch.randn(40, 6, generator=g),
+        torch.randn(15, 6, generator=g),
+        torch.arange(40) % 4,
+    )
     votes = knn_votes(bank, labels, queries, 7, 4, chunk=4)
     near = F.cosine_similarity(queries[3], bank, dim=1).topk(7)
     expected = torch.zeros(4).index_add(0, labels[near.indices], (near.values / 0.07).exp())
@@ -178,17 +212,22 @@ def test_mean_iou_equals_a_plain_restatement():
 
 
 def test_segmentation_equals_a_plain_restatement():
-    """All images at once, no bank stride, one confusion from arrays: the same two numbers as the probe that goes by batches."""
+    """All images at once, no bank stride, one confusion from arrays: the same two numbers as the probe
+    that goes by batches."""
     backbone, rng = tiny_vit(patch_size=8).eval(), np.random.default_rng(0)
     coarse = torch.from_numpy(rng.integers(0, 4, (45, 4, 4)))
     labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
     labels[:, :, :3] = 0
     images = (random_images(45, 32) // 2 + 40 * labels[:, None].to(torch.uint8)).contiguous()
-    train, val = (Labeled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45)))
+    train, val = (
+        Labeled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45))
+    )
     probe = SegmentationProbe(train, val, patch_labels(train.labels, 8, 3), 3, k=5)
     with torch.no_grad():
         got = probe(features_of(backbone))
-        x, queries = (next(Features(backbone, CPU, nullcontext())(part)).patches for part in (images[:32], images[35:]))
+        x, queries = (
+            next(Features(backbone, CPU, nullcontext())(part)).patches for part in (images[:32], images[35:])
+        )
         x = torch.cat([x, next(features_of(backbone)(images[32:35])).patches])
     y = patch_labels(train.labels, 8, 3)
     moments = Moments(24, 3, CPU)
@@ -209,7 +248,9 @@ def test_segmentation_of_pictures_of_one_color_is_perfect():
     colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)
     labels = (torch.arange(30) % 3).view(-1, 1, 1).expand(-1, 32, 32)
     images = colors[labels].permute(0, 3, 1, 2).contiguous()
-    train, val = (Labeled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30)))
+    train, val = (
+        Labeled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30))
+    )
     probe = SegmentationProbe(train, val, patch_labels(train.labels, 16, 3), 3, k=8)
     with torch.no_grad():
         got = probe(features_of(tiny_vit()))
@@ -226,42 +267,62 @@ def test_the_position_probe_equals_a_plain_restatement():
         patches = torch.cat([t.patches for t in features_of(backbone)(images, probe.masks)]).double().numpy()
     place = np.array([[(j + 0.5) / 4, (i + 0.5) / 4] for i in range(4) for j in range(4)])
     rows = {
-        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if probe.masks[n, p]] for part in (0, 1)
+        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if probe.masks[n, p]]
+        for part in (0, 1)
     }
-    (x, y), (x_test, y_test) = ((np.array([r[0] for r in rows[p]]), np.array([r[1] for r in rows[p]])) for p in (0, 1))
+    (x, y), (x_test, y_test) = (
+        (np.array([r[0] for r in rows[p]]), np.array([r[1] for r in rows[p]])) for p in (0, 1)
+    )
     oracle = Ridge(alpha=24).fit((x - x.mean(0)) / x.std(0), y)
     error = oracle.predict((x_test - x.mean(0)) / x.std(0)) - y_test
     assert got["probe/position_error"] == pytest.approx(np.linalg.norm(error, axis=1).mean(), rel=1e-6)
-    assert got["probe/position_chance"] == pytest.approx(np.linalg.norm(y_test - y.mean(0), axis=1).mean(), rel=1e-9)
+    assert got["probe/position_chance"] == pytest.approx(
+        np.linalg.norm(y_test - y.mean(0), axis=1).mean(), rel=1e-9
+    )
     total = ((y_test - y.mean(0)) ** 2).sum()
     assert got["probe/position_r2"] == pytest.approx(1 - (error**2).sum() / total, rel=1e-6)
 
 
 def test_the_position_probe_sees_places_only_where_features_hold_them():
-    """Images whose color is the place can be read; the same field without position in the images cannot, for it is masked."""
+    """Images whose color is the place can be read; the same field without position in the images cannot,
+    for it is masked."""
     ramp = torch.linspace(0, 255, 64)
-    place = torch.stack([ramp.expand(64, 64), ramp.view(64, 1).expand(64, 64), torch.full((64, 64), 128.0)]).to(torch.uint8)
+    place = torch.stack(
+        [ramp.expand(64, 64), ramp.view(64, 1).expand(64, 64), torch.full((64, 64), 128.0)]
+    ).to(torch.uint8)
     backbone = tiny_vit(embed_dim=48).eval()
     with torch.no_grad():
         told = PositionProbe.of(place.expand(200, -1, -1, -1).contiguous(), 16)(features_of(backbone))
         untold = PositionProbe.of(random_images(200), 16)(features_of(backbone))
-    assert told["probe/position_r2"] > 0.95 and told["probe/position_error"] < 0.2 * told["probe/position_chance"]
+    assert (
+        told["probe/position_r2"] > 0.95
+        and told["probe/position_error"] < 0.2 * told["probe/position_chance"]
+    )
     assert untold["probe/position_r2"] < 0.2
 
 
 def test_all_probes_leave_no_trace_and_repeat_themselves(sets):
-    probes, backbone = probes_of(config_of(sets)), build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, drop_path=0.5)
+    probes, backbone = (
+        probes_of(config_of(sets)),
+        build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, drop_path=0.5),
+    )
     assert len(probes) == 3
     torch.manual_seed(1)
     np.random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first = probes.run(backbone.train(), CPU)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
-    assert all(part.training for part in backbone.modules()) and all(p.grad is None for p in backbone.parameters())
+    assert all(part.training for part in backbone.modules()) and all(
+        p.grad is None for p in backbone.parameters()
+    )
     seg, position = ["seg_linear_miou", "seg_knn_miou"], ["position_error", "position_chance", "position_r2"]
     assert list(first) == [f"probe/{name}" for name in ("knn_top1", *seg, *position)]
     assert all(isinstance(value, float) and math.isfinite(value) for value in first.values())
-    assert json.dumps(probes.run(backbone, CPU)) == json.dumps(probes_of(config_of(sets)).run(backbone, CPU)) == json.dumps(first)
+    assert (
+        json.dumps(probes.run(backbone, CPU))
+        == json.dumps(probes_of(config_of(sets)).run(backbone, CPU))
+        == json.dumps(first)
+    )
     half = probes.run(backbone, CPU, torch.autocast("cpu", torch.bfloat16))
     assert half["probe/position_chance"] == first["probe/position_chance"]
     double = probes.run(backbone.double(), CPU)
@@ -281,9 +342,15 @@ def test_when_probes_are_due(sets):
 
 def test_a_share_of_each_part(sets):
     train, val = read_classes(str(sets / "knn"), 32, 3, "probes.knn_root")
-    assert train.images.shape == (3, 3, 32, 32) and train.labels.tolist() == [0, 0, 1] and len(val.labels) == 3
+    assert (
+        train.images.shape == (3, 3, 32, 32) and train.labels.tolist() == [0, 0, 1] and len(val.labels) == 3
+    )
     train, val = read_segmentation(str(sets / "ade"), 4, 32, 2, "probes.seg_root")
-    assert train.images.shape == (2, 3, 32, 32) and train.labels.shape == (2, 32, 32) and train.labels.dtype == torch.uint8
+    assert (
+        train.images.shape == (2, 3, 32, 32)
+        and train.labels.shape == (2, 32, 32)
+        and train.labels.dtype == torch.uint8
+    )
     assert train.labels.max() <= 4
 
 
@@ -319,7 +386,9 @@ def test_bad_folders_are_told_at_the_start(sets, spoil, extra, said):
 @pytest.mark.parametrize("extra", ["masks.position_share=0.0", "losses.position=0.0"])
 @pytest.mark.filterwarnings("ignore:config. masks.position_share")
 def test_a_run_that_hides_no_positions_is_not_asked_for_them(sets, extra):
-    with pytest.raises(UserError, match="probes.position=true, but method=intertwined .*; set probes.position=false"):
+    with pytest.raises(
+        UserError, match="probes.position=true, but method=intertwined .*; set probes.position=false"
+    ):
         train(config_of(sets, f"run.output={sets / 'run'}", extra))
     assert not (sets / "run").exists()
 
@@ -335,13 +404,30 @@ def test_a_broken_training_image_is_left_out_of_the_position_probe(sets):
 def test_the_tool_gives_the_same_numbers(sets, capsys):
     backbone = build_backbone("vit_tiny_patch16", depth=2, mask_tokens=True, pos_encoding="field", pos_grid=7)
     weights = save_backbone(
-        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+        sets / "b.safetensors",
+        backbone.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=backbone.model_kwargs,
     )
     roots = ["--knn-root", sets / "knn", "--seg-root", sets / "ade", "--position-root", sets / "photos"]
-    numbers = ["--knn-k", 3, "--seg-classes", 4, "--image-px", 64, "--device", "cpu", "--json", sets / "out" / "probes.json"]
+    numbers = [
+        "--knn-k",
+        3,
+        "--seg-classes",
+        4,
+        "--image-px",
+        64,
+        "--device",
+        "cpu",
+        "--json",
+        sets / "out" / "probes.json",
+    ]
     tool("--weights", weights, *roots, *numbers)
     found = json.loads((sets / "out" / "probes.json").read_text())
-    assert found["metrics"] == probes_of(config_of(sets)).run(backbone, CPU) and found["backbone"] == "vit_tiny_patch16"
+    assert (
+        found["metrics"] == probes_of(config_of(sets)).run(backbone, CPU)
+        and found["backbone"] == "vit_tiny_patch16"
+    )
     assert "probe/knn_top1" in capsys.readouterr().out
 
     with pytest.raises(SystemExit) as ended:
@@ -353,11 +439,18 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
 def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(sets, capsys, encoding):
     plain = build_backbone("vit_tiny_patch16", depth=1, pos_encoding=encoding)
     weights = save_backbone(
-        sets / "plain.safetensors", plain.state_dict(), name="vit_tiny_patch16", model_kwargs=plain.model_kwargs
+        sets / "plain.safetensors",
+        plain.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=plain.model_kwargs,
     )
     numbers = ["--image-px", 64, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--position-root", sets / "photos", *numbers)
-    told = "no positions that could be hidden" if encoding == "none" else "the mean of all positions stands for a hidden one"
+    told = (
+        "no positions that could be hidden"
+        if encoding == "none"
+        else "the mean of all positions stands for a hidden one"
+    )
     assert told in capsys.readouterr().out
     found = json.loads((sets / "probes.json").read_text())["metrics"]
 
@@ -389,7 +482,10 @@ def test_the_tool_probes_other_patch_sizes(sets):
     """14 divides neither crop of the recipe, which the probes have no use for."""
     backbone = build_backbone("vit_tiny_patch16", patch_size=14, depth=1)
     weights = save_backbone(
-        sets / "b.safetensors", backbone.state_dict(), name="vit_tiny_patch16", model_kwargs=backbone.model_kwargs
+        sets / "b.safetensors",
+        backbone.state_dict(),
+        name="vit_tiny_patch16",
+        model_kwargs=backbone.model_kwargs,
     )
     rest = ["--knn-k", 3, "--image-px", 56, "--device", "cpu", "--json", sets / "probes.json"]
     tool("--weights", weights, "--knn-root", sets / "knn", *rest)

@@ -34,11 +34,13 @@ def test_a_short_pretraining_learns(tmp_path, toy_objects, recipe):
 
     Each loss term: the mean of the last 30 iterations is clearly below that of the first 10.
 
-    No collapse: the teacher's distributions leave ln K (not all uniform), their mean stays far from one prototype, and the features
-    keep half of the spread of directions at random, 1 / sqrt(d), at every iteration.
+    No collapse: the teacher's distributions leave ln K (not all uniform), their mean stays far from one
+    prototype, and the features keep half of the spread of directions at random, 1 / sqrt(d), at every
+    iteration.
 
-    k-NN: on held-out photographs, the teacher is above the same backbone before the first iteration by more than two standard
-    errors of a difference of two shares of 600 examples (5.8 points). The recipe was chosen on other data and another seed.
+    k-NN: on held-out photographs, the teacher is above the same backbone before the first iteration by more
+    than two standard errors of a difference of two shares of 600 examples (5.8 points). The recipe was chosen
+    on other data and another seed.
     """
     overrides = [f"data.root={toy_objects / 'train'}", f"run.output={tmp_path / 'run'}", "probes.image_px=96",
                  f"probes.knn_root={toy_objects}", "probes.every=300"]  # fmt: skip
@@ -52,7 +54,9 @@ def test_a_short_pretraining_learns(tmp_path, toy_objects, recipe):
     assert [x["iteration"] for x in lines] == list(range(300))
     curves = {key: np.array([x[key] for x in lines]) for key in lines[0]}
     terms = [t for t in ("image", "content", "position", "koleo") if t in curves]
-    assert terms == (["image", "content", "position", "koleo"] if recipe == "proof" else ["image", "content", "koleo"])
+    assert terms == (
+        ["image", "content", "position", "koleo"] if recipe == "proof" else ["image", "content", "koleo"]
+    )
 
     for term in terms:
         first, last = curves[term][:10].mean(), curves[term][-30:].mean()
@@ -77,7 +81,8 @@ def targets_of(n=3, size=1024):
 
 
 def test_the_full_detection_protocol_steps_at_1024_px():
-    """ViT-S/16, every number of coco-12ep but the batch, one step of the torchvision engine: losses and gradients are finite."""
+    """ViT-S/16, every number of coco-12ep but the batch, one step of the torchvision engine: losses and
+    gradients are finite."""
     vit = build_backbone("vit_small_patch16", pos_encoding="field", layerscale=1e-5, drop_path=0.1)
     model = build_model(vit, protocol("coco-12ep", "vit_small_patch16")).train()
     boxes, labels, masks = targets_of()
@@ -99,11 +104,15 @@ def test_the_full_detection_protocol_steps_in_detectron2():
     from det_plugin.lazy import config
 
     recipe = replace(protocol("coco-12ep", "vit_small_patch16"), amp=False)
-    model = instantiate(config(recipe, "vit_small_patch16", model_kwargs=dict(pos_encoding="field"), device="cpu").model)
+    model = instantiate(
+        config(recipe, "vit_small_patch16", model_kwargs=dict(pos_encoding="field"), device="cpu").model
+    )
     from detectron2.utils.events import EventStorage
 
     boxes, labels, masks = targets_of()
-    objects = Instances((1024, 900), gt_boxes=Boxes(boxes), gt_classes=labels - 1, gt_masks=BitMasks(masks[:, :, :900].bool()))
+    objects = Instances(
+        (1024, 900), gt_boxes=Boxes(boxes), gt_classes=labels - 1, gt_masks=BitMasks(masks[:, :, :900].bool())
+    )
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 1024, 900), dtype=np.uint8))
     with EventStorage():
         losses = model.train()([{"image": image, "instances": objects, "height": 1024, "width": 900}])

@@ -1,4 +1,5 @@
-"""``make test-slow``: dense post-training of a toy backbone, three seeds of three recipes, and what it does to its features."""
+"""``make test-slow``: dense post-training of a toy backbone, three seeds of three recipes, and what it
+does to its features."""
 
 import csv
 import io
@@ -26,35 +27,65 @@ def toy(tmp_path_factory):
     """The demo's images, and a backbone that was pre-trained on them."""
     folder = tmp_path_factory.mktemp("dense")
     write_toy_data(folder / "data", n_images=400, n_train=240, n_val=60, size_px=160, seed=0, overwrite=False)
-    train(load_config("configs/pretrain/toy.yaml", [f"data.root={folder / 'data/images'}", f"run.output={folder / 'start'}"]))
+    train(
+        load_config(
+            "configs/pretrain/toy.yaml",
+            [f"data.root={folder / 'data/images'}", f"run.output={folder / 'start'}"],
+        )
+    )
     return folder
 
 
 def evaluate(toy, weights, output, seed):
     """Linear and in-context segmentation of the toy's labeled images, by the tool: what its result says."""
-    words = ["--weights", str(weights), "--data", str(toy / "data/ade/ADEChallengeData2016"), "--set", "folder"]
+    words = [
+        "--weights",
+        str(weights),
+        "--data",
+        str(toy / "data/ade/ADEChallengeData2016"),
+        "--set",
+        "folder",
+    ]
     words += ["--tasks", "linear", "in_context", "--output", str(output), "--seed", str(seed), *REDUCED]
     load_tool("evaluate_dense").main(words)
     return json.loads((output / "result.json").read_text())
 
 
 def test_dense_post_training_of_a_toy_backbone(toy, capsys):
-    """PaKA, Gram anchoring on the same images and crops, and PaKA with crop-tied positions, three seeds each: the loss falls in
-    every run, every run changes the features, and the table holds mean and standard deviation of what came out, better or worse."""
-    found = {"start": [evaluate(toy, toy / "start/backbone.safetensors", toy / f"out/start_{seed}", seed) for seed in SEEDS]}
+    """PaKA, Gram anchoring on the same images and crops, and PaKA with crop-tied positions, three seeds
+    each: the loss falls in every run, every run changes the features, and the table holds mean and
+    standard deviation of what came out, better or worse."""
+    found = {
+        "start": [
+            evaluate(toy, toy / "start/backbone.safetensors", toy / f"out/start_{seed}", seed)
+            for seed in SEEDS
+        ]
+    }
     for recipe in RECIPES:
         found[recipe] = []
         for seed in SEEDS:
             run = toy / f"{recipe}_{seed}"
-            words = [f"backbone.weights={toy / 'start/backbone.safetensors'}", f"data.root={toy / 'data/images'}"]
-            train(load_config(f"configs/pretrain/{recipe}.yaml", [*words, f"run.output={run}", f"run.seed={seed}"]))
+            words = [
+                f"backbone.weights={toy / 'start/backbone.safetensors'}",
+                f"data.root={toy / 'data/images'}",
+            ]
+            train(
+                load_config(
+                    f"configs/pretrain/{recipe}.yaml", [*words, f"run.output={run}", f"run.seed={seed}"]
+                )
+            )
             losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
             assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3]), f"{recipe}, seed {seed}: {losses}"
-            found[recipe].append(evaluate(toy, run / "backbone.safetensors", toy / f"out/{recipe}_{seed}", seed))
+            found[recipe].append(
+                evaluate(toy, run / "backbone.safetensors", toy / f"out/{recipe}_{seed}", seed)
+            )
 
     for recipe in RECIPES:
         for seed in SEEDS:
-            assert found[recipe][seed]["metrics"]["linear_miou"] != found["start"][seed]["metrics"]["linear_miou"]
+            assert (
+                found[recipe][seed]["metrics"]["linear_miou"]
+                != found["start"][seed]["metrics"]["linear_miou"]
+            )
     load_tool("make_table").main([str(toy / "out"), "--format", "csv"])
     table = capsys.readouterr().out
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO(table[table.index("source,") :]))}

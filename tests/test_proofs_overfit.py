@@ -1,7 +1,8 @@
 """`make test-slow`: both plug-ins learn eight toy images by heart, in minutes on two cores.
 
-Training and validation are the same eight images of :mod:`pretrain.data.toy`, whose objects are at least 48 px high and wide;
-a tiny ViT from random weights, and every augmentation off. What a wrong box code, target, crop or learning rate costs shows here.
+Training and validation are the same eight images of :mod:`pretrain.data.toy`, whose objects are at least 48
+px high and wide; a tiny ViT from random weights, and every augmentation off. What a wrong box code, target,
+crop or learning rate costs shows here.
 """
 
 import json
@@ -36,7 +37,8 @@ DETECTION = dict(
 SEGMENTATION = dict(
     ratio_range=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, drop_path=0.0,
     brightness=0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0,
-    # Crops and windows of one size that fits into each image: what was learned by heart is lost where positions are others.
+    # Crops and windows of one size that fits into each image: what was learned by heart is lost where
+    # positions are others.
     resize_px=(2 * LONG_PX, 2 * SHORT_PX), crop_px=2 * SHORT_PX, slide_crop_px=2 * SHORT_PX, slide_stride_px=LONG_PX,
     num_classes=1 + len(CLASSES), batch_size=4, max_iters=500, val_every=500, warmup_iters=20,
     lr=5e-4, weight_decay=0.0,
@@ -67,7 +69,9 @@ def coco(pictures, tmp_path_factory):
     for image_id, picture in enumerate(pictures, 1):
         height, width = picture.image.shape[:2]
         images.append(dict(id=image_id, file_name=f"{image_id}.png", height=height, width=width))
-        for mask, kind, (x0, y0, x1, y1) in zip(picture.masks, picture.classes, boxes_of(np.stack(picture.masks)).tolist()):
+        for mask, kind, (x0, y0, x1, y1) in zip(
+            picture.masks, picture.classes, boxes_of(np.stack(picture.masks)).tolist()
+        ):
             objects.append(dict(id=len(objects) + 1, image_id=image_id, category_id=kind + 1, iscrowd=0, area=int(mask.sum()),
                                 bbox=[x0, y0, x1 - x0, y1 - y0], segmentation=mask_to_polygons(mask)))  # fmt: skip
     categories = [dict(id=k, name=name) for k, name in enumerate(CLASSES, 1)]
@@ -109,7 +113,9 @@ def test_the_torchvision_engine_learns_eight_pictures(tmp_path, coco):
 
 
 def test_detectron2_learns_eight_pictures(tmp_path, coco):
-    pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)")
+    pytest.importorskip(
+        "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
+    )
     from det_plugin.lazy import train
 
     box_ap, mask_ap = learn_boxes_by_heart(train, coco, tmp_path / "run")
@@ -123,7 +129,9 @@ def test_segmentation_learns_eight_pictures(tmp_path, ade):
     from seg_plugin.run import SegmentationRun, train
 
     recipe = with_overrides(protocol(), SEGMENTATION)
-    run = SegmentationRun(BACKBONE, None, ade, tmp_path / "run", recipe, device="cpu", workers=0, model_kwargs=FLAGS)
+    run = SegmentationRun(
+        BACKBONE, None, ade, tmp_path / "run", recipe, device="cpu", workers=0, model_kwargs=FLAGS
+    )
     metrics = read_result(train(run)).metrics
     reached = f"mIoU {metrics['miou']:.1f}"
     print(reached, metrics["iou"])

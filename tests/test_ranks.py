@@ -11,12 +11,20 @@ from pretrain.config import load_config
 from pretrain.train import train
 from pretrain.weights import read_checkpoint
 
-EXACT = ["run.precision=float64", "backbone.drop_path=0.0", "optim.batch_size=4", "optim.epoch_iters=1", "optim.epochs=5"]
+EXACT = [
+    "run.precision=float64",
+    "backbone.drop_path=0.0",
+    "optim.batch_size=4",
+    "optim.epoch_iters=1",
+    "optim.epochs=5",
+]
 
 
 def pretrain(output, *words, options=()):
     """tools/pretrain.py on two ranks; returns stderr."""
-    return torchrun(2, ROOT / "tools" / "pretrain.py", f"run.output={output}", *last([*TINY, *words]), options=options)
+    return torchrun(
+        2, ROOT / "tools" / "pretrain.py", f"run.output={output}", *last([*TINY, *words]), options=options
+    )
 
 
 @pytest.fixture
@@ -26,7 +34,9 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"]], ids=["centering", "sinkhorn in parts"]
+    "extra",
+    [[], ["losses.centering=sinkhorn_knopp", "step.accumulate=2"]],
+    ids=["centering", "sinkhorn in parts"],
 )
 def test_two_gloo_ranks_equal_one_at_double_batch(tmp_path, photos, extra):
     """float64, drop path 0, exact mode: losses, parameters, moments and centers after 5 steps."""
@@ -36,12 +46,23 @@ def test_two_gloo_ranks_equal_one_at_double_batch(tmp_path, photos, extra):
 
 
 def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
-    """Sharded parameters and optimizer: the same numbers; resumed on one process; the last checkpoint is one file."""
+    """Sharded parameters and optimizer: the same numbers; resumed on one process; the last checkpoint is
+    one file."""
     pretrain(tmp_path / "ddp", photos, *EXACT, "step.accumulate=2")
-    sharded = [photos, *EXACT, "step.parallel=fsdp2", "step.accumulate=2", "log.checkpoint_every=2", "log.keep_checkpoints=9"]
+    sharded = [
+        photos,
+        *EXACT,
+        "step.parallel=fsdp2",
+        "step.accumulate=2",
+        "log.checkpoint_every=2",
+        "log.keep_checkpoints=9",
+    ]
     pretrain(tmp_path / "fsdp", *sharded)
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
-    folders = {path.name: {file.name for file in path.iterdir()} for path in (tmp_path / "fsdp" / "checkpoints").iterdir()}
+    folders = {
+        path.name: {file.name for file in path.iterdir()}
+        for path in (tmp_path / "fsdp" / "checkpoints").iterdir()
+    }
     assert "state.safetensors" in folders["it_00000005"] and "index.json" in folders["it_00000004"]
     a, b = (read_checkpoint(tmp_path / run / "backbone.safetensors").state for run in ("ddp", "fsdp"))
     for key, value in a.items():  # float64 to 1e-9, rounded to float32
@@ -52,16 +73,21 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
 
 
 def test_another_number_of_ranks_goes_on_without_repeats(tmp_path, photos):
-    """Two ranks for 2 steps, then one to the end: as one from the start, so no image was repeated or left out."""
+    """Two ranks for 2 steps, then one to the end: as one from the start, so no image was repeated or left
+    out."""
     train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'one'}", *EXACT])))
     often = ["log.checkpoint_every=2", "log.keep_checkpoints=9"]
     pretrain(tmp_path / "both", photos, *EXACT, *often)
-    train(load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'both'}", *EXACT, *often])), resume="2")
+    train(
+        load_config(None, last([*TINY, photos, f"run.output={tmp_path / 'both'}", *EXACT, *often])),
+        resume="2",
+    )
     assert differences(tmp_path / "one", tmp_path / "both", 5) == []
 
 
 def test_a_killed_rank_comes_back_under_torchrun(tmp_path, photos):
-    """kill -9 of one rank at iteration 3: torchrun starts both again, they go on from a checkpoint and end as if nothing was."""
+    """kill -9 of one rank at iteration 3: torchrun starts both again, they go on from a checkpoint and end
+    as if nothing was."""
     pretrain(tmp_path / "straight", photos, *EXACT)
     (tmp_path / "sitecustomize.py").write_text(KILLER.format(marker=str(tmp_path / "killed")))
     environment = os.environ.get("PYTHONPATH", "")

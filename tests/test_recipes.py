@@ -1,4 +1,5 @@
-"""The recipes: every value of the paper and of DINOv2's code, every ablation row by its keys, every number in a comment."""
+"""The recipes: every value of the paper and of DINOv2's code, every ablation row by its keys, every number
+in a comment."""
 
 import pytest
 import yaml
@@ -112,7 +113,12 @@ MAE = {  # its paper, and its public code
     "mae.decoder_heads": 16,
 }
 START = ["backbone.weights=start.pth"]
-UNSET = {"backbone.weights": "start.pth", "backbone.depth": 0, "backbone.n_registers": 0, "backbone.attention": "auto"}
+UNSET = {
+    "backbone.weights": "start.pth",
+    "backbone.depth": 0,
+    "backbone.n_registers": 0,
+    "backbone.attention": "auto",
+}
 UNSET["optim.epoch_iters"] = 0
 POST_TRAINING = ("paka", "gram")
 # Each row of the paper's ablations that is not the full method: {key: its value there}.
@@ -136,7 +142,7 @@ def iterations(config, n_images):
     return config.optim.epoch_iters or n_images // config.optim.batch_size
 
 
-# --- the defaults of the methods --------------------------------------------------------------------------------------
+# --- the defaults of the methods --------------------------------------------------------------------------
 
 
 def test_every_default_is_the_papers_dinov2s_or_ours():
@@ -144,16 +150,26 @@ def test_every_default_is_the_papers_dinov2s_or_ours():
     found = set()
     for name in SHIPPED:
         defaults = flat(build(find_method(name).Settings, [read_words(START)]))
-        values = {key: value for key, value in defaults.items() if "." in key and key.split(".")[0] not in ENGINE}
+        values = {
+            key: value for key, value in defaults.items() if "." in key and key.split(".")[0] not in ENGINE
+        }
         assert values == {key: known[key] for key in values}, name
         found |= set(values)
     assert found == set(known)
 
 
 def test_the_named_source_is_the_right_one():
-    """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of PaKA says PaKA, one of ours says ours."""
+    """A value of Table 6 says Table 6, one of DINOv2's code says DINOv2, one of PaKA says PaKA, one of
+    ours says ours."""
     said = {key: info.description for name in SHIPPED for key, info, _ in fields(find_method(name).Settings)}
-    sources = ((TABLE_6, "Table 6"), (DINOV2, "DINOv2"), (PAKA, "PaKA"), (OURS, "ours"), (NECO, "NeCo"), (MAE, "MAE"))
+    sources = (
+        (TABLE_6, "Table 6"),
+        (DINOV2, "DINOv2"),
+        (PAKA, "PaKA"),
+        (OURS, "ours"),
+        (NECO, "NeCo"),
+        (MAE, "MAE"),
+    )
     for keys, source in sources:
         assert [key for key in keys if source not in said[key]] == []
     groups = ("sec. ", "footnote", "eq. ", "appendix B")
@@ -161,13 +177,14 @@ def test_the_named_source_is_the_right_one():
 
 
 def test_the_heads_are_separate_and_nothing_decays_by_layer():
-    """Table 6: separate heads, no layer-wise decay, no lr factor of the patch embedding: no key could say otherwise."""
+    """Table 6: separate heads, no layer-wise decay, no lr factor of the patch embedding: no key could say
+    otherwise."""
     keys = {key for name in SHIPPED for key, _, _ in fields(find_method(name).Settings)}
     assert not [key for key in keys if "decay" in key and not key.startswith("optim.weight_decay")]
     assert not [key for key in keys if "separate" in key or "patch_embed" in key]
 
 
-# --- the recipes ------------------------------------------------------------------------------------------------------
+# --- the recipes ------------------------------------------------------------------------------------------
 
 # What each recipe changes in its method's defaults, as its paper and its code have it (METHOD.md).
 DINOV2_BASELINE = {  # the paper's own baseline
@@ -250,7 +267,10 @@ def test_a_recipe_changes_what_it_should_and_nothing_else(name):
         (["backbone.name=vit_base_patch16"], {"optim.batch_size": 16}),
         (["backbone.name=vit_base_patch16_reg4"], {"optim.batch_size": 16}),
         (["backbone.patch_size=14"], {"crops.global_px": 518, "crops.local_px": 98}),
-        (["backbone.patch_size=14", "crops.local_px=196"], {"crops.global_px": 518}),  # what a config says stands
+        (
+            ["backbone.patch_size=14", "crops.local_px=196"],
+            {"crops.global_px": 518},
+        ),  # what a config says stands
     ],
 )
 def test_a_post_training_follows_the_size_of_its_network(words, changes):
@@ -266,14 +286,19 @@ def test_an_epoch_of_the_recipe():
     config = recipe(FULL)
     epoch_iters = iterations(config, IMAGENET_1K)
     assert epoch_iters == 2502 and config.optim.epochs * epoch_iters == 250_200
-    assert round(effective(config, 1), 3) == 3.469 and round(effective(config, 100)) == 347  # the paper rounds to 3.5 and 350
+    assert (
+        round(effective(config, 1), 3) == 3.469 and round(effective(config, 100)) == 347
+    )  # the paper rounds to 3.5 and 350
 
 
 @pytest.mark.parametrize("name, changes", ROWS.items())
 def test_an_ablation_row_changes_its_keys_and_says_so(name, changes):
     full, row = flat(recipe(FULL)), flat(recipe(f"ablation/{name}"))
     assert {key: row[key] for key in row if row[key] != full[key] and not key.startswith("run.")} == changes
-    assert {key for key in row if row[key] != full[key] and key.startswith("run.")} == {"run.name", "run.output"}
+    assert {key for key in row if row[key] != full[key] and key.startswith("run.")} == {
+        "run.name",
+        "run.output",
+    }
     protocol = run_protocol(recipe(f"ablation/{name}"), IMAGENET_1K)
     assert protocol.name == "intertwined-100ep" and not protocol.full
     assert protocol.deviations == {key: [full[key], value] for key, value in changes.items()}
@@ -294,7 +319,8 @@ def test_an_ablation_row_learns_with_the_heads_that_it_says(name):
 
 
 def test_the_rows_are_those_of_the_paper():
-    """Fourteen rows are printed; five of them are the full method. Another row's comment holds its numbers."""
+    """Fourteen rows are printed; five of them are the full method. Another row's comment holds its
+    numbers."""
     printed = [row for row in published_rows() if row.table in ("3", "4a", "4b", "5a", "5b")]
     others = [row for row in printed if (row.box_ap, row.mask_ap) != (44.8, 39.8)]
     assert (len(printed), len(others)) == (14, 9)
@@ -302,7 +328,8 @@ def test_the_rows_are_those_of_the_paper():
         holders = [
             name
             for name in ROWS
-            if name.startswith(f"table{row.table}_") and f"{row.box_ap} / {row.mask_ap} AP" in comments(f"ablation/{name}")
+            if name.startswith(f"table{row.table}_")
+            and f"{row.box_ap} / {row.mask_ap} AP" in comments(f"ablation/{name}")
         ]
         assert len(holders) == 1, row
     assert {path.stem for path in ABLATIONS.glob("*.yaml")} == set(ROWS)
@@ -310,8 +337,14 @@ def test_the_rows_are_those_of_the_paper():
 
 def test_methods_are_named_apart():
     """Rows of a table are told apart by their method's name."""
-    names = [recipe(f"ablation/{name}").run.name for name in ROWS] + [recipe(FULL).run.name, recipe("dinov2_vits16").run.name]
-    names += [recipe(name).run.name for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")]
+    names = [recipe(f"ablation/{name}").run.name for name in ROWS] + [
+        recipe(FULL).run.name,
+        recipe("dinov2_vits16").run.name,
+    ]
+    names += [
+        recipe(name).run.name
+        for name in ("coco_vits16", "highres_vits16", "continue_vitb16", "intertwined_vits16_small")
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -319,7 +352,10 @@ def test_methods_are_named_apart():
 def test_the_two_sizes_have_one_recipe(name):
     small, base = (flat(recipe(f"{name}_vit{size}16")) for size in "sb")
     differ = {key for key, value in small.items() if value != base[key]}
-    assert differ - {"run.init_from"} == {"run.output", "backbone.name"} and base["backbone.name"] == "vit_base_patch16"
+    assert (
+        differ - {"run.init_from"} == {"run.output", "backbone.name"}
+        and base["backbone.name"] == "vit_base_patch16"
+    )
 
 
 def test_both_parts_off_is_not_the_baseline():
@@ -339,8 +375,20 @@ def test_one_gpu_follows_the_recipe_to_the_letter():
 
 
 def test_how_a_run_computes_is_no_departure():
-    how = ["step.accumulate=4", "step.compile=true", "step.parallel=fsdp2", "step.loss_rows=0", "step.checkpointing=full"]
-    where = ["data.path=cpu", "data.source=tar", "data.max_side_px=512", "run.precision=bf16", "backbone.attention=sdpa"]
+    how = [
+        "step.accumulate=4",
+        "step.compile=true",
+        "step.parallel=fsdp2",
+        "step.loss_rows=0",
+        "step.checkpointing=full",
+    ]
+    where = [
+        "data.path=cpu",
+        "data.source=tar",
+        "data.max_side_px=512",
+        "run.precision=bf16",
+        "backbone.attention=sdpa",
+    ]
     where += ["probes.every=5", "log.every=1", "run.seed=3"]
     assert run_protocol(recipe(FULL, *how, *where), IMAGENET_1K).full
 
@@ -349,7 +397,10 @@ def test_how_a_run_computes_is_no_departure():
     "override, deviation",
     [
         ("backbone.name=vit_tiny_patch16", ["vit_small_patch16 or vit_base_patch16", "vit_tiny_patch16"]),
-        ("backbone.name=vit_small_patch16_reg4", ["vit_small_patch16 or vit_base_patch16", "vit_small_patch16_reg4"]),
+        (
+            "backbone.name=vit_small_patch16_reg4",
+            ["vit_small_patch16 or vit_base_patch16", "vit_small_patch16_reg4"],
+        ),
         ("backbone.n_registers=4", [0, 4]),
         ("backbone.weights=some/where/dino.pth", ["from scratch", "dino.pth"]),
         ("run.init_from=runs/earlier", ["from scratch", "earlier"]),
@@ -360,7 +411,9 @@ def test_how_a_run_computes_is_no_departure():
 )
 def test_what_makes_another_recipe_is_said(override, deviation):
     for name in (FULL, "dinov2_vits16"):
-        assert run_protocol(recipe(name, override), IMAGENET_1K).deviations == {override.partition("=")[0]: deviation}
+        assert run_protocol(recipe(name, override), IMAGENET_1K).deviations == {
+            override.partition("=")[0]: deviation
+        }
 
 
 def test_the_small_batch_keeps_its_averages_by_image():
@@ -377,10 +430,16 @@ def test_the_small_batch_keeps_its_averages_by_image():
 
 
 def test_the_lr_rule_is_safe_at_small_batches():
-    """The square root: a quarter of the batch halves the lr. So lr / sqrt(batch) is the same at every batch size."""
+    """The square root: a quarter of the batch halves the lr. So lr / sqrt(batch) is the same at every
+    batch size."""
     config = load_config().optim
     lr = {batch: scaled_lr(config.base_lr, batch, config.lr_rule) for batch in (8, 64, 256, 512, 1024, 4096)}
-    assert [f"{lr[batch]:.2e}" for batch in (8, 64, 512, 1024)] == ["1.77e-04", "5.00e-04", "1.41e-03", "2.00e-03"]
+    assert [f"{lr[batch]:.2e}" for batch in (8, 64, 512, 1024)] == [
+        "1.77e-04",
+        "5.00e-04",
+        "1.41e-03",
+        "2.00e-03",
+    ]
     assert all(abs(value / batch**0.5 - 2e-3 / 32) < 1e-12 for batch, value in lr.items())
 
 
@@ -391,34 +450,56 @@ def test_coco_is_as_long_as_imagenet():
     assert n_images == 241_690 and epoch_iters == 472
     total, imagenet = config.optim.epochs * epoch_iters, 250_200
     assert total == 250_160 and abs(total - imagenet) < epoch_iters
-    assert config.optim.warmup_epochs * epoch_iters == 25_016 and config.optim.freeze_last_layer_epochs * epoch_iters == 2_360
+    assert (
+        config.optim.warmup_epochs * epoch_iters == 25_016
+        and config.optim.freeze_last_layer_epochs * epoch_iters == 2_360
+    )
     assert round(effective(config, config.optim.epochs)) == 1_839
     for number in ("118,287", "123,403", "241,690", "250,160", "1,839", "25,016", "2,360"):
         assert number in comments("coco_vits16")
-    assert set(config.data.split.split("+")) == {"train2017", "unlabeled2017"} and config.data.source == "coco"
+    assert (
+        set(config.data.split.split("+")) == {"train2017", "unlabeled2017"} and config.data.source == "coco"
+    )
     deviations = run_protocol(config, n_images).deviations
-    assert set(deviations) == {"data.n_images", "optim.epochs", "optim.warmup_epochs", "optim.freeze_last_layer_epochs"}
+    assert set(deviations) == {
+        "data.n_images",
+        "optim.epochs",
+        "optim.warmup_epochs",
+        "optim.freeze_last_layer_epochs",
+    }
 
 
 @pytest.mark.parametrize("size", ["s", "b"])
 def test_the_high_resolution_stage(size):
     config, first = recipe(f"highres_vit{size}16"), recipe(f"intertwined_vit{size}16")
     assert config.run.init_from == first.run.output and config.backbone.name == first.backbone.name
-    assert config.crops.global_px == 2 * first.crops.global_px and config.crops.local_px == 2 * first.crops.local_px
+    assert (
+        config.crops.global_px == 2 * first.crops.global_px
+        and config.crops.local_px == 2 * first.crops.local_px
+    )
     assert config.data.max_side_px == 2 * DEVICE_SIDE_PX
     assert config.optim.epochs * config.optim.epoch_iters == 10_000
     epochs = 10_000 * config.optim.batch_size / IMAGENET_1K
     assert round(effective(config, 1), 2) == 13.88 and round(effective(config, epochs), 1) == 55.5
     for number in ("13.88", "10,000", "55.5"):
         assert number in comments(f"highres_vit{size}16")
-    changed = {"crops.global_px", "crops.local_px", "optim.base_lr", "optim.epoch_iters", "optim.freeze_last_layer_epochs"}
+    changed = {
+        "crops.global_px",
+        "crops.local_px",
+        "optim.base_lr",
+        "optim.epoch_iters",
+        "optim.freeze_last_layer_epochs",
+    }
     assert set(run_protocol(config, IMAGENET_1K).deviations) == changed | {"run.init_from"}
 
 
 def test_continued_pretraining_starts_from_a_run_of_ours():
     config, first = recipe("continue_vitb16"), recipe("intertwined_vitb16")
     assert config.backbone.weights == f"{first.run.output}/backbone.safetensors"
-    assert config.optim.base_lr == first.optim.base_lr / 10 and round(effective(config, config.optim.epochs)) == 69
+    assert (
+        config.optim.base_lr == first.optim.base_lr / 10
+        and round(effective(config, config.optim.epochs)) == 69
+    )
     deviations = run_protocol(config, IMAGENET_1K).deviations
     assert deviations["backbone.weights"] == ["from scratch", "backbone.safetensors"]
 
@@ -426,7 +507,11 @@ def test_continued_pretraining_starts_from_a_run_of_ours():
 def test_every_config_is_read_and_writes_to_its_own_folder():
     configs = [path for path in sorted(CONFIGS.rglob("*.yaml")) if not path.name.startswith(("toy", "proof"))]
     paths = [*configs, *sorted(ABLATIONS.glob("*.yaml"))]
-    folders = [load_config(path, START if path.name.startswith(POST_TRAINING) else []).run.output for path in paths]
+    folders = [
+        load_config(path, START if path.name.startswith(POST_TRAINING) else []).run.output for path in paths
+    ]
     assert len(set(folders)) == len(folders) >= 4 + 6 + len(ROWS) + 10
     for path, folder in zip(paths, folders):
-        assert folder.split("/")[-1] == path.stem and yaml.safe_load(path.read_text())["run"]["output"] == folder
+        assert (
+            folder.split("/")[-1] == path.stem and yaml.safe_load(path.read_text())["run"]["output"] == folder
+        )

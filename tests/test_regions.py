@@ -1,4 +1,5 @@
-"""Overlaps of crops, and patch features read in them: against torchvision's ROI-Align, and on images of coordinates."""
+"""Overlaps of crops, and patch features read in them: against torchvision's ROI-Align, and on images of
+coordinates."""
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def coordinates(boxes, flips, grid):
 @pytest.mark.parametrize("n_bins, n_samples", [(7, 2), (3, 1), (5, 3)])
 @pytest.mark.parametrize("grid", [(14, 14), (6, 6), (5, 9)])
 def test_reading_is_roi_align(grid, n_bins, n_samples):
-    """In value and gradient, on unflipped views; regions up to the view's edges, beyond its outermost patch centers."""
+    """In value and gradient, on unflipped views; regions up to the view's edges, beyond its outermost
+    patch centers."""
     n_views, n_regions, dim = 3, 4, 5
     maps = torch.randn(n_views, grid[0] * grid[1], dim, dtype=torch.float64)
     corner = torch.rand(n_views, 2, dtype=torch.float64) * 0.4
@@ -74,28 +76,50 @@ def test_reading_is_roi_align(grid, n_bins, n_samples):
 @pytest.mark.parametrize("rule", ["image", "inside"])
 @pytest.mark.parametrize("global_grid, local_grid", GRIDS)
 def test_both_views_read_the_same_coordinates(global_grid, local_grid, rule):
-    """In all bins, the border ones too, with and without flips: the regions are inset by half a patch of either view."""
-    views = views_of(40, CropSettings(n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule=rule))
+    """In all bins, the border ones too, with and without flips: the regions are inset by half a patch of
+    either view."""
+    views = views_of(
+        40,
+        CropSettings(
+            n_global=2, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule=rule
+        ),
+    )
     regions, are = overlaps(views, global_grid, local_grid, 1.0)
     seen = []
-    for which, grid, of_view in ((slice(0, 2), global_grid, regions), (slice(2, None), local_grid, regions.transpose(1, 2))):
+    for which, grid, of_view in (
+        (slice(0, 2), global_grid, regions),
+        (slice(2, None), local_grid, regions.transpose(1, 2)),
+    ):
         boxes, flips = view_major(views.boxes[:, which]), view_major(views.flips[:, which])
         maps = coordinates(boxes, flips, grid)
-        read = read_regions(maps, grid, boxes, flips, view_major(of_view), 7, 2).unflatten(0, (-1, 40)).transpose(0, 1)
+        read = (
+            read_regions(maps, grid, boxes, flips, view_major(of_view), 7, 2)
+            .unflatten(0, (-1, 40))
+            .transpose(0, 1)
+        )
         seen.append(read if len(seen) == 0 else read.transpose(1, 2))  # [B, G, L, 49, 3]
     assert are.float().mean() > 0.3 and views.flips.float().mean() > 0.3
     torch.testing.assert_close(seen[0][are], seen[1][are], atol=1e-12, rtol=0)
-    steps = (torch.arange(7, dtype=torch.float64) + 0.5) / 7  # the bins' centers, rows and columns those of the image
+    steps = (
+        torch.arange(7, dtype=torch.float64) + 0.5
+    ) / 7  # the bins' centers, rows and columns those of the image
     x0, y0, x1, y1 = regions[are].unsqueeze(1).unbind(-1)
-    expected = (x0 + steps * (x1 - x0))[:, None, :].expand(-1, 7, -1), (y0 + steps * (y1 - y0))[:, :, None].expand(-1, -1, 7)
-    torch.testing.assert_close(seen[0][are][..., :2], torch.stack(expected, -1).flatten(1, 2), atol=1e-12, rtol=0)
+    expected = (
+        (x0 + steps * (x1 - x0))[:, None, :].expand(-1, 7, -1),
+        (y0 + steps * (y1 - y0))[:, :, None].expand(-1, -1, 7),
+    )
+    torch.testing.assert_close(
+        seen[0][are][..., :2], torch.stack(expected, -1).flatten(1, 2), atol=1e-12, rtol=0
+    )
 
 
 def test_without_the_inset_border_bins_would_differ():
     """What the half patch is for: read up to its edge, a view repeats its border."""
     box, flips = torch.tensor([[0.2, 0.2, 0.6, 0.6]], dtype=torch.float64), torch.tensor([False])
     maps = coordinates(box, flips, (6, 6))
-    whole, inner = (read_regions(maps, (6, 6), box, flips, r[:, None], 7, 2)[0, 0] for r in (box, inset(box, (6, 6))))
+    whole, inner = (
+        read_regions(maps, (6, 6), box, flips, r[:, None], 7, 2)[0, 0] for r in (box, inset(box, (6, 6)))
+    )
     steps = (torch.arange(7, dtype=torch.float64) + 0.5) / 7
     assert (whole.unflatten(0, (7, 7))[0, :, 0] - (0.2 + 0.4 * steps)).abs().max() > 0.005
     low, high = 0.2 + 0.2 / 6, 0.6 - 0.2 / 6
@@ -104,8 +128,12 @@ def test_without_the_inset_border_bins_would_differ():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_bin_a_patch_reads_the_patches(flip):
-    """A box read in all of it, with a bin a patch and one point a bin; of a flipped view in the image's order."""
-    maps, box = torch.randn(1, 15, 4, dtype=torch.float64), torch.tensor([[0.25, 0.0, 0.75, 1.0]], dtype=torch.float64)
+    """A box read in all of it, with a bin a patch and one point a bin; of a flipped view in the image's
+    order."""
+    maps, box = (
+        torch.randn(1, 15, 4, dtype=torch.float64),
+        torch.tensor([[0.25, 0.0, 0.75, 1.0]], dtype=torch.float64),
+    )
     square = maps.unflatten(1, (3, 5))[:, :, :3].flatten(1, 2)
     read = read_regions(square, (3, 3), box, torch.tensor([flip]), box[:, None], 3, 1)[0]
     torch.testing.assert_close(read, square.unflatten(1, (3, 3)).flip(2).flatten(1, 2) if flip else square)
@@ -116,7 +144,11 @@ def test_what_is_an_overlap():
     cases = [
         ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0), False),  # apart
         ((0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), False),  # side by side
-        ((0.0, 0.0, 0.5, 1.0), (0.45, 0.0, 0.95, 1.0), False),  # by one patch: nothing between the outermost centers
+        (
+            (0.0, 0.0, 0.5, 1.0),
+            (0.45, 0.0, 0.95, 1.0),
+            False,
+        ),  # by one patch: nothing between the outermost centers
         ((0.0, 0.0, 0.5, 1.0), (0.2, 0.0, 0.7, 1.0), True),
         (whole, whole, True),
         (whole, (0.2, 0.2, 0.5, 0.5), True),
@@ -129,21 +161,33 @@ def test_what_is_an_overlap():
         x0, y0, x1, y1 = regions[0, 0, 0].tolist()
         assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1  # to be read in any case
         for index in (0, 1):
-            read = read_regions(torch.randn(1, 100, 3), (10, 10), views.boxes[:, index], views.flips[:, index], regions[:, 0], 7, 2)
+            read = read_regions(
+                torch.randn(1, 100, 3),
+                (10, 10),
+                views.boxes[:, index],
+                views.flips[:, index],
+                regions[:, 0],
+                7,
+                2,
+            )
             assert read.isfinite().all() and read.shape == (1, 1, 49, 3)
 
 
 @pytest.mark.parametrize(
-    "least, n_patches, expected", [(2.0, 3, True), (2.01, 3, False), (1.0, 2, True), (0.5, 1, False), (2.0, 1, False)]
+    "least, n_patches, expected",
+    [(2.0, 3, True), (2.01, 3, False), (1.0, 2, True), (0.5, 1, False), (2.0, 1, False)],
 )
 def test_the_least_overlap_is_robust_to_rounding(least, n_patches, expected):
-    """A local crop of n patches inside its global one overlaps it by n - 1 of its patches, wherever the two lie, in float32."""
+    """A local crop of n patches inside its global one overlaps it by n - 1 of its patches, wherever the
+    two lie, in float32."""
     rng = np.random.default_rng(0)
     corner = rng.random((2000, 2)) * 0.7
     side = 0.05 + 0.2 * rng.random((2000, 1))
     local = np.concatenate([corner, corner + side], 1)
     boxes = torch.from_numpy(np.stack([np.tile([0.0, 0.0, 1.0, 1.0], (2000, 1)), local], 1)).float()
-    boxes[:, 0] = torch.stack([boxes[:, 1, 0] - 0.1, boxes[:, 1, 1] - 0.1, boxes[:, 1, 2] + 0.1, boxes[:, 1, 3] + 0.1], -1)
+    boxes[:, 0] = torch.stack(
+        [boxes[:, 1, 0] - 0.1, boxes[:, 1, 1] - 0.1, boxes[:, 1, 2] + 0.1, boxes[:, 1, 3] + 0.1], -1
+    )
     views = Views(boxes, torch.zeros(2000, 2, dtype=torch.bool), boxes, 1)
     _, are = overlaps(views, (60, 60), (n_patches, n_patches), least)
     assert are.all() if expected else not are.any()
@@ -151,7 +195,9 @@ def test_the_least_overlap_is_robust_to_rounding(least, n_patches, expected):
 
 def test_regions_of_drawn_crops_lie_between_the_outermost_centers():
     """So no point is moved to the border, in float32 too."""
-    crops = CropSettings(n_global=2, n_local=6, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside")
+    crops = CropSettings(
+        n_global=2, n_local=6, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), local_rule="inside"
+    )
     views = views_of(60, crops).map(lambda x: x.float() if x.is_floating_point() else x)
     regions, are = overlaps(views, (14, 14), (6, 6), 2.0)
     assert are.float().mean() > 0.5
@@ -170,7 +216,8 @@ def test_reading_is_deterministic_and_of_the_maps_type():
     try:
         exact = torch.randn(2, 36, 4, dtype=torch.float64)
         assert torch.autograd.gradcheck(
-            lambda x: read_regions(x, (6, 6), boxes.double(), flips, regions.double(), 3, 2), exact.requires_grad_()
+            lambda x: read_regions(x, (6, 6), boxes.double(), flips, regions.double(), 3, 2),
+            exact.requires_grad_(),
         )
     finally:
         torch.use_deterministic_algorithms(was)

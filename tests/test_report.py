@@ -34,7 +34,12 @@ def png():
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\xff")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0\xff"))
+        + chunk(b"IEND", b"")
+    )
 
 
 def result(kind="detection", deviations=None, **changes):
@@ -75,13 +80,20 @@ def write_run(folder, run, log=(), figures=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    losses = [{"iteration": i, "loss": 9.0 - i / 10, "image": 2.0, "lr": 1e-3, "seconds": 0.1} for i in range(0, 50, 5)]
+    losses = [
+        {"iteration": i, "loss": 9.0 - i / 10, "image": 2.0, "lr": 1e-3, "seconds": 0.1}
+        for i in range(0, 50, 5)
+    ]
     scaled = {"iterations": [22128, 60]}
     figures = {"a.png": {"title": "Position field", "caption": "Of the teacher."}}
-    write_run(tmp_path / "pre", result("pretrain", {"epochs": [100, 1]}, metrics={"loss": 4.5}), losses, figures)
+    write_run(
+        tmp_path / "pre", result("pretrain", {"epochs": [100, 1]}, metrics={"loss": 4.5}), losses, figures
+    )
     write_run(tmp_path / "pre2", result("pretrain", {"epochs": [100, 1]}, method="dinov2_dagger"), losses)
     for seed in (0, 1):
-        run = result("detection", scaled, metrics={"box_ap": 12.0 + seed, "per_class": {"cat": 7.25}}, seed=seed)
+        run = result(
+            "detection", scaled, metrics={"box_ap": 12.0 + seed, "per_class": {"cat": 7.25}}, seed=seed
+        )
         write_run(tmp_path / f"det{seed}", run, [{"iteration": 1, "loss": 2.0}])
     write_run(tmp_path / "seg", result("segmentation", metrics={"miou": 22.0}, hardware={"cpu": "b"}))
     return tmp_path
@@ -124,7 +136,7 @@ class Page(HTMLParser):
         self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_well_formed_and_loads_nothing(folder):
@@ -163,7 +175,9 @@ def test_a_large_photograph_is_a_webp_and_a_large_drawing_is_not(tmp_path, monke
 
 def test_probes_are_curves_beside_the_losses(tmp_path):
     log = [{"iteration": i, "loss": 2.0 - i / 10} for i in range(0, 10, 3)]
-    probes = [{"iteration": i, "probe/dense_linear_miou": 30.0 + i, "probe/position_error": 0.1} for i in (3, 8)]
+    probes = [
+        {"iteration": i, "probe/dense_linear_miou": 30.0 + i, "probe/position_error": 0.1} for i in (3, 8)
+    ]
     write_run(tmp_path, result("pretrain"), log)
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in probes))
     run = read_run(tmp_path / "result.json")
@@ -174,7 +188,11 @@ def test_probes_are_curves_beside_the_losses(tmp_path):
     }
     page = build_report([run])
     curves = page[page.index('<section id="curves">') : page.index('<section id="results">')]
-    assert ">probe/dense_linear_miou<" in curves and ">probe/position_error<" in curves and "Other terms" not in curves
+    assert (
+        ">probe/dense_linear_miou<" in curves
+        and ">probe/position_error<" in curves
+        and "Other terms" not in curves
+    )
 
 
 def test_sections_without_content_are_left_out(tmp_path):
@@ -194,7 +212,9 @@ def test_the_summary_adds_the_times_and_separates_the_machines(folder):
 def test_the_reproducibility_block(folder):
     text = page_of(folder)
     block = text[text.index('<section id="reproducibility">') :]
-    assert "<td>0123456789ab</td>" in block and "<td>ffffffffffff+dirty</td>" in block and "<td>–</td>" in block
+    assert (
+        "<td>0123456789ab</td>" in block and "<td>ffffffffffff+dirty</td>" in block and "<td>–</td>" in block
+    )
     assert "<dt>per_class / cat</dt><dd>7.25</dd>" in block
     assert "imagenet1k-100ep, scaled down (1 change): epochs 100 → 1" in block
 
@@ -214,7 +234,9 @@ def test_the_page_is_the_same_every_time(folder):
         "import sys; from pretrain.results.report import build_report; from pretrain.results.runs import *\n"
         "sys.stdout.write(build_report([read_run(p) for p in find_results([sys.argv[1]])]))"
     )
-    other = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert other.stdout == build_report(runs)
 
 
@@ -239,23 +261,36 @@ def test_everything_is_escaped(tmp_path):
 
 
 def test_published_tables_can_be_chosen(folder):
-    assert "50-epoch fine-tuning" in page_of(folder, table="1,2") and "50-epoch fine-tuning" not in page_of(folder)
+    assert "50-epoch fine-tuning" in page_of(folder, table="1,2") and "50-epoch fine-tuning" not in page_of(
+        folder
+    )
     with pytest.raises(UserError, match="'6'"):
         page_of(folder, table="6")
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- curves -----------------------------------------------------------------------------------------------
 
 
 def test_terms_are_ordered_and_the_rest_set_aside():
-    log = {1: dict.fromkeys(("seconds", "lr", "loss_mask", "koleo", "loss", "mask_ap", "knn_top1", "grad_norm"), 1.0)}
+    log = {
+        1: dict.fromkeys(
+            ("seconds", "lr", "loss_mask", "koleo", "loss", "mask_ap", "knn_top1", "grad_norm"), 1.0
+        )
+    }
     shown, others = terms_of([Curve(result("pretrain"), "a", log, "red", "solid")])
-    assert shown == ["loss", "koleo", "mask_ap", "lr", "knn_top1", "loss_mask"] and others == ["grad_norm", "seconds"]
+    assert shown == ["loss", "koleo", "mask_ap", "lr", "knn_top1", "loss_mask"] and others == [
+        "grad_norm",
+        "seconds",
+    ]
 
 
 def test_a_new_methods_losses_are_shown_without_a_list(tmp_path):
-    run = result("pretrain", metrics={"loss": 3.0, "zeta": 1.0}, method="made up", loss_terms=("zeta", "alpha"))
-    log = [{"iteration": i, "alpha": 2.0, "entropy": 0.5, "loss": 3.0, "zeta": 1.0, "lr": 1e-3} for i in range(3)]
+    run = result(
+        "pretrain", metrics={"loss": 3.0, "zeta": 1.0}, method="made up", loss_terms=("zeta", "alpha")
+    )
+    log = [
+        {"iteration": i, "alpha": 2.0, "entropy": 0.5, "loss": 3.0, "zeta": 1.0, "lr": 1e-3} for i in range(3)
+    ]
     other = result("pretrain", loss_terms=("image", "koleo"))
     known = Curve(other, "b", {0: {"koleo": 1.0, "loss": 1.0}}, "red", "solid")
     read = read_run(write_run(tmp_path, run, log) / "result.json")
@@ -282,17 +317,22 @@ def test_long_curves_become_means_with_their_band():
 
 def test_a_panel_overlays_the_runs_in_their_colors():
     log = {i: {"loss": float(i)} for i in range(20)}
-    curves = [Curve(result(), name, log, *style_of(name, ["a", "b"], n)) for name, n in (("a", 0), ("b", 0), ("b", 1))]
+    curves = [
+        Curve(result(), name, log, *style_of(name, ["a", "b"], n))
+        for name, n in (("a", 0), ("b", 0), ("b", 1))
+    ]
     assert curves[1].color == curves[2].color != curves[0].color
     assert [curve.dash for curve in curves] == ["solid", "solid", "dashed"]
     svg = panel("loss", curves, "p1")
     Page(svg)
     assert all(svg.count(f"stroke: {curve.color}") >= 1 for curve in curves) and "stroke-dasharray" in svg
     assert "currentColor" in svg and "#010203" not in svg and "xmlns" not in svg
-    assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg))
+    assert set(re.findall(r'\bid="([^"]+)"', svg)) and all(
+        i.startswith("p1-") for i in re.findall(r'\bid="([^"]+)"', svg)
+    )
 
 
-# --- run folders ------------------------------------------------------------------------------------------------------
+# --- run folders ------------------------------------------------------------------------------------------
 
 
 def test_a_log_is_read_by_iteration(tmp_path):
@@ -323,7 +363,15 @@ def test_a_complete_last_line_without_newline_counts(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"iteration": 1, "lo', "loss 3", "[1, 2]", "3", '{"loss": 1.0}', '{"iteration": 1.5}', '{"iteration": true}'],
+    [
+        '{"iteration": 1, "lo',
+        "loss 3",
+        "[1, 2]",
+        "3",
+        '{"loss": 1.0}',
+        '{"iteration": 1.5}',
+        '{"iteration": true}',
+    ],
 )
 @pytest.mark.parametrize("after", ["\n", '\n{"iteration": 2}\n'])
 def test_a_malformed_line_is_refused_with_file_and_line(tmp_path, line, after):
@@ -338,7 +386,11 @@ def test_figures_come_in_the_order_of_the_captions_then_by_name(tmp_path):
     for name in ("a.png", "b_c.png", "z.png"):
         (tmp_path / name).write_bytes(png())
     (tmp_path / "captions.json").write_text(json.dumps({"z.png": {"title": "Z", "caption": "last letter"}}))
-    assert [(f.title, f.caption) for f in read_figures(tmp_path)] == [("Z", "last letter"), ("a", ""), ("b c", "")]
+    assert [(f.title, f.caption) for f in read_figures(tmp_path)] == [
+        ("Z", "last letter"),
+        ("a", ""),
+        ("b c", ""),
+    ]
     assert read_figures(tmp_path / "absent") == []
 
 
@@ -388,7 +440,7 @@ def test_run_names_say_only_what_sets_runs_apart():
     ]
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool ---------------------------------------------------------------------------------------------
 
 
 def test_make_report(folder, tmp_path):
@@ -399,7 +451,11 @@ def test_make_report(folder, tmp_path):
     output = tmp_path / "out" / "report.html"
     run = make_report(folder / "pre", folder / "det0", "--output", output, "--title", "A & B")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == f"{output}: 2 runs" and "<h1>A &amp; B</h1>" in output.read_text(encoding="utf-8")
+    assert run.stdout.strip() == f"{output}: 2 runs" and "<h1>A &amp; B</h1>" in output.read_text(
+        encoding="utf-8"
+    )
     (folder / "pre" / "metrics.jsonl").write_text("x\n")
     failed = make_report(folder, "--output", output)
-    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "metrics.jsonl:1" in failed.stderr
+    assert (
+        failed.returncode == 2 and failed.stderr.startswith("error: ") and "metrics.jsonl:1" in failed.stderr
+    )

@@ -54,7 +54,7 @@ def result(kind="detection", metrics=None, deviations=None, **changes):
     return Result(**(fields | changes))
 
 
-# --- schema -----------------------------------------------------------------------------------------------------------
+# --- schema -----------------------------------------------------------------------------------------------
 
 
 def test_a_written_result_reads_back_equal(tmp_path):
@@ -76,7 +76,9 @@ def test_the_file_is_sorted_readable_json_and_the_same_every_time(tmp_path):
 
 
 def test_numpy_numbers_and_tuples_become_plain_json(tmp_path):
-    written = result(metrics={"box_ap": np.float32(44.5), "n": np.int64(3)}, deviations={"lr_steps": [(1, 2), (3, 4)]})
+    written = result(
+        metrics={"box_ap": np.float32(44.5), "n": np.int64(3)}, deviations={"lr_steps": [(1, 2), (3, 4)]}
+    )
     assert type(written.metrics["box_ap"]) is float and type(written.metrics["n"]) is int
     assert read_result(write_result(written, tmp_path)) == written
     assert written.protocol.deviations == {"lr_steps": [[1, 2], [3, 4]]}
@@ -203,7 +205,8 @@ OF_2C21771 = """{
 
 
 def test_a_file_of_before_the_runs_named_their_losses(tmp_path):
-    """Written by commit 2c21771: it reads, is written again to the byte, and is a post-training by its metrics."""
+    """Written by commit 2c21771: it reads, is written again to the byte, and is a post-training by its
+    metrics."""
     (tmp_path / "result.json").write_text(OF_2C21771, encoding="utf-8")
     old = read_result(tmp_path)
     assert to_json(old) == OF_2C21771 and (old.loss_terms, old.post_training) == ((), False)
@@ -244,7 +247,7 @@ def test_records_are_frozen_and_hold_copies():
         scaled.full = True
 
 
-# --- a scaled-down run never has the bare name ------------------------------------------------------------------------
+# --- a scaled-down run never has the bare name ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("full, deviations", [(True, DEVIATIONS), (False, {})])
@@ -274,11 +277,16 @@ def test_to_json_is_the_identity_of_a_run():
     assert to_json(result(seed=1)) == to_json(result(seed=1)) != to_json(result(seed=2))
 
 
-# --- provenance -------------------------------------------------------------------------------------------------------
+# --- provenance -------------------------------------------------------------------------------------------
 
 
 def test_config_hash():
-    config = {"optim": {"lr": 1e-3, "steps": (1, 2)}, "seed": 0, "weights": "a", "run": {"output": "x", "seed": 1}}
+    config = {
+        "optim": {"lr": 1e-3, "steps": (1, 2)},
+        "seed": 0,
+        "weights": "a",
+        "run": {"output": "x", "seed": 1},
+    }
     same = {"run": {"seed": 7}, "seed": 5, "optim": {"steps": [1, 2], "lr": 0.001}}
     assert config_hash(config) == config_hash(same)
     assert re.fullmatch("[0-9a-f]{12}", config_hash(config))
@@ -300,7 +308,9 @@ def test_file_hash(tmp_path):
 
 def git(folder, *arguments):
     names = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *names, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", *names, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_git_commit(tmp_path, monkeypatch):

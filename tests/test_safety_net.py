@@ -8,10 +8,13 @@ import safety_net
 
 # Groups that run an optional package, and these packages.
 NEEDED = {
-    group: [name for name in safety_net.NEEDS.get(group, ()) if not importlib.util.find_spec(name)] for group in safety_net.GROUPS
+    group: [name for name in safety_net.NEEDS.get(group, ()) if not importlib.util.find_spec(name)]
+    for group in safety_net.GROUPS
 }
 GROUPS = [
-    pytest.param(group, marks=[pytest.mark.detectron2] if "detectron2" in safety_net.NEEDS.get(group, ()) else [])
+    pytest.param(
+        group, marks=[pytest.mark.detectron2] if "detectron2" in safety_net.NEEDS.get(group, ()) else []
+    )
     for group in safety_net.GROUPS
 ]
 
@@ -22,7 +25,10 @@ def test_as_recorded(group):
         pytest.skip(f"not installed: {', '.join(NEEDED[group])}")
     lines = safety_net.differences(group, safety_net.measure(group))
     if not safety_net.is_exact(group):
-        warnings.warn(f"{group}: another machine than the record's: compared to {safety_net.TOLERANCE:g}, no hashes", stacklevel=1)
+        warnings.warn(
+            f"{group}: another machine than the record's: compared to {safety_net.TOLERANCE:g}, no hashes",
+            stacklevel=1,
+        )
     assert not lines, "\n".join([f"{len(lines)} differences", *lines[:40]])
 
 

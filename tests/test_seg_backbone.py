@@ -1,4 +1,5 @@
-"""The registry's ViT in a segmentor: the features that were pre-trained, what learns and how, memory, any size of image."""
+"""The registry's ViT in a segmentor: the features that were pre-trained, what learns and how, memory, any
+size of image."""
 
 import copy
 
@@ -41,7 +42,11 @@ def segmentor(recipe=None, **options):
 @pytest.mark.parametrize("way", ["weights", "init_cfg"])
 def test_backbone_equals_the_registrys_after_init_weights(way, weights):
     cfg = segmenter_config(tiny(), "vit_tiny_patch16_reg4")["model"]
-    said = {"weights": str(weights)} if way == "weights" else {"init_cfg": dict(type="Pretrained", checkpoint=str(weights))}
+    said = (
+        {"weights": str(weights)}
+        if way == "weights"
+        else {"init_cfg": dict(type="Pretrained", checkpoint=str(weights))}
+    )
     cfg["backbone"] = {**cfg["backbone"], "weights": None, **said}
     model = MODELS.build(cfg)
     model.init_weights()
@@ -52,7 +57,9 @@ def test_backbone_equals_the_registrys_after_init_weights(way, weights):
         torch.testing.assert_close(got, plain.eval().feature_map(x), atol=1e-5, rtol=0)
     assert got.shape == (2, 192, 3, 4)
     assert model.backbone.vit.model_kwargs["n_registers"] == 4 and model.backbone.vit.pos_encoding == "field"
-    assert model.backbone.vit.blocks[1].drop_path.rate == pytest.approx(0.1)  # a run's flag, beside the file's
+    assert model.backbone.vit.blocks[1].drop_path.rate == pytest.approx(
+        0.1
+    )  # a run's flag, beside the file's
 
 
 def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tmp_path):
@@ -63,7 +70,9 @@ def test_two_sources_a_foreign_init_and_a_missing_tensor_are_refused(weights, tm
         MODELS.build({**backbone, "weights": None, "init_cfg": dict(type="Kaiming", layer="Conv2d")})
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     state = {key: value for key, value in vit.state_dict().items() if key != "blocks.1.mlp.fc2.bias"}
-    path = save_backbone(tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
+    path = save_backbone(
+        tmp_path / "cut.safetensors", state, name="vit_tiny_patch16", model_kwargs=vit.model_kwargs
+    )
     with pytest.raises(UserError, match="missing blocks.1.mlp.fc2.bias"):
         MODELS.build({**backbone, "weights": str(path)})
 
@@ -81,7 +90,9 @@ def test_a_window_that_is_no_multiple_of_the_patch(size):
         model.test_cfg = Config(dict(mode="slide", crop_size=(512, 512), stride=(480, 480)))
         slid = model.inference(image, [dict(img_shape=size, ori_shape=size)])  # smaller than the window
     torch.testing.assert_close(slid, got, atol=1e-5, rtol=0)
-    stretched = F.interpolate(model.decode_head(((model.backbone.vit.feature_map(image)),)), size=size, mode="bilinear")
+    stretched = F.interpolate(
+        model.decode_head(((model.backbone.vit.feature_map(image)),)), size=size, mode="bilinear"
+    )
     assert (stretched - got).abs().max() > 1e-3  # what the head alone would make of the padded map
 
 
@@ -97,7 +108,9 @@ def test_trap_sgd_and_decay_of_norms_biases_and_positions(weights):
     assert undecayed == {"bias", "weight", "gamma", "cls_token", "cls_pos", "pos_field", "reg_token"}
     weights_without = {name for name, value in found.items() if value == 0 and name.endswith(".weight")}
     assert all("norm" in name for name in weights_without) and len(weights_without) == 5
-    assert {value for name, value in found.items() if name not in weights_without and name.endswith(".weight")} == {1e-4}
+    assert {
+        value for name, value in found.items() if name not in weights_without and name.endswith(".weight")
+    } == {1e-4}
     (group,) = param_groups(model, lr=1.0, weight_decay=0.1, decay_all=True)
     assert group["weight_decay"] == 0.1 and len(group["params"]) == len(found)
 
@@ -108,7 +121,9 @@ def test_layer_decay_by_depth(weights):
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     found = {name: rate[id(parameter)] for name, parameter in model.named_parameters()}
     vit = "backbone.vit."
-    assert {found[vit + name] for name in ("cls_token", "pos_field", "reg_token", "patch_embed.proj.weight")} == {0.125}
+    assert {
+        found[vit + name] for name in ("cls_token", "pos_field", "reg_token", "patch_embed.proj.weight")
+    } == {0.125}
     assert found[vit + "blocks.0.attn.qkv.weight"] == 0.25 and found[vit + "blocks.1.ls1.gamma"] == 0.5
     assert found[vit + "norm.weight"] == found["decode_head.conv_seg.weight"] == 1.0
 
@@ -117,7 +132,9 @@ def test_trap_patch_bias_attention_and_normalization(weights):
     model = segmentor(weights=weights)
     assert model.backbone.vit.patch_embed.proj.bias is not None
     assert {block.attn.backend for block in model.backbone.vit.blocks} == {"sdpa"}
-    pixels = torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)  # BGR, the mean color
+    pixels = (
+        torch.tensor([103.53, 116.28, 123.675]).round().byte().view(3, 1, 1).expand(3, 8, 8)
+    )  # BGR, the mean color
     normalized = model.data_preprocessor({"inputs": [pixels]})["inputs"]
     assert normalized.abs().max() < 0.01
 
@@ -136,12 +153,15 @@ def test_checkpointing_changes_no_number(weights):
     """Drop path included; and the blocks are in fact computed again."""
     x, seen = torch.randn(2, 3, 48, 64), []
     plain, checkpointed = (
-        PosfieldViT("vit_tiny_patch16_reg4", str(weights), drop_path=0.5, checkpointing=on) for on in (False, True)
+        PosfieldViT("vit_tiny_patch16_reg4", str(weights), drop_path=0.5, checkpointing=on)
+        for on in (False, True)
     )
     checkpointed.vit.blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
     (features, grads), (again, grads_again) = gradients(plain, x), gradients(checkpointed, x)
     assert len(seen) == 2 and torch.equal(features, again)
-    assert grads.keys() == grads_again.keys() and all(torch.equal(grads[name], grads_again[name]) for name in grads)
+    assert grads.keys() == grads_again.keys() and all(
+        torch.equal(grads[name], grads_again[name]) for name in grads
+    )
     (kept,) = plain.eval()(x)
     assert not torch.equal(features, kept)  # something was dropped
 
@@ -149,7 +169,10 @@ def test_checkpointing_changes_no_number(weights):
 def test_a_training_pass_equals_the_registrys(weights):
     """Packed rows or not: the same features and gradients, where no path is dropped."""
     x = torch.randn(2, 3, 48, 64)
-    ours, plain = PosfieldViT("vit_tiny_patch16_reg4", str(weights)), build_backbone("vit_tiny_patch16_reg4", weights)
+    ours, plain = (
+        PosfieldViT("vit_tiny_patch16_reg4", str(weights)),
+        build_backbone("vit_tiny_patch16_reg4", weights),
+    )
     features, grads = gradients(ours, x)
     expected = plain.feature_map(x)
     expected.backward(torch.linspace(-1, 1, expected.numel()).view_as(expected))
@@ -163,7 +186,9 @@ def test_a_frozen_backbone_gives_its_features_and_learns_nothing(weights):
     x = torch.randn(2, 3, 48, 48)
     (features,) = model.train().backbone(x)
     assert not features.requires_grad and model.decode_head([features.clone()]).requires_grad
-    assert torch.equal(features, build_backbone("vit_tiny_patch16_reg4", weights).eval().feature_map(x))  # no path was dropped
+    assert torch.equal(
+        features, build_backbone("vit_tiny_patch16_reg4", weights).eval().feature_map(x)
+    )  # no path was dropped
     before = copy.deepcopy(model.backbone.state_dict())
     groups = param_groups(model, lr=0.1, weight_decay=0.5)
     assert sum(len(group["params"]) for group in groups) == 2  # the head's
@@ -176,7 +201,9 @@ def test_the_field_is_sampled_straight_at_the_crops_size(weights):
     model = segmentor(weights=weights)
     vit = build_backbone("vit_tiny_patch16_reg4", weights)
     seen = []
-    model.backbone.vit.blocks[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    model.backbone.vit.blocks[0].register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0])
+    )
     image = torch.zeros(1, 3, 512, 512)
     with torch.no_grad():
         model.eval().backbone(image)

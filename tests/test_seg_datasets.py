@@ -1,4 +1,5 @@
-"""Data sets other than ADE20K and one's own folders, each in its very layout; and what is wrong with masks, said by name."""
+"""Data sets other than ADE20K and one's own folders, each in its very layout; and what is wrong with
+masks, said by name."""
 
 import runpy
 from functools import partial
@@ -25,7 +26,12 @@ from seg_plugin.protocol import protocol, with_overrides
 from seg_plugin.transforms import PosfieldLoadImage
 
 SHIPPED = Path(mmseg.datasets.__file__).parents[1] / ".mim" / "configs" / "_base_" / "datasets"
-WRITERS = {"voc": write_voc, "voc_aug": partial(write_voc, aug=True), "cityscapes": write_cityscapes, "own": write_own}
+WRITERS = {
+    "voc": write_voc,
+    "voc_aug": partial(write_voc, aug=True),
+    "cityscapes": write_cityscapes,
+    "own": write_own,
+}
 SMALL = "max_iters=2 val_every=2 batch_size=2 resize_px=64,32 crop_px=32 slide_crop_px=32 slide_stride_px=32".split()
 
 
@@ -53,18 +59,26 @@ def test_the_tool_trains_on_every_layout(name, tmp_path):
     assert result.protocol.name == dataset.protocol and not result.protocol.full
     changed = result.protocol.deviations
     assert {"max_iters", "batch_size", "sweep"} <= set(changed) and "num_classes" not in changed
-    assert not any("dataset" in key for key in changed)  # the folders, suffixes and labels are those of the protocol
+    assert not any(
+        "dataset" in key for key in changed
+    )  # the folders, suffixes and labels are those of the protocol
     if dataset.counts:
-        assert changed["training_images"] == [dataset.counts[0], 3] and changed["validation_images"] == [dataset.counts[1], 2]
+        assert changed["training_images"] == [dataset.counts[0], 3] and changed["validation_images"] == [
+            dataset.counts[1],
+            2,
+        ]
     names = ("red", "green", "blue", "yellow") if name == "own" else dataset.classes
     assert set(result.metrics["iou"]) <= set(names) and set(names[:4]) <= set(result.metrics["iou"])
     kind = Config.fromfile(tmp_path / "run" / "config.py").val_dataloader.dataset.type
     assert kind == dataset.kind
 
 
-@pytest.mark.parametrize("name, shipped", [("ade20k", "ade20k"), ("voc", "pascal_voc12"), ("cityscapes", "cityscapes")])
+@pytest.mark.parametrize(
+    "name, shipped", [("ade20k", "ade20k"), ("voc", "pascal_voc12"), ("cityscapes", "cityscapes")]
+)
 def test_layout_and_classes_are_mmsegs(name, shipped):
-    """Of MMSegmentation's own configs: folders, lists, and which labels are ignored; suffixes are its classes' defaults."""
+    """Of MMSegmentation's own configs: folders, lists, and which labels are ignored; suffixes are its
+    classes' defaults."""
     theirs = Config.fromfile(SHIPPED / f"{shipped}.py")
     recipe = protocol(DATASETS[name].protocol)
     ours = Config(segmenter_config(recipe, "vit_small_patch16"))
@@ -72,7 +86,9 @@ def test_layout_and_classes_are_mmsegs(name, shipped):
         one, other = ours[loader].dataset, theirs[loader].dataset
         assert (one.type, dict(one.data_prefix)) == (other.type, dict(other.data_prefix))
         assert one.ann_file == other.get("ann_file", "")
-    assert recipe.num_classes == len(DATASETS[name].classes) and "metainfo" not in ours.train_dataloader.dataset
+    assert (
+        recipe.num_classes == len(DATASETS[name].classes) and "metainfo" not in ours.train_dataloader.dataset
+    )
     lists = {"ann_file": ""} if name == "voc" else {}
     kind = getattr(mmseg.datasets, DATASETS[name].kind)
     if name != "voc":  # whose class looks for its files at once
@@ -93,7 +109,9 @@ def test_configs_for_mmsegs_launchers(name, monkeypatch):
     recipe = protocol(cfg.custom_hooks[0].protocol.name)
     assert recipe.name.split("-")[0] in name.replace("_", "-") and cfg.train_cfg.max_iters == recipe.max_iters
     assert cfg.train_dataloader.dataset.type == dataset_of(recipe).kind
-    assert {loader.dataset.data_root for loader in (cfg.train_dataloader, cfg.val_dataloader)} == {"somewhere"}
+    assert {loader.dataset.data_root for loader in (cfg.train_dataloader, cfg.val_dataloader)} == {
+        "somewhere"
+    }
 
 
 def test_every_data_set_has_a_name_of_its_own():
@@ -114,7 +132,9 @@ def test_the_folder_says_which_it_is(tmp_path):
     assert recipe_for(tmp_path / "around", None, {}).name == "voc2012-40k"
     assert find_root(tmp_path / "around", DATASETS["voc"]) == devkit
     folder = write_ade(tmp_path / "ade" / "ADEChallengeData2016", n_train=1, n_val=1)
-    assert recipe_for(tmp_path / "ade", None, {"num_classes": "4"}).name == "own-160k"  # of other names than ADE20K's
+    assert (
+        recipe_for(tmp_path / "ade", None, {"num_classes": "4"}).name == "own-160k"
+    )  # of other names than ADE20K's
     for path in folder.rglob("0000.*"):
         path.rename(path.with_stem("ADE_train_00000001"))
     assert recipe_for(tmp_path / "ade", None, {}).name == "ade20k-160k"
@@ -165,7 +185,9 @@ def test_an_image_and_its_mask_need_each_other(tmp_path):
         ade(root)
     mask.write_bytes(kept)
     (root / "images" / "validation" / "0000.jpg").unlink()
-    with pytest.raises(UserError, match=r"annotations/validation/0000.png has no image in .*images/validation"):
+    with pytest.raises(
+        UserError, match=r"annotations/validation/0000.png has no image in .*images/validation"
+    ):
         ade(root)
     (root / "images" / "validation" / "0001.jpg").unlink()
     with pytest.raises(UserError, match=r"no \*.jpg in .*images/validation"):
@@ -204,11 +226,18 @@ def test_labels_beyond_the_classes_are_named(tmp_path):
     spoil(path, labels)
     located, recipe = ade(root)
     check_masks(located, "training", recipe)
-    with pytest.raises(UserError, match=r"0001.png holds label 9, but 4 classes are stored as 1 to 4 \(ignored: 0 and 255\)$"):
+    with pytest.raises(
+        UserError, match=r"0001.png holds label 9, but 4 classes are stored as 1 to 4 \(ignored: 0 and 255\)$"
+    ):
         check_masks(located, "validation", recipe)
     check_masks(located, "validation", with_overrides(recipe, dict(num_classes=9)))
-    with pytest.raises(UserError, match=r"label 9, but 9 classes are stored as 0 to 8 \(ignored: 255\); .*reduce_zero_label=true"):
-        check_masks(located, "validation", with_overrides(recipe, dict(num_classes=9, reduce_zero_label=False)))
+    with pytest.raises(
+        UserError,
+        match=r"label 9, but 9 classes are stored as 0 to 8 \(ignored: 255\); .*reduce_zero_label=true",
+    ):
+        check_masks(
+            located, "validation", with_overrides(recipe, dict(num_classes=9, reduce_zero_label=False))
+        )
     results = dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=False)
     with pytest.raises(UserError, match=r"0001.png holds label 9, but 9 classes are stored as 0 to 8"):
         CheckLabels(num_classes=9)(results)
@@ -217,7 +246,10 @@ def test_labels_beyond_the_classes_are_named(tmp_path):
 
 def test_masks_of_another_size_are_named_and_turned_photographs_fit(tmp_path):
     root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
-    image, path = root / "images" / "validation" / "0000.jpg", root / "annotations" / "validation" / "0000.png"
+    image, path = (
+        root / "images" / "validation" / "0000.jpg",
+        root / "annotations" / "validation" / "0000.png",
+    )
     labels = np.array(Image.open(path))
     located, recipe = ade(root)
     spoil(path, labels[:, :-1])
@@ -244,10 +276,15 @@ def test_masks_of_several_channels_or_16_bits_are_named(kind, tmp_path):
     else:
         Image.open(path).convert(kind).save(path)
     located, recipe = ade(root)
-    with pytest.raises(UserError, match=f"validation/0000.png is of Pillow's mode {kind}; a mask has one channel of at most 8"):
+    with pytest.raises(
+        UserError,
+        match=f"validation/0000.png is of Pillow's mode {kind}; a mask has one channel of at most 8",
+    ):
         check_masks(located, "validation", recipe)
     with pytest.raises(UserError, match=f"validation/0000.png is of Pillow's mode {kind}"):
-        CheckLabels(num_classes=4)(dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=True))
+        CheckLabels(num_classes=4)(
+            dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=True)
+        )
 
 
 def test_masks_without_a_label_are_fine_unless_all_are(tmp_path):
@@ -288,8 +325,13 @@ def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
     loaded = PosfieldLoadImage()({"img_path": str(path)})["img"]
     assert loaded.shape == (40, 56, 3)
     path.write_bytes(whole[: len(whole) - 60])
-    for read in (partial(check_masks, located, "validation", recipe), partial(PosfieldLoadImage(), {"img_path": str(path)})):
-        with pytest.raises(UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"):
+    for read in (
+        partial(check_masks, located, "validation", recipe),
+        partial(PosfieldLoadImage(), {"img_path": str(path)}),
+    ):
+        with pytest.raises(
+            UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"
+        ):
             read()
     for content in (b"", b"\xff\xd8", b"\x89PNG"):
         path.write_bytes(content)

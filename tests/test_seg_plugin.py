@@ -35,7 +35,9 @@ def test_ops_without_extension_say_what_is_missing():
     assert "mmcv._ext" not in sys.modules and not hasattr(mmcv, "_ext") and not mmcv_full_available()
     with pytest.raises(RuntimeError, match="sigmoid_focal_loss_forward is compiled code"):
         mmcv.ops.sigmoid_focal_loss(torch.rand(2, 3), torch.zeros(2, dtype=torch.long))
-    assert mmcv.ops.point_sample(torch.ones(1, 3, 4, 4), torch.full((1, 2, 2), 0.5)).eq(1).any()  # pure Python works
+    assert (
+        mmcv.ops.point_sample(torch.ones(1, 3, 4, 4), torch.full((1, 2, 2), 0.5)).eq(1).any()
+    )  # pure Python works
 
 
 def test_a_full_mmcv_is_left_alone(monkeypatch):
@@ -48,7 +50,10 @@ def test_a_full_mmcv_is_left_alone(monkeypatch):
 def test_mmengine_checkpoints_load_with_weights_only(tmp_path):
     history = HistoryBuffer()
     history.update(1.5)
-    torch.save({"scalars": {"loss": history}, "numpy": [np.float64(2.5), np.float32(1), np.int64(3)]}, tmp_path / "ours.pth")
+    torch.save(
+        {"scalars": {"loss": history}, "numpy": [np.float64(2.5), np.float32(1), np.int64(3)]},
+        tmp_path / "ours.pth",
+    )
     loaded = torch.load(tmp_path / "ours.pth", weights_only=True)
     assert loaded["scalars"]["loss"].current() == 1.5 and loaded["numpy"] == [2.5, 1, 3]
 

@@ -1,4 +1,5 @@
-"""Every number of the ADE20K protocol, as a literal, in the objects that mmengine makes of the shipped configs; and each trap."""
+"""Every number of the ADE20K protocol, as a literal, in the objects that mmengine makes of the shipped
+configs; and each trap."""
 
 import inspect
 import json
@@ -30,11 +31,21 @@ from seg_plugin.protocol import PROTOCOLS, SegmentationProtocol, deviations, pro
 
 ROOT = Path(__file__).resolve().parents[1]
 MIM = Path(mmseg.__file__).parent / ".mim" / "configs"
-GRID = [(8e-5, 1e-2), (8e-5, 1e-4), (3e-5, 1e-2), (3e-5, 1e-4), (1e-5, 1e-2), (1e-5, 1e-4), (8e-6, 1e-2), (8e-6, 1e-4)]
+GRID = [
+    (8e-5, 1e-2),
+    (8e-5, 1e-4),
+    (3e-5, 1e-2),
+    (3e-5, 1e-4),
+    (1e-5, 1e-2),
+    (1e-5, 1e-4),
+    (8e-6, 1e-2),
+    (8e-6, 1e-4),
+]
 
 
 def instantiate(config, folder):
-    """A runner as it is at the first iteration of its training, on six images: what `Runner.train` builds, built."""
+    """A runner as it is at the first iteration of its training, on six images: what `Runner.train` builds,
+    built."""
     data = write_ade(folder / "ADEChallengeData2016")
     before, os.environ["ADE20K"] = os.environ.get("ADE20K"), str(data)
     try:
@@ -44,7 +55,9 @@ def instantiate(config, folder):
     cfg.work_dir = str(folder / "run")
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.num_workers, loader.persistent_workers = 0, False  # a training loop starts its own at once
-    with pytest.MonkeyPatch.context() as patch:  # no number below depends on the weights, which take most of the time
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # no number below depends on the weights, which take most of the time
         patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: tensor)
         runner = Runner.from_cfg(cfg)
@@ -82,7 +95,9 @@ def test_backbone(built):
     vit = runner.model.backbone.vit
     assert (len(vit.blocks), vit.embed_dim, vit.patch_size) == (12, width, 16)
     assert {block.attn.num_heads for block in vit.blocks} == {heads}
-    assert all(p.requires_grad for p in vit.parameters() if p.ndim > 0 and p is not getattr(vit, "pos_field", None))
+    assert all(
+        p.requires_grad for p in vit.parameters() if p.ndim > 0 and p is not getattr(vit, "pos_field", None)
+    )
     rates = [getattr(block.drop_path, "rate", 0.0) for block in vit.blocks]
     assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])  # 0.1 at the last block
     with torch.no_grad():
@@ -94,15 +109,31 @@ def test_backbone(built):
 def test_head_and_loss(built):
     runner, width, _ = built
     head = runner.model.decode_head
-    assert type(head).__name__ == "FCNHead" and isinstance(head.convs, torch.nn.Identity) and head.dropout is None
-    assert head.concat_input is False and not hasattr(head, "conv_cat") and not runner.model.with_auxiliary_head
+    assert (
+        type(head).__name__ == "FCNHead"
+        and isinstance(head.convs, torch.nn.Identity)
+        and head.dropout is None
+    )
+    assert (
+        head.concat_input is False and not hasattr(head, "conv_cat") and not runner.model.with_auxiliary_head
+    )
     conv = head.conv_seg
-    assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.bias is not None) == (width, 150, (1, 1), True)
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.bias is not None) == (
+        width,
+        150,
+        (1, 1),
+        True,
+    )
     assert sum(p.numel() for p in head.parameters()) == 150 * (width + 1)
     assert (head.num_classes, head.ignore_index, head.align_corners) == (150, 255, False)
     loss = head.loss_decode
     assert type(loss).__name__ == "CrossEntropyLoss" and not loss.use_sigmoid and not loss.use_mask
-    assert (loss.loss_weight, loss.class_weight, loss.avg_non_ignore, head.sampler) == (1.0, None, False, None)
+    assert (loss.loss_weight, loss.class_weight, loss.avg_non_ignore, head.sampler) == (
+        1.0,
+        None,
+        False,
+        None,
+    )
     logits, labels = torch.randn(1, 150, 4, 4), torch.randint(0, 150, (1, 4, 4))
     labels[0, 0] = 255
     plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / 16
@@ -128,7 +159,8 @@ def test_sliding_windows(runner):
     )
     try:
         model.slide_inference(
-            torch.zeros(1, 3, 512, 1000), [dict(img_shape=(512, 1000), ori_shape=(512, 1000), pad_shape=(512, 1000))]
+            torch.zeros(1, 3, 512, 1000),
+            [dict(img_shape=(512, 1000), ori_shape=(512, 1000), pad_shape=(512, 1000))],
         )
     finally:
         model.encode_decode = original
@@ -140,7 +172,11 @@ def test_sliding_windows(runner):
 
 def test_optimizer(runner):
     wrapper = runner.optim_wrapper
-    assert type(wrapper) is OptimWrapper and wrapper.clip_grad_kwargs is None and wrapper._accumulative_counts == 1
+    assert (
+        type(wrapper) is OptimWrapper
+        and wrapper.clip_grad_kwargs is None
+        and wrapper._accumulative_counts == 1
+    )
     optimizer = wrapper.optimizer
     assert type(optimizer) is torch.optim.AdamW
     assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups)
@@ -149,7 +185,11 @@ def test_optimizer(runner):
 
 
 def test_lr_and_weight_decay_of_named_parameters(runner):
-    settings = {id(p): (g["lr"], g["weight_decay"]) for g in runner.optim_wrapper.optimizer.param_groups for p in g["params"]}
+    settings = {
+        id(p): (g["lr"], g["weight_decay"])
+        for g in runner.optim_wrapper.optimizer.param_groups
+        for p in g["params"]
+    }
     found = {name: settings[id(p)] for name, p in runner.model.named_parameters() if p.requires_grad}
     assert len(found) == len(settings)
     block = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -158,7 +198,12 @@ def test_lr_and_weight_decay_of_named_parameters(runner):
     assert {name for name, setting in found.items() if setting == (8e-5, 1e-2)} == decayed
     rest = {name for name, setting in found.items() if setting == (8e-5, 0.0)}
     assert rest == set(found) - decayed
-    norms = {f"backbone.vit.blocks.{i}.norm{k}.{part}" for i in range(12) for k in (1, 2) for part in ("weight", "bias")}
+    norms = {
+        f"backbone.vit.blocks.{i}.norm{k}.{part}"
+        for i in range(12)
+        for k in (1, 2)
+        for part in ("weight", "bias")
+    }
     biases = {name.replace(".weight", ".bias") for name in decayed}
     assert rest == norms | biases | {"backbone.vit.norm.weight", "backbone.vit.norm.bias", "backbone.vit.cls_token",
                                      "backbone.vit.pos_embed"}  # fmt: skip
@@ -211,15 +256,28 @@ def test_training_data(runner):
         and "InfiniteSampler" in {c.__name__ for c in type(loader.sampler).__mro__}
     )
     dataset = loader.dataset
-    assert type(dataset) is ADE20KDataset and dataset.reduce_zero_label and dataset.ignore_index == 255 and not dataset.test_mode
-    assert dataset.img_suffix == ".jpg" and dataset.seg_map_suffix == ".png" and len(dataset.metainfo["classes"]) == 150
+    assert (
+        type(dataset) is ADE20KDataset
+        and dataset.reduce_zero_label
+        and dataset.ignore_index == 255
+        and not dataset.test_mode
+    )
+    assert (
+        dataset.img_suffix == ".jpg"
+        and dataset.seg_map_suffix == ".png"
+        and len(dataset.metainfo["classes"]) == 150
+    )
     root = Path(dataset.data_root)
     assert root.name == "ADEChallengeData2016"
     assert Path(dataset.data_prefix["img_path"]) == root / "images" / "training"
     assert Path(dataset.data_prefix["seg_map_path"]) == root / "annotations" / "training"
     found = steps(loader)
     drawn = ["RandomResize", "RandomCrop", "RandomFlip", "PosfieldDistortion", "PackSegInputs"]
-    assert list(found)[-5:] == drawn and list(found)[-6] == "CheckLabels" and not set(drawn) & set(list(found)[:-5])
+    assert (
+        list(found)[-5:] == drawn
+        and list(found)[-6] == "CheckLabels"
+        and not set(drawn) & set(list(found)[:-5])
+    )
     (labels,) = [step for name, step in found.items() if "Label" in name and name != "CheckLabels"]
     assert labels.reduce_zero_label is True and found["CheckLabels"].num_classes == 150
     resize, crop, flip, distort = (found[name] for name in drawn[:4])
@@ -245,15 +303,20 @@ def test_validation_data_and_metric(runner, loop):
     assert not any(name.startswith("Random") or "Distortion" in name for name in found)
     names = list(found)
     (labels,) = [name for name in names if name in ("LoadAnnotations", "PosfieldLoadLabels")]
-    assert names.index("Resize") < names.index(labels) and found[labels].reduce_zero_label is True  # masks keep their own size
+    assert (
+        names.index("Resize") < names.index(labels) and found[labels].reduce_zero_label is True
+    )  # masks keep their own size
     (metric,) = loop.evaluator.metrics
     assert (metric.metrics, metric.ignore_index) == (["mIoU"], 255)
 
 
 def test_what_a_sample_holds(runner):
-    """Class k is stored as k + 1; 0 and 255 are ignored; a small image is padded to the crop with ignored pixels."""
+    """Class k is stored as k + 1; 0 and 255 are ignored; a small image is padded to the crop with ignored
+    pixels."""
     sample = runner.train_loop.dataloader.dataset[0]
-    batch = runner.model.data_preprocessor({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]}, True)
+    batch = runner.model.data_preprocessor(
+        {"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]}, True
+    )
     labels = batch["data_samples"][0].gt_sem_seg.data
     assert tuple(batch["inputs"].shape) == (1, 3, 512, 512) and tuple(labels.shape[-2:]) == (512, 512)
     assert set(labels.unique().tolist()) <= {0, 1, 2, 3, 255}
@@ -265,7 +328,9 @@ def test_what_a_sample_holds(runner):
 def test_the_grid_and_the_numbers_in_one_place():
     full = protocol()
     assert [(lr, wd) for lr in full.lr_grid for wd in full.weight_decay_grid] == GRID and full.seeds == 2
-    assert full == SegmentationProtocol() and full.name == "ade20k-160k" and (full.lr, full.weight_decay) in GRID
+    assert (
+        full == SegmentationProtocol() and full.name == "ade20k-160k" and (full.lr, full.weight_decay) in GRID
+    )
     assert (full.warmup_iters, full.layer_decay, full.amp, full.decay_all) == (0, 1.0, False, False)
 
 
@@ -274,7 +339,9 @@ def test_a_point_of_the_grid_is_within_the_protocol(lr, weight_decay):
     run = with_overrides(protocol(), {"lr": str(lr), "weight_decay": str(weight_decay)})
     assert deviations(run) == {}
     cfg = segmenter_config(run, "vit_small_patch16")
-    assert cfg["optim_wrapper"]["optimizer"] == dict(type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    assert cfg["optim_wrapper"]["optimizer"] == dict(
+        type="AdamW", lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay
+    )
 
 
 @pytest.mark.parametrize("field", sorted(set(SegmentationProtocol.model_fields) - {"name", "version"}))
@@ -290,13 +357,19 @@ def test_every_field_that_differs_is_a_deviation(field):
 
 def test_a_changed_config_cannot_pass_for_the_full_protocol(tmp_path):
     cfg = Config(
-        segmenter_config(with_overrides(protocol(), dict(lr=3e-5)), "vit_tiny_patch16", data_root=write_ade(tmp_path / "ade"))
+        segmenter_config(
+            with_overrides(protocol(), dict(lr=3e-5)),
+            "vit_tiny_patch16",
+            data_root=write_ade(tmp_path / "ade"),
+        )
     )
     values = cfg.custom_hooks[0].protocol
     known = set(config_deviations(cfg, values, {}, processes=1))
     assert known == {"training_images", "validation_images", "sweep"}
     assert config_deviations(cfg, values, {}, processes=8)["train_dataloader.batch_size"] == [16, 128]
-    cfg.merge_from_dict({"optim_wrapper.type": "AmpOptimWrapper", "train_cfg.max_iters": 20, "model.decode_head.num_convs": 1})
+    cfg.merge_from_dict(
+        {"optim_wrapper.type": "AmpOptimWrapper", "train_cfg.max_iters": 20, "model.decode_head.num_convs": 1}
+    )
     cfg.val_cfg.fp16 = True
     cfg.custom_hooks.append({"type": "EMAHook"})
     found = config_deviations(cfg, values, {"depth": 4}, processes=1)
@@ -317,7 +390,10 @@ def test_ones_own_data_are_no_deviation():
 
 
 def test_other_data_sets_change_these_numbers_and_no_others():
-    changed = {name: {k for k, v in vars(protocol(name)).items() if v != vars(protocol())[k]} - {"name"} for name in PROTOCOLS}
+    changed = {
+        name: {k for k, v in vars(protocol(name)).items() if v != vars(protocol())[k]} - {"name"}
+        for name in PROTOCOLS
+    }
     lengths = {"max_iters", "val_every", "num_classes", "reduce_zero_label"}
     sizes = {"batch_size", "resize_px", "crop_px", "slide_crop_px", "slide_stride_px"}
     assert changed == {"ade20k-160k": set(), "voc2012-40k": lengths, "voc2012aug-40k": lengths, "cityscapes-80k": lengths | sizes,
@@ -337,9 +413,13 @@ def test_the_batch_is_that_of_all_processes(monkeypatch):
 
 
 def test_options_reach_their_objects():
-    recipe = with_overrides(protocol(), dict(amp=True, clip_grad=3.0, warmup_iters=10, layer_decay=0.7, decay_all=True))
+    recipe = with_overrides(
+        protocol(), dict(amp=True, clip_grad=3.0, warmup_iters=10, layer_decay=0.7, decay_all=True)
+    )
     cfg = segmenter_config(recipe, "vit_small_patch16")
-    assert cfg["optim_wrapper"]["type"] == AmpOptimWrapper.__name__ and cfg["optim_wrapper"]["clip_grad"] == {"max_norm": 3.0}
+    assert cfg["optim_wrapper"]["type"] == AmpOptimWrapper.__name__ and cfg["optim_wrapper"]["clip_grad"] == {
+        "max_norm": 3.0
+    }
     assert cfg["optim_wrapper"]["paramwise_cfg"] == {"layer_decay": 0.7, "decay_all": True}
     warmup, decay = cfg["param_scheduler"]
     assert (warmup["type"], warmup["end"], decay["begin"], decay["end"]) == ("LinearLR", 10, 10, 160_000)
@@ -348,8 +428,14 @@ def test_options_reach_their_objects():
 @pytest.mark.parametrize(
     "field, value, demand",
     [
-        *((field, "0", "should be greater than or equal to 1") for field in ("batch_size", "max_iters", "crop_px", "seeds")),
-        *((field, "-1", "should be greater than or equal to 0") for field in ("hue", "brightness", "warmup_iters")),
+        *(
+            (field, "0", "should be greater than or equal to 1")
+            for field in ("batch_size", "max_iters", "crop_px", "seeds")
+        ),
+        *(
+            (field, "-1", "should be greater than or equal to 0")
+            for field in ("hue", "brightness", "warmup_iters")
+        ),
         ("contrast", "1.5,0.5", "must be two rising numbers above 0"),
         ("lr_grid", "", "should have at least 1 item"),
         ("weight_decay_grid", "1e-2,0.01", "must be different numbers"),
@@ -403,7 +489,10 @@ def test_a_frozen_backbone_is_one_deviation(tmp_path):
         "freeze_backbone": [False, True]
     }
     cfg.merge_from_dict({"model.backbone.freeze": False})  # as --cfg-options of a launcher
-    assert config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, 1)["model.backbone.freeze"] == [True, False]
+    assert config_deviations(cfg, cfg.custom_hooks[0].protocol, {}, 1)["model.backbone.freeze"] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("name, value", [("num_classes", 255), ("num_classes", 1), ("crop", 3)])
@@ -440,10 +529,13 @@ def test_trap_sgd(shipped, runner):
 
 @pytest.mark.parametrize("lr", protocol().lr_grid)
 def test_trap_absolute_eta_min(shipped, lr):
-    """The lr falls to a tenth of whichever the run has: mmengine's PolyLR with that eta_min. The shipped one is above the grid."""
+    """The lr falls to a tenth of whichever the run has: mmengine's PolyLR with that eta_min. The shipped
+    one is above the grid."""
     assert shipped.param_scheduler[0].eta_min > max(protocol().lr_grid)
     n_steps = 50
-    ours, theirs = (OptimWrapper(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)) for _ in range(2))
+    ours, theirs = (
+        OptimWrapper(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)) for _ in range(2)
+    )
     schedules = [
         PosfieldPolyLR(ours, eta_min_ratio=0.1, power=0.9, begin=0, end=n_steps, by_epoch=False),
         PolyLR(theirs, eta_min=0.1 * lr, power=0.9, begin=0, end=n_steps, by_epoch=False),
@@ -455,7 +547,9 @@ def test_trap_absolute_eta_min(shipped, lr):
         for wrapper, schedule in zip((ours, theirs), schedules):
             wrapper.step()
             schedule.step()
-    assert values[0] == lr and values[-1] == pytest.approx(0.1 * lr) and values == sorted(values, reverse=True)
+    assert (
+        values[0] == lr and values[-1] == pytest.approx(0.1 * lr) and values == sorted(values, reverse=True)
+    )
 
 
 def test_trap_patch_bias(shipped, runner):
@@ -465,24 +559,37 @@ def test_trap_patch_bias(shipped, runner):
 
 
 def test_trap_attention_without_sdpa(shipped, runner, monkeypatch):
-    """torch's own attention, called once a block; the shipped backbone's goes through nn.MultiheadAttention."""
+    """torch's own attention, called once a block; the shipped backbone's goes through
+    nn.MultiheadAttention."""
     from mmcv.cnn.bricks.transformer import MultiheadAttention
 
     config = {**shipped.model.backbone, "num_layers": 1, "init_cfg": None}
     assert any(isinstance(module, MultiheadAttention) for module in MODELS.build(config).modules())
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(1) or original(*a, **k),
+    )
     with torch.no_grad():
         runner.model.eval().backbone(torch.zeros(1, 3, 32, 32))
-    assert len(calls) == 12 and not any(isinstance(m, torch.nn.MultiheadAttention) for m in runner.model.modules())
+    assert len(calls) == 12 and not any(
+        isinstance(m, torch.nn.MultiheadAttention) for m in runner.model.modules()
+    )
 
 
 def test_trap_weight_decay_on_norms_biases_and_positions(shipped, runner):
     assert shipped.optim_wrapper.get("paramwise_cfg") is None  # all alike
-    decay = {id(p): group["weight_decay"] for group in runner.optim_wrapper.optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in runner.optim_wrapper.optimizer.param_groups
+        for p in group["params"]
+    }
     for name, parameter in runner.model.named_parameters():
-        if parameter.requires_grad and ("norm" in name or name.endswith("bias") or name.rpartition(".")[2].startswith("pos")):
+        if parameter.requires_grad and (
+            "norm" in name or name.endswith("bias") or name.rpartition(".")[2].startswith("pos")
+        ):
             assert decay[id(parameter)] == 0, name
 
 

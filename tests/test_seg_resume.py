@@ -1,4 +1,5 @@
-"""A run that was killed and goes on equals one that was not, to the bit on the CPU; two processes equal one."""
+"""A run that was killed and goes on equals one that was not, to the bit on the CPU; two processes equal
+one."""
 
 import json
 import os
@@ -117,7 +118,11 @@ def test_the_sampler_keeps_mmengines_order_and_says_where_each_image_stands():
     import pickle
 
     travelled = pickle.loads(pickle.dumps(second))
-    assert type(travelled) is DrawnIndex and (int(travelled), travelled.seed, travelled.position) == (int(second), 3, 9)
+    assert type(travelled) is DrawnIndex and (int(travelled), travelled.seed, travelled.position) == (
+        int(second),
+        3,
+        9,
+    )
 
 
 def test_random_numbers_depend_on_seed_and_position_alone():
@@ -137,7 +142,8 @@ def test_random_numbers_depend_on_seed_and_position_alone():
 
 
 def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, monkeypatch):
-    """Checkpoint at 2, killed in 3: the images of 3 and 4 are those of a run without a break; no line is there twice."""
+    """Checkpoint at 2, killed in 3: the images of 3 and 4 are those of a run without a break; no line is
+    there twice."""
     run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     seen = []
     read = []
@@ -207,7 +213,10 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
     cfg.dump(folder / "config.py")
     cfg = Config.fromfile(folder / "config.py")
     hook = PosfieldRunHook(**{key: value for key, value in cfg.custom_hooks[0].items() if key != "type"})
-    assert "iterations_it" in hook.protocol and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
+    assert (
+        "iterations_it" in hook.protocol
+        and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
+    )
     assert len(dataset_of_run(load_run(folder, "cpu"), "validation")) == 3
     train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
     assert_equal(folder, whole)
@@ -219,7 +228,8 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
 
 
 def two_ranks(command, cwd, code=0):
-    """Start a command twice, as tools/submit.py's tasks do: each is told its rank, and there is no torchrun. What each said."""
+    """Start a command twice, as tools/submit.py's tasks do: each is told its rank, and there is no
+    torchrun. What each said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -227,7 +237,11 @@ def two_ranks(command, cwd, code=0):
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            command, cwd=cwd, env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=cwd,
+            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -237,9 +251,11 @@ def two_ranks(command, cwd, code=0):
 
 
 def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
-    """The same batch in two halves; three validation images, of which the second process's padding counts nothing twice.
+    """The same batch in two halves; three validation images, of which the second process's padding counts
+    nothing twice.
 
-    A signal to the second process alone, in the first iteration, stops both; the first one saves. Then they go on.
+    A signal to the second process alone, in the first iteration, stops both; the first one saves. Then they
+    go on.
     """
     numbers = dict(NUMBERS, max_iters=2, drop_path=0.0, lr=1e-3)
     run = tiny_run(ade, tmp_path / "one", protocol=tiny(**numbers))
@@ -248,25 +264,38 @@ def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
     (tmp_path / "asked.py").write_text(ASKED)
     with_workers = command_line("two", ade, workers=1, **numbers)  # which end, too
     said = two_ranks([sys.executable, "asked.py", str(TOOL), *with_workers], tmp_path, code=REQUEUE_CODE)
-    assert "another rank was signalled; saved at iteration 1" in said[0] and "SIGUSR1; saved at iteration 1" in said[1]
+    assert (
+        "another rank was signalled; saved at iteration 1" in said[0]
+        and "SIGUSR1; saved at iteration 1" in said[1]
+    )
     assert [path.name for path in (tmp_path / "two").glob("*.pth")] == ["iter_1.pth"]
     two_ranks([sys.executable, str(TOOL), *words], tmp_path)
-    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     assert [line["iteration"] for line in lines[1]] == [1, 2, 2] == [line["iteration"] for line in lines[0]]
     for one, two in zip(*lines):
         assert two == pytest.approx(one, rel=2e-3)
     one, two = (torch.load(tmp_path / name / "iter_2.pth", weights_only=True) for name in ("one", "two"))
-    for moments, expected in zip(two["optimizer"]["state"].values(), one["optimizer"]["state"].values(), strict=True):
-        torch.testing.assert_close(moments["exp_avg"], expected["exp_avg"], atol=1e-5, rtol=1e-2)  # of the gradients
+    for moments, expected in zip(
+        two["optimizer"]["state"].values(), one["optimizer"]["state"].values(), strict=True
+    ):
+        torch.testing.assert_close(
+            moments["exp_avg"], expected["exp_avg"], atol=1e-5, rtol=1e-2
+        )  # of the gradients
     weights = [torch.cat([value.flatten() for value in state["state_dict"].values()]) for state in (one, two)]
     # AdamW makes steps of the lr of gradients that are zero but for rounding (the keys' biases): few of all.
     assert (weights[1] - weights[0]).abs().mean() < 0.01 * numbers["lr"]
     one, two = (read_result(tmp_path / name) for name in ("one", "two"))
-    assert one.config_hash == two.config_hash and two.metrics["aacc"] == pytest.approx(one.metrics["aacc"], abs=0.5)
+    assert one.config_hash == two.config_hash and two.metrics["aacc"] == pytest.approx(
+        one.metrics["aacc"], abs=0.5
+    )
 
 
 def test_each_image_counts_once_over_processes(monkeypatch):
-    """Two processes, three images: the sampler gives the first one again to fill the second process's share."""
+    """Two processes, three images: the sampler gives the first one again to fill the second process's
+    share."""
     from seg_plugin import metric as module
 
     images = [[torch.tensor([float(k), 0.0])] * 4 for k in (1, 2, 3)]

@@ -39,24 +39,44 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     assert result.backbone == "vit_tiny_patch16_reg4"  # the file says it
     with pytest.raises(UserError, match="backbone: a name is needed"):
         tool(["--data", str(ade), "--output", str(tmp_path)])
-    assert (result.kind, result.method, result.effective_epochs, result.seed) == ("segmentation", "posfield", 400.0, 3)
+    assert (result.kind, result.method, result.effective_epochs, result.seed) == (
+        "segmentation",
+        "posfield",
+        400.0,
+        3,
+    )
     assert not result.protocol.full and result.protocol.deviations["max_iters"] == [160_000, 4]
     assert "model_kwargs" not in result.protocol.deviations and result.weights_hash
     iou = result.metrics["iou"]
-    assert 0 < result.metrics["miou"] <= 100 and result.metrics["miou"] == pytest.approx(sum(iou.values()) / len(iou))
+    assert 0 < result.metrics["miou"] <= 100 and result.metrics["miou"] == pytest.approx(
+        sum(iou.values()) / len(iou)
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["miou"] == result.metrics["miou"]
-    assert lines[0]["lr"] == 8e-5 and lines[3]["lr"] == pytest.approx(8e-6) and lines[3].keys() == {"iteration", "loss", "lr"}
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 4] and lines[-1]["miou"] == result.metrics[
+        "miou"
+    ]
+    assert (
+        lines[0]["lr"] == 8e-5
+        and lines[3]["lr"] == pytest.approx(8e-6)
+        and lines[3].keys() == {"iteration", "loss", "lr"}
+    )
     assert Image.open(tmp_path / "figures" / "segmentations.png").width > 500
-    assert json.loads((tmp_path / "figures" / "captions.json").read_text())["segmentations.png"].keys() == {"title", "caption"}
+    assert json.loads((tmp_path / "figures" / "captions.json").read_text())["segmentations.png"].keys() == {
+        "title",
+        "caption",
+    }
 
-    (tmp_path / "result.json").unlink()  # as if killed between the last checkpoint and the end of its validation
+    (
+        tmp_path / "result.json"
+    ).unlink()  # as if killed between the last checkpoint and the end of its validation
     tool([*words, "--resume"])
     assert read_result(tmp_path).metrics == result.metrics
 
     before = (tmp_path / "result.json").stat().st_mtime_ns
     tool(words)
-    assert "nothing to do" in capsys.readouterr().out and (tmp_path / "result.json").stat().st_mtime_ns == before
+    assert (
+        "nothing to do" in capsys.readouterr().out and (tmp_path / "result.json").stat().st_mtime_ns == before
+    )
     for other, key in ((["lr=1e-5"], "lr"), (["--seed", "4"], "seed")):
         with pytest.raises(UserError, match=f"other settings .*{key}"):
             tool([*words, *other])
@@ -64,7 +84,9 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
 
 def test_same_seed_same_numbers_and_the_loss_falls(ade, tmp_path):
     """Also: without a weight file, own classes whose label 0 counts."""
-    recipe = tiny(reduce_zero_label=False, num_classes=5, max_iters=30, val_every=30, lr="1e-3", warmup_iters=2)
+    recipe = tiny(
+        reduce_zero_label=False, num_classes=5, max_iters=30, val_every=30, lr="1e-3", warmup_iters=2
+    )
     logs = []
     for name in ("one", "two"):
         train(tiny_run(ade, tmp_path / name, protocol=recipe))
@@ -78,14 +100,18 @@ def test_same_seed_same_numbers_and_the_loss_falls(ade, tmp_path):
 def test_bad_label_met_by_a_worker_is_one_line(ade, tmp_path):
     root = write_ade(tmp_path / "ade", n_train=2, n_val=1)
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(root / "annotations" / "training" / "0000.png")
-    with pytest.raises(UserError, match=r"^data: .*training/0000.png holds label 7, but 4 classes are stored as 1 to 4 .*\)$"):
+    with pytest.raises(
+        UserError, match=r"^data: .*training/0000.png holds label 7, but 4 classes are stored as 1 to 4 .*\)$"
+    ):
         train(tiny_run(root, tmp_path / "run", workers=1))
 
 
 def test_nan_stops_the_run_and_says_where(ade, tmp_path):
     vit = build_backbone("vit_tiny_patch16", **FLAGS)
     vit.patch_embed.proj.weight.data.fill_(1e38)  # finite, and its products are not
-    path = save_backbone(tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", model_kwargs=vit.model_kwargs)
+    path = save_backbone(
+        tmp_path / "nan.safetensors", vit.state_dict(), name="vit_tiny_patch16", model_kwargs=vit.model_kwargs
+    )
     with pytest.raises(FloatingPointError, match="iteration 1: loss is nan, decode.loss_ce is nan"):
         train(tiny_run(ade, tmp_path / "run", weights=path))
 
@@ -140,7 +166,9 @@ def test_a_training_mask_of_another_size_is_named(tmp_path):
     root = write_ade(tmp_path / "ade", n_train=2, n_val=1)
     path = root / "annotations" / "training" / "0000.png"
     Image.fromarray(np.ones((56, 40), np.uint8)).save(path)
-    with pytest.raises(UserError, match=rf"^data: {path} is \(56, 40\), but its image is \(40, 56\) \(height, width\)$"):
+    with pytest.raises(
+        UserError, match=rf"^data: {path} is \(56, 40\), but its image is \(40, 56\) \(height, width\)$"
+    ):
         train(tiny_run(root, tmp_path / "run", workers=1))
 
 
@@ -175,10 +203,16 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(ade, tmp_path, monkeypatc
             signal.raise_signal(signal.SIGTERM)
 
     run = tiny_run(ade, tmp_path / "stopped", protocol=recipe)
-    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="^SIGTERM; saved at iteration 2$"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(Interrupted, match="^SIGTERM; saved at iteration 2$"),
+    ):
         patched.setattr(PosfieldRunHook, "after_train_iter", asked)
         train(run)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and newest_checkpoint(run.output).name == "iter_2.pth"
+    assert (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        and newest_checkpoint(run.output).name == "iter_2.pth"
+    )
     train(run, resume=True)
     assert (run.output / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert read_result(run.output).metrics == read_result(tmp_path / "whole").metrics

@@ -28,22 +28,44 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(ade, weights, tmp_path_factory):
-    """train.py for 20 iterations with weights given on the command line, then without their file: --resume to 25, and test.py."""
+    """train.py for 20 iterations with weights given on the command line, then without their file: --resume
+    to 25, and test.py."""
     folder = tmp_path_factory.mktemp("stock")
     write_config(folder, "elsewhere", max_iters=20, val_every=20)
     roots = [f"{loader}_dataloader.dataset.data_root={ade}" for loader in ("train", "val", "test")]
     copy = folder / "backbone.safetensors"
     copy.write_bytes(weights.read_bytes())
     launch(
-        stock_tool("train.py"), "seg.py", "--work-dir", "run", "--cfg-options", f"model.backbone.weights={copy}", *roots, cwd=folder
+        stock_tool("train.py"),
+        "seg.py",
+        "--work-dir",
+        "run",
+        "--cfg-options",
+        f"model.backbone.weights={copy}",
+        *roots,
+        cwd=folder,
     )
     first = (folder / "run" / "result.json").read_text()
     copy.unlink()
     launch(
-        stock_tool("train.py"), "run/seg.py", "--work-dir", "run", "--resume", "--cfg-options", "train_cfg.max_iters=25", cwd=folder
+        stock_tool("train.py"),
+        "run/seg.py",
+        "--work-dir",
+        "run",
+        "--resume",
+        "--cfg-options",
+        "train_cfg.max_iters=25",
+        cwd=folder,
     )
     tested = launch(
-        stock_tool("test.py"), "run/seg.py", "run/iter_25.pth", "--work-dir", "tested", "--out", "tested/masks", cwd=folder
+        stock_tool("test.py"),
+        "run/seg.py",
+        "run/iter_25.pth",
+        "--work-dir",
+        "tested",
+        "--out",
+        "tested/masks",
+        cwd=folder,
     )
     return folder, first, tested
 
@@ -52,13 +74,25 @@ def test_stock_train_leaves_the_same_files(stock, weights, tmp_path):
     folder, first, _ = stock
     (tmp_path / "result.json").write_text(first)
     result = read_result(tmp_path)
-    assert (result.method, result.effective_epochs, result.backbone) == ("posfield", 400.0, "vit_tiny_patch16")
-    assert result.protocol.deviations["max_iters"] == [160_000, 20] and "train_cfg.max_iters" not in result.protocol.deviations
+    assert (result.method, result.effective_epochs, result.backbone) == (
+        "posfield",
+        400.0,
+        "vit_tiny_patch16",
+    )
+    assert (
+        result.protocol.deviations["max_iters"] == [160_000, 20]
+        and "train_cfg.max_iters" not in result.protocol.deviations
+    )
     assert (folder / "run" / "figures" / "segmentations.png").is_file()
     saved = Config.fromfile(folder / "run" / "seg.py")
     backbone = saved.model.backbone
     assert backbone.weights is None and not saved.resume
-    assert (backbone.n_registers, backbone.pos_encoding, backbone.layerscale, backbone.pos_grid) == (4, "field", 0.1, 10)
+    assert (backbone.n_registers, backbone.pos_encoding, backbone.layerscale, backbone.pos_grid) == (
+        4,
+        "field",
+        0.1,
+        10,
+    )
 
 
 def test_stock_resume_continues_and_says_so(stock):
@@ -77,11 +111,14 @@ def test_stock_test_gives_the_runs_metrics(stock):
     (scores,) = [json.loads(path.read_text()) for path in (folder / "tested").glob("*/*.json")]
     assert scores["mIoU"] == pytest.approx(read_result(folder / "run").metrics["miou"], abs=1e-9)
     masks = [np.array(Image.open(path)) for path in sorted((folder / "tested" / "masks").glob("*.png"))]
-    assert [mask.shape for mask in masks] == [(40, 56), (56, 40), (40, 56)] and all(1 <= mask.min() for mask in masks)
+    assert [mask.shape for mask in masks] == [(40, 56), (56, 40), (40, 56)] and all(
+        1 <= mask.min() for mask in masks
+    )
 
 
 def test_saved_config_trains_nothing_anew_and_loads_nothing_else(stock, tmp_path):
-    """Without the weights' file it would begin at random; and mmengine itself only warns of tensors that do not match."""
+    """Without the weights' file it would begin at random; and mmengine itself only warns of tensors that
+    do not match."""
     folder, _, _ = stock
     cfg = Config.fromfile(folder / "run" / "seg.py")
     cfg.work_dir = str(tmp_path)
@@ -98,14 +135,18 @@ def test_mmsegs_inference_gives_the_labels_of_the_runs_model(stock, ade):
     folder, _, _ = stock
     config, checkpoint = str(folder / "run" / "seg.py"), str(folder / "run" / "iter_25.pth")
     images = [str(path) for path in sorted((ade / "images" / "validation").iterdir())]
-    written = [np.array(Image.open(path)) for path in sorted((folder / "tested" / "masks").glob("*.png"))]  # stored as k + 1
+    written = [
+        np.array(Image.open(path)) for path in sorted((folder / "tested" / "masks").glob("*.png"))
+    ]  # stored as k + 1
     model = init_model(config, checkpoint, device="cpu")
     plain = MODELS.build(Config.fromfile(config).model)
     plain.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     assert [len(inference_model(model, [images[0], images[2]]))] == [2]  # of one size
     for image, mask in zip(images, written, strict=True):
         assert np.array_equal(inference_model(model, image).pred_sem_seg.data[0].numpy() + 1, mask)
-    array = inference_model(model, mmcv.imread(images[1]))  # from now on this model takes arrays alone (mmseg changes its config)
+    array = inference_model(
+        model, mmcv.imread(images[1])
+    )  # from now on this model takes arrays alone (mmseg changes its config)
     assert np.array_equal(array.pred_sem_seg.data[0].numpy() + 1, written[1])
     assert model.dataset_meta["classes"] == ("class 0", "class 1", "class 2", "class 3")
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())

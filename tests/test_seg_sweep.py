@@ -30,7 +30,9 @@ from seg_plugin.sweep import conclude, points, status, sweep
 
 @pytest.fixture
 def run(tmp_path):
-    return SegmentationRun("vit_small_patch16", None, tmp_path / "none", tmp_path / "sweep", protocol(), device="cpu")
+    return SegmentationRun(
+        "vit_small_patch16", None, tmp_path / "none", tmp_path / "sweep", protocol(), device="cpu"
+    )
 
 
 def leave(point, miou, deviations=None, **changes):
@@ -65,12 +67,24 @@ def test_the_whole_grid_is_the_protocol(run):
     result = read_result(conclude(run))
     assert result.protocol == Protocol(name="ade20k-160k", version=1, full=True, deviations={})
     metrics = result.metrics
-    assert metrics["miou"] == 45.5 and metrics["miou_std"] == statistics.stdev([45, 46]) and metrics["seeds"] == 2
-    assert metrics["miou_by_seed"] == {"0": 45.0, "1": 46.0} and (metrics["lr"], metrics["weight_decay"]) == (3e-5, 1e-2)
+    assert (
+        metrics["miou"] == 45.5
+        and metrics["miou_std"] == statistics.stdev([45, 46])
+        and metrics["seeds"] == 2
+    )
+    assert metrics["miou_by_seed"] == {"0": 45.0, "1": 46.0} and (metrics["lr"], metrics["weight_decay"]) == (
+        3e-5,
+        1e-2,
+    )
     assert metrics["macc"] == 46.5 and metrics["iou"] == {"wall": 45.5, "sky": 44.5}
     assert len(metrics["grid"]) == 8 and metrics["grid"]["lr 3e-05, weight decay 0.0001"]["miou"] == 39.5
     assert metrics["grid"]["lr 8e-05, weight decay 0.01"]["miou_std"] == statistics.stdev([40, 41])
-    assert (result.wall_time_s, result.peak_memory_mib, result.seed, result.method) == (160.0, 149.0, 0, "ours")
+    assert (result.wall_time_s, result.peak_memory_mib, result.seed, result.method) == (
+        160.0,
+        149.0,
+        0,
+        "ours",
+    )
 
 
 @pytest.mark.parametrize("index", [0, 7, 15])
@@ -129,7 +143,9 @@ def test_the_tables_show_the_sweep_in_place_of_its_runs(run, tmp_path):
     assert len(find_results([run.output / "points"])) == 16  # who asks for them gets them
     point = points(run)[0].output
     assert find_results([point]) == find_results([point / "result.json"]) == [point / "result.json"]
-    (line,) = [line for group in comparison_table([read_result(run.output)], [], "all").groups for line in group]
+    (line,) = [
+        line for group in comparison_table([read_result(run.output)], [], "all").groups for line in group
+    ]
     assert line.cells[6] == "45.5 ± 0.7 (n=2)" and line.cells[8] == "ade20k-160k" and line.cells[9] == "0, 1"
     assert not line.scaled
     notes = comparison_table([read_result(run.output)], [], "all").notes
@@ -147,7 +163,16 @@ def toy(tmp_path, data, **overrides):
         slide_crop_px=32, slide_stride_px=32, lr_grid="1e-3, 8e-5", weight_decay_grid="1e-2",
     )  # fmt: skip
     words = [f"{key}={value}" for key, value in {**numbers, **overrides}.items()]
-    words += ["backbone.depth=1", "backbone.pos_grid=4", "--backbone", "vit_tiny_patch16", "--workers", "0", "--device", "cpu"]
+    words += [
+        "backbone.depth=1",
+        "backbone.pos_grid=4",
+        "--backbone",
+        "vit_tiny_patch16",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     return ["--data", str(data), "--dataset", "ade20k", "--output", str(tmp_path / "out"), *words]
 
 
@@ -185,9 +210,15 @@ def test_the_sweep_goes_on_after_a_failure_and_runs_nothing_twice(tool, tmp_path
     blocked.mkdir(parents=True)
     (blocked / "result.json").write_text("{}")  # of another kind of run
     message = r"sweep: 1 of 4 runs failed: lr_0.001_wd_0.01/seed_1 \(logs in .*points"
-    with pytest.raises(UserError, match=message), pytest.warns(UserWarning, match="the sweep has no result: .*seed_1"):
+    with (
+        pytest.raises(UserError, match=message),
+        pytest.warns(UserWarning, match="the sweep has no result: .*seed_1"),
+    ):
         tool([*words, "--sweep"])
-    assert len(list((tmp_path / "out" / "points").glob("*/*/result.json"))) == 4 and not (tmp_path / "out" / "result.json").exists()
+    assert (
+        len(list((tmp_path / "out" / "points").glob("*/*/result.json"))) == 4
+        and not (tmp_path / "out" / "result.json").exists()
+    )
     assert "another kind of run" in (blocked.with_suffix(".log")).read_text()
     (blocked / "result.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "points").glob("*/*/result.json")}
@@ -253,7 +284,10 @@ def test_an_interrupted_run_leaves_the_sweep_to_be_started_again(run, monkeypatc
         sweep(run, ["tool"])
     ended = iter([REQUEUE_CODE, 2] * 8)  # what failed does not keep the rest from going on
     monkeypatch.setattr(started, "launch", lambda command, log, seconds: next(ended))
-    with pytest.raises(Interrupted, match="8 of 16 runs are left: start it again; 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, "):
+    with pytest.raises(
+        Interrupted,
+        match="8 of 16 runs are left: start it again; 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, ",
+    ):
         sweep(run, ["tool"])
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # of torchrun: the runs would inherit it
         with monkeypatch.context() as told, pytest.raises(UserError, match="one process starts all runs"):
@@ -297,4 +331,7 @@ def test_runs_at_a_time_have_a_gpu_each(run, monkeypatch):
     monkeypatch.setattr(sweep_module, "Processes", Recorded)
     result = sweep(replace(run, device="cuda"), ["tool"], n_at_once=2)
     assert read_result(result).protocol.full and len(said) == 16
-    assert {tuple(words) for words in said} == {("env", "CUDA_VISIBLE_DEVICES=2"), ("env", "CUDA_VISIBLE_DEVICES=5")}
+    assert {tuple(words) for words in said} == {
+        ("env", "CUDA_VISIBLE_DEVICES=2"),
+        ("env", "CUDA_VISIBLE_DEVICES=5"),
+    }

@@ -1,4 +1,5 @@
-"""Typed settings: values take a field's type, mistakes are one line, old names load; and every protocol is made of such fields."""
+"""Typed settings: values take a field's type, mistakes are one line, old names load; and every protocol is
+made of such fields."""
 
 import json
 
@@ -116,9 +117,13 @@ def test_a_value_that_does_not_fit_is_one_line_with_its_key(key, given, said):
 
 
 def test_an_old_name_beside_the_new_one_is_an_error():
-    with pytest.raises(UserError, match="steps_it is the old name of steps, and both are given; give steps alone"):
+    with pytest.raises(
+        UserError, match="steps_it is the old name of steps, and both are given; give steps alone"
+    ):
         build(Recipe, [read_words(["steps=1", "steps_it=2"])])
-    assert build(Recipe, [read_words(["steps=500"]), read_words(["steps_it=200"])]).steps == 200  # the later layer counts
+    assert (
+        build(Recipe, [read_words(["steps=500"]), read_words(["steps_it=200"])]).steps == 200
+    )  # the later layer counts
 
 
 def test_a_groups_default_may_differ_from_its_models_defaults():
@@ -137,8 +142,19 @@ def test_differences_list_both_values_and_nothing_else():
 
 
 def test_nested_plain_values_are_compared_key_by_key():
-    before = {"a": {"b": 1, "same": [1, 2]}, "hooks": [{"type": "x"}], "none": None, "empty": {}, "gone": {"k": {"v": 0}}}
-    now = {"a": {"b": 2, "same": [1, 2]}, "hooks": [{"type": "x"}, {"type": "y", "n": 1}], "none": 0, "empty": {"k": 1}}
+    before = {
+        "a": {"b": 1, "same": [1, 2]},
+        "hooks": [{"type": "x"}],
+        "none": None,
+        "empty": {},
+        "gone": {"k": {"v": 0}},
+    }
+    now = {
+        "a": {"b": 2, "same": [1, 2]},
+        "hooks": [{"type": "x"}, {"type": "y", "n": 1}],
+        "none": 0,
+        "empty": {"k": 1},
+    }
     assert compared(before, now) == {
         "a.b": [1, 2],
         "hooks.1.type": [None, "y"],
@@ -184,14 +200,19 @@ def test_words_that_no_type_reads_are_plain(text, held):
 
 
 def test_words_of_the_backbone():
-    assert fields_and_kwargs(["backbone.layer_scale_init=1e-5"])[1] == {"layerscale": 1e-5}  # as in a pre-training
-    assert fields_and_kwargs(["backbone.layerscale=0.1", "backbone.source=dino"])[1] == {"layerscale": 0.1, "source": "dino"}
+    assert fields_and_kwargs(["backbone.layer_scale_init=1e-5"])[1] == {
+        "layerscale": 1e-5
+    }  # as in a pre-training
+    assert fields_and_kwargs(["backbone.layerscale=0.1", "backbone.source=dino"])[1] == {
+        "layerscale": 0.1,
+        "source": "dino",
+    }
     for name in ("name", "weights"):
         with pytest.raises(UserError, match=rf"backbone\.{name}: give it as --"):
             fields_and_kwargs([f"backbone.{name}=x"])
 
 
-# --- the protocols ----------------------------------------------------------------------------------------------------
+# --- the protocols ----------------------------------------------------------------------------------------
 
 
 def segmentation():
@@ -204,7 +225,10 @@ def segmentation():
 MODELS = {
     "detection": lambda: DetectionProtocol,
     "segmentation": segmentation,
-    **{m.__name__: (lambda m=m: m) for m in (LinearSettings, InContextSettings, ClusteringSettings, KnnSettings)},
+    **{
+        m.__name__: (lambda m=m: m)
+        for m in (LinearSettings, InContextSettings, ClusteringSettings, KnnSettings)
+    },
 }
 OLD = {"detection": renamed.DETECTION, "segmentation": renamed.SEGMENTATION}
 BAD = {bool: "1", int: "1.5", float: "nan", str: b"\xff".decode(errors="surrogateescape")}
@@ -216,7 +240,9 @@ def test_every_key_says_what_it_is_and_where_its_value_is_from(name):
     assert found
     for key, info, _ in found:
         source = info.json_schema_extra["source"]
-        assert source and info.description.endswith(f" [{source}]") and len(info.description) > len(source) + 4, key
+        assert (
+            source and info.description.endswith(f" [{source}]") and len(info.description) > len(source) + 4
+        ), key
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -236,7 +262,9 @@ def test_no_field_takes_what_is_no_value_of_its_type(name):
         replaced(model(), {"no_such_key": 1}, "protocol")
 
 
-@pytest.mark.parametrize("name, old, new", [(name, old, new) for name, names in OLD.items() for old, new in names.items()])
+@pytest.mark.parametrize(
+    "name, old, new", [(name, old, new) for name, names in OLD.items() for old, new in names.items()]
+)
 def test_old_names_of_fields_still_load(name, old, new):
     """As words, as values of a saved run, as a deviation in a result, in the command of a job."""
     model = MODELS[name]()

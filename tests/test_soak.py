@@ -31,7 +31,10 @@ def test_a_killed_and_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
     lines = log.read_text().splitlines(True)
     changed = json.dumps({**json.loads(lines[4]), "loss": 0.0}) + "\n"
     log.write_text("".join([*lines[:4], changed, *lines[5:-1]]))
-    assert [line.split(":")[0] for line in differences(killed, alone)] == ["metrics.jsonl, line 5", "metrics.jsonl, line 18"]
+    assert [line.split(":")[0] for line in differences(killed, alone)] == [
+        "metrics.jsonl, line 5",
+        "metrics.jsonl, line 18",
+    ]
     log.write_text("".join(lines))
     found, _ = newest(killed)
     tensors = found.tensors()

@@ -30,7 +30,8 @@ def table(rows, **columns):
 
 
 def save_to_disk(folder, parts, split="train"):
-    """A folder as ``Dataset.save_to_disk`` leaves it: streams of record batches, state.json, dataset_info.json."""
+    """A folder as ``Dataset.save_to_disk`` leaves it: streams of record batches, state.json,
+    dataset_info.json."""
     folder.mkdir(parents=True)
     listed = []
     for k, rows in enumerate(parts):
@@ -39,7 +40,9 @@ def save_to_disk(folder, parts, split="train"):
         with pa.ipc.new_stream(str(folder / name), content.schema) as writer:
             writer.write_table(content, max_chunksize=2)
         listed.append({"filename": name})
-    (folder / "state.json").write_text(json.dumps({"_data_files": listed, "_split": split, "_format_type": None}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": listed, "_split": split, "_format_type": None})
+    )
     (folder / "dataset_info.json").write_text("{}")
     return folder
 
@@ -62,11 +65,16 @@ def test_the_image_column(tmp_path):
     pictures = [b"a", b"b"]
     columns = {"plain": pa.array(pictures, pa.large_binary()), "text": ["x", "y"]}
     pq.write_table(table(images(0, 1), **columns), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"data\.image_column: which of .*x\.parquet's columns\? Of images: image, plain"):
+    with pytest.raises(
+        UserError, match=r"data\.image_column: which of .*x\.parquet's columns\? Of images: image, plain"
+    ):
         opened(tmp_path)
     assert contents(opened(tmp_path, column="plain")) == pictures
     assert contents(opened(tmp_path, column="image")) == [row["bytes"] for row in images(0, 1)]
-    for column, said in [("picture", "no column picture, only image, label"), ("text", "text in .* is string, neither")]:
+    for column, said in [
+        ("picture", "no column picture, only image, label"),
+        ("text", "text in .* is string, neither"),
+    ]:
         with pytest.raises(UserError, match=rf"data\.image_column: .*{said}"):
             opened(tmp_path, column=column)
     with pytest.raises(UserError, match=r"data\.image_column=image: there are no columns"):
@@ -78,7 +86,12 @@ def test_the_image_column(tmp_path):
 
 def test_rows_without_bytes(tmp_path):
     files(tmp_path, "sub/there.jpg")
-    rows = [{"bytes": None, "path": "sub/there.jpg"}, {"bytes": None, "path": "gone.jpg"}, {"bytes": None, "path": None}, None]
+    rows = [
+        {"bytes": None, "path": "sub/there.jpg"},
+        {"bytes": None, "path": "gone.jpg"},
+        {"bytes": None, "path": None},
+        None,
+    ]
     pq.write_table(table(rows), tmp_path / "x.parquet")
     save_to_disk(tmp_path / "saved", [rows])
     files(tmp_path / "saved", "sub/there.jpg")
@@ -124,7 +137,9 @@ def test_a_saved_hugging_face_data_set(tmp_path):
         save_to_disk(tmp_path / "dict" / split, [rows], split)
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert names(opened(tmp_path / "dict", split="test")) == ["test/data-00000-of-00001.arrow: row 0"]
-    assert contents(opened(tmp_path / "dict", split="train+test")) == [row["bytes"] for row in images(1, 2, 3)]
+    assert contents(opened(tmp_path / "dict", split="train+test")) == [
+        row["bytes"] for row in images(1, 2, 3)
+    ]
     for split in ("", "val"):
         with pytest.raises(UserError, match=rf"data\.split={split}: .* has the splits train, test"):
             opened(tmp_path / "dict", split=split)
@@ -133,7 +148,8 @@ def test_a_saved_hugging_face_data_set(tmp_path):
 
 
 def test_a_selection_of_a_hugging_face_data_set_is_not_taken_for_the_whole(tmp_path):
-    """As ``select``, ``filter`` and ``shuffle`` leave it: all rows, and beside them which of these it means, in what order."""
+    """As ``select``, ``filter`` and ``shuffle`` leave it: all rows, and beside them which of these it
+    means, in what order."""
     state = save_to_disk(tmp_path / "some", [images(0, 1, 2)]) / "state.json"
     saved = json.loads(state.read_text())
     for indices in ([], None):
@@ -141,7 +157,8 @@ def test_a_selection_of_a_hugging_face_data_set_is_not_taken_for_the_whole(tmp_p
         assert len(opened(tmp_path / "some")) == 3
     state.write_text(json.dumps({**saved, "_indices_data_files": [{"filename": "indices.arrow"}]}))
     with pytest.raises(
-        UserError, match=r"state\.json holds a selection .* is not applied here: save it again with flatten_indices"
+        UserError,
+        match=r"state\.json holds a selection .* is not applied here: save it again with flatten_indices",
     ):
         opened(tmp_path / "some")
 
@@ -169,7 +186,10 @@ def every_kind(folder):
     save_to_disk(folder / "huggingface", [images(0, 1), images(2)])
     roots = {"folder": "folder", "list": "list.txt", "coco": "coco", "tar": "tar", "parquet": "parquet"}
     roots["huggingface"] = "huggingface"
-    return {kind: opened(folder / root, split="train2017" if kind == "coco" else "") for kind, root in roots.items()}
+    return {
+        kind: opened(folder / root, split="train2017" if kind == "coco" else "")
+        for kind, root in roots.items()
+    }
 
 
 def test_auto_tells_the_kind(tmp_path):
@@ -184,7 +204,10 @@ def test_auto_tells_the_kind(tmp_path):
     assert kind_of(str(tmp_path / "shards"), "train") == "tar"
     assert kind_of(str(tmp_path / "x-{000..123}.tar")) == kind_of(str(tmp_path / "*.tar")) == "tar"
     (tmp_path / "x.zip").write_text("")
-    for root, said in [(tmp_path / "x.zip", r"x\.zip is neither"), (tmp_path / "none", "no file or folder .*none")]:
+    for root, said in [
+        (tmp_path / "x.zip", r"x\.zip is neither"),
+        (tmp_path / "none", "no file or folder .*none"),
+    ]:
         with pytest.raises(UserError, match=rf"data\.root: .*{said}"):
             kind_of(str(root))
 
@@ -200,7 +223,9 @@ def test_workers_open_for_themselves(tmp_path, method):
     for kind, source in sources.items():
         expected[kind] = contents(source)  # opens what there is to open before the fork
         assert contents(pickle.loads(pickle.dumps(source))) == expected[kind]
-    kinds = list(sources) if method == "fork" else ["tar"]  # a spawned process imports all anew, which is slow
+    kinds = (
+        list(sources) if method == "fork" else ["tar"]
+    )  # a spawned process imports all anew, which is slow
     for kind in kinds:
         queue = context.Queue()
         worker = context.Process(target=_read_all, args=(sources[kind], queue))

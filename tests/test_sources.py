@@ -56,7 +56,10 @@ def test_links_loops_and_names_that_are_no_text(tmp_path):
             with open(os.path.join(os.fsencode(tmp_path / "odd"), name), "wb") as file:
                 file.write(name)
         source = opened(tmp_path / "odd")
-        assert names(source) == ["new\\nline.jpg", "\\xff.jpg"] and contents(source) == [b"new\nline.jpg", b"\xff.jpg"]
+        assert names(source) == ["new\\nline.jpg", "\\xff.jpg"] and contents(source) == [
+            b"new\nline.jpg",
+            b"\xff.jpg",
+        ]
 
 
 def test_what_is_no_regular_file_is_broken_not_waited_for(tmp_path):
@@ -87,7 +90,14 @@ def test_a_list_of_files(tmp_path):
     ]
     (tmp_path / "lists" / "train.txt").write_text("\r\n".join(lines), encoding="utf-8")
     source = opened(tmp_path / "lists" / "train.txt")
-    assert names(source) == ["../data/c.jpg", "../data/a b.jpg", str(tmp_path / "d.jpg"), "../data", "gone.jpg", "../data/c.jpg"]
+    assert names(source) == [
+        "../data/c.jpg",
+        "../data/a b.jpg",
+        str(tmp_path / "d.jpg"),
+        "../data",
+        "gone.jpg",
+        "../data/c.jpg",
+    ]
     assert [source.read(i) for i in (0, 1, 2, 5)] == [b"data/c.jpg", b"data/a b.jpg", b"d.jpg", b"data/c.jpg"]
     for index, reason in [(3, "a folder"), (4, "No such file")]:
         with pytest.raises(BrokenImage, match=reason):
@@ -102,7 +112,13 @@ def test_a_list_of_files(tmp_path):
 
 
 def test_coco_by_split(tmp_path):
-    files(tmp_path, "annotations/instances_train2017.json", "train2017/2.jpg", "train2017/1.jpg", "val2017/3.jpg")
+    files(
+        tmp_path,
+        "annotations/instances_train2017.json",
+        "train2017/2.jpg",
+        "train2017/1.jpg",
+        "val2017/3.jpg",
+    )
     files(tmp_path, "unlabeled2017/0.jpg")
     assert names(opened(tmp_path, split="train2017")) == ["train2017/1.jpg", "train2017/2.jpg"]
     both = opened(tmp_path, source="coco", split="unlabeled2017+train2017")
@@ -134,7 +150,13 @@ def test_tar_shards_by_webdatasets_names(tmp_path):
 
 def test_one_image_a_sample(tmp_path):
     long = "x" * 120  # beyond the 100 bytes of a plain header
-    members = [("a.seg.png", b"mask"), ("a.png", b"png"), ("a.jpg", b"jpg"), ("./d.e/b.webp", b"webp"), ("._c.jpg", b"fork")]
+    members = [
+        ("a.seg.png", b"mask"),
+        ("a.png", b"png"),
+        ("a.jpg", b"jpg"),
+        ("./d.e/b.webp", b"webp"),
+        ("._c.jpg", b"fork"),
+    ]
     members += [("c.v2.jpg", b"kind v2.jpg"), (f"{long}/ü.bmp", b"bmp"), ("d.cls", b"1"), ("e", b"nothing")]
     path = write_tar(tmp_path / "one.tar", members)
     with tarfile.open(path, "a") as archive:
@@ -142,10 +164,14 @@ def test_one_image_a_sample(tmp_path):
         folder = tarfile.TarInfo("other.jpg")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-    with pytest.warns(UserWarning, match=r"data\.root: 1 members are left out, the first is one\.tar: c\.v2\.jpg: a dot"):
+    with pytest.warns(
+        UserWarning, match=r"data\.root: 1 members are left out, the first is one\.tar: c\.v2\.jpg: a dot"
+    ):
         source = opened(path)  # a.seg.png is a part of a sample that has its image, ._c.jpg is hidden
     expected = [("a.jpg", b"jpg"), ("./d.e/b.webp", b"webp"), (f"{long}/ü.bmp", b"bmp"), ("folder.jpg", b"")]
-    assert [(source.name(i).removeprefix("one.tar: "), source.read(i)) for i in range(len(source))] == expected
+    assert [
+        (source.name(i).removeprefix("one.tar: "), source.read(i)) for i in range(len(source))
+    ] == expected
 
 
 def test_shards_by_pattern_and_split(tmp_path):
@@ -163,7 +189,9 @@ def test_shards_by_pattern_and_split(tmp_path):
         opened(tmp_path / "test-*.tar")
     with pytest.raises(UserError, match=r"data\.split: no test\*\.tar"):
         opened(tmp_path, "tar", split="test")
-    assert expand_braces("{a,b}-{08..11}.tar") == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10", "11")]
+    assert expand_braces("{a,b}-{08..11}.tar") == [
+        f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10", "11")
+    ]
     with pytest.raises(UserError, match="counts down"):
         expand_braces("{3..1}.tar")
 
@@ -189,15 +217,24 @@ def test_a_split_ends_where_a_shards_name_goes_on_with_another_character(tmp_pat
     ):
         assert [shard.name for shard in opened(tmp_path, "tar", split=split).shards] == expected
     assert len(opened(tmp_path, "tar").shards) == 8
-    with pytest.raises(UserError, match=r"data\.split: no trai\*\.tar in .* \(\* begins with no letter, digit or _\)"):
+    with pytest.raises(
+        UserError, match=r"data\.split: no trai\*\.tar in .* \(\* begins with no letter, digit or _\)"
+    ):
         opened(tmp_path, "tar", split="trai")
 
 
 def test_members_left_out_for_a_dot_are_counted_once(tmp_path):
     for shard in range(2):
-        members = [("plain.jpg", b"x"), (f"d/my.photo{shard}.jpg", b"x"), ("d/my.other.PNG", b"x"), ("d/my.txt", b"x")]
+        members = [
+            ("plain.jpg", b"x"),
+            (f"d/my.photo{shard}.jpg", b"x"),
+            ("d/my.other.PNG", b"x"),
+            ("d/my.txt", b"x"),
+        ]
         write_tar(tmp_path / f"{shard}.tar", members)
-    with pytest.warns(UserWarning, match=r"data\.root: 4 members are left out, the first is 0\.tar: d/my\.photo0\.jpg") as said:
+    with pytest.warns(
+        UserWarning, match=r"data\.root: 4 members are left out, the first is 0\.tar: d/my\.photo0\.jpg"
+    ) as said:
         assert names(opened(tmp_path)) == ["0.tar: plain.jpg", "1.tar: plain.jpg"]
     assert len(said) == 1
 

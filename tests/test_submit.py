@@ -1,4 +1,5 @@
-"""tools/submit.py: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are stand-ins that record."""
+"""tools/submit.py: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are
+stand-ins that record."""
 
 import json
 import os
@@ -15,10 +16,19 @@ import submitit
 from pretrain import slurm
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
-from pretrain.slurm import Resources, ToolJob, rank_environment, run_script, sbatch_script, slurm_executor, tool_jobs
+from pretrain.slurm import (
+    Resources,
+    ToolJob,
+    rank_environment,
+    run_script,
+    sbatch_script,
+    slurm_executor,
+    tool_jobs,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-# A tool that is taken away from its nodes in its first life: SLURM's notice comes, it saves and leaves with the requeue code.
+# A tool that is taken away from its nodes in its first life: SLURM's notice comes, it saves and leaves with
+# the requeue code.
 TOOL = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -103,7 +113,7 @@ def lives(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*_*.json"))}
 
 
-# --- the script -------------------------------------------------------------------------------------------------------
+# --- the script -------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_every_directive(submit, work, tmp_path, monkeypatch, capsys):
@@ -132,7 +142,10 @@ def test_a_dry_run_shows_every_directive(submit, work, tmp_path, monkeypatch, ca
     }
     assert text.startswith("#!/bin/bash\n") and "\nsrun --unbuffered --output" in text
     assert "--cpus-per-task=6 --kill-on-bad-exit=1 " in text and f"-m submitit.core._submit {logs}" in text
-    assert "RANK=0..7 WORLD_SIZE=8 LOCAL_RANK=0..3 python ../pretrain.py --config 'a b.yaml' run.output=x" in text
+    assert (
+        "RANK=0..7 WORLD_SIZE=8 LOCAL_RANK=0..3 python ../pretrain.py --config 'a b.yaml' run.output=x"
+        in text
+    )
     assert "python ../pretrain.py --resume --config 'a b.yaml' run.output=x" in text
     assert not (work / "runs").exists()
 
@@ -140,7 +153,20 @@ def test_a_dry_run_shows_every_directive(submit, work, tmp_path, monkeypatch, ca
 def test_an_array_gives_every_job_its_number(submit, tmp_path, capsys):
     tool = write_tool(tmp_path, name="train_seg.py")
     submit(
-        ["--array", "3", "--at-once", "2", "--gpus", "0", "--dry-run", "--", str(tool), "--sweep", "{index}", "run.seed={index}"]
+        [
+            "--array",
+            "3",
+            "--at-once",
+            "2",
+            "--gpus",
+            "0",
+            "--dry-run",
+            "--",
+            str(tool),
+            "--sweep",
+            "{index}",
+            "run.seed={index}",
+        ]
     )
     text = capsys.readouterr().out
     assert directives(text)["array"] == "0-2%2" and "gpus-per-node" not in directives(text)
@@ -174,7 +200,8 @@ def test_bad_jobs_are_named(submit, tmp_path, monkeypatch, arguments, named):
 
 
 def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatch):
-    """python -m has the working folder first on its path, so a job from tools/ would run tools/pretrain.py on import."""
+    """python -m has the working folder first on its path, so a job from tools/ would run tools/pretrain.py
+    on import."""
     tool = write_tool(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="takes pretrain.py for the package"):
@@ -183,11 +210,12 @@ def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatc
 
 def test_the_tools_that_resume_are_known():
     """A tool that takes --resume gets it when its job comes back."""
-    resuming = {path.name for path in (ROOT / "tools").glob("*.py") if re.search(r'add_argument\("--resume"', path.read_text())}
+    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\("--resume"|fine_tuning_parser\('
+    resuming = {path.name for path in tools if re.search(option, path.read_text())}
     assert resuming == set(slurm.RESUMABLE)
 
 
-# --- the job ----------------------------------------------------------------------------------------------------------
+# --- the job ----------------------------------------------------------------------------------------------
 
 
 def test_a_job_comes_back_with_resume():
@@ -196,10 +224,18 @@ def test_a_job_comes_back_with_resume():
     assert again.function == ToolJob("/somewhere/pretrain.py", ("--resume", "--config", "c.yaml"))
     assert again.args == () and again.kwargs == {}
     assert again.function.resumed() == again.function
-    for start in (["--resume"], ["--resume", "1000"], ["--resume=runs/a"], ["--resume", "auto", "--resume"]):  # never back to 1000
+    for start in (
+        ["--resume"],
+        ["--resume", "1000"],
+        ["--resume=runs/a"],
+        ["--resume", "auto", "--resume"],
+    ):  # never back to 1000
         began = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml", *start, "run.seed=1"))
         assert began.resumed().arguments == ("--resume", "--config", "c.yaml", "run.seed=1")
-    assert ToolJob("/somewhere/pretrain.py", ("run.seed=1", "--resume")).resumed().arguments == ("--resume", "run.seed=1")
+    assert ToolJob("/somewhere/pretrain.py", ("run.seed=1", "--resume")).resumed().arguments == (
+        "--resume",
+        "run.seed=1",
+    )
     assert ToolJob("/somewhere/demo.py", ("a",)).resumed() == ToolJob("/somewhere/demo.py", ("a",))
 
 
@@ -240,7 +276,10 @@ def test_every_rank_is_told_what_torchrun_would_tell():
 )
 def test_exit_codes_of_a_script(tmp_path, monkeypatch, body, code):
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    assert run_script(str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), ["a"]) == code
+    assert (
+        run_script(str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), ["a"])
+        == code
+    )
 
 
 @pytest.fixture
@@ -274,9 +313,12 @@ def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(tmp_path, tas
 
 
 def test_a_tool_that_does_not_listen_is_put_back_at_the_notice(tmp_path, task):
-    """Or does not listen yet. submitit's handler ends the first task with a code of its own, which must come through."""
+    """Or does not listen yet. submitit's handler ends the first task with a code of its own, which must
+    come through."""
     calls = task(0, 1)
-    tool = write_tool(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nraise SystemExit(5)")
+    tool = write_tool(
+        tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nraise SystemExit(5)"
+    )
 
     def leave(number, frame):
         calls.append(number)
@@ -297,7 +339,7 @@ def test_a_job_that_slurm_started_again_resumes(tmp_path, task, monkeypatch):
     ToolJob(str(tool), ())()
 
 
-# --- whole ways -------------------------------------------------------------------------------------------------------
+# --- whole ways -------------------------------------------------------------------------------------------
 
 
 def test_the_whole_way_through_sbatch(submit, cluster, work, tmp_path, capsys):
@@ -310,13 +352,23 @@ def test_the_whole_way_through_sbatch(submit, cluster, work, tmp_path, capsys):
     script = (cluster / "script.sh").read_text()
     submit(["--dry-run", *command])
     assert capsys.readouterr().out.startswith(script)  # the dry run shows it to the letter
-    variables = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[7-8]"}
+    variables = {
+        "SLURM_JOB_ID": "4242",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+    }
     for _ in range(2):
-        subprocess.run(["bash", str(cluster / "script.sh")], env=os.environ | variables, check=True, timeout=60)
+        subprocess.run(
+            ["bash", str(cluster / "script.sh")], env=os.environ | variables, check=True, timeout=60
+        )
     assert (cluster / "scontrol").read_text() == "requeue 4242\n"
     ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "24242"}
     assert lives(out) == {
-        f"{rank}_{life}": [["--resume"] * life + ["run.seed=1"], {"RANK": str(rank), "LOCAL_RANK": str(rank), **ranks}]
+        f"{rank}_{life}": [
+            ["--resume"] * life + ["run.seed=1"],
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), **ranks},
+        ]
         for rank in (0, 1)
         for life in (0, 1)
     }
@@ -331,7 +383,10 @@ def test_the_script_of_an_array_is_shown_to_the_letter(submit, cluster, work, tm
     executor = slurm_executor(Resources(name="pretrain"), Path("runs/jobs/%j"))
     assert (cluster / "script.sh").read_text() == sbatch_script(executor, 3)
     assert "map_count" not in executor.parameters
-    seeds = [submitit.core.utils.DelayedSubmission.load(path).function.arguments for path in sorted(work.rglob("*_submitted.pkl"))]
+    seeds = [
+        submitit.core.utils.DelayedSubmission.load(path).function.arguments
+        for path in sorted(work.rglob("*_submitted.pkl"))
+    ]
     assert seeds == [("seed=0",), ("seed=1",), ("seed=2",)]
 
 
@@ -340,14 +395,30 @@ def test_a_job_here_is_given_notice_and_comes_back(submit, tmp_path, monkeypatch
     tool, out = write_tool(tmp_path), tmp_path / "out"
     out.mkdir()
     submit(["--gpus", "0", "--local", "--folder", str(tmp_path / "jobs"), "--", str(tool), str(out)])
-    assert {name: arguments for name, (arguments, _) in lives(out).items()} == {"0_0": [], "0_1": ["--resume"]}
+    assert {name: arguments for name, (arguments, _) in lives(out).items()} == {
+        "0_0": [],
+        "0_1": ["--resume"],
+    }
 
 
 def test_ranks_of_a_job_here_find_each_other(submit, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     tool = write_tool(tmp_path, SUM, "sum.py")
     folder = str(tmp_path / "jobs")
-    submit(["--gpus", "0", "--ranks", "2", "--local", "--folder", folder, "--", str(tool), str(tmp_path / "total")])
+    submit(
+        [
+            "--gpus",
+            "0",
+            "--ranks",
+            "2",
+            "--local",
+            "--folder",
+            folder,
+            "--",
+            str(tool),
+            str(tmp_path / "total"),
+        ]
+    )
     assert (tmp_path / "total").read_text() == "3 of 2"
 
 

@@ -18,7 +18,13 @@ from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.render import FORMATS, latex_text, markdown_text, render, render_all
 from pretrain.results.runs import find_results
 from pretrain.results.schema import write_result
-from pretrain.results.tables import comparison_table, duration_text, epochs_text, posttraining_table, pretraining_table
+from pretrain.results.tables import (
+    comparison_table,
+    duration_text,
+    epochs_text,
+    posttraining_table,
+    pretraining_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "pretrain" / "results" / "published_results.csv"
@@ -28,7 +34,7 @@ def csv_rows(table):
     return list(csv.DictReader(io.StringIO(render(table, "csv"))))
 
 
-# --- a scaled-down run never has the bare name ------------------------------------------------------------------------
+# --- a scaled-down run never has the bare name ------------------------------------------------------------
 
 
 def test_a_scaled_result_never_stands_under_the_bare_name_in_any_format():
@@ -44,7 +50,9 @@ def test_a_scaled_result_never_stands_under_the_bare_name_in_any_format():
             text = render(comparison_table(runs), format) + render(pretraining_table(runs), format)
             assert not bare.search(text), f"{name} stands alone in {format}"
             assert f"{name}, scaled down (" in text
-    assert bare.search(render(comparison_table([result("segmentation", {"miou": 22.2})]), "md"))  # the check can fail
+    assert bare.search(
+        render(comparison_table([result("segmentation", {"miou": 22.2})]), "md")
+    )  # the check can fail
 
 
 @pytest.mark.parametrize("format, mark", [("md", "‡1"), ("latex", r"$^\ddagger$1"), ("html", "‡1")])
@@ -52,7 +60,12 @@ def test_scaled_numbers_are_marked_and_the_foot_note_lists_every_deviation(forma
     text = render(comparison_table([result(metrics={"box_ap": 12.3}, deviations=DEVIATIONS)]), format)
     assert f"12.3 {mark}" in text
     note = next(line for line in text.splitlines() if "22128" in line)
-    assert mark in note and "60" in note and "64" in note and "Not comparable with the published numbers." in note
+    assert (
+        mark in note
+        and "60" in note
+        and "64" in note
+        and "Not comparable with the published numbers." in note
+    )
 
 
 def test_csv_says_in_columns_what_the_marks_say():
@@ -60,8 +73,15 @@ def test_csv_says_in_columns_what_the_marks_say():
     (measured,) = [row for row in rows if row["source"] == "measured"]
     assert measured["mark"] == "†‡" and measured["protocol_is_full"] == "false"
     assert measured["detection_protocol"] == "coco-12ep, scaled down (2 changes)"
-    assert measured["deviations"] == "coco-12ep, scaled down (2 changes): batch_size 64 → 2; iterations 22128 → 60"
-    assert all(row["protocol_is_full"] == "true" and row["mark"] == "" for row in rows if row["source"] == "published")
+    assert (
+        measured["deviations"]
+        == "coco-12ep, scaled down (2 changes): batch_size 64 → 2; iterations 22128 → 60"
+    )
+    assert all(
+        row["protocol_is_full"] == "true" and row["mark"] == ""
+        for row in rows
+        if row["source"] == "published"
+    )
 
 
 def test_a_run_on_scaled_down_pre_training_is_marked_too():
@@ -77,7 +97,7 @@ def test_a_run_on_scaled_down_pre_training_is_marked_too():
     assert "‡" not in render(comparison_table([elsewhere, pretraining]), "md")
 
 
-# --- published numbers ------------------------------------------------------------------------------------------------
+# --- published numbers ------------------------------------------------------------------------------------
 
 
 def numbers_of_the_csv(table=None):
@@ -102,9 +122,23 @@ def test_every_published_number_is_reproduced_in_csv_and_md():
     shown = csv_rows(table)
     lines = [line for line in render(table, "md").splitlines() if line.startswith("| published")]
     assert len(shown) == len(lines) == 40
-    groups = [row for backbone in ("ViT-B/16", "ViT-S/16") for row in numbers_of_the_csv() if row["backbone"] == backbone]
+    groups = [
+        row
+        for backbone in ("ViT-B/16", "ViT-S/16")
+        for row in numbers_of_the_csv()
+        if row["backbone"] == backbone
+    ]
     for text, row, line in zip(groups, shown, lines):
-        for key in ("table", "method", "backbone", "effective_epochs", "box_ap", "mask_ap", "ade20k_miou", "note"):
+        for key in (
+            "table",
+            "method",
+            "backbone",
+            "effective_epochs",
+            "box_ap",
+            "mask_ap",
+            "ade20k_miou",
+            "note",
+        ):
             assert row[key] == text[key]
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         wanted = [text[key] or "–" for key in ("effective_epochs", "box_ap", "mask_ap", "ade20k_miou")]
@@ -130,7 +164,7 @@ def test_only_table_2_is_50_epochs():
     }
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------
 
 
 def test_mean_and_standard_deviation_by_hand():
@@ -138,7 +172,9 @@ def test_mean_and_standard_deviation_by_hand():
     score = Score.of(runs, "box_ap")
     assert score == Score(43.0, 3.0, 3)  # sqrt((9 + 0 + 9) / 2) = 3
     assert str(score) == "43.0 ± 3.0 (n=3)"
-    assert Score.of(runs[:1], "box_ap") == Score(40.0, None, 1) and str(Score.of(runs[:1], "box_ap")) == "40.0"
+    assert (
+        Score.of(runs[:1], "box_ap") == Score(40.0, None, 1) and str(Score.of(runs[:1], "box_ap")) == "40.0"
+    )
     assert Score.of(runs, "mask_ap") is None
 
 
@@ -156,7 +192,9 @@ def test_seeds_are_averaged_and_detection_joins_segmentation():
         assert float(measured[f"{name}_std"]) == pytest.approx(statistics.stdev(values), abs=1e-6)
         assert measured[f"{name}_n"] == str(len(values))
     assert "44.9 ± 0.4 (n=2)" in render(table, "md")  # 44.85, 0.3536
-    assert measured["detection_protocol"] == "coco-12ep" and measured["segmentation_protocol"] == "ade20k-160k"
+    assert (
+        measured["detection_protocol"] == "coco-12ep" and measured["segmentation_protocol"] == "ade20k-160k"
+    )
 
 
 def test_only_like_runs_are_averaged():
@@ -186,7 +224,10 @@ def test_two_pre_trainings_of_one_name_are_no_seeds():
     runs = [result(metrics={"box_ap": ap[w][seed]}, seed=seed, weights_hash=w) for seed in (0, 1) for w in ap]
     runs += [result("segmentation", {"miou": ap[w][0]}, weights_hash=w) for w in ap]
     rows = {row.run.weights_hash: row for row in merge(runs)}
-    assert {w: Score.of(row.groups[0], "box_ap").mean for w, row in rows.items()} == {"one": 41.0, "two": 31.0}
+    assert {w: Score.of(row.groups[0], "box_ap").mean for w, row in rows.items()} == {
+        "one": 41.0,
+        "two": 31.0,
+    }
     assert {w: Score.of(row.groups[1], "miou").mean for w, row in rows.items()} == {"one": 40.0, "two": 30.0}
 
 
@@ -226,7 +267,7 @@ def test_texts():
     assert durations == ["0.25 s", "42 s", "1 min 00 s", "3 min 20 s", "1 h 00 min", "5 h 03 min"]
 
 
-# --- tables and formats -----------------------------------------------------------------------------------------------
+# --- tables and formats -----------------------------------------------------------------------------------
 
 
 def test_rows_are_grouped_by_backbone_measured_after_published():
@@ -319,7 +360,9 @@ def test_an_unknown_format_is_refused():
 def test_several_tables_make_one_text_and_one_csv_of_like_columns():
     runs = [result(metrics={"box_ap": 44.0}), result("pretrain", {"loss": 8.0})]
     one, two, other = comparison_table(runs), comparison_table([], table="2"), pretraining_table(runs)
-    assert render_all([one, two, other], "md") == "\n".join(render(table, "md") for table in (one, two, other))
+    assert render_all([one, two, other], "md") == "\n".join(
+        render(table, "md") for table in (one, two, other)
+    )
     text = render_all([one, two, other], "csv")
     assert text == render(one, "csv") + render(two, "csv").partition("\n")[2]
 
@@ -350,7 +393,7 @@ def test_a_new_methods_losses_need_no_list():
     assert pretraining_table([after]) is None and posttraining_table([after]).columns[5:-2] == ("zeta",)
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool ---------------------------------------------------------------------------------------------
 
 
 def make_table(*arguments):
@@ -360,7 +403,12 @@ def make_table(*arguments):
 
 def test_results_are_found_in_files_folders_and_above(tmp_path):
     a, b = (write_result(result(seed=i), tmp_path / "runs" / name) for i, name in enumerate("ab"))
-    assert find_results([tmp_path]) == find_results([a, tmp_path / "runs" / "b"]) == find_results([a, b, tmp_path]) == [a, b]
+    assert (
+        find_results([tmp_path])
+        == find_results([a, tmp_path / "runs" / "b"])
+        == find_results([a, b, tmp_path])
+        == [a, b]
+    )
     (tmp_path / "none").mkdir()
     for wrong in ("none", "absent"):
         with pytest.raises(UserError, match=wrong):
@@ -377,7 +425,11 @@ def test_make_table(tmp_path):
     assert "Pre-training runs" in make_table(tmp_path / "runs").stdout
     assert make_table(tmp_path / "runs", "--format", "latex").stdout.count(r"\begin{table}") == 2
     html = make_table("--tables", "2", "--format", "html").stdout  # a page of its own, with its style
-    assert html.startswith("<!doctype html>") and render(comparison_table([], table="2"), "html") in html and "<style>" in html
+    assert (
+        html.startswith("<!doctype html>")
+        and render(comparison_table([], table="2"), "html") in html
+        and "<style>" in html
+    )
     (tmp_path / "empty").mkdir()
     failed = make_table(tmp_path / "empty")
     assert failed.returncode == 2 and failed.stdout == ""

@@ -14,7 +14,14 @@ from PIL import Image
 
 from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.torchvision_engine import coco_api as api_module
-from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry, jitter, objects_of
+from det_plugin.torchvision_engine.augment import (
+    Geometry,
+    boxes_of,
+    decode_rle,
+    evaluation_geometry,
+    jitter,
+    objects_of,
+)
 from det_plugin.torchvision_engine.coco import PackedList, Picture, read_split
 from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, in_words, paste_mask
@@ -51,7 +58,7 @@ def read(root, split="train", training=True):
     return read_split(root, split, num_classes=3, training=training)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def test_read_split(root):
@@ -84,13 +91,31 @@ BROKEN = [
     (lambda root: annotation_file(root, "train").write_text("[]"), "no list 'images'"),
     (lambda root: edit(root, "train", lambda c: c.pop("categories")), "no list 'categories'"),
     (lambda root: edit(root, "train", lambda c: c["images"][0].pop("width")), "lacks 'width'"),
-    (lambda root: edit(root, "train", lambda c: c["annotations"][0].pop("segmentation")), "lacks 'segmentation'"),
-    (lambda root: edit(root, "train", lambda c: c["annotations"][0].update(category_id=4)), "unknown category_id 4"),
-    (lambda root: edit(root, "train", lambda c: c["annotations"][0].update(image_id=99)), "unknown image_id 99"),
-    (lambda root: edit(root, "train", lambda c: c["categories"].append({"id": 3, "name": "again"})), "a category id twice"),
+    (
+        lambda root: edit(root, "train", lambda c: c["annotations"][0].pop("segmentation")),
+        "lacks 'segmentation'",
+    ),
+    (
+        lambda root: edit(root, "train", lambda c: c["annotations"][0].update(category_id=4)),
+        "unknown category_id 4",
+    ),
+    (
+        lambda root: edit(root, "train", lambda c: c["annotations"][0].update(image_id=99)),
+        "unknown image_id 99",
+    ),
+    (
+        lambda root: edit(root, "train", lambda c: c["categories"].append({"id": 3, "name": "again"})),
+        "a category id twice",
+    ),
     (lambda root: edit(root, "train", lambda c: c["annotations"].clear()), "no images with objects"),
-    (lambda root: edit(root, "train", lambda c: c["categories"].pop()), "2 categories, but num_classes=3|unknown category_id"),
-    (lambda root: (root / "train2017" / "000000000002.png").unlink(), "000000000002.png, which .*train2017 does not hold"),
+    (
+        lambda root: edit(root, "train", lambda c: c["categories"].pop()),
+        "2 categories, but num_classes=3|unknown category_id",
+    ),
+    (
+        lambda root: (root / "train2017" / "000000000002.png").unlink(),
+        "000000000002.png, which .*train2017 does not hold",
+    ),
     (lambda root: (root / "train2017").rename(root / "elsewhere"), "no folder .*train2017"),
 ]
 
@@ -111,14 +136,18 @@ def test_unreadable_and_misdescribed_images_are_named(own):
     path = own / "train2017" / "000000000001.png"
     split = read(own)
     Image.new("RGB", (10, 12)).save(path)
-    with pytest.raises(UserError, match="000000000001.png is 10 x 12 pixels, but instances_train2017.json says 96 x 64"):
+    with pytest.raises(
+        UserError, match="000000000001.png is 10 x 12 pixels, but instances_train2017.json says 96 x 64"
+    ):
         split.load(split.pictures[0])
     path.write_bytes(b"no image")
     with pytest.raises(UserError, match="000000000001.png cannot be read"):
         split.load(split.pictures[0])
     samples = TrainSamples(split, RECIPE, seed=0)
     bad = [i for i in range(10) if split.pictures[stream_index(i, 5, 0)].id == 1][:1]
-    with pytest.raises(UserError, match=r"^data: .*000000000001.png cannot be read"):  # one line, out of a worker process too
+    with pytest.raises(
+        UserError, match=r"^data: .*000000000001.png cannot be read"
+    ):  # one line, out of a worker process too
         list(batches(samples, [bad], 1, torch.device("cpu")))
 
 
@@ -132,7 +161,7 @@ def test_coco_api_is_needed(monkeypatch):
         api_module.coco_api()
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry ---------------------------------------------------------------------------------------------
 
 
 def geometries(source, n=40):
@@ -146,14 +175,19 @@ def test_jitter_numbers():
     assert 0.35 < np.mean([g.flip for g in found]) < 0.65
     for g in found:
         scale = g.resized[0] / 96
-        assert 0.4 * 64 / 96 - 0.01 <= scale <= 2.5 * 64 / 96 + 0.01  # the long edge is scaled to 64 times a number
+        assert (
+            0.4 * 64 / 96 - 0.01 <= scale <= 2.5 * 64 / 96 + 0.01
+        )  # the long edge is scaled to 64 times a number
         assert abs(g.resized[1] - 64 * scale) <= 1
         x, y, w, h = g.crop
         assert (w, h) == (min(g.resized[0], 64), min(g.resized[1], 64))
         assert 0 <= x <= g.resized[0] - w and 0 <= y <= g.resized[1] - h
     assert any(g.crop[0] > 0 for g in found) and any(g.resized[0] < 64 for g in found)
     assert not any(
-        g.flip for g in [jitter((9, 9), with_overrides(RECIPE, dict(flip=0.0)), np.random.default_rng(i)) for i in range(9)]
+        g.flip
+        for g in [
+            jitter((9, 9), with_overrides(RECIPE, dict(flip=0.0)), np.random.default_rng(i)) for i in range(9)
+        ]
     )
 
 
@@ -167,15 +201,22 @@ def test_pixels_and_points_go_the_same_way():
         assert seen.shape[:2] == (g.crop[3], g.crop[2])
         centers = np.stack([x.ravel() + 0.5, y.ravel() + 0.5], axis=1)
         mapped = g.points(centers)
-        inside = ((mapped > 4) & (mapped < np.array(g.crop[2:]) - 4)).all(axis=1)  # away from what is mirrored at the border
+        inside = ((mapped > 4) & (mapped < np.array(g.crop[2:]) - 4)).all(
+            axis=1
+        )  # away from what is mirrored at the border
         assert inside.sum() > 20
         column, row = np.floor(mapped[inside]).astype(int).T
-        tolerance = 0.5 + 0.5 / min(g.scale) + 1  # rounding of gray values; a center lies within half a pixel of either
+        tolerance = (
+            0.5 + 0.5 / min(g.scale) + 1
+        )  # rounding of gray values; a center lies within half a pixel of either
         assert np.abs(seen[row, column, 0] - (centers[inside, 0] - 0.5)).max() <= tolerance
         assert np.abs(seen[row, column, 1] - (centers[inside, 1] - 0.5)).max() <= tolerance
 
 
-OBJECTS = (0, [polygon_of(7, 10, 8, 30, 40)]), (2, [polygon_of(3, 50, 20, 41, 17), polygon_of(3, 2, 50, 9, 9)])
+OBJECTS = (
+    (0, [polygon_of(7, 10, 8, 30, 40)]),
+    (2, [polygon_of(3, 50, 20, 41, 17), polygon_of(3, 2, 50, 9, 9)]),
+)
 
 
 def test_boxes_are_those_of_the_masks():
@@ -186,7 +227,9 @@ def test_boxes_are_those_of_the_masks():
         for box, kind in zip(found, kinds):
             points = g.points(np.concatenate(dict(OBJECTS)[kind]).reshape(-1, 2))
             inside = points.clip(0, g.crop[2:])
-            assert (box[:2] >= inside.min(axis=0) - 1e-4).all() and (box[2:] <= inside.max(axis=0) + 1e-4).all()
+            assert (box[:2] >= inside.min(axis=0) - 1e-4).all() and (
+                box[2:] <= inside.max(axis=0) + 1e-4
+            ).all()
             if (points == inside).all():
                 np.testing.assert_allclose(box, [*points.min(axis=0), *points.max(axis=0)], rtol=1e-6)
         with_rle = *OBJECTS, (1, encode_mask(np.ones((64, 96), bool)))
@@ -201,7 +244,8 @@ def test_objects_outside_the_crop_are_dropped():
     found, classes, masks = objects_of(g, (1, 2), (inside, outside), coco_api().mask)
     assert found.tolist() == [[0, 0, 10, 20]] and classes.tolist() == [1]
     assert torch.equal(
-        masks.crop(torch.tensor([0]), torch.tensor([[0.0, 0, 20, 20]]), 10)[0].sum(0), torch.tensor([10.0] * 5 + [0] * 5)
+        masks.crop(torch.tensor([0]), torch.tensor([[0.0, 0, 20, 20]]), 10)[0].sum(0),
+        torch.tensor([10.0] * 5 + [0] * 5),
     )
     nothing, _, masks = objects_of(g, (2,), (outside,), coco_api().mask)
     assert nothing.shape == (0, 4) and len(masks) == 0
@@ -209,8 +253,11 @@ def test_objects_outside_the_crop_are_dropped():
 
 
 def test_a_polygon_may_fall_apart_at_the_edge():
-    """A U whose bottom lies outside leaves two parts; one that only touches the edge leaves none; a bow-tie is made valid."""
-    u = np.array([(10, 10), (20, 10), (20, 60), (40, 60), (40, 10), (50, 10), (50, 70), (10, 70)], float).ravel()
+    """A U whose bottom lies outside leaves two parts; one that only touches the edge leaves none; a
+    bow-tie is made valid."""
+    u = np.array(
+        [(10, 10), (20, 10), (20, 60), (40, 60), (40, 10), (50, 10), (50, 70), (10, 70)], float
+    ).ravel()
     parts = clip(u, 60, 50)
     assert sorted(part.reshape(-1, 2)[:, 0].min() for part in parts) == [10, 40]
     assert clip(u - np.tile([50, 0], 8), 60, 50) == [] and clip(u[:6], 60, 50)
@@ -241,19 +288,34 @@ def test_geometry_equals_detectron2():
     points = np.random.default_rng(1).uniform(0, 90, (20, 2))
     for g in geometries((120, 90)):
         steps = [HFlipTransform(120)] if g.flip else []
-        steps += [T.ResizeTransform(90, 120, g.resized[1], g.resized[0], Image.BILINEAR), CropTransform(*g.crop)]
+        steps += [
+            T.ResizeTransform(90, 120, g.resized[1], g.resized[0], Image.BILINEAR),
+            CropTransform(*g.crop),
+        ]
         theirs = TransformList(steps)
         np.testing.assert_allclose(g.points(points), theirs.apply_coords(points.copy()), atol=1e-9)
         difference = np.abs(g.pixels(image).astype(int) - theirs.apply_image(image).astype(int))
-        assert difference.max() <= 2 and difference.mean() < 0.1  # fixed-point weights of a window and of the whole
-    for width, height in [(96, 64), (64, 96), (80, 80), (500, 333), (333, 500), (7, 640), (641, 479), (198, 4096)]:
+        assert (
+            difference.max() <= 2 and difference.mean() < 0.1
+        )  # fixed-point weights of a window and of the whole
+    for width, height in [
+        (96, 64),
+        (64, 96),
+        (80, 80),
+        (500, 333),
+        (333, 500),
+        (7, 640),
+        (641, 479),
+        (198, 4096),
+    ]:
         size = T.ResizeShortestEdge.get_output_shape(height, width, 1024, 1024)
         assert evaluation_geometry((width, height), 1024).resized == (size[1], size[0])
 
 
 @needs_detectron2
 def test_jitter_equals_detectron2(monkeypatch):
-    """Its augmentations make the same of the same random numbers: sizes, crops and flips, where polygons are cut."""
+    """Its augmentations make the same of the same random numbers: sizes, crops and flips, where polygons
+    are cut."""
     import detectron2.data.transforms as T
 
     size = RECIPE.image_size_px
@@ -265,7 +327,9 @@ def test_jitter_equals_detectron2(monkeypatch):
     kinds = set()
     for i, source in enumerate([(96, 64), (31, 200), (64, 64), (501, 333)] * 10):
         rng = np.random.default_rng(i)
-        monkeypatch.setattr(np.random, "uniform", lambda low, high, size=None, rng=rng: rng.uniform(low, high))
+        monkeypatch.setattr(
+            np.random, "uniform", lambda low, high, size=None, rng=rng: rng.uniform(low, high)
+        )
         theirs = T.AugmentationList(steps)(T.AugInput(np.zeros((*source[::-1], 3), np.uint8)))
         flip, resize, crop = theirs.transforms
         g = jitter(source, RECIPE, np.random.default_rng(i))
@@ -283,24 +347,31 @@ def test_polygons_equal_detectron2():
     from fvcore.transforms.transform import CropTransform, HFlipTransform, TransformList
 
     rng = np.random.default_rng(2)
-    star = np.stack([60 + rng.uniform(10, 50, 40) * f(np.linspace(0, 6.28, 40)) for f in (np.cos, np.sin)], axis=1) - (0, 12)
+    star = np.stack(
+        [60 + rng.uniform(10, 50, 40) * f(np.linspace(0, 6.28, 40)) for f in (np.cos, np.sin)], axis=1
+    ) - (0, 12)
     objects = [*(polygons for _, polygons in OBJECTS), [star.clip(0, (120, 90)).ravel().tolist()]]
     for g in geometries((120, 90)):
         steps = [HFlipTransform(120)] if g.flip else []
-        steps += [T.ResizeTransform(90, 120, g.resized[1], g.resized[0], Image.BILINEAR), CropTransform(*g.crop[:2], 64, 64)]
+        steps += [
+            T.ResizeTransform(90, 120, g.resized[1], g.resized[0], Image.BILINEAR),
+            CropTransform(*g.crop[:2], 64, 64),
+        ]
         own = [[np.array(polygon).reshape(-1, 2) for polygon in polygons] for polygons in objects]
         cut = [[p.ravel() for p in TransformList(steps).apply_polygons(polygons)] for polygons in own]
         theirs = PolygonMasks([polygons for polygons in cut if polygons])
         found, _, masks = objects_of(g, range(3), objects, coco_api().mask)
         np.testing.assert_allclose(found, theirs.get_bounding_boxes().tensor, atol=1e-4)
         index = torch.arange(len(found)).repeat(10)
-        boxes = torch.from_numpy(found[index]) + torch.from_numpy(rng.normal(0, 3, (len(index), 4)).astype(np.float32))
+        boxes = torch.from_numpy(found[index]) + torch.from_numpy(
+            rng.normal(0, 3, (len(index), 4)).astype(np.float32)
+        )
         boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 0.05)
         expected = theirs[index].crop_and_resize(boxes, 28)
         assert torch.equal(crop_masks(masks, index, boxes, 28).bool(), expected) and expected.any()
 
 
-# --- the stream -------------------------------------------------------------------------------------------------------
+# --- the stream -------------------------------------------------------------------------------------------
 
 
 def test_stream_is_one_permutation_after_the_other():
@@ -311,7 +382,9 @@ def test_stream_is_one_permutation_after_the_other():
 
 
 def test_ranks_share_an_iteration():
-    assert [*positions(5, 8, 0, 2), *positions(5, 8, 1, 2)] == list(positions(5, 8, 0, 1)) == list(range(40, 48))
+    assert (
+        [*positions(5, 8, 0, 2), *positions(5, 8, 1, 2)] == list(positions(5, 8, 0, 1)) == list(range(40, 48))
+    )
 
 
 def test_samples_depend_on_seed_and_position_alone(root):
@@ -322,15 +395,20 @@ def test_samples_depend_on_seed_and_position_alone(root):
         assert [len(step) for step in steps] == [3, 1]
         loaded = [sample for step in steps for sample in step]
         for one, other in zip(direct, loaded):
-            assert all(torch.equal(one[key], other[key]) for key in ("image", "boxes", "labels")) and one.keys() == other.keys()
-            cropped = [crop_masks(s["masks"], torch.arange(len(s["boxes"])), s["boxes"], 28) for s in (one, other)]
+            assert (
+                all(torch.equal(one[key], other[key]) for key in ("image", "boxes", "labels"))
+                and one.keys() == other.keys()
+            )
+            cropped = [
+                crop_masks(s["masks"], torch.arange(len(s["boxes"])), s["boxes"], 28) for s in (one, other)
+            ]
             assert torch.equal(*cropped) and len(cropped[0])
     assert direct[0]["image"].dtype == torch.uint8 and direct[0]["labels"].min() >= 1
     others = [TrainSamples(read(root), RECIPE, seed=2)[i]["image"] for i in (4, 9, 2, 11)]
     assert not any(torch.equal(one["image"], other) for one, other in zip(direct, others))
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------
 
 
 def perfect(root, shift=0.0):
@@ -350,14 +428,17 @@ def perfect(root, shift=0.0):
 def test_perfect_predictions_have_ap_100(root):
     metrics = coco_metrics(annotation_file(root, "val"), perfect(root))
     for kind in ("box", "mask"):
-        assert metrics[f"{kind}_ap"] == metrics[f"{kind}_ap50"] == metrics[f"{kind}_ap75"] == pytest.approx(100)
+        assert (
+            metrics[f"{kind}_ap"] == metrics[f"{kind}_ap50"] == metrics[f"{kind}_ap75"] == pytest.approx(100)
+        )
         assert set(metrics[f"{kind}_ap_classes"]) <= set(CATEGORIES.values())
         assert all(value == pytest.approx(100) for value in metrics[f"{kind}_ap_classes"].values())
         assert f"{kind}_ap_large" not in metrics  # no object has 96 x 96 pixels: undefined, and left out
 
 
 def test_shifted_boxes_count_up_to_their_iou(root):
-    """Moved by a quarter of the width, the IoU is .75 / 1.25 = .6: right at .5 and .55, and at .6 to within rounding."""
+    """Moved by a quarter of the width, the IoU is .75 / 1.25 = .6: right at .5 and .55, and at .6 to
+    within rounding."""
     metrics = coco_metrics(annotation_file(root, "val"), perfect(root, shift=0.26))
     assert metrics["box_ap50"] == pytest.approx(100) and metrics["box_ap75"] == 0
     assert metrics["box_ap"] == pytest.approx(20)  # 2 of the 10 thresholds: IoU .587
@@ -367,7 +448,10 @@ def test_shifted_boxes_count_up_to_their_iou(root):
 def test_no_predictions_have_ap_0(root):
     metrics = coco_metrics(annotation_file(root, "val"), [])
     assert metrics["box_ap"] == metrics["mask_ap"] == 0
-    box, mask = (f"{kind} AP 0.00 (AP50 0.00, AP75 0.00, small 0.00, medium 0.00, large nan)" for kind in ("box", "mask"))
+    box, mask = (
+        f"{kind} AP 0.00 (AP50 0.00, AP75 0.00, small 0.00, medium 0.00, large nan)"
+        for kind in ("box", "mask")
+    )
     assert in_words(metrics) == f"{box}, {mask}"
 
 
@@ -393,22 +477,34 @@ def test_detections_return_to_the_pictures_own_pixels():
     assert found[0]["score"] == 0.75
     scale_x, scale_y = 200 / 64, 100 / 32
     assert found[0]["bbox"] == pytest.approx([10 * scale_x, 5 * scale_y, 20 * scale_x, 20 * scale_y])
-    assert found[1]["bbox"] == pytest.approx([60 * scale_x, 20 * scale_y, 200 - 60 * scale_x, 100 - 20 * scale_y])  # clipped
+    assert found[1]["bbox"] == pytest.approx(
+        [60 * scale_x, 20 * scale_y, 200 - 60 * scale_x, 100 - 20 * scale_y]
+    )  # clipped
     mask = decode_rle(found[0]["segmentation"], coco_api().mask)
-    assert mask.shape == (100, 200) and np.abs(boxes_of(mask[None])[0] - [31.25, 15.6, 93.75, 78.1]).max() <= 2
+    assert (
+        mask.shape == (100, 200) and np.abs(boxes_of(mask[None])[0] - [31.25, 15.6, 93.75, 78.1]).max() <= 2
+    )
     json.dumps(found)
 
 
 @needs_detectron2
 def test_pasted_masks_equal_detectron2():
-    """Probabilities to 1e-5, and every bit of the masks; boxes at the edges, of any size, as thin as they come."""
+    """Probabilities to 1e-5, and every bit of the masks; boxes at the edges, of any size, as thin as they
+    come."""
     from detectron2.layers import paste_masks_in_image
     from detectron2.layers.mask_ops import _do_paste_mask
 
     rng, (height, width) = torch.Generator().manual_seed(0), (60, 90)
-    corner, side = torch.rand(40, 2, generator=rng) * torch.tensor([90, 60]), torch.rand(40, 2, generator=rng) * 60 + 0.01
+    corner, side = (
+        torch.rand(40, 2, generator=rng) * torch.tensor([90, 60]),
+        torch.rand(40, 2, generator=rng) * 60 + 0.01,
+    )
     boxes = torch.cat([corner, (corner + side).minimum(torch.tensor([90.0, 60]))], dim=1)
-    boxes[0], boxes[1], boxes[2, 2:] = torch.tensor([0.0, 0, 90, 60]), torch.tensor([3.0, 4, 31, 32]), boxes[2, :2] + 1e-4
+    boxes[0], boxes[1], boxes[2, 2:] = (
+        torch.tensor([0.0, 0, 90, 60]),
+        torch.tensor([3.0, 4, 31, 32]),
+        boxes[2, :2] + 1e-4,
+    )
     masks = F.avg_pool2d(torch.rand(40, 1, 84, 84, generator=rng), 3)[:, 0] + torch.linspace(-0.4, 0.4, 28)
     expected = paste_masks_in_image(masks, boxes, (height, width))
     for mask, box, bits in zip(masks, boxes, expected):

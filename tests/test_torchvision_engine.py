@@ -1,4 +1,5 @@
-"""The torchvision engine's network is Detectron2's ViTDet Mask R-CNN around our ViT, definition by definition."""
+"""The torchvision engine's network is Detectron2's ViTDet Mask R-CNN around our ViT, definition by
+definition."""
 
 import importlib.util
 import math
@@ -49,7 +50,9 @@ def boxes(n, size=120.0, seed=0):
 def detector(recipe=SMALL, **model_kwargs):
     """A detector whose weights are of ordinary size everywhere."""
     torch.manual_seed(0)
-    model = build_model(build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **model_kwargs}), recipe)
+    model = build_model(
+        build_backbone(TINY, **{"depth": 2, "drop_path": recipe.drop_path, **model_kwargs}), recipe
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.03 if parameter.ndim > 1 else 0.01))
@@ -62,10 +65,12 @@ def batch(tmp_path_factory):
     root = write_coco(tmp_path_factory.mktemp("data") / "coco")
     samples = TrainSamples(read_split(root, "train", num_classes=3, training=True), SMALL, seed=0)
     has_bitmaps = [isinstance(samples[i]["masks"], torch.Tensor) for i in range(10)]
-    return to_device([samples[has_bitmaps.index(True)], samples[has_bitmaps.index(False)]], torch.device("cpu"))
+    return to_device(
+        [samples[has_bitmaps.index(True)], samples[has_bitmaps.index(False)]], torch.device("cpu")
+    )
 
 
-# --- the backbone's map -----------------------------------------------------------------------------------------------
+# --- the backbone's map -----------------------------------------------------------------------------------
 
 
 def test_detection_features_are_the_feature_map():
@@ -75,7 +80,9 @@ def test_detection_features_are_the_feature_map():
     assert found.shape == (2, 192, 3, 4)
     assert torch.equal(found, vit.feature_map(x))
     raw = detection_features(vit, x, FeatureOptions(False, True))
-    torch.testing.assert_close(vit.norm(raw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), found, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        vit.norm(raw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), found, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_detection_features_without_special_tokens_do_not_see_them():
@@ -90,7 +97,7 @@ def test_detection_features_without_special_tokens_do_not_see_them():
     assert not torch.allclose(after, before[True])
 
 
-# --- the pyramid ------------------------------------------------------------------------------------------------------
+# --- the pyramid ------------------------------------------------------------------------------------------
 
 
 def test_pyramid_strides():
@@ -124,7 +131,10 @@ def test_pyramid_equals_detectron2():
             return {"map": x}
 
     scales = (4.0, 2.0, 1.0, 0.5)
-    ours, theirs = SimpleFeaturePyramid(32, 16, 8, scales, "LN"), Reference(Map(), "map", 8, scales, LastLevelMaxPool(), "LN")
+    ours, theirs = (
+        SimpleFeaturePyramid(32, 16, 8, scales, "LN"),
+        Reference(Map(), "map", 8, scales, LastLevelMaxPool(), "LN"),
+    )
     x = torch.randn(2, 32, 6, 4, generator=torch.Generator().manual_seed(0))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -143,14 +153,16 @@ def test_pyramid_equals_detectron2():
             torch.testing.assert_close(ours(x)[name], level, atol=1e-5, rtol=1e-5)
 
 
-# --- boxes, anchors, pooling ------------------------------------------------------------------------------------------
+# --- boxes, anchors, pooling ------------------------------------------------------------------------------
 
 
 def test_decode_inverts_encode_and_clamps():
     references, targets, weights = boxes(50), boxes(50, seed=1), (10.0, 10.0, 5.0, 5.0)
     deltas = encode(targets, references, weights)
     torch.testing.assert_close(decode(deltas, references, weights)[:, 0], targets, atol=1e-3, rtol=1e-5)
-    huge = decode(torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1.0,) * 4)
+    huge = decode(
+        torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1.0,) * 4
+    )
     torch.testing.assert_close(huge[0, 0, 2:] - huge[0, 0, :2], torch.tensor([1000.0, 1000.0]))
     assert decode(deltas.bfloat16(), references.bfloat16(), weights).dtype == torch.float32
 
@@ -163,7 +175,9 @@ def test_boxes_equal_detectron2():
     theirs = Box2BoxTransform(weights)
     torch.testing.assert_close(encode(targets, references, weights), theirs.get_deltas(references, targets))
     deltas = torch.randn(50, 12, generator=torch.Generator().manual_seed(2)) * 5
-    torch.testing.assert_close(decode(deltas, references, weights).flatten(1), theirs.apply_deltas(deltas, references))
+    torch.testing.assert_close(
+        decode(deltas, references, weights).flatten(1), theirs.apply_deltas(deltas, references)
+    )
 
 
 def test_anchors_by_hand():
@@ -185,7 +199,9 @@ def test_anchors_equal_detectron2():
 
     sizes, strides = SMALL.anchor_sizes_px, [4, 8, 16, 32, 64]
     maps = [torch.zeros(1, 1, 128 // s, 96 // s) for s in strides]
-    theirs = DefaultAnchorGenerator(sizes=[[s] for s in sizes], aspect_ratios=[0.5, 1.0, 2.0], strides=strides, offset=0.0)
+    theirs = DefaultAnchorGenerator(
+        sizes=[[s] for s in sizes], aspect_ratios=[0.5, 1.0, 2.0], strides=strides, offset=0.0
+    )
     images = SquarePad(SMALL)([torch.zeros(3, 8, 8, dtype=torch.uint8)])[0]
     found = Anchors(sizes, (0.5, 1.0, 2.0), strides)(images, maps)[0]
     torch.testing.assert_close(found, torch.cat([level.tensor for level in theirs(maps)]))
@@ -205,13 +221,16 @@ def test_pooling_equals_detectron2():
     rng = torch.Generator().manual_seed(0)
     strides = [4, 8, 16, 32]
     maps = [torch.randn(2, 5, 512 // s, 512 // s, generator=rng) for s in strides]
-    images = [torch.cat([boxes(20, 300), boxes(5, 20) * 8]), boxes(7, 300, seed=3) * torch.tensor([0.1, 0.1, 1, 1])]
+    images = [
+        torch.cat([boxes(20, 300), boxes(5, 20) * 8]),
+        boxes(7, 300, seed=3) * torch.tensor([0.1, 0.1, 1, 1]),
+    ]
     theirs = ROIPooler(7, [1 / s for s in strides], sampling_ratio=0, pooler_type="ROIAlignV2")
     expected = theirs(maps, [Boxes(b) for b in images])
     torch.testing.assert_close(RoIPooler(7, strides)(maps, images), expected, atol=1e-5, rtol=1e-5)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------
 
 
 def test_proposal_losses_by_hand():
@@ -235,7 +254,9 @@ def test_box_losses_by_hand():
     loss_cls, loss_box = box_losses(logits, offsets, labels, targets)
     assert loss_cls.item() == pytest.approx(math.log(3))
     assert loss_box.item() == pytest.approx((1 + 1 + 1 + 2) / 4)
-    nothing = box_losses(logits[:0], offsets[:0], labels[:0], targets[:0])  # of an empty image without a proposal
+    nothing = box_losses(
+        logits[:0], offsets[:0], labels[:0], targets[:0]
+    )  # of an empty image without a proposal
     assert [loss.item() for loss in nothing] == [0, 0]
 
 
@@ -250,7 +271,9 @@ def test_mask_loss_by_hand():
 
 def test_crop_masks_is_exact_where_box_and_grid_agree():
     mask = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (2, 30, 30)).astype(np.uint8))
-    found = crop_masks(mask, torch.tensor([1, 0]), torch.tensor([[3.0, 5.0, 17.0, 19.0], [0.0, 0.0, 28.0, 28.0]]), 14)
+    found = crop_masks(
+        mask, torch.tensor([1, 0]), torch.tensor([[3.0, 5.0, 17.0, 19.0], [0.0, 0.0, 28.0, 28.0]]), 14
+    )
     assert torch.equal(found[0], mask[1, 5:19, 3:17].float())  # a cell a pixel
     halves = F.avg_pool2d(mask[:1, :28, :28].float(), 2)[0] >= 0.5  # 2 x 2 pixels a cell
     assert torch.equal(found[1].bool(), halves)
@@ -258,7 +281,8 @@ def test_crop_masks_is_exact_where_box_and_grid_agree():
 
 @needs_detectron2
 def test_filtering_at_test_time_equals_detectron2():
-    """Also of boxes that nothing is left of at the image's edge: they take part in the NMS and count among the best."""
+    """Also of boxes that nothing is left of at the image's edge: they take part in the NMS and count among
+    the best."""
     from detectron2.modeling.box_regression import Box2BoxTransform
     from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 
@@ -267,7 +291,9 @@ def test_filtering_at_test_time_equals_detectron2():
     shapes = [(90, 110), (100, 60)]
     logits, deltas = torch.randn(130, 4, generator=rng) * 2, torch.randn(130, 16, generator=rng)
     found = DetectionHeads(SMALL, [4, 8, 16, 32]).postprocess_detections(logits, deltas, proposals, shapes)
-    decoded = Box2BoxTransform(SMALL.box_weights).apply_deltas(deltas[:, 4:], torch.cat(proposals)).split([80, 50])
+    decoded = (
+        Box2BoxTransform(SMALL.box_weights).apply_deltas(deltas[:, 4:], torch.cat(proposals)).split([80, 50])
+    )
     scores = logits.roll(-1, 1).softmax(-1).split([80, 50])  # background last
     expected, _ = fast_rcnn_inference(decoded, scores, shapes, SMALL.score_threshold, SMALL.nms, 100)
     for ours, scores, labels, reference in zip(*found, expected):
@@ -280,7 +306,10 @@ def test_filtering_at_test_time_equals_detectron2():
 def test_images_without_objects_train(batch):
     images, _ = batch
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    targets = [{**empty, "masks": masks} for masks in (Polygons([]), torch.zeros(0, *images[1].shape[1:], dtype=torch.uint8))]
+    targets = [
+        {**empty, "masks": masks}
+        for masks in (Polygons([]), torch.zeros(0, *images[1].shape[1:], dtype=torch.uint8))
+    ]
     losses = detector().train()(images, targets)
     assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
     sum(losses.values()).backward()
@@ -305,16 +334,22 @@ def test_padded_batches_equal_detectron2(size):
     from det_plugin.lazy import config
 
     recipe, rng = with_overrides(SMALL, dict(image_size_px=size)), torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (3, *shape), generator=rng, dtype=torch.uint8) for shape in ((size, 50), (40, size))]
+    images = [
+        torch.randint(0, 256, (3, *shape), generator=rng, dtype=torch.uint8)
+        for shape in ((size, 50), (40, size))
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = instantiate(config(recipe, TINY, device="cpu", model_kwargs=dict(depth=2)).model)
-    expected, found = theirs.preprocess_image([{"image": image} for image in images]), detector(recipe).transform(images)[0]
+    expected, found = (
+        theirs.preprocess_image([{"image": image} for image in images]),
+        detector(recipe).transform(images)[0],
+    )
     assert found.tensors.shape == (2, 3, 96, 96) and found.image_sizes == expected.image_sizes
     torch.testing.assert_close(found.tensors, expected.tensor)
 
 
-# --- the whole detector -----------------------------------------------------------------------------------------------
+# --- the whole detector -----------------------------------------------------------------------------------
 
 
 def detectron2_names(state):
@@ -354,9 +389,13 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
     assert {type(target["masks"]) for target in targets} == {Polygons, torch.Tensor}
     inputs = []
     for image, target in zip(images, targets):
-        objects = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"] - 1)
+        objects = Instances(
+            tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"] - 1
+        )
         masks = target["masks"]
-        objects.gt_masks = PolygonMasks(masks.objects) if isinstance(masks, Polygons) else BitMasks(masks.bool())
+        objects.gt_masks = (
+            PolygonMasks(masks.objects) if isinstance(masks, Polygons) else BitMasks(masks.bool())
+        )
         inputs.append(dict(image=image, instances=objects, height=image.shape[1], width=image.shape[2]))
 
     torch.manual_seed(3)
@@ -383,7 +422,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
         assert detection["masks"].shape == (100, 1, 28, 28)
 
 
-# --- optimization -----------------------------------------------------------------------------------------------------
+# --- optimization -----------------------------------------------------------------------------------------
 
 
 def test_learning_rate_of_the_protocol():
@@ -391,10 +430,14 @@ def test_learning_rate_of_the_protocol():
     assert lr_at(0, full) == pytest.approx(2.0 * 0.001)
     assert lr_at(125, full) == pytest.approx(2.0 * 0.5005)
     assert [lr_at(it, full) for it in (250, 19_666)] == [2.0, 2.0]
-    assert [lr_at(it, full) for it in (19_667, 21_305, 21_306, 22_127)] == pytest.approx([0.2, 0.2, 0.02, 0.02])
+    assert [lr_at(it, full) for it in (19_667, 21_305, 21_306, 22_127)] == pytest.approx(
+        [0.2, 0.2, 0.02, 0.02]
+    )
 
 
-@pytest.mark.parametrize("total, milestones, warmup", [(22_128, (19_667, 21_306), 250), (40, (10, 30), 20), (30, (29,), 0)])
+@pytest.mark.parametrize(
+    "total, milestones, warmup", [(22_128, (19_667, 21_306), 250), (40, (10, 30), 20), (30, (29,), 0)]
+)
 @needs_detectron2
 def test_learning_rate_equals_detectron2(total, milestones, warmup):
     from detectron2.solver import WarmupParamScheduler
@@ -411,7 +454,11 @@ def test_optimizer_groups():
     model = detector(layerscale=1e-5, n_registers=2)
     optimizer = build_optimizer(model, SMALL)
     set_lr(optimizer, 0.5)
-    of = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    of = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     named = {name: of[id(p)] for name, p in model.named_parameters()}
     assert len(named) == len(of)
     assert named["backbone.vit.reg_token"] == (0.5 * 0.7**3, 0.1)

@@ -1,4 +1,5 @@
-"""Runs of the torchvision engine: what they leave, exact resume, bad input, several processes, the command line."""
+"""Runs of the torchvision engine: what they leave, exact resume, bad input, several processes, the command
+line."""
 
 import json
 import math
@@ -20,7 +21,13 @@ from tool_fixture import load_tool
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
 from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.folder import backbone_of, classes_of, load_checkpoint, protocol_of, read_config
+from det_plugin.torchvision_engine.folder import (
+    backbone_of,
+    classes_of,
+    load_checkpoint,
+    protocol_of,
+    read_config,
+)
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
@@ -58,7 +65,9 @@ def make(data, tmp_path):
     def made(folder, **changes):
         own = {field.name: changes.pop(field.name) for field in fields(DetectionRun) if field.name in changes}
         recipe = with_overrides(RECIPE, changes)
-        run = DetectionRun(TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS)
+        run = DetectionRun(
+            TINY, None, data, tmp_path / folder, recipe, device="cpu", workers=0, model_kwargs=FLAGS
+        )
         return replace(run, **own)
 
     return made
@@ -86,7 +95,7 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# --- what a run leaves ------------------------------------------------------------------------------------------------
+# --- what a run leaves ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,12 @@ def finished(data, tmp_path_factory):
 
 def test_result(finished):
     result = read_result(finished.output)
-    assert (result.kind, result.method, result.effective_epochs, result.seed) == ("detection", "intertwined", 3.5, 3)
+    assert (result.kind, result.method, result.effective_epochs, result.seed) == (
+        "detection",
+        "intertwined",
+        3.5,
+        3,
+    )
     assert result.protocol.label.startswith("coco-12ep, scaled down") and result.weights_hash
     assert result.protocol.deviations["max_iters"] == [22_128, 20]
     for kind in ("box", "mask"):
@@ -128,7 +142,11 @@ def test_config_builds_the_network_again(finished):
     assert protocol_of(config) == finished.protocol
     vit = backbone_of(config)
     assert vit.model_kwargs == {**build_backbone(TINY, **FLAGS).model_kwargs, "mask_tokens": False}
-    assert config["data"] == {"train_images": 5, "category_ids": [3, 7, 90], "class_names": ["rectangle", "disc", "bar"]}
+    assert config["data"] == {
+        "train_images": 5,
+        "category_ids": [3, 7, 90],
+        "class_names": ["rectangle", "disc", "bar"],
+    }
     assert classes_of(finished.output, config) == {3: "rectangle", 7: "disc", 90: "bar"}
     del config["data"]["category_ids"]  # as a former version left it
     with pytest.raises(UserError, match="config.json holds no category_ids"):
@@ -145,7 +163,10 @@ def test_figures(finished):
 def test_speed_log(finished):
     log = [json.loads(line) for line in (finished.output / "speed.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in log] == list(range(20))
-    assert all(line["img_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["peak_memory_gb"] > 0.05 for line in log)
+    assert all(
+        line["img_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["peak_memory_gb"] > 0.05
+        for line in log
+    )
     assert list((finished.output / "tensorboard").iterdir())
 
 
@@ -172,7 +193,7 @@ def test_evaluation_needs_no_backbone_file(finished, data, monkeypatch):
         evaluate_folder(data, data)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------
 
 
 def assert_same_run(whole, parts):
@@ -181,7 +202,9 @@ def assert_same_run(whole, parts):
     assert expected["iteration"] == found["iteration"] and expected["terms"] == found["terms"]
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
     for index, state in expected["optimizer"]["state"].items():
-        assert all(torch.equal(found["optimizer"]["state"][index][name], value) for name, value in state.items())
+        assert all(
+            torch.equal(found["optimizer"]["state"][index][name], value) for name, value in state.items()
+        )
     for name in ("metrics.jsonl", "predictions.json", "config.json"):
         assert (parts.output / name).read_text() == (whole.output / name).read_text(), name
     before, after = read_result(whole.output), read_result(parts.output)
@@ -190,12 +213,15 @@ def assert_same_run(whole, parts):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_equals_uninterrupted(make, stop):
-    """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one is not."""
+    """Bit for bit: weights, optimizer state, log and predictions. Two iterations are an evaluation's, one
+    is not."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     train(parts, stop_after_it=stop)
     assert not (parts.output / "result.json").exists() and load_checkpoint(parts.output)["iteration"] == stop
-    with open(parts.output / "metrics.jsonl", "a") as log:  # what a killed run wrote after its last checkpoint
+    with open(
+        parts.output / "metrics.jsonl", "a"
+    ) as log:  # what a killed run wrote after its last checkpoint
         log.write('{"iteration": 3, "loss": 1.0}\n{"iterat')
     with pytest.raises(UserError, match="unfinished run; go on with --resume"):
         train(parts)
@@ -234,13 +260,18 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(make, data):
 def test_a_rename_changes_no_config_hash():
     """So that runs of before are seeds of one configuration with those of now."""
     recipe = with_overrides(protocol("coco-12ep", "vit_small_patch16"), {"max_iters": 25_000})
-    run = DetectionRun("vit_small_patch16", None, Path("coco"), Path("out"), recipe, model_kwargs={"depth": 2})
-    assert config_hash(first_names({**run.settings(), "engine": "torchvision"})) == "40e847843305"  # of commit 2c21771
+    run = DetectionRun(
+        "vit_small_patch16", None, Path("coco"), Path("out"), recipe, model_kwargs={"depth": 2}
+    )
+    assert (
+        config_hash(first_names({**run.settings(), "engine": "torchvision"})) == "40e847843305"
+    )  # of commit 2c21771
 
 
 @pytest.mark.parametrize("moment", [1, 2])
 def test_a_signal_saves_and_stops(make, monkeypatch, moment):
-    """In the middle of the step; after the second one an evaluation is due, which the resumed run makes up for."""
+    """In the middle of the step; after the second one an evaluation is due, which the resumed run makes up
+    for."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     step = Trainer.step
@@ -254,20 +285,26 @@ def test_a_signal_saves_and_stops(make, monkeypatch, moment):
         patch.setattr(Trainer, "step", signalled)
         with pytest.raises(Interrupted, match=f"SIGUSR1; saved at iteration {moment}"):
             train(parts)
-    assert load_checkpoint(parts.output)["iteration"] == moment and not (parts.output / "predictions.json").exists()
+    assert (
+        load_checkpoint(parts.output)["iteration"] == moment
+        and not (parts.output / "predictions.json").exists()
+    )
     train(parts, resume=True)
     assert_same_run(whole, parts)
 
 
 def test_killed_and_terminated_processes(make):
-    """One is killed without warning (it loses what came after its last checkpoint), the next is asked to stop (code 85), the last
-    ends; nothing of it is to be seen in the outcome."""
+    """One is killed without warning (it loses what came after its last checkpoint), the next is asked to
+    stop (code 85), the last ends; nothing of it is to be seen in the outcome."""
     changes = dict(max_iters=40, milestones=(30,), eval_every=20)
     whole, parts = make("whole", **changes), make("parts", **changes)
     train(whole)
     words = words_of(parts, "--backbone", TINY, "--resume")
     call = [sys.executable, str(ROOT / "tools" / "train_det.py"), *map(str, words)]
-    assert stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL and load_checkpoint(parts.output)["iteration"] == 20
+    assert (
+        stopped(call, parts, 22, signal.SIGKILL)[0] == -signal.SIGKILL
+        and load_checkpoint(parts.output)["iteration"] == 20
+    )
     code, said = stopped(call, parts, 28, signal.SIGTERM)
     assert code == 85 and "stopped: SIGTERM; saved at iteration" in said
     assert not (parts.output / "result.json").exists()
@@ -276,17 +313,25 @@ def test_killed_and_terminated_processes(make):
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys):
-    """The run goes on from the one before and ends as if nothing had happened; without any whole one it stops."""
+    """The run goes on from the one before and ends as if nothing had happened; without any whole one it
+    stops."""
     whole, run = make("whole"), make("run")
     train(whole)
     train(run, stop_after_it=2)
     with monkeypatch.context() as patch:  # the disk is full: the old checkpoint stays whole
-        patch.setattr("pretrain.checkpoints.tensors.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(
+            "pretrain.checkpoints.tensors.save_file",
+            lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")),
+        )
         with pytest.raises(OSError, match="it_00000004 cannot be written, earlier ones stay: No space left"):
             train(run, resume=True)
     assert [path.name for path in checkpoints.whole_directories(run.output)] == ["it_00000002"]
     train(run, resume=True, stop_after_it=3)
-    assert sorted(p.name for p in newest(run.output).iterdir()) == ["manifest.json", "meta.json", "state.safetensors"]
+    assert sorted(p.name for p in newest(run.output).iterdir()) == [
+        "manifest.json",
+        "meta.json",
+        "state.safetensors",
+    ]
     cut_off(newest(run.output) / "state.safetensors")
     (newest(run.output).parent / "it_00000009.tmp").mkdir()  # of a process that was killed while it wrote
     train(run, resume=True)
@@ -296,7 +341,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make, monkeypatch, capsys)
     (run.output / "result.json").unlink()
     for path in checkpoints.whole_directories(run.output):
         cut_off(path / "meta.json")
-    with pytest.raises(UserError, match="run has checkpoints, but no whole one; move them away to start anew"):
+    with pytest.raises(
+        UserError, match="run has checkpoints, but no whole one; move them away to start anew"
+    ):
         train(run, resume=True)
 
 
@@ -324,7 +371,8 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
     """A long way from one evaluation to the next, a killed process loses minutes, not hours."""
     saved = []
     monkeypatch.setattr(
-        "det_plugin.torchvision_engine.train.save_checkpoint", lambda folder, state: saved.append(state["iteration"])
+        "det_plugin.torchvision_engine.train.save_checkpoint",
+        lambda folder, state: saved.append(state["iteration"]),
     )
     train(make("seldom", eval_every=4))
     monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
@@ -333,7 +381,8 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
 
 
 def test_interrupted_evaluation_is_made_up_for(make, monkeypatch):
-    """Killed after the checkpoint, before the evaluation's line; at last after the line, before the result."""
+    """Killed after the checkpoint, before the evaluation's line; at last after the line, before the
+    result."""
     whole, parts = make("whole"), make("parts")
     train(whole)
     for moment in (2, 4):
@@ -357,8 +406,12 @@ def test_processes_that_see_other_folders_do_not_go_on(make, monkeypatch):
     """Two machines without a shared folder: one would resume, the other begin again."""
     run = make("run")
     train(run, stop_after_it=2)
-    monkeypatch.setattr("det_plugin.torchvision_engine.train.gather_objects", lambda mine: [mine, (False, None)])
-    with pytest.raises(UserError, match="not every process finds the same run in .*; all machines must see one folder"):
+    monkeypatch.setattr(
+        "det_plugin.torchvision_engine.train.gather_objects", lambda mine: [mine, (False, None)]
+    )
+    with pytest.raises(
+        UserError, match="not every process finds the same run in .*; all machines must see one folder"
+    ):
         train(run, resume=True)
 
 
@@ -367,7 +420,9 @@ def test_the_result_needs_no_file_at_the_end(make, tmp_path, monkeypatch):
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run, expected = replace(make("run"), weights=file, model_kwargs={}), file_hash(file)
     step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1])
+    monkeypatch.setattr(
+        Trainer, "step", lambda trainer, samples: (file.unlink(missing_ok=True), step(trainer, samples))[1]
+    )
 
     def on_a_gpu_machine(call):
         def patched(*given, **named):
@@ -392,14 +447,18 @@ def test_deterministic_mode_is_given_back(make):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
+# --- one step ---------------------------------------------------------------------------------------------
 
 
 def test_accumulation_is_the_mean_of_micro_batches(make, data):
     """Two equal micro-batches give the gradient of one; so does the loss."""
     samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
-    changes = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is sampled at random
-    one, two = (Trainer(make("x", accumulate=n, batch_size=n, **changes), torch.device("cpu")) for n in (1, 2))
+    changes = dict(
+        drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000
+    )  # nothing is sampled at random
+    one, two = (
+        Trainer(make("x", accumulate=n, batch_size=n, **changes), torch.device("cpu")) for n in (1, 2)
+    )
     terms = one.step([samples[0]]), two.step([samples[0], samples[0]])
     assert terms[0] == pytest.approx(terms[1], rel=1e-5)
     gradients = {name: p.grad for name, p in one.model.named_parameters()}
@@ -418,7 +477,9 @@ def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(make, data)
         assert plain.step(batch) == scaled.step(batch)
         for name, parameter in scaled.model.named_parameters():
             torch.testing.assert_close(parameter, plain.model.get_parameter(name), atol=1e-7, rtol=1e-5)
-        assert any(not torch.equal(parameter, start[name]) for name, parameter in scaled.model.named_parameters())
+        assert any(
+            not torch.equal(parameter, start[name]) for name, parameter in scaled.model.named_parameters()
+        )
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     before = {name: p.clone() for name, p in scaled.model.named_parameters()}
     assert math.isfinite(scaled.step(batch)["loss"]) and scaled.iteration == 2
@@ -431,7 +492,8 @@ def test_scaled_losses_make_the_same_step_and_an_overflow_makes_none(make, data)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_in_mixed_precision(make, data, dtype):
-    """As on a GPU, with the CPU's kernels: the losses are float32's to a few per mille, and float32 themselves."""
+    """As on a GPU, with the CPU's kernels: the losses are float32's to a few per mille, and float32
+    themselves."""
     samples = TrainSamples(read_split(data, "train", num_classes=3, training=True), RECIPE, seed=0)
     plain, mixed = (Trainer(make("x"), torch.device("cpu")) for _ in range(2))
     mixed.amp_dtype, mixed.scaler = dtype, torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
@@ -467,7 +529,7 @@ def test_gradients_are_clipped(make, data):
     assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------
 
 BAD = [
     (dict(batch_size=3, accumulate=2), "batch_size=3 cannot be shared by 1 processes x accumulate=2"),
@@ -513,7 +575,7 @@ def test_folder_of_another_engine(make):
         train(run)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------
 
 
 def command(*words, launcher=(sys.executable,), fails=False):
@@ -526,7 +588,8 @@ def command(*words, launcher=(sys.executable,), fails=False):
 
 
 def stopped(call, run, after, number):
-    """Start a process, send it a signal once the run's log has so many lines; its exit code and what it said."""
+    """Start a process, send it a signal once the run's log has so many lines; its exit code and what it
+    said."""
     environment, log = {**os.environ, "OMP_NUM_THREADS": "1"}, run.output / "metrics.jsonl"
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= after):
@@ -538,24 +601,46 @@ def stopped(call, run, after, number):
 
 def words_of(run, *more):
     """A run's settings as a command line."""
-    fields = {key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]}
+    fields = {
+        key: new for key, new in vars(run.protocol).items() if new != vars(protocol("coco-12ep", TINY))[key]
+    }
     named = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in fields.items()]
     model_kwargs = [f"backbone.{key}={value}" for key, value in run.model_kwargs.items()]
-    base = ["--engine", "torchvision", "--device", "cpu", "--workers", 0, "--data", run.data, "--output", run.output]
+    base = [
+        "--engine",
+        "torchvision",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--data",
+        run.data,
+        "--output",
+        run.output,
+    ]
     return [*base, *more, *named, *model_kwargs]
 
 
 def test_two_processes_train_stop_go_on_and_evaluate_together(make):
-    exhaustive = dict(drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000)  # nothing is drawn at random
+    exhaustive = dict(
+        drop_path=0.0, rpn_batch_per_image=100_000, roi_batch_per_image=100_000
+    )  # nothing is drawn at random
     run = make("out", max_iters=30, milestones=(), warmup_iters=0, eval_every=30, **exhaustive)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = words_of(run, "--backbone", TINY, "--resume")
-    assert stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[0] != 0
+    assert (
+        stopped([*launcher, str(ROOT / "tools" / "train_det.py"), *map(str, words)], run, 3, signal.SIGTERM)[
+            0
+        ]
+        != 0
+    )
     assert 3 <= load_checkpoint(run.output)["iteration"] < 30 and not (run.output / "result.json").exists()
     said = command(*words, launcher=launcher)
     assert said.count("result: ") == 1 and read_result(run.output).hardware["processes"] == 2
     assert [line["iteration"] for line in lines(run.output)] == list(range(30))
-    one = Trainer(replace(run, accumulate=2), torch.device("cpu"))  # their gradients are the mean of two micro-batches
+    one = Trainer(
+        replace(run, accumulate=2), torch.device("cpu")
+    )  # their gradients are the mean of two micro-batches
     samples = TrainSamples(read_split(run.data, "train", num_classes=3, training=True), run.protocol, seed=0)
     for it, line in enumerate(lines(run.output)[:3]):
         assert one.step([samples[2 * it], samples[2 * it + 1]]) == pytest.approx(
@@ -569,10 +654,24 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     tool = load_tool("train_det")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
-    assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(run, weights=file)
+    assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(
+        run, weights=file
+    )
     tool.main([*map(str, words_of(run, "--weights", file))])
     assert "engine: torchvision (as asked for)" in capsys.readouterr().out
-    tool.main(["--engine", "auto", "--eval-only", "--device", "cpu", "--data", str(run.data), "--output", str(run.output)])
+    tool.main(
+        [
+            "--engine",
+            "auto",
+            "--eval-only",
+            "--device",
+            "cpu",
+            "--data",
+            str(run.data),
+            "--output",
+            str(run.output),
+        ]
+    )
     assert f"engine: torchvision (it trained {run.output})" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tool.choose_engine("auto", tmp_path)[0] == "torchvision"
@@ -581,5 +680,7 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
 
 
 def test_tool_ends_bad_input_in_one_line(make, tmp_path):
-    said = command("--backbone", TINY, "--data", tmp_path, "--output", tmp_path / "out", "lr=fast", fails=True)
+    said = command(
+        "--backbone", TINY, "--data", tmp_path, "--output", tmp_path / "out", "lr=fast", fails=True
+    )
     assert said.strip().splitlines()[-1].startswith("error: protocol: lr='fast'") and "Traceback" not in said

@@ -1,4 +1,5 @@
-"""The toy data: exact masks in COCO and ADE20K form, disjoint photographs, and a folder that is whole or refused."""
+"""The toy data: exact masks in COCO and ADE20K form, disjoint photographs, and a folder that is whole or
+refused."""
 
 import json
 import subprocess
@@ -111,7 +112,9 @@ def _hard_masks():
     ring[2:7, 2:7] = False
     ring[4, 4] = True  # an island in the hole
     yield ring
-    touching = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], bool)  # the outline meets itself
+    touching = np.array(
+        [[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], bool
+    )  # the outline meets itself
     yield touching
     for density in (0.3, 0.5, 0.7, 0.9):
         yield random.random((13, 17)) < density
@@ -185,7 +188,9 @@ def test_ade_labels_agree_with_the_masks(folder, split, ade_split):
             inside = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
             assert np.all(labels[inside] == kind + 2)  # the rim is one pixel thin
         # no pixel of an object touches the background without the rim between
-        edge = objects & (cv2.dilate((~objects).astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0)
+        edge = objects & (
+            cv2.dilate((~objects).astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0
+        )
         assert np.all(labels[edge] == 0)
 
 
@@ -235,7 +240,9 @@ def test_an_interrupted_run_is_begun_anew(folder, tmp_path, monkeypatch, overwri
     with monkeypatch.context() as patch:
         patch.setattr(toy_sets, "ade_labels", lambda picture: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            toy_sets.write_toy_data(tmp_path, n_images=4, n_train=1, n_val=1, size_px=64, seed=3, overwrite=overwrite)
+            toy_sets.write_toy_data(
+                tmp_path, n_images=4, n_train=1, n_val=1, size_px=64, seed=3, overwrite=overwrite
+            )
     assert (tmp_path / "images" / "00000003.jpg").is_file() and toy_sets.read_record(tmp_path) is None
     toy_sets.write_toy_data(tmp_path, **COUNTS, seed=0)
     assert contents(tmp_path) == contents(folder)

@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings(tmp_path, output="run", *extra):
-    return load_config(None, last([*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", *extra]))
+    return load_config(
+        None, last([*TINY, f"data.root={tmp_path / 'photos'}", f"run.output={tmp_path / output}", *extra])
+    )
 
 
 def newest_of(folder):
@@ -83,15 +85,29 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
     assert (result.kind, result.method, result.backbone) == ("pretrain", "mine", "vit_tiny_patch16")
     assert result.effective_epochs == pytest.approx(3 * (2 * (64 / 224) ** 2 + 2 * (32 / 224) ** 2), abs=0.01)
     assert set(result.metrics) == {
-        *("loss", "image", "content", "position", "koleo", "grad_norm", "img_per_s", "n_skipped", "broken_images"),
+        *(
+            "loss",
+            "image",
+            "content",
+            "position",
+            "koleo",
+            "grad_norm",
+            "img_per_s",
+            "n_skipped",
+            "broken_images",
+        ),
         *("teacher_entropy", "mean_entropy", "feature_std"),
     }
     tensors = newest_of(folder).tensors()
     teacher = {
-        k.removeprefix("method.teacher.backbone."): v for k, v in tensors.items() if k.startswith("method.teacher.backbone.")
+        k.removeprefix("method.teacher.backbone."): v
+        for k, v in tensors.items()
+        if k.startswith("method.teacher.backbone.")
     }
     student = {
-        k.removeprefix("method.student.backbone."): v for k, v in tensors.items() if k.startswith("method.student.backbone.")
+        k.removeprefix("method.student.backbone."): v
+        for k, v in tensors.items()
+        if k.startswith("method.student.backbone.")
     }
     backbone = build_backbone("vit_tiny_patch16", weights=folder / "backbone.safetensors")
     assert all(torch.equal(value, teacher[key]) for key, value in backbone.state_dict().items())
@@ -102,7 +118,9 @@ def test_a_run_leaves_its_backbone_and_result(tmp_path, photos):
     assert list((folder / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(6))
-    assert lines[3]["loss"] == pytest.approx(sum(lines[3][k] for k in ("image", "content", "position", "koleo")), rel=1e-5)
+    assert lines[3]["loss"] == pytest.approx(
+        sum(lines[3][k] for k in ("image", "content", "position", "koleo")), rel=1e-5
+    )
 
 
 def test_a_finished_run_is_left_alone_and_another_runs_folder_refused(tmp_path, photos, capsys):
@@ -130,7 +148,9 @@ def test_resume_takes_the_newest_whole_checkpoint_and_names_the_broken_ones(tmp_
     damaged.write_bytes(content)
     train(settings(tmp_path, "run", *often), resume="auto")
     error = capsys.readouterr().err
-    assert "it_00000005" in error and "damaged" in error and "going on from" in error and "it_00000004" in error
+    assert (
+        "it_00000005" in error and "damaged" in error and "going on from" in error and "it_00000004" in error
+    )
     assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     train(settings(tmp_path, "run", *often), resume="2")  # back to an earlier one, by its iteration
     assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
@@ -143,12 +163,21 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
     """As a user's process: code 85, then --resume ends as an uninterrupted run."""
     long = ("optim.epochs=40",)
     straight = train(settings(tmp_path, "straight", *long))
-    overrides = last([*TINY, f"data.root={photos}", f"run.output={tmp_path / 'run'}", *long, "data.workers=1"])
+    overrides = last(
+        [*TINY, f"data.root={photos}", f"run.output={tmp_path / 'run'}", *long, "data.workers=1"]
+    )
     command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log, patience = tmp_path / "run" / "metrics.jsonl", time.time() + 100
-    while not (log.is_file() and log.read_text().count("\n") >= 1 or time.time() > patience or process.poll() is not None):
+    while not (
+        log.is_file()
+        and log.read_text().count("\n") >= 1
+        or time.time() > patience
+        or process.poll() is not None
+    ):
         time.sleep(0.02)
     os.killpg(process.pid, number)  # as schedulers do: the loader's worker gets it too
     error = process.communicate(timeout=100)[1]
@@ -160,16 +189,28 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
 
 
 def test_another_runs_networks_are_a_start(tmp_path, photos):
-    """run.init_from: networks, heads and centers of the earlier run, a fresh optimizer, iteration 0; another crop size fits."""
+    """run.init_from: networks, heads and centers of the earlier run, a fresh optimizer, iteration 0;
+    another crop size fits."""
     first = train(settings(tmp_path, "first"))
-    config = settings(tmp_path, "second", f"run.init_from={first}", "crops.global_px=96", "optim.base_lr=0.0", "optim.min_lr=0.0")
+    config = settings(
+        tmp_path,
+        "second",
+        f"run.init_from={first}",
+        "crops.global_px=96",
+        "optim.base_lr=0.0",
+        "optim.min_lr=0.0",
+    )
     second = train(config, stop_after=1)
     before, after = newest_of(first).tensors(), newest_of(second).tensors()
     students = [name for name in before if name.startswith("method.student.")]
     assert students and all(torch.equal(before[name], after[name]) for name in students)
     assert newest_of(second).iteration == 1 and after["optimizer.backbone.cls_token.step"] == 1
     with pytest.raises(UserError, match=r"run\.init_from: .*has networks that this run has not.*position"):
-        train(settings(tmp_path, "third", f"run.init_from={first}", "masks.position_share=0.0", "losses.position=0.0"))
+        train(
+            settings(
+                tmp_path, "third", f"run.init_from={first}", "masks.position_share=0.0", "losses.position=0.0"
+            )
+        )
     with pytest.raises(UserError, match="nowhere"):
         train(settings(tmp_path, "fourth", f"run.init_from={tmp_path / 'nowhere'}"))
 
@@ -181,7 +222,10 @@ def test_unreadable_images_are_skipped_counted_and_named_once(tmp_path, photos, 
     error = capsys.readouterr().err
     skipped = [line for line in error.splitlines() if line.startswith("skipped")]
     assert len(skipped) == 2
-    assert {name for name in ("001.jpg", "zzz.png") for line in skipped if name in line} == {"001.jpg", "zzz.png"}
+    assert {name for name in ("001.jpg", "zzz.png") for line in skipped if name in line} == {
+        "001.jpg",
+        "zzz.png",
+    }
     assert json.loads((folder / "speed.jsonl").read_text().splitlines()[-1])["broken_images"] == 2
 
 
@@ -198,7 +242,8 @@ def poison(monkeypatch, iteration):
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, photos, monkeypatch):
-    """The iteration is named exactly, though the losses are looked at later, and no checkpoint is made of what came after."""
+    """The iteration is named exactly, though the losses are looked at later, and no checkpoint is made of
+    what came after."""
     poison(monkeypatch, 3)
     config = settings(tmp_path, "run", "log.checkpoint_every=3", "log.every=5")
     with pytest.raises(FloatingPointError, match="iteration 3: loss, content is not finite"):
@@ -219,10 +264,14 @@ def test_nan_can_be_skipped(tmp_path, photos, monkeypatch, capsys):
 
 def test_continued_pretraining_starts_from_the_file(tmp_path, photos):
     first = train(settings(tmp_path, "first")) / "backbone.safetensors"
-    config = settings(tmp_path, "second", f"backbone.weights={first}", "optim.base_lr=0.0", "optim.min_lr=0.0")
+    config = settings(
+        tmp_path, "second", f"backbone.weights={first}", "optim.base_lr=0.0", "optim.min_lr=0.0"
+    )
     second = train(config, stop_after=1)
     state = newest_of(second).tensors()
-    assert all(torch.equal(v, state[f"method.student.backbone.{k}"]) for k, v in read_checkpoint(first).state.items())
+    assert all(
+        torch.equal(v, state[f"method.student.backbone.{k}"]) for k, v in read_checkpoint(first).state.items()
+    )
 
 
 def test_pretraining_goes_on_from_a_timm_file(tmp_path, photos):
@@ -236,9 +285,14 @@ def test_pretraining_goes_on_from_a_timm_file(tmp_path, photos):
         "optim.base_lr=0.0",
         "optim.min_lr=0.0",
     ]
-    folder = train(settings(tmp_path, "run", f"backbone.weights={tmp_path / 'timm.pth'}", *like_timm), stop_after=1)
+    folder = train(
+        settings(tmp_path, "run", f"backbone.weights={tmp_path / 'timm.pth'}", *like_timm), stop_after=1
+    )
     state = newest_of(folder).tensors()
-    assert all(torch.equal(value, state[f"method.student.backbone.{key}"]) for key, value in theirs.state_dict().items())
+    assert all(
+        torch.equal(value, state[f"method.student.backbone.{key}"])
+        for key, value in theirs.state_dict().items()
+    )
     assert state["method.student.backbone.pos_mask_token"].abs().sum() > 0
 
 
@@ -277,7 +331,12 @@ def test_the_tool_ends_bad_input_in_one_line(tmp_path, photos, capsys):
     small = build_backbone("vit_small_patch16", depth=2)
     from pretrain.weights import save_backbone
 
-    save_backbone(tmp_path / "small.safetensors", small.state_dict(), name="vit_small_patch16", model_kwargs=small.model_kwargs)
+    save_backbone(
+        tmp_path / "small.safetensors",
+        small.state_dict(),
+        name="vit_small_patch16",
+        model_kwargs=small.model_kwargs,
+    )
     for arguments, named in [
         (["data.root=" + str(tmp_path / "none")], "none"),
         (["data.root=" + str(tmp_path / "empty")], "empty"),

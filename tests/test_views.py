@@ -48,7 +48,9 @@ def test_the_inference_grid_of_a_field_is_the_patch_centers(grid):
 def test_a_standard_encoding_is_its_learned_grid_in_every_crop():
     model = ViT(embed_dim=12, depth=1, num_heads=2, pos_encoding="standard")
     grid = (model.pos_grid, model.pos_grid)
-    crops = model.positions(grid, torch.tensor([[0.0, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 1.0]]), torch.tensor([True, False]))
+    crops = model.positions(
+        grid, torch.tensor([[0.0, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 1.0]]), torch.tensor([True, False])
+    )
     for positions in (model.positions(grid), *crops):
         assert torch.equal(positions.reshape(-1, 12), model.pos_embed[0, 1:])
 
@@ -84,40 +86,64 @@ def test_bicubic_is_the_keys_kernel_by_hand():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_positions_follow_the_pixels(flip):
-    """For a linear P the sampled positions are the patch means of the same crop of an image that stores its coordinates."""
+    """For a linear P the sampled positions are the patch means of the same crop of an image that stores
+    its coordinates."""
     height, width, patch, n = 96, 128, 8, 4
     y, x = torch.meshgrid(
         (torch.arange(height, dtype=torch.float64) + 0.5) / height,
         (torch.arange(width, dtype=torch.float64) + 0.5) / width,
         indexing="ij",
     )
-    image = torch.stack([3 * x - y, 0.5 * x + 2 * y, x * 0], 1)  # [H, 3, W], the same linear functions as the field's
-    left, top, right, bottom = (20, 12, 20 + 2 * n * patch, 12 + 2 * n * patch)  # twice the crop's size, inside
+    image = torch.stack(
+        [3 * x - y, 0.5 * x + 2 * y, x * 0], 1
+    )  # [H, 3, W], the same linear functions as the field's
+    left, top, right, bottom = (
+        20,
+        12,
+        20 + 2 * n * patch,
+        12 + 2 * n * patch,
+    )  # twice the crop's size, inside
     start, size = torch.tensor([[[left]], [[top]]]).double(), torch.tensor([[2.0 * n * patch]]).double()
     columns = resize_weights(start[0], size, width, n * patch, torch.tensor([[flip]]))
-    crop = sandwich(resize_weights(start[1], size, height, n * patch), image[None], columns)[0, 0].permute(1, 0, 2)[:2]
+    crop = sandwich(resize_weights(start[1], size, height, n * patch), image[None], columns)[0, 0].permute(
+        1, 0, 2
+    )[:2]
     means = torch.nn.functional.avg_pool2d(crop[None], patch).flatten(2).transpose(1, 2)  # [1, n * n, 2]
     units = torch.tensor([[left / width, top / height, right / width, bottom / height]], dtype=torch.float64)
     sampled = sample_field(linear_field(50), units, (n, n), torch.tensor([flip]))
-    # the resize's antialiasing replicates the crop's border, so its outermost patches are off by a fraction of a pixel
+    # the resize's antialiasing replicates the crop's border, so its outermost patches are off by a fraction
+    # of a pixel
     inner = (slice(None), slice(1, -1), slice(1, -1))
-    torch.testing.assert_close(sampled.unflatten(1, (n, n))[inner], means.unflatten(1, (n, n))[inner], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        sampled.unflatten(1, (n, n))[inner], means.unflatten(1, (n, n))[inner], atol=1e-4, rtol=0
+    )
 
 
 def test_drawn_views_carry_pixels_and_positions_together():
-    """Through draw_views and render, with jitter off: a view's pixels hold the coordinates at which P is sampled."""
+    """Through draw_views and render, with jitter off: a view's pixels hold the coordinates at which P is
+    sampled."""
     height, width, size, patch = 90, 120, 32, 8
     y, x = np.indices((height, width))
     image = np.stack([x * 2, y * 2, x * 0], -1).astype(np.uint8)
     rule = CropSettings(n_global=2, n_local=3, global_scale=(0.5, 0.8), local_scale=(0.3, 0.4))
-    views = draw_views(np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)])
+    views = draw_views(
+        np.array([[height, width]]), rule, PositionSettings(augment=False), [np.random.default_rng(3)]
+    )
     off = ColorSettings(**NO_COLOR)
     colors = draw_colors(5, 2, off, [np.random.default_rng(0)])
-    views = replace(views, flips=torch.tensor([[True, False, True, False, False]]))  # among the global and the local ones
-    pixels = torch.cat(render(image, views, colors, off, global_px=size, local_px=size)).float()  # [5, 3, s, s] levels
+    views = replace(
+        views, flips=torch.tensor([[True, False, True, False, False]])
+    )  # among the global and the local ones
+    pixels = torch.cat(
+        render(image, views, colors, off, global_px=size, local_px=size)
+    ).float()  # [5, 3, s, s] levels
     n = size // patch
-    seen = torch.nn.functional.avg_pool2d(pixels / 2, patch)[:, :2]  # [5, 2 (x, y), n, n], pixels of the image
-    x_at = patch_centers(views.boxes[0, :, 0], views.boxes[0, :, 2], n, views.flips[0]) * width - 0.5  # [5, n]
+    seen = torch.nn.functional.avg_pool2d(pixels / 2, patch)[
+        :, :2
+    ]  # [5, 2 (x, y), n, n], pixels of the image
+    x_at = (
+        patch_centers(views.boxes[0, :, 0], views.boxes[0, :, 2], n, views.flips[0]) * width - 0.5
+    )  # [5, n]
     y_at = patch_centers(views.boxes[0, :, 1], views.boxes[0, :, 3], n) * height - 0.5
     inner = slice(1, -1)
     torch.testing.assert_close(seen[:, 0, inner, inner].mean(1), x_at[:, inner], atol=0.5, rtol=0)
@@ -126,12 +152,16 @@ def test_drawn_views_carry_pixels_and_positions_together():
 
 @pytest.mark.parametrize("scale", [(0.05, 0.32), (0.32, 1.0)])
 def test_crops_are_distributed_as_torchvisions(scale):
-    """Kolmogorov-Smirnov on area, aspect and place of 4,000 draws: equal distributions are 0.044 apart once in a thousand times."""
+    """Kolmogorov-Smirnov on area, aspect and place of 4,000 draws: equal distributions are 0.044 apart
+    once in a thousand times."""
     torch.manual_seed(0)
     n, ratio, image = 4000, (3 / 4, 4 / 3), torch.zeros(1, 300, 500)
     u = np.random.default_rng(0).random((n, 1, 2 * TRIES + 2))
     ours = draw_crops(np.array([[300.0, 500.0]]).repeat(n, 0), np.array([scale]), ratio, u)[:, 0]
-    theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)], dtype=float)
+    theirs = np.array(
+        [torchvision.transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)],
+        dtype=float,
+    )
     w, h = ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]
     top, left, their_h, their_w = theirs.T
     compared = {
@@ -143,7 +173,10 @@ def test_crops_are_distributed_as_torchvisions(scale):
     }
     for name, (a, b) in compared.items():
         both = np.sort(np.concatenate([a, b]))
-        distance = abs(np.searchsorted(np.sort(a), both, "right") - np.searchsorted(np.sort(b), both, "right")).max() / n
+        distance = (
+            abs(np.searchsorted(np.sort(a), both, "right") - np.searchsorted(np.sort(b), both, "right")).max()
+            / n
+        )
         assert distance < 0.044, (name, distance)
     assert (ours[:, :2] >= 0).all() and (ours[:, 2] <= 500).all() and (ours[:, 3] <= 300).all()
 
@@ -152,11 +185,15 @@ def test_crops_are_distributed_as_torchvisions(scale):
 def test_the_fallback_is_torchvisions_box(height, width):
     """Where no try fits, as with an area of more than the image: the central crop."""
     scale, ratio = (1.5, 2.0), (3 / 4, 4 / 3)
-    i, j, h, w = torchvision.transforms.RandomResizedCrop.get_params(torch.zeros(1, height, width), list(scale), list(ratio))
+    i, j, h, w = torchvision.transforms.RandomResizedCrop.get_params(
+        torch.zeros(1, height, width), list(scale), list(ratio)
+    )
     h, w = max(h, 1), max(w, 1)  # torchvision's may be empty
     assert central_crop(height, width, ratio)[2:] == (j + w, i + h)
     u = np.random.default_rng(0).random((1, 1, 2 * TRIES + 2))
-    assert draw_crops(np.array([[height, width]]), np.array([scale]), ratio, u).tolist() == [[[j, i, j + w, i + h]]]
+    assert draw_crops(np.array([[height, width]]), np.array([scale]), ratio, u).tolist() == [
+        [[j, i, j + w, i + h]]
+    ]
 
 
 def test_boxes_are_whole_pixels():
@@ -165,7 +202,9 @@ def test_boxes_are_whole_pixels():
     views = draw_views(sizes, CropSettings(), PositionSettings(), rngs)
     height, width = torch.from_numpy(sizes)[:, :, None].unbind(1)
     left, top, right, bottom = (pixels := pixel_boxes(views.boxes, height, width)).unbind(-1)
-    assert ((0 <= left) & (left < right) & (right <= width) & (0 <= top) & (top < bottom) & (bottom <= height)).all()
+    assert (
+        (0 <= left) & (left < right) & (right <= width) & (0 <= top) & (top < bottom) & (bottom <= height)
+    ).all()
     exact = pixels.double() / torch.cat([width, height, width, height], 1)[:, None]
     assert torch.equal(views.boxes, exact.float())
 
@@ -174,8 +213,13 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
     sizes = np.array([[333, 517], [90, 70], [375, 500]])
 
     def drawn(images):
-        rngs = [np.random.default_rng([1, i]) for i in images], [np.random.default_rng([2, i]) for i in images]
-        return draw_views(sizes[images], CropSettings(), PositionSettings(), rngs[0]), draw_colors(10, 2, ColorSettings(), rngs[1])
+        rngs = (
+            [np.random.default_rng([1, i]) for i in images],
+            [np.random.default_rng([2, i]) for i in images],
+        )
+        return draw_views(sizes[images], CropSettings(), PositionSettings(), rngs[0]), draw_colors(
+            10, 2, ColorSettings(), rngs[1]
+        )
 
     views, colors = drawn([0, 1, 2])
     for i in range(3):
@@ -187,7 +231,12 @@ def test_an_image_draws_the_same_alone_and_in_a_batch():
 
 def test_boxes_and_flips_are_the_same_without_position_augmentation():
     on, off = (
-        draw_views(np.array([[375, 500]]), CropSettings(), PositionSettings(augment=augment), [np.random.default_rng(0)])
+        draw_views(
+            np.array([[375, 500]]),
+            CropSettings(),
+            PositionSettings(augment=augment),
+            [np.random.default_rng(0)],
+        )
         for augment in (True, False)
     )
     assert torch.equal(on.boxes, off.boxes) and torch.equal(on.flips, off.flips)
@@ -208,7 +257,8 @@ def test_position_augmentation_is_one_affine_map(s, reference):
         factors = (moved[:, 2:] - moved[:, :2]) / (BOXES[:, 2:] - BOXES[:, :2])
         np.testing.assert_allclose(factors, factors[0, 0])  # one scale for all boxes and both axes
         np.testing.assert_allclose(
-            moved[:, :2] - factors[0, 0] * BOXES[:, :2], np.tile(moved[0, :2] - factors[0, 0] * BOXES[0, :2], (3, 1))
+            moved[:, :2] - factors[0, 0] * BOXES[:, :2],
+            np.tile(moved[0, :2] - factors[0, 0] * BOXES[0, :2], (3, 1)),
         )
         assert moved.min() >= -1e-12 and moved.max() <= 1 + 1e-12
         places.append(moved[0, 0])
@@ -240,10 +290,15 @@ def test_surround_globals_alone():
 
 def test_views_are_view_major():
     batch = draw_views(
-        np.array([[100, 100], [80, 60]]), CropSettings(n_local=1), PositionSettings(), [np.random.default_rng(i) for i in (0, 1)]
+        np.array([[100, 100], [80, 60]]),
+        CropSettings(n_local=1),
+        PositionSettings(),
+        [np.random.default_rng(i) for i in (0, 1)],
     )
     boxes, flips = batch.globals
-    torch.testing.assert_close(boxes, torch.stack([batch.position_boxes[b, i] for i in (0, 1) for b in (0, 1)]))
+    torch.testing.assert_close(
+        boxes, torch.stack([batch.position_boxes[b, i] for i in (0, 1) for b in (0, 1)])
+    )
     assert flips.tolist() == [bool(batch.flips[b, i]) for i in (0, 1) for b in (0, 1)]
     assert torch.equal(batch.locals[0], batch.position_boxes[:, 2])
 
@@ -263,4 +318,8 @@ def test_color_probabilities_and_ranges_by_view():
     assert sigma.min() >= 0 and sigma.max() <= 1 and abs(sigma.mean() - 1 / 2) < 0.01
     orders, counts = colors.order.flatten(0, 1).unique(dim=0, return_counts=True)
     assert len(orders) == 24 and abs(counts / (10 * n) - 1 / 24).max() < 0.005
-    assert not np.corrcoef(torch.cat([colors.factors, colors.order.float()], -1).flatten(0, 1).T).round(1)[:4, 4:].any()
+    assert (
+        not np.corrcoef(torch.cat([colors.factors, colors.order.float()], -1).flatten(0, 1).T)
+        .round(1)[:4, 4:]
+        .any()
+    )

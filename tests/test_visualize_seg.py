@@ -22,7 +22,9 @@ from seg_plugin.run import train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seg")
-    run = tiny_run(write_ade(folder / "ade", n_val=5), folder / "run", protocol=tiny(max_iters=1, val_every=1))
+    run = tiny_run(
+        write_ade(folder / "ade", n_val=5), folder / "run", protocol=tiny(max_iters=1, val_every=1)
+    )
     train(run)
     return run
 
@@ -53,10 +55,30 @@ def test_own_images_get_the_labels_that_validation_gives(run, tool, tmp_path):
     Image.open(images / "0001.jpg").convert("L").save(tmp_path / "own" / "gray.png")
     (validated,) = segment_dataset(model, dataset_of_run(model, "validation"), [0])
     gray, copied = segment_folder(model, tmp_path / "own")
-    assert np.array_equal(copied.predicted, validated.predicted) and copied.truth is None and gray.predicted.shape == (56, 40)
-    tool(["--run", str(run.output), "--device", "cpu", "--images", str(tmp_path / "own"), "--labels", "--output", str(tmp_path)])
-    assert (tmp_path / "labels" / "inner" / "a.png").is_file() and (tmp_path / "predictions_001.png").is_file()
-    assert np.array_equal(np.array(Image.open(tmp_path / "labels" / "inner" / "a.png")), validated.predicted + 1)
+    assert (
+        np.array_equal(copied.predicted, validated.predicted)
+        and copied.truth is None
+        and gray.predicted.shape == (56, 40)
+    )
+    tool(
+        [
+            "--run",
+            str(run.output),
+            "--device",
+            "cpu",
+            "--images",
+            str(tmp_path / "own"),
+            "--labels",
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    assert (tmp_path / "labels" / "inner" / "a.png").is_file() and (
+        tmp_path / "predictions_001.png"
+    ).is_file()
+    assert np.array_equal(
+        np.array(Image.open(tmp_path / "labels" / "inner" / "a.png")), validated.predicted + 1
+    )
 
 
 def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):

@@ -29,18 +29,29 @@ QUEUES = {
     "cls_queue_cpu": torch.rand(2, 3, 192),
     "cpv_queue_cpu": torch.ones(3, dtype=torch.int),
 }
-MEMORY = {"student_mem": {"block.queue_q": torch.rand(4, 192)}, "teacher_mem": None, "group-sup.": {"center": torch.zeros(1, 8)}}
+MEMORY = {
+    "student_mem": {"block.queue_q": torch.rand(4, 192)},
+    "teacher_mem": None,
+    "group-sup.": {"center": torch.zeros(1, 8)},
+}
 
 
 def mugs_heads(student):
-    return {name: mlp(192, 64, *([16] if student else []), 32) for name in ("instance_head", "local_group_head", "group_head")}
+    return {
+        name: mlp(192, 64, *([16] if student else []), 32)
+        for name in ("instance_head", "local_group_head", "group_head")
+    }
 
 
 @cache
 def full(source):
     """A full checkpoint, its student's and its teacher's backbone."""
     scaled = {"layerscale": "ibot"} if source == "ibot_scaled" else {}
-    kinds = {"ibot": (IbotStudent, DinoViT), "ibot_scaled": (IbotStudent, DinoViT), "mugs": (MugsViT, MugsViT)}
+    kinds = {
+        "ibot": (IbotStudent, DinoViT),
+        "ibot_scaled": (IbotStudent, DinoViT),
+        "mugs": (MugsViT, MugsViT),
+    }
     student, teacher = (kind(**scaled) for kind in kinds.get(source, (DinoViT, DinoViT)))
     heads = (
         [mugs_heads(True), mugs_heads(False)]
@@ -49,9 +60,12 @@ def full(source):
     )
     wrappers = wrapped(student, **heads[0]), wrapped(teacher, **heads[1])
     filled(teacher, seed=1)
-    loss = {"ibot": "ibot_loss", "ibot_scaled": "ibot_loss", "croc": "croc_loss", "mugs": "local-group-sup."}.get(
-        source, "dino_loss"
-    )
+    loss = {
+        "ibot": "ibot_loss",
+        "ibot_scaled": "ibot_loss",
+        "croc": "croc_loss",
+        "mugs": "local-group-sup.",
+    }.get(source, "dino_loss")
     entries = {"cribo": QUEUES, "mugs": MEMORY}.get(source, {})
     return full_checkpoint(*wrappers, loss, **entries), student, teacher
 
@@ -65,11 +79,14 @@ def test_full_checkpoints_give_the_teacher_or_the_student(source, tmp_path):
     ours = build_backbone(name, path)
     assert max(difference(teacher, ours, size) for size in SIZES) < 1e-5
     assert difference(student, ours, SIZES[0]) > 0.1
-    assert max(difference(student, build_backbone(name, path, subnet="student"), size) for size in SIZES) < 1e-5
+    assert (
+        max(difference(student, build_backbone(name, path, subnet="student"), size) for size in SIZES) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "source, method", [("dino", "DINO"), ("ibot", "iBOT"), ("mugs", "Mugs"), ("cribo", "CrIBo"), ("croc", "CrOC")]
+    "source, method",
+    [("dino", "DINO"), ("ibot", "iBOT"), ("mugs", "Mugs"), ("cribo", "CrIBo"), ("croc", "CrOC")],
 )
 def test_full_checkpoints_are_recognized_by_what_they_hold(source, method, tmp_path):
     found = read_checkpoint(saved(tmp_path, full(source)[0]))
@@ -82,7 +99,12 @@ def test_a_full_checkpoint_without_its_loss_is_dinos_where_nothing_speaks_agains
     assert read_checkpoint(saved(tmp_path, {"teacher": teacher})).provenance["source"] == "dino"
     with pytest.raises(UserError, match="no supported layout"):  # CrIBo's or CrOC's, nobody knows
         read_checkpoint(saved(tmp_path, {"teacher": full("croc")[0]["teacher"]}))
-    assert read_checkpoint(saved(tmp_path, {"teacher": full("croc")[0]["teacher"]}, "croc_800.pth")).provenance["method"] == "CrOC"
+    assert (
+        read_checkpoint(saved(tmp_path, {"teacher": full("croc")[0]["teacher"]}, "croc_800.pth")).provenance[
+            "method"
+        ]
+        == "CrOC"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +115,11 @@ def test_a_full_checkpoint_without_its_loss_is_dinos_where_nothing_speaks_agains
         ("vit_small_backbone_800ep.pth", "state_dict", "mugs"),
         ("backbone.pth", None, "timm"),
         ("paladino_vits16.pth", None, "timm"),
-        ("checkpoint_teacher.pth", "state_dict", "ibot"),  # what iBOT's published backbones of all sizes are called
+        (
+            "checkpoint_teacher.pth",
+            "state_dict",
+            "ibot",
+        ),  # what iBOT's published backbones of all sizes are called
         ("checkpoint_teacher.pth", None, "timm"),
     ],
 )
@@ -149,8 +175,8 @@ def test_a_subnet_that_is_absent_is_named(tmp_path):
         ("croc", "cribo", "croc_loss is found in files of croc"),
         ("cribo", "croc", "centroids_queue_cpu is found in files of cribo"),
         ("mugs", "ibot", "student_mem is found in files of mugs"),
-        ("dino", "mae", "not the names of MAE's files"),
-        ("dino", "leopart", "not the names of Leopart's files"),
+        ("dino", "mae", "no network under the names of MAE's files"),
+        ("dino", "leopart", "no network under the names of Leopart's files"),
         ("dino", "selfpatch", "left over head."),
     ],
 )
@@ -179,7 +205,10 @@ def swap(first, second):
         (swap("backbone.blocks.0.mlp.fc1.weight", "backbone.blocks.0.mlp.fc2.weight"), "mlp.fc1.weight"),
         (swap("backbone.pos_embed", "backbone.norm.weight"), "pos_embed"),
         (swap("backbone.cls_token", "backbone.blocks.1.norm1.bias"), "cls_token"),
-        (swap("backbone.patch_embed.proj.weight", "backbone.blocks.0.attn.qkv.weight"), "patch_embed.proj.weight"),
+        (
+            swap("backbone.patch_embed.proj.weight", "backbone.blocks.0.attn.qkv.weight"),
+            "patch_embed.proj.weight",
+        ),
         (lambda state: state.pop("backbone.blocks.1.attn.proj.bias"), "blocks.1.attn.proj.bias"),
         (lambda state: state.pop("backbone.norm.weight"), "norm.weight"),
         (lambda state: state.pop("backbone.pos_embed"), "pos_embed"),
@@ -202,7 +231,10 @@ def test_damaged_teachers_are_refused_by_name(change, says, alone, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda state: state.update({"module.backbone.relation_blocks.0.norm1.bias": torch.ones(192)}), "relation_blocks."),
+        (
+            lambda state: state.update({"module.backbone.relation_blocks.0.norm1.bias": torch.ones(192)}),
+            "relation_blocks.",
+        ),
         (lambda state: state.update({"module.backbone.masked_embed": torch.ones(1, 192)}), "masked_embed"),
         (lambda state: state.pop("module.backbone.blocks.1.norm2.bias"), "blocks.1.norm2.bias"),
         (lambda state: state.update({"module.projector.weight": torch.ones(3)}), "projector.weight"),
@@ -221,8 +253,22 @@ def test_a_damaged_checkpoint_is_known_by_its_loss_so_that_the_tensor_is_named(k
 
 ENTRIES = ("ibot_loss", "student_mem", "centroids_queue_cpu", "croc_loss", "flsl_loss")
 TENSORS = (
-    *("masked_embed", "blocks.0.gamma_1", "relation_blocks.0.norm1.bias", "blocks.0.ls1.gamma", "register_tokens", "mask_token"),
-    *("reg_token", "pos_mask_token", "projection_head.0.bias", "decoder_embed.bias", "mask_pos_token", "blocks.0.attn.rpe_k.x"),
+    *(
+        "masked_embed",
+        "blocks.0.gamma_1",
+        "relation_blocks.0.norm1.bias",
+        "blocks.0.ls1.gamma",
+        "register_tokens",
+        "mask_token",
+    ),
+    *(
+        "reg_token",
+        "pos_mask_token",
+        "projection_head.0.bias",
+        "decoder_embed.bias",
+        "mask_pos_token",
+        "blocks.0.attn.rpe_k.x",
+    ),
 )
 HEADS = ("head.last_layer_c.weight_g", "ca_head.norm.bias", "dino_head.mlp.0.bias")
 

@@ -1,4 +1,5 @@
-"""DINOv2's files, made by its layout: features equal timm's model of the same weights with DINOv2's positions."""
+"""DINOv2's files, made by its layout: features equal timm's model of the same weights with DINOv2's
+positions."""
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def training(state, chunks=1):
     for key, value in state.items():
         number = key.split(".")[1] if key.startswith("blocks.") else None
         chunk = None if number is None else int(number) * chunks // DEPTH
-        chunked["backbone." + (key if chunk is None else key.replace("blocks.", f"blocks.{chunk}.", 1))] = value
+        chunked["backbone." + (key if chunk is None else key.replace("blocks.", f"blocks.{chunk}.", 1))] = (
+            value
+        )
     heads = {f"{head}.mlp.0.weight": torch.randn(4, 192) for head in ("dino_head", "ibot_head")[:chunks]}
     return {**chunked, **heads}
 
@@ -63,7 +66,10 @@ def test_training(tmp_path, chunks, wrapped):
     networks = {name: published(seed=seed) for seed, name in enumerate(("teacher", "student"))}
     trained = {name: training(state, chunks) for name, (state, _) in networks.items()}
     if wrapped == "keys":
-        trained = {"model": {f"{name}.{key}": v for name, state in trained.items() for key, v in state.items()}, "iteration": 9}
+        trained = {
+            "model": {f"{name}.{key}": v for name, state in trained.items() for key, v in state.items()},
+            "iteration": 9,
+        }
     if wrapped == "ddp":
         trained = {name: {f"module.{key}": v for key, v in state.items()} for name, state in trained.items()}
     torch.save(trained, tmp_path / "checkpoint.pth")
@@ -76,7 +82,10 @@ def test_training(tmp_path, chunks, wrapped):
 
 
 def test_a_tensor_that_no_head_owns_is_named(tmp_path):
-    torch.save({"teacher": {**training(published()[0]), "surprise.weight": torch.zeros(3)}}, tmp_path / "checkpoint.pth")
+    torch.save(
+        {"teacher": {**training(published()[0]), "surprise.weight": torch.zeros(3)}},
+        tmp_path / "checkpoint.pth",
+    )
     with pytest.raises(UserError, match=r"left over surprise\.weight"):
         build_backbone(NAME, weights=tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="no backbone of a student"):
@@ -97,10 +106,16 @@ def gated(state):
     "edit, named",
     [
         (lambda s: s.pop("blocks.1.ls2.gamma"), r"missing blocks\.1\.ls2\.gamma"),
-        (lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.0.")], r"no tensor blocks\.0\.ls1\.gamma"),
+        (
+            lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.0.")],
+            r"no tensor blocks\.0\.ls1\.gamma",
+        ),
         (lambda s: s.pop("norm.weight"), r"no tensor norm\.weight"),
         (lambda s: s.update(pos_embed=s["pos_embed"][:, :-1]), "pos_embed has 49 positions"),
-        (lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(7)}), r"blocks\.0\.norm1\.weight is \(7,\)"),
+        (
+            lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(7)}),
+            r"blocks\.0\.norm1\.weight is \(7,\)",
+        ),
         (lambda s: s.update({"blocks.5.norm1.weight": torch.zeros(192)}), r"no tensor of blocks\.2"),
         (lambda s: s.update(cls_token=s["pos_embed"]), r"cls_token is \(1, 50, 192\)"),
         (shuffled, r"blocks\.0\.mlp\.fc1\.bias is \(768,\)"),
@@ -120,9 +135,16 @@ def test_patches_stay_unless_they_are_asked_for(tmp_path):
     path = tmp_path / "dinov2_vits14_pretrain.pth"
     torch.save(published()[0], path)
     stays = build_backbone(NAME, weights=path)
-    assert stays.patch_size == 14 and stays.model_kwargs["pos_grid"] == 7 and "mask_token" not in stays.state_dict()
+    assert (
+        stays.patch_size == 14
+        and stays.model_kwargs["pos_grid"] == 7
+        and "mask_token" not in stays.state_dict()
+    )
     for converts in (build_backbone(NAME, weights=path, patch_size=16), build_for_fine_tuning(NAME, path)):
-        assert converts.patch_embed.proj.weight.shape == (192, 3, 16, 16) and converts.model_kwargs["pos_grid"] == 7
+        assert (
+            converts.patch_embed.proj.weight.shape == (192, 3, 16, 16)
+            and converts.model_kwargs["pos_grid"] == 7
+        )
     assert build_for_fine_tuning(NAME, path, patch_size=14).patch_size == 14
 
 

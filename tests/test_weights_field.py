@@ -1,4 +1,5 @@
-"""A learned grid of positions as a field: the same network at the grid's own size, and a smooth field between its cells."""
+"""A learned grid of positions as a field: the same network at the grid's own size, and a smooth field
+between its cells."""
 
 import math
 
@@ -31,12 +32,20 @@ def timms(folder):
 
 
 def timms_without_cls(folder):
-    return saved(folder, timm_vit(16, (5, 5), class_token=False, global_pool="avg").state_dict(), "vit.pth"), 5, 16
+    return (
+        saved(folder, timm_vit(16, (5, 5), class_token=False, global_pool="avg").state_dict(), "vit.pth"),
+        5,
+        16,
+    )
 
 
 def own(folder):
     vit = randomize(build_backbone(NAME, depth=2, n_registers=3, layerscale=0.5, gelu="tanh", pos_grid=6))
-    return save_backbone(folder / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs), 6, 16
+    return (
+        save_backbone(folder / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs),
+        6,
+        16,
+    )
 
 
 def converted(path, size, interpolation="bicubic"):
@@ -62,9 +71,13 @@ def test_the_network_is_the_same_at_its_own_size(file, interpolation, tmp_path):
     for ours, theirs in zip(after(x), before(x)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, -1)
-    torch.testing.assert_close(after(x, whole, torch.zeros(2, dtype=torch.bool)).patches, before(x).patches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        after(x, whole, torch.zeros(2, dtype=torch.bool)).patches, before(x).patches, atol=1e-5, rtol=1e-5
+    )
     x, flip = images((side, side - 1), patch), torch.tensor([True, True])
-    assert (after(x, whole / 2, flip).patches - before(x).patches).abs().max() > 1e-2  # a crop is another place
+    assert (
+        after(x, whole / 2, flip).patches - before(x).patches
+    ).abs().max() > 1e-2  # a crop is another place
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -74,13 +87,17 @@ def test_reading_the_field_gives_the_grid(side, interpolation):
     size = max(50, int(side * SAMPLES_A_CELL) + 1)
     read = axis_weights(patch_centers(zero, zero + 1, side)[0], size, interpolation)
     torch.testing.assert_close(
-        read @ grid_to_field(side, size, interpolation), torch.eye(side, dtype=torch.float64), atol=1e-12, rtol=0
+        read @ grid_to_field(side, size, interpolation),
+        torch.eye(side, dtype=torch.float64),
+        atol=1e-12,
+        rtol=0,
     )
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_nothing_rings(interpolation):
-    """By no grid's values can a field overshoot more than twofold along an axis; with about one sample a cell it may by far."""
+    """By no grid's values can a field overshoot more than twofold along an axis; with about one sample a
+    cell it may by far."""
 
     def gain(side, size):
         return float(grid_to_field(side, size, interpolation).abs().sum(1).max())
@@ -91,7 +108,8 @@ def test_nothing_rings(interpolation):
 
 
 def waves(side, *, phase=0.3):
-    """[D, side, side] of a smooth function of the image's coordinates at the centers of patches, and that function."""
+    """[D, side, side] of a smooth function of the image's coordinates at the centers of patches, and that
+    function."""
 
     def function(x, y):
         return torch.stack([torch.cos(3 * x + k * phase) * torch.sin(2 * y - k * phase) for k in range(8)])
@@ -108,12 +126,15 @@ def as_field(grid, size, interpolation="bicubic"):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("side", [14, 16, 37])
 def test_a_smooth_grid_is_continued_smoothly(side, interpolation):
-    """At other sizes within 1.2% of bicubic resampling by size and 2.6% of DINO's by scale: these are up to 2.7% apart."""
+    """At other sizes within 1.2% of bicubic resampling by size and 2.6% of DINO's by scale: these are up
+    to 2.7% apart."""
     grid, _ = waves(side)
     field = as_field(grid, 50, interpolation)
     assert float(field.abs().max()) < 1.02 * float(grid.abs().max())
     for other in (side // 2, 2 * side - 3, 3 * side):
-        ours = sample_field(field, torch.tensor([[0.0, 0, 1, 1]]), (other, other), interpolation=interpolation)[0].T
+        ours = sample_field(
+            field, torch.tensor([[0.0, 0, 1, 1]]), (other, other), interpolation=interpolation
+        )[0].T
         for rule, tolerance in ((by_size, 0.015), (by_scale, 0.03)):
             theirs = rule(grid.unsqueeze(0), (other, other))[0].flatten(1)
             assert float((ours - theirs).norm() / theirs.norm()) < tolerance
@@ -125,9 +146,9 @@ def test_a_smooth_grid_is_continued_smoothly(side, interpolation):
 def test_a_crop_reads_the_function_where_it_is(interpolation):
     grid, function = waves(14)
     box, h, w = torch.tensor([[0.2, 0.3, 0.7, 0.9]]), 6, 5
-    ours = sample_field(as_field(grid, 50, interpolation), box, (h, w), torch.tensor([True]), interpolation)[0].T.unflatten(
-        1, (h, w)
-    )
+    ours = sample_field(as_field(grid, 50, interpolation), box, (h, w), torch.tensor([True]), interpolation)[
+        0
+    ].T.unflatten(1, (h, w))
     x = 0.7 - 0.5 * (torch.arange(w, dtype=torch.float64) + 0.5) / w  # mirrored
     y = 0.3 + 0.6 * (torch.arange(h, dtype=torch.float64) + 0.5) / h
     torch.testing.assert_close(ours, function(x, y[:, None]), atol=3e-3, rtol=0)
@@ -136,8 +157,13 @@ def test_a_crop_reads_the_function_where_it_is(interpolation):
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("side", [7, 14, 37])
 def test_a_linear_grid_is_a_linear_field(side, interpolation):
-    """Two cells from the border on; nearer, where every rule replicates the last cell, within a quarter of a cell."""
-    field = side * grid_to_field(side, 50, interpolation) @ ((torch.arange(side, dtype=torch.float64) + 0.5) / side)  # in cells
+    """Two cells from the border on; nearer, where every rule replicates the last cell, within a quarter of
+    a cell."""
+    field = (
+        side
+        * grid_to_field(side, 50, interpolation)
+        @ ((torch.arange(side, dtype=torch.float64) + 0.5) / side)
+    )  # in cells
     place = torch.linspace(0, side, 50, dtype=torch.float64)
     error = (field - place).abs()
     assert float(error[(place >= 2) & (place <= side - 2)].max()) < 1e-4
@@ -146,18 +172,27 @@ def test_a_linear_grid_is_a_linear_field(side, interpolation):
 
 def test_what_has_a_field_stays(tmp_path):
     vit = build_backbone(NAME, depth=1, pos_encoding="field", pos_grid=10)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
+    path = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
     checkpoint = read_checkpoint(path)
     assert with_position_field(checkpoint, 50) is checkpoint
 
 
 def test_what_cannot_be(tmp_path):
     vit = build_backbone(NAME, depth=1, pos_encoding="none")
-    none = save_backbone(tmp_path / "none.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
+    none = save_backbone(
+        tmp_path / "none.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
     grid = own(tmp_path)[0]
     for path, size, interpolation, named in [
         (none, 50, "bicubic", r"none\.safetensors has no absolute positions .*positions\.encoding=field"),
-        (grid, 7, "bicubic", r"positions\.grid=7 is too small a field for the 6 x 6 positions of .*b\.safetensors; it takes 8"),
+        (
+            grid,
+            7,
+            "bicubic",
+            r"positions\.grid=7 is too small a field for the 6 x 6 positions of .*b\.safetensors; it takes 8",
+        ),
         (grid, 50, "dinov2", r"positions\.interpolation='dinov2'"),
     ]:
         with pytest.raises(UserError, match=named) as error:
@@ -172,9 +207,15 @@ def test_the_grid_is_read_row_by_row(tmp_path):
     rows = torch.arange(7.0)[:, None].expand(7, 7)
     with torch.no_grad():
         vit.pos_embed[0, 1:] = rows.flatten().unsqueeze(1)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
+    path = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
     field = converted(path, 50).state["pos_field"][0, 0]
-    assert float(field.std(1).max()) < 1e-4 and float(field.diff(dim=0).amin()) > -0.1 and float(field[-1, 0]) > 5.5
+    assert (
+        float(field.std(1).max()) < 1e-4
+        and float(field.diff(dim=0).amin()) > -0.1
+        and float(field[-1, 0]) > 5.5
+    )
     torch.testing.assert_close(
         build_backbone(NAME, converted(path, 50)).positions((7, 7)), resample_grid(vit.pos_embed[:, 1:].view(1, 7, 7, -1), (7, 7)),
         atol=1e-5, rtol=0,

@@ -73,7 +73,9 @@ def test_mae(tmp_path, name):
     base = getattr(model, "vit", model)
     with torch.no_grad():
         found = base(x, noise=torch.arange(16.0).expand(2, -1))
-    torch.testing.assert_close(features(saved(model, tmp_path / "mae"), x), found.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        features(saved(model, tmp_path / "mae"), x), found.last_hidden_state, atol=1e-5, rtol=1e-5
+    )
     assert read_checkpoint(tmp_path / "mae").provenance["method"] == "MAE"
 
 
@@ -82,13 +84,17 @@ def test_a_backbone_and_names_in_memory(tmp_path):
     x = images((5, 5), 14)
     with torch.no_grad():
         expected = model(x).feature_maps[-1].flatten(2).transpose(1, 2)
-    torch.testing.assert_close(features(saved(model, tmp_path / "hub"), x)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        features(saved(model, tmp_path / "hub"), x)[:, 1:], expected, atol=1e-5, rtol=1e-5
+    )
     for name in ("ViTForImageClassification", "Dinov2WithRegistersModel"):
         eps = 1e-12 if name.startswith("ViT") else 1e-6
         model = tiny(name, layer_norm_eps=eps)
         torch.save(model.state_dict(), tmp_path / f"{name}.pth")
         x = images((3, 7), model.config.patch_size)
-        torch.testing.assert_close(features(tmp_path / f"{name}.pth", x), theirs(model, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            features(tmp_path / f"{name}.pth", x), theirs(model, x), atol=1e-5, rtol=1e-5
+        )
         assert read_checkpoint(tmp_path / f"{name}.pth").model_kwargs["ln_eps"] == eps
 
 
@@ -114,7 +120,8 @@ def test_parts_and_pickles(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "edit, named", [("absent", "no file .*00001"), ("mixed", "is not the part"), ("outside", "names no files")]
+    "edit, named",
+    [("absent", "no file .*00001"), ("mixed", "is not the part"), ("outside", "names no files")],
 )
 def test_damaged_parts(tmp_path, edit, named):
     folder = saved(tiny("ViTModel"), tmp_path / "parts", max_shard_size="1MB")
@@ -143,7 +150,9 @@ def test_damaged_parts(tmp_path, edit, named):
 def test_what_the_config_says(tmp_path, name, config):
     model = tiny(name, **config)
     x = images((4, 4), model.config.patch_size)
-    torch.testing.assert_close(features(saved(model, tmp_path / "hub"), x), theirs(model, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        features(saved(model, tmp_path / "hub"), x), theirs(model, x), atol=1e-5, rtol=1e-5
+    )
 
 
 def edit_config(folder, **changes):
@@ -175,17 +184,22 @@ def test_other_networks_are_refused_by_name(tmp_path, changes, named):
 def test_its_pixels(tmp_path, told):
     model = tiny("ViTModel")
     folder = saved(model, tmp_path / "hub")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "do_rescale": True, **told}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"do_normalize": True, "do_rescale": True, **told})
+    )
     pixels = torch.rand(2, 3, 64, 64)
     mean, std = (told["image_mean"], told["image_std"]) if told.get("do_normalize", True) else (0.0, 1.0)
     shown, given = (
-        (pixels - torch.tensor(m).view(-1, 1, 1)) / torch.tensor(s).view(-1, 1, 1) for m, s in ((mean, std), (MEAN, STD))
+        (pixels - torch.tensor(m).view(-1, 1, 1)) / torch.tensor(s).view(-1, 1, 1)
+        for m, s in ((mean, std), (MEAN, STD))
     )
     torch.testing.assert_close(features(folder, given), theirs(model, shown), atol=2e-5, rtol=1e-5)
     assert len(read_checkpoint(folder).provenance["pixel_mean_before"]) == 3
 
 
-@pytest.mark.parametrize("told", [dict(rescale_factor=1 / 127.5), dict(rescale_factor="1/255"), dict(do_rescale=False)])
+@pytest.mark.parametrize(
+    "told", [dict(rescale_factor=1 / 127.5), dict(rescale_factor="1/255"), dict(do_rescale=False)]
+)
 def test_pixels_that_are_not_scaled(tmp_path, told):
     folder = saved(tiny("ViTModel"), tmp_path / "hub")
     (folder / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=0.5, image_std=0.5, **told)))

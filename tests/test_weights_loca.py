@@ -1,4 +1,5 @@
-"""LOCA's Flax files, written by flax.serialization's format: features equal a restatement of scenic/projects/loca/vit.py."""
+"""LOCA's Flax files, written by flax.serialization's format: features equal a restatement of
+scenic/projects/loca/vit.py."""
 
 import msgpack
 import numpy as np
@@ -30,12 +31,18 @@ def network(seed=0, width=WIDTH):
         return {"kernel": array(n, m), "bias": array(m)}
 
     def block():
-        attention = {part: {"kernel": array(width, HEADS, d), "bias": array(HEADS, d)} for part in ("query", "key", "value")}
+        attention = {
+            part: {"kernel": array(width, HEADS, d), "bias": array(HEADS, d)}
+            for part in ("query", "key", "value")
+        }
         attention["out"] = {"kernel": array(HEADS, d, width), "bias": array(width)}
         mlp = {"Dense_0": dense(width, 4 * width), "Dense_1": dense(4 * width, width)}
         return {"LayerNorm_0": norm(), ATTENTION: attention, "LayerNorm_1": norm(), "MlpBlock_0": mlp}
 
-    tokens = {"embedding": {"kernel": array(16, 16, 3, width), "bias": array(width)}, "posembed_input": array(1, SIDE, SIDE, width)}
+    tokens = {
+        "embedding": {"kernel": array(16, 16, 3, width), "bias": array(width)},
+        "posembed_input": array(1, SIDE, SIDE, width),
+    }
     head = {"Dense_0": dense(width, 8), "prototypes": {"kernel": array(8, 5)}}
     training = {"projection_head_for_clustering_prediction": head, "cross_attention_block": block(), "final_norm": norm(),
                 "position_predictor": dense(width, 196)}  # fmt: skip
@@ -70,7 +77,8 @@ def packed(tree, chunk_bytes=2**30):
 
 
 def resize(position, height, width):
-    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid, normalized."""
+    """jax.image.resize(..., 'bilinear'): a triangle kernel, as wide as a step of a smaller grid,
+    normalized."""
 
     def weights(n, m):
         at = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5
@@ -102,7 +110,8 @@ def reference(params, x):
         block = f"encoderblock_{i}/"
         z, a = norm(y, block + "LayerNorm_0"), block + ATTENTION + "/"
         q, k, v = (
-            torch.einsum("bnc,chd->bnhd", z, p[f"{a}{part}/kernel"]) + p[f"{a}{part}/bias"] for part in ("query", "key", "value")
+            torch.einsum("bnc,chd->bnhd", z, p[f"{a}{part}/kernel"]) + p[f"{a}{part}/bias"]
+            for part in ("query", "key", "value")
         )
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
         z = torch.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -137,13 +146,26 @@ def test_features_equal(tmp_path, grid):
         given = features(path, x, subnet=subnet)[:, 1:]  # the first is the mean of the patches
         torch.testing.assert_close(given, reference(params, x), atol=1e-5, rtol=1e-5)
     checkpoint = read_checkpoint(path)
-    assert checkpoint.provenance == {"source": "loca", "method": "LOCA", "subnet": "teacher"} and checkpoint.backbone == NAME
-    wanted = dict(has_cls=False, gelu="tanh", ln_eps=1e-6, pos_interpolation="bilinear_antialias", pos_grid=SIDE, num_heads=HEADS)
+    assert (
+        checkpoint.provenance == {"source": "loca", "method": "LOCA", "subnet": "teacher"}
+        and checkpoint.backbone == NAME
+    )
+    wanted = dict(
+        has_cls=False,
+        gelu="tanh",
+        ln_eps=1e-6,
+        pos_interpolation="bilinear_antialias",
+        pos_grid=SIDE,
+        num_heads=HEADS,
+    )
     assert {key: checkpoint.model_kwargs[key] for key in wanted} == wanted
 
 
 def as_torch(tree):
-    return {key: as_torch(value) if isinstance(value, dict) else torch.from_numpy(value) for key, value in tree.items()}
+    return {
+        key: as_torch(value) if isinstance(value, dict) else torch.from_numpy(value)
+        for key, value in tree.items()
+    }
 
 
 @pytest.mark.parametrize("edit", ["trainer", "chunks", "bfloat16", "torch"])
@@ -156,7 +178,9 @@ def test_other_ways_to_save_it(tmp_path, edit):
         path.write_bytes(packed(state_of(teacher, network(1)), chunk_bytes=100_000))
     elif edit == "bfloat16":  # NumPy has none; Flax writes JAX's by its name
         half = torch.from_numpy(teacher["encoder_norm"]["bias"]).bfloat16()
-        raw = msgpack.packb(((WIDTH,), "bfloat16", half.view(torch.int16).numpy().tobytes()), use_bin_type=True)
+        raw = msgpack.packb(
+            ((WIDTH,), "bfloat16", half.view(torch.int16).numpy().tobytes()), use_bin_type=True
+        )
         halves = {**teacher, "encoder_norm": {**teacher["encoder_norm"], "bias": msgpack.ExtType(1, raw)}}
         path.write_bytes(packed({"teacher_weights": halves, "student_weights": {}}))
         teacher["encoder_norm"]["bias"] = half.float().numpy()
@@ -171,8 +195,17 @@ def test_the_format(tmp_path):
             "optimizer": {"huge": np.zeros(1000)}, "empty": np.zeros((0, 3), np.float32)}  # fmt: skip
     (tmp_path / "x").write_bytes(packed(tree))
     read = read_flax_file(tmp_path / "x")
-    assert read.keys() == {"a", "b", "empty"} and read["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and read["empty"].shape == (0, 3)
-    assert read["b"]["c"].item() == 2.5 and read["b"]["d"] == 3 + 4j and read["b"]["e"] == "text" and read["b"]["1"] is True
+    assert (
+        read.keys() == {"a", "b", "empty"}
+        and read["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        and read["empty"].shape == (0, 3)
+    )
+    assert (
+        read["b"]["c"].item() == 2.5
+        and read["b"]["d"] == 3 + 4j
+        and read["b"]["e"] == "text"
+        and read["b"]["1"] is True
+    )
 
 
 def drop(tree, *path):
@@ -221,5 +254,7 @@ def test_a_file_cut_off_and_another_of_scenics(tmp_path):
     with_cls = network()
     with_cls["ToTokenSequence_0"]["cls"] = np.zeros((1, 1, WIDTH), np.float32)
     path.write_bytes(packed(state_of(with_cls, with_cls)))
-    with pytest.raises(UserError, match=r"no supported layout; it holds .*'teacher_weights'.*source= takes .*loca"):
+    with pytest.raises(
+        UserError, match=r"no supported layout; it holds .*'teacher_weights'.*source= takes .*loca"
+    ):
         read_checkpoint(path)

@@ -56,7 +56,10 @@ def test_each_layout_gives_the_encoder(layout, tmp_path):
     reference, content, source = LAYOUTS[layout]
     path = saved(tmp_path, content)
     found = read_checkpoint(path)
-    assert (found.provenance["source"], found.provenance["method"]) == (source, {"mae": "MAE", "droppos": "DropPos"}[source])
+    assert (found.provenance["source"], found.provenance["method"]) == (
+        source,
+        {"mae": "MAE", "droppos": "DropPos"}[source],
+    )
     assert found.provenance.get("epoch") == content.get("epoch")
     ours = build_backbone(backbone_name(None, path), path)
     assert max(difference(reference, ours, size) for size in SIZES) < 1e-5
@@ -66,7 +69,9 @@ def test_the_table_is_the_one_that_the_papers_give():
     assert is_fixed(MAE.state_dict())
     assert is_fixed({"pos_embed": MAE.pos_embed.half()})
     rolled = MAE.pos_embed.detach().clone()
-    rolled[:, 1:] = rolled[:, 1:].unflatten(1, (14, 14)).transpose(1, 2).flatten(1, 2)  # rows first: MoCo v3's
+    rolled[:, 1:] = (
+        rolled[:, 1:].unflatten(1, (14, 14)).transpose(1, 2).flatten(1, 2)
+    )  # rows first: MoCo v3's
     assert not is_fixed({"pos_embed": rolled})
     assert not is_fixed({"pos_embed": torch.rand(1, 197, 192)})
     assert not is_fixed({"pos_embed": torch.rand(197, 192)})
@@ -101,23 +106,43 @@ def without(state, key):
     [
         ({"model": MAE.state_dict()}, {"subnet": "teacher"}, "subnet teacher is not there"),
         (droppos_run(filled(DropPos())), {"subnet": "teacher"}, "subnet teacher is not there"),
-        ({"model": filled(DinoViT()).state_dict()}, {"source": "mae"}, "pos_embed is not MAE's fixed sin-cos table"),
+        (
+            {"model": filled(DinoViT()).state_dict()},
+            {"source": "mae"},
+            "pos_embed is not MAE's fixed sin-cos table",
+        ),
         ({"model": filled(DropPos()).state_dict()}, {"source": "mae"}, "mask_pos_token"),
         ({"model": filled(Mae()).state_dict()}, {"source": "droppos"}, "decoder_pos_embed"),
         ({"model": MAE.state_dict()}, {"source": "dino"}, "the first position in pos_embed is zero"),
         ({"model": without(filled(Mae()).state_dict(), "norm.weight")}, {}, "norm.weight"),
         ({"model": without(filled(Mae()).state_dict(), "pos_embed")}, {}, "pos_embed"),
-        ({"model": without(filled(Mae()).state_dict(), "blocks.1.attn.qkv.bias")}, {}, "missing blocks.1.attn.qkv.bias"),
+        (
+            {"model": without(filled(Mae()).state_dict(), "blocks.1.attn.qkv.bias")},
+            {},
+            "missing blocks.1.attn.qkv.bias",
+        ),
         ({"model": {**MAE.state_dict(), "head.weight": torch.ones(9, 192)}}, {}, "left over head.weight"),
         (
             {"model": {**MAE.state_dict(), "blocks.0.attn.rpe_k.lookup_table_weight": torch.ones(1, 64, 50)}},
             {"source": "mae"},
             "rpe_k",
         ),
-        ({"model": {**MAE.state_dict(), "cls_token": MAE.norm.weight, "norm.weight": MAE.cls_token}}, {}, "cls_token"),
+        (
+            {"model": {**MAE.state_dict(), "cls_token": MAE.norm.weight, "norm.weight": MAE.cls_token}},
+            {},
+            "cls_token",
+        ),
         ({"model": {**MAE.state_dict(), "pos_embed": MAE.norm.weight}}, {"source": "mae"}, "pos_embed"),
-        (droppos_run(filled(DropPos()), ema_state_dict=filled(DinoViT(depth=1)).state_dict()), {}, "they differ in blocks.1."),
-        (droppos_run(filled(DropPos())) | {"state_dict": {"a": torch.ones(1)}}, {"source": "droppos"}, "cls_token"),
+        (
+            droppos_run(filled(DropPos()), ema_state_dict=filled(DinoViT(depth=1)).state_dict()),
+            {},
+            "they differ in blocks.1.",
+        ),
+        (
+            droppos_run(filled(DropPos())) | {"state_dict": {"a": torch.ones(1)}},
+            {"source": "droppos"},
+            "cls_token",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(content, options, says, tmp_path):

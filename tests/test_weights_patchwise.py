@@ -4,7 +4,18 @@ from functools import cache
 
 import pytest
 import torch
-from reference_vit import DinoHead, DinoViT, FlslViT, SelfPatchViT, difference, filled, full_checkpoint, mlp, saved, wrapped
+from reference_vit import (
+    DinoHead,
+    DinoViT,
+    FlslViT,
+    SelfPatchViT,
+    difference,
+    filled,
+    full_checkpoint,
+    mlp,
+    saved,
+    wrapped,
+)
 from torch import nn
 
 from pretrain.build import build_backbone
@@ -46,11 +57,18 @@ def test_full_checkpoints(source, tmp_path):
     path = saved(tmp_path, content)
     found = read_checkpoint(path)
     method = "SelfPatch" if source == "selfpatch" else "FLSL"
-    assert dict(found.provenance) == {"source": method.lower(), "method": method, "subnet": "teacher", "epoch": 8}
+    assert dict(found.provenance) == {
+        "source": method.lower(),
+        "method": method,
+        "subnet": "teacher",
+        "epoch": 8,
+    }
     assert (found.model_kwargs["has_cls"], found.model_kwargs["final_norm"]) == (False, source == "flsl")
     name = backbone_name(None, path)
     assert max(difference(teacher, build_backbone(name, path), size) for size in SIZES) < 1e-5
-    assert max(difference(student, build_backbone(name, path, subnet="student"), size) for size in SIZES) < 1e-5
+    assert (
+        max(difference(student, build_backbone(name, path, subnet="student"), size) for size in SIZES) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("source", ["selfpatch", "flsl"])
@@ -87,12 +105,24 @@ def dropped(source, key):
         (lambda: full("flsl")[2].state_dict(), {"source": "dino"}, "pos_embed has 196 positions"),
         (lambda: full("flsl")[2].state_dict(), {"source": "selfpatch"}, "cls_token"),
         (lambda: filled(DinoViT()).state_dict(), {"source": "flsl"}, "pos_embed has 197 positions"),
-        (lambda: {**full("selfpatch")[2].state_dict(), "blocks.1.attn.more": torch.ones(1)}, {}, "left over blocks.1.attn.more"),
+        (
+            lambda: {**full("selfpatch")[2].state_dict(), "blocks.1.attn.more": torch.ones(1)},
+            {},
+            "left over blocks.1.attn.more",
+        ),
         (lambda: full("selfpatch")[0] | {"student": full("flsl")[0]["student"]}, {}, "left over head."),
-        (lambda: full("flsl")[0] | {"student": full("flsl without a norm")[0]["student"]}, {}, "differ in norm.bias"),
+        (
+            lambda: full("flsl")[0] | {"student": full("flsl without a norm")[0]["student"]},
+            {},
+            "differ in norm.bias",
+        ),
         (lambda: full("selfpatch")[2].state_dict(), {"subnet": "teacher"}, "subnet teacher is not there"),
         (
-            lambda: {**(s := full("flsl")[2].state_dict()), "pos_embed": s["norm.bias"], "norm.bias": s["pos_embed"]},
+            lambda: {
+                **(s := full("flsl")[2].state_dict()),
+                "pos_embed": s["norm.bias"],
+                "norm.bias": s["pos_embed"],
+            },
             {"source": "flsl"},
             "pos_embed",
         ),

@@ -1,6 +1,8 @@
-"""Files from strangers: nothing in them runs, memory stays bounded, and each is read or refused in one line that names it.
+"""Files from strangers: nothing in them runs, memory stays bounded, and each is read or refused in one line
+that names it.
 
-``python tests/test_weights_safety.py LIST`` reads the files of a list in a process of its own and prints what came of each.
+``python tests/test_weights_safety.py LIST`` reads the files of a list in a process of its own and prints what
+came of each.
 """
 
 import json
@@ -13,7 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile_weights import EITHER, NAME, READ, REFUSED, Pickled, flax, hexed, pickles, state_dict, write_hostile_files, zips
+from hostile_weights import (
+    EITHER,
+    NAME,
+    READ,
+    REFUSED,
+    Pickled,
+    flax,
+    hexed,
+    pickles,
+    state_dict,
+    write_hostile_files,
+    zips,
+)
 from safetensors.torch import save_file
 
 from pretrain.build import build_backbone
@@ -26,7 +40,8 @@ HANG_S = 120  # a guard, not a speed
 
 
 def read_all(path):
-    """In a process of its own: what comes of every file of a list, and the memory that it takes, as JSON on stdout."""
+    """In a process of its own: what comes of every file of a list, and the memory that it takes, as JSON
+    on stdout."""
     folder, names = json.loads(Path(path).read_text())
     outcomes = {}
     build_backbone(NAME, weights=Path(folder, "good.pth"))  # what is loaded at the first use does not count
@@ -49,8 +64,14 @@ def read_all(path):
 def in_a_process(folder, names, list_file):
     list_file.write_text(json.dumps([str(folder), names]))
     command = [sys.executable, "-W", "ignore", __file__, str(list_file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, cwd=list_file.parent)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_S, env=environment, cwd=list_file.parent
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of sparse and quantized tensors
@@ -63,12 +84,18 @@ def test_hostile_files(tmp_path):
     told = json.loads(done.stdout)
     outcomes = told["outcomes"]
     wrong = {
-        name: outcomes[name] for name, e in expected.items() if not outcomes[name].startswith((READ, REFUSED) if e == EITHER else e)
+        name: outcomes[name]
+        for name, e in expected.items()
+        if not outcomes[name].startswith((READ, REFUSED) if e == EITHER else e)
     }
     assert not wrong
     refusals = {name: outcome for name, outcome in outcomes.items() if outcome.startswith(REFUSED)}
     assert not {name: outcome for name, outcome in refusals.items() if "\n" in outcome or len(outcome) > 1500}
-    assert not {name: outcome for name, outcome in refusals.items() if name.split("/")[-1] not in outcome and "\0" not in name}
+    assert not {
+        name: outcome
+        for name, outcome in refusals.items()
+        if name.split("/")[-1] not in outcome and "\0" not in name
+    }
     assert not any("MemoryError" in outcome for outcome in outcomes.values())
     if sys.platform == "linux":
         assert told["peak_mb"] < MAX_RESIDENT_MB
@@ -96,7 +123,10 @@ def test_floating_numbers_become_float32(tmp_path, dtype):
     torch.save(state, tmp_path / "a.pth")
     for name in ("a.safetensors", "a.pth"):
         read = read_checkpoint(tmp_path / name).state
-        assert all(value.dtype == torch.float32 and torch.equal(value, state[key].float()) for key, value in read.items())
+        assert all(
+            value.dtype == torch.float32 and torch.equal(value, state[key].float())
+            for key, value in read.items()
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -136,7 +166,9 @@ def test_what_is_wrong_is_named(tmp_path, make, name, named):
 
 def test_a_file_of_ours_still_flows(tmp_path):
     vit = build_backbone(NAME, depth=1, mask_tokens=True)
-    path = save_backbone(tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs)
+    path = save_backbone(
+        tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs
+    )
     folder = tmp_path / "run"
     folder.mkdir()
     path.rename(folder / "backbone.safetensors")
@@ -149,7 +181,11 @@ def test_a_file_of_ours_still_flows(tmp_path):
 def test_a_method_is_a_line(tmp_path, method):
     vit = build_backbone(NAME, depth=1)
     path = save_backbone(
-        tmp_path / "b.safetensors", vit.state_dict(), name=NAME, model_kwargs=vit.model_kwargs, provenance={"method": method}
+        tmp_path / "b.safetensors",
+        vit.state_dict(),
+        name=NAME,
+        model_kwargs=vit.model_kwargs,
+        provenance={"method": method},
     )
     if method is None:
         assert read_checkpoint(path).provenance["method"] is None
@@ -159,7 +195,9 @@ def test_a_method_is_a_line(tmp_path, method):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, Pickled(os.system, "true")], ids=["read", "refused"])
+@pytest.mark.parametrize(
+    "content", [{"a": torch.zeros(1)}, Pickled(os.system, "true")], ids=["read", "refused"]
+)
 def test_what_others_allow_stays_allowed(tmp_path, content):
     torch.serialization.add_safe_globals([np.dtype])  # as seg_plugin.compat does
     before = set(torch.serialization.get_safe_globals())

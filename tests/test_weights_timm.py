@@ -63,7 +63,11 @@ def test_flags_of_what_lacks_tokens_and_norms(tmp_path):
 def hub_folder(folder, model, architecture="vit_tiny_patch16_224", mean=MEAN, std=STD, tag="augreg_in21k"):
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
-    described = {"architecture": architecture, "num_features": 192, "pretrained_cfg": {"tag": tag, "mean": mean, "std": std}}
+    described = {
+        "architecture": architecture,
+        "num_features": 192,
+        "pretrained_cfg": {"tag": tag, "mean": mean, "std": std},
+    }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 
@@ -74,7 +78,8 @@ def test_a_folder_of_the_hub_and_its_pixels(tmp_path):
     folder = hub_folder(tmp_path / "augreg", model, mean=mean, std=std)
     pixels = torch.rand(2, 3, 64, 64)
     theirs_x, ours_x = (
-        (pixels - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1) for m, s in ((mean, std), (MEAN, STD))
+        (pixels - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1)
+        for m, s in ((mean, std), (MEAN, STD))
     )
     for path in (folder, folder / "model.safetensors"):
         torch.testing.assert_close(features(path, ours_x), theirs(model, theirs_x), atol=2e-5, rtol=1e-5)
@@ -91,7 +96,9 @@ def test_imagenets_pixels_change_nothing(tmp_path):
     assert "pixel_mean_before" not in checkpoint.provenance
 
 
-@pytest.mark.parametrize("mean, std", [([0.5], 0.5), ("imagenet", 0.5), (0.5, [0.5, 0.5, 0.0]), ([0.1, 0.2, None], 1), (0.5, -1)])
+@pytest.mark.parametrize(
+    "mean, std", [([0.5], 0.5), ("imagenet", 0.5), (0.5, [0.5, 0.5, 0.0]), ([0.1, 0.2, None], 1), (0.5, -1)]
+)
 def test_pixels_of_no_normalization(tmp_path, mean, std):
     folder = hub_folder(tmp_path / "odd", timm_vit(16, (4, 4)), mean=mean, std=std)
     with pytest.raises(UserError, match="pixels with a (mean|standard deviation)"):
@@ -117,7 +124,9 @@ def test_departures_are_refused_by_name(tmp_path, model_kwargs, named):
         build_backbone(NAME, weights=tmp_path / "a.pth", source="timm")
 
 
-@pytest.mark.parametrize("architecture", ["vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_gap_224"])
+@pytest.mark.parametrize(
+    "architecture", ["vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_gap_224"]
+)
 def test_architectures_whose_departure_no_tensor_shows(tmp_path, architecture):
     with pytest.raises(UserError, match=architecture):
         read_checkpoint(hub_folder(tmp_path / "hub", timm_vit(16, (4, 4)), architecture))
@@ -130,8 +139,14 @@ def test_architectures_whose_departure_no_tensor_shows(tmp_path, architecture):
         (lambda s: s.update({"blocks.1.attn.q_norm": torch.zeros(1)}), r"left over blocks\.1\.attn\.q_norm"),
         (lambda s: s.update(pos_embed=torch.zeros(1, 23, 192)), "23 positions"),
         (lambda s: s.update(pos_embed=torch.zeros(4, 4, 192)[None]), r"pos_embed is \(1, 4, 4, 192\)"),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(192, 768)}), r"patch_embed.proj.weight is \(192, 768\)"),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(192, 1, 16, 16)}), r"\(192, 1, 16, 16\) in the file"),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.zeros(192, 768)}),
+            r"patch_embed.proj.weight is \(192, 768\)",
+        ),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.zeros(192, 1, 16, 16)}),
+            r"\(192, 1, 16, 16\) in the file",
+        ),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, edit, named):

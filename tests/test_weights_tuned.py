@@ -14,7 +14,11 @@ SIZES = ((224, 224), (160, 272))
 
 def behind(**networks):
     """Each network's tensors behind its name."""
-    return {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name, network in networks.items()
+        for key, value in network.state_dict().items()
+    }
 
 
 def lightning(state):
@@ -31,11 +35,17 @@ def lightning(state):
 
 
 TIMET, AVERAGED = filled(TimeT()), filled(TimeT(teacher=True))
-LEOPART, NECO, DINO, OTHER = (filled(kind(), seed) for seed, kind in enumerate((LeopartViT, NecoViT, DinoViT, LeopartViT)))
+LEOPART, NECO, DINO, OTHER = (
+    filled(kind(), seed) for seed, kind in enumerate((LeopartViT, NecoViT, DinoViT, LeopartViT))
+)
 NECO_TEACHER = filled(NecoViT(), 7)
 LAYOUTS = {
     "timet": (TIMET.feature_extractor.backbone, TIMET.state_dict(), "TimeT"),
-    "timet run": (AVERAGED.feature_extractor.backbone, {"model": AVERAGED.state_dict(), "epoch": 3, "optimizer": {}}, "TimeT"),
+    "timet run": (
+        AVERAGED.feature_extractor.backbone,
+        {"model": AVERAGED.state_dict(), "epoch": 3, "optimizer": {}},
+        "TimeT",
+    ),
     "leopart": (LEOPART, behind(model=LEOPART), "Leopart"),
     "leopart run": (LEOPART, lightning(behind(teacher=OTHER, model=LEOPART)), "Leopart"),
     "neco": (NECO, NECO.state_dict(), "NeCo"),
@@ -55,7 +65,8 @@ def test_each_layout_gives_the_backbone(layout, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout, teacher", [("timet run", AVERAGED.teacher.backbone), ("leopart run", OTHER), ("neco run", NECO_TEACHER)]
+    "layout, teacher",
+    [("timet run", AVERAGED.teacher.backbone), ("leopart run", OTHER), ("neco run", NECO_TEACHER)],
 )
 def test_the_moving_average_on_demand(layout, teacher, tmp_path):
     path = saved(tmp_path, LAYOUTS[layout][1])
@@ -67,7 +78,11 @@ def test_the_moving_average_on_demand(layout, teacher, tmp_path):
 @pytest.mark.parametrize("with_head", [True, False])
 def test_neco_on_dinov2(n_registers, with_head, tmp_path):
     reference = filled(NecoOnDinov2(n_registers))
-    state = {key: value for key, value in reference.state_dict().items() if with_head or not key.startswith("projection_head.")}
+    state = {
+        key: value
+        for key, value in reference.state_dict().items()
+        if with_head or not key.startswith("projection_head.")
+    }
     path = saved(tmp_path, state, "neco_on_dinov2_vit14_teacher.ckpt")
     found = read_checkpoint(path)
     assert (found.provenance["source"], found.model_kwargs["pos_interpolation"]) == ("neco", "dinov2")
@@ -109,27 +124,47 @@ def changed(state, **values):
 @pytest.mark.parametrize(
     "content, options, says",
     [
-        (TIMET.state_dict(), {"subnet": "teacher"}, "subnet teacher is not there; the file holds only the student"),
+        (
+            TIMET.state_dict(),
+            {"subnet": "teacher"},
+            "subnet teacher is not there; the file holds only the student",
+        ),
         (NECO.state_dict(), {"subnet": "student"}, "subnet student is not there"),
         (behind(model=LEOPART), {"subnet": "teacher"}, "subnet teacher is not there"),
-        (TIMET.state_dict(), {"source": "leopart"}, "not the names of Leopart's files"),
-        (behind(model=LEOPART), {"source": "timet"}, "not the names of TimeT's files"),
+        (TIMET.state_dict(), {"source": "leopart"}, "no network under the names of Leopart's files"),
+        (behind(model=LEOPART), {"source": "timet"}, "no network under the names of TimeT's files"),
         (behind(model=LEOPART), {"source": "neco"}, "prototypes"),
-        (DINO.state_dict(), {"source": "timet"}, "not the names of TimeT's files"),
+        (DINO.state_dict(), {"source": "timet"}, "no network under the names of TimeT's files"),
         (changed(TIMET.state_dict(), feature_extractor__backbone__cls_token=None), {}, "cls_token"),
         (changed(TIMET.state_dict(), feature_extractor__backbone__norm__bias=None), {}, "norm.bias"),
-        (changed(TIMET.state_dict(), feature_extractor__norm__weight=torch.ones(192)), {}, "left over norm.weight"),
+        (
+            changed(TIMET.state_dict(), feature_extractor__norm__weight=torch.ones(192)),
+            {},
+            "left over norm.weight",
+        ),
         (changed(TIMET.state_dict(), stray=torch.ones(1)), {}, "stray"),
         (changed(behind(model=LEOPART), model__pos_embed=None), {}, "pos_embed"),
-        (changed(behind(model=LEOPART), model__blocks__1__mlp__fc1__bias=None), {}, "missing blocks.1.mlp.fc1.bias"),
+        (
+            changed(behind(model=LEOPART), model__blocks__1__mlp__fc1__bias=None),
+            {},
+            "missing blocks.1.mlp.fc1.bias",
+        ),
         (changed(behind(model=LEOPART), model__relation=torch.ones(1)), {}, "left over relation"),
         (
-            changed(behind(model=LEOPART), model__pos_embed=torch.ones(192), model__norm__bias=torch.ones(1, 197, 192)),
+            changed(
+                behind(model=LEOPART),
+                model__pos_embed=torch.ones(192),
+                model__norm__bias=torch.ones(1, 197, 192),
+            ),
             {},
             "pos_embed",
         ),
         (changed(AVERAGED.state_dict(), teacher__backbone__norm__bias=None), {}, "they differ in norm.bias"),
-        (changed(behind(teacher=OTHER, model=LEOPART), teacher__cls_token=torch.ones(1, 1, 9)), {}, "they differ in cls_token"),
+        (
+            changed(behind(teacher=OTHER, model=LEOPART), teacher__cls_token=torch.ones(1, 1, 9)),
+            {},
+            "they differ in cls_token",
+        ),
         (changed(NECO.state_dict(), blocks__1__norm1__weight=None), {}, "missing blocks.1.norm1.weight"),
         (changed(NECO.state_dict(), blocks__5__norm1__weight=torch.ones(192)), {}, "blocks.2"),
         (changed(NECO.state_dict(), cls_token=None), {}, "cls_token"),

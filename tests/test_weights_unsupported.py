@@ -26,23 +26,46 @@ FROM_TIMM = {
     "resnet18": "ResNet",
     "deit_tiny_distilled_patch16_224": "DeiT",
 }
-ViT_KEYS = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "norm.weight")
+ViT_KEYS = (
+    "cls_token",
+    "patch_embed.proj.weight",
+    "blocks.0.attn.qkv.weight",
+    "blocks.0.mlp.fc1.weight",
+    "norm.weight",
+)
 NAMES = {  # of files of other libraries, as far as they are told apart
     "DINOv3": [
-        (*ViT_KEYS, "storage_tokens", "mask_token", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask", "blocks.0.ls1.gamma"),
-        ("embeddings.cls_token", "embeddings.patch_embeddings.weight", "layer.0.attention.q_proj.weight", "norm.weight"),
+        (
+            *ViT_KEYS,
+            "storage_tokens",
+            "mask_token",
+            "rope_embed.periods",
+            "blocks.0.attn.qkv.bias_mask",
+            "blocks.0.ls1.gamma",
+        ),
+        (
+            "embeddings.cls_token",
+            "embeddings.patch_embeddings.weight",
+            "layer.0.attention.q_proj.weight",
+            "norm.weight",
+        ),
     ],
     "BEiT": [
         ("blocks.0.attn.relative_position_bias_table", *ViT_KEYS, "blocks.0.gamma_1"),
         ("rel_pos_bias.relative_position_bias_table", *ViT_KEYS),
-        ("beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table", "beit.layernorm.weight"),
+        (
+            "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table",
+            "beit.layernorm.weight",
+        ),
     ],
     "CLIP": [
         ("visual.conv1.weight", "visual.transformer.resblocks.0.ln_1.weight", "positional_embedding"),
         ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.self_attn.k_proj.weight"),
     ],
     "EVA": [("blocks.0.mlp.ffn_ln.weight", "rope.freqs_cos", *ViT_KEYS)],
-    "SAM": [("image_encoder.blocks.0.attn.rel_pos_h", "image_encoder.pos_embed", "mask_decoder.iou_token.weight")],
+    "SAM": [
+        ("image_encoder.blocks.0.attn.rel_pos_h", "image_encoder.pos_embed", "mask_decoder.iou_token.weight")
+    ],
     "Swin": [("layers.0.blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight")],
     "DeiT": [("deit.embeddings.distillation_token", "deit.embeddings.patch_embeddings.projection.weight")],
     "ConvNeXt": [("stages.0.0.dwconv.weight", "downsample_layers.0.0.weight")],
@@ -72,7 +95,9 @@ def test_timms(tmp_path, architecture):
     assert re.fullmatch(refused_as(FROM_TIMM[architecture]), refusal(tmp_path / "model.pth"))
 
 
-@pytest.mark.parametrize("method, names", [(method, names) for method, files in NAMES.items() for names in files])
+@pytest.mark.parametrize(
+    "method, names", [(method, names) for method, files in NAMES.items() for names in files]
+)
 @pytest.mark.parametrize("wrapper", [None, "model", "teacher"])
 def test_others(tmp_path, method, names, wrapper):
     state = {f"{'backbone.' if wrapper == 'teacher' else ''}{name}": torch.zeros(D) for name in names}
@@ -82,7 +107,10 @@ def test_others(tmp_path, method, names, wrapper):
 
 def test_franca(tmp_path):
     """On DINOv2's code: a teacher with gated MLPs, and heads of nested sizes."""
-    backbone = [f"module.backbone.{name}" for name in (*ViT_KEYS[:3], "blocks.0.0.mlp.w12.weight", "blocks.0.0.mlp.w3.weight")]
+    backbone = [
+        f"module.backbone.{name}"
+        for name in (*ViT_KEYS[:3], "blocks.0.0.mlp.w12.weight", "blocks.0.0.mlp.w3.weight")
+    ]
     heads = [f"module.{head}.matryoshka_projections.0.weight" for head in ("dino_head", "ibot_head")]
     name = "franca_vitb14_In21k.pth"
     for names in (backbone, backbone + heads):
@@ -91,7 +119,12 @@ def test_franca(tmp_path):
 
 
 def test_no_plain_vit_is_refused(tmp_path):
-    plain = ("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224")
+    plain = (
+        "vit_tiny_patch16_224",
+        "vit_small_patch14_dinov2",
+        "vit_small_patch14_reg4_dinov2",
+        "deit3_small_patch16_224",
+    )
     for architecture in plain:
         torch.save({name: torch.zeros(D) for name in names_of(architecture)}, tmp_path / "model.pth")
         with pytest.raises(UserError) as error:
@@ -103,7 +136,12 @@ def test_the_table():
     assert len({refusal.name for refusal in unsupported.REFUSED}) == len(unsupported.REFUSED)
     assert not {refusal.name for refusal in unsupported.REFUSED} & set(source_names())
     assert all(isinstance(source.match.args[0].reason, str) for source in unsupported.SOURCES)
-    assert {source.name for source in SOURCES} >= {"dinov3", "franca", "posfield", "timm"} and Match.MARKED == max(Match)
+    assert {source.name for source in SOURCES} >= {
+        "dinov3",
+        "franca",
+        "posfield",
+        "timm",
+    } and Match.MARKED == max(Match)
 
 
 @pytest.mark.parametrize("name", ["dinov3", "franca"])
@@ -115,7 +153,9 @@ def test_asked_for_by_name(tmp_path, name):
 
 def test_unknown_files_are_told_what_they_hold(tmp_path):
     torch.save({f"tensor{i}": torch.zeros(1) for i in range(9)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"it holds 'tensor0', .*'tensor5' and 3 more; source= takes posfield, .*timm"):
+    with pytest.raises(
+        UserError, match=r"it holds 'tensor0', .*'tensor5' and 3 more; source= takes posfield, .*timm"
+    ):
         read_checkpoint(tmp_path / "a.pth")
     torch.save({"generator": {"conv.weight": torch.zeros(1)}, "epoch": 3}, tmp_path / "b.pth")
     with pytest.raises(UserError, match=r"it holds 'generator': \{conv\.weight, \.\.\.\}, 'epoch'; source="):
@@ -127,10 +167,18 @@ def test_unknown_files_are_told_what_they_hold(tmp_path):
 def layouts():
     """State dicts of several layouts, whole and with tensors of the wrong number of dimensions."""
     timm_names, torch_names = names_of("vit_tiny_patch16_224"), ("conv1.weight", "fc.bias")
-    huggingface = ("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.attention.attention.query.weight")
+    huggingface = (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+    )
     loca = {"ToTokenSequence_0": {"embedding": {"kernel": 0}}, "encoderblock_0": {}}
     for shape in ((), (0,), (D,), (1, D), (1, 1, D), (1, D, D, D)):
-        for names in (timm_names, (*timm_names, "mask_token", "register_tokens", "reg_token"), torch_names, huggingface):
+        for names in (
+            timm_names,
+            (*timm_names, "mask_token", "register_tokens", "reg_token"),
+            torch_names,
+            huggingface,
+        ):
             state = {name: torch.zeros(shape) for name in names}
             yield state
             yield {"model": state, "epoch": 3}
@@ -138,8 +186,14 @@ def layouts():
                 "teacher": {f"backbone.{name}": value for name, value in state.items()},
                 "student": {"module.a": torch.zeros(shape)},
             }
-            yield {"teacher": {f"backbone.{name}": v for name, v in state.items()} | {"dino_head.a": torch.zeros(shape)}}
-        yield {"teacher_weights": {**loca, "encoder_norm": {"scale": torch.zeros(shape)}}, "student_weights": None}
+            yield {
+                "teacher": {f"backbone.{name}": v for name, v in state.items()}
+                | {"dino_head.a": torch.zeros(shape)}
+            }
+        yield {
+            "teacher_weights": {**loca, "encoder_norm": {"scale": torch.zeros(shape)}},
+            "student_weights": None,
+        }
     yield {"epoch": 3, "args": {"a": [1]}}
 
 

@@ -18,7 +18,9 @@ def test_everything_else_works_without_detectron2():
         "    except UserError as error: assert 'not installed' in str(error) and '--engine torchvision' in str(error)\n"
         "    else: raise SystemExit(name)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -30,5 +32,7 @@ def test_no_test_file_fails_for_want_of_it():
         "files = [str(f) for f in sorted(Path('tests').glob('test_*.py')) if 'detectron2' in f.read_text()]\n"
         "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *files]))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:]

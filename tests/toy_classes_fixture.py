@@ -1,7 +1,7 @@
 """The toy objects one by one, as a labeled folder for k-NN: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
-An example is the square around one object of a composed image (:mod:`pretrain.data.toy`), with whatever else lies in it. As
-there, ``val`` is made of the held-out photographs alone.
+An example is the square around one object of a composed image (:mod:`pretrain.data.toy`), with whatever else
+lies in it. As there, ``val`` is made of the held-out photographs alone.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,17 @@ def examples(picture: Picture) -> Iterator[tuple[np.ndarray, int]]:
         yield picture.image[top : top + side, left : left + side], kind
 
 
-def write_toy_classes(folder: Path, *, n_train: int = 600, n_val: int = 300, size_px: int = 128, seed: int = 0) -> None:
-    """Write ``n_train`` and ``n_val`` examples, of images whose short side is ``size_px``; the same arguments, the same bytes."""
+def write_toy_classes(
+    folder: Path, *, n_train: int = 600, n_val: int = 300, size_px: int = 128, seed: int = 0
+) -> None:
+    """Write ``n_train`` and ``n_val`` examples, of images whose short side is ``size_px``; the same
+    arguments, the same bytes."""
     for split, n in (("train", n_train), ("val", n_val)):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
         found = (example for index in count() for example in examples(compose(index, split, seed, size_px)))
         for number, (pixels, kind) in enumerate(islice(found, n)):
-            encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            encoded = cv2.imencode(
+                ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]
+            )[1]
             (folder / split / CLASSES[kind] / f"{number:06d}.jpg").write_bytes(encoded.tobytes())

@@ -1,9 +1,11 @@
-"""The ablation at toy scale: the four rows of the paper's Table 3 and both readings of s, several seeds each, as resumable jobs.
+"""The ablation at toy scale: the four rows of the paper's Table 3 and both readings of s, several seeds each,
+as resumable jobs.
 
 python tools/ablate.py --output runs/ablation --jobs 4 --max-minutes 9      (exit code 85: not finished, start it again)
 
-A job is a toy pre-training (configs/pretrain/toy.yaml with what the row's config changes) and a detection fine-tuning on toy data.
-What is finished is not run again, a job that fails does not stop the others; a SIGTERM is passed on to all that runs. It ends in a
+A job is a toy pre-training (configs/pretrain/toy.yaml with what the row's config changes) and a detection
+fine-tuning on toy data. What is finished is not run again, a job that fails does not stop the others; a
+SIGTERM is passed on to all that runs. It ends in a
 table: ablation.md and .csv.
 """
 
@@ -49,11 +51,14 @@ def row_overrides(row: str) -> list[str]:
 def last(*settings: list[str]) -> list[str]:
     """key=value words, of each key the last one, whether by its name or by the one that it had before."""
     parts = [word.partition("=") for words in settings for word in words]
-    return list({renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}.values())
+    return list(
+        {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}.values()
+    )
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
-    """The stages of every job, seed by seed, so that an unfinished ablation has all rows of its first seeds."""
+    """The stages of every job, seed by seed, so that an unfinished ablation has all rows of its first
+    seeds."""
     jobs, data, quick = {}, options.output / "data", options.quick
     for seed in range(options.seeds):
         for row in ROWS:
@@ -62,8 +67,24 @@ def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
             changed = last(row_overrides(row), QUICK_PRETRAIN if quick else [], options.pretrain)
             first = tool("pretrain", "--resume", "--config", CONFIGS / "toy.yaml", *where, *changed)
             protocol = last(DETECTION, QUICK_DETECTION if quick else [], options.detection)
-            weights = ["--weights", folder / "pretrain" / "backbone.safetensors", "--data", data / "coco", "--seed", seed]
-            second = tool("train_det", "--engine", "torchvision", *weights, "--output", folder / "det", "--resume", *protocol)
+            weights = [
+                "--weights",
+                folder / "pretrain" / "backbone.safetensors",
+                "--data",
+                data / "coco",
+                "--seed",
+                seed,
+            ]
+            second = tool(
+                "train_det",
+                "--engine",
+                "torchvision",
+                *weights,
+                "--output",
+                folder / "det",
+                "--resume",
+                *protocol,
+            )
             stages = [Stage("pretrain", folder / "pretrain", first), Stage("det", folder / "det", second)]
             jobs[f"{row}/seed_{seed}"] = stages
     return jobs
@@ -74,31 +95,55 @@ def tool(name: str, *arguments: object) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at a time; one GPU holds several (%(default)s)")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"), metavar="M", help="of this call; then start it again")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: to see it run on a CPU")
-    parser.add_argument("--pretrain", nargs="+", default=[], metavar="key=value", help="settings of every pre-training")
-    parser.add_argument("--detection", nargs="+", default=[], metavar="key=value", help="fields of the detection protocol")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="at a time; one GPU holds several (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="of this call; then start it again",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything: to see it run on a CPU"
+    )
+    parser.add_argument(
+        "--pretrain", nargs="+", default=[], metavar="key=value", help="settings of every pre-training"
+    )
+    parser.add_argument(
+        "--detection", nargs="+", default=[], metavar="key=value", help="fields of the detection protocol"
+    )
     options = parser.parse_args(arguments)
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
         raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
     begun = time.monotonic()
-    data = tool("make_toy_data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
+    data = tool(
+        "make_toy_data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA)
+    )
     jobs = plan(options)
     with interruptible():
         if subprocess.run(data).returncode:
             raise UserError(f"failed: {shlex.join(data)}")
         ended = run_jobs(jobs, options.jobs, begun + 60 * options.max_minutes - GRACE_S - time.monotonic())
-    finished = [[read_result(stage.folder) for stage in jobs[name]] for name, how in ended.items() if how == "done"]
+    finished = [
+        [read_result(stage.folder) for stage in jobs[name]] for name, how in ended.items() if how == "done"
+    ]
     table = ablation_table([Trial(*results) for results in finished], "intertwined", "Ablation at toy scale")
     for suffix, style in ((".md", "md"), (".csv", "csv")):
         (options.output / f"ablation{suffix}").write_text(render(table, style))
     print(render(table, "md"))
     if failed := [name for name, how in ended.items() if how == "failed"]:
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (logs in {options.output}/JOB/*.log)")
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (logs in {options.output}/JOB/*.log)"
+        )
     if left := [name for name, how in ended.items() if how == "left"]:
         raise Interrupted(f"{len(left)} of {len(jobs)} jobs are left: start it again")
 

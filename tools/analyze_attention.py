@@ -1,7 +1,9 @@
-"""Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend to (appendix A).
+"""Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend
+to (appendix A).
 
-    python tools/analyze_attention.py --weights dino.pth mae.pth runs/ours --images coco/val2017 --output attention
-    python tools/analyze_attention.py --compare-masks runs/box runs/cross --images coco/val2017 --output masks
+    python tools/analyze_attention.py --weights dino.pth mae.pth runs/ours --images coco/val2017 --output
+    attention python tools/analyze_attention.py --compare-masks runs/box runs/cross --images coco/val2017
+    --output masks
 
 writes to the output folder:
     statistics.csv        every checkpoint, image, layer and head
@@ -10,9 +12,11 @@ writes to the output folder:
     report.html           all of it in one page
     checkpoints/NAME/     statistics.csv and result.json of one; the same command again takes from there what is measured already
 
-One checkpoint is in memory at a time. Beside its forward pass the statistics take 12 bytes * batch * heads * block * tokens
-(ViT-B/16 at 480 px, block 64: 8 MB an image), and the images 3 * size^2 bytes each. ViT-B/16 at 480 px takes twice its forward
-pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with 1.3 GiB in all. Give a GPU --batch 8 or more.
+One checkpoint is in memory at a time. Beside its forward pass the statistics take 12 bytes * batch * heads *
+block * tokens (ViT-B/16 at 480 px, block 64: 8 MB an image), and the images 3 * size^2 bytes each. ViT-B/16
+at 480 px takes twice its forward
+pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with 1.3 GiB in all. Give a GPU --batch 8
+    or more.
 """
 
 import sys
@@ -49,7 +53,9 @@ def main(arguments: list[str]) -> None:
     queries = list(map(read_place, options.queries))
     output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     device = choose_device(options.device)
-    pictures = read_images(DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop))
+    pictures = read_images(
+        DataSettings(root=options.images), options.max_images, lambda p: square(p, options.size, options.crop)
+    )
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
     images = torch.stack(pictures.pixels)
@@ -76,17 +82,22 @@ def main(arguments: list[str]) -> None:
     write_summary(output / "summary.csv", measured)
     compared = (subjects[-2].label, subjects[-1].label) if options.compare_masks else None
     figures = draw(output / "figures", measured, pictures.names, shown, maps, queries, compared)
-    page = build_page(measured, [read_result(output / subject.folder) for subject in subjects], figures, pictures.broken)
+    page = build_page(
+        measured, [read_result(output / subject.folder) for subject in subjects], figures, pictures.broken
+    )
     (output / "report.html").write_text(page, encoding="utf-8")
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 
 def looked_at(options: argparse.Namespace) -> list[EvalModel]:
-    """The checkpoints, the two of --compare-masks last; every file is looked at before the first is measured."""
+    """The checkpoints, the two of --compare-masks last; every file is looked at before the first is
+    measured."""
     subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        two = open_models(options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size)
+        two = open_models(
+            options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size
+        )
         subjects = named_apart([*subjects, *two])
     if not subjects:
         raise UserError("nothing to analyze: give --weights or --compare-masks")
@@ -96,19 +107,37 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser, required=False)
-    parser.add_argument("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
+    parser.add_argument(
+        "--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7"
+    )
     parser.add_argument("--images", required=True, metavar="DIR", help="anything that data.root may be")
-    parser.add_argument("--size", type=int, default=480, metavar="PX", help="side of the images (%(default)s, as in the paper)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=480,
+        metavar="PX",
+        help="side of the images (%(default)s, as in the paper)",
+    )
     parser.add_argument("--crop", action="store_true", help="central squares; else the images are squeezed")
-    parser.add_argument("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
+    parser.add_argument(
+        "--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)"
+    )
     parser.add_argument("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    parser.add_argument("--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)")
+    parser.add_argument(
+        "--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)"
+    )
     parser.add_argument("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)

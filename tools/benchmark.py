@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
 
 import argparse
 import json
@@ -27,12 +29,18 @@ from pretrain.cli import fields_and_kwargs, run
 from pretrain.device import choose_device
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
-BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {  # what the project promises: at most, or for the data path at least
+BOUNDS: dict[
+    str, dict[str, tuple[str, Any]]
+] = {  # what the project promises: at most, or for the data path at least
     "data": {"cpu_ratio": ("at least", 3.5), "device_worker_ratio": ("at most", 1.3)},
     "step": {"method_over_baseline": ("at most", {"small": 1.10, "base": 1.05})},
     "heads": {"memory_ratio": ("at most", 0.5)},
     "paka": {},
-    "det": {"time_ratio": ("at most", 0.55), "memory_ratio": ("at most", 0.30), "memory_ratio_checkpointed": ("at most", 0.12)},
+    "det": {
+        "time_ratio": ("at most", 0.55),
+        "memory_ratio": ("at most", 0.30),
+        "memory_ratio_checkpointed": ("at most", 0.12),
+    },
     "det-step": {},
     "seg": {},
 }
@@ -44,10 +52,22 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that it starts
-    measures = {"data": data, "step": step, "heads": heads, "paka": paka, "det": det, "det-step": det_step, "seg": seg}
+    measures = {
+        "data": data,
+        "step": step,
+        "heads": heads,
+        "paka": paka,
+        "det": det,
+        "det-step": det_step,
+        "seg": seg,
+    }
     found = measures[options.what](options)
     found |= {"what": options.what, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    found |= {"packages": packages_in_use(), "hardware": hardware(), "git_commit": git_commit(Path(__file__).parent)}
+    found |= {
+        "packages": packages_in_use(),
+        "hardware": hardware(),
+        "git_commit": git_commit(Path(__file__).parent),
+    }
     show(found)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -56,19 +76,43 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=tuple(BOUNDS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, versions and hardware")
     parser.add_argument("--backbone", default="vit_small_patch16", help="all but data (%(default)s)")
     parser.add_argument("--batch", type=int, help="images (step, paka: 8 on a CPU, 64 on a GPU; heads: 64)")
-    parser.add_argument("--patch-size", type=int, default=16, choices=(14, 16), help="paka: 14: its crops of 518 px (%(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="det-step: images (%(default)s)")
-    parser.add_argument("--image-px", type=int, default=1024, help="det, det-step: side of the square image (%(default)s)")
+    parser.add_argument(
+        "--patch-size",
+        type=int,
+        default=16,
+        choices=(14, 16),
+        help="paka: 14: its crops of 518 px (%(default)s)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        metavar="N",
+        help="det-step: images (%(default)s)",
+    )
+    parser.add_argument(
+        "--image-px", type=int, default=1024, help="det, det-step: side of the square image (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="heads: of the chunked form")
-    parser.add_argument("--with-data", type=int, metavar="WORKERS", help="step: also with real JPEG files through both data paths")
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "bf16"), help="heads: of the chunked form"
+    )
+    parser.add_argument(
+        "--with-data",
+        type=int,
+        metavar="WORKERS",
+        help="step: also with real JPEG files through both data paths",
+    )
     what = "step, paka: settings for all, e.g. step.compile=true; det-step: of the protocol"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
     return parser.parse_intermixed_args(arguments)
@@ -79,7 +123,9 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
     from pretrain.benchmark.data import measure
 
     device = choose_device(options.device)
-    return measure(options.rounds, device=device, render_batch=options.batch or (8 if device.type == "cpu" else 64))
+    return measure(
+        options.rounds, device=device, render_batch=options.batch or (8 if device.type == "cpu" else 64)
+    )
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,10 +133,15 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     from pretrain.benchmark.step import measure, measure_with_data
 
     device = choose_device(options.device)
-    batch, settings = options.batch or (8 if device.type == "cpu" else 64), [f"run.device={device.type}", *options.overrides]
+    batch, settings = (
+        options.batch or (8 if device.type == "cpu" else 64),
+        [f"run.device={device.type}", *options.overrides],
+    )
     found = measure(options.backbone, batch, options.rounds, settings)
     if options.with_data is not None:
-        found["with_data"] = measure_with_data(options.backbone, batch, 4 * options.rounds, options.with_data, settings)
+        found["with_data"] = measure_with_data(
+            options.backbone, batch, 4 * options.rounds, options.with_data, settings
+        )
     return found
 
 
@@ -106,7 +157,9 @@ def paka(options: argparse.Namespace) -> dict[str, Any]:
     from pretrain.benchmark.paka import measure
 
     batch = options.batch or (8 if choose_device(options.device).type == "cpu" else 64)
-    return measure(options.backbone, batch, options.rounds, options.device, options.patch_size, options.overrides)
+    return measure(
+        options.backbone, batch, options.rounds, options.device, options.patch_size, options.overrides
+    )
 
 
 def det(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +175,14 @@ def det_step(options: argparse.Namespace) -> dict[str, Any]:
 
     fields, model_kwargs = fields_and_kwargs(options.overrides)
     fields.setdefault("image_size_px", str(options.image_px))
-    return measure(options.backbone, options.batches, options.rounds, options.device, model_kwargs=model_kwargs, overrides=fields)
+    return measure(
+        options.backbone,
+        options.batches,
+        options.rounds,
+        options.device,
+        model_kwargs=model_kwargs,
+        overrides=fields,
+    )
 
 
 def seg(options: argparse.Namespace) -> dict[str, Any]:
@@ -138,11 +198,17 @@ def show(found: dict[str, Any]) -> None:
     ratios = [name for name in found if name in bounds or name.endswith("_ratio")]
     for name in ratios:
         sense, bound = bounds.get(name, ("", None))
-        limit = next((v for k, v in bound.items() if k in found["backbone"]), None) if isinstance(bound, dict) else bound
+        limit = (
+            next((v for k, v in bound.items() if k in found["backbone"]), None)
+            if isinstance(bound, dict)
+            else bound
+        )
         print(f"{name} {found[name]}" + ("" if limit is None else f"  ({sense} {limit})"))
     for key in sorted(found.keys() - {*ratios, "packages", "hardware"}):
         print(f"  {key}: {found[key]}")
-    print(f"  on {found['hardware']['cpu']}, {found['hardware']['cores']} cores, GPUs {found['hardware']['gpus'] or 'none'}")
+    print(
+        f"  on {found['hardware']['cpu']}, {found['hardware']['cores']} cores, GPUs {found['hardware']['gpus'] or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,17 @@ def stages(folder: Path) -> list[Stage]:
     for method, config in METHODS.items():
         out = folder / f"pretrain_{method}"
         overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
-        steps.append(Stage(f"pre-train {method}", 150, _tool("pretrain", "--config", ROOT / config, "--resume", *overrides)))
+        steps.append(
+            Stage(
+                f"pre-train {method}",
+                150,
+                _tool("pretrain", "--config", ROOT / config, "--resume", *overrides),
+            )
+        )
     for method in METHODS:
-        steps.append(_finetune("det", method, folder, data / "coco", 280, DETECTION, "--engine", "torchvision"))
+        steps.append(
+            _finetune("det", method, folder, data / "coco", 280, DETECTION, "--engine", "torchvision")
+        )
     for method in METHODS:
         steps.append(_finetune("seg", method, folder, data / "ade", 60, SEGMENTATION))
     for method in METHODS:
@@ -60,10 +68,14 @@ def _tool(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
 
 
-def _finetune(task: str, method: str, folder: Path, data: Path, budget_s: int, protocol: list[str], *extra: str) -> Stage:
+def _finetune(
+    task: str, method: str, folder: Path, data: Path, budget_s: int, protocol: list[str], *extra: str
+) -> Stage:
     out = folder / f"{task}_{method}"
     weights = folder / f"pretrain_{method}" / "backbone.safetensors"
-    command = _tool(f"train_{task}", *extra, "--weights", weights, "--data", data, "--output", out, "--resume", *protocol)
+    command = _tool(
+        f"train_{task}", *extra, "--weights", weights, "--data", data, "--output", out, "--resume", *protocol
+    )
     return Stage(f"{'detection' if task == 'det' else 'segmentation'} {method}", budget_s, command)
 
 
@@ -77,7 +89,9 @@ def run_stage(stage: Stage, log: Path) -> None:
     shown, said = 0.0, ""
     with (
         open(log, "w") as file,
-        subprocess.Popen(stage.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        subprocess.Popen(
+            stage.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -88,16 +102,24 @@ def run_stage(stage: Stage, log: Path) -> None:
                 print(f"    {line.strip()[-120:]}", flush=True)
     if process.returncode:
         print(said, file=sys.stderr)
-        raise UserError(f"stage {stage.title!r} failed (all of it in {log}); its command was: {' '.join(stage.command)}")
+        raise UserError(
+            f"stage {stage.title!r} failed (all of it in {log}); its command was: {' '.join(stage.command)}"
+        )
 
 
 def main(arguments: list[str]) -> None:
-    """Run the stages (each leaves what is finished as it is, after a look at its settings), then the table and the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the stages (each leaves what is finished as it is, after a look at its settings), then the table
+    and the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
     folder = parser.parse_args(arguments).output
     plan, started = stages(folder), time.time()
-    print(f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores", flush=True)
+    print(
+        f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores",
+        flush=True,
+    )
     for number, stage in enumerate(plan, 1):
         print(f"[{number}/{len(plan)}] {stage.title} (budget {stage.budget_s} s)", flush=True)
         begun = time.time()

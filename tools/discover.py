@@ -1,11 +1,13 @@
-"""Object discovery without labels (LOST, TokenCut): one box an image from frozen features, and CorLoc, the share of images it hits.
+"""Object discovery without labels (LOST, TokenCut): one box an image from frozen features, and CorLoc, the
+share of images it hits.
 
 python tools/discover.py --weights runs/x/backbone.safetensors --data sets/VOC2007 --output analysis/voc07
-python tools/discover.py --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method lost --output D
+python tools/discover.py --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method
+lost --output D
 
---data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole patches, as in the public
-code of both; --size scales their shorter side. Leaves corloc.csv and checkpoints/NAME/ of each with result.json, boxes.csv
-(one row an image) and images of found and true boxes.
+--data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole
+patches, as in the public code of both; --size scales their shorter side. Leaves corloc.csv and
+checkpoints/NAME/ of each with result.json, boxes.csv (one row an image) and images of found and true boxes.
 """
 
 import sys
@@ -41,15 +43,25 @@ CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by Token
 
 def main(arguments: list[str]) -> None:
     """Parse, find, count, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root"
+    )
     parser.add_argument("--split", default="", help="of the set (VOC: trainval; COCO: val2017)")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="use the images alone that this file names, one a line")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="use the images alone that this file names, one a line"
+    )
     parser.add_argument("--no-hard", action="store_true", help="VOC: without difficult and truncated objects")
     parser.add_argument("--method", default="both", choices=(*METHODS, "both"), help="%(default)s")
-    parser.add_argument("--features", default="keys", choices=("keys", "tokens"), help="of the last layer (%(default)s)")
-    parser.add_argument("--size", type=int, default=0, metavar="PX", help="shorter side; 0: as the image is (%(default)s)")
+    parser.add_argument(
+        "--features", default="keys", choices=("keys", "tokens"), help="of the last layer (%(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, metavar="PX", help="shorter side; 0: as the image is (%(default)s)"
+    )
     parser.add_argument("--max-images", type=int, default=0, help="at equal steps; 0: all (%(default)s)")
     parser.add_argument("--show", type=int, default=16, help="images in the picture (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -71,22 +83,36 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, device: torch.device, signals: StopSignals
+    subject: EvalModel,
+    images: list[BoxedImage],
+    options: argparse.Namespace,
+    device: torch.device,
+    signals: StopSignals,
 ) -> dict[str, float]:
-    """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it resumes."""
+    """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it
+    resumes."""
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
-    which = {"data": options.data.resolve().name, "split": options.split, "list": options.list and options.list.name}
+    which = {
+        "data": options.data.resolve().name,
+        "split": options.split,
+        "list": options.list and options.list.name,
+    }
     which |= {"methods": methods, "boxes": boxes_hash(images)}
-    settings |= {name: (value, value) for name, value in which.items()}  # of the set; no departure from the rule
+    settings |= {
+        name: (value, value) for name, value in which.items()
+    }  # of the set; no departure from the rule
     before = subject.found(folder, "object-discovery", settings)
     if before:
         print(f"{subject.label}: measured before", flush=True)
         return {name: value for name, value in before.metrics.items() if name.startswith("corloc_")}
     backbone = subject.build().to(device)
     features = Features(backbone, device, nullcontext())
-    part = folder / f".boxes-{subject.settings_hash('object-discovery', settings)}-{file_hash(subject.path)}.part"
+    part = (
+        folder
+        / f".boxes-{subject.settings_hash('object-discovery', settings)}-{file_hash(subject.path)}.part"
+    )
     rows, shown, chosen, done = [], [], set(spread(range(len(images)), options.show)), read_part(part)
     tell = Progress(subject.label, len(images), signals)
     with frozen(backbone), open(part, "a", encoding="utf-8") as file:
@@ -95,14 +121,25 @@ def measure(
             if row is None or number in chosen:
                 pixels = read_picture(image.path)
                 found = discover(features, pixels, image.boxes, methods, options.features, options.size)
-                row = {"image": image.path.name} | {f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()}
+                row = {"image": image.path.name} | {
+                    f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()
+                }
                 file.write(json.dumps([str(image.path), row]) + "\n")
                 file.flush()
                 if number in chosen:
-                    shown.append(Boxed(image.path.name, pixels, image.boxes, {m: (f.box, f.hit) for m, f in found.items()}))
+                    shown.append(
+                        Boxed(
+                            image.path.name,
+                            pixels,
+                            image.boxes,
+                            {m: (f.box, f.hit) for m, f in found.items()},
+                        )
+                    )
             rows.append(row)
             tell()
-    percents = {f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods}
+    percents = {
+        f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods
+    }
     write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
     if shown:
         keep(boxes_figure(shown), folder / "figures", "boxes", "Objects found", CAPTION)

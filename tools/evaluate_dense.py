@@ -43,24 +43,59 @@ SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add_options(parser, several=False)
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
-    add("--set", default="auto", choices=("auto", *KINDS), help="which one; auto: what DIR looks like (%(default)s)")
-    add("--classes", type=int, default=0, metavar="N", help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)")
-    add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({' '.join(DENSE_TASKS)})")
+    add(
+        "--set",
+        default="auto",
+        choices=("auto", *KINDS),
+        help="which one; auto: what DIR looks like (%(default)s)",
+    )
+    add(
+        "--classes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)",
+    )
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(DENSE_TASKS),
+        metavar="TASK",
+        help=f"on --data ({' '.join(DENSE_TASKS)})",
+    )
     add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
     add("--output", type=Path, required=True, metavar="DIR")
-    add("--resume", action="store_true", help="keep the tasks that DIR holds; the result is of those that are asked for")
-    add("--seed", type=int, help="of all tasks; else that of the training that left FILE, where FILE says it, or 0")
-    add("--max-images", type=int, default=0, metavar="N", help="of each part of a set, at equal steps; 0: all (%(default)s)")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep the tasks that DIR holds; the result is of those that are asked for",
+    )
+    add(
+        "--seed",
+        type=int,
+        help="of all tasks; else that of the training that left FILE, where FILE says it, or 0",
+    )
+    add(
+        "--max-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of each part of a set, at equal steps; 0: all (%(default)s)",
+    )
     add("--device", default="auto", choices=DEVICES, help="%(default)s")
     add("--bf16", action="store_true", help="bfloat16 forward passes")
     add("overrides", nargs="*", metavar="TASK.FIELD=VALUE", help="settings of the tasks")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides += [word for word in options.tasks if "=" in word]  # --tasks takes all the words that follow it
+    options.overrides += [
+        word for word in options.tasks if "=" in word
+    ]  # --tasks takes all the words that follow it
     options.tasks = [word for word in options.tasks if "=" not in word]
     at_least(options, seed=0, max_images=0, classes=0, patch_size=1)
     if options.data is None and options.knn_root is None:
@@ -76,7 +111,9 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     tasks = named_tasks(options.tasks, "--tasks") if options.data else ()
     subjects, others = checkpoints(options)
-    options.seed = subjects[-1].seed if options.seed is None else options.seed  # seeds of a training are seeds of a row
+    options.seed = (
+        subjects[-1].seed if options.seed is None else options.seed
+    )  # seeds of a training are seeds of a row
     settings = settings_of([*tasks, *[KNN] * bool(options.knn_root)], options.overrides, options.seed)
     device = choose_device(options.device)
     with StopSignals() as signals, ExitStack() as stack:
@@ -99,14 +136,17 @@ def main(arguments: list[str]) -> None:
 
 
 def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
-    """The weights, after those of --before; and what of how they are used the protocol would have otherwise."""
+    """The weights, after those of --before; and what of how they are used the protocol would have
+    otherwise."""
     (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
         "precision": ("float32", "bf16" if options.bf16 else "float32"),
     }
     before = open_models([options.before], (), None, options.backbone) if options.before else []
-    return named_apart([replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]), others
+    return named_apart(
+        [replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]
+    ), others
 
 
 def jobs_of(
@@ -119,17 +159,24 @@ def jobs_of(
     """What is asked for, by the folder of its result."""
     jobs, of_all = {}, (options.seed, options.max_images)
     if options.data:
-        parts = [open_label_set(options.data, part, options.set, options.classes) for part in ("train", "val")]
+        parts = [
+            open_label_set(options.data, part, options.set, options.classes) for part in ("train", "val")
+        ]
         on_set = {task: used for task, used in settings.items() if task != KNN}
         jobs[options.output] = dense.job_on_set(subject, *parts, on_set, others, signals, *of_all, SHOWN)
     if options.knn_root:
         folder = options.output / KNN if options.data else options.output
-        jobs[folder] = dense.job_on_classes(subject, options.knn_root, settings[KNN], others, signals, *of_all)
+        jobs[folder] = dense.job_on_classes(
+            subject, options.knn_root, settings[KNN], others, signals, *of_all
+        )
     return jobs
 
 
-def draw(val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path) -> None:
-    """What the tasks predict for the first images, beside the truth, and the principal components of the images' patches."""
+def draw(
+    val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path
+) -> None:
+    """What the tasks predict for the first images, beside the truth, and the principal components of the
+    images' patches."""
     maps = {name: some for task in finished.values() for name, some in task.outcome.maps.items()}
     images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
     squares = [nearest(part, SHOWN_PX).numpy() for part in labels]

@@ -53,23 +53,34 @@ def backbone_of_run(folder: Path) -> ViT:
 
         return load_run(folder, "cpu").backbone.vit
     else:
-        raise UserError(f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it")
+        raise UserError(
+            f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"
+        )
     ran = adapter.options
     if ran.window_size or not (ran.final_norm and ran.keep_special_tokens):
-        raise UserError(f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT")
+        raise UserError(
+            f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT"
+        )
     return adapter.vit
 
 
 def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
     """A run's backbone, its provenance, and the results of the run itself."""
-    extra = [name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)]
+    extra = [
+        name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)
+    ]
     if extra:
-        raise UserError(f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself")
+        raise UserError(
+            f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself"
+        )
     vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
     if not file.is_file():  # it has not ended
         return vit, {}, []
     own = read_result(file)
-    told = {key: getattr(own, key) for key in ("method", "effective_epochs", "weights_hash", "config_hash", "seed")}
+    told = {
+        key: getattr(own, key)
+        for key in ("method", "effective_epochs", "weights_hash", "config_hash", "seed")
+    }
     return vit, {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
 
 
@@ -83,20 +94,49 @@ def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Resu
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; ``size`` becomes (height, width)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help="any supported checkpoint, or a run's folder")
-    parser.add_argument("--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ...")
-    parser.add_argument("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
-    parser.add_argument("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)")
-    parser.add_argument("--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s")
-    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help=f"side, or height and width ({DEFAULT_SIZE_PX})")
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors or a folder")
-    parser.add_argument("--method", help="what tables and cards call it (as the file says)")
-    parser.add_argument("--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)")
-    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card of a format that is no folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--results", type=Path, nargs="+", default=[], metavar="RUNS", help="measured with these weights, for the card"
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="any supported checkpoint, or a run's folder",
+    )
+    parser.add_argument(
+        "--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ..."
+    )
+    parser.add_argument("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ..."
+    )
+    parser.add_argument(
+        "--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)"
+    )
+    parser.add_argument(
+        "--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", metavar="PX", help=f"side, or height and width ({DEFAULT_SIZE_PX})"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors or a folder"
+    )
+    parser.add_argument("--method", help="what tables and cards call it (as the file says)")
+    parser.add_argument(
+        "--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)"
+    )
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE", help="a model card of a format that is no folder"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUNS",
+        help="measured with these weights, for the card",
     )
     options = parser.parse_args(arguments)
     if options.size is not None and len(options.size) > 2:
@@ -136,7 +176,9 @@ def main(arguments: list[str]) -> None:
         options.card.parent.mkdir(parents=True, exist_ok=True)
         options.card.write_text(card(difference), encoding="utf-8")
     height, width = options.size
-    print(f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n")
+    print(
+        f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n"
+    )
     print(FORMATS[options.format].use(vit, options.size, str(options.output)).code)
 
 

@@ -1,12 +1,13 @@
 """Published numbers, and beside them what the given runs measured.
 
-    python tools/make_table.py RUNS... --format md|csv|latex|html [--layout list|paper|dense] [--tables 1,2,3,4,5,7] [--output FILE]
-    python tools/make_table.py RUNS... --against dinov2r
+    python tools/make_table.py RUNS... --format md|csv|latex|html [--layout list|paper|dense] [--tables
+    1,2,3,4,5,7] [--output FILE] python tools/make_table.py RUNS... --against dinov2r
 
-RUNS are run folders, result.json files, or folders above them. Without any, the published numbers alone. The layout "list" has a
-row for each method and source. "paper" is that of the paper's tables: mean over seeds, standard deviation and difference beside the
-published number. A pre-training's own result among RUNS says which row its fine-tunings belong to; else their method's name does.
-Dense evaluations have a table of their own, set by set, alone where nothing else was measured or first with the layout "dense".
+RUNS are run folders, result.json files, or folders above them. Without any, the published numbers alone. The
+layout "list" has a row for each method and source. "paper" is that of the paper's tables: mean over seeds,
+standard deviation and difference beside the published number. A pre-training's own result among RUNS says
+which row its fine-tunings belong to; else their method's name does. Dense evaluations have a table of their
+own, set by set, alone where nothing else was measured or first with the layout "dense".
 """
 
 import sys
@@ -25,12 +26,21 @@ from pretrain.results.schema import read_result
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", metavar="RUNS")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--layout", choices=LAYOUTS, default="list")
-    parser.add_argument("--tables", help='published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)')
-    parser.add_argument("--against", default="", metavar="METHOD", help="dense: differences to this one, before a post-training")
+    parser.add_argument(
+        "--tables", help='published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="METHOD",
+        help="dense: differences to this one, before a post-training",
+    )
     parser.add_argument("--output", type=Path, help="file to write; standard output when left out")
     options = parser.parse_args(arguments)
 

@@ -2,9 +2,10 @@
 
 python tools/predict.py --run runs/det --images photos/ --output found
 
-OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and annotations with
-image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads it as it is. OUTPUT/images/ holds
-the images with masks, boxes, names and scores. Images that cannot be read are named and skipped.
+OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and
+annotations with image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads
+it as it is. OUTPUT/images/ holds the images with masks, boxes, names and scores. Images that cannot be read
+are named and skipped.
 """
 
 import sys
@@ -40,9 +41,14 @@ def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
     for root in given:
         if root.is_dir():
             inside = sorted(
-                Path(folder) / name for folder, _, names in os.walk(root) for name in names if is_image(os.fsencode(name))
+                Path(folder) / name
+                for folder, _, names in os.walk(root)
+                for name in names
+                if is_image(os.fsencode(name))
             )
-            found += [(path, (path.relative_to(root) if len(given) == 1 else path).as_posix()) for path in inside]
+            found += [
+                (path, (path.relative_to(root) if len(given) == 1 else path).as_posix()) for path in inside
+            ]
         elif root.is_file():
             found.append((root, root.name if len(given) == 1 else root.as_posix()))
         else:
@@ -66,17 +72,27 @@ class Results:
 
     def add(self, name: str, size: tuple[int, int], predictions: list[Prediction]) -> None:
         """Add an image's predictions. ``size`` is its height and width."""
-        self.images.append({"id": len(self.images) + 1, "file_name": name, "height": size[0], "width": size[1]})
+        self.images.append(
+            {"id": len(self.images) + 1, "file_name": name, "height": size[0], "width": size[1]}
+        )
         for prediction in predictions:
             area = int(coco_api().mask.area(prediction["segmentation"]))
-            whole = {"id": self.annotations + 1, "image_id": len(self.images), **prediction, "area": area, "iscrowd": 0}
+            whole = {
+                "id": self.annotations + 1,
+                "image_id": len(self.images),
+                **prediction,
+                "area": area,
+                "iscrowd": 0,
+            }
             self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
             self.annotations += 1
 
     def close(self) -> None:
         """Write the rest and give the file its name. Without an image nothing stays."""
         categories = [{"id": id, "name": name} for id, name in self.classes.items()]
-        self.file.write(f'\n], "images": {json.dumps(self.images)}, "categories": {json.dumps(categories)}}}\n')
+        self.file.write(
+            f'\n], "images": {json.dumps(self.images)}, "categories": {json.dumps(categories)}}}\n'
+        )
         self.file.close()
         if self.images:
             os.replace(self.partial, self.path)
@@ -96,7 +112,9 @@ def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
         yield path
 
 
-def predict(detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool) -> str:
+def predict(
+    detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool
+) -> str:
     """Predict one image after another. Returns what to say at the end."""
     results, broken, line = Results(output, detector.classes), 0, ProgressLine("predict", len(images), 0)
     paths, started = picture_paths([name for _, name in images], output / "pictures"), time.monotonic()
@@ -105,10 +123,14 @@ def predict(detector: Detector, images: list[tuple[Path, str]], output: Path, mi
             try:
                 image = decode(read_file(os.fsencode(path)))
             except BrokenImage as error:
-                line.console.print(f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
+                line.console.print(
+                    f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True
+                )
                 broken += 1
                 continue
-            found = [prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score]
+            found = [
+                prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score
+            ]
             results.add(name, image.shape[:2], found)
             if pictures:
                 picture.parent.mkdir(parents=True, exist_ok=True)
@@ -125,11 +147,23 @@ def predict(detector: Detector, images: list[tuple[Path, str]], output: Path, mi
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
-    parser.add_argument("--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/")
-    parser.add_argument("--min-score", type=float, default=0.5, metavar="S", help="leave out less certain objects (%(default)s)")
+    parser.add_argument(
+        "--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="leave out less certain objects (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--no-pictures", action="store_true", help="predictions.json alone")
     options = parser.parse_args(arguments)

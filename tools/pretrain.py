@@ -1,11 +1,14 @@
-"""Pre-train a backbone: ``python tools/pretrain.py --config configs/pretrain/toy.yaml data.root=photos run.output=runs/toy``."""
+"""Pre-train a backbone: ``python tools/pretrain.py --config configs/pretrain/toy.yaml data.root=photos
+run.output=runs/toy``."""
 
 import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
 
 import argparse
 
@@ -18,20 +21,26 @@ from pretrain.train import train
 
 def main(arguments: list[str]) -> None:
     """Parse, build, train."""
-    parser = argparse.ArgumentParser(description="Self-supervised pre-training; tools/config.py prints every key.")
+    parser = argparse.ArgumentParser(
+        description="Self-supervised pre-training; tools/config.py prints every key."
+    )
     parser.add_argument(
-        "--config", help="a YAML file, e.g. configs/pretrain/toy.yaml, or a recipe by name; without: intertwined-100ep"
+        "--config",
+        help="a YAML file, e.g. configs/pretrain/toy.yaml, or a recipe by name; without: intertwined-100ep",
     )
     parser.add_argument("--resume", nargs="?", const="auto", default="", metavar="auto|ITERATION|DIR",
                         help="go on from the newest whole checkpoint in run.output (auto), or the one named")  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=photos optim.batch_size=64"
+    )
     options = parser.parse_intermixed_args(arguments)
     if "=" in options.resume:  # `--resume key=value`: --resume stands alone
         options.overrides, options.resume = [options.resume, *options.overrides], "auto"
     try:
         train(load_config(options.config, options.overrides), resume=options.resume)
     except Interrupted:
-        distributed.stop()  # all ranks end here; where one alone fails, to leave the group could mean to wait for the others
+        # All ranks end here; where one alone fails, to leave the group could mean to wait for the others
+        distributed.stop()
         raise
     distributed.stop()
 

@@ -38,20 +38,35 @@ from pretrain.views.masks import SHAPES
 
 TABLE = "position_layers.csv"
 PROTOCOL = {"size": 224, "max_images": 2000, "draws": 3, "shape": "cross", "mask": "auto", "bf16": False}
-CAPTION = "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, it was given."
+CAPTION = (
+    "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, it was given."
+)
 
 
 def main(arguments: list[str]) -> None:
     """Parse, probe one file after the other, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
     parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--mask", default=PROTOCOL["mask"], choices=HIDDEN_BY, help="what stands for a position (%(default)s)")
-    parser.add_argument("--shape", default=PROTOCOL["shape"], choices=SHAPES, help="of the masks (%(default)s)")
+    parser.add_argument(
+        "--mask", default=PROTOCOL["mask"], choices=HIDDEN_BY, help="what stands for a position (%(default)s)"
+    )
+    parser.add_argument(
+        "--shape", default=PROTOCOL["shape"], choices=SHAPES, help="of the masks (%(default)s)"
+    )
     parser.add_argument("--draws", type=int, default=PROTOCOL["draws"], help="of the masks (%(default)s)")
-    parser.add_argument("--size", type=int, default=PROTOCOL["size"], help="side in pixels, to whole patches (%(default)s)")
-    parser.add_argument("--max-images", type=int, default=PROTOCOL["max_images"], help="half to fit, half to test (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=PROTOCOL["size"], help="side in pixels, to whole patches (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=PROTOCOL["max_images"],
+        help="half to fit, half to test (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 forward passes")
     options = parser.parse_args(arguments)
@@ -60,13 +75,21 @@ def main(arguments: list[str]) -> None:
     subjects = models_of(options)
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
-            raise UserError(f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned")
+            raise UserError(
+                f"--mask token: {subject.path} holds no pos_mask_token that pre-training with position masks learned"
+            )
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
         rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]
     write_csv(options.output / TABLE, list(rows[0]), [list(row.values()) for row in rows])
-    keep(layers_figure(rows), options.output / "figures", "position_layers", "Position probe, layer by layer", CAPTION)
+    keep(
+        layers_figure(rows),
+        options.output / "figures",
+        "position_layers",
+        "Position probe, layer by layer",
+        CAPTION,
+    )
     print(f"{options.output}: {TABLE}, figures/position_layers.png and .svg of {len(subjects)} checkpoints")
 
 
@@ -95,7 +118,9 @@ def probe(
     backbone = subject.build(mask_tokens=True)
     hidden_by = hide_with(backbone, options.mask, subject.has_token, (side // subject.patch_px,) * 2)
     if hidden_by == "none":
-        print(f"{subject.label}: no position is added to its patches, so there is none to hide; it is probed as it is")
+        print(
+            f"{subject.label}: no position is added to its patches, so there is none to hide; it is probed as it is"
+        )
     elif hidden_by != options.mask:
         print(f"{subject.label}: hidden positions are replaced by the {hidden_by}")
     backbone = backbone.to(device)

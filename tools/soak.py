@@ -1,7 +1,8 @@
-"""Kill a run with SIGKILL again and again, resume it each time, and compare it with one that was left alone: ``make soak``.
+"""Kill a run with SIGKILL again and again, resume it each time, and compare it with one that was left alone:
+``make soak``.
 
-Kills come while a checkpoint is being written, during steps, and while the run starts. Every line of ``metrics.jsonl`` and every
-tensor of the last checkpoint must be the same, bit for bit, on CPU.
+Kills come while a checkpoint is being written, during steps, and while the run starts. Every line of
+``metrics.jsonl`` and every tensor of the last checkpoint must be the same, bit for bit, on CPU.
 """
 
 import sys
@@ -27,7 +28,10 @@ from pretrain.checkpoints import newest, whole_directories
 from pretrain.cli import run
 from pretrain.errors import UserError
 
-PERIOD_IT, START_S = 2, 6.0  # between checkpoints; kills "while it starts" come within, or at its first checkpoint
+PERIOD_IT, START_S = (
+    2,
+    6.0,
+)  # between checkpoints; kills "while it starts" come within, or at its first checkpoint
 TINY = """backbone.name=vit_tiny_patch16 backbone.depth=2 crops.global_px=64 crops.local_px=32 crops.n_local=2 positions.grid=7
 heads.n_prototypes=24 heads.hidden_dim=16 heads.bottleneck_dim=8 optim.batch_size=3 optim.epochs=2 optim.warmup_epochs=1
 run.device=cpu log.every=1 log.tensorboard=false log.images_every=0""".split()
@@ -43,7 +47,8 @@ def write_photos(folder: Path) -> None:
 
 @contextmanager
 def started(folder: Path, overrides: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """``tools/pretrain.py --resume auto``, killed at the end of the block with its workers. Its output goes beside ``folder``."""
+    """``tools/pretrain.py --resume auto``, killed at the end of the block with its workers. Its output
+    goes beside ``folder``."""
     tool, environment = Path(__file__).with_name("pretrain.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tool), "--resume", "auto", *overrides, f"run.output={folder}"]
     with open(folder.with_suffix(".log"), "ab") as log:
@@ -71,7 +76,9 @@ def being_written(folder: Path) -> list[str]:
     return [path.name for path in (folder / "checkpoints").glob("it_*[0-9].tmp")]
 
 
-def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, kind: str, at_it: int, rng: random.Random) -> bool:
+def wait_for_moment(
+    process: subprocess.Popen[bytes], folder: Path, kind: str, at_it: int, rng: random.Random
+) -> bool:
     """Return when it is time to kill: True; False when the process ended first."""
     window_s, until = 0.02, time.monotonic() + (rng.uniform(0, START_S) if kind == "start" else float("inf"))
     while process.poll() is None:
@@ -91,15 +98,25 @@ def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, kind: str, a
 
 
 def soak(folder: Path, overrides: list[str], total_iters: int, kills: int, rng: random.Random) -> None:
-    """A run that is killed ``kills`` times and resumed, until it ends; a UserError where it ends before that."""
+    """A run that is killed ``kills`` times and resumed, until it ends; a UserError where it ends before
+    that."""
     for i in range(kills):
         kind = ("write", "step", "write", "start")[i % 4]
-        at_it = done_it(folder) + 1 if kind == "start" else max(PERIOD_IT, int(total_iters * (i + rng.random()) / (kills + 1)))
+        at_it = (
+            done_it(folder) + 1
+            if kind == "start"
+            else max(PERIOD_IT, int(total_iters * (i + rng.random()) / (kills + 1)))
+        )
         with started(folder, overrides) as process:
             if not wait_for_moment(process, folder, kind, at_it, rng):
-                raise UserError(f"soak: the run ended (code {process.poll()}) before kill {i + 1}: {said(folder)}")
+                raise UserError(
+                    f"soak: the run ended (code {process.poll()}) before kill {i + 1}: {said(folder)}"
+                )
         half = ", ".join(being_written(folder)) or "none"
-        print(f"kill {i + 1}/{kills} ({kind}): newest whole checkpoint {done_it(folder)}, half-written: {half}", flush=True)
+        print(
+            f"kill {i + 1}/{kills} ({kind}): newest whole checkpoint {done_it(folder)}, half-written: {half}",
+            flush=True,
+        )
     with started(folder, overrides) as process:
         if process.wait():
             raise UserError(f"soak: {folder.name} ended with code {process.returncode}: {said(folder)}")
@@ -108,10 +125,14 @@ def soak(folder: Path, overrides: list[str], total_iters: int, kills: int, rng: 
 def differences(ours: Path, theirs: Path) -> list[str]:
     """What differs between two finished runs: lines of their logs, tensors of their last checkpoints."""
     logs = [(folder / "metrics.jsonl").read_bytes().splitlines() for folder in (ours, theirs)]
-    found = [f"metrics.jsonl, line {i}: {a!r} != {b!r}" for i, (a, b) in enumerate(zip_longest(*logs), 1) if a != b]
+    found = [
+        f"metrics.jsonl, line {i}: {a!r} != {b!r}" for i, (a, b) in enumerate(zip_longest(*logs), 1) if a != b
+    ]
     last = [newest(folder) for folder in (ours, theirs)]
     a, b = ({} if x is None else {"iteration": torch.tensor(x.iteration), **x.tensors()} for x, _ in last)
-    found += [message for _, messages in last for message in messages] + [f"only one has {name}" for name in a.keys() ^ b.keys()]
+    found += [message for _, messages in last for message in messages] + [
+        f"only one has {name}" for name in a.keys() ^ b.keys()
+    ]
     found += [f"{name}: not the same bits" for name in a.keys() & b.keys() if bits(a[name]) != bits(b[name])]
     return found if a else [*found, "no checkpoint at the end"]
 
@@ -122,7 +143,9 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume, and compare with an uninterrupted one.")
+    parser = argparse.ArgumentParser(
+        description="Kill a run at random moments, resume, and compare with an uninterrupted one."
+    )
     parser.add_argument("--kills", type=int, help="default 20; 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer iterations a kill, no data worker")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -30,15 +30,29 @@ OPTIONS = [name for name in Resources.model_fields if name != "extra"]
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command behind ``--``."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] -- TOOL.py [arguments]"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] -- TOOL.py [arguments]",
     )
     for name in OPTIONS:
         info = Resources.model_fields[name]
         option, kind = f"--{name.replace('_', '-')}", type(info.default)
-        parser.add_argument(option, type=kind, default=info.default, metavar="N", help=f"{info.description} (%(default)s)")
-    parser.add_argument("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
-    parser.add_argument("--slurm", nargs="+", default=[], metavar="key=value", help="options of sbatch: account=a exclusive=true")
-    parser.add_argument("--folder", type=Path, default=Path("runs/jobs/%j"), help="logs; %%j: the job's number (%(default)s)")
+        parser.add_argument(
+            option, type=kind, default=info.default, metavar="N", help=f"{info.description} (%(default)s)"
+        )
+    parser.add_argument(
+        "--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1"
+    )
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="options of sbatch: account=a exclusive=true",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/jobs/%j"), help="logs; %%j: the job's number (%(default)s)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--dry-run", action="store_true", help="only show the job")
     where.add_argument("--local", action="store_true", help="run it here, and wait")
@@ -65,13 +79,22 @@ def resources_of(options: argparse.Namespace, tool: str) -> Resources:
 def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
     """The script for sbatch, what each task of it does, and what it does when it comes back."""
     n_tasks = resources.nodes * resources.ranks_per_node
-    lines = [sbatch_script(slurm_executor(resources, folder), len(jobs)), f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:"]
+    lines = [
+        sbatch_script(slurm_executor(resources, folder), len(jobs)),
+        f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:",
+    ]
     for word, job in (("", jobs[0]), ("# and after a preemption or the time limit:", jobs[0].resumed())):
         lines += [word] * bool(word)
-        ranks = f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{resources.ranks_per_node - 1} " if n_tasks > 1 else ""
+        ranks = (
+            f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{resources.ranks_per_node - 1} "
+            if n_tasks > 1
+            else ""
+        )
         lines.append(ranks + shlex.join(["python", os.path.relpath(job.script), *job.arguments]))
     if len(jobs) > 1:
-        lines.append(f"# this is job 0 of the array of {len(jobs)}; job {len(jobs) - 1}: {shlex.join(jobs[-1].arguments)}")
+        lines.append(
+            f"# this is job 0 of the array of {len(jobs)}; job {len(jobs) - 1}: {shlex.join(jobs[-1].arguments)}"
+        )
     return "\n".join(lines)
 
 

@@ -51,13 +51,25 @@ def choose_engine(name: str, output: Path) -> tuple[str, str]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = fine_tuning_parser(__doc__)
-    parser.add_argument("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")
-    parser.add_argument("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
+    parser.add_argument(
+        "--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file"
+    )
     parser.add_argument("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass: less memory")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)"
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute the blocks again in the backward pass: less memory",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
-    parser.add_argument("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="only evaluate the last checkpoint in --output"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
@@ -92,12 +104,16 @@ def settings_of(options: argparse.Namespace) -> DetectionRun:
 def evaluate(options: argparse.Namespace, engine: str) -> None:
     """``--eval-only``: all settings are the folder's."""
     if options.overrides:
-        raise UserError(f"--eval-only: {options.output} has its settings already, leave out {' '.join(options.overrides)}")
+        raise UserError(
+            f"--eval-only: {options.output} has its settings already, leave out {' '.join(options.overrides)}"
+        )
     if engine == "detectron2":
         from det_plugin.lazy import train as train_detectron2
 
         on = {key: getattr(options, key) for key in ("data", "output", "device", "workers")}
-        train_detectron2(DetectionRun(backbone="", weights=None, protocol=DetectionProtocol(), **on), eval_only=True)
+        train_detectron2(
+            DetectionRun(backbone="", weights=None, protocol=DetectionProtocol(), **on), eval_only=True
+        )
     else:
         from det_plugin.torchvision_engine.train import evaluate_folder
 

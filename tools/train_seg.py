@@ -1,11 +1,11 @@
 """Fine-tune a backbone for segmentation with a linear decoder: ADE20K, another data set, or your own masks.
 
-python tools/train_seg.py --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg
-python tools/train_seg.py --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
+python tools/train_seg.py --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg python
+tools/train_seg.py --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
 python tools/train_seg.py --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
 
-FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/); see
-seg_plugin/datasets.py. More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
+FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/);
+see seg_plugin/datasets.py. More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
 backbone.depth=4.
 
 The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
@@ -32,10 +32,18 @@ from seg_plugin.sweep import run_point, status, sweep
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = fine_tuning_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
-    parser.add_argument("--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own")
+    parser.add_argument(
+        "--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own"
+    )
     parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the whole grid, or its run N alone (an array job); "
                         "status: what is done")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of the sweep at a time, each on a GPU (%(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs of the sweep at a time, each on a GPU (%(default)s)",
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
         raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
@@ -75,7 +83,9 @@ def main(arguments: list[str]) -> None:
         say(f"result: {train(one, options.resume)}")
         return
     if swept := {"lr", "weight_decay"} & set(fields):
-        raise UserError(f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid")
+        raise UserError(
+            f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid"
+        )
     if options.sweep == "status":
         print(status(one))
     elif options.sweep == "all":

@@ -38,15 +38,25 @@ Maps = dict[str, list[Tensor]]
 
 def main(arguments: list[str]) -> None:
     """Parse, look at one checkpoint after the other, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
     parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)"
+    )
     parser.add_argument("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
-    parser.add_argument("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
-    parser.add_argument("--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)")
-    parser.add_argument("--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign")
+    parser.add_argument(
+        "--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated"
+    )
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)"
+    )
+    parser.add_argument(
+        "--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign"
+    )
     parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1)
@@ -64,7 +74,9 @@ def main(arguments: list[str]) -> None:
         hidden = background_by_pca(features, grids) if options.foreground else None
         if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
             raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
-        colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(pca_colors(features, hidden), grids)]
+        colors[subject.label] = [
+            rgb.unflatten(0, grid) for rgb, grid in zip(pca_colors(features, hidden), grids)
+        ]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
     images = [shown(pixels, options.size) for pixels in pictures.pixels]
@@ -92,7 +104,9 @@ def look(
     backbone = subject.build().to(device)
     names = layer_names(backbone)
     if not -len(names) <= options.layer < len(names):
-        raise UserError(f"--layer {options.layer}: {subject.label} has layers 0 to {len(names) - 1} ({names[-1]})")
+        raise UserError(
+            f"--layer {options.layer}: {subject.label} has layers 0 to {len(names) - 1} ({names[-1]})"
+        )
     features, patch = Features(backbone, device, nullcontext()), backbone.patch_size
     grids, found = [], []
     with frozen(backbone):
@@ -104,18 +118,27 @@ def look(
 
 
 def draw(
-    options: argparse.Namespace, names: list[str], images: list[Tensor], queries: list[Place], colors: Maps, cosines: list[Maps]
+    options: argparse.Namespace,
+    names: list[str],
+    images: list[Tensor],
+    queries: list[Place],
+    colors: Maps,
+    cosines: list[Maps],
 ) -> list[Shown]:
     """All figures, with the captions of the page."""
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
     if options.foreground:
         caption += " Black: the background, one side of the first component of all patches."
     forget(options.output / "figures", r"similarity-\d+")
-    found = [keep(pca_figure(images, colors), options.output / "figures", "pca", "Principal components", caption)]
+    found = [
+        keep(pca_figure(images, colors), options.output / "figures", "pca", "Principal components", caption)
+    ]
     for number, (name, image, maps) in enumerate(zip(names, images, cosines), 1):
         figure = similarity_figure(image, queries, maps)
         caption = "Cosine similarity of every patch to the one with the red dot; one row a checkpoint."
-        found.append(keep(figure, options.output / "figures", f"similarity-{number}", f"Similarity: {name}", caption))
+        found.append(
+            keep(figure, options.output / "figures", f"similarity-{number}", f"Similarity: {name}", caption)
+        )
     return found
 
 

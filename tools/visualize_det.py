@@ -43,11 +43,14 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
     """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
     return bool(found) and all(
-        sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids for p in found
+        sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids
+        for p in found
     )
 
 
-def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool) -> list[Prediction]:
+def predictions_of(
+    folder: Path, split: CocoSplit, pictures: list[Picture], device: str, evaluated: bool
+) -> list[Prediction]:
     """The run's own predictions of this split, if it was evaluated on it, or new ones of these images."""
     left = next((folder / name for name in LEFT if (folder / name).is_file()), None)
     if evaluated and left is not None:
@@ -63,11 +66,15 @@ def predictions_of(folder: Path, split: CocoSplit, pictures: list[Picture], devi
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
     parser.add_argument("--data", type=Path, required=True, metavar="COCO", help="as for tools/train_det.py")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="(%(default)s)")
-    parser.add_argument("--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)"
+    )
     parser.add_argument("--images", metavar="ID,ID,...", help="these instead, by COCO's image ids")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="(%(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(figures/ in the run folder)")
@@ -75,7 +82,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     split = read_split(options.data, options.split, num_classes=None, training=False)
     pictures = choose(split, max(options.count, 1), options.images)
-    predictions = predictions_of(options.run, split, pictures, options.device, evaluated=options.split == "val")
+    predictions = predictions_of(
+        options.run, split, pictures, options.device, evaluated=options.split == "val"
+    )
     output = options.output or options.run / "figures"
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]

@@ -1,4 +1,5 @@
-"""Draw what a pre-training run sees: views and position boxes, both mask kinds, the scale s, attention of its backbone.
+"""Draw what a pre-training run sees: views and position boxes, both mask kinds, the scale s, attention of its
+backbone.
 
 python tools/visualize_pretrain.py runs/toy            (writes runs/toy/figures/)
 """
@@ -25,13 +26,17 @@ QUERIES = [(0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)]
 
 def main(arguments: list[str]) -> None:
     """Parse, draw, say where the figures are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a pre-training run")
     parser.add_argument("--images", type=int, default=4, help="pictures a figure (%(default)s)")
     options = parser.parse_args(arguments)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
-    config = load_config(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"])  # both paths make the same crops
+    config = load_config(
+        options.run / "config.yaml", ["data.workers=0", "data.path=cpu"]
+    )  # both paths make the same crops
     draw(options.run, config, options.images)
     print(f"figures in {options.run / 'figures'}")
 
@@ -44,9 +49,18 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     crops = [[*normalize(s.global_crops), *normalize(s.local_crops)] for s in samples]
     rules = dataset.rules
     has_field = rules.positions is not None and rules.positions.encoding == "field"
-    in_field = ", the position boxes after shift and scale in the field P" if has_field else "; every view has the same positions"
+    in_field = (
+        ", the position boxes after shift and scale in the field P"
+        if has_field
+        else "; every view has the same positions"
+    )
     save(
-        views_figure([torch.from_numpy(i).permute(2, 0, 1) for i in images], [s.views for s in samples], crops, has_field),
+        views_figure(
+            [torch.from_numpy(i).permute(2, 0, 1) for i in images],
+            [s.views for s in samples],
+            crops,
+            has_field,
+        ),
         figures,
         "views.png",
         "Views and their positions",
@@ -71,7 +85,9 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
         )
     if (folder / "backbone.safetensors").is_file():
         side = 2 * rules.crops.global_px
-        whole = [torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images]
+        whole = [
+            torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images
+        ]
         backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
         save(
             attention_figure(backbone, normalize(torch.stack(whole).permute(0, 3, 1, 2)), QUERIES),

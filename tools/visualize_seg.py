@@ -23,16 +23,26 @@ ROWS = 4  # images a page
 
 def main(arguments: list[str]) -> None:
     """Parse, build, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder: its config and newest checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run folder: its config and newest checkpoint"
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="DIR", help="a folder of the run's kind of data (the run's own)")
+    source.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder of the run's kind of data (the run's own)"
+    )
     source.add_argument("--images", type=Path, metavar="DIR", help="images without masks: all of them")
     parser.add_argument("--split", default="validation", help="training | validation (%(default)s)")
-    parser.add_argument("--count", type=int, default=16, metavar="N", help="images of the split, evenly spaced (%(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=16, metavar="N", help="images of the split, evenly spaced (%(default)s)"
+    )
     parser.add_argument("--overlay", action="store_true", help="also the prediction over the image")
     parser.add_argument(
-        "--labels", action="store_true", help="also the predicted label maps as PNG, stored as the data's masks are"
+        "--labels",
+        action="store_true",
+        help="also the predicted label maps as PNG, stored as the data's masks are",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="(the run's figures/)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
@@ -49,12 +59,22 @@ def main(arguments: list[str]) -> None:
         dataset = dataset_of_run(model, options.split, options.data)
         chosen = spread(options.count, len(dataset))
         samples, metainfo = segment_dataset(model, dataset, chosen), dataset.metainfo
-        root, what, name = Path(dataset.data_prefix["img_path"]), f"Segmentation of {options.split} images", options.split
+        root, what, name = (
+            Path(dataset.data_prefix["img_path"]),
+            f"Segmentation of {options.split} images",
+            options.split,
+        )
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
-        caption = ", ".join(row.path.stem for row in rows) + ("" if options.images else "; light gray: not labeled") + "."
+        caption = (
+            ", ".join(row.path.stem for row in rows)
+            + ("" if options.images else "; light gray: not labeled")
+            + "."
+        )
         path = folder / f"{name}_{page:03d}.png"
-        leave_page(path, rows, metainfo, title=f"{what}, page {page}", caption=caption, overlay=options.overlay)
+        leave_page(
+            path, rows, metainfo, title=f"{what}, page {page}", caption=caption, overlay=options.overlay
+        )
         drawn += len(rows)
         if options.labels:
             first = int(model.cfg.val_dataloader.dataset.reduce_zero_label)

@@ -1,9 +1,10 @@
-"""ADE20K, 160,000 iterations, linear decoder (Segmenter) on ViT-B/16: the protocol, with its first grid point (lr, weight decay).
+"""ADE20K, 160,000 iterations, linear decoder (Segmenter) on ViT-B/16: the protocol, with its first grid point
+(lr, weight decay).
 
 python MMSEG/tools/train.py THIS --work-dir DIR --cfg-options model.backbone.weights=run/backbone.safetensors
 
-The data lie in $ADE20K, or in data/ade/ADEChallengeData2016. Every number is in seg_plugin/protocol.py, the sections are in
-seg_plugin/config.py; DIR gets this config with all of them written out.
+The data lie in $ADE20K, or in data/ade/ADEChallengeData2016. Every number is in seg_plugin/protocol.py, the
+sections are in seg_plugin/config.py; DIR gets this config with all of them written out.
 """
 
 _base_ = []  # tells mmengine that this is a plain config, so that the import below is a plain import

@@ -1,9 +1,10 @@
-"""Cityscapes, 80,000 iterations, linear decoder (Segmenter) on ViT-S/16: our protocol, with its first grid point.
+"""Cityscapes, 80,000 iterations, linear decoder (Segmenter) on ViT-S/16: our protocol, with its first grid
+point.
 
 python MMSEG/tools/train.py THIS --work-dir DIR --cfg-options model.backbone.weights=run/backbone.safetensors
 
-The data lie in $CITYSCAPES, or in data/cityscapes; the masks are the labelTrainIds that cityscapesScripts makes. Every number is in
-seg_plugin/protocol.py, the folders are in seg_plugin/datasets.py.
+The data lie in $CITYSCAPES, or in data/cityscapes; the masks are the labelTrainIds that cityscapesScripts
+makes. Every number is in seg_plugin/protocol.py, the folders are in seg_plugin/datasets.py.
 """
 
 _base_ = []  # tells mmengine that this is a plain config, so that the import below is a plain import

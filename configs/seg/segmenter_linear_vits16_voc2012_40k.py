@@ -1,9 +1,11 @@
-"""Pascal VOC 2012, 40,000 iterations, linear decoder (Segmenter) on ViT-S/16: our protocol, with its first grid point.
+"""Pascal VOC 2012, 40,000 iterations, linear decoder (Segmenter) on ViT-S/16: our protocol, with its first
+grid point.
 
 python MMSEG/tools/train.py THIS --work-dir DIR --cfg-options model.backbone.weights=run/backbone.safetensors
 
-The data lie in $VOC2012, or in data/VOCdevkit/VOC2012. Every number is in seg_plugin/protocol.py, the folders are in
-seg_plugin/datasets.py. The masks of SBD too (trainaug.txt): the name "voc2012aug-40k" in place of this one.
+The data lie in $VOC2012, or in data/VOCdevkit/VOC2012. Every number is in seg_plugin/protocol.py, the folders
+are in seg_plugin/datasets.py. The masks of SBD too (trainaug.txt): the name "voc2012aug-40k" in place of this
+one.
 """
 
 _base_ = []  # tells mmengine that this is a plain config, so that the import below is a plain import

@@ -1,4 +1,5 @@
-"""The toy data of tools/make_toy_data.py, a few iterations of a tiny ViT on the CPU: to see every part run, not to learn.
+"""The toy data of tools/make_toy_data.py, a few iterations of a tiny ViT on the CPU: to see every part run,
+not to learn.
 
 python MMSEG/tools/train.py configs/seg/toy.py --work-dir DIR
 

@@ -23,7 +23,11 @@ WINDOW, GLOBAL_BLOCKS = 14, 4  # ViTDet's
 CHECK_PX = 240  # 15 patches a side: two windows, one of them cut
 # Detectron2's ViT has no [CLS] in the sequence and no final norm.
 ALIKE = partial(FeatureOptions, final_norm=False, keep_special_tokens=False)
-OURS = {"ours": ALIKE(), "ours_checkpointed": ALIKE(checkpointing=True), "ours_windowed": ALIKE(window_size=WINDOW)}
+OURS = {
+    "ours": ALIKE(),
+    "ours_checkpointed": ALIKE(checkpointing=True),
+    "ours_windowed": ALIKE(window_size=WINDOW),
+}
 THEIRS = {"detectron2": 0, "detectron2_windowed": WINDOW}
 
 
@@ -52,7 +56,14 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
         theirs = found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]
         ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], theirs).items()}
     raw = {name: figures.shown() for name, figures in found.items()}
-    return {**ratios, **raw, "backbone": backbone, "image_px": image_px, "device": where, "threads": torch.get_num_threads()}
+    return {
+        **ratios,
+        **raw,
+        "backbone": backbone,
+        "image_px": image_px,
+        "device": where,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def work(name: str, backbone: str, image_px: int, device: str) -> Work:
@@ -115,7 +126,11 @@ def their_network(
         window_block_indexes=[i for i in range(depth) if i not in everywhere],
     )
     missing, left_over = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert all("rel_pos" in key for key in missing) and set(left_over) == {"cls_token", "norm.weight", "norm.bias"}
+    assert all("rel_pos" in key for key in missing) and set(left_over) == {
+        "cls_token",
+        "norm.weight",
+        "norm.bias",
+    }
     return theirs
 
 
@@ -124,11 +139,17 @@ def check_alike(backbone: str, device: str = "cpu") -> None:
     results = {}
     for name in (*THEIRS, *OURS):
         network = our_network(backbone) if name in OURS else their_network(backbone, THEIRS[name], CHECK_PX)
-        image = torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
+        image = (
+            torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2))
+            .to(device)
+            .requires_grad_()
+        )
         features = features_of(name, network.to(device), image)
         (features * features.detach().cos()).sum().backward()
         assert image.grad is not None
         results[name] = features.detach(), image.grad
     for name in OURS:
-        for ours, theirs in zip(results[name], results["detectron2_windowed" if "windowed" in name else "detectron2"]):
+        for ours, theirs in zip(
+            results[name], results["detectron2_windowed" if "windowed" in name else "detectron2"]
+        ):
             assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name

@@ -82,7 +82,12 @@ def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Map
     if name in OURS:
         cfg.backbone.net.update(OURS[name])
     else:
-        arguments = dict(THEIRS[name], image_px=recipe.image_size_px, drop_path=recipe.drop_path, model_kwargs=dict(model_kwargs))
+        arguments = dict(
+            THEIRS[name],
+            image_px=recipe.image_size_px,
+            drop_path=recipe.drop_path,
+            model_kwargs=dict(model_kwargs),
+        )
         cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **arguments)
     return instantiate(cfg)  # type: ignore[no-any-return]
 
@@ -98,7 +103,9 @@ def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, 
         instances = Instances((size, size))
         instances.gt_boxes = Boxes(boxes)
         instances.gt_classes = torch.randint(recipe.num_classes, (N_OBJECTS,), generator=generator)
-        instances.gt_masks = PolygonMasks([[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes])  # whole boxes
+        instances.gt_masks = PolygonMasks(
+            [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes]
+        )  # whole boxes
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
         batch.append({"image": image, "instances": instances, "height": size, "width": size})
     return batch
@@ -110,7 +117,9 @@ class Step:
     def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
         self.model, self.device = model.to(device).train(), device
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=1e-6, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
         self.dtype, self.amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
 
@@ -127,7 +136,13 @@ class Step:
 
 
 def _figures(
-    name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: dict[str, Any], batches: list[int], rounds: int, device: str
+    name: str,
+    recipe: DetectionProtocol,
+    backbone: str,
+    model_kwargs: dict[str, Any],
+    batches: list[int],
+    rounds: int,
+    device: str,
 ) -> dict[str, Any]:
     """One contender's figures by batch size, measured in this process."""
     where, found = torch.device(device), dict[str, Any]()

@@ -54,13 +54,20 @@ class Geometry:
             image = image[:, ::-1]
         (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
         window = x / scale_x, y / scale_y, (x + width) / scale_x, (y + height) / scale_y
-        window = window[0], window[1], min(window[2], self.source[0]), min(window[3], self.source[1])  # rounding
+        window = (
+            window[0],
+            window[1],
+            min(window[2], self.source[0]),
+            min(window[3], self.source[1]),
+        )  # rounding
         picture = Image.fromarray(np.ascontiguousarray(image))
         return np.asarray(picture.resize((width, height), resample, box=window))
 
     def polygons(self, polygons: list[list[float]]) -> list[Polygon]:
         """Map an object's polygons (x0, y0, x1, ...). Those of fewer than three points are dropped."""
-        return [self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel() for p in polygons if len(p) >= 6]
+        return [
+            self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel() for p in polygons if len(p) >= 6
+        ]
 
     def mask(self, segmentation: Segmentation, api: Any) -> np.ndarray:
         """The object's pixels in the crop, [h, w] uint8. Polygons are mapped before they are filled.
@@ -132,7 +139,10 @@ def objects_of(
         boxes = boxes_of(bitmaps)
         kept = _solid(boxes)
         return boxes[kept], kinds[kept], torch.from_numpy(bitmaps[kept])
-    polygons = Polygons([[part for p in geometry.polygons(s) for part in clip(p, width, height)] for s in segmentations])  # type: ignore[arg-type]
+    drawn: Sequence[Any] = segmentations  # lists of polygons alone: an RLE would be a dict
+    polygons = Polygons(
+        [[part for p in geometry.polygons(s) for part in clip(p, width, height)] for s in drawn]
+    )
     boxes = polygons.boxes()
     kept = _solid(boxes)
     return boxes[kept], kinds[kept], polygons.where(kept)

@@ -21,7 +21,9 @@ def encode(targets: Tensor, references: Tensor, weights: Weights) -> Tensor:
 def decode(deltas: Tensor, references: Tensor, weights: Weights) -> Tensor:
     """The inverse, for K classes at once: [R, 4K], [R, 4] -> [R, K, 4] pixels."""
     x, y, w, h = (side[:, None] for side in _centers(references.float()))  # [R, 1]
-    dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.float().unflatten(1, (-1, 4)).unbind(-1), weights))
+    dx, dy, dw, dh = (
+        delta / weight for delta, weight in zip(deltas.float().unflatten(1, (-1, 4)).unbind(-1), weights)
+    )
     x, y = x + dx * w, y + dy * h
     half_w = w * dw.clamp(max=MAX_LOG_SCALE).exp() / 2
     half_h = h * dh.clamp(max=MAX_LOG_SCALE).exp() / 2

@@ -40,7 +40,12 @@ from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 
 Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in pixels, or an RLE
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on damaged files
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)  # what PIL raises on damaged files
 SHARE_SEED = 0
 FARTHEST_PX = 1e6  # a polygon's points from the corner; pycocotools walks along every edge
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
@@ -111,7 +116,9 @@ class CocoSplit:
             raise UserError(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
             size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            raise UserError(f"data: {path} is {size} pixels, but {self.file.name} says {picture.width} x {picture.height}")
+            raise UserError(
+                f"data: {path} is {size} pixels, but {self.file.name} says {picture.width} x {picture.height}"
+            )
         return pixels
 
     def check_headers(self) -> None:
@@ -140,7 +147,9 @@ class CocoSplit:
             self.load(picture)
 
 
-def read_split(data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0) -> CocoSplit:
+def read_split(
+    data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0
+) -> CocoSplit:
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
     Args:
@@ -164,14 +173,18 @@ def read_split(data: str | Path, split: str, *, num_classes: int | None, trainin
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"data: {file} is no COCO instances file: an entry is damaged or lacks {error}") from error
+        raise UserError(
+            f"data: {file} is no COCO instances file: an entry is damaged or lacks {error}"
+        ) from error
     except ValueError as error:
         raise UserError(f"data: {file}: {error}") from error
     if not pictures:
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     if share < 1:
         ids = sorted(picture.id for picture in pictures)
-        order = np.random.RandomState(SHARE_SEED).permutation(len(ids))  # NumPy never changes this generator's numbers
+        order = np.random.RandomState(SHARE_SEED).permutation(
+            len(ids)
+        )  # NumPy never changes this generator's numbers
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
@@ -188,7 +201,11 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
     try:
         return _categories(read_json(file))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"data: {file}: its categories are damaged: {error}") from error
+        raise (
+            error
+            if isinstance(error, UserError)
+            else UserError(f"data: {file}: its categories are damaged: {error}")
+        ) from error
 
 
 def read_truth(file: Path) -> dict[str, Any]:
@@ -205,7 +222,10 @@ def read_truth(file: Path) -> dict[str, Any]:
     truth = []
     for annotation in content["annotations"]:
         height, width = sizes[annotation["image_id"]]
-        masks = _segmentation(annotation, width, height) or {"size": [height, width], "counts": [height * width]}
+        masks = _segmentation(annotation, width, height) or {
+            "size": [height, width],
+            "counts": [height * width],
+        }
         whole = {"iscrowd": 0, **annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
         truth.append(whole if "area" in annotation else {**whole, "area": _area(masks, height, width)})
     return {**content, "annotations": truth}
@@ -274,7 +294,9 @@ def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training:
         own = objects[image["id"]]
         if own or not training:
             classes, segmentations = tuple(k for k, _ in own), tuple(s for _, s in own)
-            pictures.append(Picture(image["id"], _file_name(image), *sizes[image["id"]], classes, segmentations))
+            pictures.append(
+                Picture(image["id"], _file_name(image), *sizes[image["id"]], classes, segmentations)
+            )
     return pictures
 
 
@@ -302,16 +324,24 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
         raise ValueError(f"{who} has the bbox {box!r}: not x, y, width, height") from None
     if not value:
         if min(box[2:]) > 0 and not annotation.get("iscrowd", 0):
-            raise ValueError(f"{who} lacks 'segmentation': Mask R-CNN learns from masks, boxes alone are not enough")
+            raise ValueError(
+                f"{who} lacks 'segmentation': Mask R-CNN learns from masks, boxes alone are not enough"
+            )
         return []
     if isinstance(value, dict):
         return _rle(value, width, height, who)
     try:
         for polygon in value:
-            if len(polygon) % 2 or not math.isfinite(sum(polygon)) or (polygon and max(map(abs, polygon)) > FARTHEST_PX):
+            if (
+                len(polygon) % 2
+                or not math.isfinite(sum(polygon))
+                or (polygon and max(map(abs, polygon)) > FARTHEST_PX)
+            ):
                 raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(f"{who} has a segmentation that is no polygons (x, y in turn, in pixels) and no RLE") from None
+        raise ValueError(
+            f"{who} has a segmentation that is no polygons (x, y in turn, in pixels) and no RLE"
+        ) from None
     return [polygon for polygon in value if len(polygon) >= 6]
 
 
@@ -361,14 +391,18 @@ def _area(masks: Segmentation, height: int, width: int) -> float:
     api = coco_api().mask
     if isinstance(masks, list):
         return float(api.area(api.merge(api.frPyObjects(masks, height, width))))
-    return float(api.area(api.frPyObjects(masks, height, width) if isinstance(masks["counts"], list) else masks))
+    return float(
+        api.area(api.frPyObjects(masks, height, width) if isinstance(masks["counts"], list) else masks)
+    )
 
 
 def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
     """Check that the files exist: by one listing instead of 118,000 look-ups, except for names in
     subfolders."""
     listed = {entry.name for entry in os.scandir(folder)}
-    missing = [p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()]
+    missing = [
+        p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"data: {file.name} names {missing[0]}{more}, which {folder} does not hold")

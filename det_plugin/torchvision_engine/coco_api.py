@@ -29,4 +29,6 @@ def coco_api() -> CocoApi:
 
         return CocoApi(COCO, COCOeval_faster, mask)
     except ImportError as error:
-        raise UserError("neither pycocotools nor faster-coco-eval is installed: pip install posfield[det]") from error
+        raise UserError(
+            "neither pycocotools nor faster-coco-eval is installed: pip install posfield[det]"
+        ) from error

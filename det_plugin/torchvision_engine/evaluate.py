@@ -25,7 +25,11 @@ KINDS = {"box": "bbox", "mask": "segm"}
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], category_ids: Sequence[int], device: torch.device
+    model: nn.Module,
+    images: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    category_ids: Sequence[int],
+    device: torch.device,
 ) -> list[list[Prediction]]:
     """Detections of some images, best first, as COCO results without ``image_id``.
 
@@ -75,7 +79,10 @@ def predict(
 
 
 def as_coco(
-    detection: Mapping[str, Tensor], resized: tuple[int, int], size: tuple[int, int], category_ids: Sequence[int]
+    detection: Mapping[str, Tensor],
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    category_ids: Sequence[int],
 ) -> list[Prediction]:
     """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's
     ``detector_postprocess``).
@@ -92,7 +99,9 @@ def as_coco(
     results = []
     for i in kept.tolist():
         rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
-        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 masks of a large image would not fit into memory
+        mask = np.zeros(
+            size, np.uint8, order="F"
+        )  # one by one: 100 masks of a large image would not fit into memory
         mask[rows, columns] = (chances >= 0.5).numpy()
         results.append(
             {
@@ -118,7 +127,10 @@ def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice,
     """
     sides = []
     for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
-        first, last = max(int(low.floor()) - 1, 0), min(int(high.ceil()) + 1, length)  # a pixel around the box is enough
+        first, last = (
+            max(int(low.floor()) - 1, 0),
+            min(int(high.ceil()) + 1, length),
+        )  # a pixel around the box is enough
         centers = torch.arange(first, last, dtype=torch.float32) + 0.5
         sides.append((slice(first, last), (centers - low) / (high - low) * 2 - 1))
     (rows, y), (columns, x) = sides
@@ -130,7 +142,10 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """[H, W] of 0 and 1 -> an RLE that JSON can hold."""
     rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = rle["counts"]
-    return {"size": [int(side) for side in rle["size"]], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+    return {
+        "size": [int(side) for side in rle["size"]],
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
+    }
 
 
 def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, Any]:
@@ -157,9 +172,15 @@ def coco_metrics(annotations: Path, predictions: list[Prediction]) -> dict[str, 
         for name, value in zip(SUMMARY, evaluation.stats):
             if value >= 0:
                 metrics[f"{kind}_{name}"] = 100 * float(value)
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all areas, most detections
-        classes = {truth.cats[id]["name"]: precision[:, :, k] for k, id in enumerate(evaluation.params.catIds)}
-        metrics[f"{kind}_ap_classes"] = {name: 100 * float(p.mean()) for name, p in classes.items() if p.max(initial=-1) > -1}
+        precision = evaluation.eval["precision"][
+            :, :, :, 0, -1
+        ]  # [IoU, recall, class], all areas, most detections
+        classes = {
+            truth.cats[id]["name"]: precision[:, :, k] for k, id in enumerate(evaluation.params.catIds)
+        }
+        metrics[f"{kind}_ap_classes"] = {
+            name: 100 * float(p.mean()) for name, p in classes.items() if p.max(initial=-1) > -1
+        }
     return metrics
 
 
@@ -173,7 +194,8 @@ def _results(truth: Any, predictions: list[Prediction], iou_type: str, api: Coco
     results = api.COCO()
     results.dataset = {key: truth.dataset[key] for key in ("images", "categories")}
     results.dataset["annotations"] = [
-        {**prediction, "id": i + 1, "iscrowd": 0, "area": area} for i, (prediction, area) in enumerate(zip(predictions, areas))
+        {**prediction, "id": i + 1, "iscrowd": 0, "area": area}
+        for i, (prediction, area) in enumerate(zip(predictions, areas))
     ]
     results.createIndex()
     return results
@@ -183,7 +205,10 @@ def in_words(metrics: Mapping[str, Any]) -> str:
     """One line for people. A metric without ground truth is ``nan``."""
     parts = []
     for kind in KINDS:
-        named = {name.removeprefix("ap_").replace("ap", "AP"): metrics.get(f"{kind}_{name}", math.nan) for name in SUMMARY}
+        named = {
+            name.removeprefix("ap_").replace("ap", "AP"): metrics.get(f"{kind}_{name}", math.nan)
+            for name in SUMMARY
+        }
         mean, *others = (f"{name} {value:.2f}" for name, value in named.items())
         parts.append(f"{kind} {mean} ({', '.join(others)})")
     return ", ".join(parts)

@@ -40,7 +40,11 @@ def spread(split: CocoSplit, count: int) -> list[Picture]:
 
 
 def draw_page(
-    split: CocoSplit, pictures: Sequence[Picture], predictions: Sequence[Prediction], path: Path, min_score: float = MIN_SCORE
+    split: CocoSplit,
+    pictures: Sequence[Picture],
+    predictions: Sequence[Prediction],
+    path: Path,
+    min_score: float = MIN_SCORE,
 ) -> Path:
     """Write a PNG with ground truth and predictions of some images, side by side, and its caption."""
     cells = []
@@ -52,12 +56,16 @@ def draw_page(
         cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
     path.parent.mkdir(parents=True, exist_ok=True)
     _table(cells, 2 * COLUMNS).save(path)
-    caption = f"Pictures with their annotations and, on the right, the detections of score {min_score:g} and more."
+    caption = (
+        f"Pictures with their annotations and, on the right, the detections of score {min_score:g} and more."
+    )
     add_caption(path, "Detections beside ground truth", caption)
     return path
 
 
-def draw_prediction(image: np.ndarray, predictions: Sequence[Prediction], classes: dict[int, str]) -> np.ndarray:
+def draw_prediction(
+    image: np.ndarray, predictions: Sequence[Prediction], classes: dict[int, str]
+) -> np.ndarray:
     """An image [H, W, 3] uint8 with its detections. Very small ones are enlarged, very large ones reduced.
 
     Args:
@@ -75,7 +83,9 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
         x, y, w, h = p["bbox"]
         (x0, y0), (x1, y1) = geometry.points(np.array([(x, y), (x + w, y + h)])).tolist()
         text = f"{classes[p['category_id']]} {p['score']:.2f}"
-        found.append(Shown(kinds[p["category_id"]], _mask(geometry, p["segmentation"]), (x0, y0, x1, y1), text))
+        found.append(
+            Shown(kinds[p["category_id"]], _mask(geometry, p["segmentation"]), (x0, y0, x1, y1), text)
+        )
     return found
 
 
@@ -94,7 +104,9 @@ def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
         pen.rectangle(thing.box, outline=color_of(thing.kind), width=line)
     taken: list[Corners] = []
     for thing in reversed(objects):  # the last one lies on top and chooses first
-        place = _place((font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size)
+        place = _place(
+            (font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size
+        )
         color = color_of(thing.kind)
         pen.rectangle(place, fill=color)
         ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
@@ -110,11 +122,22 @@ def color_of(kind: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _place(size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]) -> Corners:
+def _place(
+    size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]
+) -> Corners:
     """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of
     other labels."""
     (w, h), (x0, y0, x1, y1) = size, box
-    corners = [(x0, y0 - h), (x1 - w, y0 - h), (x0, y1), (x1 - w, y1), (x0, y0), (x1 - w, y0), (x0, y1 - h), (x1 - w, y1 - h)]
+    corners = [
+        (x0, y0 - h),
+        (x1 - w, y0 - h),
+        (x0, y1),
+        (x1 - w, y1),
+        (x0, y0),
+        (x1 - w, y0),
+        (x0, y1 - h),
+        (x1 - w, y1 - h),
+    ]
     corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]
     places = []
     for x, y in corners:
@@ -149,9 +172,13 @@ def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
     """An object's pixels in the drawn image. Of a large image's RLE, only the drawn pixels are read."""
     if not isinstance(segmentation, dict):
         return geometry.mask(segmentation, coco_api().mask).astype(bool)
-    steps = [(np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])]  # rows, columns
+    steps = [
+        (np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])
+    ]  # rows, columns
     whole = decode_rle(segmentation, coco_api().mask)
-    return whole[np.ix_(*(step.astype(int).clip(max=length - 1) for step, length in zip(steps, whole.shape)))].astype(bool)
+    return whole[
+        np.ix_(*(step.astype(int).clip(max=length - 1) for step, length in zip(steps, whole.shape)))
+    ].astype(bool)
 
 
 def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
@@ -175,4 +202,6 @@ def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's own font: every machine has it, and it knows more than Latin letters."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size
+    )

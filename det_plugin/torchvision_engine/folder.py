@@ -80,14 +80,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine ({CONFIG}: {error.strerror})") from error
+        raise UserError(
+            f"output: {folder} holds no run of the {ENGINE} engine ({CONFIG}: {error.strerror})"
+        ) from error
     except ValueError as error:
         raise UserError(f"output: {path} is no JSON ({error})") from error
     if not isinstance(config, dict) or config.get("engine") != ENGINE:
         raise UserError(f"output: {path} is not of the {ENGINE} engine")
     config["protocol"] = upgraded(DetectionProtocol, config["protocol"])
     if "backbone_flags" in config:
-        config |= {"model_kwargs": config.pop("backbone_flags"), "given_kwargs": config.pop("given_flags", {})}
+        config |= {
+            "model_kwargs": config.pop("backbone_flags"),
+            "given_kwargs": config.pop("given_flags", {}),
+        }
     return config
 
 
@@ -111,7 +116,9 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """
     ids, names = config["data"].get("category_ids"), config["data"]["class_names"]
     if ids is None:  # 1, 2, ... would be wrong for COCO
-        raise UserError(f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again")
+        raise UserError(
+            f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again"
+        )
     return dict(zip(ids, names))
 
 
@@ -150,5 +157,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except Exception as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+    except (
+        Exception
+    ) as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
         raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

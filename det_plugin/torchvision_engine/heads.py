@@ -23,7 +23,9 @@ class BoxHead(nn.Module):
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
         width, side = protocol.channels, protocol.box_pool
-        self.convs = nn.Sequential(*(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.box_convs)))
+        self.convs = nn.Sequential(
+            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.box_convs))
+        )
         self.fc = nn.Linear(width * side**2, protocol.box_fc)
         self.cls_score = nn.Linear(protocol.box_fc, 1 + protocol.num_classes)
         self.bbox_pred = nn.Linear(protocol.box_fc, 4 * protocol.num_classes)
@@ -47,7 +49,9 @@ class MaskHead(nn.Module):
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
         width = protocol.channels
-        self.convs = nn.Sequential(*(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.mask_convs)))
+        self.convs = nn.Sequential(
+            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.mask_convs))
+        )
         self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.predictor = nn.Conv2d(width, protocol.num_classes, 1)
         _msra_fill(self.convs)
@@ -158,7 +162,11 @@ class DetectionHeads(RoIHeads):
         return [dict(boxes=b, scores=s, labels=c, masks=m) for b, s, c, m in detections], {}
 
     def postprocess_detections(
-        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score
         threshold, the best after an NMS within the class.
@@ -178,7 +186,9 @@ class DetectionHeads(RoIHeads):
             labels.append(kind[kept] + 1)
         return boxes, scores, labels
 
-    def _losses(self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Any]] | None) -> dict[str, Tensor]:
+    def _losses(
+        self, maps: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Any]] | None
+    ) -> dict[str, Tensor]:
         assert targets is not None
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         logits, deltas = self.box_head(self.box_roi_pool(maps, proposals))
@@ -192,4 +202,8 @@ class DetectionHeads(RoIHeads):
             for target, index, box, o in zip(targets, matched, boxes, objects)
         ]
         classes = torch.cat([label[o] for label, o in zip(labels, objects)])
-        return {"loss_cls": loss_cls, "loss_box_reg": loss_box, "loss_mask": mask_loss(mask_logits, classes, torch.cat(wanted))}
+        return {
+            "loss_cls": loss_cls,
+            "loss_box_reg": loss_box,
+            "loss_mask": mask_loss(mask_logits, classes, torch.cat(wanted)),
+        }

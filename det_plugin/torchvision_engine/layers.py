@@ -31,7 +31,9 @@ class ConvNorm(nn.Conv2d):
         norm: ``LN`` | ``""`` (none).
     """
 
-    def __init__(self, channels: int, out_channels: int, kernel_size: int, norm: str = "", relu: bool = False) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, kernel_size: int, norm: str = "", relu: bool = False
+    ) -> None:
         super().__init__(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
         self.norm = get_norm(norm, out_channels)
         self.relu = relu

@@ -80,7 +80,9 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device) -> Iterator[list[Sample]]:
+def batches(
+    samples: Dataset[Sample], indices: Iterable[list[int]], workers: int, device: torch.device
+) -> Iterator[list[Sample]]:
     """Lists of samples in the order of ``indices``.
 
     Workers hand over one sample at a time and are one batch ahead. If each made whole batches, the first
@@ -106,9 +108,13 @@ def batches(samples: Dataset[Sample], indices: Iterable[list[int]], workers: int
         for batch in due:
             yield [next(iterator) for _ in batch]
     except UserError as error:  # a worker's traceback precedes its message
-        raise UserError(str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        raise UserError(
+            str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        ) from error
     finally:
-        if workers:  # now: an exception's traceback would keep them alive, and they ignore the signal that an ending process sends
+        # Now: an exception's traceback would keep them alive, and they ignore the signal that an ending
+        # process sends
+        if workers:
             iterator._shutdown_workers()
 
 

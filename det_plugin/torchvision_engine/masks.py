@@ -62,7 +62,9 @@ def fill(polygons: Sequence[Polygon], height: int, width: int, api: Any) -> np.n
     """
     if not polygons:
         return np.zeros((height, width), np.uint8)
-    filled: np.ndarray = api.decode(api.merge(api.frPyObjects([polygon.tolist() for polygon in polygons], height, width)))
+    filled: np.ndarray = api.decode(
+        api.merge(api.frPyObjects([polygon.tolist() for polygon in polygons], height, width))
+    )
     return filled
 
 
@@ -78,9 +80,15 @@ def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
         from shapely.geometry import Polygon as Shape
     except ImportError as error:
         raise UserError("shapely is not installed: pip install posfield[det]") from error
-    inside = Shape(polygon.reshape(-1, 2)).buffer(0.0).intersection(box(0, 0, width, height))  # buffer: makes it valid
-    parts = [part for part in getattr(inside, "geoms", [inside]) if isinstance(part, Shape) and not part.is_empty]
-    return [np.asarray(part.exterior.coords)[:-1].ravel() for part in parts]  # the last point repeats the first
+    inside = (
+        Shape(polygon.reshape(-1, 2)).buffer(0.0).intersection(box(0, 0, width, height))
+    )  # buffer: makes it valid
+    parts = [
+        part for part in getattr(inside, "geoms", [inside]) if isinstance(part, Shape) and not part.is_empty
+    ]
+    return [
+        np.asarray(part.exterior.coords)[:-1].ravel() for part in parts
+    ]  # the last point repeats the first
 
 
 def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -93,4 +101,6 @@ def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int
     if isinstance(masks, Polygons):
         return masks.crop(index, boxes, side)
     rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
-    return (roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    return (
+        roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
+    ).float()

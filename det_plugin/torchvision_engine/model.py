@@ -67,14 +67,19 @@ class SquarePad(nn.Module):
         return ImageList(batch, [(image.shape[1], image.shape[2]) for image in images]), targets
 
     def postprocess(
-        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Detections as they are. Pasting masks needs the image's own size, which only the evaluation
         knows."""
         return result
 
 
-def build_model(vit: ViT, protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False) -> GeneralizedRCNN:
+def build_model(
+    vit: ViT, protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False
+) -> GeneralizedRCNN:
     """The detector around a backbone.
 
     In training, ``model(images, targets)`` gives the losses ``loss_rpn_cls``, ``loss_rpn_loc``, ``loss_cls``,
@@ -87,9 +92,14 @@ def build_model(vit: ViT, protocol: DetectionProtocol, *, checkpointing: bool = 
     Raises:
         UserError: the patch size gives strides that are no powers of two, or the engine has no such norm.
     """
-    pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm)
+    pyramid = SimpleFeaturePyramid(
+        vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm
+    )
     options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
     backbone = PyramidBackbone(vit, pyramid, options)
     rpn = ProposalNetwork(protocol, pyramid.strides)
-    heads, coarsest = DetectionHeads(protocol, pyramid.strides[:-1]), pyramid.strides[-2]  # what comes after it is max-pooled
+    heads, coarsest = (
+        DetectionHeads(protocol, pyramid.strides[:-1]),
+        pyramid.strides[-2],
+    )  # what comes after it is max-pooled
     return GeneralizedRCNN(backbone, rpn, heads, SquarePad(protocol, coarsest))

@@ -47,7 +47,9 @@ def parameter_groups(model: nn.Module, protocol: DetectionProtocol) -> list[dict
 
 def build_optimizer(model: nn.Module, protocol: DetectionProtocol) -> torch.optim.AdamW:
     """AdamW over :func:`parameter_groups`; :func:`set_lr` gives the rates."""
-    return torch.optim.AdamW(parameter_groups(model, protocol), lr=protocol.lr, betas=protocol.betas, fused=True)
+    return torch.optim.AdamW(
+        parameter_groups(model, protocol), lr=protocol.lr, betas=protocol.betas, fused=True
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

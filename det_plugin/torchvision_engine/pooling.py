@@ -41,6 +41,8 @@ class RoIPooler(nn.Module):
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], self.output_size, self.output_size)
         for i, (level_map, stride) in enumerate(zip(maps, self.strides)):
             here = torch.where(levels == i)[0]
-            rows = roi_align(level_map, rois[here], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
+            rows = roi_align(
+                level_map, rois[here], self.output_size, 1 / stride, sampling_ratio=0, aligned=True
+            )
             pooled.index_put_((here,), rows.to(pooled.dtype))
         return pooled

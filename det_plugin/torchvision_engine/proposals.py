@@ -68,7 +68,11 @@ class ProposalNetwork(RegionProposalNetwork):
         self.batch_per_image = protocol.rpn_batch_per_image
 
     def filter_proposals(
-        self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]], num_anchors_per_level: list[int]
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The best boxes of each level, clipped to the image, after an NMS within the level; then the best of
         all levels.
@@ -87,7 +91,10 @@ class ProposalNetwork(RegionProposalNetwork):
         chosen, levels, start = [], [], 0
         logits = objectness.detach().view(len(image_shapes), -1)
         for level, number in enumerate(num_anchors_per_level):
-            best = logits[:, start : start + number].topk(min(number, self.pre_nms_top_n()), dim=1).indices + start
+            best = (
+                logits[:, start : start + number].topk(min(number, self.pre_nms_top_n()), dim=1).indices
+                + start
+            )
             chosen.append(best)
             levels.append(torch.full_like(best[0], level))
             start += number
@@ -102,7 +109,11 @@ class ProposalNetwork(RegionProposalNetwork):
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 
     def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the sampled anchors, L1 of the positive ones, both divided by
         ``rpn_batch_per_image * images``.
@@ -119,7 +130,9 @@ class ProposalNetwork(RegionProposalNetwork):
         normalizer = self.batch_per_image * len(labels)
         target = torch.cat(labels)[sampled]
         loss_cls = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], target, reduction="sum")
-        loss_loc = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
+        loss_loc = F.l1_loss(
+            pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum"
+        )
         return loss_cls / normalizer, loss_loc / normalizer
 
     def forward(

@@ -22,7 +22,9 @@ def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
     """
     strides = [patch_size / scale for scale in scales]
     if any(stride < 1 or not math.log2(stride).is_integer() for stride in strides):
-        raise UserError(f"pyramid: patch_size {patch_size} and scales {scales} give strides {strides}, not powers of two")
+        raise UserError(
+            f"pyramid: patch_size {patch_size} and scales {scales} give strides {strides}, not powers of two"
+        )
     return [int(stride) for stride in (*strides, 2 * strides[-1])]
 
 
@@ -39,7 +41,9 @@ class SimpleFeaturePyramid(nn.Module):
         scales: 4, 2, 1, 0.5, or the end of it.
     """
 
-    def __init__(self, dim: int, patch_size: int, channels: int, scales: tuple[float, ...], norm: str) -> None:
+    def __init__(
+        self, dim: int, patch_size: int, channels: int, scales: tuple[float, ...], norm: str
+    ) -> None:
         super().__init__()
         self.strides = pyramid_strides(patch_size, scales)
         self.levels = [int(math.log2(stride)) for stride in self.strides]
@@ -60,7 +64,10 @@ class SimpleFeaturePyramid(nn.Module):
 def _resize(dim: int, scale: float, norm: str) -> tuple[list[nn.Module], int]:
     """The layers that change the resolution by ``scale``, and the width after them."""
     if scale == 4.0:
-        first, second = nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), nn.ConvTranspose2d(dim // 2, dim // 4, 2, stride=2)
+        first, second = (
+            nn.ConvTranspose2d(dim, dim // 2, 2, stride=2),
+            nn.ConvTranspose2d(dim // 2, dim // 4, 2, stride=2),
+        )
         return [first, get_norm(norm, dim // 2), nn.GELU(), second], dim // 4
     if scale == 2.0:
         return [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)], dim // 2

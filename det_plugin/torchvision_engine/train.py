@@ -68,7 +68,9 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     is_done = is_over(run.output, config, resume)
     state = load_checkpoint(run.output) if resume and not is_done else None
     if len(set(gather_objects((is_done, state and state["iteration"])))) > 1:
-        raise UserError(f"output: not every process finds the same run in {run.output}; all machines must see one folder")
+        raise UserError(
+            f"output: not every process finds the same run in {run.output}; all machines must see one folder"
+        )
     if is_done:
         distributed.log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
@@ -82,7 +84,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
-    with deterministic(device.type == "cpu"), StopSignals() as signals:  # up to here a signal simply ends the process
+    with (
+        deterministic(device.type == "cpu"),
+        StopSignals() as signals,
+    ):  # up to here a signal simply ends the process
         metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
@@ -105,10 +110,17 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
-    total, line = len(split.pictures), ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None
-    progress = _progress(lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
+    total, line = (
+        len(split.pictures),
+        ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None,
+    )
+    progress = (
+        _progress(lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
+    )
     try:
-        metrics, _ = evaluate(model.to(on), split, protocol, workers=workers, device=on, output=output, progress=progress)
+        metrics, _ = evaluate(
+            model.to(on), split, protocol, workers=workers, device=on, output=output, progress=progress
+        )
     finally:
         if line:
             line.close()
@@ -132,7 +144,12 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
 
 
 def _loop(
-    trainer: Trainer, data: Data, terms: Mapping[str, float] | None, started: float, end_iter: int, signals: StopSignals
+    trainer: Trainer,
+    data: Data,
+    terms: Mapping[str, float] | None,
+    started: float,
+    end_iter: int,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's
     metrics.
@@ -163,7 +180,9 @@ def _loop(
                     log.save_checkpoint(terms)
             if stopping:  # an evaluation that is due can wait for the resumed run
                 distributed.barrier()
-                raise Interrupted(f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}")
+                raise Interrupted(
+                    f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}"
+                )
             if is_due:
                 with log.speed.paused() if log else nullcontext():
                     metrics = _evaluate(trainer, data, log)
@@ -185,13 +204,22 @@ def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float
 
 def _is_due(trainer: Trainer) -> bool:
     """Whether an evaluation follows the last iteration."""
-    return trainer.iteration % trainer.protocol.eval_every == 0 or trainer.iteration == trainer.protocol.max_iters
+    return (
+        trainer.iteration % trainer.protocol.eval_every == 0
+        or trainer.iteration == trainer.protocol.max_iters
+    )
 
 
 def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
     run, progress = trainer.run, _progress(log.evaluated) if log else None
     metrics, predictions = evaluate(
-        trainer.model, data.val, trainer.protocol, workers=run.workers, device=trainer.device, output=run.output, progress=progress
+        trainer.model,
+        data.val,
+        trainer.protocol,
+        workers=run.workers,
+        device=trainer.device,
+        output=run.output,
+        progress=progress,
     )
     if distributed.is_main():
         draw_page(data.val, spread(data.val, SHOWN), predictions, run.output / "figures" / "detections.png")
@@ -234,7 +262,11 @@ class Log:
         trainer, speed = self.trainer, self.speed
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
         memory = f"{peak_memory_gb(trainer.device):.1f} GB"
-        self.line.update(trainer.iteration, f"{note}  {memory}", speed.eta_s(trainer.protocol.max_iters - trainer.iteration))
+        self.line.update(
+            trainer.iteration,
+            f"{note}  {memory}",
+            speed.eta_s(trainer.protocol.max_iters - trainer.iteration),
+        )
 
     def evaluated(self, share: float, left_s: float) -> None:
         """During an evaluation: a ``share`` of the images is done."""
@@ -243,7 +275,9 @@ class Log:
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
         """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time
         spent waiting for data, peak memory."""
-        self.metrics.write("metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}})
+        self.metrics.write(
+            "metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}}
+        )
         if self.speed.done:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
             self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
@@ -252,7 +286,10 @@ class Log:
         """Write a checkpoint, once the lines of earlier iterations are on disk."""
         self.metrics.flush()
         with self.speed.paused():
-            save_checkpoint(self.folder, {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started})
+            save_checkpoint(
+                self.folder,
+                {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started},
+            )
         self.saved_s = time.monotonic()
 
     def close(self) -> None:

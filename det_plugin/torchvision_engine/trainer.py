@@ -65,10 +65,16 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(protocol.batch_size, run.accumulate)
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
-        self.vit = build_for_fine_tuning(run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.model_kwargs})
-        self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(device)
+        self.vit = build_for_fine_tuning(
+            run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.model_kwargs}
+        )
+        self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(
+            device
+        )
         self.optimizer = build_optimizer(self.model, protocol)
-        self.amp_dtype = getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None
+        self.amp_dtype = (
+            getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.ranks: nn.Module = self.model
         if distributed.world_size() > 1:
@@ -132,7 +138,13 @@ def evaluate(
     ``output/predictions.json``."""
     size = protocol.image_size_px
     predictions = predict(
-        model, split, image_size_px=size, batch_size=EVAL_BATCH, workers=workers, device=device, progress=progress
+        model,
+        split,
+        image_size_px=size,
+        batch_size=EVAL_BATCH,
+        workers=workers,
+        device=device,
+        progress=progress,
     )
     if not distributed.is_main():
         return {}, predictions

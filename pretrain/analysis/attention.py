@@ -1,6 +1,7 @@
 """Attention of a pre-trained backbone, as the paper looks at it (appendix A, Fig. 6).
 
-The analyses are of patch-to-patch attention: the special tokens are cut off and each row is renormalized (METHOD.md 8).
+The analyses are of patch-to-patch attention: the special tokens are cut off and each row is renormalized
+(METHOD.md 8).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from pretrain.backbones.vit import ViT
 
 
 class LastLayer(NamedTuple):
-    """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1; mean of the heads."""
+    """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1;
+    mean of the heads."""
 
     cls: Tensor  # [B, N (key)]; of a ViT without [CLS] the mean over the patches
     patches: Tensor  # [B, N (query), N (key)]
@@ -24,8 +26,9 @@ class LastLayer(NamedTuple):
 def over_patches(weights: Tensor, n_prefix: int) -> Tensor:
     """Rows of attention over the patches alone, summing to 1.
 
-    A row that gives the patches nothing (all of it underflows beside a special token's) says nothing of them and becomes uniform:
-    the limit of adding a small number to each weight, as the notebook of naver-ai/cl-vs-mim does.
+    A row that gives the patches nothing (all of it underflows beside a special token's) says nothing of them
+    and becomes uniform: the limit of adding a small number to each weight, as the notebook of
+    naver-ai/cl-vs-mim does.
 
     Args:
         weights: [..., n_prefix + N (key)].
@@ -39,7 +42,8 @@ def over_patches(weights: Tensor, n_prefix: int) -> Tensor:
 
 
 def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Iterator[tuple[Block, Tensor]]:
-    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one makes of them is not computed.
+    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one makes of them is not
+    computed.
 
     Args:
         tokens: of ``backbone.embed``.
@@ -54,8 +58,11 @@ def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Itera
 
 
 @torch.no_grad()
-def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None) -> LastLayer:
-    """Attention of the last layer, special tokens cut off and rows renormalized, and the patch features, in one pass.
+def last_layer(
+    backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None
+) -> LastLayer:
+    """Attention of the last layer, special tokens cut off and rows renormalized, and the patch features, in
+    one pass.
 
     Args:
         x: [B, 3, H, W] normalized pixels.
@@ -72,7 +79,8 @@ def last_layer(backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Ten
 
 
 def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:
-    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalized pixels."""
+    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalized
+    pixels."""
     return last_layer(backbone, x).patches
 
 
@@ -84,7 +92,8 @@ def patch_at(place: tuple[float, float], grid: tuple[int, int]) -> tuple[int, in
 
 @torch.no_grad()
 def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, float]]) -> Tensor:
-    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), without the rows of all others.
+    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), without the rows
+    of all others.
 
     Args:
         x: [B, 3, H, W] normalized pixels.

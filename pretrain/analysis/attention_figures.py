@@ -1,5 +1,5 @@
-"""The paper's figures of attention, for any number of checkpoints: NMI and MAD by layer (Fig. 5), what query patches attend to
-(Fig. 6), and box-wise beside cross-wise position masks (Fig. 7)."""
+"""The paper's figures of attention, for any number of checkpoints: NMI and MAD by layer (Fig. 5), what
+query patches attend to (Fig. 6), and box-wise beside cross-wise position masks (Fig. 7)."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ Place = tuple[float, float]
 
 
 def statistics_figure(measured: Sequence[Measured]) -> Figure:
-    """NMI and MAD by layer, all checkpoints overlaid; the bands are one standard deviation over the images (paper Fig. 5)."""
+    """NMI and MAD by layer, all checkpoints overlaid; the bands are one standard deviation over the images
+    (paper Fig. 5)."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     names = [m.name for m in measured]
     for axis, (metric, label) in zip(axes, METRICS.items()):
@@ -28,16 +29,21 @@ def statistics_figure(measured: Sequence[Measured]) -> Figure:
             color, dash = style_of(m.name, names, i // 8)
             mean, std = m.by_layer(metric)
             layers = np.arange(1, len(mean) + 1)
-            axis.plot(layers, mean, color=color, linestyle=dash, marker="o", markersize=3.5, label=plain(m.name))
+            axis.plot(
+                layers, mean, color=color, linestyle=dash, marker="o", markersize=3.5, label=plain(m.name)
+            )
             axis.fill_between(layers, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         _layer_axis(axis, label)
         from_zero(axis)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     return figure
 
 
 def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
-    """One panel a checkpoint: each head a dot (mean over the images) at its layer, and the mean of the heads as a line.
+    """One panel a checkpoint: each head a dot (mean over the images) at its layer, and the mean of the heads
+    as a line.
 
     Args:
         metric: a key of :data:`METRICS`.
@@ -45,7 +51,12 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
     columns = min(PANELS_A_ROW, len(measured))
     rows = math.ceil(len(measured) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.9 * columns + 0.5, 2.5 * rows), squeeze=False, sharey=True, layout="constrained"
+        rows,
+        columns,
+        figsize=(2.9 * columns + 0.5, 2.5 * rows),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     names = [m.name for m in measured]
     for axis in axes.flat[len(measured) :]:
@@ -55,7 +66,9 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
         heads = getattr(m, metric).mean(0)  # [L, heads]
         layers = np.arange(1, len(heads) + 1)
         axis.plot(layers, heads.mean(1), color=color, linewidth=1.2)
-        axis.scatter(layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=color, alpha=0.55, linewidths=0)
+        axis.scatter(
+            layers.repeat(heads.shape[1]), heads.flatten(), s=12, color=color, alpha=0.55, linewidths=0
+        )
         _layer_axis(axis, METRICS[metric] if axis in axes[:, 0] else "")
         axis.set_title(plain(m.name, LONGEST_NAME), fontsize=8)
     from_zero(axes[0, 0], *axes.flat)  # of all, now that all is drawn
@@ -70,11 +83,13 @@ def _layer_axis(axis: Any, label: str) -> None:
 
 
 def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries: Sequence[Place]) -> Figure:
-    """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig. 6).
+    """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig.
+    6).
 
     Args:
         image: uint8 or normalized [3, H, W].
-        maps: names, and what the Q queries attend to, [Q, h, w] (:func:`pretrain.analysis.attention.query_attention`).
+        maps: names, and what the Q queries attend to, [Q, h, w]
+            (:func:`pretrain.analysis.attention.query_attention`).
         queries: Q places (x, y) in image units.
     """
     height, width = picture.shape[1:]
@@ -92,9 +107,12 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
     return figure
 
 
-def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor, queries: Sequence[Place]) -> Figure:
-    """One row an image: the query, what it attends to after training with box-wise and with cross-wise position masks, and the
-    share of each column of patches, in which vertical lines are spikes (paper Fig. 7, appendix C). The queries take turns.
+def masks_comparison_figure(
+    pictures: Tensor, boxwise: Tensor, crosswise: Tensor, queries: Sequence[Place]
+) -> Figure:
+    """One row an image: the query, what it attends to after training with box-wise and with cross-wise
+    position masks, and the share of each column of patches, in which vertical lines are spikes (paper Fig. 7,
+    appendix C). The queries take turns.
 
     Args:
         images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
@@ -114,7 +132,9 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
             heat = maps[i, i % len(queries)]
             heat_map(bare(axis, name), heat, query, (height, width))
             share = heat.sum(0) * heat.shape[1]  # [w]
-            row[3].plot((np.arange(len(share)) + 0.5) / len(share), share, color=color, linewidth=1.2, label=name)
+            row[3].plot(
+                (np.arange(len(share)) + 0.5) / len(share), share, color=color, linewidth=1.2, label=name
+            )
         query_dot(row[0], query, (boxwise.shape[2], boxwise.shape[3]), (height, width))
         row[3].set_title("attention to each column, left to right (1: even)", fontsize=8)
         row[3].set_xlim(0, 1)
@@ -125,5 +145,6 @@ def masks_comparison_figure(pictures: Tensor, boxwise: Tensor, crosswise: Tensor
 
 
 def from_zero(axis: Any, *sharing: Any) -> None:
-    """The y axis from 0 to a little above all that is drawn, on it and on those that share it: an even curve is not at the edge."""
+    """The y axis from 0 to a little above all that is drawn, on it and on those that share it: an even
+    curve is not at the edge."""
     axis.set_ylim(0, 1.1 * max(each.dataLim.y1 for each in (axis, *sharing)) or 1)

@@ -1,4 +1,5 @@
-"""One self-contained html page of an attention analysis: the numbers by checkpoint and layer, the figures, what was left out."""
+"""One self-contained html page of an attention analysis: the numbers by checkpoint and layer, the figures,
+what was left out."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,9 @@ def draw(
     return [keep(figure, folder, name, title, caption) for name, (figure, title, caption) in figures.items()]
 
 
-def build_page(measured: Sequence[Measured], results: Sequence[Result], figures: Sequence[Shown], broken: Sequence[str]) -> str:
+def build_page(
+    measured: Sequence[Measured], results: Sequence[Result], figures: Sequence[Shown], broken: Sequence[str]
+) -> str:
     """The page. Every name in it is escaped, and it loads no external file.
 
     Args:
@@ -92,9 +95,25 @@ def _summary(measured: Sequence[Measured], results: Sequence[Result], broken: Se
     for m, result in zip(measured, results):
         (nmi, _), (mad, _) = m.by_layer("nmi"), m.by_layer("mad_px")
         numbers = [f"{nmi.mean():.4f}", f"{nmi[-1]:.4f}", f"{mad.mean():.1f}", f"{mad[-1]:.1f}"]
-        rows.append([m.name, result.method, result.backbone, str(len(m.nmi)), *numbers, result.protocol.label])
-    heads = ["weights", "method", "backbone", "images", "NMI", "last layer", "MAD (px)", "last layer", "protocol"]
-    parts = [html_table("Patch-to-patch attention, means over images, heads and layers", heads, rows, {3, 4, 5, 6, 7})]
+        rows.append(
+            [m.name, result.method, result.backbone, str(len(m.nmi)), *numbers, result.protocol.label]
+        )
+    heads = [
+        "weights",
+        "method",
+        "backbone",
+        "images",
+        "NMI",
+        "last layer",
+        "MAD (px)",
+        "last layer",
+        "protocol",
+    ]
+    parts = [
+        html_table(
+            "Patch-to-patch attention, means over images, heads and layers", heads, rows, {3, 4, 5, 6, 7}
+        )
+    ]
     parts.append(
         '<p class="soft">NMI: normalized mutual information of query and key; 0: all queries look at the same keys. MAD: mean '
         "distance from a query to its keys. Every number: statistics.csv and summary.csv beside this page.</p>"
@@ -104,13 +123,18 @@ def _summary(measured: Sequence[Measured], results: Sequence[Result], broken: Se
         parts.insert(0, f'<p class="warn">Departs from the protocol: {html.escape(scaled.changes)}.</p>')
     if broken:
         items = "".join(f"<li>{html.escape(line)}</li>" for line in broken)
-        parts.append(f"<details><summary>Images that could not be read: {len(broken)}</summary><ul>{items}</ul></details>")
+        parts.append(
+            f"<details><summary>Images that could not be read: {len(broken)}</summary><ul>{items}</ul></details>"
+        )
     return "\n".join(parts)
 
 
 def _layers(m: Measured) -> str:
     (nmi, nmi_std), (mad, mad_std) = m.by_layer("nmi"), m.by_layer("mad_px")
-    rows = [[str(i + 1), f"{nmi[i]:.4f} ± {nmi_std[i]:.4f}", f"{mad[i]:.1f} ± {mad_std[i]:.1f}"] for i in range(len(nmi))]
+    rows = [
+        [str(i + 1), f"{nmi[i]:.4f} ± {nmi_std[i]:.4f}", f"{mad[i]:.1f} ± {mad_std[i]:.1f}"]
+        for i in range(len(nmi))
+    ]
     caption = "Mean of the heads: its mean and standard deviation over the images"
     table = html_table(caption, ["layer", *METRICS.values()], rows, {0, 1, 2})
     return f"<details><summary>{html.escape(m.name)}</summary>\n{table}</details>"
@@ -122,5 +146,14 @@ def _reproducibility(measured: Sequence[Measured], results: Sequence[Result]) ->
          f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}", r.created[:19].replace("T", " ")]
         for m, r in zip(measured, results)
     ]  # fmt: skip
-    heads = ["weights", "weights hash", "config hash", "commit", "torch", "time (s)", "peak memory (MiB)", "created (UTC)"]
+    heads = [
+        "weights",
+        "weights hash",
+        "config hash",
+        "commit",
+        "torch",
+        "time (s)",
+        "peak memory (MiB)",
+        "created (UTC)",
+    ]
     return html_table("The first 12 digits of each hash", heads, rows, {5, 6})

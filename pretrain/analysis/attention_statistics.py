@@ -1,19 +1,24 @@
-"""How diverse and how far-reaching attention is: NMI and MAD (paper appendix A.1, Fig. 5; METHOD.md 8; Park et al., 2023).
+"""How diverse and how far-reaching attention is: NMI and MAD (paper appendix A.1, Fig. 5; METHOD.md 8; Park
+et al., 2023).
 
 A [N (query), N (key)] is the patch-to-patch attention of one head, each row summing to 1.
 
-* NMI, normalized mutual information of query and key: p(q, k) = A_qk / N, I / sqrt(H(q) H(k)). 0: all queries look at the same
-  keys; 1: each looks at one key, and each at another. Since I = H(k) - mean_q H(A_q), one pass over the rows is enough.
-  Where H(q) or H(k) is 0 (a single patch; all queries look at one and the same key) NMI is 0: it is at most sqrt(H(k) / H(q)).
-* MAD, mean attention distance: mean over q of sum_k A_qk times the distance of the two patches' centers, in pixels.
+* NMI, normalized mutual information of query and key: p(q, k) = A_qk / N, I / sqrt(H(q) H(k)). 0: all queries
+  look at the same keys; 1: each looks at one key, and each at another. Since I = H(k) - mean_q H(A_q), one
+  pass over the rows is enough. Where H(q) or H(k) is 0 (a single patch; all queries look at one and the same
+  key) NMI is 0: it is at most sqrt(H(k) / H(q)).
+* MAD, mean attention distance: mean over q of sum_k A_qk times the distance of the two patches' centers, in
+  pixels.
 
-:func:`nmi` and :func:`mad_px` are the plain form, of a whole A. :func:`attention_statistics` streams: beside the network's own
-forward pass it holds ``block`` rows of the attention of one layer at a time, and so takes about
+:func:`nmi` and :func:`mad_px` are the plain form, of a whole A. :func:`attention_statistics` streams: beside
+the network's own forward pass it holds ``block`` rows of the attention of one layer at a time, and so takes
+about
 
     4 bytes * 3 * B * heads * block * (N + special tokens)
 
-(the rows and two temporaries of their size; one more with relative positions), whatever the depth. ViT-B/16 at 480 px (N = 900,
-12 heads), one image, blocks of 64: 8 MB, where all attention of that image would take 467 MB.
+(the rows and two temporaries of their size; one more with relative positions), whatever the depth. ViT-B/16
+at 480 px (N = 900, 12 heads), one image, blocks of 64: 8 MB, where all attention of that image would take 467
+MB.
 """
 
 import math
@@ -42,9 +47,13 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def distances_px(grid: tuple[int, int], patch_px: int, queries: slice = slice(None), device: torch.device | None = None) -> Tensor:
+def distances_px(
+    grid: tuple[int, int], patch_px: int, queries: slice = slice(None), device: torch.device | None = None
+) -> Tensor:
     """Distances between the centers of patches of a grid (h, w), [M (query), h * w] float32."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij"
+    )
     y, x = rows.flatten() * patch_px, columns.flatten() * patch_px  # [N]
     return ((y[queries, None] - y).square() + (x[queries, None] - x).square()).sqrt()
 
@@ -63,7 +72,9 @@ def mad_px(attention: Tensor, grid: tuple[int, int], patch_px: int) -> Tensor:
 def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
     """From mean_q H(A_q) [...] and p(k) [..., N]: the plain and the streamed form end alike."""
     key_entropy = entropy(keys)
-    information = (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)  # rounding can leave the bounds
+    information = (
+        (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
+    )  # rounding can leave the bounds
     scale = (math.log(n) * key_entropy).sqrt()
     return torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
 
@@ -72,12 +83,13 @@ def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
 def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statistics:
     """NMI and MAD of every layer and head, for whole images.
 
-    Attention is computed in the precision of the model (or of autocast), its statistics in float32 (float64 of a float64 model) and
-    summed in float64 (on MPS, which has none, in float32).
+    Attention is computed in the precision of the model (or of autocast), its statistics in float32 (float64
+    of a float64 model) and summed in float64 (on MPS, which has none, in float32).
 
     Args:
         backbone: in evaluation mode, on the device of ``x``.
-        x: [B, 3, H, W] normalized pixels; H and W multiples of the patch size, else patches of padding count as patches.
+        x: [B, 3, H, W] normalized pixels; H and W multiples of the patch size, else patches of padding count
+            as patches.
         block: queries at a time; see the module's memory bound.
     """
     assert block > 0, block
@@ -91,7 +103,9 @@ def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statis
     return Statistics(nmis, mads)
 
 
-def row_blocks(attention: Attention, x: Tensor, n_prefix: int, buckets: Tensor | None, block: int) -> Iterator[Tensor]:
+def row_blocks(
+    attention: Attention, x: Tensor, n_prefix: int, buckets: Tensor | None, block: int
+) -> Iterator[Tensor]:
     """Patch-to-patch attention of a layer's normed input [B, T, D], ``block`` queries at a time.
 
     Yields:
@@ -102,7 +116,9 @@ def row_blocks(attention: Attention, x: Tensor, n_prefix: int, buckets: Tensor |
     for start in range(n_prefix, n_tokens, block):
         queries = slice(start, min(start + block, n_tokens))
         of_block = None if buckets is None else buckets[queries]
-        yield over_patches(_at_least_float32(attention.weights(q[:, :, queries], k, of_block)), n_prefix)  # no name keeps a part
+        yield over_patches(
+            _at_least_float32(attention.weights(q[:, :, queries], k, of_block)), n_prefix
+        )  # no name keeps a part
 
 
 def _streamed(blocks: Iterator[Tensor], grid: tuple[int, int], patch_px: int) -> tuple[Tensor, Tensor]:

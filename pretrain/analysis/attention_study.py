@@ -1,7 +1,7 @@
 """The attention of checkpoints over the same images: what is measured of each, and what is kept of it.
 
-One checkpoint is in memory at a time. Each has a folder with ``statistics.csv`` and ``result.json``. The latter is
-written last, so that an interrupted study resumes after the last complete checkpoint.
+One checkpoint is in memory at a time. Each has a folder with ``statistics.csv`` and ``result.json``. The
+latter is written last, so that an interrupted study resumes after the last complete checkpoint.
 """
 
 import time
@@ -27,7 +27,13 @@ from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalize
 
-PROTOCOL = {"size_px": 480, "patch_px": 16, "images": 100, "crop": False, "bf16": False}  # appendix A; number of images: ours
+PROTOCOL = {
+    "size_px": 480,
+    "patch_px": 16,
+    "images": 100,
+    "crop": False,
+    "bf16": False,
+}  # appendix A; number of images: ours
 STATISTICS = "statistics.csv"
 
 
@@ -35,17 +41,21 @@ def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
     """Every checkpoint's patches fill the images.
 
     Raises:
-        UserError: a ``size_px`` that is no multiple of a checkpoint's patches, with the nearest that are; too many patches.
+        UserError: a ``size_px`` that is no multiple of a checkpoint's patches, with the nearest that are; too
+            many patches.
     """
     for side, path in ((subject.patch_px, subject.path) for subject in subjects):
         if size_px % side:
             near = " or ".join(str(side * n) for n in (size_px // side, size_px // side + 1) if n)
-            raise UserError(f"--size {size_px}: {path} has patches of {side} px; take {near} px, or --patch-size for all")
+            raise UserError(
+                f"--size {size_px}: {path} has patches of {side} px; take {near} px, or --patch-size for all"
+            )
         check_grid(size_px // side, size_px // side, f"--size {size_px}: an image")
 
 
 def check_masks(box: Path, cross: Path) -> None:
-    """The two runs of Fig. 7, files or folders of weights; where a folder says how it was trained, it must be so.
+    """The two runs of Fig. 7, files or folders of weights; where a folder says how it was trained, it must be
+    so.
 
     Raises:
         UserError: a run with the other masks.
@@ -82,7 +92,8 @@ class Study:
     signals: StopSignals | None = None
 
     def measure(self, subject: EvalModel, backbone: ViT, folder: Path) -> Measured:
-        """The statistics of a checkpoint, from its folder where they are there for the same file, images and settings.
+        """The statistics of a checkpoint, from its folder where they are there for the same file, images and
+        settings.
 
         Raises:
             Interrupted: asked to stop; what was measured of this checkpoint is lost.
@@ -95,7 +106,9 @@ class Study:
             "bf16": self.bf16,
         }
         seen = {"names": list(self.names), "pixels": content_hash(self.images)}
-        settings = {name: (PROTOCOL[name], value) for name, value in used.items()} | {name: (v, v) for name, v in seen.items()}
+        settings = {name: (PROTOCOL[name], value) for name, value in used.items()} | {
+            name: (v, v) for name, v in seen.items()
+        }
         if (folder / STATISTICS).is_file() and subject.found(folder, "attention", settings):
             print(f"{subject.label}: measured before", flush=True)
             return read_statistics(folder / STATISTICS, subject.label)
@@ -108,7 +121,8 @@ class Study:
         return measured
 
     def maps(self, backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Tensor:
-        """What query patches attend to, [n, Q, h, w] on the CPU, of uint8 images [n, 3, S, S], one at a time."""
+        """What query patches attend to, [n, Q, h, w] on the CPU, of uint8 images [n, 3, S, S], one at a
+        time."""
         maps = []
         for image in images.split(1):
             with self.autocast:

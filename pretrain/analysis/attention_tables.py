@@ -1,4 +1,5 @@
-"""Statistics of attention as numbers on disk: csv of every head and image, a summary by layer, and what ``result.json`` holds."""
+"""Statistics of attention as numbers on disk: csv of every head and image, a summary by layer, and what
+``result.json`` holds."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,14 +28,15 @@ class Measured:
     mad_px: np.ndarray
 
     def by_layer(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean of the heads (as the paper plots it) by layer: its mean and standard deviation over the images, [L] each; of one
-        image the deviation is 0."""
+        """Mean of the heads (as the paper plots it) by layer: its mean and standard deviation over the
+        images, [L] each; of one image the deviation is 0."""
         values = getattr(self, metric).mean(2)  # [n, L]
         return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 
 def metrics_of(measured: Measured) -> dict[str, Any]:
-    """For ``result.json``: both metrics by layer (mean of heads and images), and their means over the layers."""
+    """For ``result.json``: both metrics by layer (mean of heads and images), and their means over the
+    layers."""
     metrics: dict[str, Any] = {}
     for metric in METRICS:
         mean, _ = measured.by_layer(metric)
@@ -44,7 +46,8 @@ def metrics_of(measured: Measured) -> dict[str, Any]:
 
 
 def write_statistics(path: Path, measured: Iterable[Measured], images: Sequence[str]) -> None:
-    """One row for each checkpoint, image, layer and head; layers and heads count from 1, numbers are exact."""
+    """One row for each checkpoint, image, layer and head; layers and heads count from 1, numbers are
+    exact."""
     rows = (
         (m.name, images[i], layer + 1, head + 1, float(nmi), float(m.mad_px[i, layer, head]))
         for m in measured
@@ -62,14 +65,19 @@ def read_statistics(path: Path, name: str) -> Measured:
     try:
         rows = read_csv(path)
         n_layers, n_heads = (max(int(row[column]) for row in rows) for column in ("layer", "head"))
-        nmi, mad_px = (np.array([float(row[c]) for row in rows]).reshape(-1, n_layers, n_heads) for c in METRICS)
+        nmi, mad_px = (
+            np.array([float(row[c]) for row in rows]).reshape(-1, n_layers, n_heads) for c in METRICS
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no statistics of this tool, or not whole; delete it and they are made again") from error
+        raise UserError(
+            f"{path}: no statistics of this tool, or not whole; delete it and they are made again"
+        ) from error
     return Measured(name, nmi, mad_px)
 
 
 def write_summary(path: Path, measured: Iterable[Measured]) -> None:
-    """One row for each checkpoint and layer: mean of the heads, its mean and standard deviation over the images."""
+    """One row for each checkpoint and layer: mean of the heads, its mean and standard deviation over the
+    images."""
     rows = (
         (m.name, layer, len(m.nmi), *map(float, values))
         for m in measured

@@ -1,7 +1,8 @@
-"""Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch features.
+"""Figures of a dense evaluation: labels and cluster maps over their images, and principal components of patch
+features.
 
-The colors of classes differ as much as their number allows, also for eyes with a color vision deficiency. Pixels that
-are not counted are hatched in gray.
+The colors of classes differ as much as their number allows, also for eyes with a color vision deficiency.
+Pixels that are not counted are hatched in gray.
 """
 
 from collections import Counter
@@ -34,7 +35,8 @@ MOST_IN_LEGEND = 32
 COLUMN_IN, SIDE_PX = 2.6, 360  # of an image: width in inches; longer side in pixels
 SHARE = 0.75  # of the colors over the gray image
 HATCHED = (0.62, 0.8)  # gray levels of pixels that are not counted
-# What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1: protan, deutan, tritan.
+# What eyes without one kind of cones see, of linear RGB: Machado, Oliveira and Fernandes, 2009, severity 1:
+# protan, deutan, tritan.
 DEFICIENT = np.array(
     [
         [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -72,9 +74,11 @@ def write(
 
     Args:
         images: [H, W, 3] each; labels: [S, S] each, 0 .. C, of the whole image squeezed to a square.
-        maps: by the evaluation's name, :class:`~pretrain.evaluation.dense.Outcome`; one an image, at any side.
+        maps: by the evaluation's name, :class:`~pretrain.evaluation.dense.Outcome`; one an image, at any
+            side.
         classes: names of the labels 1 .. C.
-        features: (name, features) of one checkpoint, or of several to compare: before and after a post-training. Held frozen.
+        features: (name, features) of one checkpoint, or of several to compare: before and after a
+            post-training. Held frozen.
         image_px: side of the squares that the features are taken of.
     """
     figures = folder / "figures"
@@ -89,17 +93,27 @@ def write(
             )
         if any((part == 0).any() for part in labels):
             caption += " Hatched gray: not counted."
-        save(labels_figure(images, labels, shown, classes), figures, "segmentation.png", "Segmentation and clusters", caption)
+        save(
+            labels_figure(images, labels, shown, classes),
+            figures,
+            "segmentation.png",
+            "Segmentation and clusters",
+            caption,
+        )
     if images and features:
         caption = "The first three principal components of the patches of all images together, as red, green and blue."
         if len(features) > 1:
-            caption += f" Each row has its own, turned so that the colors come nearest to those of {features[0][0]}."
+            caption += (
+                f" Each row has its own, turned so that the colors come nearest to those of {features[0][0]}."
+            )
         pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
         figure = pca_figure(pictures, components(images, features, image_px))
         save(figure, figures, "components.png", "Principal components of the patches", caption)
 
 
-def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int) -> dict[str, list[Tensor]]:
+def components(
+    images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int
+) -> dict[str, list[Tensor]]:
     """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
 
     Args:
@@ -124,7 +138,10 @@ def components(images: Sequence[Pixels], features: Sequence[tuple[str, Features]
 
 
 def labels_figure(
-    images: Sequence[Pixels], labels: Sequence[Labels], maps: Mapping[str, Sequence[Labels]], classes: Sequence[str]
+    images: Sequence[Pixels],
+    labels: Sequence[Labels],
+    maps: Mapping[str, Sequence[Labels]],
+    classes: Sequence[str],
 ) -> Figure:
     """One row an image: the image, its labels over it, and each map over it; below, the classes that occur.
 
@@ -137,13 +154,20 @@ def labels_figure(
     colors = dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
     width = COLUMN_IN * len(columns)
-    names = [Patch(facecolor=colors[k], label=plain(classes[k - 1], 28)) for k, _ in (in_labels + in_maps).most_common()]
+    names = [
+        Patch(facecolor=colors[k], label=plain(classes[k - 1], 28))
+        for k, _ in (in_labels + in_maps).most_common()
+    ]
     if len(names) > MOST_IN_LEGEND:
         names[MOST_IN_LEGEND:] = [Patch(alpha=0, label=f"and {len(names) - MOST_IN_LEGEND} more")]
-    n_columns = max(1, int(width / (0.5 + 0.075 * max((len(str(patch.get_label())) for patch in names), default=0))))
+    n_columns = max(
+        1, int(width / (0.5 + 0.075 * max((len(str(patch.get_label())) for patch in names), default=0)))
+    )
     ratios = [min(image.shape[0] / image.shape[1], 1.0) for image in images]
     size = (width, COLUMN_IN * sum(ratios) + 0.3 + 0.1 * len(images) + 0.2 * -(-len(names) // n_columns))
-    figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False, layout="constrained", height_ratios=ratios)
+    figure, axes = plt.subplots(
+        len(images), len(columns), figsize=size, squeeze=False, layout="constrained", height_ratios=ratios
+    )
     for i, (row, image, truth) in enumerate(zip(axes, images, labels)):
         bare(row[0]).imshow(image)
         bare(row[1]).imshow(painted(image, truth, colors))
@@ -165,7 +189,9 @@ def _shares(maps: Sequence[Labels]) -> Counter[int]:
     return shares
 
 
-def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | None = None) -> NDArray[np.float64]:
+def painted(
+    image: Pixels, labels: Labels, colors: Colors, outlined: Labels | None = None
+) -> NDArray[np.float64]:
     """The image in gray under the colors of its labels, float [h, w, 3] in [0, 1]; label 0 hatched.
 
     Args:
@@ -183,10 +209,14 @@ def painted(image: Pixels, labels: Labels, colors: Colors, outlined: Labels | No
     rows, columns = np.indices(size)
     hatch = np.where((rows + columns) // 5 % 2, *HATCHED)
     colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
-    mixed = SHARE * colored + (1 - SHARE) * (0.3 + 0.7 * pixels.mean(-1, keepdims=True))  # black would darken the colors
+    mixed = SHARE * colored + (1 - SHARE) * (
+        0.3 + 0.7 * pixels.mean(-1, keepdims=True)
+    )  # black would darken the colors
     if outlined is not None:
         edges = _edges(nearest(outlined, *size).numpy())
-        mixed[cv2.dilate(edges.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0] = 1.0
+        mixed[cv2.dilate(edges.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0] = (
+            1.0
+        )
         mixed[edges] = 0.0
     return mixed
 
@@ -199,14 +229,16 @@ def _edges(labels: Labels) -> NDArray[np.bool_]:
     return edges
 
 
-# --- colors ----------------------------------------------------------------------------------------------------------
+# --- colors -----------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
 def distinct_colors(count: int) -> tuple[tuple[float, float, float], ...]:
-    """Colors (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for any count.
+    """Colors (r, g, b) in [0, 1], each as far from those before it as can be; the first ones are the same for
+    any count.
 
-    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black, white or gray.
+    Far for the worst of four eyes: ordinary, and each of :data:`DEFICIENT`; in CIE Lab. None is near black,
+    white or gray.
     """
     levels = np.linspace(0, 1, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
@@ -234,7 +266,13 @@ def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     """sRGB [M, 3] as CIE Lab (D65) for four eyes, [4, M, 3]."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     eyes = np.stack([linear, *(np.clip(linear @ matrix.T, 0, 1) for matrix in DEFICIENT)])
-    to_xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+    to_xyz = np.array(
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
+    )
     xyz = eyes @ to_xyz.T / to_xyz.sum(1)
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)

@@ -1,4 +1,5 @@
-"""Figures of what patch features hold: PCA colors, similarity to a query, places read layer by layer, objects found; and a page.
+"""Figures of what patch features hold: PCA colors, similarity to a query, places read layer by layer, objects
+found; and a page.
 
 Each function draws one matplotlib figure. :func:`gallery` puts several into one html page.
 """
@@ -25,18 +26,28 @@ MAX_WIDTH_IN = 24.0
 
 
 def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Shown]) -> str:
-    """One self-contained html page: lists of texts about the figures, and the figures; every text is escaped."""
-    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{'<br>'.join(map(html.escape, texts))}</dd>" for key, texts in about.items())
+    """One self-contained html page: lists of texts about the figures, and the figures; every text is
+    escaped."""
+    items = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{'<br>'.join(map(html.escape, texts))}</dd>"
+        for key, texts in about.items()
+    )
     pictures = "".join(map(picture, figures))
-    return page(title, {"Settings": f"<dl>{items}</dl>", "Figures": f'<div class="pictures">{pictures}</div>'})
+    return page(
+        title, {"Settings": f"<dl>{items}</dl>", "Figures": f'<div class="pictures">{pictures}</div>'}
+    )
 
 
-def _panels(rows: int, widths: Sequence[float], height: float, color_bars: bool = False) -> tuple[Figure, Any]:
+def _panels(
+    rows: int, widths: Sequence[float], height: float, color_bars: bool = False
+) -> tuple[Figure, Any]:
     """A grid of bare axes whose columns are as wide as their images are at one height (in inches)."""
     wide = sum(widths) * height
     shrink = min(1.0, MAX_WIDTH_IN / wide)
     size = (wide * shrink + 0.5 + 0.8 * color_bars, (height * shrink + 0.25) * rows)
-    figure, axes = plt.subplots(rows, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
+    figure, axes = plt.subplots(
+        rows, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths
+    )
     for axis in axes.flat:
         bare(axis).spines[:].set_visible(False)
     return figure, axes
@@ -59,10 +70,14 @@ def pca_figure(images: Sequence[Tensor], colors: Mapping[str, Sequence[Tensor]])
     return figure
 
 
-def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """One image: in each column a query patch, marked with a red dot; in each row a checkpoint and what is like that patch to it.
+def similarity_figure(
+    image: Tensor, queries: Sequence[Place], maps: Mapping[str, Sequence[Tensor]]
+) -> Figure:
+    """One image: in each column a query patch, marked with a red dot; in each row a checkpoint and what is
+    like that patch to it.
 
-    The colors of a row run from its least similarity, which the bar tells, to 1: features differ in how alike they all are.
+    The colors of a row run from its least similarity, which the bar tells, to 1: features differ in how alike
+    they all are.
 
     Args:
         image: uint8 [3, H, W]; maps: {label: cosine [h, w] a query}.
@@ -72,13 +87,28 @@ def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str
     extent = (0, width, height, 0)
     for axis, (x, y) in zip(axes[0], queries):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        axis.plot(x * width, y * height, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+        axis.plot(
+            x * width,
+            y * height,
+            "o",
+            color="red",
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
     for row, (label, cosines) in zip(axes[1:], maps.items()):
         row[0].set_ylabel(plain(label, 28), fontsize=9)
         low = min(float(cosine.min()) for cosine in cosines)
         for axis, query, cosine in zip(row, queries, cosines):
             rows, columns = cosine.shape
-            shown = axis.imshow(cosine.numpy(), extent=extent, interpolation="nearest", cmap="viridis", vmin=min(low, 0.99), vmax=1)
+            shown = axis.imshow(
+                cosine.numpy(),
+                extent=extent,
+                interpolation="nearest",
+                cmap="viridis",
+                vmin=min(low, 0.99),
+                vmax=1,
+            )
             i, j = patch_at(query, (rows, columns))
             center = ((j + 0.5) / columns * width, (i + 0.5) / rows * height)
             axis.plot(*center, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
@@ -87,7 +117,8 @@ def similarity_figure(image: Tensor, queries: Sequence[Place], maps: Mapping[str
 
 
 def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """The position probe against the layer, from the rows of its csv: error and R^2, the checkpoints overlaid.
+    """The position probe against the layer, from the rows of its csv: error and R^2, the checkpoints
+    overlaid.
 
     Bands are one standard deviation over the draws of the masks; the square is the final norm.
 
@@ -111,7 +142,10 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
         axis.set_xlabel("layer (0: embedding; k: after block k; square: after the final norm)", fontsize=9)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    for patches, dash in (("hidden", "--"), ("given", ":")):  # they lie elsewhere, so that their guesses differ, too
+    for patches, dash in (
+        ("hidden", "--"),
+        ("given", ":"),
+    ):  # they lie elsewhere, so that their guesses differ, too
         for level in {round(float(row["chance"]), 3) for row in rows if row["patches"] == patches}:
             axes[0].axhline(level, color="gray", linestyle=dash, linewidth=1)
     axes[1].axhline(0, color="gray", linestyle="--", linewidth=1)
@@ -122,7 +156,9 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
     axes[0].plot([], [], "--", color="gray", label="hidden: constant guess")
     axes[0].plot([], [], ":", color="gray", label="given: constant guess")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -138,7 +174,9 @@ class Boxed(NamedTuple):
 def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
     """True boxes (green) and those that were found (LOST red, TokenCut blue), with what hit."""
     n_rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(n_rows, columns, figsize=(3.0 * columns, 2.7 * n_rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        n_rows, columns, figsize=(3.0 * columns, 2.7 * n_rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, one in zip(axes.flat, pictures):
@@ -146,7 +184,11 @@ def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
         boxes = [(box, TRUE_COLOR, "-") for box in one.truth]
         boxes += [(box, FOUND_COLORS[method], "--") for method, (box, _) in one.found.items()]
         for (x0, y0, x1, y1), color, dash in boxes:
-            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle=dash, linewidth=1.8))
+            axis.add_patch(
+                Rectangle(
+                    (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle=dash, linewidth=1.8
+                )
+            )
         words = ", ".join(f"{method} {'hit' if hit else 'miss'}" for method, (_, hit) in one.found.items())
         axis.set_title(f"{plain(one.name, 24)}: {words}", fontsize=8)
     return figure

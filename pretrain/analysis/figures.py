@@ -1,8 +1,9 @@
-"""Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query patches.
+"""Figures of what a pre-training does: views and their position boxes, masks, the scale s, attention of query
+patches.
 
-Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and caption, where the
-report finds it; :func:`as_array` gives its pixels. The images of a running
-training are in :mod:`pretrain.analysis.training_images`.
+Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and
+caption, where the report finds it; :func:`as_array` gives its pixels. The images of a running training are in
+:mod:`pretrain.analysis.training_images`.
 """
 
 import json
@@ -35,11 +36,14 @@ GLOBAL_COLOR, LOCAL_COLOR = "#d1495b", "#00798c"
 
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
-    """Write ``folder/name`` (PNG), with ``svg`` the same as SVG beside it, and an entry in ``captions.json``; closes the figure."""
+    """Write ``folder/name`` (PNG), with ``svg`` the same as SVG beside it, and an entry in
+    ``captions.json``; closes the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=110, bbox_inches="tight")
     if svg:
-        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # the same bytes each time; text stays text
+        with matplotlib.rc_context(
+            {"svg.hashsalt": name, "svg.fonttype": "none"}
+        ):  # the same bytes each time; text stays text
             figure.savefig((folder / name).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     add_caption(folder / name, title, caption)
@@ -52,7 +56,8 @@ def keep(figure: Figure, folder: Path, stem: str, title: str, caption: str) -> S
 
 
 def forget(folder: Path, pattern: str) -> None:
-    """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier analysis, no others."""
+    """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier
+    analysis, no others."""
     captions = folder / "captions.json"
     entries: dict[str, Any] = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
     for name in [name for name in entries if re.fullmatch(rf"({pattern})\.png", name)]:
@@ -89,7 +94,8 @@ def bare(axis: Any, title: str = "") -> Any:
 
 
 def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height: float = 1) -> None:
-    """Outlines of boxes [V, 4] in image units on an axis of this width and height: global ones red, local ones blue."""
+    """Outlines of boxes [V, 4] in image units on an axis of this width and height: global ones red, local
+    ones blue."""
     for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         color = GLOBAL_COLOR if i < n_global else LOCAL_COLOR
         place, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
@@ -97,16 +103,24 @@ def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height
 
 
 def views_figure(
-    images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Sequence[Tensor]], has_field: bool = True
+    images: Sequence[Tensor],
+    views: Sequence[Views],
+    crops: Sequence[Sequence[Tensor]],
+    has_field: bool = True,
 ) -> Figure:
     """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
     Args:
-        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalized, a list an image.
+        images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalized, a
+            list an image.
     """
     n_crops, n_boxes = len(crops[0]), 1 + has_field
     figure, axes = plt.subplots(
-        len(images), n_boxes + n_crops, figsize=(1.5 * (n_boxes + n_crops), 1.6 * len(images)), squeeze=False, layout="constrained"
+        len(images),
+        n_boxes + n_crops,
+        figsize=(1.5 * (n_boxes + n_crops), 1.6 * len(images)),
+        squeeze=False,
+        layout="constrained",
     )
     for row, image, view, pixels in zip(axes, images, views, crops):
         bare(row[0], "boxes in the image").imshow(displayable(image))
@@ -122,7 +136,8 @@ def views_figure(
 
 
 def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int = 4) -> Figure:
-    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in gray, in the second.
+    """Global crops with their masks: content-masked ones in the first row, position-masked ones, in gray, in
+    the second.
 
     Args:
         crops: [C, 3, S, S], levels or normalized; masks: of the same crops.
@@ -130,7 +145,11 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
     rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOR)]
     rows = [row for row in rows if row[1].any()]
     figure, axes = plt.subplots(
-        max(len(rows), 1), n_each, figsize=(1.9 * n_each, 2.1 * max(len(rows), 1)), squeeze=False, layout="constrained"
+        max(len(rows), 1),
+        n_each,
+        figsize=(1.9 * n_each, 2.1 * max(len(rows), 1)),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -189,15 +208,19 @@ def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[floa
     return figure
 
 
-def attention_of_query(axis: Any, weights: Tensor, query: tuple[float, float], size_px: Sequence[int], patch_size: int) -> None:
-    """The row of ``weights`` [N, N] of the patch at ``query`` (x, y in image units) as a map, and a red dot on that patch."""
+def attention_of_query(
+    axis: Any, weights: Tensor, query: tuple[float, float], size_px: Sequence[int], patch_size: int
+) -> None:
+    """The row of ``weights`` [N, N] of the patch at ``query`` (x, y in image units) as a map, and a red
+    dot on that patch."""
     grid = (size_px[0] // patch_size, size_px[1] // patch_size)
     row, column = patch_at(query, grid)
     heat_map(axis, weights[row * grid[1] + column].unflatten(0, grid), query, size_px)
 
 
 def heat_map(axis: Any, heat: Tensor, query: tuple[float, float], size_px: Sequence[int]) -> None:
-    """A map [h, w] over the place of an image (height, width), and a red dot on the patch at ``query`` (x, y in image units)."""
+    """A map [h, w] over the place of an image (height, width), and a red dot on the patch at ``query`` (x,
+    y in image units)."""
     axis.imshow(heat, extent=(0, size_px[1], size_px[0], 0), cmap="viridis")
     query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px)
 
@@ -205,12 +228,18 @@ def heat_map(axis: Any, heat: Tensor, query: tuple[float, float], size_px: Seque
 def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size_px: Sequence[int]) -> None:
     """A red dot at the center of the patch at ``query`` (x, y in image units)."""
     row, column = patch_at(query, grid)
-    axis.plot((column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0], "o", color="red", markersize=5)
+    axis.plot(
+        (column + 0.5) / grid[1] * size_px[1],
+        (row + 0.5) / grid[0] * size_px[0],
+        "o",
+        color="red",
+        markersize=5,
+    )
 
 
 def plain(text: str, most: int = 40) -> str:
-    """A name that matplotlib shows as it is: on one line, shortened in the middle, without mathematics. A leading
-    underscore does not hide it from a legend."""
+    """A name that matplotlib shows as it is: on one line, shortened in the middle, without mathematics. A
+    leading underscore does not hide it from a legend."""
     text = " ".join(text.split())
     text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
     text = text.replace("$", r"\$")

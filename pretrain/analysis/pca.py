@@ -1,17 +1,22 @@
-"""Principal components of patch features as colors: what belongs together gets the same color, across images."""
+"""Principal components of patch features as colors: what belongs together gets the same color, across
+images."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-PERCENTILES = (0.02, 0.98)  # what lies beyond is clipped: a few outlying patches must not take all the contrast
+PERCENTILES = (
+    0.02,
+    0.98,
+)  # what lies beyond is clipped: a few outlying patches must not take all the contrast
 
 
 def principal_components(features: Tensor, n: int = 3) -> Tensor:
     """Scores of all rows on the first ``n`` principal components, the largest first.
 
-    The sign of a component is fixed: its largest loading is positive, so that colors do not flip from one image to the next.
+    The sign of a component is fixed: its largest loading is positive, so that colors do not flip from one
+    image to the next.
 
     Args:
         features: [M, D], D at least ``n``.
@@ -28,31 +33,37 @@ def principal_components(features: Tensor, n: int = 3) -> Tensor:
 
 
 def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The first three components of the patches of several images, found over all of them together, as red, green and blue.
+    """The first three components of the patches of several images, found over all of them together, as red,
+    green and blue.
 
     Args:
         features: [N, D] an image; N may differ.
-        background: [N] bool an image, patches that are left out and become black; at least three patches remain.
+        background: [N] bool an image, patches that are left out and become black; at least three patches
+            remain.
 
     Returns:
         [N, 3] float32 in [0, 1] on the CPU an image; each channel runs from its 2nd to its 98th percentile.
     """
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
-    kept = torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
+    kept = (
+        torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
+    )
     rgb = torch.zeros(len(rows), 3)
     rgb[kept] = as_colors(principal_components(rows[kept]))
     return list(rgb.split([len(part) for part in features]))
 
 
 def as_colors(scores: Tensor) -> Tensor:
-    """Three components [M, 3] as red, green and blue in [0, 1], float32: each from its 2nd to its 98th percentile."""
+    """Three components [M, 3] as red, green and blue in [0, 1], float32: each from its 2nd to its 98th
+    percentile."""
     low, high = torch.quantile(scores, torch.tensor(PERCENTILES, dtype=scores.dtype), dim=0)
     return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
 
 
 def turned_like(scores: Tensor, like: Tensor) -> Tensor:
-    """Scores turned or mirrored as a whole so that they come nearest to others of the same patches: the colors of one place in two
-    images can be compared, which the order and signs of components otherwise forbid (orthogonal Procrustes problem).
+    """Scores turned or mirrored as a whole so that they come nearest to others of the same patches: the
+    colors of one place in two images can be compared, which the order and signs of components otherwise
+    forbid (orthogonal Procrustes problem).
 
     Args:
         scores, like: [M, 3], of mean 0.
@@ -64,8 +75,8 @@ def turned_like(scores: Tensor, like: Tensor) -> Tensor:
 def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Patches on the background's side of the first component, as DINOv2's authors show their features.
 
-    The threshold is 0, the mean of all patches. Which side is the background is not theirs to say, for the sign of a component
-    means nothing; ours: the side that has more of the images' border patches.
+    The threshold is 0, the mean of all patches. Which side is the background is not theirs to say, for the
+    sign of a component means nothing; ours: the side that has more of the images' border patches.
 
     Args:
         features: [N, D] an image; grids: its (h, w), N = h * w.

@@ -9,7 +9,8 @@ Place = tuple[float, float]
 
 
 def similarity_to(features: Tensor, query: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Cosine of the patch at ``query`` (row, column) with every patch: [N, D] -> [h, w] float32 on the CPU."""
+    """Cosine of the patch at ``query`` (row, column) with every patch: [N, D] -> [h, w] float32 on the
+    CPU."""
     x = F.normalize(features.detach().float(), dim=1)
     return (x @ x[query[0] * grid[1] + query[1]]).unflatten(0, grid).cpu()
 

@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretrain.analysis.attention import last_layer
-from pretrain.analysis.figures import as_array, attention_of_query, bare, displayable, masks_figure, rectangles
+from pretrain.analysis.figures import (
+    as_array,
+    attention_of_query,
+    bare,
+    displayable,
+    masks_figure,
+    rectangles,
+)
 from pretrain.analysis.pca import pca_colors
 from pretrain.backbones.vit import ViT
 from pretrain.views.boxes import Views
@@ -30,9 +37,11 @@ def training_images(
     n_images: int = 3,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and ``masks`` if any.
+    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and
+    ``masks`` if any.
 
-    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random number is drawn.
+    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random
+    number is drawn.
 
     Args:
         teacher: on the device of the crops.
@@ -41,8 +50,12 @@ def training_images(
     """
     batch_size = len(views.boxes)
     n = min(n_images, batch_size)
-    big, small = (crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops))  # [G, n, 3, S, S]
-    boxes, flips = (t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1).to(big.device) for t in views.globals)
+    big, small = (
+        crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops)
+    )  # [G, n, 3, S, S]
+    boxes, flips = (
+        t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1).to(big.device) for t in views.globals
+    )
     was_training = teacher.training
     teacher.eval()
     with autocast or nullcontext():
@@ -50,11 +63,19 @@ def training_images(
     teacher.train(was_training)
     grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
     figures = {
-        "views": crops_figure(big, small[:LOCALS_SHOWN], views, teacher.pos_encoding == "field" and views.tied),
-        "attention": teacher_attention_figure(
-            big[0], seen.cls[:n].float().cpu(), seen.patches[:n].float().cpu(), teacher.patch_size, teacher.has_cls
+        "views": crops_figure(
+            big, small[:LOCALS_SHOWN], views, teacher.pos_encoding == "field" and views.tied
         ),
-        "pca": pca_figure(big[:2], torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))),
+        "attention": teacher_attention_figure(
+            big[0],
+            seen.cls[:n].float().cpu(),
+            seen.patches[:n].float().cpu(),
+            teacher.patch_size,
+            teacher.has_cls,
+        ),
+        "pca": pca_figure(
+            big[:2], torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))
+        ),
     }
     if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
         figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)
@@ -62,7 +83,8 @@ def training_images(
 
 
 def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool) -> Figure:
-    """One row an image: crops at their boxes, crops at their position boxes in the field (where they are tied to it), single crops.
+    """One row an image: crops at their boxes, crops at their position boxes in the field (where they are tied
+    to it), single crops.
 
     Args:
         global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
@@ -75,7 +97,9 @@ def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tie
         boxes["crops at their position boxes in P"] = views.position_boxes
     widths = [1.6] * len(boxes) + [1.0] * len(shown)
     size = (1.5 * sum(widths), 2.6 * n)
-    figure, axes = plt.subplots(n, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths)
+    figure, axes = plt.subplots(
+        n, len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths
+    )
     for image, row in enumerate(axes):
         crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
         flips = views.flips[image].tolist()
@@ -95,16 +119,20 @@ def _paste(axis: Any, crops: list[np.ndarray], flips: list[bool], boxes: Tensor,
     rectangles(axis, boxes, n_global)
 
 
-def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_size: int, has_cls: bool = True) -> Figure:
-    """One row a crop: the crop, last-layer attention of [CLS] (of a ViT without, the patches' mean), and of some query patches,
-    marked with a red dot.
+def teacher_attention_figure(
+    crops: Tensor, cls: Tensor, patches: Tensor, patch_size: int, has_cls: bool = True
+) -> Figure:
+    """One row a crop: the crop, last-layer attention of [CLS] (of a ViT without, the patches' mean), and of
+    some query patches, marked with a red dot.
 
     Args:
         crops: [n, 3, S, S]; cls: [n, N]; patches: [n, N, N].
     """
     side = crops.shape[-1]
     columns = 2 + len(QUERIES)
-    figure, axes = plt.subplots(len(crops), columns, figsize=(2 * columns, 2.2 * len(crops)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(crops), columns, figsize=(2 * columns, 2.2 * len(crops)), squeeze=False, layout="constrained"
+    )
     for row, crop, of_cls, of_patches in zip(axes, crops, cls, patches):
         bare(row[0], "global 1").imshow(displayable(crop))
         grid = (side // patch_size, side // patch_size)
@@ -112,7 +140,9 @@ def teacher_attention_figure(crops: Tensor, cls: Tensor, patches: Tensor, patch_
             of_cls.unflatten(0, grid), extent=(0, side, side, 0), cmap="viridis"
         )
         for axis, query in zip(row[2:], QUERIES):
-            attention_of_query(bare(axis, "attention of the red patch"), of_patches, query, (side, side), patch_size)
+            attention_of_query(
+                bare(axis, "attention of the red patch"), of_patches, query, (side, side), patch_size
+            )
     return figure
 
 
@@ -123,9 +153,13 @@ def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
         crops: [v, n, 3, S, S]; rgb: [v, n, h, w, 3] in [0, 1].
     """
     n_views, n = crops.shape[:2]
-    figure, axes = plt.subplots(n, 2 * n_views, figsize=(4 * n_views, 2.2 * n), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        n, 2 * n_views, figsize=(4 * n_views, 2.2 * n), squeeze=False, layout="constrained"
+    )
     for image, row in enumerate(axes):
         for view in range(n_views):
             bare(row[2 * view], f"global {view + 1}").imshow(displayable(crops[view, image]))
-            bare(row[2 * view + 1], "PCA of its patches").imshow(rgb[view, image].numpy(), interpolation="nearest")
+            bare(row[2 * view + 1], "PCA of its patches").imshow(
+                rgb[view, image].numpy(), interpolation="nearest"
+            )
     return figure

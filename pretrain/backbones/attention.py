@@ -12,7 +12,9 @@ from pretrain.backbones.relative import RelativePositions
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
 Shapes = Sequence[tuple[int, int]]  # of packed sequences: (how many, how long) for each length
-Buckets = Tensor | Sequence[Tensor | None] | None  # of relative positions, [N, N]; of packed sequences one for each length
+Buckets = (
+    Tensor | Sequence[Tensor | None] | None
+)  # of relative positions, [N, N]; of packed sequences one for each length
 
 
 def choose_attention(name: str, relative_positions: bool = False) -> str:
@@ -31,7 +33,9 @@ def choose_attention(name: str, relative_positions: bool = False) -> str:
     if relative_positions:
         raise ValueError("attention: 'xformers' has no relative positions here; take attention='sdpa'")
     if importlib.util.find_spec("xformers") is None:
-        raise ValueError("attention: 'xformers' is not installed; install it for your torch, or take attention='sdpa'")
+        raise ValueError(
+            "attention: 'xformers' is not installed; install it for your torch, or take attention='sdpa'"
+        )
     if not torch.cuda.is_available():
         raise ValueError("attention: 'xformers' needs a CUDA device and there is none; take attention='sdpa'")
     return "xformers"
@@ -49,7 +53,9 @@ class Attention(nn.Module):
     are.
     """
 
-    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa", relative_positions: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, backend: str = "sdpa", relative_positions: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
@@ -64,7 +70,9 @@ class Attention(nn.Module):
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, 3 D] -> query, key, value, each [B, heads, N, D / heads]."""
         b, n, d = qkv.shape
-        q, k, v = qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            qkv.reshape(b, n, 3, self.num_heads, d // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         return q, k, v
 
     def forward(self, x: Tensor, shapes: Shapes | None = None, buckets: Buckets = None) -> Tensor:
@@ -75,7 +83,9 @@ class Attention(nn.Module):
             return self.proj(self.attend(qkv, buckets))
         parts = qkv.split([b * n for b, n in shapes])
         of_each = [None] * len(shapes) if buckets is None else buckets
-        attended = [self.attend(p.unflatten(0, shape), i).flatten(0, 1) for p, shape, i in zip(parts, shapes, of_each)]
+        attended = [
+            self.attend(p.unflatten(0, shape), i).flatten(0, 1) for p, shape, i in zip(parts, shapes, of_each)
+        ]
         return self.proj(torch.cat(attended))
 
     def attend(self, qkv: Tensor, buckets: Tensor | None = None) -> Tensor:

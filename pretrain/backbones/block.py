@@ -75,7 +75,9 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None, buckets: Buckets = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shapes: Shapes | None = None, paths: Tensor | None = None, buckets: Buckets = None
+    ) -> Tensor:
         """[B, N, D] -> [B, N, D], or packed rows [T, D] -> [T, D].
 
         Args:

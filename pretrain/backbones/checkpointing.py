@@ -27,7 +27,9 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, buckets: Buckets = None) -> Tensor:
+def run_block(
+    block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None, rule: str, buckets: Buckets = None
+) -> Tensor:
     """A block on packed rows [T, D].
 
     Args:
@@ -43,5 +45,7 @@ def run_block(block: nn.Module, x: Tensor, shapes: Shapes, paths: Tensor | None,
     context: dict[str, Any] = {}
     if rule == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    out: Tensor = checkpoint(block, x, shapes, paths, buckets, use_reentrant=False, preserve_rng_state=False, **context)
+    out: Tensor = checkpoint(
+        block, x, shapes, paths, buckets, use_reentrant=False, preserve_rng_state=False, **context
+    )
     return out

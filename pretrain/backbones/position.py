@@ -37,7 +37,9 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     distance = at - samples
     # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields,
     # exactly.
-    weights = keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)  # [..., L, n_samples + 4]
+    weights = (
+        keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)
+    )  # [..., L, n_samples + 4]
     first, last = weights[..., :2].sum(-1, keepdim=True), weights[..., -2:].sum(-1, keepdim=True)
     return weights[..., 2:-2] + F.pad(first, (0, n_samples - 1)) + F.pad(last, (n_samples - 1, 0))
 
@@ -58,7 +60,11 @@ def patch_centers(low: Tensor, high: Tensor, n_patches: int, mirrored: Tensor | 
 
 
 def sample_field(
-    field: Tensor, boxes: Tensor, grid: tuple[int, int], flips: Tensor | None = None, interpolation: str = "bicubic"
+    field: Tensor,
+    boxes: Tensor,
+    grid: tuple[int, int],
+    flips: Tensor | None = None,
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """Position embeddings of views: the field at the center of every patch (METHOD.md 2).
 
@@ -77,13 +83,17 @@ def sample_field(
     flips = None if flips is None else flips.to(field.device)
     x = patch_centers(boxes[:, 0], boxes[:, 2], width, flips)
     y = patch_centers(boxes[:, 1], boxes[:, 3], height)
-    with torch.autocast(device_type=field.device.type, enabled=False):  # half a patch is 1% of an axis: keep float32
+    with torch.autocast(
+        device_type=field.device.type, enabled=False
+    ):  # half a patch is 1% of an axis: keep float32
         r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
         r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]
         # Two plain products with D innermost, so that nothing large is ever transposed.
         samples = field[0].permute(1, 2, 0)  # [h_p, w_p, D]
         rows = r_y.flatten(0, 1) @ samples.flatten(1)  # [V * h, w_p * D]
-        sampled = r_x.unsqueeze(1) @ rows.view(len(boxes), height, *samples.shape[1:])  # [V, 1, w, w_p] @ [V, h, w_p, D]
+        sampled = r_x.unsqueeze(1) @ rows.view(
+            len(boxes), height, *samples.shape[1:]
+        )  # [V, 1, w, w_p] @ [V, h, w_p, D]
     return sampled.flatten(1, 2)
 
 
@@ -107,7 +117,9 @@ def resample_grid(grid_embed: Tensor, grid: tuple[int, int], interpolation: str 
     # Resampling is linear: resample the G_h * G_w unit grids once, without gradient. The rest is a matrix
     # product, whose backward pass is deterministic everywhere; that of bicubic interpolation is not on CUDA.
     with torch.no_grad(), torch.autocast(device_type=grid_embed.device.type, enabled=False):
-        units = torch.eye(g_h * g_w, device=grid_embed.device, dtype=_full(grid_embed).dtype).view(1, -1, g_h, g_w)
+        units = torch.eye(g_h * g_w, device=grid_embed.device, dtype=_full(grid_embed).dtype).view(
+            1, -1, g_h, g_w
+        )
         if interpolation == "dinov2":
             scale = tuple((n + 0.1) / g for n, g in zip(grid, (g_h, g_w)))
             maps = F.interpolate(units, scale_factor=scale, mode="bicubic")
@@ -126,7 +138,10 @@ def sincos_table(side: int, width: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    columns, rows = axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1)  # [side, side, width / 2]
+    columns, rows = (
+        axis.expand(side, -1, -1),
+        axis.unsqueeze(1).expand(-1, side, -1),
+    )  # [side, side, width / 2]
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 

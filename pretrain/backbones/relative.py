@@ -23,7 +23,9 @@ RATIO = 1.9
 ALPHA, BETA, GAMMA = RATIO, 2 * RATIO, 8 * RATIO
 REACH = int(BETA)  # of the buckets along one side: -3 ... 3
 SIDE = 2 * REACH + 1
-SPECIAL = SIDE**2  # the bucket of pairs with a special token; LoMaR has one such token, [CLS], and registers join it (ours)
+SPECIAL = (
+    SIDE**2
+)  # the bucket of pairs with a special token; LoMaR has one such token, [CLS], and registers join it (ours)
 N_BUCKETS = SPECIAL + 1
 
 
@@ -31,7 +33,9 @@ def piecewise_index(distance: Tensor) -> Tensor:
     """Signed distances in patches to -3 ... 3, long: unchanged up to ``ALPHA``, logarithmic beyond (paper eq.
     18)."""
     size = distance.abs().float()
-    far = (ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)).round().clamp(max=REACH)
+    far = (
+        (ALPHA + torch.log(size / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA)).round().clamp(max=REACH)
+    )
     return distance.sign() * torch.where(size <= ALPHA, size, far).long()
 
 

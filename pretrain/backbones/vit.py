@@ -75,13 +75,17 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
         raise ValueError(f"pos_encoding: {encoding!r} is none of {POS_ENCODINGS}")
     if encoding == "none":
         if grid or interpolation not in (None, "none"):
-            raise ValueError(f"pos_grid and pos_interpolation: pos_encoding 'none' has neither, not {grid} and {interpolation!r}")
+            raise ValueError(
+                f"pos_grid and pos_interpolation: pos_encoding 'none' has neither, not {grid} and {interpolation!r}"
+            )
         return 0, "none"
     is_field = encoding == "field"
     interpolation = interpolation or ("bicubic" if is_field else "dinov2")
     allowed = FIELD_INTERPOLATIONS if is_field else GRID_INTERPOLATIONS
     if interpolation not in allowed:
-        raise ValueError(f"pos_interpolation: {interpolation!r} is none of {allowed} for pos_encoding {encoding!r}")
+        raise ValueError(
+            f"pos_interpolation: {interpolation!r} is none of {allowed} for pos_encoding {encoding!r}"
+        )
     return grid or (50 if is_field else 14), interpolation
 
 
@@ -141,7 +145,12 @@ class ViT(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
-        self.embed_dim, self.patch_size, self.n_registers, self.has_cls = embed_dim, patch_size, n_registers, has_cls
+        self.embed_dim, self.patch_size, self.n_registers, self.has_cls = (
+            embed_dim,
+            patch_size,
+            n_registers,
+            has_cls,
+        )
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
         # Everything that a file must say so that the same network can be built again.
         self.model_kwargs: dict[str, Any] = dict(
@@ -169,7 +178,10 @@ class ViT(nn.Module):
         backend = choose_attention(attention, relative_positions)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend, relative_positions) for rate in rates
+            Block(
+                embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend, relative_positions
+            )
+            for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
         self._init_weights()
@@ -223,7 +235,9 @@ class ViT(nn.Module):
             return self.cls_token
         return self.cls_token + (self.cls_pos if self.pos_encoding == "field" else self.pos_embed[:, :1])
 
-    def positions(self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
+    def positions(
+        self, grid: tuple[int, int], boxes: Tensor | None = None, flips: Tensor | None = None
+    ) -> Tensor:
         """Position embeddings of the patches of a grid (h, w).
 
         Without ``boxes``: the plain ViT rule, the same for every image, [1, h * w, D]. With ``boxes`` [V, 4]
@@ -278,7 +292,9 @@ class ViT(nn.Module):
             [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``:
             [B, S + n, D].
         """
-        assert visible is None or not self.model_kwargs["relative_positions"], "relative positions belong to whole grids"
+        assert visible is None or not self.model_kwargs["relative_positions"], (
+            "relative positions belong to whole grids"
+        )
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
@@ -288,7 +304,9 @@ class ViT(nn.Module):
         if content_mask is not None:
             content = torch.where(content_mask.unsqueeze(-1), self.mask_token.to(content.dtype), content)
         if position_mask is not None:
-            position = torch.where(position_mask.unsqueeze(-1), self.pos_mask_token.to(position.dtype), position)
+            position = torch.where(
+                position_mask.unsqueeze(-1), self.pos_mask_token.to(position.dtype), position
+            )
         prefix = [self.cls_input().expand(len(x), -1, -1)] if self.has_cls else []
         if self.n_registers:
             prefix.append(self.reg_token.expand(len(x), -1, -1))
@@ -336,9 +354,13 @@ class ViT(nn.Module):
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
-        keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(-1, 1, 1)  # filled there: no copy to wait for
+        keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(
+            -1, 1, 1
+        )  # filled there: no copy to wait for
         factors = [(torch.rand(depth, 2, b, device=device) < keep) / keep for b, _ in shapes]
-        return torch.cat([f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2).unsqueeze(-1)
+        return torch.cat(
+            [f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2
+        ).unsqueeze(-1)
 
     def split(self, tokens: Tensor) -> Tokens:
         """[B, S + N, D] -> [CLS], registers, patches."""

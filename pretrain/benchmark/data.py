@@ -29,7 +29,9 @@ SIZE_PX = (500, 375)
 QUALITY = 90
 
 
-def measure(rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8) -> dict[str, Any]:
+def measure(
+    rounds: int = 5, images_a_turn: int = 24, device: torch.device | str = "cpu", render_batch: int = 8
+) -> dict[str, Any]:
     """Images a second of each way to make the default recipe's views, 2 x 224 px and 8 x 96 px, and their
     ratios.
 
@@ -89,7 +91,8 @@ def write_photographs(folder: Path) -> None:
 def build_contenders(folder: str, n: int) -> dict[str, Callable[[], object]]:
     """One turn of each contender: the same ``n`` images; torchvision draws anew each time."""
     configs = {
-        path: load_config(None, [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={n}"]) for path in ("cpu", "device")
+        path: load_config(None, [f"data.root={folder}", f"data.path={path}", f"optim.batch_size={n}"])
+        for path in ("cpu", "device")
     }
     cpu, device = (build_dataset(configs[path]) for path in ("cpu", "device"))
     collate = Collate(device.rules, n, 0)

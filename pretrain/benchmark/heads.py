@@ -14,7 +14,9 @@ from pretrain.heads import HeadOutput, ProjectionHead
 from pretrain.losses import image_loss, patch_loss
 
 
-def measure(backbone: str, n_images: int, device: str = "auto", precision: str = "float32", rounds: int = 1) -> dict[str, Any]:
+def measure(
+    backbone: str, n_images: int, device: str = "auto", precision: str = "float32", rounds: int = 1
+) -> dict[str, Any]:
     """Peak MiB (weights, gradients, everything) of all heads and losses of a step, forward and backward, and
     their ratio.
 
@@ -30,10 +32,21 @@ def measure(backbone: str, n_images: int, device: str = "auto", precision: str =
     """
     where = str(choose_device(device))
     forms = {"chunked": (load_config().step.loss_rows, precision), "plain": (0, "float32")}
-    found = in_turns({name: (form, (backbone, n_images, where, *how)) for name, how in forms.items()}, where, rounds)
+    found = in_turns(
+        {name: (form, (backbone, n_images, where, *how)) for name, how in forms.items()}, where, rounds
+    )
     ratios = {f"{key}_ratio": value for key, value in ratio(found["chunked"], found["plain"]).items()}
-    raw = {f"{name}_{key}": value for name, figures in found.items() for key, value in figures.shown().items()}
-    return {**ratios, **raw, "backbone": backbone, "n_images": n_images, "device": where, "precision": precision}
+    raw = {
+        f"{name}_{key}": value for name, figures in found.items() for key, value in figures.shown().items()
+    }
+    return {
+        **ratios,
+        **raw,
+        "backbone": backbone,
+        "n_images": n_images,
+        "device": where,
+        "precision": precision,
+    }
 
 
 def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str) -> Work:
@@ -43,9 +56,15 @@ def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str)
     dim, heads = SIZES[backbone.split("_")[1]]["embed_dim"], config.heads
     shape = (heads.n_prototypes, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
     student, teacher = ([ProjectionHead(dim, *shape).to(where) for _ in range(3)] for _ in range(2))
-    rows = [int(n_images * config.crops.n_global * 196 * sum(config.masks.ratio) / 2 * share) for share in (0.5, 0.5)]
+    rows = [
+        int(n_images * config.crops.n_global * 196 * sum(config.masks.ratio) / 2 * share)
+        for share in (0.5, 0.5)
+    ]
     n_views = config.crops.n_global + config.crops.n_local
-    tokens = [torch.randn(n_views, n_images, dim, device=where), *(torch.randn(m, dim, device=where) for m in rows)]
+    tokens = [
+        torch.randn(n_views, n_images, dim, device=where),
+        *(torch.randn(m, dim, device=where) for m in rows),
+    ]
 
     def work() -> None:
         for head in student:
@@ -58,7 +77,11 @@ def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str)
 
 
 def total_loss(
-    student: list[ProjectionHead], teacher: list[ProjectionHead], tokens: list[Tensor], n_rows: int, n_global: int
+    student: list[ProjectionHead],
+    teacher: list[ProjectionHead],
+    tokens: list[Tensor],
+    n_rows: int,
+    n_global: int,
 ) -> Tensor:
     """The image loss and both patch losses; the teacher reads the same tokens."""
     temperatures, k = (0.1, 0.04), student[0].last_layer.out_features

@@ -26,16 +26,28 @@ RECIPES = {"dinov2": "dinov2-100ep", "paka": "paka-25ep", "gram": "gram-25ep"}
 
 def words_of(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[str]]:
     """``key=value`` of each contender over its recipe; the weights of a post-training are left out."""
-    common = [f"backbone.name={backbone}", f"backbone.patch_size={patch_size}", f"optim.batch_size={batch_size}"]
+    common = [
+        f"backbone.name={backbone}",
+        f"backbone.patch_size={patch_size}",
+        f"optim.batch_size={batch_size}",
+    ]
     found = {name: list(common) for name in RECIPES}
     # The baseline's local crops are those of the post-training for this patch size, in whole patches.
     paka = load_config(RECIPES["paka"], [*common, "backbone.weights=FILE"])
-    found["dinov2"] += [f"crops.local_px={paka.crops.local_px}", f"positions.grid={BASELINE_PX // patch_size}"]
+    found["dinov2"] += [
+        f"crops.local_px={paka.crops.local_px}",
+        f"positions.grid={BASELINE_PX // patch_size}",
+    ]
     return found
 
 
 def measure(
-    backbone: str, batch_size: int, rounds: int, device: str = "auto", patch_size: int = 16, overrides: Sequence[str] = ()
+    backbone: str,
+    batch_size: int,
+    rounds: int,
+    device: str = "auto",
+    patch_size: int = 16,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Seconds and peak memory of a training step on synthetic pixels, in turns, each contender in a process
     of its own.
@@ -69,7 +81,11 @@ def measure(
         weights = write_start(Path(folder) / "backbone.safetensors", words["dinov2"])
         for name in ("paka", "gram"):
             words[name].append(f"backbone.weights={weights}")
-        found = in_turns({name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()}, str(where), rounds)
+        found = in_turns(
+            {name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()},
+            str(where),
+            rounds,
+        )
     seconds = {name: median(figures.seconds) / n_steps for name, figures in found.items()}
     ratios = {
         f"{prefix}{key}_ratio": value
@@ -98,7 +114,10 @@ def shared(overrides: Sequence[str]) -> dict[str, list[str]]:
         for name, recipe in RECIPES.items()
     }
     known = set[str]().union(*keys.values())
-    return {name: [word for word in overrides if word.split("=")[0] not in known - own] for name, own in keys.items()}
+    return {
+        name: [word for word in overrides if word.split("=")[0] not in known - own]
+        for name, own in keys.items()
+    }
 
 
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
@@ -110,7 +129,10 @@ def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
     steps = f"{epochs} epochs * floor({n_images} images / {batch_size} images a step) = {n_steps} steps"
     arithmetic = {name: f"{steps} * {value:.4g} s = {hours[name]:.4g} h" for name, value in seconds.items()}
     arithmetic["not counted"] = "reading and decoding images, probes, checkpoints"
-    return {"hours_full_run": {name: round(value, 2) for name, value in hours.items()}, "arithmetic": arithmetic}
+    return {
+        "hours_full_run": {name: round(value, 2) for name, value in hours.items()},
+        "arithmetic": arithmetic,
+    }
 
 
 def write_start(path: Path, words: Sequence[str]) -> Path:

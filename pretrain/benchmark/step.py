@@ -47,11 +47,15 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
     """
     runs = {}
     for method, recipe in RECIPES.items():
-        config = load_config(recipe, [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides])
+        config = load_config(
+            recipe, [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", *overrides]
+        )
         trainer = Trainer(config, unfrozen_length())
         runs[method] = trainer, [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
     device = runs["dinov2"][0].device
-    steps_a_turn = 10 if device.type == "cuda" else 1  # a queue of steps, as in training: launching hides behind computing
+    steps_a_turn = (
+        10 if device.type == "cuda" else 1
+    )  # a queue of steps, as in training: launching hides behind computing
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     peaks: dict[str, list[float]] = {method: [] for method in runs}
     for turn in range(WARM_UP + rounds):
@@ -65,7 +69,9 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
             if turn >= WARM_UP:
                 seconds[method].append((time.perf_counter() - started) / steps_a_turn)
                 if device.type == "cuda":
-                    own = sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20  # networks, centers, moments
+                    own = (
+                        sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20
+                    )  # networks, centers, moments
                     peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - (held - own))
     with trainer.autocast:
         precision = product_dtype(torch.zeros((), dtype=trainer.dtype, device=device))
@@ -113,7 +119,10 @@ def synthetic_batch(config: Any, it: int) -> Batch:
     generator = torch.Generator().manual_seed(it)
     crops = rules.crops
     counts = (crops.global_px, crops.n_global), (crops.local_px, crops.n_local)
-    pixels = [torch.randint(0, 256, (n * n_images, 3, px, px), dtype=torch.uint8, generator=generator) for px, n in counts]
+    pixels = [
+        torch.randint(0, 256, (n * n_images, 3, px, px), dtype=torch.uint8, generator=generator)
+        for px, n in counts
+    ]
     return Batch(pixels[0], pixels[1], views, masks)
 
 
@@ -186,11 +195,18 @@ def measure_with_data(
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         for path in ("synthetic", "cpu", "device"):
-            own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}", f"data.root={folder}", f"data.workers={workers}"]
+            own = [
+                f"backbone.name={backbone}",
+                f"optim.batch_size={batch_size}",
+                f"data.root={folder}",
+                f"data.workers={workers}",
+            ]
             own += [] if path == "synthetic" else [f"data.path={path}"]
             config = load_config(None, [*own, "optim.epoch_iters=1000", *overrides])
             found[f"{path}_img_per_s"] = round(loop_rate(config, iterations, path == "synthetic"), 2)
-            found[f"{path}_over_synthetic"] = round(found[f"{path}_img_per_s"] / found["synthetic_img_per_s"], 3)
+            found[f"{path}_over_synthetic"] = round(
+                found[f"{path}_img_per_s"] / found["synthetic_img_per_s"], 3
+            )
     return found
 
 
@@ -199,10 +215,15 @@ def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
     trainer = Trainer(config, unfrozen_length())
     # Long enough that the batches which workers had ready at the start do not count, and that a slow loader
     # shows.
-    first, last = WARM_UP + 2 * config.data.workers, WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers)
+    first, last = (
+        WARM_UP + 2 * config.data.workers,
+        WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers),
+    )
     loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:
-        loader = build_loader(config, build_dataset(config), 0, last, pin_memory=trainer.device.type == "cuda")
+        loader = build_loader(
+            config, build_dataset(config), 0, last, pin_memory=trainer.device.type == "cuda"
+        )
     started = 0.0
     for it, (micro_batches, _, _) in enumerate(by_iteration(loader, 1)):
         if it == first:
@@ -210,4 +231,6 @@ def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
             started = time.perf_counter()
         trainer.step(micro_batches)
     settle(trainer.device)
-    return (last - first) * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)
+    return (
+        (last - first) * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)
+    )

@@ -39,7 +39,9 @@ def ratio(ours: Figures, theirs: Figures) -> dict[str, float]:
     return {"time": round(median(times), 3), "memory": round(ours.peak_mib / theirs.peak_mib, 3)}
 
 
-def in_turns(contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]]], device: str, rounds: int) -> dict[str, Figures]:
+def in_turns(
+    contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]]], device: str, rounds: int
+) -> dict[str, Figures]:
     """Measure all contenders.
 
     Args:
@@ -54,7 +56,9 @@ def in_turns(contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         processes = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in contenders}
-        starts = [processes[name].submit(_start, *contender, device) for name, contender in contenders.items()]
+        starts = [
+            processes[name].submit(_start, *contender, device) for name, contender in contenders.items()
+        ]
         for start in starts:
             start.result()
         seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -51,7 +51,9 @@ def open_checkpoint(path: Path) -> Found:
         UserError: names the file that is missing, damaged or not part of a checkpoint.
     """
     if not path.is_dir():
-        raise UserError(f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read")
+        raise UserError(
+            f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read"
+        )
     records = verify(path)
     meta = read_json(path / META, "checkpoint")
     iteration, layout = meta.get("iteration"), meta.get("layout")

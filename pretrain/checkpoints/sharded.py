@@ -69,7 +69,10 @@ def save_sharded(
     Raises:
         OSError: names the folder that some rank cannot write; earlier checkpoints stay whole.
     """
-    writer, planner = _Writer(folder, iteration, meta, keep), _CopiesPlanner(copy_to_cpu(tensors) if copies is None else copies)
+    writer, planner = (
+        _Writer(folder, iteration, meta, keep),
+        _CopiesPlanner(copy_to_cpu(tensors) if copies is None else copies),
+    )
     with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
         dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     return store.directory(folder, iteration)
@@ -90,7 +93,9 @@ def load(found: Found, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"checkpoint: {found.path} holds no tensor {name}")
         theirs, ours = (entries[name].dtype, entries[name].shape), (tensor.dtype, tuple(tensor.shape))
         if theirs != ours:
-            raise UserError(f"checkpoint: {found.path}: {name} is {theirs[0]} {list(theirs[1])}, not {ours[0]} {list(ours[1])}")
+            raise UserError(
+                f"checkpoint: {found.path}: {name} is {theirs[0]} {list(theirs[1])}, not {ours[0]} {list(ours[1])}"
+            )
     entries = {name: entries[name] for name in tensors}
     with torch.no_grad():
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
@@ -191,7 +196,9 @@ class _Writer(_Storage, dcp.StorageWriter):
             index[result.index.fqn]["pieces"].append(vars(piece))
         for name in records:
             if not (self.part / name).is_file():  # another machine wrote it to its own disk
-                raise OSError(None, f"{self.part / name} cannot be seen by the main process: no shared file system")
+                raise OSError(
+                    None, f"{self.part / name} cannot be seen by the main process: no shared file system"
+                )
         records[INDEX] = store.write_json(self.part / INDEX, index)
         store.publish(self.folder, self.iteration, {**self.meta, "layout": "sharded"}, records, self.keep)
 
@@ -201,7 +208,11 @@ class _Reader(_Storage, dcp.StorageReader):
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path, self.entries = path, entries
-        self.pieces = {MetadataIndex(name, torch.Size(p.offsets)): p for name, entry in entries.items() for p in entry.pieces}
+        self.pieces = {
+            MetadataIndex(name, torch.Size(p.offsets)): p
+            for name, entry in entries.items()
+            for p in entry.pieces
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(
@@ -209,13 +220,18 @@ class _Reader(_Storage, dcp.StorageReader):
                 name: TensorStorageMetadata(
                     TensorProperties(dtype=entry.dtype),
                     torch.Size(entry.shape),
-                    [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape)) for piece in entry.pieces],
+                    [
+                        ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
+                        for piece in entry.pieces
+                    ],
                 )
                 for name, entry in self.entries.items()
             }
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing to set up."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -225,7 +241,9 @@ class _Reader(_Storage, dcp.StorageReader):
         for name, items in by_file.items():
             with opened(self.path / name) as file:
                 for item in items:
-                    block = tuple(slice(start, start + n) for start, n in zip(item.storage_offsets, item.lengths))
+                    block = tuple(
+                        slice(start, start + n) for start, n in zip(item.storage_offsets, item.lengths)
+                    )
                     dtype = self.entries[item.storage_index.fqn].dtype
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(read_piece(file, self.pieces[item.storage_index], dtype, block or None))

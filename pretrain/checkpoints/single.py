@@ -11,7 +11,9 @@ from pretrain.checkpoints.found import Found
 from pretrain.checkpoints.tensors import STATE, copy_to_cpu, write_tensors
 
 
-def save(folder: Path, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None) -> Path:
+def save(
+    folder: Path, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None
+) -> Path:
     """Write a checkpoint of the run in ``folder``; only the main process calls this.
 
     Args:
@@ -27,7 +29,9 @@ def save(folder: Path, iteration: int, tensors: Mapping[str, Tensor], meta: Mapp
     return write(folder, iteration, copy_to_cpu(tensors), meta, keep)
 
 
-def write(folder: Path, iteration: int, copies: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None) -> Path:
+def write(
+    folder: Path, iteration: int, copies: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None
+) -> Path:
     """:func:`save` for tensors that :func:`copy_to_cpu` made."""
     with store.failing_whole(folder, iteration):
         part = store.begin(folder, iteration)

@@ -42,7 +42,9 @@ def load_state(found: Found) -> dict[str, Any]:
     try:
         return {key: _unpack(value, tensors) for key, value in found.meta["state"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"checkpoint: {found.path / META} describes no state ({type(error).__name__})") from error
+        raise UserError(
+            f"checkpoint: {found.path / META} describes no state ({type(error).__name__})"
+        ) from error
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -57,7 +59,9 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
-    assert value is None or isinstance(value, (str, int, float)), f"{name}: {type(value)} has no place in a checkpoint"
+    assert value is None or isinstance(value, (str, int, float)), (
+        f"{name}: {type(value)} has no place in a checkpoint"
+    )
     return value
 
 

@@ -62,7 +62,9 @@ def begin(folder: Path, iteration: int) -> Path:
     return part
 
 
-def publish(folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None) -> Path:
+def publish(
+    folder: Path, iteration: int, meta: Mapping[str, Any], records: Mapping[str, Record], keep: int | None
+) -> Path:
     """Make ``it_N.tmp`` the run's newest checkpoint; ``records`` lists its files, which are on disk.
 
     Removes all but the ``keep`` newest, and those of later iterations, which remain if a run went back.

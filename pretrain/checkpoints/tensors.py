@@ -79,7 +79,9 @@ def copy_to_cpu(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor] | None
         values = local(tensor)
         copy = buffers.get(name) if buffers is not None else None
         if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda and buffers is not None)
+            copy = torch.empty(
+                values.shape, dtype=values.dtype, pin_memory=values.is_cuda and buffers is not None
+            )
         on_cuda |= values.is_cuda
         if values.is_cuda and buffers is not None:
             buffers[name] = copy
@@ -135,9 +137,13 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
         for name in file.keys():
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                raise UserError(f"checkpoint: {path / STATE}: {name} has the unknown dtype {part.get_dtype()}")
+                raise UserError(
+                    f"checkpoint: {path / STATE}: {name} has the unknown dtype {part.get_dtype()}"
+                )
             shape = tuple(part.get_shape())
-            entries[name] = Entry(DTYPES[part.get_dtype()], shape, (Piece(STATE, name, (0,) * len(shape), shape),))
+            entries[name] = Entry(
+                DTYPES[part.get_dtype()], shape, (Piece(STATE, name, (0,) * len(shape), shape),)
+            )
     return entries
 
 
@@ -146,20 +152,28 @@ def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
     for name, values in read_json(path / INDEX, "checkpoint").items():
         try:
-            pieces = tuple(Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"])) for p in values["pieces"])
+            pieces = tuple(
+                Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"]))
+                for p in values["pieces"]
+            )
             entry = Entry(DTYPES[values["dtype"]], _ints(values["shape"]), pieces)
             inside = all(
                 p.file in records
                 and len(p.shape) == len(p.offsets) == len(entry.shape)
                 and all(
-                    0 <= start and 0 < size and start + size <= end for start, size, end in zip(p.offsets, p.shape, entry.shape)
+                    0 <= start and 0 < size and start + size <= end
+                    for start, size, end in zip(p.offsets, p.shape, entry.shape)
                 )
                 for p in pieces
             )
             numel = math.prod(entry.shape)
-            fits = numel == sum(math.prod(p.shape) for p in pieces) and numel * entry.dtype.itemsize <= n_bytes
+            fits = (
+                numel == sum(math.prod(p.shape) for p in pieces) and numel * entry.dtype.itemsize <= n_bytes
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"checkpoint: {path / INDEX}: {name} is described wrongly ({type(error).__name__})") from error
+            raise UserError(
+                f"checkpoint: {path / INDEX}: {name} is described wrongly ({type(error).__name__})"
+            ) from error
         if not inside or not fits:
             raise UserError(f"checkpoint: {path / INDEX}: the pieces of {name} do not make it up")
         entries[name] = entry
@@ -174,7 +188,9 @@ def read_piece(file: Any, piece: Piece, dtype: torch.dtype, block: tuple[slice, 
     """Values of a piece in an opened file: all of them, or a block."""
     part = file.get_slice(piece.key)
     if (part.get_dtype(), tuple(part.get_shape())) != (NAMES[dtype], piece.shape):
-        raise SafetensorError(f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {NAMES[dtype]} {list(piece.shape)}")
+        raise SafetensorError(
+            f"{piece.key} is {part.get_dtype()} {part.get_shape()}, not {NAMES[dtype]} {list(piece.shape)}"
+        )
     return file.get_tensor(piece.key) if block is None else part[block]
 
 

@@ -31,7 +31,9 @@ class BoxedImage:
     boxes: NDArray[np.float64]
 
 
-def read_boxes(root: str | Path, split: str = "", no_hard: bool = False, names: str | Path | None = None) -> list[BoxedImage]:
+def read_boxes(
+    root: str | Path, split: str = "", no_hard: bool = False, names: str | Path | None = None
+) -> list[BoxedImage]:
     """The images of a set that have at least one box.
 
     Args:
@@ -57,23 +59,29 @@ def read_boxes(root: str | Path, split: str = "", no_hard: bool = False, names: 
             raise UserError(f"no_hard: {root} is a COCO set, which marks no object as difficult")
         images = read_coco(root, split or "val2017", wanted)
     else:
-        raise UserError(f"{root} holds neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)")
+        raise UserError(
+            f"{root} holds neither Annotations/ and JPEGImages/ (Pascal VOC) nor annotations/ (COCO)"
+        )
     if not images:
         raise UserError(f"no image of {root} has a box")
     return images
 
 
 def _voc_root(root: Path) -> Path | None:
-    found = [folder for folder in (root, *sorted(root.glob("VOCdevkit/VOC2*"))) if (folder / "JPEGImages").is_dir()]
+    found = [
+        folder for folder in (root, *sorted(root.glob("VOCdevkit/VOC2*"))) if (folder / "JPEGImages").is_dir()
+    ]
     if len(found) > 1:
         raise UserError(f"{root} holds several sets: name one of {', '.join(map(str, found))}")
     return found[0] if found else None
 
 
-# --- Pascal VOC -------------------------------------------------------------------------------------------------------
+# --- Pascal VOC -------------------------------------------------------------------------------------------
 
 
-def read_voc(root: Path, split: str, no_hard: bool = False, names: list[str] | None = None) -> list[BoxedImage]:
+def read_voc(
+    root: Path, split: str, no_hard: bool = False, names: list[str] | None = None
+) -> list[BoxedImage]:
     """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or those of ``names``; errors are those of
     :func:`read_boxes`."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
@@ -96,7 +104,9 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
     """
     try:
         content = file.read_bytes()
-        if len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # entities can expand without end
+        if (
+            len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content
+        ):  # entities can expand without end
             raise UserError(f"{file}: an annotation has no document type, and at most {MAX_XML_BYTES} bytes")
         tree = ElementTree.fromstring(content)
     except (OSError, ElementTree.ParseError, ValueError) as error:
@@ -108,7 +118,9 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
         try:
             box = [float(element.findtext(f"bndbox/{corner}", "")) for corner in CORNERS]
         except ValueError as error:
-            raise UserError(f"{file}: object {number} has no bndbox of four numbers {', '.join(CORNERS)}") from error
+            raise UserError(
+                f"{file}: object {number} has no bndbox of four numbers {', '.join(CORNERS)}"
+            ) from error
         if not all(map(math.isfinite, box)) or box[2] < box[0] or box[3] < box[1]:
             raise UserError(f"{file}: object {number} has the bndbox {box}, which is no box")
         hard = "1" in (element.findtext("difficult", "0").strip(), element.findtext("truncated", "0").strip())
@@ -117,7 +129,7 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
     return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-# --- COCO -------------------------------------------------------------------------------------------------------------
+# --- COCO -------------------------------------------------------------------------------------------------
 
 
 def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[BoxedImage]:
@@ -166,14 +178,22 @@ def _name(file: Path, image: Mapping[str, Any]) -> str:
     """The name of a file inside the folder: a downloaded file must not name others of this machine."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{file}: image {image['id']} has the file_name {name!r}, which is no file of the set")
+        raise UserError(
+            f"{file}: image {image['id']} has the file_name {name!r}, which is no file of the set"
+        )
     return name
 
 
 def _coco_box(file: Path, entry: Mapping[str, Any]) -> list[float]:
     box = entry.get("bbox")
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+    numbers = (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+    )
     if not numbers or box[2] < 0 or box[3] < 0:  # type: ignore[index]
-        raise UserError(f"{file}: annotation {entry.get('id')} has the bbox {box!r}, which is no (x, y, width, height)")
+        raise UserError(
+            f"{file}: annotation {entry.get('id')} has the bbox {box!r}, which is no (x, y, width, height)"
+        )
     x, y, width, height = box  # type: ignore[misc]
     return [float(round(value)) for value in (x, y, x + width, y + height)]

@@ -72,7 +72,8 @@ def decode(data: bytes, max_side_px: int = 0, max_mpx: float = 200.0) -> np.ndar
         return np.ascontiguousarray(_upright(_bounded(pixels, max_side_px), image))
     except BrokenImage:
         raise
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error
+    # PIL raises many kinds: OSError, SyntaxError, ValueError, MemoryError, struct.error, zlib.error
+    except Exception as error:
         if isinstance(error, MemoryError) and image is not None:
             raise
         raise BrokenImage(" ".join(str(error).split()) or type(error).__name__) from error
@@ -100,7 +101,9 @@ def _pixels(image: ImageFile.ImageFile, data: bytes, max_side_px: int) -> np.nda
     if isinstance(image, PngImagePlugin.PngImageFile):
         check_png(data)
     if isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle":
-        raise BrokenImage("run-length coded BMP")  # PIL decodes it byte by byte in Python: minutes for a large one
+        raise BrokenImage(
+            "run-length coded BMP"
+        )  # PIL decodes it byte by byte in Python: minutes for a large one
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.uint32)  # [H, W] of 16 bits, of a PNG
         return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
@@ -113,7 +116,9 @@ def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
 
 
 def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px: int) -> np.ndarray:
-    if "progression" in image.info and not 2 <= data.count(b"\xff\xda") <= MAX_SCANS:  # one holds the blocks' means alone
+    if (
+        "progression" in image.info and not 2 <= data.count(b"\xff\xda") <= MAX_SCANS
+    ):  # one holds the blocks' means alone
         raise BrokenImage(f"progressive JPEG of fewer than 2 or more than {MAX_SCANS} scans")
     reduce = next((k for k in (8, 4, 2) if max_side_px and max(image.size) >= k * max_side_px), 1)
     if reduce > 1:
@@ -152,7 +157,9 @@ def _ends_early(data: bytes, n_components: int) -> bool:
             continue
         restarts |= marker == 0xDD and data[at + 4 : at + 6] != b"\0\0"
         at += 2 + length
-    if data[at + 2 - length] != n_components or data[at - 3 : at] != b"\0\x3f\0":  # the rest follows in further scans
+    if (
+        data[at + 2 - length] != n_components or data[at - 3 : at] != b"\0\x3f\0"
+    ):  # the rest follows in further scans
         return False
     end = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]" if restarts else rb"\xff[^\x00\xff]").search(data, at)
     try:
@@ -188,7 +195,9 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     # [1, 3, H, W] with the channels last in memory: twice as fast as planes
     stored = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    return functional.interpolate(stored, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    return (
+        functional.interpolate(stored, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    )
 
 
 def _upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:

@@ -77,7 +77,9 @@ def read_images(data: DataSettings, most: int, make: Callable[[np.ndarray], Made
             found.names.append(name)
             found.pixels.append(picture)
     if not found.names:
-        raise UserError(f"none of the {len(found.broken)} images of {data.root} can be read; the first: {found.broken[0]}")
+        raise UserError(
+            f"none of the {len(found.broken)} images of {data.root} can be read; the first: {found.broken[0]}"
+        )
     return found
 
 
@@ -133,7 +135,9 @@ def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
 def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:
     """(rows, columns). Raises UserError, which names ``what``, if they are more than ``MAX_PATCHES``."""
     if rows * columns > MAX_PATCHES:
-        raise UserError(f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size")
+        raise UserError(
+            f"{what} has {rows * columns} patches, more than {MAX_PATCHES}: take a smaller --size"
+        )
     return rows, columns
 
 

@@ -25,13 +25,24 @@ from pretrain.data.sampler import COLORS, MASKS, SUBSTITUTES, VIEWS, Order, Samp
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.views import Colors, Masks, PositionSettings, Views, ViewSettings, draw_colors, draw_masks, draw_views
+from pretrain.views import (
+    Colors,
+    Masks,
+    PositionSettings,
+    Views,
+    ViewSettings,
+    draw_colors,
+    draw_masks,
+    draw_views,
+)
 from pretrain.views.batch import Batch
 from pretrain.views.device_pixels import CanvasBatch
 from pretrain.views.pixels import Pixels, render
 
 MAX_TRIES = 16  # unreadable images in a row before a run gives up
-DEVICE_SIDE_PX = 512  # longest side on the device path if `data.max_side_px` is 0: the largest image sets the canvas
+DEVICE_SIDE_PX = (
+    512  # longest side on the device path if `data.max_side_px` is 0: the largest image sets the canvas
+)
 CANVAS_STEP_PX = 32  # few sizes of canvases, so that the device's memory is reused
 
 PLAIN = PositionSettings(encoding="standard", augment=False)  # for a method that reads no positions
@@ -59,12 +70,16 @@ class Sample:
     broken: tuple[str, ...]
 
 
-def draw(rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]) -> tuple[Views, Colors]:
+def draw(
+    rules: ViewSettings, seed: int, sample_indices: Sequence[int], sizes_px: NDArray[np.float64]
+) -> tuple[Views, Colors]:
     """Views and colors of some samples of the run, [B, V]. ``sizes_px`` is [B, 2], height and width."""
     rngs = [generator(seed, VIEWS, i) for i in sample_indices]
     views = draw_views(sizes_px, rules.crops, rules.positions or PLAIN, rngs, rules.tied)
     rngs = [generator(seed, COLORS, i) for i in sample_indices]
-    return views, draw_colors(views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals)
+    return views, draw_colors(
+        views.flips.shape[1], views.n_global, rules.color, rngs, rules.crops.plain_globals
+    )
 
 
 class ViewsDataset(Dataset[Sample | Decoded]):
@@ -97,13 +112,19 @@ class ViewsDataset(Dataset[Sample | Decoded]):
 
     def __getitem__(self, sample_index: int) -> Sample | Decoded:
         image, broken = self.read(sample_index)
-        return Decoded(sample_index, image, broken) if self.on_device else self.sample(sample_index, image, broken)
+        return (
+            Decoded(sample_index, image, broken)
+            if self.on_device
+            else self.sample(sample_index, image, broken)
+        )
 
     def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
         """The views of a sample, made in this process."""
         rules = self.rules
         views, colors = draw(rules, self.seed, [sample_index], np.array([image.shape[:2]], np.float64))
-        crops = render(image, views, colors, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px)
+        crops = render(
+            image, views, colors, rules.color, global_px=rules.crops.global_px, local_px=rules.crops.local_px
+        )
         return Sample(sample_index, *crops, views, broken)
 
     def read(self, sample_index: int) -> tuple[Pixels, tuple[str, ...]]:
@@ -137,13 +158,18 @@ class Collate:
         """The batch, and the images that could not be read."""
         broken = tuple(name for item in items for name in item.broken)
         samples = [item for item in items if isinstance(item, Sample)]
-        batch = self.crops(samples) if samples else self.canvas([item for item in items if isinstance(item, Decoded)])
+        batch = (
+            self.crops(samples)
+            if samples
+            else self.canvas([item for item in items if isinstance(item, Decoded)])
+        )
         return batch, broken
 
     def crops(self, samples: Sequence[Sample]) -> Batch:
         """A batch of crops that the worker made."""
         boxes, flips, positions = (
-            torch.cat([getattr(s.views, name) for s in samples]) for name in ("boxes", "flips", "position_boxes")
+            torch.cat([getattr(s.views, name) for s in samples])
+            for name in ("boxes", "flips", "position_boxes")
         )
         return Batch(
             view_major([s.global_crops for s in samples]),
@@ -220,19 +246,27 @@ def build_dataset(config: Any) -> ViewsDataset:
     )
 
 
-def build_loader(config: Any, dataset: ViewsDataset, start_iter: int, end_iter: int, pin_memory: bool = False) -> DataLoader:
+def build_loader(
+    config: Any, dataset: ViewsDataset, start_iter: int, end_iter: int, pin_memory: bool = False
+) -> DataLoader:
     """This rank's batches, each with the images that could not be read, from an iteration to the end of the
     run.
 
     With ``step.accumulate`` = A, an iteration is A consecutive batches: equal parts of the rank's share, with
     their rows of the iteration's masks.
     """
-    batch_size, n_ranks, n_micro_batches = config.optim.batch_size, distributed.world_size(), config.step.accumulate
+    batch_size, n_ranks, n_micro_batches = (
+        config.optim.batch_size,
+        distributed.world_size(),
+        config.step.accumulate,
+    )
     if batch_size % n_ranks:
         raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {n_ranks} ranks")
     if batch_size // n_ranks % n_micro_batches:
         share = f"a rank's {batch_size // n_ranks} images"
-        raise UserError(f"config: step.accumulate={n_micro_batches} does not divide {share} (optim.batch_size={batch_size})")
+        raise UserError(
+            f"config: step.accumulate={n_micro_batches} does not divide {share} (optim.batch_size={batch_size})"
+        )
     sampler = SampleIndices(start_iter, end_iter, batch_size, distributed.rank(), n_ranks, n_micro_batches)
     return DataLoader(
         dataset,

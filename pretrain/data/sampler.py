@@ -10,7 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = 1, 2, 3, 4, 5  # streams of random numbers, separated by the second word of their seed
+ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+)  # streams of random numbers, separated by the second word of their seed
 
 
 def generator(seed: int, stream: int, sample_index: int) -> np.random.Generator:
@@ -53,7 +59,13 @@ class SampleIndices(Sampler[list[int]]):
     """
 
     def __init__(
-        self, start_iter: int, end_iter: int, batch_size: int, rank: int, world_size: int, n_micro_batches: int = 1
+        self,
+        start_iter: int,
+        end_iter: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        n_micro_batches: int = 1,
     ) -> None:
         assert batch_size % (world_size * n_micro_batches) == 0, (batch_size, world_size, n_micro_batches)
         self.iterations = range(start_iter, end_iter)

@@ -42,7 +42,8 @@ MIN_VISIBLE = 0.3  # of the part of an object that lies inside the image
 MIN_AREA_PX = 40
 TEXTURES = ("stripes", "checks", "noise", "gradient", "photograph")
 FAVOURITE_TEXTURE = 0.4  # chance of the class's own texture (the k-th of class k); otherwise any
-FAVOURITE_HUE = 0.75  # chance of the class's own hue; otherwise two colors of a photograph. Minutes of training learn this much
+# Chance of the class's own hue; otherwise two colors of a photograph. Minutes of training learn this much
+FAVOURITE_HUE = 0.75
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def _locate(file: str) -> Path:
         package, name, inside = ("sklearn", "scikit-learn", "datasets/images")
     spec = importlib.util.find_spec(package)  # finds the folder without the cost of the import
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the toy data is made of photographs in {name}, not installed: pip install scikit-image scikit-learn")
+        raise UserError(
+            f"the toy data is made of photographs in {name}, not installed: pip install scikit-image scikit-learn"
+        )
     path = Path(spec.submodule_search_locations[0]) / inside / file
     if not path.is_file():
         raise UserError(f"{path} is missing in the installed {name}: pip install --force-reinstall {name}")
@@ -130,10 +133,14 @@ def _place(random: np.random.Generator, height: int, width: int) -> _Object:
         points = _outline(distances)
         theta = np.arctan2(points[:, 1], points[:, 0])
         points = points * (1 + depth * np.sin(waves * theta + phase))[:, None]
-        outlines.append(np.round((points @ to_picture.T + center) * 16).astype(np.int32))  # OpenCV: 1/16 pixel
+        outlines.append(
+            np.round((points @ to_picture.T + center) * 16).astype(np.int32)
+        )  # OpenCV: 1/16 pixel
 
     canvas = np.zeros((height, width), np.uint8)
-    cv2.fillPoly(canvas, outlines, 255, lineType=cv2.LINE_AA, shift=4)  # even-odd: the second outline is a hole
+    cv2.fillPoly(
+        canvas, outlines, 255, lineType=cv2.LINE_AA, shift=4
+    )  # even-odd: the second outline is a hole
     alpha = cv2.GaussianBlur(canvas.astype(np.float32) / 255, (0, 0), random.uniform(0.4, 0.8))
     return _Object(kind, center, radius, alpha)
 
@@ -166,7 +173,9 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
     return kept[::-1]
 
 
-def _surface(random: np.random.Generator, item: _Object, names: list[str], light: float) -> tuple[np.ndarray, str]:
+def _surface(
+    random: np.random.Generator, item: _Object, names: list[str], light: float
+) -> tuple[np.ndarray, str]:
     """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind
     it."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
@@ -190,7 +199,9 @@ def _surface(random: np.random.Generator, item: _Object, names: list[str], light
             blend = 0.6 * u
         blend = np.clip(0.5 + (0.5 if texture == "gradient" else 1.5) * blend, 0, 1)[..., None]
         palette = _photograph(name).reshape(-1, 3)
-        first, second = palette[random.integers(len(palette), size=2)].astype(np.float32)  # colors of the real world
+        first, second = palette[random.integers(len(palette), size=2)].astype(
+            np.float32
+        )  # colors of the real world
         own = _colors(random, item.kind)
         if random.random() < FAVOURITE_HUE:
             first, second = own
@@ -202,7 +213,14 @@ def _surface(random: np.random.Generator, item: _Object, names: list[str], light
 def _colors(random: np.random.Generator, kind: int) -> np.ndarray:
     """[2, 3] float32 RGB in 0..255: a light and a dark color of the class's hue."""
     hue = (180 * (kind + random.uniform(-0.2, 0.2)) / len(CLASSES)) % 180  # OpenCV: 180 is the full circle
-    hsv = np.array([[[hue, random.uniform(150, 255), light] for light in (random.uniform(190, 255), random.uniform(70, 140))]])
+    hsv = np.array(
+        [
+            [
+                [hue, random.uniform(150, 255), light]
+                for light in (random.uniform(190, 255), random.uniform(70, 140))
+            ]
+        ]
+    )
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)[0].astype(np.float32)
 
 

@@ -1,11 +1,13 @@
-"""Object discovery without labels: one box an image from a frozen ViT's patch features, and how often it is right (CorLoc).
+"""Object discovery without labels: one box an image from a frozen ViT's patch features, and how often it is
+right (CorLoc).
 
 * LOST: Siméoni et al., "Localizing Objects with Self-Supervised Transformers and no Labels", BMVC 2021.
-* TokenCut: Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut", CVPR 2022.
+* TokenCut: Wang et al., "Self-Supervised Transformers for Unsupervised Object Discovery using Normalized
+  Cut", CVPR 2022.
 
-Both as their public code does it, on the keys of the last attention layer, heads side by side, of images at their own size. What
-the code leaves to chance is fixed here (ours): of patches that are equal, in degree or in their eigenvector's entry, the first in
-reading order is taken.
+Both as their public code does it, on the keys of the last attention layer, heads side by side, of images at
+their own size. What the code leaves to chance is fixed here (ours): of patches that are equal, in degree or
+in their eigenvector's entry, the first in reading order is taken.
 
 Memory: a graph of N patches takes about 5 N^2 bytes in LOST, and 40 N^2 in TokenCut: 160 MB at N = 2,000.
 """
@@ -26,21 +28,25 @@ from pretrain.evaluation.features import Features
 
 LOST_PATCHES = 100  # k: patches of low degree that may join the seed
 TOKENCUT_TAU, TOKENCUT_EPS = 0.2, 1e-5  # patches more alike than tau are joined by 1, all others by eps
-TIED = 1e-6  # entries of an eigenvector closer than this differ by rounding: patches with the same edges have the same entry
+# Entries of an eigenvector closer than this differ by rounding: patches with the same edges have the same
+# entry
+TIED = 1e-6
 HIT_IOU = 0.5  # CorLoc counts boxes with more than this, by the papers' rule; their code has "at least"
 
 Grid = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """What a method found: the object's patches [h, w] bool, and the patch that it started from, (row, column)."""
+    """What a method found: the object's patches [h, w] bool, and the patch that it started from, (row,
+    column)."""
 
     mask: NDArray[np.bool_]
     seed: tuple[int, int]
 
 
 def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
-    """The patch that fewest others are like, and the low-degree patches like it; then all that is like these on the whole.
+    """The patch that fewest others are like, and the low-degree patches like it; then all that is like these
+    on the whole.
 
     Args:
         features: [N, D] of one image, row-major, not normalized.
@@ -63,8 +69,8 @@ def lost(features: Tensor, grid: Grid, k: int = LOST_PATCHES) -> Found:
 def tokencut(features: Tensor, grid: Grid, tau: float = TOKENCUT_TAU, eps: float = TOKENCUT_EPS) -> Found:
     """The normalized cut of the graph whose edges are 1 between alike patches and ``eps`` between all others.
 
-    The second smallest generalized eigenvector y of (D - W) y = lambda D y is split at its mean; the object is on the side of its
-    largest absolute value, in the connected component that holds it.
+    The second smallest generalized eigenvector y of (D - W) y = lambda D y is split at its mean; the object
+    is on the side of its largest absolute value, in the connected component that holds it.
 
     Args:
         features: [N, D] of one image, row-major; compared by their cosine.
@@ -118,7 +124,8 @@ def discover(
         truth: true boxes [n, 4] in pixels.
         methods: names of :data:`METHODS`.
         of: ``keys`` of the last attention layer | ``tokens``, the last features.
-        short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole patches.
+        short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole
+            patches.
 
     Raises:
         UserError: an image of too many patches, see :func:`pretrain.data.images.whole`.
@@ -151,14 +158,17 @@ def _found(mask: Tensor, seed: int, grid: Grid) -> Found:
 
 
 def component(mask: NDArray[np.bool_], seed: tuple[int, int]) -> NDArray[np.bool_]:
-    """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column), which is in the mask."""
+    """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column), which is in
+    the mask."""
     assert mask[seed]
     labels = cv2.connectedComponents(np.ascontiguousarray(mask, np.uint8), connectivity=4)[1]
     same: NDArray[np.bool_] = labels == labels[seed]
     return same
 
 
-def box_of(mask: NDArray[np.bool_], patch_px: tuple[float, float], size_px: tuple[int, int]) -> NDArray[np.float64]:
+def box_of(
+    mask: NDArray[np.bool_], patch_px: tuple[float, float], size_px: tuple[int, int]
+) -> NDArray[np.float64]:
     """The box (x0, y0, x1, y1) in pixels around the patches of a mask [h, w], cut off at the image's border.
 
     Args:

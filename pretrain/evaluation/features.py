@@ -19,8 +19,11 @@ LayerVisitor = Callable[[slice, int, Tensor], None]
 
 
 def layer_names(backbone: ViT) -> list[str]:
-    """What :meth:`Features.visit` counts: ``embedding``, ``block 1``, ..., and ``norm`` where there is a final one."""
-    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + ["norm"] * backbone.model_kwargs["final_norm"]
+    """What :meth:`Features.visit` counts: ``embedding``, ``block 1``, ..., and ``norm`` where there is a
+    final one."""
+    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + [
+        "norm"
+    ] * backbone.model_kwargs["final_norm"]
 
 
 @contextmanager
@@ -60,13 +63,15 @@ class Features:
             yield Tokens(*map(_full, self._forward(part, images, position_masks)))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
-        """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one layer at a time is held.
+        """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one
+        layer at a time is held.
 
         The pass is the backbone's own, looked at through hooks.
 
         Args:
             images, position_masks: those of a call.
-            visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n, N, D].
+            visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n,
+                N, D].
         """
         backbone = self.backbone
         last = len(backbone.blocks)
@@ -75,16 +80,23 @@ class Features:
             visitor(part, layer, _full(backbone.split(tokens).patches))
 
         with ExitStack() as hooks:
-            hooks.enter_context(backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0])))
+            hooks.enter_context(
+                backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0]))
+            )
             for i, block in enumerate(backbone.blocks):
-                hooks.enter_context(block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out)))
+                hooks.enter_context(
+                    block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out))
+                )
             if backbone.model_kwargs["final_norm"]:
-                hooks.enter_context(backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out)))
+                hooks.enter_context(
+                    backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out))
+                )
             for part in _parts(images):
                 self._forward(part, images, position_masks)
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
-        """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the end).
+        """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the
+        end).
 
         Raises:
             UserError: they are not finite; so do :meth:`keys`.
@@ -99,7 +111,9 @@ class Features:
         found: list[Tensor] = []
         last = self.backbone.blocks[-1]
         assert isinstance(last, Block)
-        with last.attn.qkv.register_forward_hook(lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))):
+        with last.attn.qkv.register_forward_hook(
+            lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))
+        ):
             for part in _parts(images):
                 self._forward(part, images)
         return finite(torch.cat(found)[:, self.backbone.n_prefix :])

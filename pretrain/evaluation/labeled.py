@@ -35,7 +35,8 @@ def errors_of(key: str) -> Iterator[None]:
 
 
 def read_classes(root: str, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
-    """``train/CLASS/*`` and ``val/CLASS/*`` as central squares; at most ``max_images`` of each, at equal steps.
+    """``train/CLASS/*`` and ``val/CLASS/*`` as central squares; at most ``max_images`` of each, at equal
+    steps.
 
     Args:
         key: the setting that names ``root``, for messages.
@@ -53,21 +54,28 @@ def _squares(part: ClassFolder, side_px: int) -> Labeled:
     return Labeled(torch.stack(list(images)), part.labels())
 
 
-def read_segmentation(root: str, n_classes: int, side_px: int, max_images: int, key: str) -> tuple[Labeled, Labeled]:
-    """A set in ADE20K's layout, images and label maps squeezed to squares; at most ``max_images`` of each part, at equal steps.
+def read_segmentation(
+    root: str, n_classes: int, side_px: int, max_images: int, key: str
+) -> tuple[Labeled, Labeled]:
+    """A set in ADE20K's layout, images and label maps squeezed to squares; at most ``max_images`` of each
+    part, at equal steps.
 
     Returns:
-        ``training`` and ``validation``; labels 0 (not labeled) or 1 .. n_classes, uint8 (int32 beyond 255 classes).
+        ``training`` and ``validation``; labels 0 (not labeled) or 1 .. n_classes, uint8 (int32 beyond 255
+        classes).
 
     Raises:
-        UserError: a folder or label map that is missing, a label beyond ``n_classes``, sizes that differ, an unreadable file.
+        UserError: a folder or label map that is missing, a label beyond ``n_classes``, sizes that differ, an
+            unreadable file.
     """
     name, table = f"{root} with probes.seg_classes={n_classes}", np.arange(n_classes + 1, dtype=np.int32)
     parts = []
     with errors_of(key):
         for part in ("training", "validation"):
             files = by_stem(Path(root) / "images" / part)
-            pairs = paired(files, maps_by_stem(Path(root) / "annotations" / part), sorted(files, key=files.__getitem__))
+            pairs = paired(
+                files, maps_by_stem(Path(root) / "annotations" / part), sorted(files, key=files.__getitem__)
+            )
             found = LabelSet(name, part, tuple(map(str, table[1:])), pairs, table).first(max_images)
             images, labels = map(torch.cat, zip(*found.squares(side_px, side_px, FORWARD_BATCH)))
             parts.append(Labeled(images, labels.to(torch.uint8 if n_classes < 256 else torch.int32)))

@@ -1,7 +1,9 @@
-"""Linear read-outs in closed form, float64: the same features give the same read-out, with nothing to tune or to draw.
+"""Linear read-outs in closed form, float64: the same features give the same read-out, with nothing to tune or
+to draw.
 
-Features are standardized; D / n is added to the diagonal of their D x D correlation matrix, n being the rows (ours): as if D rows
-of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
+Features are standardized; D / n is added to the diagonal of their D x D correlation matrix, n being the rows
+(ours): as if D rows of noise had been seen too, which matters for the few images of a small probe and
+vanishes with many.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from torch import Tensor
 
 
 class Moments:
-    """Sums over rows of features and outputs, all that a linear fit needs: memory does not grow with the rows."""
+    """Sums over rows of features and outputs, all that a linear fit needs: memory does not grow with the
+    rows."""
 
     def __init__(self, dim: int, n_outputs: int, device: torch.device) -> None:
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
@@ -31,7 +34,8 @@ class Moments:
         self.xy += x.T @ y
 
     def standard(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean [D] and standard deviation [D] (1 where a feature is constant) of the features, and their correlation [D, D]."""
+        """Mean [D] and standard deviation [D] (1 where a feature is constant) of the features, and their
+        correlation [D, D]."""
         mean = self.x / self.n
         covariance = self.xx / self.n - torch.outer(mean, mean)
         variance = covariance.diagonal().clamp(min=0)
@@ -52,7 +56,8 @@ class ReadOut:
 
 
 def ridge(moments: Moments) -> ReadOut:
-    """Ridge regression: least squares on standardized features, with D times their squared weights as a penalty."""
+    """Ridge regression: least squares on standardized features, with D times their squared weights as a
+    penalty."""
     mean, std, correlation = moments.standard()
     y_mean = moments.y / moments.n
     covariance = (moments.xy / moments.n - torch.outer(mean, y_mean)) / std[:, None]  # [D, K]
@@ -63,12 +68,14 @@ def ridge(moments: Moments) -> ReadOut:
 def discriminant(moments: Moments) -> ReadOut:
     """Linear discriminant analysis: log-posteriors (up to a constant) of classes with one covariance.
 
-    The outputs of the moments are one-hot classes. Unlike least squares on one-hot classes it hides no class behind two others.
-    A class without a row has the bias -inf.
+    The outputs of the moments are one-hot classes. Unlike least squares on one-hot classes it hides no class
+    behind two others. A class without a row has the bias -inf.
     """
     mean, std, correlation = moments.standard()
     share = moments.y / moments.n  # [K]
-    means = (moments.xy / moments.y.clamp(min=1) - mean[:, None]) / std[:, None]  # [D, K], of standardized features
+    means = (moments.xy / moments.y.clamp(min=1) - mean[:, None]) / std[
+        :, None
+    ]  # [D, K], of standardized features
     means = means * (share > 0)
     within = correlation - (means * share) @ means.T
     weight = torch.linalg.solve(_ridged(within, moments.n), means)  # [D, K]

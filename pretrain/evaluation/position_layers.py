@@ -1,7 +1,10 @@
-"""The position probe layer by layer (METHOD.md 8): where in the network does a patch's place become known, or get lost?
+"""The position probe layer by layer (METHOD.md 8): where in the network does a patch's place become known, or
+get lost?
 
-The read-out of :mod:`pretrain.evaluation.position_probe`, on the features after the embedding, after each block and after the final
-norm: of the patches whose position was hidden, and, for comparison, of the others of the same images, whose position was given.
+The read-out of :mod:`pretrain.evaluation.position_probe`, on the features after the embedding, after each
+block and after the final
+norm: of the patches whose position was hidden, and, for comparison, of the others of the same images, whose
+    position was given.
 """
 
 import math
@@ -32,19 +35,28 @@ class LayerScore:
     def std(self, field: str) -> float:
         """Sample standard deviation over the draws; 0 for a single one."""
         mean, n = self.mean(field), len(self.scores)
-        return math.sqrt(math.fsum((getattr(score, field) - mean) ** 2 for score in self.scores) / max(n - 1, 1))
+        return math.sqrt(
+            math.fsum((getattr(score, field) - mean) ** 2 for score in self.scores) / max(n - 1, 1)
+        )
 
 
 def position_layers(
-    features: Features, images: Tensor, draws: int = 3, shape: str = "cross", tell: Callable[[int], None] = lambda n: None
+    features: Features,
+    images: Tensor,
+    draws: int = 3,
+    shape: str = "cross",
+    tell: Callable[[int], None] = lambda n: None,
 ) -> list[LayerScore]:
-    """Probe every layer, fitted on every second image and judged on the others, for several draws of the masks.
+    """Probe every layer, fitted on every second image and judged on the others, for several draws of the
+    masks.
 
-    Draw 0 has the masks of :class:`pretrain.evaluation.position_probe.PositionProbe`, whose numbers the last layer's are. The
-    images go through the backbone once a draw. Memory: two D x D float64 matrices a layer and the features of one layer at a time.
+    Draw 0 has the masks of :class:`pretrain.evaluation.position_probe.PositionProbe`, whose numbers the last
+    layer's are. The images go through the backbone once a draw. Memory: two D x D float64 matrices a layer
+    and the features of one layer at a time.
 
     Args:
-        features: of a backbone that holds a position mask token (see :func:`pretrain.evaluation.position_probe.hide_with`), frozen.
+        features: of a backbone that holds a position mask token (see
+            :func:`pretrain.evaluation.position_probe.hide_with`), frozen.
         images: uint8 [n, 3, H, W], whole images, both sides multiples of the patch size.
         shape: of the masks, ``cross`` | ``box``.
         tell: is called after each batch with its number of images.
@@ -88,7 +100,8 @@ def _one_draw(
 
 
 def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterator[dict[str, str]]:
-    """One row a layer and kind of patches: mean and standard deviation of the error (image units) and of R^2, and chance."""
+    """One row a layer and kind of patches: mean and standard deviation of the error (image units) and of
+    R^2, and chance."""
     for score in scores:
         numbers = {
             "error": score.mean("error"),
@@ -98,7 +111,12 @@ def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterat
             "r2_std": score.std("r2"),
         }
         texts = {name: f"{value:.6f}" for name, value in numbers.items()}
-        place = {"layer": str(score.layer), "after": score.name, "patches": score.patches, "hidden_by": hidden_by}
+        place = {
+            "layer": str(score.layer),
+            "after": score.name,
+            "patches": score.patches,
+            "hidden_by": hidden_by,
+        }
         yield {"checkpoint": label, **place, "draws": str(len(score.scores)), **texts}
 
 
@@ -109,4 +127,10 @@ def metrics(scores: Sequence[LayerScore]) -> dict[str, float]:
     found = {f"position_{field}": last.mean(field) for field in Score._fields}
     deviations = {f"position_{field}_std": last.std(field) for field in ("error", "r2")}
     given = scores[-1].mean("r2")
-    return {**found, **deviations, "position_best_r2": best.mean("r2"), "position_best_layer": best.layer, "given_r2": given}
+    return {
+        **found,
+        **deviations,
+        "position_best_r2": best.mean("r2"),
+        "position_best_layer": best.layer,
+        "given_r2": given,
+    }

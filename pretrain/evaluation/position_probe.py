@@ -1,10 +1,11 @@
 """The position probe: can a patch's place be read off features that were never given it (METHOD.md 8)?
 
-The position of some patches of a whole image is replaced by the position mask token; a linear read-out of those patches' final
-features gives their coordinates. This is the direct test of the paper's claim that content and position are intertwined.
+The position of some patches of a whole image is replaced by the position mask token; a linear read-out of
+those patches' final features gives their coordinates. This is the direct test of the paper's claim that
+content and position are intertwined.
 
-Files of other methods hold no such token: :func:`hide_with` puts the mean of all positions in its place. Layer by layer:
-:mod:`pretrain.evaluation.position_layers`.
+Files of other methods hold no such token: :func:`hide_with` puts the mean of all positions in its place.
+Layer by layer: :mod:`pretrain.evaluation.position_layers`.
 """
 
 from dataclasses import dataclass
@@ -30,9 +31,12 @@ MASKED_SHARE = 0.5  # ours: the most that training masks (Table 6), the same for
 class PositionProbe:
     """Error of the read-out on every second image, fitted on the others.
 
-    * ``probe/position_error``: mean distance between the read and the true center of a patch, in image units (the sides are 1).
-    * ``probe/position_chance``: the same for the constant guess, the mean place of the patches that the fit saw.
-    * ``probe/position_r2``: share of the variance of the coordinates that the read-out explains; 0 is the constant guess.
+    * ``probe/position_error``: mean distance between the read and the true center of a patch, in image units
+      (the sides are 1).
+    * ``probe/position_chance``: the same for the constant guess, the mean place of the patches that the fit
+      saw.
+    * ``probe/position_r2``: share of the variance of the coordinates that the read-out explains; 0 is the
+      constant guess.
 
     Attributes:
         images: uint8 [n, 3, S, S], whole images squeezed to squares.
@@ -44,7 +48,8 @@ class PositionProbe:
 
     @staticmethod
     def read(data: DataSettings, patch_size: int, side_px: int, max_images: int) -> "PositionProbe":
-        """The probe on at most ``max_images`` images of ``data.root``, at equal steps; broken ones are left out.
+        """The probe on at most ``max_images`` images of ``data.root``, at equal steps; broken ones are left
+        out.
 
         Raises:
             UserError: a bad source (by its own key), or fewer than two images that can be read.
@@ -77,7 +82,8 @@ class Score(NamedTuple):
 
 
 class PlaceReader:
-    """A linear read-out of places, fitted on some rows, then judged on others; its memory does not grow with the rows."""
+    """A linear read-out of places, fitted on some rows, then judged on others; its memory does not grow
+    with the rows."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
         self.moments = Moments(dim, 2, device)
@@ -95,8 +101,12 @@ class PlaceReader:
         if self.read_out is None:
             self.read_out, self.guess = ridge(self.moments), self.moments.y / self.moments.n
         places = places.to(self.moments.home)
-        squares = torch.stack([(self.read_out(x) - places).square().sum(1), (self.guess - places).square().sum(1)])  # [2, n]
-        self.totals += torch.cat([squares.sqrt().sum(1), squares.sum(1)])  # distances and squares, of the read-out and the guess
+        squares = torch.stack(
+            [(self.read_out(x) - places).square().sum(1), (self.guess - places).square().sum(1)]
+        )  # [2, n]
+        self.totals += torch.cat(
+            [squares.sqrt().sum(1), squares.sum(1)]
+        )  # distances and squares, of the read-out and the guess
         self.n += len(places)
 
     def score(self) -> Score:
@@ -106,14 +116,16 @@ class PlaceReader:
 
 
 def centers(rows: int, columns: int | None = None) -> Tensor:
-    """Centers (x, y) in [0, 1] of the patches of a grid (square without ``columns``), [rows * columns, 2] float64, row-major."""
+    """Centers (x, y) in [0, 1] of the patches of a grid (square without ``columns``), [rows * columns, 2]
+    float64, row-major."""
     x, y = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (columns or rows, rows))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def draw_masks(n: int, grid: tuple[int, int], shape: str = "cross", draw: int = 0) -> Tensor:
-    """Position masks of ``n`` images, [n, N] bool, from the image's number and that of the draw; 0 is the draw of training."""
+    """Position masks of ``n`` images, [n, N] bool, from the image's number and that of the draw; 0 is the
+    draw of training."""
     target, rule = max(1, round(MASKED_SHARE * grid[0] * grid[1])), MaskSettings()
     seeds = ([i, draw] if draw else [i] for i in range(n))
     masks = [mask_of_shape(shape, grid, target, rule, np.random.default_rng(seed)).ravel() for seed in seeds]
@@ -125,9 +137,9 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
 
     Args:
         backbone: built with ``mask_tokens=True``.
-        mask: ``token``: the file's, learned in pre-training | ``mean``: the mean of the grid's positions (ours), so that the patch
-            looks as usual to the blocks and its position says nothing | ``zero`` | ``auto``: ``token`` where there is one, else
-            ``mean``.
+        mask: ``token``: the file's, learned in pre-training | ``mean``: the mean of the grid's positions
+            (ours), so that the patch looks as usual to the blocks and its position says nothing | ``zero`` |
+            ``auto``: ``token`` where there is one, else ``mean``.
         has_token: the file holds one.
         grid: (h, w) of the images.
 
@@ -141,7 +153,9 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
         mask = "token" if has_token else "mean"
     if mask == "token":
         if not has_token:
-            raise UserError("mask 'token': the file holds no pos_mask_token; pre-training with position masks leaves one")
+            raise UserError(
+                "mask 'token': the file holds no pos_mask_token; pre-training with position masks leaves one"
+            )
         return mask
     with torch.no_grad():
         token = backbone.pos_mask_token
@@ -150,8 +164,11 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
 
 
 def read_squares(data: DataSettings, side_px: int, max_images: int) -> Images[Tensor]:
-    """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of :meth:`PositionProbe.read`."""
+    """Images of the training data, uint8 [3, S, S] each; the arguments and errors are those of
+    :meth:`PositionProbe.read`."""
     found = read_images(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
     if len(found.names) < 2:
-        raise UserError(f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read")
+        raise UserError(
+            f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read"
+        )
     return found

@@ -41,16 +41,22 @@ class ProbeSettings(Settings):
     every: int = setting(0, "iterations between probes; 0: none", source="ours", ge=0)
     knn_root: str = setting("", "labeled folder: train/CLASS/*, val/CLASS/*", source="ours")
     knn_k: int = setting(20, "neighbors", source="DINO", ge=1)
-    seg_root: str = setting("", "ADE20K's layout: images/{training,validation}, annotations/{training,validation}", source="ours")
+    seg_root: str = setting(
+        "", "ADE20K's layout: images/{training,validation}, annotations/{training,validation}", source="ours"
+    )
     seg_classes: int = setting(0, "labels 1 .. n; 0 is not labeled", source="ours", ge=0, le=65535)
     dense_root: str = setting(
         "", "a set with a label a pixel: anything that tools/evaluate_dense.py takes as --data", source="ours"
     )
     dense_set: str = setting(
-        "auto", "which one: auto (told from dense_root) | voc2012 | ade20k | coco_things | coco_stuff | folder", source="ours"
+        "auto",
+        "which one: auto (told from dense_root) | voc2012 | ade20k | coco_things | coco_stuff | folder",
+        source="ours",
     )
     dense_tasks: str = setting(
-        "in_context", "measured there: some of linear, in_context, clustering, a space between them", source="ours"
+        "in_context",
+        "measured there: some of linear, in_context, clustering, a space between them",
+        source="ours",
     )
     position: bool = setting(False, "the position probe, on the images of data.root", source="ours")
     image_px: int = setting(224, "side of an image in pixels", source="ours", ge=1, le=65536)
@@ -74,10 +80,12 @@ class DenseProbe:
 
     @staticmethod
     def read(root: str, kind: str, tasks: str, side_px: int, max_images: int) -> "DenseProbe":
-        """The probe of ``probes.dense_root``. It reads every image and map once now: a bad one fails at the start.
+        """The probe of ``probes.dense_root``. It reads every image and map once now: a bad one fails at the
+        start.
 
         Raises:
-            UserError: an unknown task, a bad set (:func:`~pretrain.data.label_sets.open_label_set`), an unreadable file.
+            UserError: an unknown task, a bad set (:func:`~pretrain.data.label_sets.open_label_set`), an
+                unreadable file.
         """
         named = named_tasks(tasks.split(), "probes.dense_tasks")
         if not named:
@@ -88,22 +96,28 @@ class DenseProbe:
                 for _ in in_threads(part.read, range(len(part))):
                     pass
         changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
-        return DenseProbe(train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()})
+        return DenseProbe(
+            train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()}
+        )
 
     def __call__(self, features: Features) -> dict[str, float]:
         """The probe's numbers for a backbone."""
         found: dict[str, float] = {}
         for task, settings in self.settings.items():
             metrics = EVALUATORS[task](features, self.train, self.val, settings, 0).metrics
-            found |= {f"probe/dense_{name}": value for name, value in metrics.items() if not isinstance(value, dict)}
+            found |= {
+                f"probe/dense_{name}": value for name, value in metrics.items() if not isinstance(value, dict)
+            }
         return found
 
 
 class Probes:
-    """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the dense one's.
+    """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the
+    dense one's.
 
-    No random state of torch or NumPy changes, and the same backbone on the same hardware gives the same numbers. So
-    an exactly resumed run logs what an uninterrupted one does. One rank runs the probes; the others wait for it.
+    No random state of torch or NumPy changes, and the same backbone on the same hardware gives the same
+    numbers. So an exactly resumed run logs what an uninterrupted one does. One rank runs the probes; the
+    others wait for it.
 
     Args:
         settings: of the probes.
@@ -115,7 +129,9 @@ class Probes:
         UserError: data or settings that a probe cannot use; names the key and the file.
     """
 
-    def __init__(self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True) -> None:
+    def __init__(
+        self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True
+    ) -> None:
         self.every = settings.every
         self.probes: list[Probe] = []
         wanted = bool(settings.knn_root or settings.seg_root or settings.dense_root or settings.position)
@@ -128,13 +144,19 @@ class Probes:
         if not self.every or not reads:
             return
         if side_px % patch_size:
-            raise UserError(f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}")
+            raise UserError(
+                f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
+            )
         if settings.knn_root:
             self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
         if settings.seg_root:
-            self.probes.append(SegmentationProbe.read(settings.seg_root, settings.seg_classes, k, side_px, patch_size, most))
+            self.probes.append(
+                SegmentationProbe.read(settings.seg_root, settings.seg_classes, k, side_px, patch_size, most)
+            )
         if settings.dense_root:
-            self.probes.append(DenseProbe.read(settings.dense_root, settings.dense_set, settings.dense_tasks, side_px, most))
+            self.probes.append(
+                DenseProbe.read(settings.dense_root, settings.dense_set, settings.dense_tasks, side_px, most)
+            )
         if settings.position:
             self.probes.append(PositionProbe.read(data, patch_size, side_px, most))
 
@@ -142,16 +164,23 @@ class Probes:
         return len(self.probes)
 
     def is_due(self, done: int, total_iters: int) -> bool:
-        """Whether to run after ``done`` of ``total_iters`` iterations: every ``probes.every``, and at the end."""
+        """Whether to run after ``done`` of ``total_iters`` iterations: every ``probes.every``, and at the
+        end."""
         return self.is_wanted and (done % self.every == 0 or done == total_iters)
 
-    def run(self, backbone: ViT, device: torch.device, autocast: AbstractContextManager[Any] | None = None) -> dict[str, float]:
-        """The numbers of all probes (``probe/...``), for a backbone on ``device``, whose mode is as before afterwards.
+    def run(
+        self, backbone: ViT, device: torch.device, autocast: AbstractContextManager[Any] | None = None
+    ) -> dict[str, float]:
+        """The numbers of all probes (``probe/...``), for a backbone on ``device``, whose mode is as before
+        afterwards.
 
         Raises:
             UserError: the position probe is asked for, but the backbone holds no position mask token.
         """
-        if any(isinstance(probe, PositionProbe) for probe in self.probes) and not backbone.model_kwargs["mask_tokens"]:
+        if (
+            any(isinstance(probe, PositionProbe) for probe in self.probes)
+            and not backbone.model_kwargs["mask_tokens"]
+        ):
             raise UserError("probes.position: the backbone holds no position mask token")
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):

@@ -1,8 +1,10 @@
-"""Dense probes: segmentation of a small labeled set from frozen patch features, by a linear read-out and by k-NN.
+"""Dense probes: segmentation of a small labeled set from frozen patch features, by a linear read-out and by
+k-NN.
 
-Both are fitted on whole patches, labeled by the majority of their labeled pixels. Both give class probabilities on the patch
-grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the squeezed images. All of this is ours: it costs two
-forward passes and has nothing to tune, for curves during a training. The benchmark is ``tools/train_seg.py``.
+Both are fitted on whole patches, labeled by the majority of their labeled pixels. Both give class
+probabilities on the patch grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the
+squeezed images. All of this is ours: it costs two forward passes and has nothing to tune, for curves during a
+training. The benchmark is ``tools/train_seg.py``.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ def patch_labels(labels: Tensor, patch_size: int, n_classes: int) -> Tensor:
 
 
 def mean_iou(matrix: Tensor) -> float:
-    """mIoU in percent over the classes that occur in labels or predictions, from pixels counted by :func:`count_pairs`."""
+    """mIoU in percent over the classes that occur in labels or predictions, from pixels counted by
+    :func:`count_pairs`."""
     both = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - both
     occurs = union > 0
@@ -60,7 +63,9 @@ class SegmentationProbe:
     k: int
 
     @staticmethod
-    def read(root: str, n_classes: int, k: int, side_px: int, patch_size: int, max_images: int) -> "SegmentationProbe":
+    def read(
+        root: str, n_classes: int, k: int, side_px: int, patch_size: int, max_images: int
+    ) -> "SegmentationProbe":
         """The probe of ``probes.seg_root``.
 
         Raises:
@@ -72,7 +77,9 @@ class SegmentationProbe:
         for part, name in zip(parts, ("training", "validation")):
             if not part.labels.any():
                 raise UserError(f"probes.seg_root: {root} has no labeled pixel in {name}")
-        patches = [patch_labels(labels, patch_size, n_classes) for labels in parts[0].labels.split(FORWARD_BATCH)]
+        patches = [
+            patch_labels(labels, patch_size, n_classes) for labels in parts[0].labels.split(FORWARD_BATCH)
+        ]
         return SegmentationProbe(*parts, torch.cat(patches), n_classes, k)
 
     def __call__(self, features: Features) -> dict[str, float]:
@@ -91,14 +98,21 @@ class SegmentationProbe:
         return {"probe/seg_linear_miou": mean_iou(matrices[0]), "probe/seg_knn_miou": mean_iou(matrices[1])}
 
     def _fit(self, features: Features) -> tuple[ReadOut, Tensor, Tensor]:
-        """The linear read-out, and the bank of patches [M, D] with their classes [M] (0 .. n_classes - 1), in one pass."""
+        """The linear read-out, and the bank of patches [M, D] with their classes [M] (0 .. n_classes - 1),
+        in one pass."""
         labels = self.train_patches
         moments = Moments(features.backbone.embed_dim, self.n_classes, features.device)
         labeled = labels.flatten().nonzero().flatten()
         step = -(-len(labeled) // BANK_PATCHES)
-        kept = torch.zeros(labels.numel(), dtype=torch.bool).index_fill_(0, labeled[::step], True).view_as(labels)
+        kept = (
+            torch.zeros(labels.numel(), dtype=torch.bool)
+            .index_fill_(0, labeled[::step], True)
+            .view_as(labels)
+        )
         bank = []
-        for tokens, classes, in_bank in zip(features(self.train.images), labels.split(FORWARD_BATCH), kept.split(FORWARD_BATCH)):
+        for tokens, classes, in_bank in zip(
+            features(self.train.images), labels.split(FORWARD_BATCH), kept.split(FORWARD_BATCH)
+        ):
             use = classes > 0
             one_hot = F.one_hot(classes[use] - 1, self.n_classes)
             moments.add(tokens.patches[use.to(features.device)], one_hot)

@@ -14,7 +14,13 @@ from pretrain.results.merge import backbone_label
 from pretrain.results.render import markdown_text, render
 from pretrain.results.runs import find_results
 from pretrain.results.schema import Result, read_result
-from pretrain.results.tables import comparison_table, epochs_text, posttraining_table, pretraining_table, segmentation_table
+from pretrain.results.tables import (
+    comparison_table,
+    epochs_text,
+    posttraining_table,
+    pretraining_table,
+    segmentation_table,
+)
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.layout import registry_name
 
@@ -57,7 +63,9 @@ def results_of(paths: Iterable[str | Path], hashes: set[str]) -> list[Result]:
     found = [read_result(path) for path in find_results(paths)]
     own = [result for result in found if result.weights_hash in hashes]
     if not own:
-        raise UserError(f"results: none of the {len(found)} there was measured with these weights ({', '.join(sorted(hashes))})")
+        raise UserError(
+            f"results: none of the {len(found)} there was measured with these weights ({', '.join(sorted(hashes))})"
+        )
     return own
 
 
@@ -135,15 +143,26 @@ def _what(vit: ViT, told: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Effective epochs", UNKNOWN if epochs is None else epochs_text(float(epochs))),
         ("Pre-training data", str(told.get("data") or UNKNOWN)),
         ("Parameters", f"{millions:.1f} M before the export"),
-        ("Blocks, width, heads", f"{model_kwargs['depth']}, {model_kwargs['embed_dim']}, {model_kwargs['num_heads']}"),
-        ("MLP ratio, GELU", f"{model_kwargs['mlp_ratio']:g}, {'exact' if model_kwargs['gelu'] == 'erf' else 'tanh approximation'}"),
+        (
+            "Blocks, width, heads",
+            f"{model_kwargs['depth']}, {model_kwargs['embed_dim']}, {model_kwargs['num_heads']}",
+        ),
+        (
+            "MLP ratio, GELU",
+            f"{model_kwargs['mlp_ratio']:g}, {'exact' if model_kwargs['gelu'] == 'erf' else 'tanh approximation'}",
+        ),
         ("Patch", f"{vit.patch_size} px"),
         ("[CLS], registers", f"{'yes' if vit.has_cls else 'no'}, {vit.n_registers}"),
         ("LayerScale", scale),
-        ("Final norm, epsilon", f"{'yes' if model_kwargs['final_norm'] else 'no'}, {model_kwargs['ln_eps']:g}"),
+        (
+            "Final norm, epsilon",
+            f"{'yes' if model_kwargs['final_norm'] else 'no'}, {model_kwargs['ln_eps']:g}",
+        ),
         (
             "Positions, as learned",
-            positions.get(vit.pos_encoding, f"one vector for each of {vit.pos_grid} x {vit.pos_grid} patches"),
+            positions.get(
+                vit.pos_encoding, f"one vector for each of {vit.pos_grid} x {vit.pos_grid} patches"
+            ),
         ),
     ]
 
@@ -158,18 +177,28 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
         if told.get(key) is not None and told[key] != file_hash:
             rows.append((label, str(told[key])))
     start = told.get("started_from")
-    if isinstance(start, Mapping):  # continued or post-trained: method, epochs and data above are those of its last training
+    if isinstance(
+        start, Mapping
+    ):  # continued or post-trained: method, epochs and data above are those of its last training
         epochs = start.get("effective_epochs")
         trained = f", {epochs_text(epochs)} effective epochs" if isinstance(epochs, int | float) else ""
         rows.append(
-            ("Started from", f"{start.get('method', 'method unknown')}{trained}, file of SHA-256 {start.get('hash', UNKNOWN)}")
+            (
+                "Started from",
+                f"{start.get('method', 'method unknown')}{trained}, file of SHA-256 {start.get('hash', UNKNOWN)}",
+            )
         )
     return [*rows, ("Format", format), ("posfield", version)]
 
 
 def _results(results: Sequence[Result]) -> list[str]:
     """The same tables as everywhere else. They mark a run that was scaled down."""
-    tables = [segmentation_table(results), dense_table(results, []), posttraining_table(results), pretraining_table(results)]
+    tables = [
+        segmentation_table(results),
+        dense_table(results, []),
+        posttraining_table(results),
+        pretraining_table(results),
+    ]
     comparison = comparison_table(results, published=[], table="all")
     if comparison.records:
         tables.insert(0, comparison)
@@ -179,7 +208,9 @@ def _results(results: Sequence[Result]) -> list[str]:
 
 def _limits(vit: ViT, size: Size, told: Mapping[str, Any]) -> list[str]:
     lines = ["- Features only: there is no classifier, detector or segmenter in it."]
-    lines.append(f"- Checked at {size[0]} x {size[1]} px. At any other size positions are resampled by the library, or it refuses.")
+    lines.append(
+        f"- Checked at {size[0]} x {size[1]} px. At any other size positions are resampled by the library, or it refuses."
+    )
     if told.get("patch_size_before"):
         lines.append(
             f"- The patch projection was resampled from {told['patch_size_before']} to {vit.patch_size} px: features are not those "
@@ -189,4 +220,8 @@ def _limits(vit: ViT, size: Size, told: Mapping[str, Any]) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {markdown_text(key)} | {markdown_text(value)} |" for key, value in rows)]
+    return [
+        "| | |",
+        "|---|---|",
+        *(f"| {markdown_text(key)} | {markdown_text(value)} |" for key, value in rows),
+    ]

@@ -21,7 +21,12 @@ from pretrain.export.torchvision import export_torchvision, use_torchvision
 
 TOLERANCE = 1e-4  # relative to the largest value of an output
 CHECKED_BATCHES = (1, 3)  # not the batch size of the traced example
-FOLDER_FILES = {"config.json", TENSORS, "preprocessor_config.json", "README.md"}  # all that an export ever leaves
+FOLDER_FILES = {
+    "config.json",
+    TENSORS,
+    "preprocessor_config.json",
+    "README.md",
+}  # all that an export ever leaves
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ def export(
     try:
         difference = largest_difference(vit, written.write(vit, size, temporary, provenance or {}), size)
         if not difference <= TOLERANCE:
-            raise RuntimeError(f"{path}: outputs differ by {difference:.2g} of the backbone's, more than {TOLERANCE:.0e}")
+            raise RuntimeError(
+                f"{path}: outputs differ by {difference:.2g} of the backbone's, more than {TOLERANCE:.0e}"
+            )
         if card is not None and not written.suffix:
             (temporary / "README.md").write_text(card(difference), encoding="utf-8")
         _replace(temporary, path)
@@ -106,7 +113,10 @@ def largest_difference(vit: ViT, run: Run, size: Size) -> float:
     for batch in CHECKED_BATCHES:
         image = torch.randn(batch, 3, *size, generator=generator)
         outputs, expected = run(image), outputs_of(vit(image), vit.grid_of(size))
-        differences += [(output - expected[name]).abs().max() / expected[name].abs().max() for name, output in outputs.items()]
+        differences += [
+            (output - expected[name]).abs().max() / expected[name].abs().max()
+            for name, output in outputs.items()
+        ]
     return float(torch.stack(differences).max())
 
 

@@ -55,7 +55,13 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
-    return save_backbone(output, vit.state_dict(), name=registered_name(vit), model_kwargs=vit.model_kwargs, provenance=provenance)
+    return save_backbone(
+        output,
+        vit.state_dict(),
+        name=registered_name(vit),
+        model_kwargs=vit.model_kwargs,
+        provenance=provenance,
+    )
 
 
 def convert(

@@ -20,10 +20,18 @@ from pretrain.weights.layout import registry_name
 Size = tuple[int, int]  # height, width in pixels
 Outputs = dict[str, Tensor]
 Run = Callable[[Tensor], Outputs]
-Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]  # (vit, size, path, provenance) -> a function that runs the file
+Write = Callable[
+    [ViT, Size, Path, Mapping[str, Any]], Run
+]  # (vit, size, path, provenance) -> a function that runs the file
 
 TENSORS = "model.safetensors"  # in a folder
-NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")  # only our ViT has them, or their grid is another
+NOT_PLAIN = (
+    "pos_field",
+    "cls_pos",
+    "pos_embed",
+    "mask_token",
+    "pos_mask_token",
+)  # only our ViT has them, or their grid is another
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,12 @@ class FixedSizeViT(nn.Module):
 
     def __init__(self, vit: ViT, size: Size) -> None:
         super().__init__()
-        self.patch_embed, self.blocks, self.norm, self.split = vit.patch_embed, vit.blocks, vit.norm, vit.split
+        self.patch_embed, self.blocks, self.norm, self.split = (
+            vit.patch_embed,
+            vit.blocks,
+            vit.norm,
+            vit.split,
+        )
         with torch.no_grad():
             tokens, self.grid = vit.embed(vit.patch_embed.proj.weight.new_zeros(1, 3, *size))
             self.register_buffer("prefix", tokens[:, : vit.n_prefix].clone())
@@ -76,7 +89,10 @@ class FixedSizeViT(nn.Module):
 def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
     """``feature_map`` [B, D, h, w], ``cls`` [B, D] and, if any, ``registers`` [B, R, D]. ``cls`` replaces
     that of the tokens."""
-    outputs = {"feature_map": tokens.patches.transpose(1, 2).unflatten(2, grid), "cls": tokens.cls if cls is None else cls}
+    outputs = {
+        "feature_map": tokens.patches.transpose(1, 2).unflatten(2, grid),
+        "cls": tokens.cls if cls is None else cls,
+    }
     return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
@@ -137,7 +153,9 @@ def registered_name(vit: ViT) -> str:
     """
     name = registry_name(vit.embed_dim, vit.n_registers)
     if name is None:
-        raise UserError(f"format: our file names the network by its width, and {vit.embed_dim} is none of the registry's")
+        raise UserError(
+            f"format: our file names the network by its width, and {vit.embed_dim} is none of the registry's"
+        )
     return name
 
 
@@ -164,13 +182,21 @@ def require(format: str, *packages: str) -> None:
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of the file must know, as JSON for its metadata."""
-    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1", "backbone": vit.model_kwargs}
+    told = {
+        "image_size_px": size,
+        "pixel_mean": MEAN,
+        "pixel_std": STD,
+        "channels": "RGB, 0 to 1",
+        "backbone": vit.model_kwargs,
+    }
     return json.dumps({**told, "provenance": dict(provenance)}, sort_keys=True)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file. Other libraries look for the ``format`` "pt"."""
-    path.write_bytes(save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata}))
+    path.write_bytes(
+        save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata})
+    )
 
 
 def is_export(file: Path) -> bool:

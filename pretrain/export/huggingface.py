@@ -83,7 +83,11 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     mask_token = vit.mask_token.detach().clone() if vit.model_kwargs["mask_tokens"] else torch.zeros(1, width)
     if vit.model_kwargs["layerscale"] is None:
-        state |= {f"encoder.layer.{i}.layer_scale{n}.lambda1": torch.ones(width) for i in range(len(vit.blocks)) for n in (1, 2)}
+        state |= {
+            f"encoder.layer.{i}.layer_scale{n}.lambda1": torch.ones(width)
+            for i in range(len(vit.blocks))
+            for n in (1, 2)
+        }
     return {**state, "embeddings.mask_token": mask_token}
 
 
@@ -95,7 +99,11 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         RuntimeError: transformers reports a tensor as missing or left over.
     """
     require("huggingface", "transformers")
-    refuse("transformers", vit, {"without [CLS]": not vit.has_cls, "without a final norm": not vit.model_kwargs["final_norm"]})
+    refuse(
+        "transformers",
+        vit,
+        {"without [CLS]": not vit.has_cls, "without a final norm": not vit.model_kwargs["final_norm"]},
+    )
     grid, name = whole_patches(vit, size), model_class(vit)
     if name != "ViTModel":
         if size[0] != size[1]:
@@ -109,7 +117,10 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         )
     path.mkdir()
     write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
-    for file, content in (("config.json", _config(vit, size)), ("preprocessor_config.json", _preprocessor(size))):
+    for file, content in (
+        ("config.json", _config(vit, size)),
+        ("preprocessor_config.json", _preprocessor(size)),
+    ):
         (path / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     model = _load(path)
 
@@ -132,8 +143,12 @@ patches = outputs.last_hidden_state[:, {vit.n_prefix}:]  # [B, N, D]"""
     name = model_class(vit)
     notes = [f"The class is `{name}`. `AutoImageProcessor.from_pretrained({path!r})` resizes and normalizes."]
     if name == "ViTModel":
-        notes.append('The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.')
-        notes.append("At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only.")
+        notes.append(
+            'The pooler is the identity (`pooler_act` "linear"): its output is [CLS] after the final norm.'
+        )
+        notes.append(
+            "At other sizes: `model(pixel_values=image, interpolate_pos_encoding=True)`, from a square grid only."
+        )
     elif vit.model_kwargs["layerscale"] is None:
         notes.append("The network has no LayerScale; the class's is filled with ones.")
     if name != "ViTModel" and not vit.model_kwargs["mask_tokens"]:
@@ -160,7 +175,12 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
     }
     if name == "ViTModel":
         hidden = int(vit.embed_dim * model_kwargs["mlp_ratio"])
-        return {**config, "intermediate_size": hidden, "pooler_act": "linear", "pooler_output_size": vit.embed_dim}
+        return {
+            **config,
+            "intermediate_size": hidden,
+            "pooler_act": "linear",
+            "pooler_output_size": vit.embed_dim,
+        }
     config |= {
         "mlp_ratio": int(model_kwargs["mlp_ratio"]),
         "layerscale_value": model_kwargs["layerscale"] or 1.0,

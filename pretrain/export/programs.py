@@ -16,7 +16,9 @@ OPSET = 18  # the oldest one that torch's exporter writes directly
 
 def export_program(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
     """``torch.export`` (.pt2): ``torch.export.load(path).module()(image)`` gives a dictionary of outputs."""
-    torch.export.save(_trace(vit, size), path, extra_files={"posfield.json": description(vit, size, provenance)})
+    torch.export.save(
+        _trace(vit, size), path, extra_files={"posfield.json": description(vit, size, provenance)}
+    )
     return torch.export.load(path).module()
 
 
@@ -27,10 +29,15 @@ def use_program(vit: ViT, size: Size, path: str) -> Usage:
 model = torch.export.load({path!r}).module()
 outputs = model(image)
 cls, feature_map = outputs["cls"], outputs["feature_map"]  # [B, D], [B, D, h, w]"""
-    return Usage("pytorch", code, ("A program of torch.export: it needs torch alone, at this image size, and takes any batch.",))
+    return Usage(
+        "pytorch",
+        code,
+        ("A program of torch.export: it needs torch alone, at this image size, and takes any batch.",),
+    )
 
 
-@torch.no_grad()  # as in the trace: it decides SDPA's kernel for masks, and the graph relies on the output's strides
+# As in the trace: it decides SDPA's kernel for masks, and the graph relies on the output's strides
+@torch.no_grad()
 def export_onnx(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
     """ONNX: one file with its weights inside. The outputs have the names of :meth:`FixedSizeViT.forward`.
 
@@ -75,6 +82,8 @@ def _trace(vit: ViT, size: Size) -> torch.export.ExportedProgram:
     example = vit.patch_embed.proj.weight.new_zeros(2, 3, *size)  # torch specializes a batch of 1
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        program = torch.export.export(FixedSizeViT(vit, size), (example,), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            FixedSizeViT(vit, size), (example,), dynamic_shapes=shapes, strict=False
+        )
     program.example_inputs = None  # else two images would be saved with it
     return program

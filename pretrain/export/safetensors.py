@@ -8,7 +8,15 @@ from typing import Any
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
-from pretrain.export.fixed_size import FixedSizeViT, Run, Size, Usage, plain_state, registered_name, whole_patches
+from pretrain.export.fixed_size import (
+    FixedSizeViT,
+    Run,
+    Size,
+    Usage,
+    plain_state,
+    registered_name,
+    whole_patches,
+)
 from pretrain.weights import save_backbone
 
 
@@ -24,11 +32,15 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     if vit.pos_encoding == "none":
         del state["pos_embed"]
     elif height != width:
-        raise UserError(f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm")
+        raise UserError(
+            f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm"
+        )
     else:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
         model_kwargs |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
-    save_backbone(path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance})
+    save_backbone(
+        path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance}
+    )
     return FixedSizeViT(build_backbone(name, path).eval(), size)
 
 

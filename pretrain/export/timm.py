@@ -38,7 +38,9 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, Any]:
     """The JSON arguments of ``timm.create_model(architecture, **arguments)`` for this network."""
     model_kwargs = vit.model_kwargs
     arguments: dict[str, Any] = {"img_size": list(size)}
-    arguments |= {key: model_kwargs[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    arguments |= {
+        key: model_kwargs[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    }
     if model_kwargs["layerscale"] is not None:
         arguments["init_values"] = model_kwargs["layerscale"]
     if vit.n_registers:

@@ -28,7 +28,12 @@ from pretrain.export.fixed_size import (
 )
 
 LN_EPS = 1e-6  # torchvision's
-OUTSIDE = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj", "norm": "encoder.ln"}
+OUTSIDE = {
+    "cls_token": "class_token",
+    "pos_embed": "encoder.pos_embedding",
+    "patch_embed.proj": "conv_proj",
+    "norm": "encoder.ln",
+}
 INSIDE = {
     "norm1": "ln_1.",
     "attn.qkv": "self_attention.in_proj_",
@@ -54,12 +59,16 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
 def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors under torchvision's names, without a head: gamma * (W x + b) is (gamma W) x + gamma b."""
     plain = plain_state(vit, size)
-    for key in [key for key in plain if ".ls" in key]:  # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
+    for key in [
+        key for key in plain if ".ls" in key
+    ]:  # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
         block, scale, _ = key.rsplit(".", 2)
         gamma, module = plain.pop(key), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
         plain[f"{module}.weight"] *= gamma[:, None]
         plain[f"{module}.bias"] *= gamma
-    return {renamed(key, OUTSIDE, "encoder.layers.encoder_layer_", INSIDE): value for key, value in plain.items()}
+    return {
+        renamed(key, OUTSIDE, "encoder.layers.encoder_layer_", INSIDE): value for key, value in plain.items()
+    }
 
 
 def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
@@ -78,9 +87,13 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     refuse("torchvision", vit, departures, LN_EPS)
     grid = whole_patches(vit, size)
     if size[0] != size[1]:
-        raise UserError(f"size: {size[0]} x {size[1]} px: images of torchvision's VisionTransformer are square; give one side")
+        raise UserError(
+            f"size: {size[0]} x {size[1]} px: images of torchvision's VisionTransformer are square; give one side"
+        )
     arguments = json.dumps(model_arguments(vit, size))
-    write_tensors(path, torchvision_state(vit, size), arguments=arguments, posfield=description(vit, size, provenance))
+    write_tensors(
+        path, torchvision_state(vit, size), arguments=arguments, posfield=description(vit, size, provenance)
+    )
     model = _load(path)
 
     @torch.no_grad()

@@ -21,7 +21,9 @@ KERNELS = ("linear", "rbf")
 ROUNDING = 32  # units in the last place: a relative spread this small is rounding of the mean
 
 
-def alignment_loss(name: str, student: Tensor, teacher: Tensor, kernel: str = "linear", bandwidth: float = 1.0) -> Tensor:
+def alignment_loss(
+    name: str, student: Tensor, teacher: Tensor, kernel: str = "linear", bandwidth: float = 1.0
+) -> Tensor:
     """The loss of each region, [R]; 0 where the regions agree.
 
     Args:
@@ -39,7 +41,9 @@ def alignment_loss(name: str, student: Tensor, teacher: Tensor, kernel: str = "l
         return frobenius_distance(centered_kernel(s, kernel, bandwidth, unit=t), of_teacher)
 
 
-def centered_kernel(x: Tensor, kernel: str = "linear", bandwidth: float = 1.0, unit: Tensor | None = None) -> Tensor:
+def centered_kernel(
+    x: Tensor, kernel: str = "linear", bandwidth: float = 1.0, unit: Tensor | None = None
+) -> Tensor:
     """H K H of the features of each region, K being their kernel and H = 1 - 1/n.
 
     The features are first centered and divided by their size |H X|: no change for CKA, and float32 needs it.
@@ -60,8 +64,12 @@ def centered_kernel(x: Tensor, kernel: str = "linear", bandwidth: float = 1.0, u
     k = centered @ centered.mT  # [R, n, n]
     if kernel == "rbf":
         square = k.diagonal(dim1=1, dim2=2)  # [R, n]
-        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(min=0)  # squared, in units of the size
-        k = torch.expm1(-distance * (x.shape[1] / (4 * bandwidth**2)))  # K - 1: the centering does not see the 1, float32 does
+        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(
+            min=0
+        )  # squared, in units of the size
+        k = torch.expm1(
+            -distance * (x.shape[1] / (4 * bandwidth**2))
+        )  # K - 1: the centering does not see the 1, float32 does
     k = k - k.mean(1, keepdim=True)
     return k - k.mean(2, keepdim=True)
 

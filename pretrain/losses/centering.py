@@ -32,7 +32,9 @@ def updated_center(center: Tensor, teacher: HeadOutput, momentum: float = 0.9) -
     return torch.where(count > 0, center * momentum + mean * (1 - momentum), center)
 
 
-def sinkhorn_center(teacher: HeadOutput, temperature: float, n_iterations: int = 3, n_rows: int = 512) -> Tensor:
+def sinkhorn_center(
+    teacher: HeadOutput, temperature: float, n_iterations: int = 3, n_rows: int = 512
+) -> Tensor:
     """Sinkhorn-Knopp (SwAV, DINOv2) as a center [1, K].
 
     Every prototype receives the same mass over all ranks' samples. The iteration scales columns and rows of

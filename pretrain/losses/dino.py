@@ -7,7 +7,9 @@ from pretrain.heads import HeadOutput
 from pretrain.losses.chunked_cross_entropy import cross_entropy_sum
 
 
-def image_loss(student: HeadOutput, teacher: HeadOutput, center: Tensor, temperatures: tuple[float, float], n_rows: int) -> Tensor:
+def image_loss(
+    student: HeadOutput, teacher: HeadOutput, center: Tensor, temperatures: tuple[float, float], n_rows: int
+) -> Tensor:
     """L_image (paper eq. 1): the [CLS] of every other view predicts the teacher's of a global view.
 
     The mean over all such pairs, as DINOv2 scales it: G (G - 1) + G L terms, each a mean over the images.

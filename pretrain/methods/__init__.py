@@ -11,15 +11,19 @@ from types import ModuleType
 from pretrain.errors import UserError
 from pretrain.methods.method import EMATeacher, Method, TrainSettings
 
-SHIPPED = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("method", "backbones")))
+SHIPPED = tuple(
+    sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("method", "backbones")
+    )
+)
 
 
 def find_method(name: str) -> type[Method]:
     """The method of a module.
 
     Args:
-        name: a module of this package (``intertwined``), a dotted module of your own (``my_package.simclr``), or the path of a
-            ``.py`` file. It must define one :class:`Method` with ``Settings``.
+        name: a module of this package (``intertwined``), a dotted module of your own (``my_package.simclr``),
+            or the path of a ``.py`` file. It must define one :class:`Method` with ``Settings``.
 
     Raises:
         UserError: no such module, or none or several methods in it.

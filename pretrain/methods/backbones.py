@@ -12,7 +12,10 @@ from pretrain.weights.field import with_position_field
 
 
 def new_backbone(
-    settings: TrainSettings, drop_path: float = 0.0, positions: PositionSettings | None = None, mask_tokens: bool = False
+    settings: TrainSettings,
+    drop_path: float = 0.0,
+    positions: PositionSettings | None = None,
+    mask_tokens: bool = False,
 ) -> ViT:
     """The network that a config asks for, from scratch or from ``backbone.weights``.
 
@@ -41,21 +44,25 @@ def new_backbone(
 
 
 def started_backbone(settings: TrainSettings, drop_path: float, positions: PositionSettings) -> ViT:
-    """The network of ``backbone.weights``, without mask tokens; its patches resampled to ``backbone.patch_size``.
+    """The network of ``backbone.weights``, without mask tokens; its patches resampled to
+    ``backbone.patch_size``.
 
-    Its file decides all else: registers, LayerScale, activation, positions. ``positions.encoding=field`` makes crop-tied positions
-    of a learned grid (:mod:`pretrain.weights.field`), of ``positions.grid`` samples a side and read as ``positions.interpolation``
-    says; with ``standard`` they stay what they are, a grid, a field that is read whole, or none.
+    Its file decides all else: registers, LayerScale, activation, positions. ``positions.encoding=field``
+    makes crop-tied positions of a learned grid (:mod:`pretrain.weights.field`), of ``positions.grid`` samples
+    a side and read as ``positions.interpolation`` says; with ``standard`` they stay what they are, a grid, a
+    field that is read whole, or none.
 
     Raises:
-        UserError: no readable weights, or some that the config contradicts: another width than the name's, registers or blocks that
-            the file does not have, a field of positions where it has none.
+        UserError: no readable weights, or some that the config contradicts: another width than the name's,
+            registers or blocks that the file does not have, a field of positions where it has none.
     """
     backbone = settings.backbone
     checkpoint = read_checkpoint(backbone.weights)
     if positions.encoding == "field":
         checkpoint = with_position_field(checkpoint, positions.grid, positions.interpolation)
-    model_kwargs: dict[str, Any] = dict(patch_size=backbone.patch_size, drop_path=drop_path, attention=backbone.attention)
+    model_kwargs: dict[str, Any] = dict(
+        patch_size=backbone.patch_size, drop_path=drop_path, attention=backbone.attention
+    )
     vit = build_backbone(backbone.name, weights=checkpoint, **model_kwargs, **own_kwargs(settings))
     vit.checkpointing = settings.step.checkpointing
     return vit
@@ -74,9 +81,13 @@ def check_crops(crops: CropSettings, patch_size: int, least_globals: int = 1) ->
         UserError: names the key.
     """
     if crops.n_global < least_globals:
-        raise UserError(f"crops.n_global={crops.n_global} should be at least {least_globals}: the loss compares global crops")
+        raise UserError(
+            f"crops.n_global={crops.n_global} should be at least {least_globals}: the loss compares global crops"
+        )
     for name in ("global_px", "local_px"):
         side = getattr(crops, name)
         if side % patch_size and (name == "global_px" or crops.n_local):
             near = max(round(side / patch_size), 1) * patch_size
-            raise UserError(f"crops.{name}={side} is no multiple of backbone.patch_size={patch_size}; take {near}")
+            raise UserError(
+                f"crops.{name}={side} is no multiple of backbone.patch_size={patch_size}; take {near}"
+            )

@@ -1,11 +1,13 @@
-"""Intertwined content and position (paper 3; eq. 6), on DINOv2's losses. The DINOv2 baseline is this file with another config.
+"""Intertwined content and position (paper 3; eq. 6), on DINOv2's losses. The DINOv2 baseline is this file
+with another config.
 
-L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the student, sees every
-patch with its content and its crop-tied position; the student's global crops lose the content or the position of some patches.
+L = L_image + L_content + L_pos + lambda_koleo L_koleo. The teacher, an exponential moving average of the
+student, sees every patch with its content and its crop-tied position; the student's global crops lose the
+content or the position of some patches.
 
-A rank's batch may come in micro-batches (gradient accumulation). What couples the samples of a batch still holds for the whole:
-the teacher goes first over all micro-batches, so centers and Sinkhorn-Knopp see all of it, and KoLeo looks for neighbors among
-the [CLS] tokens of all of them.
+A rank's batch may come in micro-batches (gradient accumulation). What couples the samples of a batch still
+holds for the whole: the teacher goes first over all micro-batches, so centers and Sinkhorn-Knopp see all of
+it, and KoLeo looks for neighbors among the [CLS] tokens of all of them.
 """
 
 import warnings
@@ -21,7 +23,14 @@ from typing_extensions import Self
 from pretrain.backbones.vit import Tokens, ViewGroup
 from pretrain.errors import UserError
 from pretrain.heads import HeadOutput, HeadSettings, ProjectionHead
-from pretrain.losses import image_loss, koleo_loss, patch_loss, sinkhorn_center, teacher_entropies, updated_center
+from pretrain.losses import (
+    image_loss,
+    koleo_loss,
+    patch_loss,
+    sinkhorn_center,
+    teacher_entropies,
+    updated_center,
+)
 from pretrain.methods.backbones import check_crops, new_backbone
 from pretrain.methods.method import EMATeacher, LossTerms, Progress, TeacherSettings
 from pretrain.optim import TeacherOptimSettings, parameter_groups
@@ -32,7 +41,9 @@ from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSe
 from pretrain.views.batch import Batch
 
 KINDS = ("content", "position")
-Targets = dict[str, HeadOutput]  # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+Targets = dict[
+    str, HeadOutput
+]  # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
 Centers = dict[str, Tensor]  # head -> [1, K]
 
 
@@ -51,21 +62,28 @@ class LossSettings(Group):
     )
     center_momentum: float = setting(0.9, "of the running center", source="DINOv2", ge=0, le=1)
     sinkhorn_iterations: int = setting(3, "of Sinkhorn-Knopp", source="DINOv2", ge=1, le=1000)
-    teacher_temperature: float = setting(0.04, "temperature of the teacher, constant", source="Table 6", ge=1e-6)
+    teacher_temperature: float = setting(
+        0.04, "temperature of the teacher, constant", source="Table 6", ge=1e-6
+    )
     student_temperature: float = setting(0.1, "temperature of the student", source="DINOv2", ge=1e-6)
 
 
 class IntertwinedOptimSettings(TeacherOptimSettings):
     """The optimizer, whose heads wait."""
 
-    freeze_last_layer_epochs: int = setting(1, "epochs during which the prototypes do not learn", source="DINOv2", ge=0)
+    freeze_last_layer_epochs: int = setting(
+        1, "epochs during which the prototypes do not learn", source="DINOv2", ge=0
+    )
 
 
 class IntertwinedStepSettings(StepSettings):
     """The step, whose logits are too many to hold."""
 
     loss_rows: int = setting(
-        512, "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form", source="ours", ge=0
+        512,
+        "rows of [N, n_prototypes] that exist at a time; 0: all at once, the plain form",
+        source="ours",
+        ge=0,
     )
 
 
@@ -75,21 +93,27 @@ class Prepared:
 
     targets: list[Targets]  # of each micro-batch
     centers: Centers
-    neighbors: list[Tensor] | None  # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
+    neighbors: (
+        list[Tensor] | None
+    )  # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
 
 
 class Intertwined(EMATeacher):
     """Teacher and student, each a backbone and a head for each loss that is on.
 
-    Children: ``student`` and ``teacher`` (ModuleDicts with ``backbone``, ``image``, and ``content`` / ``position`` where that loss
-    is on), and one buffer ``center_<head>`` [1, K] a head.
+    Children: ``student`` and ``teacher`` (ModuleDicts with ``backbone``, ``image``, and ``content`` /
+    ``position`` where that loss is on), and one buffer ``center_<head>`` [1, K] a head.
     """
 
     class Settings(TeacherSettings):
         """Defaults: Table 6, ViT-S/16 on ImageNet-1K."""
 
         recipe: str = setting(
-            "intertwined-100ep", "recipe that the run is compared with", source="ours", in_recipe=False, fixed=False
+            "intertwined-100ep",
+            "recipe that the run is compared with",
+            source="ours",
+            in_recipe=False,
+            fixed=False,
         )
         crops: CropSettings = CropSettings()
         positions: PositionSettings = PositionSettings()
@@ -119,7 +143,9 @@ class Intertwined(EMATeacher):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.kinds = [k for k in KINDS if getattr(settings.losses, k) > 0 and getattr(settings.masks, f"{k}_share") > 0]
+        self.kinds = [
+            k for k in KINDS if getattr(settings.losses, k) > 0 and getattr(settings.masks, f"{k}_share") > 0
+        ]
         self.head_names = ["image", *self.kinds]
         self.temperatures = (settings.losses.student_temperature, settings.losses.teacher_temperature)
         self.n_rows = settings.step.loss_rows
@@ -136,15 +162,22 @@ class Intertwined(EMATeacher):
         backbone = new_backbone(settings, drop_path, settings.positions, mask_tokens=True)
         if not backbone.has_cls:
             weights = settings.backbone.weights
-            raise UserError(f"backbone.weights: {weights} has no [CLS] token, which the image loss needs; use another file")
-        heads = {name: ProjectionHead(backbone.embed_dim, **settings.heads.model_dump()) for name in self.head_names}
+            raise UserError(
+                f"backbone.weights: {weights} has no [CLS] token, which the image loss needs; use another file"
+            )
+        heads = {
+            name: ProjectionHead(backbone.embed_dim, **settings.heads.model_dump())
+            for name in self.head_names
+        }
         return nn.ModuleDict({"backbone": backbone, **heads})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As all methods', with prototypes that wait."""
         optim = self.settings.optim
         wait = optim.freeze_last_layer_epochs
-        return parameter_groups(self.student, optim.head_lr_factor, lambda name: wait if "last_layer" in name else 0)
+        return parameter_groups(
+            self.student, optim.head_lr_factor, lambda name: wait if "last_layer" in name else 0
+        )
 
     @torch.no_grad()
     def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Prepared:
@@ -156,7 +189,11 @@ class Intertwined(EMATeacher):
             neighbors = []
             for i, batch in enumerate(micro_batches):
                 progress.seed_micro_batch(i)
-                neighbors.append(self.student_tokens(batch, with_locals=False)[0].cls.unflatten(0, (batch.views.n_global, -1)))
+                neighbors.append(
+                    self.student_tokens(batch, with_locals=False)[0].cls.unflatten(
+                        0, (batch.views.n_global, -1)
+                    )
+                )
         return Prepared(targets, centers, neighbors)
 
     def teacher_targets(self, batch: Batch) -> Targets:
@@ -168,14 +205,16 @@ class Intertwined(EMATeacher):
         return {"image": teacher["image"](tokens.cls.unflatten(0, (batch.views.n_global, -1))), **targets}
 
     def centers(self, targets: Sequence[Targets]) -> Centers:
-        """The centers for a batch, given the targets of all its micro-batches; the batch's own logits count from the next step on
-        (DINOv2), when :meth:`after_step` moves the running ones."""
+        """The centers for a batch, given the targets of all its micro-batches; the batch's own logits
+        count from the next step on (DINOv2), when :meth:`after_step` moves the running ones."""
         losses, centers, self.next_centers = self.settings.losses, {}, {}
         for name in self.head_names:
             rows = torch.cat([target[name].bottleneck.flatten(0, -2) for target in targets])
             teacher = HeadOutput(rows, targets[0][name].prototypes)
             if losses.centering == "sinkhorn_knopp":
-                centers[name] = sinkhorn_center(teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows)
+                centers[name] = sinkhorn_center(
+                    teacher, self.temperatures[1], losses.sinkhorn_iterations, self.n_rows
+                )
                 continue
             centers[name] = getattr(self, f"center_{name}")
             self.next_centers[name] = updated_center(centers[name], teacher, losses.center_momentum)
@@ -191,19 +230,23 @@ class Intertwined(EMATeacher):
         return self.backbone.forward_views(groups)
 
     def loss(self, micro_batch: Batch, prepared: Prepared, i: int) -> LossTerms:
-        """Eq. 6. With several micro-batches KoLeo is that of the whole batch, its value the same for each; in ``total`` it counts
-        once a micro-batch, so that the mean of their gradients is the batch's."""
+        """Eq. 6. With several micro-batches KoLeo is that of the whole batch, its value the same for each;
+        in ``total`` it counts once a micro-batch, so that the mean of their gradients is the batch's."""
         batch, targets, centers = micro_batch, prepared.targets[i], prepared.centers
         losses, student, n_rows = self.settings.losses, self.student, self.n_rows
         tokens = self.student_tokens(batch)
         global_cls = tokens[0].cls.unflatten(0, (batch.views.n_global, -1))  # [G, B, D]
         cls = torch.cat([group.cls for group in tokens]).unflatten(0, (-1, batch.n_images))  # [G + L, B, D]
-        image = image_loss(student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows)
+        image = image_loss(
+            student["image"](cls), targets["image"], centers["image"], self.temperatures, n_rows
+        )
         terms = {"image": losses.image * image}
         for kind in self.kinds:
             weights, n_crops = getattr(batch.masks, f"{kind}_weight"), len(tokens[0].cls)
             output = student[kind](masked_patches(tokens[0], batch, kind))
-            value = patch_loss(output, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows)
+            value = patch_loss(
+                output, targets[kind], centers[kind], weights, n_crops, self.temperatures, n_rows
+            )
             terms[kind] = getattr(losses, kind) * value
         total = torch.stack(list(terms.values())).sum()
         if losses.koleo > 0:
@@ -223,8 +266,8 @@ class Intertwined(EMATeacher):
     def diagnostics(self, micro_batches: Sequence[Batch], prepared: Prepared) -> dict[str, Tensor]:
         """Entropies of the teacher's [CLS] distributions and the spread of its bottleneck.
 
-        ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all; ``feature_std`` near 0: all
-        images are one point (1 / sqrt(d) is that of directions at random).
+        ``teacher_entropy`` near ln K: all alike; ``mean_entropy`` near 0: one prototype takes all;
+        ``feature_std`` near 0: all images are one point (1 / sqrt(d) is that of directions at random).
         """
         image = prepared.targets[0]["image"]
         rows = image.bottleneck.flatten(0, -2)[:256]
@@ -234,11 +277,13 @@ class Intertwined(EMATeacher):
 
 
 def among(neighbors: Sequence[Tensor], own: int, cls: Tensor) -> Tensor:
-    """All micro-batches' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the gradient goes."""
+    """All micro-batches' tokens [G, B, D], the own ones replaced by ``cls`` [G, b, D], through which the
+    gradient goes."""
     return torch.cat([cls if i == own else tokens for i, tokens in enumerate(neighbors)], dim=1)
 
 
 def masked_patches(tokens: Tokens, batch: Batch, kind: str) -> Tensor:
-    """The tokens of the masked patches of a kind, [M, D]. Picked by index: for a boolean mask the host would wait."""
+    """The tokens of the masked patches of a kind, [M, D]. Picked by index: for a boolean mask the host
+    would wait."""
     index: Tensor = getattr(batch.masks, f"{kind}_index")
     return tokens.patches.flatten(0, 1).index_select(0, index)

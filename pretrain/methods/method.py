@@ -1,8 +1,8 @@
 """What the engine asks of a method, and what all runs have in common.
 
-A method is one file: its settings, its networks, its loss. The engine builds it, feeds it micro-batches and steps AdamW; it knows
-no method by name. A step is :meth:`Method.prepare` of all micro-batches, :meth:`Method.loss` and a backward pass of each,
-clipping, the optimizer's step, :meth:`Method.after_step`.
+A method is one file: its settings, its networks, its loss. The engine builds it, feeds it micro-batches and
+steps AdamW; it knows no method by name. A step is :meth:`Method.prepare` of all micro-batches,
+:meth:`Method.loss` and a backward pass of each, clipping, the optimizer's step, :meth:`Method.after_step`.
 """
 
 from abc import ABC, abstractmethod
@@ -32,18 +32,32 @@ class RunSettings(Settings):
     """Where a run goes, and what it computes with."""
 
     in_recipe = False
-    name: str = setting("", "under which results are reported; without: the method's", source="ours", min_length=0)
+    name: str = setting(
+        "", "under which results are reported; without: the method's", source="ours", min_length=0
+    )
     output: str = setting("runs/pretrain", "folder of this run", source="ours", fixed=False, min_length=1)
     init_from: str = setting(
-        "", "folder of an earlier run: its networks, heads and centers, at iteration 0 with a fresh optimizer", source="ours"
+        "",
+        "folder of an earlier run: its networks, heads and centers, at iteration 0 with a fresh optimizer",
+        source="ours",
     )
-    seed: int = setting(0, "of everything that is drawn: networks, order, views, masks, drop path", source="ours", ge=0, le=2**31)
-    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "the run computes on", source="ours", fixed=False)
+    seed: int = setting(
+        0,
+        "of everything that is drawn: networks, order, views, masks, drop path",
+        source="ours",
+        ge=0,
+        le=2**31,
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "the run computes on", source="ours", fixed=False
+    )
     precision: Literal["auto", "float32", "bf16", "float64"] = setting(
         "auto", "auto: bf16 on CUDA, float32 elsewhere", source="ours"
     )
     deterministic: Literal["cpu", "always", "never"] = setting(
-        "cpu", "torch's deterministic algorithms: cpu (there only: on CUDA they cost speed) | always | never", source="ours"
+        "cpu",
+        "torch's deterministic algorithms: cpu (there only: on CUDA they cost speed) | always | never",
+        source="ours",
     )
 
 
@@ -51,10 +65,16 @@ class TrainSettings(Settings):
     """Settings of a run that every method has; a method adds its own groups."""
 
     method: str = setting(
-        "intertwined", "module in pretrain/methods, a dotted module or a .py file that holds the method", source="ours"
+        "intertwined",
+        "module in pretrain/methods, a dotted module or a .py file that holds the method",
+        source="ours",
     )
     recipe: str = setting(
-        "", "recipe that the run stands on and is compared with; set by base: NAME", source="ours", in_recipe=False, fixed=False
+        "",
+        "recipe that the run stands on and is compared with; set by base: NAME",
+        source="ours",
+        in_recipe=False,
+        fixed=False,
     )
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -90,7 +110,8 @@ class Progress:
     seed: int
 
     def seed_micro_batch(self, i: int) -> None:
-        """Seed torch from (seed, iteration, rank, i): drop path is drawn alike whenever micro-batch i goes through a network."""
+        """Seed torch from (seed, iteration, rank, i): drop path is drawn alike whenever micro-batch i goes
+        through a network."""
         words = [self.seed, self.iteration, distributed.rank(), i]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
@@ -99,8 +120,10 @@ class LossTerms(NamedTuple):
     """The loss of a micro-batch.
 
     Attributes:
-        total: the scalar that is differentiated; its mean over the micro-batches has the gradient of the batch's loss.
-        terms: {name: weighted addend of the loss}, as logged. Their means over the micro-batches sum to the batch's loss.
+        total: the scalar that is differentiated; its mean over the micro-batches has the gradient of the
+            batch's loss.
+        terms: {name: weighted addend of the loss}, as logged. Their means over the micro-batches sum to the
+            batch's loss.
     """
 
     total: Tensor
@@ -113,7 +136,8 @@ class Method(nn.Module, ABC):
     Attributes:
         Settings: of its runs.
         stage: ``pretrain``, or ``posttrain`` of a backbone that is trained already; tables tell them apart.
-        student: ``backbone`` (a ViT) and what stands on it; the norm of each child's gradient is clipped by itself.
+        student: ``backbone`` (a ViT) and what stands on it; the norm of each child's gradient is clipped by
+            itself.
     """
 
     Settings: ClassVar[type[TrainSettings]]
@@ -136,8 +160,8 @@ class Method(nn.Module, ABC):
         return parameter_groups(self.student, self.settings.optim.head_lr_factor)
 
     def prepare(self, micro_batches: Sequence[Batch], progress: Progress) -> Any:
-        """What needs the whole batch (a teacher's targets, centers, neighbors), without gradient. Changes no state that a
-        skipped step would have to undo."""
+        """What needs the whole batch (a teacher's targets, centers, neighbors), without gradient. Changes
+        no state that a skipped step would have to undo."""
         return None
 
     @abstractmethod
@@ -149,7 +173,8 @@ class Method(nn.Module, ABC):
         return self.loss(micro_batch, prepared, i)
 
     def after_step(self, progress: Progress) -> dict[str, float]:
-        """What follows the optimizer's step (a teacher, centers); not called where a step is skipped. Returns values to log."""
+        """What follows the optimizer's step (a teacher, centers); not called where a step is skipped.
+        Returns values to log."""
         return {}
 
     def exported_backbone(self) -> ViT:
@@ -165,7 +190,9 @@ class TeacherRunSettings(RunSettings):
     """Of a method with a teacher."""
 
     export_network: Literal["teacher", "student"] = setting(
-        "teacher", "network that probes and pictures look at and that backbone.safetensors holds", source="DINOv2"
+        "teacher",
+        "network that probes and pictures look at and that backbone.safetensors holds",
+        source="DINOv2",
     )
 
 
@@ -177,12 +204,14 @@ class TeacherSettings(TrainSettings):
 
 
 class EMATeacher(Method):
-    """A method whose teacher is a moving average of the student: ModuleDicts of the same modules in the same order."""
+    """A method whose teacher is a moving average of the student: ModuleDicts of the same modules in the
+    same order."""
 
     teacher: nn.ModuleDict
 
     def make_networks(self) -> None:
-        """``student`` and ``teacher`` from :meth:`network`, with the same weights; the teacher takes no gradient."""
+        """``student`` and ``teacher`` from :meth:`network`, with the same weights; the teacher takes no
+        gradient."""
         self.student = self.network(self.settings.backbone.drop_path)
         self.teacher = self.network(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -195,7 +224,9 @@ class EMATeacher(Method):
     def after_step(self, progress: Progress) -> dict[str, float]:
         """teacher <- m teacher + (1 - m) student; m rises along a cosine."""
         optim = self.settings.optim
-        momentum = cosine(progress.iteration, progress.total_iters, optim.teacher_momentum, optim.teacher_momentum_end)
+        momentum = cosine(
+            progress.iteration, progress.total_iters, optim.teacher_momentum, optim.teacher_momentum_end
+        )
         ema_update(self.teacher, self.student, momentum)
         return {"teacher_momentum": momentum}
 

@@ -1,4 +1,5 @@
-"""What a run leaves (schema, provenance) and what is made of it (tables, report). A leaf above pretrain.errors."""
+"""What a run leaves (schema, provenance) and what is made of it (tables, report). A leaf above
+pretrain.errors."""
 
 from pretrain.results.choose import tables_of
 from pretrain.results.dense import dense_table

@@ -44,7 +44,11 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         some = next(iter(by_seed.values()))
         scores = {name: Score.of([trial.finetuning for trial in by_seed.values()], name) for name in METRICS}
         gain = None if method == reference else _gain(by_seed, base, "box_ap")
-        changed = changes(next(iter(base.values())).pretraining.protocol, some.pretraining.protocol) if base else NONE
+        changed = (
+            changes(next(iter(base.values())).pretraining.protocol, some.pretraining.protocol)
+            if base
+            else NONE
+        )
         mark = notes.mark(some.finetuning.protocol)
         cells = [f"{score}{mark}" if score else NONE for score in scores.values()]
         seeds = ", ".join(str(seed) for seed in sorted(by_seed))
@@ -74,7 +78,8 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
 
 
 def changes(base: Protocol, other: Protocol) -> str:
-    """In which settings one pre-training differs from another, "positions.reference crops → image"; "" for none.
+    """In which settings one pre-training differs from another, "positions.reference crops → image"; "" for
+    none.
 
     Both follow one recipe: a setting in which neither deviates from it is the same in both.
     """
@@ -99,7 +104,9 @@ def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
             runs = [getattr(trial, what) for trial in by_seed.values()]
             if len({(run.protocol.identity, run.config_hash) for run in runs}) > 1:
                 raise UserError(f"ablation: the {what} runs of {method!r} differ in more than their seed")
-    protocols = {trial.finetuning.protocol.identity for by_seed in rows.values() for trial in by_seed.values()}
+    protocols = {
+        trial.finetuning.protocol.identity for by_seed in rows.values() for trial in by_seed.values()
+    }
     if len(protocols) > 1:
         raise UserError(f"ablation: {len(protocols)} fine-tuning protocols in one table")
 
@@ -120,18 +127,24 @@ def _signed(score: Score | None) -> str:
 
 
 def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) -> list[str]:
-    texts = ["AP in percent; a ± b (n=c): mean and sample standard deviation over c seeds, of pre-training and fine-tuning alike."]
+    texts = [
+        "AP in percent; a ± b (n=c): mean and sample standard deviation over c seeds, of pre-training and fine-tuning alike."
+    ]
     texts.append(f"{MEASURED} Measured with this code.")
     if reference in rows:
         run = next(iter(rows[reference].values())).pretraining
         epochs = "" if run.effective_epochs is None else f", {run.effective_epochs:g} effective epochs"
-        texts.append(f"Pre-training of {reference!r}: {backbone_label(run.backbone)}{epochs}, {run.protocol.label}.")
+        texts.append(
+            f"Pre-training of {reference!r}: {backbone_label(run.backbone)}{epochs}, {run.protocol.label}."
+        )
         if run.protocol.deviations:
             texts[-1] += f" It departs in: {run.protocol.changes}."
     return texts + notes.texts("Not comparable with the published numbers.")
 
 
-def _record(method: str, changed: str, scores: dict[str, Score | None], gain: Score | None, seeds: str) -> dict[str, str]:
+def _record(
+    method: str, changed: str, scores: dict[str, Score | None], gain: Score | None, seeds: str
+) -> dict[str, str]:
     """Of the csv: numbers that are not rounded to a decimal."""
     row = {"method": method, "changed": changed}
     for name, score in {**scores, "box_ap_gain": gain}.items():

@@ -5,17 +5,26 @@ from collections.abc import Sequence
 from pretrain.results.dense import dense_table
 from pretrain.results.paper import paper_tables
 from pretrain.results.schema import Result
-from pretrain.results.tables import Table, comparison_table, posttraining_table, pretraining_table, segmentation_table
+from pretrain.results.tables import (
+    Table,
+    comparison_table,
+    posttraining_table,
+    pretraining_table,
+    segmentation_table,
+)
 
 LAYOUTS = ("list", "paper", "dense")
 
 
-def tables_of(results: Sequence[Result], layout: str = "list", published: str = "", against: str = "") -> list[Table]:
+def tables_of(
+    results: Sequence[Result], layout: str = "list", published: str = "", against: str = ""
+) -> list[Table]:
     """All tables that have something to show, the one that was asked for first.
 
     Args:
-        layout: "list": a row for each method and source; "paper": the paper's tables; "dense": published and measured dense
-            evaluations. Of dense results alone there is no other table, unless ``published`` asks for it.
+        layout: "list": a row for each method and source; "paper": the paper's tables; "dense": published and
+            measured dense evaluations. Of dense results alone there is no other table, unless ``published``
+            asks for it.
         published: the paper's tables to show ("1", "1,2,7" or "all"); "": list 1, paper all.
         against: of :func:`dense_table`.
 

@@ -45,7 +45,11 @@ def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     losses = ordered_terms([curve.result for curve in curves], present)
     first = [*losses, *(term for term in SCORES if term in present and term not in losses)]
     rest = sorted(present - set(first))
-    shown = [term for term in rest if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)]
+    shown = [
+        term
+        for term in rest
+        if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)
+    ]
     return first + shown, [term for term in rest if term not in shown]
 
 
@@ -64,7 +68,9 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
         "font.size": 9,
         "font.family": "sans-serif",
     }
-    settings |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    settings |= dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
+    )
     with rc_context(settings):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.add_subplot()

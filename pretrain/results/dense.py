@@ -43,7 +43,9 @@ METRICS = {
 OVERCLUSTERED = re.compile(r"clustering_k(\d+)_miou")
 
 
-def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] | None = None, against: str = "") -> Table | None:
+def dense_table(
+    results: Sequence[Result], published: Sequence[PublishedDense] | None = None, against: str = ""
+) -> Table | None:
     """Dense results beside the published ones of their sets; without any, all published ones; None: no row.
 
     Args:
@@ -54,13 +56,21 @@ def dense_table(results: Sequence[Result], published: Sequence[PublishedDense] |
     Raises:
         UserError: no result is of the method ``against``.
     """
-    rows = [Measured((runs,), before) for part, before in alike(results, "dense") for runs in ranked(part, "linear_miou")]
+    rows = [
+        Measured((runs,), before)
+        for part, before in alike(results, "dense")
+        for runs in ranked(part, "linear_miou")
+    ]
     rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
         there = ", ".join(sorted(methods)) or "none at all"
         raise UserError(f"no dense result is of the method {against!r}; there are {there}")
-    printed = [row for row in (published_dense() if published is None else published) if not rows or row.set in _sets(rows)]
+    printed = [
+        row
+        for row in (published_dense() if published is None else published)
+        if not rows or row.set in _sets(rows)
+    ]
     if not rows and not printed:
         return None
     heads = _heads(rows, printed)
@@ -110,34 +120,53 @@ def _sets(rows: Sequence[Measured]) -> list[str]:
 
 def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:
     """{metric: column} of those that any row has; after clustering its versions with more clusters."""
-    present = {name for row in rows for run in row.runs for name in run.metrics} | {name for row in printed for name in row.scores}
+    present = {name for row in rows for run in row.runs for name in run.metrics} | {
+        name for row in printed for name in row.scores
+    }
     more = sorted(int(match[1]) for match in map(OVERCLUSTERED.fullmatch, present) if match)
     heads: dict[str, str] = {}
     for name, head in METRICS.items():
         heads |= {name: head} if name in present else {}
-        heads |= {f"clustering_k{k}_miou": f"clustering mIoU, K = {k}" for k in more} if name == "clustering_miou" else {}
+        heads |= (
+            {f"clustering_k{k}_miou": f"clustering mIoU, K = {k}" for k in more}
+            if name == "clustering_miou"
+            else {}
+        )
     return heads
 
 
-def _gains(row: Measured, rows: Sequence[Measured], heads: Mapping[str, str], against: str) -> dict[str, float | None] | None:
+def _gains(
+    row: Measured, rows: Sequence[Measured], heads: Mapping[str, str], against: str
+) -> dict[str, float | None] | None:
     """Differences of the means to those of the method ``against``, in points; None in a table without it."""
     if not against:
         return None
-    like = row.run.backbone, row.run.protocol.identity  # the config also says from which kind of file, which may differ
-    bases = [other for other in rows if other.run.method == against and (other.run.backbone, other.run.protocol.identity) == like]
-    before = _scores(bases[0], heads) if len(bases) == 1 and row.run.method != against else dict.fromkeys(heads)
+    like = (
+        row.run.backbone,
+        row.run.protocol.identity,
+    )  # the config also says from which kind of file, which may differ
+    bases = [
+        other
+        for other in rows
+        if other.run.method == against and (other.run.backbone, other.run.protocol.identity) == like
+    ]
+    before = (
+        _scores(bases[0], heads) if len(bases) == 1 and row.run.method != against else dict.fromkeys(heads)
+    )
     pairs = {name: (after, before[name]) for name, after in _scores(row, heads).items()}
     return {name: after.mean - base.mean if after and base else None for name, (after, base) in pairs.items()}
 
 
-# --- cells: what md, latex and html show --------------------------------------------------------------------
+# --- cells: what md, latex and html show ------------------------------------------------------------------
 
 
 def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> Line:
     scores: list[str] = []
     for name in heads:
         scores += [f"{row.scores[name]:.1f}" if name in row.scores else NONE, *[""] * has_gains]
-    return Line("published", False, ("published", row.method, row.backbone, NONE, *scores, NONE, NONE, row.note))
+    return Line(
+        "published", False, ("published", row.method, row.backbone, NONE, *scores, NONE, NONE, row.note)
+    )
 
 
 def _measured_line(
@@ -157,10 +186,14 @@ def _measured_line(
     return Line("measured", bool(row.scaled), (*who, *scores, *about))
 
 
-def _notes(rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str) -> list[str]:
+def _notes(
+    rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str
+) -> list[str]:
     texts = ["mIoU and accuracy in percent, of features that were not fine-tuned."]
     if "in_context_hungarian_miou" in heads:
-        texts.append("In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best.")
+        texts.append(
+            "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best."
+        )
     if "clustering_miou" in heads:
         texts.append("Clustering: as many clusters as classes, matched one to one (Hungarian).")
     if any(map(OVERCLUSTERED.fullmatch, heads)):
@@ -179,11 +212,13 @@ def _notes(rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: M
         alike_alone = "where backbone and evaluation are the same"
         texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
     if len({row.identity for row in rows}) < len(rows):
-        texts.append("Rows with a config in their note differ in their configuration or weights and are not averaged.")
+        texts.append(
+            "Rows with a config in their note differ in their configuration or weights and are not averaged."
+        )
     return texts
 
 
-# --- records: what csv holds --------------------------------------------------------------------------------
+# --- records: what csv holds ------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> dict[str, str]:
@@ -198,9 +233,14 @@ def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: 
     )
 
 
-def _measured_record(row: Measured, heads: Mapping[str, str], gains: Mapping[str, float | None] | None) -> dict[str, str]:
+def _measured_record(
+    row: Measured, heads: Mapping[str, str], gains: Mapping[str, float | None] | None
+) -> dict[str, str]:
     run, scaled = row.run, {protocol.identity: protocol.text for protocol in row.scaled}
-    differences = {f"{name}_difference": "" if gain is None else repr(round(gain, 6)) for name, gain in (gains or {}).items()}
+    differences = {
+        f"{name}_difference": "" if gain is None else repr(round(gain, 6))
+        for name, gain in (gains or {}).items()
+    }
     return (
         {
             "source": "measured",
@@ -211,6 +251,9 @@ def _measured_record(row: Measured, heads: Mapping[str, str], gains: Mapping[str
         | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
         | numbers_of(_scores(row, heads), counted=True)
         | differences
-        | {"pretraining_protocol": "" if row.pretraining is None else row.pretraining.label, "protocol": run.protocol.label}
+        | {
+            "pretraining_protocol": "" if row.pretraining is None else row.pretraining.label,
+            "protocol": run.protocol.label,
+        }
         | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs, "note": ""}
     )

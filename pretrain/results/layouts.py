@@ -32,7 +32,9 @@ class Layout:
     @property
     def scores(self) -> dict[str, str]:
         """{name in the csv: column}."""
-        return {name: head for name, head in SCORES.items() if name != "ade20k_miou" or ADE20K in self.protocols}
+        return {
+            name: head for name, head in SCORES.items() if name != "ade20k_miou" or ADE20K in self.protocols
+        }
 
 
 LAYOUTS = {

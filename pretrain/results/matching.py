@@ -74,7 +74,9 @@ def changed_settings(ablation: str) -> Mapping[str, Any]:
     values = read_yaml(Path(__file__).parents[1] / "recipes" / "ablation" / f"{ablation}.yaml").values
     return {
         key: plain(value) if isinstance(value, str) else [plain(item) for item in value]
-        for key, value in flat({group: value for group, value in values.items() if group not in ("base", "run")}).items()
+        for key, value in flat(
+            {group: value for group, value in values.items() if group not in ("base", "run")}
+        ).items()
     }
 
 
@@ -86,7 +88,9 @@ def varied_keys() -> frozenset[str]:
 
 @functools.cache
 def _our_names() -> frozenset[str]:
-    return frozenset(_folded(name) for row in published_rows() if row.recipe for name in (row.method, *row.names))
+    return frozenset(
+        _folded(name) for row in published_rows() if row.recipe for name in (row.method, *row.names)
+    )
 
 
 def _is_ours(name: str) -> bool:

@@ -30,7 +30,9 @@ class Score:
         """The score over some values; None without any."""
         if not values:
             return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f} (n={self.n})")
@@ -128,7 +130,9 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
         each group, with the protocol of its pre-training where that is known to have been scaled down.
     """
     results = list({to_json(result): result for result in results}.values())
-    pretraining = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations}
+    pretraining = {
+        r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations
+    }
     pretraining.pop(None, None)
     together: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
@@ -147,7 +151,10 @@ def _apart(runs: list[Result]) -> list[list[Result]]:
     seen = Counter((r.kind, r.protocol.identity, r.config_hash, r.seed) for r in runs)
     if max(seen.values()) == 1:
         return [runs]
-    return [[r for r in runs if r.weights_hash == weights] for weights in dict.fromkeys(r.weights_hash for r in runs)]
+    return [
+        [r for r in runs if r.weights_hash == weights]
+        for weights in dict.fromkeys(r.weights_hash for r in runs)
+    ]
 
 
 def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:

@@ -62,7 +62,11 @@ class TableRow:
         assert self.measured is not None
         _, detection, segmentation = self.measured.protocols
         tuning = segmentation if score == "ade20k_miou" else detection
-        return tuple(protocol for protocol in (self.pretraining, tuning) if protocol is not None and protocol.deviations)
+        return tuple(
+            protocol
+            for protocol in (self.pretraining, tuning)
+            if protocol is not None and protocol.deviations
+        )
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
@@ -94,7 +98,9 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
         made += _panels(number, entries)
     return [
         *made,
-        *_further([result for result in results if result.kind == "pretrain" or to_json(result) not in placed]),
+        *_further(
+            [result for result in results if result.kind == "pretrain" or to_json(result) not in placed]
+        ),
     ]
 
 
@@ -108,7 +114,11 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
             continue
-        fitting = [i for i, measured in enumerate(found) if len(before[i]) == 1 and belongs(measured, before[i][0], row)]
+        fitting = [
+            i
+            for i, measured in enumerate(found)
+            if len(before[i]) == 1 and belongs(measured, before[i][0], row)
+        ]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
         if is_method(row) and own:  # the method's own run stands in for an ablation's last row
@@ -117,7 +127,11 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
             beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
             entries += beside or [TableRow(row, None)]
     if layout.own_rows:
-        entries += [TableRow(None, measured, measured.pretraining) for i, measured in enumerate(found) if i not in matched]
+        entries += [
+            TableRow(None, measured, measured.pretraining)
+            for i, measured in enumerate(found)
+            if i not in matched
+        ]
     return entries
 
 
@@ -135,7 +149,11 @@ def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     tables = []
     for family in families:
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        where = f"Table {number}{letter} of the paper" if family in printed else f"Beside the paper's Table {number}"
+        where = (
+            f"Table {number}{letter} of the paper"
+            if family in printed
+            else f"Beside the paper's Table {number}"
+        )
         title = f"{where}: {layout.title}, {family}"
         tables.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
     return tables
@@ -174,11 +192,15 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     )
 
 
-def _line(layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool) -> Line:
+def _line(
+    layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool
+) -> Line:
     row, measured = entry.row, entry.measured
     scores = {} if measured is None else scores_of(measured)
     if row is not None:
-        cells = [*layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])]
+        cells = [
+            *layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])
+        ]
     else:
         assert measured is not None
         epochs = epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
@@ -225,7 +247,9 @@ def _runs(entry: TableRow, alone: bool) -> str:
     run, seeds = entry.measured.run, entry.measured.seeds
     name = "" if entry.row is None or same_name(run.method, entry.row.method) else run.method
     word = "" if ";" in seeds else "seeds " if "," in seeds else "seed "
-    return "; ".join(text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text)
+    return "; ".join(
+        text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text
+    )
 
 
 def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
@@ -264,7 +288,9 @@ def _record(number: str, entry: TableRow) -> dict[str, str]:
         record |= method_fields(row.method, row.backbone, row.effective_epochs)
     else:
         assert measured is not None
-        record |= method_fields(measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs)
+        record |= method_fields(
+            measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs
+        )
     for name in SCORES:
         score = scores.get(name)
         record[f"{name}_published"] = _number(getattr(row, name, None))
@@ -281,7 +307,9 @@ def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, st
     if entry.measured is None:
         return dict.fromkeys((*names, "deviations", "seeds", "config"), "")
     run = entry.measured.run
-    scaled = {p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)}
+    scaled = {
+        p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)
+    }
     protocols = ["" if protocol is None else protocol.label for protocol in entry.measured.protocols[1:]]
     values = (
         str(not scaled).lower(),

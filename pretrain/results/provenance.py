@@ -1,4 +1,5 @@
-"""Where a number comes from: versions, hardware, commit and hashes. Nothing here names a host, a user or a path."""
+"""Where a number comes from: versions, hardware, commit and hashes. Nothing here names a host, a user or a
+path."""
 
 import functools
 import hashlib
@@ -44,7 +45,8 @@ NOT_HASHED = ("seed", "weights", "output", "output_dir", "work_dir")
 
 
 def provenance(config: Mapping[str, Any], weights: str | Path | None = None) -> dict[str, Any]:
-    """The fields of a `Result` that no run should fill by hand: `Result(kind=..., ..., **provenance(config, weights))`.
+    """The fields of a `Result` that no run should fill by hand: `Result(kind=..., ..., **provenance(config,
+    weights))`.
 
     Gives config_hash, weights_hash (None without `weights`), git_commit (of this code), packages, hardware
     and peak_memory_mib.
@@ -72,7 +74,8 @@ def packages_in_use() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """cpu (model), cores (that this process may use), memory_gib, gpus (names), processes (of the distributed run)."""
+    """cpu (model), cores (that this process may use), memory_gib, gpus (names), processes (of the
+    distributed run)."""
     torch = sys.modules.get("torch")  # a run has imported it; a table need not
     gpus = []
     if torch is not None and torch.cuda.is_available():
@@ -100,8 +103,8 @@ def _cpu_model() -> str:
 def git_commit(folder: str | Path) -> str | None:
     """The commit of the repository that tracks `folder`, with "+dirty" when tracked files differ from it.
 
-    None outside a repository, without git, before the first commit, and for a folder that merely lies in someone
-    else's repository untracked (an installed package).
+    None outside a repository, without git, before the first commit, and for a folder that merely lies in
+    someone else's repository untracked (an installed package).
     """
     if not _git(folder, "ls-files", "--", "."):
         return None
@@ -124,10 +127,11 @@ def _git(folder: str | Path, *arguments: str) -> str | None:
 
 
 def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED) -> str:
-    """12 hex digits of the SHA-256 of the canonical JSON of `config`, keys of any depth named in `without` left out.
+    """12 hex digits of the SHA-256 of the canonical JSON of `config`, keys of any depth named in `without`
+    left out.
 
-    The order of keys does not matter, nor whether a sequence is a list or a tuple. Raises UserError for a config
-    that JSON cannot hold.
+    The order of keys does not matter, nor whether a sequence is a list or a tuple. Raises UserError for a
+    config that JSON cannot hold.
     """
 
     def kept(value: Any) -> Any:
@@ -143,7 +147,8 @@ def config_hash(config: Mapping[str, Any], without: tuple[str, ...] = NOT_HASHED
 
 
 def file_hash(path: str | Path) -> str:
-    """12 hex digits of the SHA-256 of a file's bytes; of a folder of weights, of the files that a network is read from.
+    """12 hex digits of the SHA-256 of a file's bytes; of a folder of weights, of the files that a network is
+    read from.
 
     Raises UserError when it cannot be read.
     """
@@ -151,7 +156,9 @@ def file_hash(path: str | Path) -> str:
     try:
         files = [Path(path)]
         if files[0].is_dir():
-            files = sorted(file for file in files[0].iterdir() if file.suffix in _OF_A_NETWORK and file.is_file())
+            files = sorted(
+                file for file in files[0].iterdir() if file.suffix in _OF_A_NETWORK and file.is_file()
+            )
             digest.update(json.dumps([file.name for file in files]).encode())
         for each in files:
             with open(each, "rb") as file:

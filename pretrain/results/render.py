@@ -1,4 +1,5 @@
-"""A :class:`Table` as Markdown, csv, LaTeX or html. All that a run says of itself is escaped, in every format."""
+"""A :class:`Table` as Markdown, csv, LaTeX or html. All that a run says of itself is escaped, in every
+format."""
 
 import csv
 import html
@@ -44,10 +45,13 @@ def render(table: Table, format: str) -> str:
 
 
 def render_all(tables: Sequence[Table], format: str) -> str:
-    """Several tables, one below the other. As csv, those with other columns than the first one are left out."""
+    """Several tables, one below the other. As csv, those with other columns than the first one are left
+    out."""
     if format == "csv":
         records = [record for table in tables for record in table.records]
-        return render(replace(tables[0], records=tuple(r for r in records if r.keys() == records[0].keys())), format)
+        return render(
+            replace(tables[0], records=tuple(r for r in records if r.keys() == records[0].keys())), format
+        )
     return "\n".join(render(table, format) for table in tables)
 
 
@@ -60,13 +64,18 @@ def _markdown(table: Table) -> str:
         return f"| {' | '.join(cells)} |"
 
     def cells(line: Line) -> list[str]:
-        return [f"**{markdown_text(t)}**" if _bold(line, i) else markdown_text(t) for i, t in enumerate(line.cells)]
+        return [
+            f"**{markdown_text(t)}**" if _bold(line, i) else markdown_text(t)
+            for i, t in enumerate(line.cells)
+        ]
 
     rules = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
     lines = [row([markdown_text(name) for name in table.columns]), row(rules)]
     lines += [row(cells(line)) for group in table.groups for line in group]
     notes = [f"- {markdown_text(note)}" for note in table.notes]
-    return "\n".join([f"**{markdown_text(table.title)}**", "", *lines, *([""] if notes else []), *notes]) + "\n"
+    return (
+        "\n".join([f"**{markdown_text(table.title)}**", "", *lines, *([""] if notes else []), *notes]) + "\n"
+    )
 
 
 def markdown_text(text: str) -> str:
@@ -86,20 +95,28 @@ def _csv(table: Table) -> str:
 
 def _latex(table: Table) -> str:
     def cells(line: Line) -> list[str]:
-        return [rf"\textbf{{{latex_text(t)}}}" if _bold(line, i) else latex_text(t) for i, t in enumerate(line.cells)]
+        return [
+            rf"\textbf{{{latex_text(t)}}}" if _bold(line, i) else latex_text(t)
+            for i, t in enumerate(line.cells)
+        ]
 
     alignment = "".join("r" if i in table.numeric else "l" for i in range(len(table.columns)))
     lines = [
         "% needs \\usepackage{booktabs}, \\usepackage{graphicx}, \\usepackage{amssymb} and \\usepackage[T1]{fontenc}",
         rf"\begin{{table}}\caption{{{latex_text(table.title)}}}\centering",
-        rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",  # shrinks alone
+        # Shrinks alone
+        rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",
         r"\toprule",
         *_latex_heads(table),
         " & ".join(latex_text(name) for name in table.columns) + r" \\",
     ]
     for group in table.groups:
         lines += [r"\midrule", *(" & ".join(cells(line)) + r" \\" for line in group)]
-    lines += [r"\bottomrule", r"\end{tabular}}", *(rf"\par\footnotesize {latex_text(note)}" for note in table.notes)]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *(rf"\par\footnotesize {latex_text(note)}" for note in table.notes),
+    ]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
@@ -125,7 +142,9 @@ def _html(table: Table) -> str:
         words = f"<b>{html.escape(text)}</b>" if bold else html.escape(text)
         return f'<{tag} class="{kind}">{words}</{tag}>' if kind else f"<{tag}>{words}</{tag}>"
 
-    above = "".join(f'<th class="over" colspan="{span}">{html.escape(text)}</th>' for text, span in table.heads)
+    above = "".join(
+        f'<th class="over" colspan="{span}">{html.escape(text)}</th>' for text, span in table.heads
+    )
     heads = "".join(cell("th", i, name) for i, name in enumerate(table.columns))
     lines = [
         '<div class="table-scroll"><table class="results">',
@@ -140,5 +159,7 @@ def _html(table: Table) -> str:
         lines.append("</tbody>")
     lines.append("</table></div>")
     if table.notes:
-        lines.append(f'<ul class="notes">{"".join(f"<li>{html.escape(note)}</li>" for note in table.notes)}</ul>')
+        lines.append(
+            f'<ul class="notes">{"".join(f"<li>{html.escape(note)}</li>" for note in table.notes)}</ul>'
+        )
     return "\n".join(lines) + "\n"

@@ -43,7 +43,9 @@ _PAGE = """<!doctype html>
 """
 
 
-def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = "") -> str:
+def build_report(
+    runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
+) -> str:
     """The page: summary, curves, tables, figures and what is needed to repeat the runs.
 
     Args:
@@ -57,7 +59,15 @@ def build_report(runs: Sequence[Run], title: str = "Results", table: str = "", l
 
     def order(run: Run) -> tuple:
         r = run.result
-        return list(_TITLES).index(r.stage), r.method, r.backbone, r.protocol.label, r.seed, r.created, r.config_hash
+        return (
+            list(_TITLES).index(r.stage),
+            r.method,
+            r.backbone,
+            r.protocol.label,
+            r.seed,
+            r.created,
+            r.config_hash,
+        )
 
     runs = sorted(runs, key=order)
     names = run_names([run.result for run in runs])
@@ -78,12 +88,17 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     """A page with its style: the sections {head (one word): html} that are not empty, and links to them."""
     sections = {head: body for head, body in sections.items() if body}
     links = "".join(f'<a href="#{head.lower()}">{head}</a>' for head in sections)
-    parts = [f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>' for head, body in sections.items()]
+    parts = [
+        f'<section id="{head.lower()}">\n<h2>{head}</h2>\n{body}\n</section>'
+        for head, body in sections.items()
+    ]
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    return _PAGE.format(title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts]))
+    return _PAGE.format(
+        title=html.escape(title), policy=_POLICY, style=style, body="\n".join([f"<nav>{links}</nav>", *parts])
+    )
 
 
-# --- summary ------------------------------------------------------------------------------------------------
+# --- summary ----------------------------------------------------------------------------------------------
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -111,7 +126,9 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
         if times:
             stages.append([kind, str(len(times)), duration_text(sum(times))])
     stages.append(["all", str(len(results)), duration_text(sum(result.wall_time_s for result in results))])
-    lines.append(html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2}))
+    lines.append(
+        html_table("Time by kind of run", ["kind", "runs", "wall time, summed"], stages, numeric={1, 2})
+    )
     owners = [f"{r.kind}: {name}" for r, name in zip(results, names)]
     lines.append("<h3>Hardware</h3>" + _distinct([r.hardware for r in results], owners))
     lines.append("<h3>Versions</h3>" + _distinct([r.packages for r in results], owners))
@@ -131,10 +148,12 @@ def _distinct(mappings: Sequence[dict[str, Any]], owners: Sequence[str]) -> str:
         shared.setdefault(text, []).append(owner)
     if len(shared) == 1:
         return next(iter(shared))
-    return "\n".join(f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items())
+    return "\n".join(
+        f'<p class="soft">{html.escape("; ".join(who))}</p>{text}' for text, who in shared.items()
+    )
 
 
-# --- curves, tables, figures --------------------------------------------------------------------------------
+# --- curves, tables, figures ------------------------------------------------------------------------------
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -146,7 +165,9 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         for run, name in zip(runs, names):
             if run.result.stage == stage and run.log:
                 method = run.result.method
-                curves.append(Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method))))
+                curves.append(
+                    Curve(run.result, name, run.log, *style_of(method, methods, seen.count(method)))
+                )
                 seen.append(method)
         if curves:
             parts.append(f"<h3>{title}</h3>\n{_curve_figure(stage, curves)}")
@@ -164,7 +185,9 @@ def _curve_figure(stage: str, curves: Sequence[Curve]) -> str:
         grid = _grid([panels[term] for term in others])
         lines.append(f"<details><summary>Other terms ({len(others)})</summary>{grid}</details>")
     if max(len(curve.log) for curve in curves) > MOST_POINTS:
-        lines.append("<figcaption>Long curves: means of neighboring values, in the band that they span.</figcaption>")
+        lines.append(
+            "<figcaption>Long curves: means of neighboring values, in the band that they span.</figcaption>"
+        )
     return "\n".join([*lines, "</figure>"])
 
 
@@ -212,7 +235,7 @@ def _light(png: bytes) -> tuple[str, bytes]:
     return ("webp", file.getvalue()) if len(file.getvalue()) < len(png) / 2 else ("png", png)
 
 
-# --- what it takes to repeat the runs -----------------------------------------------------------------------
+# --- what it takes to repeat the runs ---------------------------------------------------------------------
 
 
 def _reproducibility(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -250,7 +273,10 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
     """A <table> that scrolls. Cells are escaped, the caption is html; ``numeric``: columns set right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
-        return "".join(f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>" for i, t in enumerate(texts))
+        return "".join(
+            f"<{tag}{' class=number' if i in numeric else ''}>{html.escape(t)}</{tag}>"
+            for i, t in enumerate(texts)
+        )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>"
@@ -259,5 +285,7 @@ def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _list(entries: dict[str, str]) -> str:
-    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items())
+    items = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in entries.items()
+    )
     return f"<dl>{items}</dl>"

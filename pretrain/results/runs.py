@@ -1,4 +1,5 @@
-"""A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl and figures/ with its captions.json."""
+"""A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl and figures/ with its
+captions.json."""
 
 import json
 import math
@@ -28,7 +29,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run left: its result, its log (empty without metrics.jsonl and probes.jsonl) and its figures (possibly none)."""
+    """All that a run left: its result, its log (empty without metrics.jsonl and probes.jsonl) and its
+    figures (possibly none)."""
 
     result: Result
     log: Log
@@ -46,7 +48,11 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)] if path.is_dir() else [path]
+        files = (
+            [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
+            if path.is_dir()
+            else [path]
+        )
         if not files:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
         for file in files:
@@ -55,7 +61,8 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _is_swept(file: Path, above: Path) -> bool:
-    """Whether a result between the file and the folder `above` is that of a sweep to which the file belongs."""
+    """Whether a result between the file and the folder `above` is that of a sweep to which the file
+    belongs."""
     folders = [folder for folder in file.parents if folder != above and above in folder.parents]
     return any(folder.name == POINTS and (folder.parent / FILE_NAME).is_file() for folder in folders)
 
@@ -72,9 +79,9 @@ def read_run(result_file: Path) -> Run:
 def read_log(path: Path) -> Log:
     """A metrics.jsonl or probes.jsonl: one object a line, with "iteration" and numbers.
 
-    Of lines of the same iteration (a resumed run repeats some) the last one counts; what is not a finite number is no
-    term and is left out. A last line that was cut off, by a kill, is skipped with a warning; any other malformed line
-    is a UserError that names the file and the line.
+    Of lines of the same iteration (a resumed run repeats some) the last one counts; what is not a finite
+    number is no term and is left out. A last line that was cut off, by a kill, is skipped with a warning; any
+    other malformed line is a UserError that names the file and the line.
     """
     log: Log = {}
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -103,7 +110,8 @@ def _finite(value: Any) -> bool:
 def read_figures(folder: Path) -> list[Figure]:
     """The PNG files of a folder: first those of captions.json in its order, then the others by name.
 
-    Raises UserError for a captions.json that is malformed or names an absent file, and for a file that is no PNG.
+    Raises UserError for a captions.json that is malformed or names an absent file, and for a file that is no
+    PNG.
     """
     captions = _read_captions(folder / "captions.json")
     others = sorted(path.name for path in folder.glob("*.png") if path.name not in captions)
@@ -119,14 +127,18 @@ def read_figures(folder: Path) -> list[Figure]:
     return figures
 
 
-def holds_result(folder: Path, changed: Mapping[str, list[Any]] | None, has_checkpoint: bool, resume: bool) -> bool:
+def holds_result(
+    folder: Path, changed: Mapping[str, list[Any]] | None, has_checkpoint: bool, resume: bool
+) -> bool:
     """Whether a folder holds the result of this very run; false for a new folder and for a run to go on with.
 
     Args:
-        changed: in which settings the folder's run differs from this one; none: it says nothing of its settings.
+        changed: in which settings the folder's run differs from this one; none: it says nothing of its
+            settings.
 
     Raises:
-        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is not given.
+        UserError: the folder holds a run of other settings, by name, or an unfinished one and ``resume`` is
+            not given.
     """
     is_over = (folder / FILE_NAME).is_file()
     if is_over and changed is None:
@@ -135,7 +147,9 @@ def holds_result(folder: Path, changed: Mapping[str, list[Any]] | None, has_chec
         told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
         raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
     if has_checkpoint and not is_over and not resume:
-        raise UserError(f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder")
+        raise UserError(
+            f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder"
+        )
     return is_over
 
 

@@ -61,13 +61,19 @@ class Protocol(_Record):
     name: str = setting(..., 'the recipe, such as "coco-12ep"', source="ours")
     version: int = setting(..., "of the recipe, from 1 on", source="ours")
     full: bool = setting(..., "true exactly when `deviations` is empty", source="ours")
-    deviations: dict[str, list[Any]] = setting(..., "{field: [value in the protocol, value in the run]}", source="ours")
+    deviations: dict[str, list[Any]] = setting(
+        ..., "{field: [value in the protocol, value in the run]}", source="ours"
+    )
 
     @field_validator("deviations", mode="before")
     @classmethod
     def _as_json(cls, value: Any) -> Any:
         pairs = _plain(value, "deviations")
-        return {renamed.deviation(key): pair for key, pair in pairs.items()} if isinstance(pairs, dict) else pairs
+        return (
+            {renamed.deviation(key): pair for key, pair in pairs.items()}
+            if isinstance(pairs, dict)
+            else pairs
+        )
 
     @model_validator(mode="after")
     def _agree(self) -> "Protocol":
@@ -75,7 +81,9 @@ class Protocol(_Record):
             raise ValueError("name is empty; name the recipe")
         for key, pair in self.deviations.items():
             if len(pair) != 2 or pair[0] == pair[1]:
-                raise ValueError(f"deviations.{key} should be [protocol value, other run value], not {pair!r}")
+                raise ValueError(
+                    f"deviations.{key} should be [protocol value, other run value], not {pair!r}"
+                )
         if self.full != (not self.deviations):
             raise ValueError(f"full is {self.full}, but {self.name!r} has {len(self.deviations)} deviations")
         return self
@@ -85,12 +93,16 @@ class Protocol(_Record):
         """The name under which the protocol may be shown: the bare one only for the full protocol."""
         name = self.name if self.version == 1 else f"{self.name} v{self.version}"
         count = len(self.deviations)  # beside `full`, for a dict can be changed after construction
-        return name if self.full and not count else f"{name}, scaled down ({count} change{'s' * (count != 1)})"
+        return (
+            name if self.full and not count else f"{name}, scaled down ({count} change{'s' * (count != 1)})"
+        )
 
     @property
     def changes(self) -> str:
         """The deviations on one line: "batch_size 64 → 2; iterations 22128 → 200"."""
-        return "; ".join(f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in sorted(self.deviations.items()))
+        return "; ".join(
+            f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in sorted(self.deviations.items())
+        )
 
     @property
     def text(self) -> str:
@@ -140,7 +152,9 @@ class Result(_Record):
         "provenance.file_hash of the backbone's file that a pre-training left, or that another run read",
         source="ours",
     )
-    git_commit: str | None = setting(..., "of this code, with +dirty where files differ from it", source="ours")
+    git_commit: str | None = setting(
+        ..., "of this code, with +dirty where files differ from it", source="ours"
+    )
     packages: dict[str, Any] = setting(..., "{distribution: version}", source="ours")
     hardware: dict[str, Any] = setting(..., "cpu, cores, memory_gib, gpus, processes", source="ours")
     wall_time_s: float = setting(..., "seconds", source="ours", ge=0)
@@ -150,7 +164,9 @@ class Result(_Record):
     loss_terms: tuple[str, ...] = setting(
         (), "names under which the run logged the addends of its loss, in order", source="ours", strict=False
     )
-    post_training: bool = setting(False, "whether it trained a backbone that was pre-trained before", source="ours")
+    post_training: bool = setting(
+        False, "whether it trained a backbone that was pre-trained before", source="ours"
+    )
     created: str = setting(
         lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "end of the run, UTC, ISO 8601",
@@ -267,7 +283,9 @@ def _check_utc(text: str) -> None:
     except ValueError:
         offset = None
     if offset != timedelta(0):
-        raise ValueError(f"created={text!r} should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00")
+        raise ValueError(
+            f"created={text!r} should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
+        )
 
 
 def _short(value: Any) -> str:

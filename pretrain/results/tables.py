@@ -75,7 +75,9 @@ class FootNotes:
         return [f"{SCALED}{i} {p.text}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
 
 
-def comparison_table(results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1") -> Table:
+def comparison_table(
+    results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
+) -> Table:
     """The published rows beside the measured detections and segmentations of ADE20K, grouped by backbone.
 
     published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
@@ -124,11 +126,13 @@ def seeds_note(measured: Sequence[Measured]) -> list[str]:
     return [SEEDS] if several else []
 
 
-# --- cells: what md, latex and html show --------------------------------------------------------------------
+# --- cells: what md, latex and html show ------------------------------------------------------------------
 
 
 def _published_line(row: PublishedRow) -> Line:
-    scores = [NONE if value is None else f"{value:.1f}" for value in (row.box_ap, row.mask_ap, row.ade20k_miou)]
+    scores = [
+        NONE if value is None else f"{value:.1f}" for value in (row.box_ap, row.mask_ap, row.ade20k_miou)
+    ]
     protocols = [text or NONE for text in _published_protocols(row)]
     note = f"Table {row.table}" + (f": {row.note}" if row.note else "")
     cells = (row.method, row.backbone, epochs_text(row.effective_epochs), *scores, *protocols, NONE, note)
@@ -150,7 +154,9 @@ def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
     method = (row.run.method, backbone_label(row.run.backbone), epochs)
     protocols = (notes.label(detection), notes.label(segmentation))
     note = "" if alone else f"config {row.configs}"
-    return Line("measured", bool(row.scaled), (f"measured {MEASURED}", *method, *scores, *protocols, row.seeds, note))
+    return Line(
+        "measured", bool(row.scaled), (f"measured {MEASURED}", *method, *scores, *protocols, row.seeds, note)
+    )
 
 
 def scores_of(row: Measured) -> dict[str, Score | None]:
@@ -172,7 +178,7 @@ def epochs_text(epochs: float | None) -> str:
     return NONE if epochs is None else f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
-# --- records: what csv holds --------------------------------------------------------------------------------
+# --- records: what csv holds ------------------------------------------------------------------------------
 
 
 def _published_record(row: PublishedRow) -> dict[str, str]:
@@ -226,7 +232,7 @@ def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]
     return row
 
 
-# --- segmentation on other data sets ------------------------------------------------------------------------
+# --- segmentation on other data sets ----------------------------------------------------------------------
 
 
 def is_elsewhere(result: Result) -> bool:
@@ -239,7 +245,9 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
 
     No published number stands beside them: the published mIoU is ADE20K's.
     """
-    pretraining = [result for result in results if result.kind == "pretrain"]  # they say which weights are of a scaled-down one
+    pretraining = [
+        result for result in results if result.kind == "pretrain"
+    ]  # they say which weights are of a scaled-down one
     rows = merge([*pretraining, *(result for result in results if is_elsewhere(result))])
     if not rows:
         return None
@@ -250,7 +258,11 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
         miou = NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"
         epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
         who = (run.method, backbone_label(run.backbone), epochs)
-        lines.append(Line("measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)))
+        lines.append(
+            Line(
+                "measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)
+            )
+        )
         records.append(
             {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
             | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
@@ -270,7 +282,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     )
 
 
-# --- the pre-training runs ----------------------------------------------------------------------------------
+# --- the pre-training runs --------------------------------------------------------------------------------
 
 
 def pretraining_table(results: Sequence[Result]) -> Table | None:
@@ -280,7 +292,9 @@ def pretraining_table(results: Sequence[Result]) -> Table | None:
 
 def posttraining_table(results: Sequence[Result]) -> Table | None:
     """The same for post-trainings. The total loss is left out where every run has only one term."""
-    return _training_table("Post-training runs", [result for result in results if result.stage == "posttrain"])
+    return _training_table(
+        "Post-training runs", [result for result in results if result.stage == "posttrain"]
+    )
 
 
 def _training_table(title: str, runs: list[Result]) -> Table | None:

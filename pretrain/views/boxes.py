@@ -41,14 +41,20 @@ class CropSettings(Settings):
     n_local: int = setting(8, "local crops of an image", source="sec. 4.1", ge=0, le=1024)
     global_px: int = setting(224, "side of a global crop in pixels", source="footnote 4", ge=1, le=65536)
     local_px: int = setting(96, "side of a local crop in pixels", source="footnote 4", ge=1, le=65536)
-    global_scale: tuple[Share, Share] = setting((0.32, 1.0), "share of the image's area, from and to", source="DINOv2")
+    global_scale: tuple[Share, Share] = setting(
+        (0.32, 1.0), "share of the image's area, from and to", source="DINOv2"
+    )
     local_scale: tuple[Share, Share] = setting(
-        (0.05, 0.32), "share of the image's area, from and to; with local_rule=inside of the parent's area", source="DINOv2"
+        (0.05, 0.32),
+        "share of the image's area, from and to; with local_rule=inside of the parent's area",
+        source="DINOv2",
     )
     ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", source="DINOv2")
     flip_p: float = setting(0.5, "probability of a horizontal flip", source="DINOv2", ge=0, le=1)
     plain_globals: bool = setting(
-        False, "global crops are not flipped and keep their colors (PaKA: the teacher sees no augmentation)", source="DINOv2"
+        False,
+        "global crops are not flipped and keep their colors (PaKA: the teacher sees no augmentation)",
+        source="DINOv2",
     )
     local_rule: Literal["image", "inside", "same"] = setting(
         "image",
@@ -56,7 +62,11 @@ class CropSettings(Settings):
         source="DINOv2",
     )
     local_inside: float = setting(
-        0.9, "least share of a local crop within its parent, with local_rule=inside", source="PaKA", ge=0, le=1
+        0.9,
+        "least share of a local crop within its parent, with local_rule=inside",
+        source="PaKA",
+        ge=0,
+        le=1,
     )
 
     @model_validator(mode="after")
@@ -69,15 +79,25 @@ class PositionSettings(Settings):
     """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
 
     encoding: Literal["field", "standard"] = setting(
-        "field", "field | standard (one learned grid for every view, as the DINOv2 baseline)", source="sec. 3.2.1"
+        "field",
+        "field | standard (one learned grid for every view, as the DINOv2 baseline)",
+        source="sec. 3.2.1",
     )
     grid: int = setting(50, "side of the field, or of the learned grid", source="Table 6", ge=2, le=4096)
     interpolation: Literal["bicubic", "bilinear", "dinov2", "bicubic_antialias"] = setting(
-        "bicubic", "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias", source="ours"
+        "bicubic",
+        "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias",
+        source="ours",
     )
-    augment: bool = setting(True, "position and scale augmentation t_s; of a field alone", source="sec. 3.2.2")
-    scale: Literal["beta", "uniform", "constant"] = setting("beta", "distribution of the area s", source="Table 6")
-    beta: tuple[Positive, Positive] = setting((2.0, 5.0), "parameters of the beta distribution", source="Table 6")
+    augment: bool = setting(
+        True, "position and scale augmentation t_s; of a field alone", source="sec. 3.2.2"
+    )
+    scale: Literal["beta", "uniform", "constant"] = setting(
+        "beta", "distribution of the area s", source="Table 6"
+    )
+    beta: tuple[Positive, Positive] = setting(
+        (2.0, 5.0), "parameters of the beta distribution", source="Table 6"
+    )
     s_min: float = setting(0.2, "smallest s", source="Table 6", ge=1e-6, le=1)
     s_max: float = setting(1.0, "largest s", source="Table 6", ge=1e-6, le=1)
     reference: Literal["crops", "image"] = setting(
@@ -97,7 +117,9 @@ class PositionSettings(Settings):
         if self.s_min > self.s_max:
             raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
         if self.augment and not self.is_augmented:
-            warnings.warn("config: positions.augment has no effect with positions.encoding=standard", stacklevel=2)
+            warnings.warn(
+                "config: positions.augment has no effect with positions.encoding=standard", stacklevel=2
+            )
         return self
 
 
@@ -124,7 +146,9 @@ class Views(Record):
         """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the
         crops."""
         flips = self.flips[:, views].T.flatten()
-        return self.position_boxes[:, views].transpose(0, 1).flatten(0, 1), flips if self.tied else torch.zeros_like(flips)
+        return self.position_boxes[:, views].transpose(0, 1).flatten(
+            0, 1
+        ), flips if self.tied else torch.zeros_like(flips)
 
     @property
     def globals(self) -> tuple[Tensor, Tensor]:
@@ -197,7 +221,9 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
     area = parent.prod(-1) * share
     size = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)
     size = np.rint(size).clip(1, parent)
-    slack = np.floor(size * (1 - math.sqrt(rule.local_inside)))  # sticking out by it on both axes leaves local_inside
+    slack = np.floor(
+        size * (1 - math.sqrt(rule.local_inside))
+    )  # sticking out by it on both axes leaves local_inside
     low = np.maximum(corner - slack, 0)
     high = np.minimum(corner + parent + slack, sizes_px[:, None, ::-1]) - size
     place = low + np.floor(u[..., -2:] * (high - low + 1))
@@ -243,7 +269,9 @@ def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves
         around = corners if rule.surround == "all" else corners[:, :n_global]
         corner = around[:, :, 0].min(1)
         size = around[:, :, 1].max(1) - corner  # [B, 2]
-    factor = np.minimum(np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True))  # [B, 1]
+    factor = np.minimum(
+        np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True)
+    )  # [B, 1]
     place = moves[:, 1:] * np.maximum(1 - factor * size, 0)
     moved: Array = (corners - corner[:, None, None]) * factor[:, None, None] + place[:, None, None]
     return moved.reshape(boxes.shape)

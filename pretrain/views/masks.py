@@ -38,13 +38,23 @@ Numbers = Random | np.random.Generator  # either has random(), uniform in [0, 1)
 class MaskSettings(Settings):
     """Which global crops lose content or positions, and in which shapes (paper 3.3)."""
 
-    content_share: float = setting(0.5, "share of the global crops that lose content", source="Table 6", ge=0, le=1)
-    position_share: float = setting(0.5, "share of the global crops that lose positions", source="Table 6", ge=0, le=1)
-    ratio: tuple[Ratio, Ratio] = setting((0.1, 0.5), "share of a crop's patches, from and to", source="Table 6")
-    content_shape: Shape = setting("box", "of the content masks: box | cross | random (single patches; MAE)", source="Table 6")
+    content_share: float = setting(
+        0.5, "share of the global crops that lose content", source="Table 6", ge=0, le=1
+    )
+    position_share: float = setting(
+        0.5, "share of the global crops that lose positions", source="Table 6", ge=0, le=1
+    )
+    ratio: tuple[Ratio, Ratio] = setting(
+        (0.1, 0.5), "share of a crop's patches, from and to", source="Table 6"
+    )
+    content_shape: Shape = setting(
+        "box", "of the content masks: box | cross | random (single patches; MAE)", source="Table 6"
+    )
     position_shape: Shape = setting("cross", "of the position masks: box | cross | random", source="Table 6")
     kinds_over: Literal["batch", "image"] = setting(
-        "batch", "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)", source="ours"
+        "batch",
+        "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)",
+        source="ours",
     )
     min_box_patches: int = setting(4, "smallest box in patches", source="DINOv2", ge=1, le=65536)
     min_aspect: float = setting(0.3, "smallest aspect ratio of a box", source="DINOv2", ge=1e-6, le=1)
@@ -79,7 +89,9 @@ class Masks(Record):
     @staticmethod
     def of(content: Mask, position: Mask) -> "Masks":
         """From two arrays [n_global * B, N]."""
-        lists = [torch.from_numpy(values) for mask in (content, position) for values in index_and_weight(mask)]
+        lists = [
+            torch.from_numpy(values) for mask in (content, position) for values in index_and_weight(mask)
+        ]
         return Masks(torch.from_numpy(content), torch.from_numpy(position), *lists)
 
 
@@ -157,7 +169,9 @@ def cross_mask(grid: tuple[int, int], target: int, rng: Numbers) -> Mask:
     return _array(mask, grid)
 
 
-def _nearest(cells: int, n: int, center: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool) -> int:
+def _nearest(
+    cells: int, n: int, center: tuple[int, int], thickness: int, grid: tuple[int, int], *, keep_first: bool
+) -> int:
     """The ``n`` cells nearest to a cross's center, by the larger distance of rows and columns.
 
     Ties keep the first cells in reading order, or the last.
@@ -204,7 +218,9 @@ def mask_of_shape(shape: str, grid: tuple[int, int], target: int, rule: MaskSett
     return (random_mask if shape == "random" else cross_mask)(grid, target, rng)
 
 
-def draw_targets(n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator) -> list[int]:
+def draw_targets(
+    n_crops: int, n_patches: int, ratio: tuple[float, float], rng: np.random.Generator
+) -> list[int]:
     """The number of masked patches in each crop of one kind, in random order. Ratios are stratified over the
     crops, as in DINOv2.
 
@@ -230,7 +246,12 @@ def draw_kinds(n_images: int, n_global: int, rule: MaskSettings, rng: np.random.
 
 
 def draw_masks(
-    n_images: int, n_global: int, grid: tuple[int, int], rule: MaskSettings, key: Sequence[int], images: slice | None = None
+    n_images: int,
+    n_global: int,
+    grid: tuple[int, int],
+    rule: MaskSettings,
+    key: Sequence[int],
+    images: slice | None = None,
 ) -> Masks:
     """Masks for the global crops of a batch.
 
@@ -260,5 +281,7 @@ def draw_masks(
     for row, crop in enumerate(crops):
         kind = str(kinds[crop])
         if kind != "none":
-            drawn[kind][row] = mask_of_shape(shapes[kind], grid, int(targets[crop]), rule, Random(seeds[crop])).ravel()
+            drawn[kind][row] = mask_of_shape(
+                shapes[kind], grid, int(targets[crop]), rule, Random(seeds[crop])
+            ).ravel()
     return Masks.of(drawn["content"], drawn["position"])

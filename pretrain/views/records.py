@@ -33,7 +33,9 @@ class Record:
 
     def to(self: R, device: torch.device) -> R:
         """The same record on another device, without waiting for the copies."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))  # the host would read too early
+        return self.map(
+            lambda tensor: tensor.to(device, non_blocking=device.type != "cpu")
+        )  # the host would read too early
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors become arrays. A worker sends each tensor as a shared file, and a process can open
@@ -44,4 +46,6 @@ class Record:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
+        self.__dict__.update(
+            {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+        )

@@ -19,7 +19,9 @@ from pretrain.views.boxes import Views
 
 Grid = tuple[int, int]
 
-TOLERANCE = 1e-3  # patches: float32 boxes; a local crop of 3 x 3 patches inside its global one overlaps it by 2, not by 1.9999999
+# Patches: float32 boxes; a local crop of 3 x 3 patches inside its global one overlaps it by 2, not by
+# 1.9999999
+TOLERANCE = 1e-3
 
 
 def inset(boxes: Tensor, grid: Grid) -> Tensor:
@@ -41,8 +43,13 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
         overlaps, [B, G, L] bool.
     """
     boxes = views.boxes
-    first, second = boxes[:, : views.n_global].unsqueeze(2), boxes[:, views.n_global :].unsqueeze(1)  # [B, G, 1, 4], [B, 1, L, 4]
-    patch = torch.maximum(_patch(first, global_grid), _patch(second, local_grid))  # [B, G, L, 2], the larger of the two
+    first, second = (
+        boxes[:, : views.n_global].unsqueeze(2),
+        boxes[:, views.n_global :].unsqueeze(1),
+    )  # [B, G, 1, 4], [B, 1, L, 4]
+    patch = torch.maximum(
+        _patch(first, global_grid), _patch(second, local_grid)
+    )  # [B, G, L, 2], the larger of the two
     first, second = inset(first, global_grid), inset(second, local_grid)
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     are = ((high - low) >= (min_patches - TOLERANCE) * patch).all(-1)
@@ -50,7 +57,9 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
     return torch.where(are.unsqueeze(-1), torch.cat([low, high], -1), whole), are
 
 
-def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regions: Tensor, n_bins: int, n_samples: int) -> Tensor:
+def read_regions(
+    patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regions: Tensor, n_bins: int, n_samples: int
+) -> Tensor:
     """Patch features of views at regions of the image, averaged over a regular grid of points in each bin.
 
     Equal to torchvision's ``roi_align(aligned=True, sampling_ratio=n_samples)`` on the view's feature map,
@@ -68,8 +77,12 @@ def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regi
     Returns:
         [V, K, n_bins^2, D], in the dtype of ``patches``.
     """
-    rows = _bin_weights(boxes[:, 1], boxes[:, 3], regions[..., 1], regions[..., 3], grid[0], n_bins, n_samples)  # [V, K, n, h]
-    columns = _bin_weights(boxes[:, 0], boxes[:, 2], regions[..., 0], regions[..., 2], grid[1], n_bins, n_samples)
+    rows = _bin_weights(
+        boxes[:, 1], boxes[:, 3], regions[..., 1], regions[..., 3], grid[0], n_bins, n_samples
+    )  # [V, K, n, h]
+    columns = _bin_weights(
+        boxes[:, 0], boxes[:, 2], regions[..., 0], regions[..., 2], grid[1], n_bins, n_samples
+    )
     columns = torch.where(flips[:, None, None, None], columns.flip(-1), columns)
     maps = patches.unflatten(1, grid).to(torch.promote_types(patches.dtype, torch.float32))  # [V, h, w, D]
     with torch.autocast(patches.device.type, enabled=False):
@@ -80,10 +93,14 @@ def read_regions(patches: Tensor, grid: Grid, boxes: Tensor, flips: Tensor, regi
     return whole.flatten(2, 3).to(patches.dtype)
 
 
-def _bin_weights(low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patches: int, n_bins: int, n_samples: int) -> Tensor:
+def _bin_weights(
+    low: Tensor, high: Tensor, start: Tensor, end: Tensor, n_patches: int, n_bins: int, n_samples: int
+) -> Tensor:
     """Weights [V, K, n_bins, n_patches] of an axis: linear interpolation between patch centers, averaged over
     each bin's points."""
-    steps = (torch.arange(n_bins * n_samples, device=low.device, dtype=low.dtype) + 0.5) / (n_bins * n_samples)
+    steps = (torch.arange(n_bins * n_samples, device=low.device, dtype=low.dtype) + 0.5) / (
+        n_bins * n_samples
+    )
     points = start.unsqueeze(-1) + steps * (end - start).unsqueeze(-1)  # [V, K, n s], image units
     size = (high - low)[:, None, None]
     at = ((points - low[:, None, None]) / size * n_patches - 0.5).clamp(0, n_patches - 1)  # in patch centers

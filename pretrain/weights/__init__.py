@@ -1,7 +1,23 @@
 """Files of weights: what one holds, and the one function that reads any supported source."""
 
 from pretrain.weights.checkpoint import Checkpoint
-from pretrain.weights.read import backbone_name, check_fit, load_into, origin_of, read_checkpoint, source_names
+from pretrain.weights.read import (
+    backbone_name,
+    check_fit,
+    load_into,
+    origin_of,
+    read_checkpoint,
+    source_names,
+)
 from pretrain.weights.write import save_backbone
 
-__all__ = ["Checkpoint", "backbone_name", "check_fit", "load_into", "origin_of", "read_checkpoint", "save_backbone", "source_names"]
+__all__ = [
+    "Checkpoint",
+    "backbone_name",
+    "check_fit",
+    "load_into",
+    "origin_of",
+    "read_checkpoint",
+    "save_backbone",
+    "source_names",
+]

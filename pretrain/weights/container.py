@@ -116,7 +116,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
         return content, {}
     if head[0] in flax_file.STARTS:
         return flax_file.read_flax_file(path), {}
-    raise UserError(f"weights: {path} is no file of weights: it begins neither as safetensors' nor torch's nor Flax's do")
+    raise UserError(
+        f"weights: {path} is no file of weights: it begins neither as safetensors' nor torch's nor Flax's do"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +132,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     if len(head) >= 8 and struct.unpack("<Q", head[:8])[0] > MAX_HEADER_BYTES:
-        raise UserError(f"weights: {path} is no readable safetensors file (a header of more than {MAX_HEADER_BYTES} bytes)")
+        raise UserError(
+            f"weights: {path} is no readable safetensors file (a header of more than {MAX_HEADER_BYTES} bytes)"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
@@ -147,7 +151,9 @@ def _is_plain(name: str) -> bool:
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of all parts that an index names in its own folder, and the bytes of the parts."""
     places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) and _is_plain(name) for name in places.values()):
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and _is_plain(name) for name in places.values()
+    ):
         raise UserError(f"weights: {index} names no files of its own folder")
     state: dict[str, Tensor] = {}
     n_bytes = 0

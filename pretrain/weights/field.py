@@ -29,8 +29,12 @@ def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") 
     """
     zero = torch.zeros(1, dtype=torch.float64)
     read = axis_weights(patch_centers(zero, zero + 1, n_cells)[0], n_samples, interpolation)
-    corners = torch.arange(n_samples, dtype=torch.float64) / (n_samples - 1)  # of the image, where the field's samples stand
-    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)  # the same between the centers of the outermost cells
+    corners = torch.arange(n_samples, dtype=torch.float64) / (
+        n_samples - 1
+    )  # of the image, where the field's samples stand
+    cells = (corners * n_cells - 0.5) / max(
+        n_cells - 1, 1
+    )  # the same between the centers of the outermost cells
     smooth = axis_weights(cells, n_cells)
     return smooth + torch.linalg.pinv(read) @ (torch.eye(n_cells, dtype=torch.float64) - read @ smooth)
 
@@ -55,9 +59,13 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     if encoding == "field":
         return checkpoint
     if encoding == "none":
-        raise UserError(f"weights: {path} has no absolute positions of which positions.encoding=field could make a field")
+        raise UserError(
+            f"weights: {path} has no absolute positions of which positions.encoding=field could make a field"
+        )
     if interpolation not in FIELD_INTERPOLATIONS:
-        raise UserError(f"config: positions.interpolation={interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field")
+        raise UserError(
+            f"config: positions.interpolation={interpolation!r} is none of {FIELD_INTERPOLATIONS} for a position field"
+        )
     n_cls, side = int(model_kwargs["has_cls"]), model_kwargs["pos_grid"]
     least = math.ceil(side * SAMPLES_A_CELL)
     if size < least:
@@ -72,10 +80,17 @@ def with_position_field(checkpoint: Checkpoint, size: int, interpolation: str = 
     if n_cls:
         state["cls_pos"] = positions[:, :1].clone()
     became = f"its {side} x {side} positions become a field of {size} x {size} samples"
-    warnings.warn(f"weights: {path}: {became}; the network is the same at {side} x {side} patches alone", stacklevel=2)
+    warnings.warn(
+        f"weights: {path}: {became}; the network is the same at {side} x {side} patches alone", stacklevel=2
+    )
     return replace(
         checkpoint,
         state=state,
-        model_kwargs={**model_kwargs, "pos_encoding": "field", "pos_grid": size, "pos_interpolation": interpolation},
+        model_kwargs={
+            **model_kwargs,
+            "pos_encoding": "field",
+            "pos_grid": size,
+            "pos_interpolation": interpolation,
+        },
         provenance={**checkpoint.provenance, "pos_grid_before": side},
     )

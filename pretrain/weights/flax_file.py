@@ -57,9 +57,13 @@ def read_flax_file(path: Path) -> dict[str, Any]:
                     tree[key] = _whole(unpacker.unpack())
             if unpacker.tell() != path.stat().st_size:
                 raise ValueError("more bytes follow")
-    except Exception as error:  # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
+    except (
+        Exception
+    ) as error:  # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
         reason = str(error).splitlines()[:1] or [""]
-        raise UserError(f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})") from error
+        raise UserError(
+            f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})"
+        ) from error
     return tree
 
 
@@ -85,7 +89,9 @@ def _extension(code: int, data: bytes) -> Any:
     name = dtype.decode("ascii")
     if name not in DTYPES:
         raise ValueError(f"an array of {name[:32]}")
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * DTYPES[name].itemsize != len(buffer):
+    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * DTYPES[name].itemsize != len(
+        buffer
+    ):
         raise ValueError(f"{len(buffer)} bytes for an array {tuple(shape)}")
     if not buffer:
         return torch.empty(shape, dtype=DTYPES[name])

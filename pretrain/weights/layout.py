@@ -38,7 +38,9 @@ def registry_name(width: int, n_registers: int = 0) -> str | None:
     return f"vit_{WIDTHS[width]}_patch16" + ("_reg4" if n_registers == 4 else "")
 
 
-def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str, **model_kwargs: Any) -> Checkpoint:
+def plain_vit(
+    path: Path, state: Mapping[str, Tensor], source: str, method: str, **model_kwargs: Any
+) -> Checkpoint:
     """A checkpoint from a state dict under our names; the shapes tell most arguments of the ViT.
 
     Args:
@@ -87,7 +89,12 @@ def plain_vit(path: Path, state: Mapping[str, Tensor], source: str, method: str,
             raise UserError(f"{read_as}: pos_embed has {rows + has_cls} positions, not {what}")
     provenance = {"source": source, "method": method}
     return Checkpoint(
-        path, state, {**found, **model_kwargs}, registry_name(width, n_registers), provenance, "depth" not in model_kwargs
+        path,
+        state,
+        {**found, **model_kwargs},
+        registry_name(width, n_registers),
+        provenance,
+        "depth" not in model_kwargs,
     )
 
 

@@ -14,13 +14,19 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
-MAX_HEADER_BYTES = 4 << 20  # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
-MAX_PICKLE_BYTES = 4 << 20  # the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
-MAX_TUPLE = 1000  # items of a tuple in it, with those of the tuples inside; the state of Python's random numbers has 628
+MAX_HEADER_BYTES = (
+    4 << 20
+)  # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
+MAX_PICKLE_BYTES = (
+    4 << 20
+)  # the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
+# Items of a tuple in it, with those of the tuples inside; the state of Python's random numbers has 628
+MAX_TUPLE = 1000
 MAX_DIRECTORY_BYTES = 4 << 20  # of a zip: about 100 bytes a record, one a tensor
 MAX_ITEMS = 1_000_000  # of all dictionaries and lists of a Flax file: training states have some thousands
 MAX_DEPTH = 64  # of nested dictionaries: training states have about 8
-MAX_SHARING = 4  # bytes of all tensors to bytes of their file: parameters that are views of a common buffer, and that buffer
+# Bytes of all tensors to bytes of their file: parameters that are views of a common buffer, and that buffer
+MAX_SHARING = 4
 MAX_NAME = 200  # characters of a tensor's name, which errors repeat
 MAX_LABEL = 255  # characters of a method's name, as of a file's, which may be it
 MAX_SIDE = 1 << 20  # of a network's sizes (width, depth, heads, ...)
@@ -38,7 +44,9 @@ def check_regular(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null character
         reason = getattr(error, "strerror", None) or str(error)
         absent = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise UserError(f"weights: no file {path}" if absent else f"weights: {path} cannot be read ({reason})") from error
+        raise UserError(
+            f"weights: no file {path}" if absent else f"weights: {path} cannot be read ({reason})"
+        ) from error
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"weights: {path} is no regular file")
     if found.st_size == 0:
@@ -61,10 +69,14 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
             if len(name) > MAX_NAME or not name.isprintable():
                 raise UserError(f"weights: {path} names a tensor {name[:MAX_NAME]!r}")
             if item.layout != torch.strided or item.is_quantized or item.device.type != "cpu":
-                raise UserError(f"weights: {path}: {name} is no plain tensor ({item.layout}, {item.dtype}, {item.device})")
+                raise UserError(
+                    f"weights: {path}: {name} is no plain tensor ({item.layout}, {item.dtype}, {item.device})"
+                )
             n_bytes = item.numel() * item.element_size()
             if n_bytes > item.untyped_storage().nbytes():
-                raise UserError(f"weights: {path}: {name} declares {tuple(item.shape)}, more than is stored for it")
+                raise UserError(
+                    f"weights: {path}: {name} declares {tuple(item.shape)}, more than is stored for it"
+                )
             total += n_bytes
             continue
         if depth > MAX_DEPTH:
@@ -88,7 +100,9 @@ def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
     state = {}
     for key, value in checkpoint.state.items():
         if not value.is_floating_point():
-            raise UserError(f"weights: {checkpoint.path}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights")
+            raise UserError(
+                f"weights: {checkpoint.path}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights"
+            )
         state[key] = value.to(torch.float32)
         if value.numel() and not all(bound.isfinite() for bound in torch.aminmax(state[key].detach())):
             raise UserError(f"weights: {checkpoint.path}: {key} holds NaN or infinity")
@@ -102,14 +116,19 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     model_kwargs = checkpoint.model_kwargs
     if not isinstance(model_kwargs, Mapping):
         raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
-    sides = {key: model_kwargs.get(key, 0) for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")}
+    sides = {
+        key: model_kwargs.get(key, 0)
+        for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")
+    }
     for key, value in sides.items():
         needed = key not in ("n_registers", "pos_grid")
         if type(value) is not int or not needed <= value <= MAX_SIDE:
             raise UserError(f"weights: {checkpoint.path}: {key} of {value!r:.60} is no size of a network")
     width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
     if width % sides["num_heads"]:
-        raise UserError(f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads")
+        raise UserError(
+            f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads"
+        )
     if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
         raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r:.60} is no size of a network")
     eps = model_kwargs.get("ln_eps", 1e-6)
@@ -118,4 +137,6 @@ def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
     n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
     n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
     if n_wanted > 2 * n_stored + UNSTORED:
-        raise UserError(f"weights: {checkpoint.path} holds {n_stored} numbers, its flags build a network of {n_wanted:.2g}")
+        raise UserError(
+            f"weights: {checkpoint.path} holds {n_stored} numbers, its flags build a network of {n_wanted:.2g}"
+        )

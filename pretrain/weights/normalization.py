@@ -29,15 +29,22 @@ def with_imagenet_pixels(checkpoint: Checkpoint, mean: Any, std: Any) -> Checkpo
     Raises:
         UserError: these are not three numbers, or a deviation is not positive.
     """
-    means, stds = (_channels(checkpoint, value, name) for value, name in ((mean, "mean"), (std, "standard deviation")))
+    means, stds = (
+        _channels(checkpoint, value, name) for value, name in ((mean, "mean"), (std, "standard deviation"))
+    )
     if min(stds) <= 0:
         raise UserError(f"weights: {checkpoint.path}: pixels with a standard deviation of {stds}")
-    theirs, ours = torch.tensor([means, stds], dtype=torch.float64), torch.tensor([MEAN, STD], dtype=torch.float64)
+    theirs, ours = (
+        torch.tensor([means, stds], dtype=torch.float64),
+        torch.tensor([MEAN, STD], dtype=torch.float64),
+    )
     if KERNEL not in checkpoint.state or torch.allclose(theirs, ours, rtol=0, atol=1e-6):
         return checkpoint
     kernel = checkpoint.state[KERNEL].double()
     if kernel.ndim != 4 or kernel.shape[1] != 3:
-        raise UserError(f"weights: {checkpoint.path}: {KERNEL} is {tuple(kernel.shape)}, not of three channels")
+        raise UserError(
+            f"weights: {checkpoint.path}: {KERNEL} is {tuple(kernel.shape)}, not of three channels"
+        )
     shift = torch.einsum("dcij,c->d", kernel, (ours[0] - theirs[0]) / theirs[1])
     scaled = kernel * (ours[1] / theirs[1]).view(3, 1, 1)
     bias = checkpoint.state[BIAS].double() + shift if BIAS in checkpoint.state else shift

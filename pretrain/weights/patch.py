@@ -50,4 +50,9 @@ def with_patch_size(checkpoint: Checkpoint, new_px: int) -> Checkpoint:
         return checkpoint
     state = {**checkpoint.state, KERNEL: resize_kernel(checkpoint.state[KERNEL], new_px)}
     provenance = {**checkpoint.provenance, "patch_size_before": old_px}
-    return replace(checkpoint, state=state, model_kwargs={**checkpoint.model_kwargs, "patch_size": new_px}, provenance=provenance)
+    return replace(
+        checkpoint,
+        state=state,
+        model_kwargs={**checkpoint.model_kwargs, "patch_size": new_px},
+        provenance=provenance,
+    )

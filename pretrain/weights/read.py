@@ -21,7 +21,10 @@ from pretrain.weights.limits import MAX_LABEL, sound
 from pretrain.weights.sources import SOURCES, Match, Source, unsupported
 
 TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # what tables and cards repeat
-TRAINING_ONLY = ("mask_token", "pos_mask_token")  # pre-training and position probes read them; dropped elsewhere
+TRAINING_ONLY = (
+    "mask_token",
+    "pos_mask_token",
+)  # pre-training and position probes read them; dropped elsewhere
 
 
 def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | None = None) -> Checkpoint:
@@ -54,7 +57,11 @@ def _exported(file: Container) -> dict[str, Any]:
     another source."""
     try:
         told = json.loads(file.metadata.get("posfield", "{}"))["provenance"]
-        return {key: value for key, value in told.items() if key != "source" and isinstance(value, str | int | float)}
+        return {
+            key: value
+            for key, value in told.items()
+            if key != "source" and isinstance(value, str | int | float)
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -116,7 +123,9 @@ def _shown(file: Container, n: int = 6) -> str:
     return ", ".join(islice(told(), n)) + (f" and {len(file.tree) - n} more" if len(file.tree) > n else "")
 
 
-def backbone_name(name: str | None, weights: str | Path | Checkpoint | None, source: str | None = None) -> str:
+def backbone_name(
+    name: str | None, weights: str | Path | Checkpoint | None, source: str | None = None
+) -> str:
     """The registry name that the user gave, else the one that the file (read already or not) or its shapes
     tell.
 

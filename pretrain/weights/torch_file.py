@@ -19,7 +19,9 @@ from pretrain.errors import UserError
 from pretrain.weights.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES, MAX_TUPLE
 
 ZIP = b"PK\x03\x04"
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, until version 1.5
+LEGACY = (
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote first, until version 1.5
+)
 RECORD_HEADER_BYTES = 30  # at the least
 LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 
@@ -34,9 +36,23 @@ ALLOWED = re.compile(
     r"|torch ((float|int)(16|32|64)|bfloat16|u?int8|bool)"
 )
 DTYPES = {dtype.str[1:]: dtype for dtype in map(numpy.dtype, "fdeilqILQbBhH?")}
-PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}  # pure: of any system, and no file's
+PATHS = {
+    "PosixPath": pathlib.PurePosixPath,
+    "WindowsPath": pathlib.PureWindowsPath,
+}  # pure: of any system, and no file's
 # Codecs from bytes to bytes: encoding again and again would double a few bytes without end.
-BYTE_CODECS = {"hex", "base64", "base_64", "bz2", "quopri", "quoted_printable", "quotedprintable", "uu", "zip", "zlib"}
+BYTE_CODECS = {
+    "hex",
+    "base64",
+    "base_64",
+    "bz2",
+    "quopri",
+    "quoted_printable",
+    "quotedprintable",
+    "uu",
+    "zip",
+    "zlib",
+}
 
 
 def read_torch_file(path: Path) -> Any:
@@ -55,8 +71,12 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
-    except Exception as error:  # on damaged bytes the readers fail in any way: KeyError, IndexError, struct.error, ...
-        raise UserError(f"weights: {path} is no checkpoint of plain tensors ({type(error).__name__})") from error
+    except (
+        Exception
+    ) as error:  # on damaged bytes the readers fail in any way: KeyError, IndexError, struct.error, ...
+        raise UserError(
+            f"weights: {path} is no checkpoint of plain tensors ({type(error).__name__})"
+        ) from error
 
 
 @contextmanager
@@ -65,7 +85,9 @@ def _only_ours() -> Iterator[None]:
     (mmengine) come back."""
     scalar: Any = numpy.float64(0).__reduce__()[0]
     ours = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    ours += [(pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, pure in PATHS.items()]
+    ours += [
+        (pure, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name, pure in PATHS.items()
+    ]
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -105,18 +127,26 @@ def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
         ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
         for record in records:
             if record.filename.endswith(".npy"):
-                raise UserError(f"weights: {path} is a NumPy archive; torch's, safetensors' and Flax's files are read")
+                raise UserError(
+                    f"weights: {path} is a NumPy archive; torch's, safetensors' and Flax's files are read"
+                )
             if record.filename.endswith("constants.pkl"):
-                raise UserError(f"weights: {path} is a TorchScript program, which is code; a state dict is wanted")
+                raise UserError(
+                    f"weights: {path} is a TorchScript program, which is code; a state dict is wanted"
+                )
         for record, end in zip(records, ends):
             if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-                raise UserError(f"weights: {path}: record {record.filename} is compressed, as torch never does")
+                raise UserError(
+                    f"weights: {path}: record {record.filename} is compressed, as torch never does"
+                )
             if record.header_offset + RECORD_HEADER_BYTES + record.file_size > end:
                 raise UserError(f"weights: {path}: record {record.filename} declares more bytes than it has")
         for record in records:
             if record.filename.endswith(".pkl"):
                 if record.file_size > MAX_PICKLE_BYTES:
-                    raise UserError(f"weights: {path}: {record.filename} has {record.file_size} bytes, no structure of tensors")
+                    raise UserError(
+                        f"weights: {path}: {record.filename} has {record.file_size} bytes, no structure of tensors"
+                    )
                 yield io.BytesIO(archive.read(record))
 
 
@@ -133,7 +163,9 @@ def _check_pickle(path: Path, stream: Any) -> None:
     encodes, codecs, tuples = False, set(), _Tuples()
     for opcode, argument, _ in pickletools.genops(stream):
         if tuples.largest_after(opcode, argument) > MAX_TUPLE:
-            raise UserError(f"weights: {path} is no checkpoint of plain tensors: a tuple of more than {MAX_TUPLE} items")
+            raise UserError(
+                f"weights: {path} is no checkpoint of plain tensors: a tuple of more than {MAX_TUPLE} items"
+            )
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
             if argument is None or not ALLOWED.fullmatch(argument):
                 what = "code" if argument is None else argument.replace(" ", ".")
@@ -142,7 +174,9 @@ def _check_pickle(path: Path, stream: Any) -> None:
         elif isinstance(argument, str) and len(argument) < 32:
             codecs.add(re.sub(r"\W+", "_", argument.lower()).removesuffix("_codec"))
     if encodes and codecs & BYTE_CODECS:
-        raise UserError(f"weights: {path} encodes bytes as {', '.join(sorted(codecs & BYTE_CODECS))}, as no checkpoint does")
+        raise UserError(
+            f"weights: {path} encodes bytes as {', '.join(sorted(codecs & BYTE_CODECS))}, as no checkpoint does"
+        )
 
 
 class _Tuples:

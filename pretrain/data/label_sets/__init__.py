@@ -19,8 +19,16 @@ __all__ = ["KINDS", "LabelSet", "open_label_set"]
 _KINDS: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
     "voc2012": (voc2012.LAYOUT, lambda root: voc2012.find(root) is not None, voc2012.open_part),
     "ade20k": (ade20k.LAYOUT, ade20k.is_named, ade20k.open_part),
-    "coco_things": (coco.LAYOUT, lambda root: coco.has(root, "coco_things"), lambda r, p: coco.open_part(r, p, "coco_things")),
-    "coco_stuff": (coco.LAYOUT, lambda root: coco.has(root, "coco_stuff"), lambda r, p: coco.open_part(r, p, "coco_stuff")),
+    "coco_things": (
+        coco.LAYOUT,
+        lambda root: coco.has(root, "coco_things"),
+        lambda r, p: coco.open_part(r, p, "coco_things"),
+    ),
+    "coco_stuff": (
+        coco.LAYOUT,
+        lambda root: coco.has(root, "coco_stuff"),
+        lambda r, p: coco.open_part(r, p, "coco_stuff"),
+    ),
     "folder": (folder.LAYOUT, folder.has, folder.open_part),
 }
 KINDS = tuple(_KINDS)

@@ -20,7 +20,10 @@ def is_named(root: Path) -> bool:
     home = _home(root)
     if not (home / "annotations" / "validation").is_dir():
         return False
-    return HOME in (home.name, home.resolve().name) or next(home.glob("images/validation/ADE_*"), None) is not None
+    return (
+        HOME in (home.name, home.resolve().name)
+        or next(home.glob("images/validation/ADE_*"), None) is not None
+    )
 
 
 def open_part(root: Path, part: str) -> LabelSet:

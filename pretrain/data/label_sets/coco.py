@@ -53,7 +53,10 @@ SUPERCATEGORIES: dict[str, dict[str, tuple[int, ...]]] = {
         "vehicle": (2, 3, 4, 5, 6, 7, 8, 9),
     },
 }
-LAST_STUFF, LAST_MERGED = 182, 200  # ids; 183: "other" of the stuff annotations, 184 .. 200: merged classes of the panoptic ones
+LAST_STUFF, LAST_MERGED = (
+    182,
+    200,
+)  # ids; 183: "other" of the stuff annotations, 184 .. 200: merged classes of the panoptic ones
 VOID = 255
 
 IMAGES = ("{}2017", "images/{}2017", "coco/images/{}2017")
@@ -70,14 +73,20 @@ PUBLISHED_MAPS = {  # first as COCO's archives unpack, then as Leopart and NeCo 
         "annotations/stuff_annotations/stuff_{}2017_pixelmaps",
         "annotations/annotations/stuff_annotations/stuff_{}2017_pixelmaps",
     ),
-    "coco_things": ("annotations/semantic_segmentation_{}2017", "annotations/panoptic_annotations/semantic_segmentation_{}2017"),
+    "coco_things": (
+        "annotations/semantic_segmentation_{}2017",
+        "annotations/panoptic_annotations/semantic_segmentation_{}2017",
+    ),
 }
 DEPARTURE = {"coco_stuff": "", "coco_things": "things of stuffthingmaps in place of the panoptic annotations"}
 
 
 def has(root: Path, kind: str) -> bool:
     """Whether the images and some maps of ``coco_stuff`` or ``coco_things`` are there."""
-    return _folder(root, IMAGES, "val") is not None and _folder(root, PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, "val") is not None
+    return (
+        _folder(root, IMAGES, "val") is not None
+        and _folder(root, PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, "val") is not None
+    )
 
 
 def open_part(root: Path, part: str, kind: str) -> LabelSet:
@@ -92,12 +101,18 @@ def open_part(root: Path, part: str, kind: str) -> LabelSet:
     elif (folder := _folder(root, STUFF_THING_MAPS, part)) is not None:
         source, departure, shift = "stuffthingmaps", DEPARTURE[kind], 1
     else:
-        raise UserError(f"{root} has no maps of {kind}: none of {_any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)}")
+        raise UserError(
+            f"{root} has no maps of {kind}: none of {_any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)}"
+        )
     maps = maps_by_stem(folder)
-    if converted := [stem for stem in maps if stem.endswith("_labelTrainIds")]:  # MMSegmentation's, beside what they are made of
+    if converted := [
+        stem for stem in maps if stem.endswith("_labelTrainIds")
+    ]:  # MMSegmentation's, beside what they are made of
         maps = {stem: file for stem, file in maps.items() if not stem.endswith("_labelTrainIds")}
         if not maps:
-            raise UserError(f"{folder} holds only maps of train ids ({converted[0]}.png): the original ones are needed")
+            raise UserError(
+                f"{folder} holds only maps of train ids ({converted[0]}.png): the original ones are needed"
+            )
     files = paired(by_stem(images), maps)
     return LabelSet(kind, part, classes, files, label_table(kind, shift), source, departure)
 

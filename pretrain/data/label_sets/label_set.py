@@ -58,7 +58,10 @@ class LabelSet:
         labels = self.labels_of(read_map(label_map), label_map)
         if labels.shape != pixels.shape[:2]:
             sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image} {pixels.shape[1]} x {pixels.shape[0]}"
-            raise UserError(f"{label_map} has {sizes}" + (" (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else ""))
+            raise UserError(
+                f"{label_map} has {sizes}"
+                + (" (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else "")
+            )
         self.on_read(len(self))
         return pixels, labels
 
@@ -74,7 +77,9 @@ class LabelSet:
                 return labels
         known = np.flatnonzero(self.table != UNKNOWN)
         unknown = np.setdiff1d(values, known)[0]
-        raise UserError(f"{file} holds the value {unknown}, which is none of {self.name} ({len(self.classes)} classes)")
+        raise UserError(
+            f"{file} holds the value {unknown}, which is none of {self.name} ({len(self.classes)} classes)"
+        )
 
     def first(self, most: int) -> "LabelSet":
         """The same with at most ``most`` items, at equal steps from the first one."""

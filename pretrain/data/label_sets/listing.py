@@ -7,7 +7,9 @@ from pathlib import Path
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
 
-Pairs = Sequence[tuple[str, str]]  # paths of image and label map of each item; as text, 118,287 pairs take half a second
+Pairs = Sequence[
+    tuple[str, str]
+]  # paths of image and label map of each item; as text, 118,287 pairs take half a second
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
@@ -43,7 +45,9 @@ def maps_by_stem(folder: Path) -> dict[str, str]:
     return by_stem(folder, (".png",))
 
 
-def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] | None = None, listed: object = "") -> Pairs:
+def paired(
+    images: dict[str, str], maps: dict[str, str], stems: Collection[str] | None = None, listed: object = ""
+) -> Pairs:
     """Image and map of each stem. Without ``stems``: of all, sorted; then each image needs a map and each map
     an image.
 
@@ -58,9 +62,13 @@ def paired(images: dict[str, str], maps: dict[str, str], stems: Collection[str] 
     some_image, some_map = next(iter(images.values())), next(iter(maps.values()))
     named = f" of {listed}" if listed else ""
     if alone := [stem for stem in wanted if stem not in images]:
-        raise UserError(f"{len(alone)} label maps{named} have no image in {os.path.dirname(some_image)}; the first: {alone[0]}")
+        raise UserError(
+            f"{len(alone)} label maps{named} have no image in {os.path.dirname(some_image)}; the first: {alone[0]}"
+        )
     if alone := [stem for stem in wanted if stem not in maps]:
-        raise UserError(f"{len(alone)} images{named} have no label map in {os.path.dirname(some_map)}; the first: {alone[0]}")
+        raise UserError(
+            f"{len(alone)} images{named} have no label map in {os.path.dirname(some_map)}; the first: {alone[0]}"
+        )
     return [(images[stem], maps[stem]) for stem in wanted]
 
 

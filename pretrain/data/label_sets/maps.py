@@ -31,19 +31,24 @@ def read_map(file: Path) -> NDArray[np.integer]:
         data = read_file(os.fsencode(file))
         with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_MPX * 1e6:
-                raise BrokenImage(f"declares {image.width} x {image.height} pixels, more than {MAX_MPX:g} million")
+                raise BrokenImage(
+                    f"declares {image.width} x {image.height} pixels, more than {MAX_MPX:g} million"
+                )
             step = GRAY_STEPS.get(str(image.tile[0][3]), 1)
             check_png(data)
             values = np.array(image)
     except Exception as error:  # PIL raises many kinds
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise UserError(
+            f"{file} cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
     if values.ndim != 2:
         raise UserError(f"{file} is no label map: it has {values.shape[-1]} channels")
     return values.astype(np.uint8) if values.dtype == bool else values // step if step > 1 else values
 
 
 def nearest(labels: NDArray[np.int32], rows_px: int, columns_px: int | None = None) -> Tensor:
-    """[H, W] -> int32 [rows, columns], square without ``columns_px``: the label at the center of each new pixel."""
+    """[H, W] -> int32 [rows, columns], square without ``columns_px``: the label at the center of each new
+    pixel."""
     size = rows_px, columns_px or rows_px
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n, side in zip(labels.shape, size))
     return torch.from_numpy(labels[rows[:, None], columns[None]])

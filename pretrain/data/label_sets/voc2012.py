@@ -22,7 +22,12 @@ VOID = 255
 AUGMENTED = "SegmentationClassAug"
 IMAGES = (".jpg",)
 OWN_TRAIN = "VOC's own train in place of trainaug"
-PLACES = (".", "VOC2012", "VOCdevkit/VOC2012", "VOCSegmentation")  # the last one, with images/ and sets/: NeCo's
+PLACES = (
+    ".",
+    "VOC2012",
+    "VOCdevkit/VOC2012",
+    "VOCSegmentation",
+)  # the last one, with images/ and sets/: NeCo's
 LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 
@@ -45,7 +50,9 @@ def open_part(root: Path, part: str) -> LabelSet:
     if part == "train":
         unseen, (stems, source) = set(stems), _training(home)
         if leaked := sorted(unseen.intersection(stems)):
-            raise UserError(f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}")
+            raise UserError(
+                f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
+            )
         if source != "train":
             maps |= maps_by_stem(home / AUGMENTED)
     table = np.full(256, UNKNOWN, np.int32)

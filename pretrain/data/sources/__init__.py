@@ -29,25 +29,50 @@ class DataSettings(Settings):
     in_recipe = False
 
     root: str = setting(
-        "", "folder, list file, tar shards, parquet files or Hugging Face folder; required", source="ours", fixed=False
+        "",
+        "folder, list file, tar shards, parquet files or Hugging Face folder; required",
+        source="ours",
+        fixed=False,
     )
     source: Literal["auto", "folder", "list", "coco", "tar", "parquet", "huggingface"] = setting(
         "auto", "kind of root; auto: told from it", source="ours"
     )
-    split: str = setting("", "sub-folder (coco: train2017) or split of root; all of it without", source="ours")
-    image_column: str = setting("", "parquet, huggingface: column of the images; found by itself without", source="ours")
+    split: str = setting(
+        "", "sub-folder (coco: train2017) or split of root; all of it without", source="ours"
+    )
+    image_column: str = setting(
+        "", "parquet, huggingface: column of the images; found by itself without", source="ours"
+    )
     workers: int = setting(
-        4, "decoding processes a rank; the order of the images does not depend on it", source="ours", fixed=False, ge=0, le=1024
+        4,
+        "decoding processes a rank; the order of the images does not depend on it",
+        source="ours",
+        fixed=False,
+        ge=0,
+        le=1024,
     )
     path: Literal["auto", "cpu", "device"] = setting(
-        "auto", "views are made: cpu (in the workers) | device (batched, beside the step) | auto (device on CUDA)", source="ours"
+        "auto",
+        "views are made: cpu (in the workers) | device (batched, beside the step) | auto (device on CUDA)",
+        source="ours",
     )
     max_side_px: int = setting(
-        0, "longer images are scaled down to this side after decoding; 0: never (device path: 512)", source="ours", ge=0, le=65536
+        0,
+        "longer images are scaled down to this side after decoding; 0: never (device path: 512)",
+        source="ours",
+        ge=0,
+        le=65536,
     )
-    max_mpx: float = setting(200.0, "an image of more megapixels counts as broken (decompression bombs)", source="ours", ge=1e-6)
+    max_mpx: float = setting(
+        200.0, "an image of more megapixels counts as broken (decompression bombs)", source="ours", ge=1e-6
+    )
     broken_share: float = setting(
-        0.1, "the run stops when more than this share of the images read is broken", source="ours", fixed=False, ge=0, le=1
+        0.1,
+        "the run stops when more than this share of the images read is broken",
+        source="ours",
+        fixed=False,
+        ge=0,
+        le=1,
     )
 
 
@@ -128,9 +153,13 @@ def _kind_of_file(path: Path) -> str:
         return "list"
     if path.suffix.lower() == ".parquet":
         return "parquet"
-    if re.search(r"\.(tar(\.\w+)?|tgz)$", path.name.lower()):  # TarSource says that a packed one must be unpacked
+    if re.search(
+        r"\.(tar(\.\w+)?|tgz)$", path.name.lower()
+    ):  # TarSource says that a packed one must be unpacked
         return "tar"
-    raise UserError(f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source")
+    raise UserError(
+        f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"
+    )
 
 
 def coco_splits(root: Path) -> list[str]:
@@ -144,5 +173,7 @@ def _coco_source(root: str, split: str) -> FileSource:
         raise UserError(f"data.root: no folder {root}")
     if not split:  # never all: the run would silently train on the validation images
         there = ", ".join(coco_splits(Path(root))) or "none like train2017"
-        raise UserError(f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +")
+        raise UserError(
+            f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +"
+        )
     return folder_source(root, split.split("+"))

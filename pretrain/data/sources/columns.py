@@ -45,7 +45,9 @@ def pyarrow(submodule: str) -> tuple[ModuleType, ModuleType]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module(f"pyarrow.{submodule}")
     except ImportError as error:
-        raise UserError("data.root: parquet and Hugging Face data need pyarrow: pip install pyarrow") from error
+        raise UserError(
+            "data.root: parquet and Hugging Face data need pyarrow: pip install pyarrow"
+        ) from error
 
 
 def image_column(schema: Any, wanted: str, path: Path) -> str:
@@ -58,7 +60,11 @@ def image_column(schema: Any, wanted: str, path: Path) -> str:
     pa, types = pyarrow("types")
 
     def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind) or getattr(types, "is_binary_view", lambda _: False)(kind)
+        return (
+            types.is_binary(kind)
+            or types.is_large_binary(kind)
+            or getattr(types, "is_binary_view", lambda _: False)(kind)
+        )
 
     def is_image(kind: Any) -> bool:
         if not types.is_struct(kind):
@@ -71,11 +77,15 @@ def image_column(schema: Any, wanted: str, path: Path) -> str:
         raise UserError(f"data.image_column: {path} has no column {wanted}, only {', '.join(schema.names)}")
     if wanted and wanted not in images:
         kind = schema.field(wanted).type
-        raise UserError(f"data.image_column: {wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'")
+        raise UserError(
+            f"data.image_column: {wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'"
+        )
     if wanted:
         return wanted
     if len(images) != 1:
-        raise UserError(f"data.image_column: which of {path}'s columns? Of images: {', '.join(images) or 'none'}")
+        raise UserError(
+            f"data.image_column: which of {path}'s columns? Of images: {', '.join(images) or 'none'}"
+        )
     return images[0]
 
 

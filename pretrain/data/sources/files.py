@@ -63,7 +63,9 @@ def whole_files(root: str, split: str, suffix: str) -> list[Path]:
     within = folder / split if split and (folder / split).is_dir() else folder
     begins = split if within == folder else ""
     named = re.compile(rf"{re.escape(begins)}(?![A-Za-z0-9_])" if begins else r"(?!\.)")
-    files = sorted(path for path in within.iterdir() if path.suffix.lower() == suffix and named.match(path.name))
+    files = sorted(
+        path for path in within.iterdir() if path.suffix.lower() == suffix and named.match(path.name)
+    )
     if not files:
         after = " (* begins with no letter, digit or _)" if begins else ""
         raise UserError(f"data.{'split' if split else 'root'}: no {begins}*{suffix} in {within}{after}")

@@ -44,7 +44,9 @@ def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
         within, key = os.path.join(root, subfolder), "data.split" if subfolder else "data.root"
         if not os.path.isdir(within):
             raise UserError(f"{key}: no folder {within}")
-        images = _list_images(os.fsencode(root), os.fsencode(os.path.normpath(subfolder)) if subfolder else b"")
+        images = _list_images(
+            os.fsencode(root), os.fsencode(os.path.normpath(subfolder)) if subfolder else b""
+        )
         if not images:
             raise UserError(f"{key}: no image ({', '.join(SUFFIXES)}) in {within}")
         found += images
@@ -62,12 +64,18 @@ def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(os.path.join(root, relative)) as listed:
-                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)  # popped, the first by name comes first
+                entries = sorted(
+                    listed, key=lambda entry: entry.name, reverse=True
+                )  # popped, the first by name comes first
         except OSError as error:
-            raise UserError(f"data.root: cannot list {shown(os.path.join(root, relative))}: {error.strerror}") from error
+            raise UserError(
+                f"data.root: cannot list {shown(os.path.join(root, relative))}: {error.strerror}"
+            ) from error
         for entry in entries:
             path = os.path.join(relative, entry.name)
-            if is_image(entry.name) and not entry.is_dir(follow_symlinks=False):  # a link is not looked up: slow by the million
+            if is_image(entry.name) and not entry.is_dir(
+                follow_symlinks=False
+            ):  # a link is not looked up: slow by the million
                 found.append(path)
             elif entry.is_dir() and not entry.name.startswith(b"."):
                 waiting.append(path)

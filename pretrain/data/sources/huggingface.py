@@ -66,7 +66,9 @@ def _folders(root: Path, split: str) -> list[Path]:
     """The folders of the data sets: ``root``, or those of its splits."""
     if not (root / "dataset_dict.json").is_file():
         if not (root / "state.json").is_file():
-            raise UserError(f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it")
+            raise UserError(
+                f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it"
+            )
         own = read_json(root / "state.json", "data.root").get("_split")
         if split and split != own:
             raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
@@ -74,7 +76,9 @@ def _folders(root: Path, split: str) -> list[Path]:
     there = [str(name) for name in read_json(root / "dataset_dict.json", "data.root").get("splits", [])]
     wanted = split.split("+") if split else there
     if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
-        raise UserError(f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +")
+        raise UserError(
+            f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +"
+        )
     return [root / name for name in wanted]
 
 

@@ -20,7 +20,9 @@ from pretrain.data.sources.handles import Handles
 from pretrain.data.sources.names import Names, shown
 from pretrain.errors import UserError
 
-KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)  # of a sample's images the first of these is taken
+KINDS = tuple(
+    suffix.removeprefix(".") for suffix in SUFFIXES
+)  # of a sample's images the first of these is taken
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, kind
 MAX_OPEN = 64  # shards a process
 
@@ -54,10 +56,15 @@ class TarSource:
                 rows.append((shard, offset, size))
         if not rows:
             kinds = ", ".join(KINDS)
-            raise UserError(f"data.root: no image (a member named KEY.{{{kinds}}}, KEY without a dot) in {root}")
+            raise UserError(
+                f"data.root: no image (a member named KEY.{{{kinds}}}, KEY without a dot) in {root}"
+            )
         if left_out:
             why = "a dot before its suffix makes it another kind of content than an image"
-            warnings.warn(f"data.root: {len(left_out)} members are left out, the first is {left_out[0]}: {why}", stacklevel=2)
+            warnings.warn(
+                f"data.root: {len(left_out)} members are left out, the first is {left_out[0]}: {why}",
+                stacklevel=2,
+            )
         self.names = Names(names)
         self.rows = np.array(rows, np.int64)  # [N, 3] shard, offset and size in bytes
         self._open: Handles[io.FileIO] = Handles(MAX_OPEN)
@@ -113,7 +120,9 @@ def scan_shard(path: Path) -> tuple[list[tuple[bytes, int, int]], list[bytes]]:
             end = archive.offset
             assert archive.fileobj is not None
             archive.fileobj.seek(end)
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # no header, and tarfile ends there without a word
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(
+                b"\0"
+            ):  # no header, and tarfile ends there without a word
                 raise UserError(f"data.root: the shard {path} is damaged at byte {end}")
     except tarfile.ReadError as error:
         where = f" at byte {archive.offset}" if "archive" in locals() else ""

@@ -1,4 +1,5 @@
-"""Dense evaluation without fine-tuning: what a frozen backbone's patch features are worth. One file an evaluation."""
+"""Dense evaluation without fine-tuning: what a frozen backbone's patch features are worth. One file an
+evaluation."""
 
 from dataclasses import dataclass, field
 
@@ -12,8 +13,8 @@ class Outcome:
 
     Attributes:
         metrics: as ``result.json`` holds them: numbers in percent, or one a class by its name.
-        maps: for images, by the evaluation's name: what it predicts for the first images of the validation part, [S, S] each, in
-            1 .. C.
+        maps: for images, by the evaluation's name: what it predicts for the first images of the validation
+            part, [S, S] each, in 1 .. C.
     """
 
     metrics: dict[str, float | dict[str, float]]

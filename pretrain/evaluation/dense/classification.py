@@ -1,8 +1,10 @@
-"""k-NN classification of whole images on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of its public code).
+"""k-NN classification of whole images on frozen [CLS] features: the ImageNet protocol of DINO (eval_knn.py of
+its public code).
 
-Images are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28 million training
-images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of file names. The search is exact, a
-chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D = 384).
+Images are read from disk as they are needed. Kept are features in float16, normalized: of ImageNet's 1.28
+million training images 0.98 GB at D = 384, 2.6 GB at D = 1024, on the backbone's device, and about 0.2 GB of
+file names. The search is exact, a chunk at a time (:func:`pretrain.evaluation.knn.neighbors`: 0.5 GB at D =
+384).
 """
 
 import warnings
@@ -59,7 +61,11 @@ def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
     size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
     left, top = (round((side - crop_px) / 2) for side in size)
     resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
-    return torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy()).permute(2, 0, 1).contiguous()
+    return (
+        torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy())
+        .permute(2, 0, 1)
+        .contiguous()
+    )
 
 
 def crops(part: ClassFolder, settings: KnnSettings) -> Iterator[Tensor]:
@@ -102,7 +108,9 @@ def knn_classification(
     ks = _possible(features, train, settings)
     bank, queries = (_features(features, part, settings, signals) for part in (train, val))
     labels, classes = train.labels().to(bank.device), val.labels().to(bank.device)
-    predicted = knn_predict_each(bank, labels, queries, ks, len(train.classes), settings.temperature)  # [len(ks), Q]
+    predicted = knn_predict_each(
+        bank, labels, queries, ks, len(train.classes), settings.temperature
+    )  # [len(ks), Q]
     top1 = dict(zip(ks, (100.0 * (predicted == classes).double().mean(1)).tolist()))
     main: dict[str, float | dict[str, float]] = {"knn_top1": top1[MAIN_K]} if MAIN_K in top1 else {}
     return Outcome(main | {f"knn_top1_k{k}": value for k, value in top1.items()})
@@ -115,13 +123,19 @@ def _possible(features: Features, train: ClassFolder, settings: KnnSettings) -> 
         raise UserError(f"knn: crop_px={settings.crop_px} is no multiple of the patch size {patch_px}")
     ks = sorted({k for k in settings.k if k <= len(train)})
     if not ks:
-        raise UserError(f"knn: k={min(settings.k)} is more than the {len(train)} training images of {train.folder}")
+        raise UserError(
+            f"knn: k={min(settings.k)} is more than the {len(train)} training images of {train.folder}"
+        )
     if left_out := sorted(set(settings.k) - set(ks)):
-        warnings.warn(f"knn: k={left_out} left out: {train.folder} has {len(train)} training images", stacklevel=3)
+        warnings.warn(
+            f"knn: k={left_out} left out: {train.folder} has {len(train)} training images", stacklevel=3
+        )
     return ks
 
 
-def _features(features: Features, part: ClassFolder, settings: KnnSettings, signals: StopSignals | None) -> Tensor:
+def _features(
+    features: Features, part: ClassFolder, settings: KnnSettings, signals: StopSignals | None
+) -> Tensor:
     """[CLS] after the final norm, normalized; float16 [n, D] on the backbone's device."""
     kept = torch.empty(len(part), features.backbone.embed_dim, dtype=torch.float16, device=features.device)
     tell, done = Progress(f"knn, {part.folder.name}", len(part), signals), 0

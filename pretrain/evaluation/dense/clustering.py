@@ -1,10 +1,11 @@
 """Unsupervised segmentation: K-means of the validation part's patches, each cluster then named after a class.
 
-The protocol is that of Leopart's fully unsupervised segmentation and overclustering, as NeCo's public code has it
-(eval_overcluster.py and experiments/utils.py there). Its features are standardized, reduced by PCA, clustered by faiss, whose
-defaults it keeps. **Ours**: the centers start from k-means++ (faiss: random rows); all seeds draw from one pool of patches; each
-label pixel takes the patch that its center lies in (theirs: its upper left corner); a class that does not occur is left out of the
-mean, and label 0 (ADE20K's "other") is no class, where theirs counts 151 with one IoU that is always 0.
+The protocol is that of Leopart's fully unsupervised segmentation and overclustering, as NeCo's public code
+has it (eval_overcluster.py and experiments/utils.py there). Its features are standardized, reduced by PCA,
+clustered by faiss, whose defaults it keeps. **Ours**: the centers start from k-means++ (faiss: random rows);
+all seeds draw from one pool of patches; each label pixel takes the patch that its center lies in (theirs: its
+upper left corner); a class that does not occur is left out of the mean, and label 0 (ADE20K's "other") is no
+class, where theirs counts 151 with one IoU that is always 0.
 """
 
 import statistics
@@ -34,10 +35,17 @@ TIMED = 2**12  # patches
 class ClusteringSettings(Settings):
     """The protocol."""
 
-    image_px: int = setting(448, "side of an image", source="Leopart, NeCo: size_crops of their configs", ge=1)
-    label_px: int = setting(100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1)
+    image_px: int = setting(
+        448, "side of an image", source="Leopart, NeCo: size_crops of their configs", ge=1
+    )
+    label_px: int = setting(
+        100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1
+    )
     pca_dim: int = setting(
-        50, "principal components; from the features' width on they are standardized alone", source="Leopart, NeCo: pca_dim", ge=1
+        50,
+        "principal components; from the features' width on they are standardized alone",
+        source="Leopart, NeCo: pca_dim",
+        ge=1,
     )
     overclusters: tuple[PositiveInt, ...] = setting(
         (500,), "K beside the number of classes", source="Leopart's configs, NeCo's table"
@@ -45,8 +53,12 @@ class ClusteringSettings(Settings):
     seeds: int = setting(5, "over which figures are averaged", source="Leopart, NeCo: num_seeds", ge=1)
     restarts: int = setting(5, "of K-means, the best counts", source="Leopart, NeCo: nredo", ge=1)
     max_iterations: int = setting(100, "of K-means", source="Leopart, NeCo: niter", ge=1)
-    patches_per_cluster: int = setting(256, "that K-means sees", source="faiss's default: max_points_per_centroid", ge=1)
-    max_patches: int = setting(2**17, "the pool they are drawn from; 256 for each of 500 clusters are 128,000", source="ours", ge=1)
+    patches_per_cluster: int = setting(
+        256, "that K-means sees", source="faiss's default: max_points_per_centroid", ge=1
+    )
+    max_patches: int = setting(
+        2**17, "the pool they are drawn from; 256 for each of 500 clusters are 128,000", source="ours", ge=1
+    )
     seed: int = setting(0, "the first of the seeds", source="Leopart, NeCo", ge=0)
 
 
@@ -60,18 +72,21 @@ def clustering(
 ) -> Outcome:
     """mIoU of clusters matched to classes: one to one for K = classes, many to one above.
 
-    Two passes over the images, the labels of which serve the matching alone; ``train`` is not used. Memory: the pool, max_patches
-    x D float32 (201 MB for D = 384, 537 MB for 1024) on the CPU, then its projection, max_patches x pca_dim (26 MB), on the device;
-    the patches of one batch; one chunk of distances (:mod:`.kmeans`). With the set grow 8 bytes a patch, for drawing the
-    pool. Features that are all equal are one cluster: the others are empty.
+    Two passes over the images, the labels of which serve the matching alone; ``train`` is not used. Memory:
+    the pool, max_patches x D float32 (201 MB for D = 384, 537 MB for 1024) on the CPU, then its projection,
+    max_patches x pca_dim (26 MB), on the device; the patches of one batch; one chunk of distances
+    (:mod:`.kmeans`). With the set grow 8 bytes a patch, for drawing the pool. Features that are all equal are
+    one cluster: the others are empty.
 
     Returns:
-        ``clustering_miou``, ``clustering_k{K}_miou`` and, of several seeds, their sample deviations ``..._std``; maps of the first
+        ``clustering_miou``, ``clustering_k{K}_miou`` and, of several seeds, their sample deviations
+        ``..._std``; maps of the first
         seed, [label_px, label_px]: ``clustering``, the classes 1 .. C that the clusters were matched to.
 
     Raises:
-        UserError: more clusters than patches, an overcluster number that is not above the number of classes, an
-            image size that is not whole patches, features that are not finite, a set without a labeled pixel.
+        UserError: more clusters than patches, an overcluster number that is not above the number of classes,
+            an image size that is not whole patches, features that are not finite, a set without a labeled
+            pixel.
         Interrupted: there was a signal, which K-means looks at after each iteration.
     """
     n_classes = len(val.classes)
@@ -86,7 +101,9 @@ def clustering(
         projected = torch.cat([project(tokens.patches) for tokens in features(images)]).float()  # [b, N, d]
         labels = labels.to(pool.device)
         for key, own in centers.items():
-            clusters = _at_pixels(nearest_centers(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px)
+            clusters = _at_pixels(
+                nearest_centers(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px
+            )
             counts[key] += count_pairs(clusters, labels, key[0], n_classes)
             if key == (n_classes, seeds[0]) and len(shown) < n_shown:
                 shown += clusters[: n_shown - len(shown)]
@@ -106,22 +123,39 @@ def clustering(
 def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numbers: tuple[int, ...]) -> None:
     patch_px = features.backbone.patch_size
     if settings.image_px % patch_px:
-        raise UserError(f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}")
+        raise UserError(
+            f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}"
+        )
     n_patches = min(len(val) * (settings.image_px // patch_px) ** 2, settings.max_patches)
     for n in numbers:
         if n > n_patches:
-            raise UserError(f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster")
+            raise UserError(
+                f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster"
+            )
     for n in settings.overclusters:
         if n <= len(val.classes):
-            raise UserError(f"clustering: overclusters K={n} is not more than the {len(val.classes)} classes of {val.name}")
+            raise UserError(
+                f"clustering: overclusters K={n} is not more than the {len(val.classes)} classes of {val.name}"
+            )
 
 
-def _projected_pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tuple[ReadOut, Tensor]:
-    """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all where there are no more."""
+def _projected_pool(
+    features: Features, val: LabelSet, settings: ClusteringSettings
+) -> tuple[ReadOut, Tensor]:
+    """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all
+    where there are no more."""
     backbone = features.backbone
     n_patches = len(val) * (settings.image_px // backbone.patch_size) ** 2
-    drawn = torch.randperm(n_patches, generator=_generator(0, settings.seed))[: settings.max_patches].sort().values
-    moments, pool, seen = Moments(backbone.embed_dim, 0, features.device), torch.empty(len(drawn), backbone.embed_dim), 0
+    drawn = (
+        torch.randperm(n_patches, generator=_generator(0, settings.seed))[: settings.max_patches]
+        .sort()
+        .values
+    )
+    moments, pool, seen = (
+        Moments(backbone.embed_dim, 0, features.device),
+        torch.empty(len(drawn), backbone.embed_dim),
+        0,
+    )
     for images, _ in val.squares(settings.image_px, settings.label_px, FORWARD_BATCH):
         for tokens in features(images):
             patches = tokens.patches.flatten(0, 1)
@@ -152,7 +186,9 @@ def _centers(
     """Centers [K, d] for each (K, seed)."""
     if signals is not None:
         seconds = sum(_seconds(pool, n, settings) for n, _ in keys)
-        tell_if_long("clustering, K-means", seconds, "clustering.overclusters, clustering.seeds, clustering.restarts")
+        tell_if_long(
+            "clustering, K-means", seconds, "clustering.overclusters, clustering.seeds, clustering.restarts"
+        )
     tell = steps("clustering, K-means", len(keys), signals, "fits")
     found = {}
     for n, seed in keys:
@@ -168,11 +204,14 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     started = time.perf_counter()
     nearest_centers(some, pool[:n_clusters])[-1].item()
     seconds = (time.perf_counter() - started) * n_patches / len(some)
-    # On one core, at K = 500, the means took 1.4 times as long as the distances; k-means++ about 0.35 times as long as 100 of them.
+    # On one core, at K = 500, the means took 1.4 times as long as the distances; k-means++ about 0.35 times
+    # as long as 100 of them.
     return 2.75 * seconds * settings.max_iterations * settings.restarts
 
 
-def _fit(pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings, tick: Callable[[], object]) -> Tensor:
+def _fit(
+    pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings, tick: Callable[[], object]
+) -> Tensor:
     """Centers [K, d] of a part of the pool that this seed draws."""
     generator = _generator(n_clusters, seed)
     rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n_clusters]

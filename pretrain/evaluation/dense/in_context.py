@@ -1,24 +1,28 @@
-"""In-context segmentation: a patch takes the labels of those training patches whose features are nearest, nothing is trained.
+"""In-context segmentation: a patch takes the labels of those training patches whose features are nearest,
+nothing is trained.
 
-Balazevic et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023, as open-hummingbird-eval 2.0 measures it:
-the public code that NeCo reports with.
+Balazevic et al., "Towards In-context Scene Understanding" (Hummingbird), NeurIPS 2023, as
+open-hummingbird-eval 2.0 measures it: the public code that NeCo reports with.
 
-The memory holds L2-normalized patch features of training images, and of each the shares of the classes in its pixels. A patch of a
-validation image attends to its k nearest by cosine: softmax(cosine / temperature) weighs their shares, which are enlarged
-bilinearly to the image's size; the largest is the class. mIoU is named twice: that of these classes, and that after Hungarian
-matching of predicted to true classes, which the public code reports.
+The memory holds L2-normalized patch features of training images, and of each the shares of the classes in its
+pixels. A patch of a validation image attends to its k nearest by cosine: softmax(cosine / temperature) weighs
+their shares, which are enlarged bilinearly to the image's size; the largest is the class. mIoU is named
+twice: that of these classes, and that after Hungarian matching of predicted to true classes, which the public
+code reports.
 
-What may be held is drawn image by image: memory / images patches of each, those of the smallest u * score, where the score of a
-patch adds up, over the classes in it, the number of the image's patches that hold the class, and u is uniform in [0, 1): patches of
-rare classes are likelier.
+What may be held is drawn image by image: memory / images patches of each, those of the smallest u * score,
+where the score of a patch adds up, over the classes in it, the number of the image's patches that hold the
+class, and u is uniform in [0, 1): patches of rare classes are likelier.
 
-Ours: pixels that are not counted have no share in a patch, and a patch of them alone is not held (there they are the first class in
-memory); images are resized bicubically, as everywhere here; their blue is normalized by 0.225 (there 0.255); search is exact
-(there ScaNN) on features held in float16, products being float32; of equal neighbors at the k-th place torch chooses; k is at most
-the memory; a class that occurs nowhere is left out of the mean (there it counts 0).
+Ours: pixels that are not counted have no share in a patch, and a patch of them alone is not held (there they
+are the first class in memory); images are resized bicubically, as everywhere here; their blue is normalized
+by 0.225 (there 0.255); search is exact (there ScaNN) on features held in float16, products being float32; of
+equal neighbors at the k-th place torch chooses; k is at most the memory; a class that occurs nowhere is left
+out of the mean (there it counts 0).
 
-A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 classes. They are on the device if they fit into half of
-what is free there, else on the host, from which each chunk is copied again for every ``QUERIES`` patches.
+A held patch takes 2 (D + C) bytes: 8.3 GB for 10,240,000 of a ViT-S and 21 classes. They are on the device if
+they fit into half of what is free there, else on the host, from which each chunk is copied again for every
+``QUERIES`` patches.
 """
 
 import time
@@ -49,28 +53,44 @@ from pretrain.views.pixels import ADJUST
 
 QUERIES = 8192  # patches compared at a time,
 CHUNK = 16_384  # with so many of the memory: 0.5 GiB of similarities
-TIMED_FROM = 1e11  # comparisons of which it is found out before how long they take; fewer are minutes on a CPU
+TIMED_FROM = (
+    1e11  # comparisons of which it is found out before how long they take; fewer are minutes on a CPU
+)
 
 
 class InContextSettings(Settings):
     """The protocol; sources are of open-hummingbird-eval."""
 
     image_px: int = setting(
-        512, "side of an image, 504 with patches of 14; ours: rounded down to whole patches", source="README", ge=1
+        512,
+        "side of an image, 504 with patches of 14; ours: rounded down to whole patches",
+        source="README",
+        ge=1,
     )
     k: int = setting(30, "nearest patches of the memory", source="hbird_eval.py: n_neighbors", ge=1)
     temperature: float = setting(0.02, "of the softmax over cosines", source="hbird_eval.py: beta", gt=0)
-    memory_size: int = setting(10_240_000, "patches; the largest of the published figures", source="README", ge=1)
+    memory_size: int = setting(
+        10_240_000, "patches; the largest of the published figures", source="README", ge=1
+    )
     passes: int = setting(2, "through all training images", source="README: augmentation epochs", ge=1)
-    augment: bool = setting(True, "crops and colors of the training images; false (ours): the whole images", source="transforms.py")
+    augment: bool = setting(
+        True,
+        "crops and colors of the training images; false (ours): the whole images",
+        source="transforms.py",
+    )
     crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
-        (0.5, 2.0), "share of the image's area; shares above 1 never fit and are drawn again", source="transforms.py"
+        (0.5, 2.0),
+        "share of the image's area; shares above 1 never fit and are drawn again",
+        source="transforms.py",
     )
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = setting(
         (3 / 4, 4 / 3), "width / height of a crop", source="image_transformations.py"
     )
     jitter: float = setting(
-        0.1, "of brightness, contrast, saturation and hue, in this order, before the crop", source="transforms.py", ge=0
+        0.1,
+        "of brightness, contrast, saturation and hue, in this order, before the crop",
+        source="transforms.py",
+        ge=0,
     )
     jitter_p: float = setting(0.5, "probability of each", source="transforms.py", ge=0, le=1)
     seed: int = setting(0, "of crops, colors and the choice of patches", source="ours", ge=0)
@@ -85,14 +105,17 @@ def in_context(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in percent.
+    """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in
+    percent.
 
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
+    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
+    random state.
 
     Args:
         features: of a frozen backbone.
         train, val: parts of one set.
-        n_shown: of how many of the first validation images there shall be a map ``in_context`` (before matching).
+        n_shown: of how many of the first validation images there shall be a map ``in_context`` (before
+            matching).
 
     Raises:
         UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
@@ -107,7 +130,9 @@ def in_context(
         what = f"in_context: {queries:,} patches compared with up to {held:,} ({bank_gb:.1f} GB)"
         tell_if_long(what, seconds, "in_context.memory_size")
     memory = remember(features, train, settings, side)
-    tell = steps("in_context, search", -(-len(val) // FORWARD_BATCH), signals, f"batches of {FORWARD_BATCH} images")
+    tell = steps(
+        "in_context, search", -(-len(val) // FORWARD_BATCH), signals, f"batches of {FORWARD_BATCH} images"
+    )
 
     def check() -> None:
         check_signals(signals, "in_context")
@@ -128,7 +153,8 @@ def in_context(
 
 
 class Memory:
-    """Normalized features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches of at most 181 px)."""
+    """Normalized features [M, D] float16, and pixels of each class in their patches [M, C] int16 (patches
+    of at most 181 px)."""
 
     def __init__(self, most: int, dim: int, n_classes: int, device: torch.device) -> None:
         self.n, home = 0, device
@@ -144,14 +170,19 @@ class Memory:
         self.counts[rows] = counts.to(self.counts)
         self.n = rows.stop
 
-    def nearest(self, queries: Tensor, k: int, tick: Callable[[], object] = lambda: None) -> tuple[Tensor, Tensor]:
-        """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all M where k is more.
-        ``tick`` is called after each chunk."""
+    def nearest(
+        self, queries: Tensor, k: int, tick: Callable[[], object] = lambda: None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines, descending, and places of the k nearest patches of each query [Q, D]: [Q, k] each; all
+        M where k is more. ``tick`` is called after each chunk."""
         queries = F.normalize(queries.float(), dim=1)
         return nearest(queries, (part.to(queries) for part in self.features[: self.n].split(CHUNK)), k, tick)
 
-    def attend(self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None) -> Tensor:
-        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of :meth:`nearest`."""
+    def attend(
+        self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None
+    ) -> Tensor:
+        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of
+        :meth:`nearest`."""
         cosines, places = self.nearest(queries, k, tick)
         counts = self.counts[places.to(self.counts.device)].to(cosines)  # [Q, k, C]
         weights = (cosines / temperature).softmax(1)
@@ -171,7 +202,8 @@ def search_seconds(features: Features, k: int) -> float:
 
 
 def remember(features: Features, train: LabelSet, settings: InContextSettings, side: int) -> Memory:
-    """The memory of the training images, seen ``passes`` times; of more images than it has places for, those at equal steps.
+    """The memory of the training images, seen ``passes`` times; of more images than it has places for, those
+    at equal steps.
 
     Raises:
         UserError: no pixel is counted.
@@ -203,8 +235,11 @@ def remember(features: Features, train: LabelSet, settings: InContextSettings, s
     return memory
 
 
-def jittered(rng: np.random.Generator, pixels: NDArray[np.uint8], strength: float, p: float) -> NDArray[np.uint8]:
-    """Brightness, contrast and saturation by a factor in 1 +- strength, hue by a turn in +- strength, each with probability p."""
+def jittered(
+    rng: np.random.Generator, pixels: NDArray[np.uint8], strength: float, p: float
+) -> NDArray[np.uint8]:
+    """Brightness, contrast and saturation by a factor in 1 +- strength, hue by a turn in +- strength, each
+    with probability p."""
     for adjust, middle, u, drawn in zip(ADJUST, (1.0, 1.0, 1.0, 0.0), rng.random(4), rng.random(4)):
         if u < p:
             pixels = adjust(pixels, middle + strength * (2 * drawn - 1))
@@ -212,7 +247,8 @@ def jittered(rng: np.random.Generator, pixels: NDArray[np.uint8], strength: floa
 
 
 def choose(rng: np.random.Generator, counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """At most ``most`` patches of an image with a counted pixel, those of rare classes likelier; from :func:`patch_counts`."""
+    """At most ``most`` patches of an image with a counted pixel, those of rare classes likelier; from
+    :func:`patch_counts`."""
     present = counts > 0  # [N, C]
     scores = (present @ present.sum(0)) * rng.random(len(counts))
     candidates = np.flatnonzero(present.any(1))

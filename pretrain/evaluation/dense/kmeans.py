@@ -1,7 +1,7 @@
 """K-means: Lloyd's iterations from k-means++ centers, on the CPU or a GPU, the same each time on one machine.
 
-Distances are of the data's dtype, of data moved to mean 0; sums are float64. No step adds by scattering, the order of which a GPU
-leaves open. What is held beside the data is one chunk of distances.
+Distances are of the data's dtype, of data moved to mean 0; sums are float64. No step adds by scattering, the
+order of which a GPU leaves open. What is held beside the data is one chunk of distances.
 """
 
 import math
@@ -32,7 +32,9 @@ class Clusters:
 def nearest_centers(x: Tensor, centers: Tensor, chunk: int = CHUNK) -> Tensor:
     """The nearest of ``centers`` [K, D] for each row of ``x`` [n, D], the first of equals: [n] int64."""
     norms = centers.square().sum(1)  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all c
-    return torch.cat([torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in _chunks(x, len(centers), chunk)])
+    return torch.cat(
+        [torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in _chunks(x, len(centers), chunk)]
+    )
 
 
 def lloyd(
@@ -42,8 +44,8 @@ def lloyd(
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
-    """Lloyd's iterations from given centers [K, D], until no row changes its cluster. An empty cluster takes the row farthest from
-    its center (as scikit-learn's).
+    """Lloyd's iterations from given centers [K, D], until no row changes its cluster. An empty cluster takes
+    the row farthest from its center (as scikit-learn's).
 
     Args:
         x: [n, D].
@@ -63,9 +65,12 @@ def lloyd(
     return Clusters(centers + mean, labels, _distances(x, labels, centers, chunk).sum().item())
 
 
-def spread_centers(x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None) -> Tensor:
-    """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to those taken before; of
-    2 + ln K drawn at a time the one is taken that leaves the least inertia (as scikit-learn's).
+def spread_centers(
+    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None
+) -> Tensor:
+    """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
+    those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
+    scikit-learn's).
 
     Args:
         generator: on the CPU.
@@ -80,7 +85,9 @@ def spread_centers(x: Tensor, n_clusters: int, generator: torch.Generator, tick:
     for _ in range(n_clusters - 1):
         total = nearest[:, 0].cpu().cumsum(0)  # on the CPU: a GPU's scan adds in an order of its own
         at = torch.rand(n_drawn, dtype=torch.float64, generator=generator) * total[-1]
-        rows = torch.searchsorted(total, at, right=True).clamp(max=len(x) - 1).tolist()  # all rows equal: the last one
+        rows = (
+            torch.searchsorted(total, at, right=True).clamp(max=len(x) - 1).tolist()
+        )  # all rows equal: the last one
         left = torch.minimum(nearest, _to_rows(x, rows))  # [n, drawn]
         best = int(left.sum(0).argmin())
         chosen.append(rows[best])
@@ -98,7 +105,8 @@ def kmeans(
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
-    """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the arguments are theirs.
+    """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
+    arguments are theirs.
 
     Raises:
         ValueError: more clusters than rows.
@@ -106,7 +114,9 @@ def kmeans(
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
     firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
-    return min((lloyd(x, first, max_iterations, chunk, tick) for first in firsts), key=lambda run: run.inertia)
+    return min(
+        (lloyd(x, first, max_iterations, chunk, tick) for first in firsts), key=lambda run: run.inertia
+    )
 
 
 def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:

@@ -1,18 +1,20 @@
 """Linear segmentation of frozen features, as Leopart and NeCo measure it.
 
-* Leopart: Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation", CVPR 2022; public code,
-  experiments/linear_probing.
-* NeCo: Pariza et al., "Near, far: Patch-ordering enhances vision foundation models' scene understanding", ICLR 2025; public code,
-  experiments/linear_segmentation. The same but for the batch and the order.
+* Leopart: Ziegler and Asano, "Self-Supervised Learning of Object Parts for Semantic Segmentation", CVPR 2022;
+  public code, experiments/linear_probing.
+* NeCo: Pariza et al., "Near, far: Patch-ordering enhances vision foundation models' scene understanding",
+  ICLR 2025; public code, experiments/linear_segmentation. The same but for the batch and the order.
 
-A 1x1 convolution reads the classes off the patch tokens after the final norm, with neither batch norm nor dropout before it. Logits
-and labels meet at 100 x 100, in training and in validation: labels by the nearest neighbor, first at the image's size. (The public
-code enlarges the features instead; a 1x1 convolution commutes with that.)
+A 1x1 convolution reads the classes off the patch tokens after the final norm, with neither batch norm nor
+dropout before it. Logits and labels meet at 100 x 100, in training and in validation: labels by the nearest
+neighbor, first at the image's size. (The public code enlarges the features instead; a 1x1 convolution
+commutes with that.)
 
-Ours: images are resized bicubically, as everywhere here; each epoch draws the order (so Leopart; NeCo keeps that of VOC and
-ADE20K); every validation image counts (their VOC loader drops the last ones); the network after the last epoch counts, not the best
-of all epochs on the validation part; a class that occurs nowhere is left out of the mean (there it counts 0), and "not labeled" is
-no class to predict (there it is, of ADE20K); a batch without a counted pixel has the loss 0.
+Ours: images are resized bicubically, as everywhere here; each epoch draws the order (so Leopart; NeCo keeps
+that of VOC and ADE20K); every validation image counts (their VOC loader drops the last ones); the network
+after the last epoch counts, not the best of all epochs on the validation part; a class that occurs nowhere is
+left out of the mean (there it counts 0), and "not labeled" is no class to predict (there it is, of ADE20K); a
+batch without a counted pixel has the loss 0.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,22 +40,32 @@ from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
-HELD_BYTES = 2**31  # features of the training part that stay in the host's memory where they are the same in each epoch
+HELD_BYTES = (
+    2**31
+)  # features of the training part that stay in the host's memory where they are the same in each epoch
 
 
 class LinearSettings(Settings):
     """The protocol; sources are files of the two public codes."""
 
-    image_px: int = setting(448, "side of an image; ours: rounded down to whole patches", source="configs: size_crops", ge=1)
+    image_px: int = setting(
+        448, "side of an image; ours: rounded down to whole patches", source="configs: size_crops", ge=1
+    )
     label_px: int = setting(
-        100, "side at which logits and labels meet", source="linear_finetune.py: train_mask_size, val_mask_size", ge=1
+        100,
+        "side at which logits and labels meet",
+        source="linear_finetune.py: train_mask_size, val_mask_size",
+        ge=1,
     )
     epochs: int = setting(25, "through the training images", source="configs: max_epochs", ge=1)
     coco_images: int = setting(
         11_828, "a tenth of train2017, drawn at random; of other sets all", source="linear_finetune.py", ge=1
     )
     batch_size: int = setting(
-        128, "images a step, the rest of an epoch is left out; Leopart: 60 on each of 2 GPUs", source="NeCo's configs", ge=1
+        128,
+        "images a step, the rest of an epoch is left out; Leopart: 60 on each of 2 GPUs",
+        source="NeCo's configs",
+        ge=1,
     )
     lr: float = setting(0.01, "of SGD", source="configs", ge=0)
     momentum: float = setting(0.9, "of SGD", source="linear_finetune.py: configure_optimizers", ge=0)
@@ -61,7 +73,9 @@ class LinearSettings(Settings):
     drop_at: int = setting(20, "the lr drops every so many epochs (StepLR)", source="configs", ge=1)
     drop_factor: float = setting(0.1, "factor on the lr", source="linear_finetune.py: decay_rate", ge=0)
     augment: bool = setting(
-        True, "crops and flips of the training images; false (ours): the whole images, in each epoch", source="linear_finetune.py"
+        True,
+        "crops and flips of the training images; false (ours): the whole images, in each epoch",
+        source="linear_finetune.py",
     )
     crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
         (0.8, 1.0), "share of the image's area", source="linear_finetune.py: RandomResizedCrop"
@@ -70,7 +84,9 @@ class LinearSettings(Settings):
         (3 / 4, 4 / 3), "width / height of a crop", source="linear_finetuning_transforms.py"
     )
     flip_p: float = setting(0.5, "probability of a horizontal flip", source="linear_finetune.py", ge=0, le=1)
-    seed: int = setting(0, "of the first weights, the order, the crops and COCO's images", source="ours", ge=0)
+    seed: int = setting(
+        0, "of the first weights, the order, the crops and COCO's images", source="ours", ge=0
+    )
     map_px: int = setting(224, "side of the maps for figures", source="ours", ge=1)
 
 
@@ -84,7 +100,8 @@ def linear(
 ) -> Outcome:
     """``linear_miou`` and ``linear_class_iou``, in percent, of a 1x1 convolution on frozen features.
 
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own random state.
+    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
+    random state.
 
     Args:
         features: of a frozen backbone.
@@ -104,7 +121,8 @@ def linear(
 
 
 def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
-    """The training images that the head sees: of COCO ``coco_images``, in the set's order; of other sets all."""
+    """The training images that the head sees: of COCO ``coco_images``, in the set's order; of other sets
+    all."""
     if not train.name.startswith("coco_"):
         return train
     chosen = generator(settings.seed, ORDER, 0).permutation(len(train))[: settings.coco_images]
@@ -118,7 +136,8 @@ class Head(nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.weight, self.bias = (
-            nn.Parameter((2 * torch.rand(shape, generator=draw) - 1) / dim**0.5) for shape in ((n_classes, dim), (n_classes,))
+            nn.Parameter((2 * torch.rand(shape, generator=draw) - 1) / dim**0.5)
+            for shape in ((n_classes, dim), (n_classes,))
         )
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -127,11 +146,18 @@ class Head(nn.Module):
 
 
 def fit(
-    head: Head, features: Features, train: LabelSet, settings: LinearSettings, side: int, signals: StopSignals | None = None
+    head: Head,
+    features: Features,
+    train: LabelSet,
+    settings: LinearSettings,
+    side: int,
+    signals: StopSignals | None = None,
 ) -> None:
     """Train the head; ``side`` is that of the images in whole patches. Errors are those of :func:`linear`."""
     held = _held(features, train, settings, side)
-    optimizer = torch.optim.SGD(head.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(
+        head.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.drop_at, settings.drop_factor)
     for epoch in range(settings.epochs):
         check_signals(signals, "linear")
@@ -157,14 +183,21 @@ def backward(head: Head, patches: Iterable[Tensor], labels: Tensor) -> None:
     for part, own in zip(patches, labels.split(FORWARD_BATCH)):
         with torch.enable_grad():
             maps = head(part).transpose(1, 2).unflatten(2, (round(part.shape[1] ** 0.5), -1))  # [b, C, h, w]
-            logits = F.interpolate(maps, size=own.shape[1:], mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
+            logits = (
+                F.interpolate(maps, size=own.shape[1:], mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
+            )
             # As rows: torch has no deterministic cross-entropy of maps on CUDA, which a run may ask for.
             target = own.to(logits.device).long().flatten() - 1
             (F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / counted).backward()
 
 
 def _batches(
-    features: Features, train: LabelSet, settings: LinearSettings, side: int, epoch: int, held: tuple[Tensor, Tensor] | None
+    features: Features,
+    train: LabelSet,
+    settings: LinearSettings,
+    side: int,
+    epoch: int,
+    held: tuple[Tensor, Tensor] | None,
 ) -> Iterator[tuple[Iterable[Tensor], Tensor]]:
     """Patch features, ``FORWARD_BATCH`` images at a time, and labels [B, L, L] of each batch of an epoch."""
     order = Order(len(train), settings.batch_size, settings.seed)
@@ -192,8 +225,11 @@ def _batches(
             yield patch_maps(features, images), labels
 
 
-def _held(features: Features, train: LabelSet, settings: LinearSettings, side: int) -> tuple[Tensor, Tensor] | None:
-    """Features [n, N, D] and labels [n, L, L] of all training images, where they never change and are at most ``HELD_BYTES``."""
+def _held(
+    features: Features, train: LabelSet, settings: LinearSettings, side: int
+) -> tuple[Tensor, Tensor] | None:
+    """Features [n, N, D] and labels [n, L, L] of all training images, where they never change and are at
+    most ``HELD_BYTES``."""
     n_patches = (side // features.backbone.patch_size) ** 2
     if settings.augment or 4 * len(train) * n_patches * features.backbone.embed_dim > HELD_BYTES:
         return None

@@ -20,7 +20,8 @@ def check_signals(signals: StopSignals | None, where: str) -> None:
 
 
 def steps(label: str, total: int, signals: StopSignals | None, unit: str) -> Callable[[], None]:
-    """Call the result after each of ``total`` steps. It reports the progress; in a probe (no signals), nothing."""
+    """Call the result after each of ``total`` steps. It reports the progress; in a probe (no signals),
+    nothing."""
     return (lambda: None) if signals is None else Progress(label, total, unit=unit)
 
 

@@ -1,7 +1,7 @@
 """Which cluster stands for which class, and the IoU after matching, all from counts of pixels.
 
-The rules are those of Leopart's public code, which NeCo's and open-hummingbird-eval's keep (class PredsmIoU there): one to one by
-the largest sum of IoUs; many to one by the largest precision of each cluster.
+The rules are those of Leopart's public code, which NeCo's and open-hummingbird-eval's keep (class PredsmIoU
+there): one to one by the largest sum of IoUs; many to one by the largest precision of each cluster.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def hungarian(confusion: Tensor) -> Tensor:
         confusion: int64 [K, C] of :func:`count_pairs`.
 
     Returns:
-        [K] int64 on the same device: the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if K > C. (Leopart makes
-        background of those; no protocol matches one to one with K > C.)
+        [K] int64 on the same device: the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if
+        K > C. (Leopart makes background of those; no protocol matches one to one with K > C.)
     """
     both = confusion.double()
     union = both.sum(0) + both.sum(1, keepdim=True) - both  # [K, C]
@@ -45,7 +45,8 @@ def hungarian(confusion: Tensor) -> Tensor:
 
 
 def greedy(confusion: Tensor) -> Tensor:
-    """Many to one: the class of most of each cluster's pixels (precision), the first of equals. [K, C] -> [K] int64."""
+    """Many to one: the class of most of each cluster's pixels (precision), the first of equals. [K, C] ->
+    [K] int64."""
     return confusion.argmax(1)
 
 
@@ -67,9 +68,11 @@ def class_ious(confusion: Tensor, assignment: Tensor | None = None) -> Tensor:
 
 
 def mean_iou(confusion: Tensor, assignment: Tensor | None = None) -> float:
-    """mIoU in percent over the classes that occur in labels or predictions; the arguments are those of :func:`class_ious`.
+    """mIoU in percent over the classes that occur in labels or predictions; the arguments are those of
+    :func:`class_ious`.
 
-    Of a whole benchmark, every class of which occurs, it is Leopart's; a class that does not occur counts 0 there.
+    Of a whole benchmark, every class of which occurs, it is Leopart's; a class that does not occur counts 0
+    there.
     """
     return class_ious(confusion, assignment).nanmean().item()
 

@@ -16,7 +16,13 @@ from pretrain.views.boxes import TRIES, draw_crops
 
 
 def confusion_of(
-    predict: Callable[[Tensor], Tensor], features: Features, val: LabelSet, side: int, label_px: int, map_px: int, n_shown: int
+    predict: Callable[[Tensor], Tensor],
+    features: Features,
+    val: LabelSet,
+    side: int,
+    label_px: int,
+    map_px: int,
+    n_shown: int,
 ) -> tuple[Tensor, list[NDArray[np.int32]]]:
     """Pixels of the validation part by prediction and label, and the predictions of the first images.
 
@@ -26,7 +32,8 @@ def confusion_of(
         label_px: side of the maps that are compared.
 
     Returns:
-        int64 [C, C] of :func:`~pretrain.evaluation.dense.matching.count_pairs`, on the CPU, and ``n_shown`` maps [map_px, map_px].
+        int64 [C, C] of :func:`~pretrain.evaluation.dense.matching.count_pairs`, on the CPU, and ``n_shown``
+        maps [map_px, map_px].
 
     Raises:
         UserError: no pixel is counted.
@@ -37,7 +44,9 @@ def confusion_of(
     for images, labels in val.squares(side, side, FORWARD_BATCH):
         for part in patch_maps(features, images):  # one
             scores = predict(part)
-            confusion += count_pairs(predict_pixels(scores, label_px), shrink(labels, label_px), n_classes, n_classes).cpu()
+            confusion += count_pairs(
+                predict_pixels(scores, label_px), shrink(labels, label_px), n_classes, n_classes
+            ).cpu()
             if missing := n_shown - len(shown):
                 shown += [*(predict_pixels(scores[:missing], map_px) + 1).int().cpu().numpy()]
     if not confusion.any():
@@ -64,7 +73,10 @@ def whole_patches(image_px: int, features: Features) -> int:
     if image_px < patch_px:
         raise UserError(f"image_px={image_px} is less than a patch of {patch_px}")
     if rest := image_px % patch_px:
-        print(f"images of {image_px - rest} px, whole patches of {patch_px}, in place of image_px={image_px}", flush=True)
+        print(
+            f"images of {image_px - rest} px, whole patches of {patch_px}, in place of image_px={image_px}",
+            flush=True,
+        )
     return image_px - rest
 
 
@@ -88,16 +100,22 @@ def shrink(labels: Tensor, side: int) -> Tensor:
 
 
 def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
-    """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after bilinear upsampling."""
+    """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after
+    bilinear upsampling."""
     grid = round(scores.shape[1] ** 0.5)
     maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
     # One image at a time: 150 classes at 224 px are 30 MB each.
-    return torch.cat([F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)])
+    return torch.cat(
+        [F.interpolate(m, size=(side_px, side_px), mode="bilinear").argmax(1) for m in maps.split(1)]
+    )
 
 
 def patch_counts(labels: NDArray[np.int32], patch_px: int, n_classes: int) -> NDArray[np.int64]:
-    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C], row-major."""
+    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C],
+    row-major."""
     side, width = len(labels) // patch_px, n_classes + 1
     place = np.arange(len(labels)) // patch_px
     patches = place[:, None] * side + place  # [S, S]
-    return np.bincount((patches * width + labels).ravel(), minlength=side**2 * width).reshape(-1, width)[:, 1:]
+    return np.bincount((patches * width + labels).ravel(), minlength=side**2 * width).reshape(-1, width)[
+        :, 1:
+    ]

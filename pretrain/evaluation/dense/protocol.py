@@ -62,8 +62,8 @@ def settings_of(tasks: Sequence[str], words: Sequence[str] = (), seed: int = 0) 
         seed: of everything that a task draws.
 
     Raises:
-        UserError: an unknown task or field, a value of another type or out of range, a change of a task that is not among
-            ``tasks``.
+        UserError: an unknown task or field, a value of another type or out of range, a change of a task that
+            is not among ``tasks``.
     """
     for key, value in split_words(words).items():
         task, dot, field = key.partition(".")
@@ -82,7 +82,9 @@ def seeded(settings: Any, seed: int) -> Any:
     return replaced(settings, {SEED: seed}) if hasattr(settings, SEED) else settings
 
 
-def deviations_of_data(set_name: str, n_images: tuple[int, int], max_images: int) -> dict[str, tuple[Any, Any]]:
+def deviations_of_data(
+    set_name: str, n_images: tuple[int, int], max_images: int
+) -> dict[str, tuple[Any, Any]]:
     """(The protocol's, the run's) numbers of images.
 
     Args:
@@ -102,7 +104,8 @@ def name_of(set_name: str) -> str:
 
 
 def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str, Sequence[Any]]) -> Protocol:
-    """Protocol ``dense-SET``, and every deviation from it. A task that was left out is none: it has no metric.
+    """Protocol ``dense-SET``, and every deviation from it. A task that was left out is none: it has no
+    metric.
 
     Args:
         set_name: of the labeled set, :data:`KNN` for the labeled folder.

@@ -1,6 +1,8 @@
-"""Dense evaluation of one checkpoint on one set, task by task: what is finished is kept, and leaves one ``result.json``.
+"""Dense evaluation of one checkpoint on one set, task by task: what is finished is kept, and leaves one
+``result.json``.
 
-``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps for figures.
+``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps
+for figures.
 """
 
 import json
@@ -56,7 +58,8 @@ class Job:
     Attributes:
         subject: the checkpoint.
         set_name: of the set, as the protocol is named after it.
-        data: what else tells the set from others: the classes, and of each part its source, number of images and hash of names.
+        data: what else tells the set from others: the classes, and of each part its source, number of images
+            and hash of names.
         settings: by task, of those to be run.
         evaluate: (task, features) -> what the task finds.
         others: (the protocol's, this run's) values of what no task sets.
@@ -74,8 +77,9 @@ class Job:
     val: LabelSet | None = None
 
     def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds only how
-        they were trained: one training with several seeds is one configuration. The result holds its hash.
+        """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds
+        only how they were trained: one training with several seeds is one configuration. The result holds its
+        hash.
         """
         subject = self.subject
         return {
@@ -111,7 +115,9 @@ def job_on_set(
         n_shown: images of the validation part that maps are kept of.
     """
     others = {**others, **deviations_of_data(train.name, (len(train), len(val)), max_images)}
-    others |= {f"{part.part}_set": ("as published", part.departure) for part in (train, val) if part.departure}
+    others |= {
+        f"{part.part}_set": ("as published", part.departure) for part in (train, val) if part.departure
+    }
     if max_images:
         train, val = train.first(max_images), val.first(max_images)
     data: dict[str, Any] = {"classes": list(train.classes)}
@@ -138,7 +144,10 @@ def job_on_classes(
     """k-NN classification of a folder of classes; the arguments are those of :func:`job_on_set`."""
     train, val = open_class_folders(root)
     others = {**others, **deviations_of_data(KNN, (len(train), len(val)), max_images)}
-    data = {part.folder.name: {"images": len(part), "names": _hash([name for _, name in part.files])} for part in (train, val)}
+    data = {
+        part.folder.name: {"images": len(part), "names": _hash([name for _, name in part.files])}
+        for part in (train, val)
+    }
     data["classes"] = {"number": len(train.classes), "names": _hash(train.classes)}
     if max_images:
         train, val = train.first(max_images), val.first(max_images)
@@ -158,9 +167,13 @@ def check_folder(job: Job, folder: Path, resume: bool) -> None:
     if (folder / FILE_NAME).is_file():
         before = read_result(folder)
         if (before.kind, before.protocol.name) != (KIND, name_of(job.set_name)):
-            raise UserError(f"--output: {folder} holds a run of another kind, {before.protocol.name}; choose another folder")
+            raise UserError(
+                f"--output: {folder} holds a run of another kind, {before.protocol.name}; choose another folder"
+            )
     if not resume and ((folder / FILE_NAME).is_file() or any((folder / TASKS_FOLDER).glob("*.json"))):
-        raise UserError(f"--output: {folder} already holds an evaluation; go on with --resume, or choose another folder")
+        raise UserError(
+            f"--output: {folder} already holds an evaluation; go on with --resume, or choose another folder"
+        )
 
 
 def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dict[str, Finished]:
@@ -170,11 +183,14 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
         features: of the job's backbone, frozen.
 
     Raises:
-        UserError: bad data; or the folder holds a task of the same name with other settings or weights, by the names of these.
+        UserError: bad data; or the folder holds a task of the same name with other settings or weights, by
+            the names of these.
         Interrupted: there was a signal; the tasks finished so far are kept.
     """
     weights, before, finished = file_hash(job.subject.path), {}, {}
-    for file in sorted((folder / TASKS_FOLDER).glob("*.json")):  # before the first hour: an error where one differs
+    for file in sorted(
+        (folder / TASKS_FOLDER).glob("*.json")
+    ):  # before the first hour: an error where one differs
         before[file.stem] = _read(file, _identity(job, file.stem, weights))
         asked = file.stem in job.settings
         print(f"{file.stem}: evaluated before" + ("" if asked else ", not asked for now"), flush=True)
@@ -192,7 +208,8 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
 
 
 def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
-    """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the tasks."""
+    """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the
+    tasks."""
     subject = job.subject
     origin = provenance(job.config(), subject.path)
     origin["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())
@@ -212,11 +229,14 @@ def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
 
 def numbers(outcome: Outcome) -> str:
     """What a task found, on one line, without what it found of each class."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in outcome.metrics.items() if not isinstance(value, dict))
+    return ", ".join(
+        f"{name} {value:.2f}" for name, value in outcome.metrics.items() if not isinstance(value, dict)
+    )
 
 
 class Watch:
-    """Counts the images that a task reads of a part of a set and reports the progress. A signal stops the task."""
+    """Counts the images that a task reads of a part of a set and reports the progress. A signal stops the
+    task."""
 
     def __init__(self, label: str, signals: StopSignals) -> None:
         self.label, self.signals = label, signals
@@ -258,8 +278,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
     """A task that was finished before.
 
     Raises:
-        UserError: the file cannot be read, or the task was run with another identity; the settings of a task that is not asked for
-            are no part of it.
+        UserError: the file cannot be read, or the task was run with another identity; the settings of a task
+            that is not asked for are no part of it.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -269,7 +289,9 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
         metrics: dict[str, Any] = content["metrics"]
         cost = float(content["wall_time_s"]), float(content["peak_memory_mib"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file}: no finished task can be read here ({type(error).__name__}: {error}); remove it") from error
+        raise UserError(
+            f"{file}: no finished task can be read here ({type(error).__name__}: {error}); remove it"
+        ) from error
     if changed := compared(before, identity):
         told = [_told(key, *changed[key]) for key in sorted(changed)]
         raise UserError(f"{file} is of another evaluation: {', '.join(told)}; choose another folder")
@@ -279,7 +301,9 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
 def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
     """The json is written last and in one step: where it exists, the task is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    maps: dict[str, NDArray[np.int32]] = {name: np.stack(some) for name, some in done.outcome.maps.items() if some}
+    maps: dict[str, NDArray[np.int32]] = {
+        name: np.stack(some) for name, some in done.outcome.maps.items() if some
+    }
     np.savez_compressed(file.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
     content = {"of": identity, "metrics": done.outcome.metrics, **cost}

@@ -1,6 +1,18 @@
 """The sources of weights, one file for each family. Of equal matches the first source is taken."""
 
-from pretrain.weights.sources import dino, dinov2, huggingface, loca, lomar, mae, patchwise, posfield, timm, tuned, unsupported
+from pretrain.weights.sources import (
+    dino,
+    dinov2,
+    huggingface,
+    loca,
+    lomar,
+    mae,
+    patchwise,
+    posfield,
+    timm,
+    tuned,
+    unsupported,
+)
 from pretrain.weights.sources.source import Match, Source
 
 SOURCES: tuple[Source, ...] = (

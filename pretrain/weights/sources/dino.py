@@ -96,12 +96,19 @@ def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
     read_as = f"weights: {file.path}, read as {method.source}"
     for sources, mark in marks_of(file):
         if method.source not in sources:
-            raise UserError(f"{read_as}: {mark} is found in files of {' and '.join(sources)}, not of {method.method}")
+            raise UserError(
+                f"{read_as}: {mark} is found in files of {' and '.join(sources)}, not of {method.method}"
+            )
     networks = {
-        name: {method.renamed(key): value for key, value in inside_of(state, method.heads, method.unused, read_as).items()}
+        name: {
+            method.renamed(key): value
+            for key, value in inside_of(state, method.heads, method.unused, read_as).items()
+        }
         for name, state in networks_of(file).items()
     }
-    return take(file, networks, subnet, method.source, method.method, needed=method.needed, lacking=method.lacking)
+    return take(
+        file, networks, subnet, method.source, method.method, needed=method.needed, lacking=method.lacking
+    )
 
 
 def source_of(method: Method) -> Source:
@@ -135,10 +142,16 @@ def is_ibots_backbone(file: Container) -> bool:
 
 def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
     """Whether a backbone has the tensors of this method, and learned positions on a square grid."""
-    if not all(key in state for key in (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")):
+    if not all(
+        key in state for key in (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    ):
         return False
     positions, has_cls = state["pos_embed"], "cls_token" in state
-    if positions.ndim != 3 or starts_with_zero(positions) or any(key.startswith(method.lacking) for key in state):
+    if (
+        positions.ndim != 3
+        or starts_with_zero(positions)
+        or any(key.startswith(method.lacking) for key in state)
+    ):
         return False
     return grid_side(positions.shape[1] - has_cls) > 0
 
@@ -199,15 +212,22 @@ def take(
     read_as = f"weights: {file.path}, read as {source}"
     if not networks:
         held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
-        raise UserError(f"{read_as}: not the names of {method}'s files, but {held}")
+        raise UserError(f"{read_as}: no network under the names of {method}'s files, but {held}")
     name = subnet or (default if default in networks else next(iter(networks)))
     if name not in networks:
         there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
         raise UserError(f"{read_as}: subnet {name} is not there; the file holds {there}")
-    checkpoint = whole_vit(file, networks[name], source, method, needed=needed, lacking=lacking, interpolation=interpolation)
-    shapes = [{(key, value.shape) for key, value in state.items() if key != "mask_token"} for state in networks.values()]
+    checkpoint = whole_vit(
+        file, networks[name], source, method, needed=needed, lacking=lacking, interpolation=interpolation
+    )
+    shapes = [
+        {(key, value.shape) for key, value in state.items() if key != "mask_token"}
+        for state in networks.values()
+    ]
     if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
-        raise UserError(f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}")
+        raise UserError(
+            f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}"
+        )
     return with_origin(checkpoint, file, name)
 
 
@@ -240,7 +260,9 @@ def whole_vit(
     if foreign := [key for key in state if key.startswith(lacking)]:
         raise UserError(f"{read_as}: there is {', '.join(foreign[:8])}, which {method} has not")
     if interpolation == "dinov2" and starts_with_zero(state["pos_embed"]):
-        raise UserError(f"{read_as}: the first position in pos_embed is zero, as in MAE's fixed table; {method}'s are learned")
+        raise UserError(
+            f"{read_as}: the first position in pos_embed is zero, as in MAE's fixed table; {method}'s are learned"
+        )
     return plain_vit(file.path, state, source, method, pos_interpolation=interpolation)
 
 
@@ -264,7 +286,13 @@ MUGS_HEADS = ("instance_head.", "local_group_head.", "group_head.")
 METHODS = (
     Method("dino", "DINO", "dino"),
     Method("ibot", "iBOT", "ibot", renamed=_ibot_name),
-    Method("mugs", "Mugs", r"mugs|vit_(?:small|base|large)_backbone_\d+ep", heads=MUGS_HEADS, unused=("relation_blocks.",)),
+    Method(
+        "mugs",
+        "Mugs",
+        r"mugs|vit_(?:small|base|large)_backbone_\d+ep",
+        heads=MUGS_HEADS,
+        unused=("relation_blocks.",),
+    ),
     Method("cribo", "CrIBo", "cribo"),
     Method("croc", "CrOC", "croc"),
 )

@@ -21,7 +21,15 @@ from pretrain.weights.sources.dino import NEEDED as DINOS
 from pretrain.weights.sources.dino import whole_vit, with_origin
 from pretrain.weights.sources.source import Match, Source
 
-OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")  # all that is published
+OWN = (
+    "cls_token",
+    "pos_embed",
+    "register_tokens",
+    "mask_token",
+    "patch_embed.proj.",
+    "blocks.",
+    "norm.",
+)  # all that is published
 NEEDED = (*DINOS, "blocks.0.ls1.gamma")
 NETWORKS = ("teacher", "student")
 HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both
@@ -30,7 +38,10 @@ CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # a block keeps its number in the 
 
 def match(file: Container) -> Match:
     """By the heads of its training; a backbone alone, which others have tuned, by the file's name."""
-    if any(_training(file, name) and any(head in key for key in _network(file, name) for head in HEADS) for name in NETWORKS):
+    if any(
+        _training(file, name) and any(head in key for key in _network(file, name) for head in HEADS)
+        for name in NETWORKS
+    ):
         return Match.MARKED
     state = file.flat
     needed = ("mask_token", "cls_token", "pos_embed", "patch_embed.proj.weight")
@@ -49,15 +60,21 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         only_network(file.path, "dinov2", subnet)
         name, state = "", file.flat
     if not state:
-        raise UserError(f"weights: {file.path}, read as dinov2: no backbone of a {name}, and no flat state dict")
+        raise UserError(
+            f"weights: {file.path}, read as dinov2: no backbone of a {name}, and no flat state dict"
+        )
     if any(".mlp.w12." in key or ".mlp.w3." in key for key in state):
-        raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours")
+        raise UserError(
+            f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours"
+        )
     state = {CHUNK.sub(r"blocks.\1.", key): value for key, value in state.items()}
     has_registers = "register_tokens" in state
     if has_registers:
         state["reg_token"] = state.pop("register_tokens")
     rule, method = ("bicubic_antialias", "DINOv2-reg") if has_registers else ("dinov2", "DINOv2")
-    return with_origin(whole_vit(file, state, "dinov2", method, needed=NEEDED, interpolation=rule), file, name)
+    return with_origin(
+        whole_vit(file, state, "dinov2", method, needed=NEEDED, interpolation=rule), file, name
+    )
 
 
 def _network(file: Container, network: str) -> dict[str, Tensor]:

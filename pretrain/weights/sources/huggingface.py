@@ -31,7 +31,13 @@ METHODS = {
     "dinov2": "DINOv2",
     "dinov2_with_registers": "DINOv2-reg",
 }
-GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+GELUS = {
+    "gelu": "erf",
+    "gelu_python": "erf",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_fast": "tanh",
+}
 RESCALED = 1 / 255
 RENAMED = (
     (r"embeddings\.cls_token", "cls_token"),
@@ -69,7 +75,9 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     state = {_ours(key): value for key, value in without(named, *HEADS).items()}
     model_type = _model_type(file, state)
     _refuse_others(file, state, model_type)
-    for block in [key.removesuffix("attn.query.weight") for key in state if key.endswith("attn.query.weight")]:
+    for block in [
+        key.removesuffix("attn.query.weight") for key in state if key.endswith("attn.query.weight")
+    ]:
         _fuse(file, state, block)
     if "mask_token" in state:
         state["mask_token"] = state["mask_token"].flatten(0, -2)  # [1, 1, D] in ViT
@@ -80,7 +88,9 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         "huggingface",
         METHODS[model_type],
         **stated,
-        num_heads=file.config.get("num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM),
+        num_heads=file.config.get(
+            "num_attention_heads", state["patch_embed.proj.weight"].shape[0] // HEAD_DIM
+        ),
         ln_eps=file.config.get("layer_norm_eps", 1e-6 if model_type.startswith("dinov2") else 1e-12),
         gelu=GELUS[file.config.get("hidden_act", "gelu")],
         pos_interpolation="bicubic_antialias" if "reg_token" in state else "bicubic",
@@ -98,7 +108,13 @@ def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
     """The type that the config tells, else the tensors."""
     told = file.config.get("model_type")
     if told is None:
-        return "dinov2_with_registers" if "reg_token" in state else "dinov2" if "blocks.0.ls1.gamma" in state else "vit"
+        return (
+            "dinov2_with_registers"
+            if "reg_token" in state
+            else "dinov2"
+            if "blocks.0.ls1.gamma" in state
+            else "vit"
+        )
     if not isinstance(told, str) or told not in METHODS:
         raise UserError(f"weights: {file.path} is a network of type {told!r}; read are {', '.join(METHODS)}")
     return told
@@ -108,13 +124,24 @@ def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str
     """Refuse networks whose difference no tensor's name shows."""
     config = file.config
     if config.get("use_swiglu_ffn") or any(".mlp.weights_in." in key for key in state):
-        raise UserError(f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant: a network that is none of ours")
+        raise UserError(
+            f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant: a network that is none of ours"
+        )
     activation = config.get("hidden_act", "gelu")
     if not isinstance(activation, str) or activation not in GELUS:
-        raise UserError(f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}")
+        raise UserError(
+            f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}"
+        )
     kernel = state.get("patch_embed.proj.weight")
-    if "patch_size" in config and kernel is not None and kernel.ndim == 4 and config["patch_size"] != kernel.shape[-1]:
-        raise UserError(f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}")
+    if (
+        "patch_size" in config
+        and kernel is not None
+        and kernel.ndim == 4
+        and config["patch_size"] != kernel.shape[-1]
+    ):
+        raise UserError(
+            f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}"
+        )
 
 
 def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
@@ -129,7 +156,9 @@ def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
         if absent := [f"{name}.{kind}" for name, part in zip(names, parts) if part is None]:
             raise UserError(f"weights: {file.path}, read as huggingface: no tensor {absent[0]}")
         if len({part.shape for part in parts if part is not None}) > 1:
-            raise UserError(f"weights: {file.path}, read as huggingface: {names[0]}.{kind}, key and value are of several shapes")
+            raise UserError(
+                f"weights: {file.path}, read as huggingface: {names[0]}.{kind}, key and value are of several shapes"
+            )
         state[f"{block}attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
 
 

@@ -21,7 +21,12 @@ from pretrain.weights.sources.source import Match, Source
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
 # Dropped, since only training uses them: cluster prediction, localization.
-HEADS = ("projection_head_for_clustering_prediction.", "cross_attention_block.", "final_norm.", "position_predictor.")
+HEADS = (
+    "projection_head_for_clustering_prediction.",
+    "cross_attention_block.",
+    "final_norm.",
+    "position_predictor.",
+)
 TOKENS = "ToTokenSequence_0."
 ATTENTION = "MultiHeadDotProductAttention_0."
 NORMS = {"scale": "weight", "bias": "bias"}
@@ -30,14 +35,22 @@ NORMS = {"scale": "weight", "bias": "bias"}
 def match(file: Container) -> Match:
     """By Scenic's name for the patch projection, in a network without [CLS]."""
     trees = [file.tree.get(key) for keys in NETWORKS.values() for key in keys]
-    found = [tree[TOKENS[:-1]] for tree in trees if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)]
-    return Match.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Match.NONE
+    found = [
+        tree[TOKENS[:-1]]
+        for tree in trees
+        if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)
+    ]
+    return (
+        Match.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Match.NONE
+    )
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:
     """The teacher (default) or the student."""
     subnet = subnet or "teacher"
-    tree: Any = next((file.tree[key] for key in NETWORKS[subnet] if isinstance(file.tree.get(key), Mapping)), None)
+    tree: Any = next(
+        (file.tree[key] for key in NETWORKS[subnet] if isinstance(file.tree.get(key), Mapping)), None
+    )
     if tree is None:
         raise UserError(f"weights: {file.path}, read as loca: no {' or '.join(NETWORKS[subnet])}")
     params = without(_flat(tree.get("params", tree) if "params" in tree and len(tree) == 1 else tree), *HEADS)
@@ -102,7 +115,9 @@ class _Reader:
         biases = [self.take(f"{part}.bias", 2) for part in parts]  # each [heads, d]
         for shapes in ({kernel.shape for kernel in kernels}, {bias.shape for bias in biases}):
             if len(shapes) > 1 or next(iter(shapes))[-2] != heads:
-                raise UserError(f"{self.read_as}: {parts[0]}, key and value are not of the same {heads} heads")
+                raise UserError(
+                    f"{self.read_as}: {parts[0]}, key and value are not of the same {heads} heads"
+                )
         state = {
             "attn.qkv.weight": torch.cat([kernel.flatten(1).T for kernel in kernels]),
             "attn.qkv.bias": torch.cat([bias.flatten() for bias in biases]),
@@ -110,7 +125,10 @@ class _Reader:
             "attn.proj.bias": self.take(f"{flax}{ATTENTION}out.bias", 1),
         }
         for i in (0, 1):
-            state |= {f"norm{i + 1}.{name}": self.take(f"{flax}LayerNorm_{i}.{key}", 1) for key, name in NORMS.items()}
+            state |= {
+                f"norm{i + 1}.{name}": self.take(f"{flax}LayerNorm_{i}.{key}", 1)
+                for key, name in NORMS.items()
+            }
             state[f"mlp.fc{i + 1}.weight"] = self.take(f"{flax}MlpBlock_0.Dense_{i}.kernel", 2).T
             state[f"mlp.fc{i + 1}.bias"] = self.take(f"{flax}MlpBlock_0.Dense_{i}.bias", 1)
         return {ours + key: value for key, value in state.items()}

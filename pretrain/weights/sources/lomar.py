@@ -32,7 +32,9 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     _refuse_other_variants(file.path, state)
     state = without(state, "encoder_pred.", "pos_embed")
     if "mask_token" in state:
-        state["mask_token"] = state["mask_token"].squeeze(0)  # [1, D]; like ours, it replaces a patch's content
+        state["mask_token"] = state["mask_token"].squeeze(
+            0
+        )  # [1, D]; like ours, it replaces a patch's content
     return plain_vit(file.path, state, "lomar", "LoMaR", relative_positions=True)
 
 
@@ -41,7 +43,9 @@ def _refuse_other_variants(path: Path, state: Mapping[str, Tensor]) -> None:
     tables = {key: table for key, table in state.items() if MARK in key}
     for key, table in tables.items():
         if not key.endswith(TABLE):
-            raise UserError(f"{said} {key}: of iRPE's variants only LoMaR's is supported, contextual, product, on keys alone")
+            raise UserError(
+                f"{said} {key}: of iRPE's variants only LoMaR's is supported, contextual, product, on keys alone"
+            )
         if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != N_BUCKETS:
             shape = f"(1, head width, {N_BUCKETS}), one table for all heads"
             raise UserError(f"{said} {key} is {tuple(table.shape)}; LoMaR's are {shape} of 7 x 7 + 1 buckets")

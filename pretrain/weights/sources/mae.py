@@ -65,7 +65,13 @@ def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
     """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there
     is a row for it."""
     positions = state.get("pos_embed")
-    if positions is None or positions.ndim != 3 or len(positions) != 1 or positions.shape[2] % 4 or positions.shape[1] <= has_cls:
+    if (
+        positions is None
+        or positions.ndim != 3
+        or len(positions) != 1
+        or positions.shape[2] % 4
+        or positions.shape[1] <= has_cls
+    ):
         return False
     side = math.isqrt(positions.shape[1] - has_cls)
     table = sincos_table(side, positions.shape[2])
@@ -80,17 +86,26 @@ def _droppos_networks(file: Container) -> dict[str, State]:
     if found and is_state(file.tree.get("ema_state_dict")):
         found = {"student": file.flat, "teacher": dict(file.tree["ema_state_dict"])}
     stripped = {name: strip(state, "module.") for name, state in found.items()}
-    return {name: stripped[name] if len(stripped[name]) == len(state) else state for name, state in found.items()}
+    return {
+        name: stripped[name] if len(stripped[name]) == len(state) else state for name, state in found.items()
+    }
 
 
 def _encoder(
-    file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, unused: tuple[str, ...]
+    file: Container,
+    networks: dict[str, State],
+    subnet: str | None,
+    source: str,
+    method: str,
+    unused: tuple[str, ...],
 ) -> Checkpoint:
     """The encoder of a network, whose positions have to be the fixed ones."""
     encoders = {name: without(state, *unused) for name, state in networks.items()}
     checkpoint = take(file, encoders, subnet, source, method, default="student", interpolation="bicubic")
     if not is_fixed(checkpoint.state):
-        raise UserError(f"weights: {file.path}, read as {source}: pos_embed is not {method}'s fixed sin-cos table")
+        raise UserError(
+            f"weights: {file.path}, read as {source}: pos_embed is not {method}'s fixed sin-cos table"
+        )
     return checkpoint
 
 

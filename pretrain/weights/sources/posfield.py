@@ -25,9 +25,17 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     try:
         version = int(metadata["format_version"])
         if version > FORMAT_VERSION:
-            raise UserError(f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}")
+            raise UserError(
+                f"weights: {path} has format version {version}; this posfield reads up to {FORMAT_VERSION}"
+            )
         model_kwargs, provenance = json.loads(metadata["flags"]), json.loads(metadata["provenance"])
-        return Checkpoint(path, file.tensors() or {}, model_kwargs, metadata["backbone"], {"source": "posfield", **provenance})
+        return Checkpoint(
+            path,
+            file.tensors() or {},
+            model_kwargs,
+            metadata["backbone"],
+            {"source": "posfield", **provenance},
+        )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
 

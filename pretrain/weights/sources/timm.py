@@ -36,7 +36,9 @@ DEPARTURES = {
     r"blocks\.\d+\.(attns|ffns)\.": "parallel branches in its blocks",
     r"blocks\.\d+\.attn\.rel_pos|rope": "relative positions",
 }
-OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")  # networks whose departures no tensor shows
+OTHER_NAMES = re.compile(
+    "quickgelu|clip|siglip|rope|relpos|rpn|resmlp"
+)  # networks whose departures no tensor shows
 
 
 def match(file: Container) -> Match:
@@ -73,17 +75,23 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
 
 
 def _described(file: Container) -> bool:
-    return isinstance(file.config.get("architecture"), str) and isinstance(file.config.get("pretrained_cfg"), Mapping)
+    return isinstance(file.config.get("architecture"), str) and isinstance(
+        file.config.get("pretrained_cfg"), Mapping
+    )
 
 
 def _arguments(file: Container) -> Mapping[str, Any]:
     """The arguments in the description that no tensor shows."""
     arguments = file.config.get("model_args") or {}
     if not isinstance(arguments, Mapping) or str(arguments.get("act_layer", "gelu")) not in GELUS:
-        raise UserError(f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}")
+        raise UserError(
+            f"weights: {file.path}: model_args in config.json are of no network of ours: {str(arguments)[:100]}"
+        )
     sides = arguments.get("img_size", 0)
     if isinstance(sides, list) and len(sides) == 2 and sides[0] != sides[1]:
-        raise UserError(f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid")
+        raise UserError(
+            f"weights: {file.path} has positions for images of {sides[0]} x {sides[1]} px, not of a square grid"
+        )
     return arguments
 
 
@@ -98,7 +106,9 @@ def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mappin
     allowed = (0,) if arguments.get("no_embed_class") else (0, n_cls, n_cls + n_registers)
     n_prefix = next((n for n in allowed if grid_side(positions.shape[1] - n)), None)
     if n_prefix is None:
-        raise UserError(f"weights: {file.path}, read as timm: pos_embed has {positions.shape[1]} positions, for no square grid")
+        raise UserError(
+            f"weights: {file.path}, read as timm: pos_embed has {positions.shape[1]} positions, for no square grid"
+        )
     cls, patches = positions[:, :n_cls], positions[:, n_prefix:]
     if not n_prefix:
         cls = torch.zeros_like(cls)

@@ -29,7 +29,11 @@ def match_neco(file: Container) -> Match:
 
 def match_timet(file: Container) -> Match:
     """By the names of its wrapper."""
-    return Match.MARKED if any(key.startswith("feature_extractor.backbone.") for key in file.flat) else Match.NONE
+    return (
+        Match.MARKED
+        if any(key.startswith("feature_extractor.backbone.") for key in file.flat)
+        else Match.NONE
+    )
 
 
 def match_leopart(file: Container) -> Match:
@@ -43,7 +47,10 @@ def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
     if any(name.startswith("prototypes.") for name in _names(networks)):
         raise UserError(f"weights: {file.path}, read as neco: there are prototypes, which NeCo has not")
     networks = {
-        name: {"reg_token" if key == "register_tokens" else key: value for key, value in without(state, *HEADS).items()}
+        name: {
+            "reg_token" if key == "register_tokens" else key: value
+            for key, value in without(state, *HEADS).items()
+        }
         for name, state in networks.items()
     }
     return _convert(file, networks, subnet, "neco", "NeCo", "" if "" in networks else "model.")
@@ -52,8 +59,13 @@ def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
 def convert_timet(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone of the feature extractor, or of its moving average."""
     read_as = f"weights: {file.path}, read as timet"
-    networks = {name: inside_of(state, ("head.",), (), read_as) for name, state in _networks(file, "feature_extractor.").items()}
-    return _convert(file, networks, subnet, "timet", "TimeT", "feature_extractor.", "prototypes", "teacher_prototypes")
+    networks = {
+        name: inside_of(state, ("head.",), (), read_as)
+        for name, state in _networks(file, "feature_extractor.").items()
+    }
+    return _convert(
+        file, networks, subnet, "timet", "TimeT", "feature_extractor.", "prototypes", "teacher_prototypes"
+    )
 
 
 def convert_leopart(file: Container, subnet: str | None) -> Checkpoint:
@@ -88,11 +100,18 @@ def _evidence(names: list[str], mark: str, named: bool) -> Match:
 
 
 def _convert(
-    file: Container, networks: dict[str, State], subnet: str | None, source: str, method: str, prefix: str, *beside: str
+    file: Container,
+    networks: dict[str, State],
+    subnet: str | None,
+    source: str,
+    method: str,
+    prefix: str,
+    *beside: str,
 ) -> Checkpoint:
     """The network ``subnet``. Every tensor of the file has to be behind ``prefix`` or ``teacher.``, or one of
     ``beside``."""
-    if networks and (stray := [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]):
+    stray = [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]
+    if networks and stray:
         raise UserError(f"weights: {file.path}, read as {source}: left over {', '.join(stray[:8])}")
     return take(file, networks, subnet, source, method, default="student")
 

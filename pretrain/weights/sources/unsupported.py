@@ -46,8 +46,18 @@ REFUSED = (
         ),
         ROPE + " and no table of positions",
     ),
-    Refusal("franca", "Franca", ((r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",)), "gated MLPs (SwiGLU)"),
-    Refusal("swin", "Swin", ((r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),), WINDOWS + " in a pyramid"),
+    Refusal(
+        "franca",
+        "Franca",
+        ((r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",)),
+        "gated MLPs (SwiGLU)",
+    ),
+    Refusal(
+        "swin",
+        "Swin",
+        ((r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),),
+        WINDOWS + " in a pyramid",
+    ),
     Refusal(
         "beit",
         "BEiT or data2vec",
@@ -80,18 +90,27 @@ REFUSED = (
     ),
     Refusal("sam", "SAM or ViTDet", ((r"\.attn\.rel_pos_h$",),), WINDOWS),
     Refusal(
-        "deit_distilled", "distilled DeiT", ((r"(^|\.)(dist_token|embeddings\.distillation_token)$",),), "a second [CLS] token"
+        "deit_distilled",
+        "distilled DeiT",
+        ((r"(^|\.)(dist_token|embeddings\.distillation_token)$",),),
+        "a second [CLS] token",
     ),
     Refusal(
         "convnext",
         "ConvNeXt",
-        ((r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",), (r"encoder\.stages\.0\.layers\.0\.dwconv\.",)),
+        (
+            (r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",),
+            (r"encoder\.stages\.0\.layers\.0\.dwconv\.",),
+        ),
         "convolutions and no patches",
     ),
     Refusal(
         "resnet",
         "ResNet",
-        ((r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."), (r"encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.",)),
+        (
+            (r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."),
+            (r"encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.",),
+        ),
         "convolutions and no patches",
     ),
 )
@@ -106,7 +125,9 @@ def match(refusal: Refusal, file: Container) -> Match:
 
 def convert(refusal: Refusal, file: Container, subnet: str | None) -> Checkpoint:
     """Raises UserError that says what the network has and ours has not."""
-    raise UserError(f"weights: {file.path} is of {refusal.method}, which has {refusal.reason}: a network that is none of ours")
+    raise UserError(
+        f"weights: {file.path} is of {refusal.method}, which has {refusal.reason}: a network that is none of ours"
+    )
 
 
 def _names(file: Container) -> Iterator[str]:
@@ -123,4 +144,7 @@ def _holds(names: str, pattern: str) -> bool:
     return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
 
 
-SOURCES = tuple(Source(refusal.name, refusal.method, partial(match, refusal), partial(convert, refusal)) for refusal in REFUSED)
+SOURCES = tuple(
+    Source(refusal.name, refusal.method, partial(match, refusal), partial(convert, refusal))
+    for refusal in REFUSED
+)
