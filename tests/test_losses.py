@@ -164,14 +164,18 @@ def test_schedules_are_dinov2s():
 
 def test_optimizer_groups_and_ema():
     model = torch.nn.ModuleDict({"head": ProjectionHead(4, 6, 5, 3, 2), "norm": torch.nn.LayerNorm(4)})
-    groups = parameter_groups(model)
+    model["backbone"] = torch.nn.Linear(4, 4)
+    groups = parameter_groups(model, 10.0, lambda name: 2 if "last_layer" in name else 0)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     optimizer = torch.optim.AdamW(groups)
-    set_schedules(optimizer, lr=0.5, last_layer_lr=0.0, weight_decay=0.3)
+    set_schedules(optimizer, lr=0.5, weight_decay=0.3, epoch=1)
     of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     named = {name: of[id(p)] for name, p in model.named_parameters()}
-    assert named["head.last_layer.weight"] == (0.0, 0.3) and named["head.mlp.0.weight"] == (0.5, 0.3)
-    assert named["head.mlp.0.bias"] == named["norm.weight"] == named["norm.bias"] == (0.5, 0.0)
+    assert named["head.last_layer.weight"] == (0.0, 0.3) and named["head.mlp.0.weight"] == (5.0, 0.3)
+    assert named["head.mlp.0.bias"] == named["norm.weight"] == named["norm.bias"] == (5.0, 0.0)
+    assert named["backbone.weight"] == (0.5, 0.3) and named["backbone.bias"] == (0.5, 0.0)
+    set_schedules(optimizer, lr=0.5, weight_decay=0.3, epoch=2)  # the last layer waited for two epochs
+    assert {g["lr"] for g in optimizer.param_groups} == {0.5, 5.0}
     assert (
         not decays("backbone.blocks.0.ls1.gamma")
         and decays("backbone.cls_token")
