@@ -254,7 +254,6 @@ def run_jobs(
     if n_at_once > 1:  # they share the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_at_once)))
     processes = processes or Processes()
-    launch_command = launch or processes.launch
     until, took = time.monotonic() + seconds, dict[str, float]()
 
     def run_job(name: str) -> str:
@@ -264,12 +263,10 @@ def run_jobs(
             begun = time.monotonic()
             if until - begun <= took.get(stage.kind, 0.0):
                 return "left"
-            code = launch_command(stage.command, stage.log, until - begun)
+            code = (launch or processes.launch)(stage.command, stage.log, until - begun)
             needed = time.monotonic() - begun
-            print(
-                f"{name} {stage.kind}: {'no time' if code is None else f'exit code {code}'} after {needed:.0f} s",
-                flush=True,
-            )
+            how = "no time" if code is None else f"exit code {code}"
+            print(f"{name} {stage.kind}: {how} after {needed:.0f} s", flush=True)
             if code in (None, REQUEUE_CODE):
                 return "left"
             if code or not stage.has_result:

@@ -210,7 +210,7 @@ def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatc
 
 def test_the_tools_that_resume_are_known():
     """A tool that takes --resume gets it when its job comes back."""
-    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\("--resume"|fine_tuning_parser\('
+    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\(\s*"--resume"|fine_tuning_parser\('
     resuming = {path.name for path in tools if re.search(option, path.read_text())}
     assert resuming == set(slurm.RESUMABLE)
 

@@ -94,25 +94,17 @@ def measure(
     started, folder = time.perf_counter(), options.output / subject.folder
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
-    which = {
-        "data": options.data.resolve().name,
-        "split": options.split,
-        "list": options.list and options.list.name,
-    }
-    which |= {"methods": methods, "boxes": boxes_hash(images)}
-    settings |= {
-        name: (value, value) for name, value in which.items()
-    }  # of the set; no departure from the rule
+    which = {"data": options.data.resolve().name, "split": options.split}
+    which |= {"list": options.list and options.list.name, "methods": methods, "boxes": boxes_hash(images)}
+    settings |= {name: (value, value) for name, value in which.items()}  # of the set; never a deviation
     before = subject.found(folder, "object-discovery", settings)
     if before:
         print(f"{subject.label}: measured before", flush=True)
         return {name: value for name, value in before.metrics.items() if name.startswith("corloc_")}
     backbone = subject.build().to(device)
     features = Features(backbone, device, nullcontext())
-    part = (
-        folder
-        / f".boxes-{subject.settings_hash('object-discovery', settings)}-{file_hash(subject.path)}.part"
-    )
+    kind = subject.settings_hash("object-discovery", settings)
+    part = folder / f".boxes-{kind}-{file_hash(subject.path)}.part"
     rows, shown, chosen, done = [], [], set(spread(range(len(images)), options.show)), read_part(part)
     tell = Progress(subject.label, len(images), signals)
     with frozen(backbone), open(part, "a", encoding="utf-8") as file:

@@ -77,11 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="keep the tasks that DIR holds; the result is of those that are asked for",
     )
-    add(
-        "--seed",
-        type=int,
-        help="of all tasks; else that of the training that left FILE, where FILE says it, or 0",
-    )
+    add("--seed", type=int, help="of all tasks; else that which FILE says of its training, or 0")
     add(
         "--max-images",
         type=int,
@@ -93,9 +89,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--bf16", action="store_true", help="bfloat16 forward passes")
     add("overrides", nargs="*", metavar="TASK.FIELD=VALUE", help="settings of the tasks")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides += [
-        word for word in options.tasks if "=" in word
-    ]  # --tasks takes all the words that follow it
+    # --tasks takes all the words that follow it
+    options.overrides += [word for word in options.tasks if "=" in word]
     options.tasks = [word for word in options.tasks if "=" not in word]
     at_least(options, seed=0, max_images=0, classes=0, patch_size=1)
     if options.data is None and options.knn_root is None:

@@ -127,9 +127,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)"
     )
-    parser.add_argument(
-        "--card", type=Path, metavar="FILE", help="a model card of a format that is no folder"
-    )
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, of a format that is a file")
     parser.add_argument(
         "--results",
         type=Path,

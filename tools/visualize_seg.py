@@ -59,11 +59,8 @@ def main(arguments: list[str]) -> None:
         dataset = dataset_of_run(model, options.split, options.data)
         chosen = spread(options.count, len(dataset))
         samples, metainfo = segment_dataset(model, dataset, chosen), dataset.metainfo
-        root, what, name = (
-            Path(dataset.data_prefix["img_path"]),
-            f"Segmentation of {options.split} images",
-            options.split,
-        )
+        root = Path(dataset.data_prefix["img_path"])
+        what, name = f"Segmentation of {options.split} images", options.split
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
         caption = (

@@ -89,6 +89,14 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     return grid or (50 if is_field else 14), interpolation
 
 
+def check_sizes(embed_dim: int, num_heads: int, gelu: str) -> None:
+    """Raises ValueError for an unknown GELU, and for heads that do not divide the width."""
+    if gelu not in GELUS:
+        raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
+
+
 class ViT(nn.Module):
     """Plain ViT: no windows, any input size.
 
@@ -140,17 +148,10 @@ class ViT(nn.Module):
         relative_positions: bool = False,
     ) -> None:
         super().__init__()
-        if gelu not in GELUS:
-            raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
+        check_sizes(embed_dim, num_heads, gelu)
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
-        self.embed_dim, self.patch_size, self.n_registers, self.has_cls = (
-            embed_dim,
-            patch_size,
-            n_registers,
-            has_cls,
-        )
+        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.n_registers, self.has_cls = n_registers, has_cls
         self.pos_encoding, self.pos_grid, self.pos_interpolation = pos_encoding, pos_grid, pos_interpolation
         # Everything that a file must say so that the same network can be built again.
         self.model_kwargs: dict[str, Any] = dict(
@@ -177,12 +178,11 @@ class ViT(nn.Module):
         self._make_tokens(mask_tokens)
         backend = choose_attention(attention, relative_positions)
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim, num_heads, mlp_ratio, layerscale, rate, ln_eps, gelu, backend, relative_positions
-            )
-            for rate in rates
+        sizes, rest = (
+            (embed_dim, num_heads, mlp_ratio, layerscale),
+            (ln_eps, gelu, backend, relative_positions),
         )
+        self.blocks = nn.ModuleList(Block(*sizes, rate, *rest) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=ln_eps) if final_norm else nn.Identity()
         self._init_weights()
 

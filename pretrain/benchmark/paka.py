@@ -49,8 +49,7 @@ def measure(
     patch_size: int = 16,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Seconds and peak memory of a training step on synthetic pixels, in turns, each contender in a process
-    of its own.
+    """Seconds and peak memory of a step on synthetic pixels, in turns, each contender in its own process.
 
     All see as many images a step. The baseline makes of each 2 crops of 224 px and 8 local ones; PaKA and
     Gram anchoring, which see the same crops, 2 of 224 px (patches of 16) or 518 px (of 14) and 4 local ones.
@@ -81,11 +80,8 @@ def measure(
         weights = write_start(Path(folder) / "backbone.safetensors", words["dinov2"])
         for name in ("paka", "gram"):
             words[name].append(f"backbone.weights={weights}")
-        found = in_turns(
-            {name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()},
-            str(where),
-            rounds,
-        )
+        tasks = {name: (training_steps, (RECIPES[name], own, n_steps)) for name, own in words.items()}
+        found = in_turns(tasks, str(where), rounds)
     seconds = {name: median(figures.seconds) / n_steps for name, figures in found.items()}
     ratios = {
         f"{prefix}{key}_ratio": value
