@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from toy_classes_fixture import write_toy_classes
 
-from det_plugin.protocol import protocol
+from det_plugin.protocol import protocol, with_overrides
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
 from pretrain.config import load_config
@@ -103,7 +102,7 @@ def test_the_full_detection_protocol_steps_in_detectron2():
 
     from det_plugin.lazy import config
 
-    recipe = replace(protocol("coco-12ep", "vit_small_patch16"), amp=False)
+    recipe = with_overrides(protocol("coco-12ep", "vit_small_patch16"), {"amp": False})
     model = instantiate(
         config(recipe, "vit_small_patch16", model_kwargs=dict(pos_encoding="field"), device="cpu").model
     )
