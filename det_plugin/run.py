@@ -23,7 +23,7 @@ class DetectionRun:
     Attributes:
         backbone: registry name.
         weights: the backbone's checkpoint; None: random initialization.
-        data: root of a COCO-format set in any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
+        data: root of a COCO-format set in any layout, or a .yaml file (:mod:`det_plugin.coco.layout`).
         output: run folder.
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.

@@ -7,9 +7,9 @@ import torch
 from backbone_fixture import randomize
 from detectron2.config import LazyConfig
 
+from det_plugin.detectron2_engine.saved_config import protocol_in
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.saved_config import protocol_in
 from pretrain.build import build_backbone
 from pretrain.weights import save_backbone
 

@@ -177,14 +177,14 @@ def evaluate_torchvision(folder: Path) -> dict[str, Any]:
 
 def resume_detectron2(folder: Path) -> Path:
     """Go on with a run of Detectron2's engine."""
-    from det_plugin.lazy import train
+    from det_plugin.detectron2_engine.lazy import train
 
     return train(detection_run(folder), resume=True)
 
 
 def evaluate_detectron2(folder: Path) -> dict[str, Any]:
     """Metrics of its last checkpoint."""
-    from det_plugin.lazy import train
+    from det_plugin.detectron2_engine.lazy import train
     from pretrain.results.schema import read_result
 
     return read_result(train(detection_run(folder), eval_only=True)).metrics
@@ -192,7 +192,7 @@ def evaluate_detectron2(folder: Path) -> dict[str, Any]:
 
 def detections(folder: Path, pixels: np.ndarray) -> list[dict[str, Any]]:
     """What a detection run's last checkpoint sees in an image."""
-    from det_plugin.detector import load_detector
+    from det_plugin.predict import load_detector
 
     return load_detector(folder, device="cpu").detect([pixels])[0]
 

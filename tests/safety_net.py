@@ -171,7 +171,7 @@ def detectron2_config(name: str, backbone: str) -> dict[str, Any]:
     """Model, solver and loaders as Detectron2 gets them, interpolations as written; not our evaluator."""
     from omegaconf import OmegaConf
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
     from det_plugin.protocol import protocol
 
     plain = OmegaConf.to_container(
@@ -352,9 +352,9 @@ def detectron2_steps(
     from detectron2.engine import hooks
     from detectron2.utils.events import EventStorage
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
+    from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
     from det_plugin.protocol import protocol, with_overrides
-    from det_plugin.trainer import AccumulatingTrainer
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)

@@ -14,11 +14,11 @@ from coco_fixture import annotation_file, edit, relayout, rle_of_box, write_coco
 from PIL import Image
 from tool_fixture import load_tool
 
-from det_plugin.coco_layout import LAYOUTS, locate
+from det_plugin.coco.annotations import read_classes, read_split, read_truth, run_lengths
+from det_plugin.coco.api import coco_api
+from det_plugin.coco.layout import LAYOUTS, locate
 from det_plugin.protocol import n_share, protocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.coco import read_classes, read_split, read_truth, run_lengths
-from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import coco_metrics, encode_mask
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import train
@@ -134,7 +134,7 @@ def test_a_share_is_the_same_in_every_run_and_of_the_images_that_training_uses(t
 @pytest.mark.detectron2
 def test_a_share_is_the_same_in_both_engines(tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed (it is optional)")
-    from det_plugin.coco_catalog import coco_dicts
+    from det_plugin.detectron2_engine.catalog import coco_dicts
 
     data = relayout(write_coco(tmp_path / "coco", n_train=12), "roboflow")
     theirs = coco_dicts(data, "train", num_classes=3, filter_empty=True, share=0.3)

@@ -15,8 +15,8 @@ from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
 from pretrain.data.images import read_picture
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation.dense import classification as module
-from pretrain.evaluation.dense.classification import KnnSettings, center_crop
+from pretrain.evaluation import classification as module
+from pretrain.evaluation.classification import KnnSettings, center_crop
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import class_votes, knn_predict_each, knn_votes, neighbors
 from pretrain.signals import StopSignals

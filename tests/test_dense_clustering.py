@@ -13,10 +13,10 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.backbones.vit import ViT
-from pretrain.data.label_sets import LabelSet
+from pretrain.data.datasets import LabelSet
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation.dense import clustering as module
-from pretrain.evaluation.dense.clustering import ClusteringSettings, clustering, principal
+from pretrain.evaluation import clustering as module
+from pretrain.evaluation.clustering import ClusteringSettings, clustering, principal
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.linear import Moments
 from pretrain.signals import StopSignals

@@ -12,15 +12,15 @@ from backbone_fixture import randomize
 from torch import nn
 
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.data.label_sets import LabelSet
+from pretrain.data.datasets import LabelSet
 from pretrain.data.sampler import Order
 from pretrain.errors import UserError
 from pretrain.evaluation import features as features_module
-from pretrain.evaluation.dense import linear as linear_module
-from pretrain.evaluation.dense.linear import Head, LinearSettings, backward, drawn, fit, linear
-from pretrain.evaluation.dense.patches import confusion_of, cropped, shrink, whole_patches
-from pretrain.evaluation.dense.protocol import settings_of
+from pretrain.evaluation import linear_segmentation as linear_module
 from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.linear_segmentation import Head, LinearSettings, backward, drawn, fit, linear
+from pretrain.evaluation.patches import confusion_of, cropped, shrink, whole_patches
+from pretrain.evaluation.protocol import settings_of
 from pretrain.settings import replaced
 from pretrain.views.pixels import normalize
 

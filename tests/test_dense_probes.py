@@ -12,12 +12,12 @@ from photos import TINY, last, write_photos
 
 from pretrain.build import build_backbone
 from pretrain.config import load_config
-from pretrain.data.label_sets import open_label_set
+from pretrain.data.datasets import open_label_set
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.clustering import ClusteringSettings, clustering
-from pretrain.evaluation.dense.in_context import InContextSettings, in_context
-from pretrain.evaluation.dense.linear import LinearSettings, linear
+from pretrain.evaluation.clustering import ClusteringSettings, clustering
 from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.in_context import InContextSettings, in_context
+from pretrain.evaluation.linear_segmentation import LinearSettings, linear
 from pretrain.evaluation.probes import Probes
 from pretrain.results.schema import read_result
 from pretrain.train import train

@@ -29,17 +29,17 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import FIELD, TINY, TOY, save_pretrained
 
-from det_plugin.backbone import RegistryBackbone
-from det_plugin.bfloat16 import BFloat16RCNN
-from det_plugin.coco_catalog import CocoMapper, coco_dicts, dataset_name
-from det_plugin.detectron2_loader import TrainLoader
-from det_plugin.evaluator import config_deviations
-from det_plugin.lazy import config
-from det_plugin.optim import ClippedAdamW
+from det_plugin.coco.annotations import read_split
+from det_plugin.coco.api import coco_api
+from det_plugin.detectron2_engine.backbone import RegistryBackbone
+from det_plugin.detectron2_engine.bfloat16 import BFloat16RCNN
+from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts, dataset_name
+from det_plugin.detectron2_engine.evaluator import config_deviations
+from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.loader import TrainLoader
+from det_plugin.detectron2_engine.optim import ClippedAdamW
+from det_plugin.detectron2_engine.saved_config import plain
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
-from det_plugin.saved_config import plain
-from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
 from pretrain.errors import UserError

@@ -22,11 +22,11 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.detector import load_detector
-from det_plugin.lazy import train
+from det_plugin.detectron2_engine.lazy import train
+from det_plugin.detectron2_engine.saved_config import classes_in
+from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
+from det_plugin.predict import load_detector
 from det_plugin.protocol import deviations, with_overrides
-from det_plugin.saved_config import classes_in
-from det_plugin.trainer import AccumulatingTrainer
 from pretrain import distributed
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError

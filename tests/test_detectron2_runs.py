@@ -24,10 +24,10 @@ pytest.importorskip(
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.evaluator import config_deviations, percentages
-from det_plugin.lazy import train
+from det_plugin.detectron2_engine.evaluator import config_deviations, percentages
+from det_plugin.detectron2_engine.lazy import train
+from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
 from det_plugin.torchvision_engine.optim import lr_at
-from det_plugin.trainer import AccumulatingTrainer
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results import read_result

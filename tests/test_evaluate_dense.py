@@ -21,11 +21,12 @@ from tool_fixture import load_tool
 from pretrain.build import build_backbone
 from pretrain.cli import REQUEUE_CODE
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.label_sets import open_label_set
+from pretrain.data.datasets import open_label_set
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation.dense import run as dense
-from pretrain.evaluation.dense.classification import knn_classification
-from pretrain.evaluation.dense.protocol import (
+from pretrain.evaluation import run as dense
+from pretrain.evaluation.classification import knn_classification
+from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.protocol import (
     KNN,
     N_IMAGES,
     TASKS,
@@ -33,7 +34,6 @@ from pretrain.evaluation.dense.protocol import (
     protocol_of,
     settings_of,
 )
-from pretrain.evaluation.features import Features, frozen
 from pretrain.results.dense import dense_table
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import read_run

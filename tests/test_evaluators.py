@@ -85,8 +85,8 @@ def by_detectron2(file, found, name, fast):
     from detectron2.evaluation import COCOEvaluator
     from detectron2.structures import Boxes, Instances
 
-    from det_plugin.evaluator import percentages
-    from det_plugin.torchvision_engine.coco_api import coco_api
+    from det_plugin.coco.api import coco_api
+    from det_plugin.detectron2_engine.evaluator import percentages
 
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, str(file), str(file.parent))

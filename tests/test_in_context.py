@@ -12,10 +12,11 @@ from ade_fixture import write_ade
 from test_dense_linear import CPU, PATCH, SIDE, Colors, blocks_set, features_of, held, random_set, tiny_vit
 from test_dense_linear import WHOLE as WHOLE_LINEAR
 
-from pretrain.data.label_sets import open_label_set
+from pretrain.data.datasets import open_label_set
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation.dense import in_context as in_context_module
-from pretrain.evaluation.dense.in_context import (
+from pretrain.evaluation import in_context as in_context_module
+from pretrain.evaluation.features import frozen
+from pretrain.evaluation.in_context import (
     InContextSettings,
     Memory,
     choose,
@@ -23,11 +24,10 @@ from pretrain.evaluation.dense.in_context import (
     jittered,
     remember,
 )
-from pretrain.evaluation.dense.linear import LinearSettings, linear
-from pretrain.evaluation.dense.long_work import check_signals
-from pretrain.evaluation.dense.patches import patch_counts
-from pretrain.evaluation.dense.protocol import settings_of
-from pretrain.evaluation.features import frozen
+from pretrain.evaluation.linear_segmentation import LinearSettings, linear
+from pretrain.evaluation.long_work import check_signals
+from pretrain.evaluation.patches import patch_counts
+from pretrain.evaluation.protocol import settings_of
 from pretrain.settings import replaced
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalize

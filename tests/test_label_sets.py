@@ -15,9 +15,9 @@ from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_
 from PIL import Image
 
 from pretrain.data import images
+from pretrain.data.datasets import KINDS, coco, open_label_set
+from pretrain.data.datasets.maps import nearest, read_map
 from pretrain.data.images import square
-from pretrain.data.label_sets import KINDS, coco, open_label_set
-from pretrain.data.label_sets.maps import nearest, read_map
 
 # COCO's list of stuff, 92 banner .. 182 wood: the supercategory of each.
 STUFF = (

@@ -7,7 +7,7 @@ import pytest
 from label_set_fixture import gray_png, save_map, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
-from pretrain.data.label_sets import open_label_set
+from pretrain.data.datasets import open_label_set
 from pretrain.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evaluation.dense.matching import (
+from pretrain.evaluation.matching import (
     UNMATCHED,
     class_ious,
     count_pairs,

@@ -47,7 +47,7 @@ def detectron2_backbone(weights):
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import instantiate
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
 
     cfg = config(protocol("coco-12ep", NAME), NAME, weights, device="cpu")
     model = instantiate(cfg.model)

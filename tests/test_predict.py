@@ -17,10 +17,10 @@ from PIL import Image
 from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
 from tool_fixture import load_tool
 
-from det_plugin.detector import load_detector
+from det_plugin.coco.annotations import read_split
+from det_plugin.coco.api import coco_api
+from det_plugin.predict import load_detector
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.coco import read_split
-from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
 from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
 from det_plugin.torchvision_engine.train import evaluate_folder
@@ -87,8 +87,8 @@ def test_both_engines_find_the_same(trained, data, tmp_path):
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import LazyConfig, instantiate
 
-    from det_plugin.lazy import config
-    from det_plugin.saved_config import resolved
+    from det_plugin.detectron2_engine.lazy import config
+    from det_plugin.detectron2_engine.saved_config import resolved
 
     folder, model = trained
     cfg = config(SMALL, TINY, data=data, output=tmp_path, device="cpu", model_kwargs=FLAGS)

@@ -20,14 +20,14 @@ from sklearn.linear_model import Ridge
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
+from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import spread, square
-from pretrain.data.label_sets.maps import nearest
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.matching import count_pairs
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import knn_predict_each, knn_votes
 from pretrain.evaluation.labeled import Labeled, read_classes, read_segmentation
 from pretrain.evaluation.linear import Moments, discriminant, ridge
+from pretrain.evaluation.matching import count_pairs
 from pretrain.evaluation.position_probe import PositionProbe, centers
 from pretrain.evaluation.probes import Probes
 from pretrain.evaluation.segmentation import SegmentationProbe, mean_iou, patch_labels

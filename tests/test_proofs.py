@@ -100,7 +100,7 @@ def test_the_full_detection_protocol_steps_in_detectron2():
     from detectron2.config import instantiate
     from detectron2.structures import BitMasks, Boxes, Instances
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
 
     recipe = with_overrides(protocol("coco-12ep", "vit_small_patch16"), {"amp": False})
     model = instantiate(

@@ -116,7 +116,7 @@ def test_detectron2_learns_eight_pictures(tmp_path, coco):
     pytest.importorskip(
         "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
     )
-    from det_plugin.lazy import train
+    from det_plugin.detectron2_engine.lazy import train
 
     box_ap, mask_ap = learn_boxes_by_heart(train, coco, tmp_path / "run")
     assert box_ap > 90 and mask_ap > 85

@@ -210,7 +210,7 @@ def test_periods_batch_and_precision(engine, size, length):
 @pytest.mark.detectron2
 @sizes
 def test_50_epochs_differ_in_the_schedule_alone(size):
-    from det_plugin.saved_config import plain
+    from det_plugin.detectron2_engine.saved_config import plain
 
     assert set(compared(*(plain(config_of(size, length)) for length in ("12", "50")))) == {
         "train.max_iter", "lr_multiplier.scheduler.milestones", "lr_multiplier.scheduler.num_updates",

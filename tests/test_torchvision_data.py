@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from coco_fixture import CATEGORIES, annotation_file, polygon_of, rle_of_box, shapes, write_coco
 from PIL import Image
 
+from det_plugin.coco import api as api_module
+from det_plugin.coco.annotations import PackedList, Picture, read_split
+from det_plugin.coco.api import coco_api
+from det_plugin.coco.masks import Polygons, clip, crop_masks
 from det_plugin.protocol import DetectionProtocol, with_overrides
-from det_plugin.torchvision_engine import coco_api as api_module
 from det_plugin.torchvision_engine.augment import (
     Geometry,
     boxes_of,
@@ -22,11 +25,8 @@ from det_plugin.torchvision_engine.augment import (
     jitter,
     objects_of,
 )
-from det_plugin.torchvision_engine.coco import PackedList, Picture, read_split
-from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, in_words, paste_mask
 from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions, stream_index
-from det_plugin.torchvision_engine.masks import Polygons, clip, crop_masks
 from pretrain.errors import UserError
 
 RECIPE = DetectionProtocol(image_size_px=64, num_classes=3)

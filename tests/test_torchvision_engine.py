@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from coco_fixture import write_coco
 
+from det_plugin.coco.annotations import read_split
+from det_plugin.coco.masks import Polygons, crop_masks
 from det_plugin.features import FeatureOptions, detection_features
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.boxes import decode, encode
-from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.heads import DetectionHeads, box_losses, mask_loss
 from det_plugin.torchvision_engine.layers import LayerNorm2d
 from det_plugin.torchvision_engine.loader import TrainSamples, to_device
-from det_plugin.torchvision_engine.masks import Polygons, crop_masks
 from det_plugin.torchvision_engine.model import SquarePad, build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
 from det_plugin.torchvision_engine.pooling import RoIPooler, assign_levels
@@ -331,7 +331,7 @@ def test_padded_batches_equal_detectron2(size):
     """Also where the size is no multiple of the coarsest map's stride: the square grows."""
     from detectron2.config import instantiate
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
 
     recipe, rng = with_overrides(SMALL, dict(image_size_px=size)), torch.Generator().manual_seed(0)
     images = [
@@ -378,7 +378,7 @@ def test_losses_gradients_and_detections_equal_detectron2(batch):
     from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
 
-    from det_plugin.lazy import config
+    from det_plugin.detectron2_engine.lazy import config
 
     images, targets = batch
     ours = detector()

@@ -18,9 +18,9 @@ import torch
 from coco_fixture import annotation_file, write_coco
 from tool_fixture import load_tool
 
+from det_plugin.coco.annotations import read_split
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
-from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.folder import (
     backbone_of,
     classes_of,

@@ -29,14 +29,14 @@ import torch
 
 from pretrain.analysis import dense_figures
 from pretrain.cli import at_least, run
-from pretrain.data.label_sets import KINDS, LabelSet, open_label_set
-from pretrain.data.label_sets.maps import nearest
+from pretrain.data.datasets import KINDS, LabelSet, open_label_set
+from pretrain.data.datasets.maps import nearest
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, named_apart, open_models
-from pretrain.evaluation.dense import run as dense
-from pretrain.evaluation.dense.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
+from pretrain.evaluation import run as dense
 from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.signals import StopSignals
 
 SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side

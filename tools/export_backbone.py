@@ -45,7 +45,7 @@ def backbone_of_run(folder: Path) -> ViT:
 
         adapter: Any = load_model(folder)[0].backbone
     elif (folder / "config_resolved.yaml").is_file():
-        from det_plugin.detector import load_detectron2
+        from det_plugin.predict import load_detectron2
 
         adapter = load_detectron2(folder)[0].backbone.net
     elif list(folder.glob("*.py")):

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from det_plugin.detector import Detector, load_detector
-from det_plugin.torchvision_engine.coco_api import coco_api
+from det_plugin.coco.api import coco_api
+from det_plugin.predict import Detector, load_detector
 from det_plugin.torchvision_engine.evaluate import Prediction
 from det_plugin.torchvision_engine.figures import draw_prediction
 from pretrain.cli import run

@@ -7,7 +7,7 @@ python tools/train_det.py --weights run/backbone.safetensors --data coco --outpu
 To compare backbones at a tenth of the cost (or less, with the backbone frozen: coco10pct-frozen-12ep):
 python tools/train_det.py --weights run/backbone.safetensors --data coco --output det --protocol coco10pct-12ep --accumulate 16
 
-Your own data and number of classes, on one GPU (det_plugin/coco_layout.py lists the layouts):
+Your own data and number of classes, on one GPU (det_plugin/coco/layout.py lists the layouts):
 python tools/train_det.py --weights run/backbone.safetensors --data export --output det --accumulate 2 \\
     batch_size=16 max_iters=4000 milestones=3555,3852 amp_dtype=bfloat16
 
@@ -24,9 +24,9 @@ import importlib.util
 
 import torch
 
+from det_plugin.coco.annotations import read_classes
 from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.coco import read_classes
 from pretrain import distributed
 from pretrain.cli import fields_and_kwargs, fine_tuning_parser, run, say
 from pretrain.errors import UserError
@@ -108,7 +108,7 @@ def evaluate(options: argparse.Namespace, engine: str) -> None:
             f"--eval-only: {options.output} has its settings already, leave out {' '.join(options.overrides)}"
         )
     if engine == "detectron2":
-        from det_plugin.lazy import train as train_detectron2
+        from det_plugin.detectron2_engine.lazy import train as train_detectron2
 
         on = {key: getattr(options, key) for key in ("data", "output", "device", "workers")}
         train_detectron2(
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> None:
         if options.eval_only:
             return evaluate(options, engine)
         if engine == "detectron2":
-            from det_plugin.lazy import train
+            from det_plugin.detectron2_engine.lazy import train
         else:
             from det_plugin.torchvision_engine.train import train
         result = train(settings_of(options), resume=options.resume)

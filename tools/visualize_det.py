@@ -14,8 +14,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py
 import argparse
 import json
 
-from det_plugin.detector import load_detector
-from det_plugin.torchvision_engine.coco import CocoSplit, Picture, read_split
+from det_plugin.coco.annotations import CocoSplit, Picture, read_split
+from det_plugin.predict import load_detector
 from det_plugin.torchvision_engine.evaluate import Prediction
 from det_plugin.torchvision_engine.figures import MIN_SCORE, SHOWN, draw_page, spread
 from pretrain.cli import run

@@ -4,6 +4,6 @@ python $DETECTRON2_SRC/tools/lazyconfig_train_net.py --num-gpus 8 --config-file 
     model.backbone.net.weights=RUN/backbone.safetensors dataloader.root=COCO train.output_dir=OUTPUT
 """
 
-from det_plugin.lazy import parts
+from det_plugin.detectron2_engine.lazy import parts
 
 model, train, dataloader, optimizer, lr_multiplier = parts("coco-12ep", "vit_small_patch16")

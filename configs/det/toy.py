@@ -3,7 +3,7 @@
 It is for the toy data of tools/make_toy_data.py (five classes), or any COCO-format root with five categories.
 """
 
-from det_plugin.lazy import config
+from det_plugin.detectron2_engine.lazy import config
 from det_plugin.protocol import protocol, with_overrides
 
 _backbone = "vit_tiny_patch16"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.requires import detectron2_installed
 from det_plugin.windows import global_blocks
 from pretrain.backbones.vit import ViT
 from pretrain.benchmark.turns import Work, in_turns, ratio

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
-from det_plugin.lazy import config
+from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
-from det_plugin.requires import detectron2_installed
 from pretrain.benchmark.turns import held_mib, peak_mib
 from pretrain.device import choose_device
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from det_plugin.coco.annotations import Segmentation
+from det_plugin.coco.masks import Polygon, Polygons, clip, fill
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.coco import Segmentation
-from det_plugin.torchvision_engine.masks import Polygon, Polygons, clip, fill
 
 MIN_SIDE_PX = 1e-5  # of an object's box in training (Detectron2's ``filter_empty_instances``)
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from det_plugin.torchvision_engine.coco import CocoSplit, read_truth
-from det_plugin.torchvision_engine.coco_api import CocoApi, coco_api
+from det_plugin.coco.annotations import CocoSplit, read_truth
+from det_plugin.coco.api import CocoApi, coco_api
 from det_plugin.torchvision_engine.loader import EvalSamples, batches
 from pretrain.distributed import gather_objects, rank, world_size
 

@@ -11,9 +11,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from det_plugin.coco.annotations import CocoSplit, Picture, Segmentation
+from det_plugin.coco.api import coco_api
 from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry
-from det_plugin.torchvision_engine.coco import CocoSplit, Picture, Segmentation
-from det_plugin.torchvision_engine.coco_api import coco_api
 from det_plugin.torchvision_engine.evaluate import Prediction
 from pretrain.results.runs import add_caption
 

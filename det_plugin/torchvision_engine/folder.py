@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from det_plugin.coco.annotations import CocoSplit
 from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.coco import CocoSplit
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone

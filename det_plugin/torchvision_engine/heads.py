@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from det_plugin.coco.masks import crop_masks
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.boxes import BoxCoder
 from det_plugin.torchvision_engine.layers import ConvNorm
-from det_plugin.torchvision_engine.masks import crop_masks
 from det_plugin.torchvision_engine.pooling import RoIPooler
 
 

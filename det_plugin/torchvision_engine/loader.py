@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from det_plugin.coco.annotations import CocoSplit
+from det_plugin.coco.api import coco_api
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter, objects_of
-from det_plugin.torchvision_engine.coco import CocoSplit
-from det_plugin.torchvision_engine.coco_api import coco_api
 from pretrain.errors import UserError
 from pretrain.signals import SIGNALS
 

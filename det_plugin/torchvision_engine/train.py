@@ -8,8 +8,8 @@ from typing import Any
 
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from det_plugin.coco.annotations import read_split
 from det_plugin.run import DetectionRun, leave_result, run_deviations
-from det_plugin.torchvision_engine.coco import read_split
 from det_plugin.torchvision_engine.evaluate import in_words
 from det_plugin.torchvision_engine.figures import SHOWN, draw_page, spread
 from det_plugin.torchvision_engine.folder import (

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from det_plugin.coco.annotations import CocoSplit, read_split
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import DetectionRun
 from det_plugin.step import averaging, mean_losses, micro_batch_size
-from det_plugin.torchvision_engine.coco import CocoSplit, read_split
 from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict
 from det_plugin.torchvision_engine.folder import PREDICTIONS, write_json
 from det_plugin.torchvision_engine.loader import Sample, to_device

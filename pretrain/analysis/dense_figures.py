@@ -24,8 +24,8 @@ from pretrain.analysis.feature_figures import pca_figure
 from pretrain.analysis.figures import bare, forget, plain, save
 from pretrain.analysis.pca import as_colors, principal_components, turned_like
 from pretrain.backbones.vit import Tokens, ViT
+from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import resized
-from pretrain.data.label_sets.maps import nearest
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
@@ -74,7 +74,7 @@ def write(
 
     Args:
         images: [H, W, 3] each; labels: [S, S] each, 0 .. C, of the whole image squeezed to a square.
-        maps: by the evaluation's name, :class:`~pretrain.evaluation.dense.Outcome`; one an image, at any
+        maps: by the evaluation's name, :class:`~pretrain.evaluation.Outcome`; one an image, at any
             side.
         classes: names of the labels 1 .. C.
         features: (name, features) of one checkpoint, or of several to compare: before and after a

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.label_sets.listing import listed_stems
+from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
 from pretrain.json_file import read_json
 
@@ -43,7 +43,7 @@ def read_boxes(
         split: default ``trainval`` for VOC, ``val2017`` for COCO.
         no_hard: VOC: drop difficult and truncated objects, and images without others.
         names: a text file of the images to use, in its order, as
-            :func:`pretrain.data.label_sets.listing.listed_stems` reads it (the 20,000 images of COCO's
+            :func:`pretrain.data.datasets.listing.listed_stems` reads it (the 20,000 images of COCO's
             train2014 that discovery is measured on are such a list).
 
     Raises:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pretrain.data.class_folders import ClassFolder, open_class_folders
+from pretrain.data.datasets.label_set import LabelSet
+from pretrain.data.datasets.listing import by_stem, maps_by_stem, paired
 from pretrain.data.images import in_threads, square
-from pretrain.data.label_sets.label_set import LabelSet
-from pretrain.data.label_sets.listing import by_stem, maps_by_stem, paired
 from pretrain.errors import UserError
 from pretrain.evaluation.features import FORWARD_BATCH
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from pretrain.backbones.vit import ViT
+from pretrain.data.datasets import LabelSet, open_label_set
 from pretrain.data.images import in_threads
-from pretrain.data.label_sets import LabelSet, open_label_set
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.protocol import named_tasks, settings_of
-from pretrain.evaluation.dense.run import EVALUATORS
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.knn import KnnProbe
 from pretrain.evaluation.labeled import errors_of
 from pretrain.evaluation.position_probe import PositionProbe
+from pretrain.evaluation.protocol import named_tasks, settings_of
+from pretrain.evaluation.run import EVALUATORS
 from pretrain.evaluation.segmentation import SegmentationProbe
 from pretrain.settings import Settings, replaced, setting
 
@@ -84,7 +84,7 @@ class DenseProbe:
         start.
 
         Raises:
-            UserError: an unknown task, a bad set (:func:`~pretrain.data.label_sets.open_label_set`), an
+            UserError: an unknown task, a bad set (:func:`~pretrain.data.datasets.open_label_set`), an
                 unreadable file.
         """
         named = named_tasks(tasks.split(), "probes.dense_tasks")

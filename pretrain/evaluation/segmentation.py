@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.matching import count_pairs
-from pretrain.evaluation.dense.patches import patch_counts, predict_pixels
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.knn import knn_votes
 from pretrain.evaluation.labeled import Labeled, read_segmentation
 from pretrain.evaluation.linear import Moments, ReadOut, discriminant
+from pretrain.evaluation.matching import count_pairs
+from pretrain.evaluation.patches import patch_counts, predict_pixels
 
 BANK_PATCHES = 50_000  # of the training set, at equal steps, that k-NN compares with
 QUERY_PATCHES = 512  # compared at a time: 100 MB of similarities

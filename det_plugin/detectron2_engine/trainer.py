@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from det_plugin.detectron2_checkpoint import Checkpoints, WholeCheckpointer, last_whole
-from det_plugin.requires import detectron2_installed
-from det_plugin.saved_config import ASKED
+from det_plugin.detectron2_engine.checkpoint import Checkpoints, WholeCheckpointer, last_whole
+from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.detectron2_engine.saved_config import ASKED
 from det_plugin.step import averaging, mean_losses
 from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
@@ -51,7 +51,7 @@ class AccumulatingTrainer(SimpleTrainer):
     Args:
         model: the detector, or DistributedDataParallel around it. Ranks average their gradients after the
             last part only.
-        data_loader: parts, without end (:meth:`det_plugin.detectron2_loader.TrainLoader.parts`).
+        data_loader: parts, without end (:meth:`det_plugin.detectron2_engine.loader.TrainLoader.parts`).
         amp: float16 with loss scaling, as in Detectron2's AMPTrainer. CUDA only.
     """
 

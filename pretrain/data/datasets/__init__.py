@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.data.label_sets import ade20k, coco, folder, voc2012
-from pretrain.data.label_sets.label_set import LabelSet
+from pretrain.data.datasets import ade20k, coco, folder, voc2012
+from pretrain.data.datasets.label_set import LabelSet
 from pretrain.errors import UserError
 
 __all__ = ["KINDS", "LabelSet", "open_label_set"]

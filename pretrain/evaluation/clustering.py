@@ -17,14 +17,14 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from pretrain.data.label_sets import LabelSet
+from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.kmeans import kmeans, nearest_centers
-from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
-from pretrain.evaluation.dense.matching import count_pairs, greedy, hungarian, mean_iou
+from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
+from pretrain.evaluation.kmeans import kmeans, nearest_centers
 from pretrain.evaluation.linear import Moments, ReadOut
+from pretrain.evaluation.long_work import check_signals, steps, tell_if_long
+from pretrain.evaluation.matching import count_pairs, greedy, hungarian, mean_iou
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 

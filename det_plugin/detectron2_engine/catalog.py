@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from det_plugin.coco_layout import locate
-from det_plugin.requires import detectron2_installed
-from det_plugin.torchvision_engine.coco import (
+from det_plugin.coco.annotations import (
     UNREADABLE,
     CocoSplit,
     Picture,
@@ -16,8 +14,10 @@ from det_plugin.torchvision_engine.coco import (
     read_classes,
     read_split,
 )
-from det_plugin.torchvision_engine.coco_api import coco_api
-from det_plugin.torchvision_engine.masks import clip
+from det_plugin.coco.api import coco_api
+from det_plugin.coco.layout import locate
+from det_plugin.coco.masks import clip
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from pretrain.errors import UserError
 
 with detectron2_installed():
@@ -46,7 +46,7 @@ def dataset_name(root: str | Path | None, split: str) -> str:
     there.
 
     Args:
-        root: data of any layout (:mod:`det_plugin.coco_layout`); None: Detectron2's own place.
+        root: data of any layout (:mod:`det_plugin.coco.layout`); None: Detectron2's own place.
         split: ``train`` | ``val``.
 
     Raises:
@@ -77,7 +77,7 @@ def coco_dicts(
         share: of the images to use; every run uses the same ones.
 
     Raises:
-        UserError: as :func:`det_plugin.torchvision_engine.coco.read_split`.
+        UserError: as :func:`det_plugin.coco.annotations.read_split`.
     """
     found = read_split(coco_root(root), split, num_classes=num_classes, training=filter_empty, share=share)
     return [_standard_dict(found, picture) for picture in found.pictures]

@@ -37,16 +37,16 @@ from numpy.typing import NDArray
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from pretrain.data.datasets import LabelSet, maps
 from pretrain.data.images import in_threads, square
-from pretrain.data.label_sets import LabelSet, maps
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.long_work import check_signals, steps, tell_if_long
-from pretrain.evaluation.dense.matching import class_ious, hungarian, mean_iou, named_ious
-from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_counts, patch_maps, whole_patches
+from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features
 from pretrain.evaluation.knn import nearest
+from pretrain.evaluation.long_work import check_signals, steps, tell_if_long
+from pretrain.evaluation.matching import class_ious, hungarian, mean_iou, named_ious
+from pretrain.evaluation.patches import confusion_of, cropped, patch_counts, patch_maps, whole_patches
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST

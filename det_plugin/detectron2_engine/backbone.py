@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.requires import detectron2_installed
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
 from pretrain.weights import check_fit, origin_of

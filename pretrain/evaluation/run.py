@@ -19,17 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.label_sets import LabelSet
+from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.classification import KnnSettings, knn_classification
-from pretrain.evaluation.dense.clustering import clustering
-from pretrain.evaluation.dense.in_context import in_context
-from pretrain.evaluation.dense.linear import linear
-from pretrain.evaluation.dense.long_work import check_signals
-from pretrain.evaluation.dense.protocol import KNN, TASKS, deviations_of_data, name_of, protocol_of
+from pretrain.evaluation import Outcome
+from pretrain.evaluation.classification import KnnSettings, knn_classification
+from pretrain.evaluation.clustering import clustering
 from pretrain.evaluation.features import Features
+from pretrain.evaluation.in_context import in_context
+from pretrain.evaluation.linear_segmentation import linear
+from pretrain.evaluation.long_work import check_signals
+from pretrain.evaluation.protocol import KNN, TASKS, deviations_of_data, name_of, protocol_of
 from pretrain.progress import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib, provenance
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.classification import KnnSettings
-from pretrain.evaluation.dense.clustering import ClusteringSettings
-from pretrain.evaluation.dense.in_context import InContextSettings
-from pretrain.evaluation.dense.linear import LinearSettings
+from pretrain.evaluation.classification import KnnSettings
+from pretrain.evaluation.clustering import ClusteringSettings
+from pretrain.evaluation.in_context import InContextSettings
+from pretrain.evaluation.linear_segmentation import LinearSettings
 from pretrain.results.schema import Protocol
 from pretrain.settings import Settings, build, differences, read_words, replaced, split_words
 

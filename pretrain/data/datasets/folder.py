@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.data.datasets.label_set import LabelSet
+from pretrain.data.datasets.listing import Pairs, by_stem, first_folder, listed_stems, maps_by_stem, paired
+from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
-from pretrain.data.label_sets.label_set import LabelSet
-from pretrain.data.label_sets.listing import Pairs, by_stem, first_folder, listed_stems, maps_by_stem, paired
-from pretrain.data.label_sets.maps import UNKNOWN, read_map
 from pretrain.errors import UserError
 
 LAYOUT = "images/{train,val} with {masks,annotations,labels}/{train,val}; images/, masks/ and the lists train.txt, val.txt"

@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
+from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.evaluation.knn import knn_predict_each
 from pretrain.progress import Progress

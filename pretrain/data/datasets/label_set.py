@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.data.datasets.listing import Pairs
+from pretrain.data.datasets.maps import UNKNOWN, nearest, read_map
 from pretrain.data.images import in_threads, read_picture, spread, square
-from pretrain.data.label_sets.listing import Pairs
-from pretrain.data.label_sets.maps import UNKNOWN, nearest, read_map
 from pretrain.errors import UserError
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.label_sets.label_set import LabelSet
-from pretrain.data.label_sets.listing import by_stem, first_folder, maps_by_stem, paired
-from pretrain.data.label_sets.maps import UNKNOWN
+from pretrain.data.datasets.label_set import LabelSet
+from pretrain.data.datasets.listing import by_stem, first_folder, maps_by_stem, paired
+from pretrain.data.datasets.maps import UNKNOWN
 from pretrain.errors import UserError
 
 LAYOUT = "COCO's {train,val}2017 (or images/, coco/images/) and stuffthingmaps/{train,val}2017 (or in annotations/)"

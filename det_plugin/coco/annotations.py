@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from det_plugin.coco_layout import locate
+from det_plugin.coco.api import coco_api
+from det_plugin.coco.layout import locate
 from det_plugin.protocol import n_share
-from det_plugin.torchvision_engine.coco_api import coco_api
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 
@@ -153,7 +153,7 @@ def read_split(
     """Read an annotation file and check it and its folder, as the module's docstring says.
 
     Args:
-        data: a root of any layout, or a .yaml file (:mod:`det_plugin.coco_layout`).
+        data: a root of any layout, or a .yaml file (:mod:`det_plugin.coco.layout`).
         split: ``train`` | ``val``.
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from det_plugin.requires import detectron2_installed
+from det_plugin.detectron2_engine.requires import detectron2_installed
 
 with detectron2_installed():
     from detectron2.modeling import GeneralizedRCNN

@@ -12,13 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from det_plugin.backbone import ORIGINS
-from det_plugin.coco_catalog import coco_root
-from det_plugin.detectron2_checkpoint import LAST
+from det_plugin.coco.annotations import read_classes
+from det_plugin.detectron2_engine.backbone import ORIGINS
+from det_plugin.detectron2_engine.catalog import coco_root
+from det_plugin.detectron2_engine.checkpoint import LAST
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
-from det_plugin.requires import detectron2_installed
-from det_plugin.torchvision_engine.coco import read_classes
 from pretrain.errors import UserError
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
@@ -48,6 +48,17 @@ SURROUNDINGS = (
     "model.backbone.net.compile",
 )
 
+# Modules that stood in det_plugin itself before 0.2, and had other names
+MOVED = {
+    **{
+        f"det_plugin.{name}": f"{__package__}.{name}"
+        for name in ("backbone", "bfloat16", "evaluator", "lazy", "optim", "trainer")
+    },
+    "det_plugin.coco_catalog": f"{__package__}.catalog",
+    "det_plugin.detectron2_checkpoint": f"{__package__}.checkpoint",
+    "det_plugin.detectron2_loader": f"{__package__}.loader",
+}
+
 
 def load_config(folder: str | Path, name: str) -> DictConfig:
     """``config.yaml`` or ``config_resolved.yaml`` of a run's folder, with old names replaced by new ones.
@@ -61,11 +72,21 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
             f"{folder}: no {name}; it is no folder of a Detectron2 run, or the run has not come far enough"
         )
     cfg = LazyConfig.load(str(path))
+    _rename_targets(cfg)
     evaluator = cfg.dataloader.evaluator
     evaluator.overrides = upgraded(DetectionProtocol, OmegaConf.to_container(evaluator.overrides))  # type: ignore[arg-type]
     if (origin := evaluator.get("origin")) is not None and "flags" in origin:
         origin.update(model_kwargs=origin.pop("flags"), given_kwargs=origin.pop("given_flags"))
     return cfg
+
+
+def _rename_targets(cfg: DictConfig) -> None:
+    for key, value in cfg.items_ex(resolve=False):
+        if isinstance(value, DictConfig):
+            _rename_targets(value)
+        elif key == "_target_" and isinstance(value, str):
+            module, _, name = value.rpartition(".")
+            cfg[key] = f"{MOVED.get(module, module)}.{name}"
 
 
 def protocol_in(cfg: DictConfig) -> DetectionProtocol:
@@ -84,7 +105,7 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
 
 
 def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
-    """What :data:`det_plugin.backbone.ORIGINS` says of a run's weights; none for random initialization.
+    """What :data:`det_plugin.detectron2_engine.backbone.ORIGINS` says of a run's weights; none for random initialization.
 
     Of a config that is not resolved, the backbone must have been built in this process.
     """

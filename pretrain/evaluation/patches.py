@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.data.label_sets import LabelSet
+from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation.dense.matching import count_pairs
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
+from pretrain.evaluation.matching import count_pairs
 from pretrain.views.boxes import TRIES, draw_crops
 
 
@@ -32,7 +32,7 @@ def confusion_of(
         label_px: side of the maps that are compared.
 
     Returns:
-        int64 [C, C] of :func:`~pretrain.evaluation.dense.matching.count_pairs`, on the CPU, and ``n_shown``
+        int64 [C, C] of :func:`~pretrain.evaluation.matching.count_pairs`, on the CPU, and ``n_shown``
         maps [map_px, map_px].
 
     Raises:

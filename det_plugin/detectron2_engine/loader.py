@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from det_plugin.requires import detectron2_installed
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.step import micro_batch_size
 from det_plugin.torchvision_engine.loader import batches, positions, stream_index
 from pretrain import distributed

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from det_plugin.requires import detectron2_installed
+from det_plugin.detectron2_engine.requires import detectron2_installed
 from pretrain.distributed import log
 from pretrain.errors import UserError
 

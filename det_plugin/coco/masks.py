@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from det_plugin.torchvision_engine.coco_api import coco_api
+from det_plugin.coco.api import coco_api
 from pretrain.errors import UserError
 
 Polygon = np.ndarray  # [2K] float64: x0, y0, x1, ... in pixels, continuous (an image spans 0 to its width)

@@ -98,13 +98,13 @@ def load_detectron2(run: Path) -> tuple[Any, Any]:
     Raises:
         UserError: the folder holds no run or no checkpoint, or Detectron2 is not installed.
     """
-    from det_plugin.requires import detectron2_installed
+    from det_plugin.detectron2_engine.requires import detectron2_installed
 
     with detectron2_installed():
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.config import instantiate
 
-    from det_plugin.saved_config import load_config
+    from det_plugin.detectron2_engine.saved_config import load_config
 
     cfg = load_config(run, RESOLVED)
     model = instantiate(cfg.model)
@@ -123,7 +123,7 @@ def _detectron2(run: Path, device: torch.device) -> Detector:
     from detectron2.data.transforms import AugInput, AugmentationList
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-    from det_plugin.saved_config import classes_in, protocol_in
+    from det_plugin.detectron2_engine.saved_config import classes_in, protocol_in
 
     resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
     classes = classes_in(cfg)

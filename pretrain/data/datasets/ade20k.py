@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.label_sets.label_set import LabelSet
-from pretrain.data.label_sets.listing import by_stem, maps_by_stem, paired
+from pretrain.data.datasets.label_set import LabelSet
+from pretrain.data.datasets.listing import by_stem, maps_by_stem, paired
 from pretrain.errors import UserError
 
 HOME = "ADEChallengeData2016"

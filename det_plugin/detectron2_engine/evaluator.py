@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from det_plugin.coco_catalog import coco_root, dataset_name, train_images
-from det_plugin.lazy import config
-from det_plugin.protocol import deviations, other_images, protocol
-from det_plugin.requires import detectron2_installed
-from det_plugin.run import DetectionRun, leave_result
-from det_plugin.saved_config import (
+from det_plugin.coco.annotations import read_truth
+from det_plugin.detectron2_engine.catalog import coco_root, dataset_name, train_images
+from det_plugin.detectron2_engine.lazy import config
+from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.detectron2_engine.saved_config import (
     ASKED,
     NET_KEYS,
     RESOLVED,
@@ -27,7 +26,8 @@ from det_plugin.saved_config import (
     protocol_in,
     resolved,
 )
-from det_plugin.torchvision_engine.coco import read_truth
+from det_plugin.protocol import deviations, other_images, protocol
+from det_plugin.run import DetectionRun, leave_result
 from det_plugin.torchvision_engine.evaluate import coco_metrics
 from pretrain.build import network_kwargs
 from pretrain.settings import compared
@@ -63,7 +63,7 @@ class ResultEvaluator(COCOEvaluator):
     Args:
         root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder. The launcher wrote ``config.yaml`` there.
-        protocol, overrides: what the config was made from (:func:`det_plugin.saved_config.protocol_in`).
+        protocol, overrides: what the config was made from (:func:`det_plugin.detectron2_engine.saved_config.protocol_in`).
         accumulate: micro-batches a step. It is only recorded.
         origin, classes: of a resolved config: what the backbone's file said; category id -> name.
     """
@@ -132,7 +132,7 @@ def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
     key; absent: None.
 
     Args:
-        cfg: a whole config as :func:`det_plugin.lazy.config` makes it, perhaps edited.
+        cfg: a whole config as :func:`det_plugin.detectron2_engine.lazy.config` makes it, perhaps edited.
     """
     made_from, net = protocol_in(cfg), cfg.model.backbone.net
     model_kwargs = {key: value for key, value in net.items() if key not in NET_KEYS}

@@ -14,21 +14,28 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from det_plugin.backbone import FEATURE, PaddedPyramid, RegistryBackbone
-from det_plugin.bfloat16 import BFloat16RCNN
-from det_plugin.coco_catalog import CocoMapper, coco_dicts
-from det_plugin.detectron2_checkpoint import last_whole
-from det_plugin.detectron2_loader import TrainLoader
+from det_plugin.coco.annotations import read_classes
+from det_plugin.detectron2_engine.backbone import FEATURE, PaddedPyramid, RegistryBackbone
+from det_plugin.detectron2_engine.bfloat16 import BFloat16RCNN
+from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts
+from det_plugin.detectron2_engine.checkpoint import last_whole
+from det_plugin.detectron2_engine.loader import TrainLoader
+from det_plugin.detectron2_engine.optim import NO_DECAY, adamw, parameter_groups
+from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.detectron2_engine.saved_config import (
+    ASKED,
+    RESOLVED,
+    classes_in,
+    is_over,
+    load_config,
+    resolved,
+)
+from det_plugin.detectron2_engine.trainer import evaluate, fit
 from det_plugin.features import FeatureOptions
-from det_plugin.optim import NO_DECAY, adamw, parameter_groups
 from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
-from det_plugin.requires import detectron2_installed
 from det_plugin.run import DetectionRun
-from det_plugin.saved_config import ASKED, RESOLVED, classes_in, is_over, load_config, resolved
 from det_plugin.step import micro_batch_size
-from det_plugin.torchvision_engine.coco import read_classes
 from det_plugin.torchvision_engine.trainer import Data
-from det_plugin.trainer import evaluate, fit
 from pretrain import distributed
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.device import choose_device, deterministic
@@ -61,7 +68,7 @@ with detectron2_installed():
     from detectron2.utils.logger import setup_logger
     from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-EVALUATOR = "det_plugin.evaluator.ResultEvaluator"  # by name: it imports this file
+EVALUATOR = "det_plugin.detectron2_engine.evaluator.ResultEvaluator"  # by name: it imports this file
 LOG_EVERY = 20  # Detectron2
 NORMS = ("LN", "GN")  # of pyramid and heads: these do not depend on the other images of a micro-batch
 
@@ -85,7 +92,7 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco_layout`); None:
+        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco.layout`); None:
             ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         model_kwargs: further arguments of ``build_backbone``.
@@ -133,7 +140,7 @@ def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
 def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
     """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
 
-    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.saved_config`),
+    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.detectron2_engine.saved_config`),
     ``metrics.jsonl``, Detectron2's checkpoints and log, the detections, and ``result.json``. A finished run
     is left as it is.
 

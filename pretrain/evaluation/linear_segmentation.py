@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from pretrain.data.datasets import LabelSet
+from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import in_threads, square
-from pretrain.data.label_sets import LabelSet
-from pretrain.data.label_sets.maps import nearest
 from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import Outcome
-from pretrain.evaluation.dense.long_work import check_signals
-from pretrain.evaluation.dense.matching import class_ious, mean_iou, named_ious
-from pretrain.evaluation.dense.patches import confusion_of, cropped, patch_maps, shrink, whole_patches
+from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation.long_work import check_signals
+from pretrain.evaluation.matching import class_ious, mean_iou, named_ious
+from pretrain.evaluation.patches import confusion_of, cropped, patch_maps, shrink, whole_patches
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.label_sets.label_set import LabelSet
-from pretrain.data.label_sets.listing import by_stem, first_folder, listed_stems, maps_by_stem, paired
-from pretrain.data.label_sets.maps import UNKNOWN
+from pretrain.data.datasets.label_set import LabelSet
+from pretrain.data.datasets.listing import by_stem, first_folder, listed_stems, maps_by_stem, paired
+from pretrain.data.datasets.maps import UNKNOWN
 from pretrain.errors import UserError
 
 LAYOUT = "VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}"

@@ -36,7 +36,7 @@ def parameter_groups(
     """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`, for the network's own depth.
 
     Args:
-        model: a detector around a :class:`det_plugin.backbone.RegistryBackbone`. Launchers set it.
+        model: a detector around a :class:`det_plugin.detectron2_engine.backbone.RegistryBackbone`. Launchers set it.
         weight_decay_norm: weight decay of norms.
         overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
     """
