@@ -53,7 +53,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 soak: setup
-	$(BIN)/python tools/soak.py
+	$(BIN)/python tests/soak.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache *.egg-info

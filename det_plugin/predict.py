@@ -61,7 +61,7 @@ def load_detector(run: Path, device: str = "auto") -> Detector:
     is not needed.
 
     Args:
-        run: folder of ``tools/train_det.py``, or of Detectron2's launcher with our config.
+        run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
         device: ``auto`` | ``cpu`` | ``cuda`` | ``mps``.
 
     Raises:

@@ -36,7 +36,10 @@ from pretrain.settings import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
-CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain"  # of a checkout
+_TOP = Path(__file__).parents[1]
+# configs/ of a checkout; posfield.configs of an installed wheel
+SHIPPED = _TOP / "posfield" / "configs" if (_TOP / "posfield" / "configs").is_dir() else _TOP / "configs"
+CONFIGS = SHIPPED / "pretrain"
 VERSION = 1
 # Images scaled down to this before they are cropped are the data path's affair; below, they are other data
 SMALLEST_SIDE_PX = 512

@@ -39,7 +39,7 @@ PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 
 
 class Resources(Settings):
-    """What a job asks SLURM for; but for ``extra`` each is an option of tools/submit.py."""
+    """What a job asks SLURM for; but for ``extra`` each is an option of posfield submit."""
 
     nodes: int = setting(1, "machines", source="ours", ge=1)
     gpus: int = setting(8, "of a node; 0: the CPU", source="ours", ge=0)
@@ -162,7 +162,7 @@ def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
 
 
 def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
-    """The jobs of a command line, ``tools/pretrain.py --config ...``: one, or ``array`` of them, each with
+    """The jobs of a command line, ``posfield pretrain --config ...``: one, or ``array`` of them, each with
     its number for {index}.
 
     Raises:
@@ -174,7 +174,7 @@ def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
             f"{Path.cwd()}: a job that starts here takes pretrain.py for the package; submit it from another folder"
         )
     if not command:
-        raise UserError("no command: put it behind --, as in: -- tools/pretrain.py --config FILE")
+        raise UserError("no command: put it behind --, as in: -- posfield pretrain --config FILE")
     script = Path(command[0])
     if script.suffix != ".py" or not script.is_file():
         raise UserError(f"command: {command[0]} is no Python file")

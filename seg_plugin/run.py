@@ -78,7 +78,7 @@ def config(run: SegmentationRun, data: Located) -> Config:
         workers=run.workers,
     )
     values["work_dir"] = str(run.output)
-    # "pytorch" means several processes: torchrun or tools/submit.py set their ranks.
+    # "pytorch" means several processes: torchrun or posfield submit set their ranks.
     values["launcher"] = "pytorch" if "RANK" in os.environ else "none"
     values["model_wrapper_cfg"] = {"type": "PosfieldDataParallel"}
     # The file name of the saved copy.
@@ -104,7 +104,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
         raise UserError(
-            f"{told}, but this one was told no RANK: unset them, or use torchrun or tools/submit.py"
+            f"{told}, but this one was told no RANK: unset them, or use torchrun or posfield submit"
         )
     if _is_over(run, cfg):
         if int(os.environ.get("RANK", 0)) == 0:

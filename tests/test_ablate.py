@@ -3,7 +3,6 @@ here."""
 
 import json
 import os
-import runpy
 import signal
 import threading
 import time
@@ -11,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
 from pretrain import jobs as jobs_module
@@ -23,7 +23,7 @@ from pretrain.results.ablation import Trial, ablation_table, changes
 from pretrain.settings import flat
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOL = runpy.run_path(str(ROOT / "tools" / "ablate.py"))
+TOOL = vars(load_tool("ablation"))
 TOY = ROOT / "configs" / "pretrain" / "toy.yaml"
 
 
@@ -116,7 +116,7 @@ def test_the_rows_are_named_apart_and_say_what_they_change(tmp_path):
 
 
 def test_the_detection_is_the_demos(tmp_path):
-    demo = runpy.run_path(str(ROOT / "tools" / "demo.py"))
+    demo = vars(load_tool("demo"))
     assert TOOL["DETECTION"] == demo["DETECTION"]
     data = demo["stages"](tmp_path)[0].command
     assert data[-6:] == TOOL["DATA"]

@@ -1,8 +1,6 @@
 """Attention maps, PCA, figures, images of a running training, and k-NN."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.decomposition import PCA
+from tool_fixture import ended
 
 from pretrain.analysis.attention import last_layer, last_layer_attention
 from pretrain.analysis.pca import pca_colors, principal_components
@@ -143,10 +142,7 @@ def test_a_runs_figures(tmp_path, capsys):
         "optim.warmup_epochs=0",
     ]
     train(load_config(None, last(overrides)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(sys, "argv", ["visualize_pretrain.py", str(tmp_path / "run"), "--images", "2"])
-        runpy.run_path(str(ROOT / "tools" / "visualize_pretrain.py"), run_name="__main__")
+    assert ended("analyze crops", tmp_path / "run", "--images", 2) == 0
     captions = json.loads((tmp_path / "run" / "figures" / "captions.json").read_text())
     assert set(captions) == {"views.png", "masks.png", "scales.png", "attention.png"}
     for name, entry in captions.items():

@@ -87,7 +87,7 @@ def analyzed(setting):
             "--compare-masks",
         ]
         masks = [str(setting / "ours" / "backbone.safetensors"), str(setting / "other")]
-        load_tool("analyze_attention").main(arguments(setting, setting / "out", *more, *masks))
+        load_tool("analyze attention").main(arguments(setting, setting / "out", *more, *masks))
     return setting / "out", lines
 
 
@@ -188,7 +188,7 @@ def test_figures_and_the_page(analyzed):
 
 
 def test_what_is_measured_is_kept(setting, analyzed, tmp_path, monkeypatch, capsys):
-    tool = load_tool("analyze_attention")
+    tool = load_tool("analyze attention")
     tool.main(arguments(setting, tmp_path, "--shown", "2", "--queries", "0.5,0.5"))
     capsys.readouterr()
     before = (tmp_path / "statistics.csv").read_bytes()
@@ -211,7 +211,7 @@ def test_what_is_measured_is_kept(setting, analyzed, tmp_path, monkeypatch, caps
 
 
 def test_other_pixels_of_the_same_names_are_measured_again(setting, tmp_path, monkeypatch, capsys):
-    tool = load_tool("analyze_attention")
+    tool = load_tool("analyze attention")
     undrawn(monkeypatch, tool)
     for seed in range(2):
         photos = write_photos(tmp_path / "photos", n=1, seed=seed)
@@ -220,7 +220,7 @@ def test_other_pixels_of_the_same_names_are_measured_again(setting, tmp_path, mo
 
 
 def test_a_stopped_run_goes_on(setting, tmp_path, monkeypatch):
-    tool, measured = load_tool("analyze_attention"), []
+    tool, measured = load_tool("analyze attention"), []
     plain = attention_study.attention_statistics
 
     def stopping(backbone, x, block):
@@ -260,21 +260,21 @@ def test_a_stopped_run_goes_on(setting, tmp_path, monkeypatch):
 )
 def test_bad_input(setting, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
-        load_tool("analyze_attention").main([*arguments(setting, tmp_path), *more])
+        load_tool("analyze attention").main([*arguments(setting, tmp_path), *more])
 
 
 def test_no_image_that_can_be_read(setting, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"none")
     with pytest.raises(UserError, match="none of the 1 images of .* can be read; the first: a.jpg"):
-        load_tool("analyze_attention").main(
+        load_tool("analyze attention").main(
             [*arguments(setting, tmp_path / "out"), "--images", str(tmp_path)]
         )
     with pytest.raises(UserError, match="nothing to analyze"):
-        load_tool("analyze_attention").main(["--images", str(tmp_path), "--output", str(tmp_path)])
+        load_tool("analyze attention").main(["--images", str(tmp_path), "--output", str(tmp_path)])
 
 
 def test_patches_of_one_size_for_all(setting, tmp_path, monkeypatch):
-    tool = load_tool("analyze_attention")
+    tool = load_tool("analyze attention")
     undrawn(monkeypatch, tool)
     tool.main(arguments(setting, tmp_path, "--patch-size", "12", "--max-images", "1", "--bf16"))
     result = read_result(tmp_path / "checkpoints" / "other")

@@ -36,7 +36,7 @@ SMALL = dict(
     anchor_sizes_px=(8, 16, 32, 64, 128), detections_per_image=10,
 )  # fmt: skip
 RECIPE = with_overrides(protocol("coco-12ep", TINY), SMALL)
-tool = load_tool("train_det")
+tool = load_tool("detect")
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,7 @@ def test_every_published_row_has_an_entry(name, table, backbone):
     for entry, row in zip(read.entries, rows):
         segmented = (entry.segmentation or read.segmentation) != "none"
         assert segmented == (row.ade20k_miou is not None and name != "coco10pct"), entry.method
-        assert ("tools/pretrain.py" in entry.origin) == (entry.method in ours)
+        assert ("tools/train_ssl.py" in entry.origin) == (entry.method in ours)
         if entry.method in ours:
             config = entry.origin.split("--config ")[1].split()[0]
             assert (ROOT / config).is_file() and entry.file == f"{Path(config).stem}/backbone.safetensors"
@@ -321,7 +321,7 @@ def test_the_tools_understand_the_commands(tmp_path):
     changes = {"seeds": (3,), "detection_overrides.lr": "2e-4", "workers": 0, "checkpointing": True}
     read = replaced(shipped("table1_vits16"), changes)
     run = made_plan(read, tmp_path, n_gpus=4)[0]
-    options = load_tool("train_det").parse([*run.arguments])
+    options = load_tool("detect").parse([*run.arguments])
     assert (options.protocol, options.seed, options.accumulate, options.checkpointing) == (
         "coco-12ep",
         3,
@@ -334,7 +334,7 @@ def test_the_tools_understand_the_commands(tmp_path):
         True,
     )
     pytest.importorskip("mmseg")
-    tool = load_tool("train_seg")
+    tool = load_tool("segment")
     swept, single = [
         made_plan(replaced(read, {"segmentation": kind}), tmp_path)[-1] for kind in ("sweep", "point")
     ]

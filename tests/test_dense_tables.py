@@ -258,7 +258,7 @@ def test_dense_results_alone_make_the_dense_table_alone():
 
 
 def test_make_table(tmp_path, capsys):
-    main = load_tool("make_table").main
+    main = load_tool("table").main
     write_result(dense(), tmp_path / "runs" / "a")
     write_result(posttrained(), tmp_path / "runs" / "b")
     main([str(tmp_path / "runs"), "--format", "csv"])

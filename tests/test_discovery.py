@@ -355,7 +355,7 @@ def weights(tmp_path):
 
 def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
     root, out = write_voc(tmp_path / "VOC2007"), tmp_path / "out"
-    tool = load_tool("discover")
+    tool = load_tool("evaluate discovery")
     tool.main(["--weights", str(weights), "--data", str(root), "--output", str(out), "--device", "cpu"])
     result = read_result(out / "checkpoints" / "mine")
     assert result.metrics == {
@@ -418,7 +418,7 @@ def test_the_tool_counts_what_a_loop_counts(tmp_path, weights, capsys):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, weights, monkeypatch):
-    tool, root = load_tool("discover"), write_voc(tmp_path / "VOC2007")
+    tool, root = load_tool("evaluate discovery"), write_voc(tmp_path / "VOC2007")
 
     def arguments(out):
         rest = ["--data", str(root), "--device", "cpu", "--show", "1", "--output", str(tmp_path / out)]
@@ -465,7 +465,7 @@ def test_the_tool_on_coco(tmp_path, weights):
         "--device",
         "cpu",
     ]
-    load_tool("discover").main(list(map(str, arguments)))
+    load_tool("evaluate discovery").main(list(map(str, arguments)))
     result = read_result(next((tmp_path / "out").glob("checkpoints/*/result.json")))
     assert result.metrics["images"] == 5 and 0 <= result.metrics["corloc_lost"] <= 100
 
@@ -489,4 +489,4 @@ def test_the_tools_errors(tmp_path, weights):
         (["--size", "9999"], "patches"),
     ):
         with pytest.raises(UserError, match=said):
-            load_tool("discover").main([*arguments, *extra])
+            load_tool("evaluate discovery").main([*arguments, *extra])

@@ -3,9 +3,7 @@ twice, bad input by name."""
 
 import json
 import os
-import runpy
 import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from dense_fixture import write_start
 from label_set_fixture import write_folder, write_voc
 from photos import write_photos
 from reference_vit import DinoViT, filled, saved
-from tool_fixture import load_tool
+from tool_fixture import ended, load_tool
 
 from pretrain.build import build_backbone
 from pretrain.cli import REQUEUE_CODE
@@ -79,7 +77,7 @@ def words(home, output, *extra, weights="ours.safetensors", data="toy"):
 
 
 def evaluate(*given, figures=False, **named):
-    tool = load_tool("evaluate_dense")
+    tool = load_tool("evaluate dense")
     if not figures:
         tool.draw = lambda *nothing: None
     tool.main(words(*given, **named))
@@ -271,9 +269,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_task_that_it_was_at(home, tm
 
     with monkeypatch.context() as patch:
         patch.setitem(dense.EVALUATORS, "in_context", killed)
-        with pytest.raises(SystemExit) as ended:
-            main(words(home, tmp_path / "parts", *OF_SET))
-    assert ended.value.code == REQUEUE_CODE
+        assert ended("evaluate dense", *words(home, tmp_path / "parts", *OF_SET)) == REQUEUE_CODE
     assert (
         "SIGTERM at in_context, train; finished tasks are kept, --resume goes on with it"
         in capsys.readouterr().err
@@ -451,13 +447,6 @@ def test_a_folder_that_nothing_can_be_written_into_is_told_before_the_first_task
 # --- bad input --------------------------------------------------------------------------------------------
 
 
-def main(arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(sys, "argv", ["evaluate_dense.py", *arguments])
-        runpy.run_path(str(ROOT / "tools" / "evaluate_dense.py"), run_name="__main__")
-
-
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
@@ -491,10 +480,9 @@ def test_bad_input_is_one_line_and_code_2(home, tmp_path, capsys, extra, named):
     small = (
         [word for word in OF_SET if word.split("=")[0] not in str(extra)] if "--tasks" not in extra else []
     )
-    with pytest.raises(SystemExit) as ended:
-        main(words(home, tmp_path / "out", *small, *extra))
+    code = ended("evaluate dense", *words(home, tmp_path / "out", *small, *extra))
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and named in said
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and named in said
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -134,7 +134,7 @@ def test_a_file_that_differs_is_not_left_behind(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    return load_tool("export_backbone")
+    return load_tool("export")
 
 
 def detection_run(train, folder, **changes):

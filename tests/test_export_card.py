@@ -27,7 +27,7 @@ def backbone(**model_kwargs):
 
 @pytest.fixture(scope="module")
 def tool():
-    return load_tool("export_backbone")
+    return load_tool("export")
 
 
 @pytest.fixture

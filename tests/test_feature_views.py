@@ -209,7 +209,7 @@ def weights(tmp_path):
 def test_the_tool(tmp_path, weights, extra, n_images):
     out = tmp_path / "out"
     rest = ["--images", str(tmp_path / "photos"), "--size", "64", "--device", "cpu", "--output", str(out)]
-    load_tool("view_features").main(["--weights", *weights, *rest, *extra])
+    load_tool("analyze features").main(["--weights", *weights, *rest, *extra])
     names = ["pca", *(f"similarity-{i + 1}" for i in range(n_images))]
     expected = {*(f"{name}.{kind}" for name in names for kind in ("png", "svg")), "captions.json"}
     assert {p.name for p in (out / "figures").iterdir()} == expected
@@ -243,7 +243,7 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
         str(tmp_path / "out"),
     ]
     with pytest.raises(UserError, match=said):
-        load_tool("view_features").main(["--weights", weights[0], *rest, *extra])
+        load_tool("analyze features").main(["--weights", weights[0], *rest, *extra])
 
 
 def test_pictures_at_equal_steps(tmp_path):
@@ -263,7 +263,7 @@ def test_a_broken_image_is_left_out_by_name_and_figures_of_before_are_removed(tm
     for name in ("views.png", "similarity-3.png", "similarity-3.svg"):
         (out / "figures" / name).touch()
     (tmp_path / "photos" / "000.jpg").write_bytes(b"no")
-    load_tool("view_features").main(["--weights", weights[0], *rest])
+    load_tool("analyze features").main(["--weights", weights[0], *rest])
     assert "left out: 000.jpg: " in capsys.readouterr().out
     names = {"pca", "similarity-1", "similarity-2"}
     assert {p.stem for p in (out / "figures").glob("*.svg")} == names
@@ -273,4 +273,4 @@ def test_a_broken_image_is_left_out_by_name_and_figures_of_before_are_removed(tm
     for file in (tmp_path / "photos").rglob("*.jpg"):
         file.write_bytes(b"no")
     with pytest.raises(UserError, match="none of the 3 images of .* can be read; the first: 000.jpg"):
-        load_tool("view_features").main(["--weights", weights[0], *rest])
+        load_tool("analyze features").main(["--weights", weights[0], *rest])

@@ -438,7 +438,7 @@ def test_two_ranks_equal_one(tmp_path, photos, parallel):
     words = ["run.precision=float64", "step.accumulate=2"]
     run(tmp_path, photos, "one", *words)
     options = [photos, f"run.output={tmp_path / 'two'}", *words, f"step.parallel={parallel}"]
-    torchrun(2, ROOT / "tools" / "pretrain.py", *tiny(*options))
+    torchrun(2, ROOT / "tools" / "train_ssl.py", *tiny(*options))
     assert differences(tmp_path / "one", tmp_path / "two", 6) == []
 
 

@@ -58,8 +58,8 @@ def run(folder, output, *extra, **named):
 
 
 def pretrain(*words):
-    """``tools/pretrain.py`` in a process of its own; returns stderr."""
-    command = [sys.executable, "tools/pretrain.py", "--config", str(CONFIG), *words]
+    """``tools/train_ssl.py`` in a process of its own; returns stderr."""
+    command = [sys.executable, "tools/train_ssl.py", "--config", str(CONFIG), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process: sums are added in one order
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -236,7 +236,7 @@ def test_it_stands_in_the_table_and_in_the_report(finished, tmp_path, capsys):
     )
     assert result.protocol.name == "simclr_method" and "backbone.depth" in result.protocol.deviations
     assert result.effective_epochs == pytest.approx(3 * 2 * (64 / 224) ** 2, abs=0.01)
-    load_tool("make_table").main([str(output), "--format", "md"])
+    load_tool("table").main([str(output), "--format", "md"])
     table = capsys.readouterr().out.partition("**Pre-training runs**")[2].strip().splitlines()
     cells = dict(
         zip(
@@ -248,7 +248,7 @@ def test_it_stands_in_the_table_and_in_the_report(finished, tmp_path, capsys):
     )
     assert cells["method"] == "simclr" and cells["protocol"].startswith("simclr_method, scaled down (")
     assert float(cells["info_nce"]) == pytest.approx(result.metrics["info_nce"], rel=1e-2)
-    load_tool("make_report").main([str(output), "--output", str(tmp_path / "report.html")])
+    load_tool("report").main([str(output), "--output", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
     curves = page[page.index("<h3>Pre-training</h3>") : page.index("<details><summary>Other terms")]
     assert ">info_nce<" in curves and ">feature_std<" not in curves and "simclr" in page
@@ -265,7 +265,7 @@ def test_its_backbone_is_one_of_ours_and_is_exported(finished, tmp_path, capsys)
     assert read_checkpoint(file).provenance["method"] == "simclr"
     out = tmp_path / "timm"
     words = ["--weights", str(file), "--format", "timm", "--size", "64", "--output", str(out)]
-    load_tool("export_backbone").main(words)
+    load_tool("export").main(words)
     assert (out / "model.safetensors").is_file() and "simclr" in (out / "README.md").read_text()
     assert "largest relative difference" in capsys.readouterr().out
 

@@ -660,7 +660,7 @@ def test_make_table_in_the_papers_layout(tmp_path, capsys):
     runs = [*runs_of_config("ablation/table4a_constant"), result(metrics={"box_ap": 44.0})]
     for i, run in enumerate(runs):
         write_result(run, tmp_path / "runs" / str(i))
-    make_table = load_tool("make_table").main
+    make_table = load_tool("table").main
     make_table(["--layout", "paper", "--tables", "3,7", "--format", "latex"])
     assert capsys.readouterr().out == drawn([], "latex", "3,7")
     arguments = [
@@ -684,7 +684,7 @@ def test_make_table_in_the_papers_layout(tmp_path, capsys):
 def test_the_report_in_the_papers_layout(tmp_path):
     write_result(result(metrics={"box_ap": 44.0}), tmp_path / "run")
     page = tmp_path / "report.html"
-    load_tool("make_report").main(
+    load_tool("report").main(
         [str(tmp_path / "run"), "--output", str(page), "--layout", "paper", "--tables", "1,2"]
     )
     assert drawn([result(metrics={"box_ap": 44.0})], "html", "1,2") in page.read_text(encoding="utf-8")

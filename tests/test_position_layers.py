@@ -223,7 +223,7 @@ def weights(tmp_path):
 
 
 def test_the_tool(tmp_path, weights, capsys):
-    tool, out = load_tool("probe_position"), tmp_path / "out"
+    tool, out = load_tool("evaluate position"), tmp_path / "out"
     rest = [
         "--images",
         str(tmp_path / "photos"),
@@ -307,7 +307,7 @@ def test_the_tools_errors(tmp_path, weights, extra, said):
         "cpu",
     ]
     with pytest.raises(UserError, match=said) as error:
-        load_tool("probe_position").main(["--weights", str(weights[1]), *rest, *extra])
+        load_tool("evaluate position").main(["--weights", str(weights[1]), *rest, *extra])
     assert "\n" not in str(error.value)
 
 

@@ -115,7 +115,7 @@ def test_both_engines_find_the_same(trained, data, tmp_path):
             pair = [p["segmentation"] for p in (mine, reference)]
             masks = [coco_api().mask.decode(rle).astype(bool) for rle in pair]
             assert (masks[0] != masks[1]).sum() <= 2  # a probability at 1/2 may fall either way
-    load_tool("visualize_det").main(
+    load_tool("analyze detections").main(
         ["--run", str(tmp_path), "--data", str(data), "--images", "1001", "--device", "cpu"]
     )
     assert (tmp_path / "figures" / "val_1.png").is_file()
@@ -198,7 +198,7 @@ def test_pictures_stay_in_their_folder_and_apart():
 
 
 def test_visualize_beside_ground_truth(trained, data, tmp_path, capsys):
-    tool, (folder, _) = load_tool("visualize_det"), trained
+    tool, (folder, _) = load_tool("analyze detections"), trained
     base = ["--run", str(folder), "--data", str(data), "--output", str(tmp_path), "--device", "cpu"]
     tool.main([*base, "--split", "train", "--count", "4"])
     assert "predictions: made now" in capsys.readouterr().out

@@ -3,8 +3,6 @@ bad folders by key."""
 
 import json
 import math
-import runpy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from ade_fixture import write_ade
 from photos import TINY, last, write_photos
 from PIL import Image
 from sklearn.linear_model import Ridge
+from tool_fixture import ended
 
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
@@ -493,7 +492,5 @@ def test_the_tool_probes_other_patch_sizes(sets):
 
 
 def tool(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
-        runpy.run_path(str(ROOT / "tools" / "probe.py"), run_name="__main__")
+    if code := ended("evaluate probes", *arguments):
+        raise SystemExit(code)

@@ -47,7 +47,7 @@ def evaluate(toy, weights, output, seed):
         "folder",
     ]
     words += ["--tasks", "linear", "in_context", "--output", str(output), "--seed", str(seed), *REDUCED]
-    load_tool("evaluate_dense").main(words)
+    load_tool("evaluate dense").main(words)
     return json.loads((output / "result.json").read_text())
 
 
@@ -86,7 +86,7 @@ def test_dense_post_training_of_a_toy_backbone(toy, capsys):
                 found[recipe][seed]["metrics"]["linear_miou"]
                 != found["start"][seed]["metrics"]["linear_miou"]
             )
-    load_tool("make_table").main([str(toy / "out"), "--format", "csv"])
+    load_tool("table").main([str(toy / "out"), "--format", "csv"])
     table = capsys.readouterr().out
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO(table[table.index("source,") :]))}
     assert len(rows) == 1 + len(RECIPES)
@@ -95,6 +95,6 @@ def test_dense_post_training_of_a_toy_backbone(toy, capsys):
         values = [result["metrics"]["linear_miou"] for result in results]
         assert float(row["linear_miou"]) == pytest.approx(np.mean(values), abs=1e-3)
         assert float(row["linear_miou_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-3)
-    load_tool("make_table").main([str(toy / "out"), "--format", "md"])
+    load_tool("table").main([str(toy / "out"), "--format", "md"])
     with capsys.disabled():
         print("\n" + capsys.readouterr().out)

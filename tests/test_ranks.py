@@ -21,9 +21,9 @@ EXACT = [
 
 
 def pretrain(output, *words, options=()):
-    """tools/pretrain.py on two ranks; returns stderr."""
+    """tools/train_ssl.py on two ranks; returns stderr."""
     return torchrun(
-        2, ROOT / "tools" / "pretrain.py", f"run.output={output}", *last([*TINY, *words]), options=options
+        2, ROOT / "tools" / "train_ssl.py", f"run.output={output}", *last([*TINY, *words]), options=options
     )
 
 

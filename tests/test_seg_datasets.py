@@ -1,13 +1,13 @@
 """Data sets other than ADE20K and one's own folders, each in its very layout; and what is wrong with
 masks, said by name."""
 
-import runpy
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tool_fixture import load_tool
 
 pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")
@@ -51,7 +51,7 @@ def spoil(path, labels, **save):
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_tool_trains_on_every_layout(name, tmp_path):
     data = WRITERS[name](tmp_path / "data", n_train=3, n_val=2)
-    main = runpy.run_path(str(ROOT / "tools" / "train_seg.py"))["main"]
+    main = load_tool("segment").main
     named = ["--dataset", name] if name == "voc_aug" else []  # the others show what they are
     words = ["--backbone", "vit_tiny_patch16", "--data", str(data), "--output", str(tmp_path / "run"), *named]
     main([*words, "--workers", "0", "--device", "cpu", *SMALL, "backbone.depth=1", "backbone.pos_grid=4"])

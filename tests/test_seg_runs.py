@@ -1,19 +1,19 @@
 """Whole segmentation runs by our tool: what they leave, what they refuse, and how they stop."""
 
 import json
-import runpy
 import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tool_fixture import load_tool
 
 pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
-from seg_fixture import FLAGS, TINY, TOOL, tiny, tiny_run, write_weights
+from seg_fixture import FLAGS, TINY, tiny, tiny_run, write_weights
 
 from pretrain.build import build_backbone
 from pretrain.errors import Interrupted, UserError
@@ -30,7 +30,7 @@ def weights(tmp_path_factory):
 
 
 def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp_path, capsys):
-    tool = runpy.run_path(str(TOOL))["main"]
+    tool = load_tool("segment").main
     numbers = [f"{key}={value}" for key, value in {**TINY, "max_iters": 4, "val_every": 4}.items()]
     words = ["--weights", str(weights), "--data", str(ade), "--output", str(tmp_path)]
     words += ["--workers", "0", "--device", "cpu", "--seed", "3", *numbers]

@@ -1,12 +1,12 @@
 """The sweep: which runs it has, how they go on and fail, its one result, and how the tables show it."""
 
-import runpy
 import signal
 import statistics
 import sys
 from dataclasses import replace
 
 import pytest
+from tool_fixture import load_tool
 
 pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")
@@ -197,7 +197,7 @@ def in_this_process(tool):
 @pytest.fixture
 def tool(monkeypatch):
     """The tool, whose sweep starts its runs in this process."""
-    main = runpy.run_path(str(TOOL))["main"]
+    main = load_tool("segment").main
     started = sweep_module.Processes()
     monkeypatch.setattr(started, "launch", in_this_process(main))
     monkeypatch.setattr(sweep_module, "Processes", lambda: started)
@@ -236,7 +236,7 @@ def test_the_sweep_goes_on_after_a_failure_and_runs_nothing_twice(tool, tmp_path
 
 
 def test_the_job_of_an_array_that_ends_last_writes_the_result(tmp_path, capsys):
-    main = runpy.run_path(str(TOOL))["main"]
+    main = load_tool("segment").main
     words = toy(tmp_path, write_ade(tmp_path / "ade", n_train=2, n_val=2), lr_grid="1e-3")
     with pytest.raises(UserError, match="there is no run 2; the grid has 0 to 1"):
         main([*words, "--sweep", "2"])
@@ -253,7 +253,7 @@ def test_the_job_of_an_array_that_ends_last_writes_the_result(tmp_path, capsys):
 
 
 def test_the_command_of_a_run_is_the_sweeps_without_its_own_words():
-    command = runpy.run_path(str(TOOL))["command_of_a_run"]
+    command = load_tool("segment").command_of_a_run
     words = ["--weights", "w", "lr_grid=1e-3", "--data", "d"]
     wanted = [sys.executable, str(TOOL), *words, "--resume", "--sweep"]
     further = ["--jobs", "4", "--resume", "--sweep"]
@@ -262,7 +262,7 @@ def test_the_command_of_a_run_is_the_sweeps_without_its_own_words():
 
 
 def test_words_that_do_not_fit(tmp_path):
-    main = runpy.run_path(str(TOOL))["main"]
+    main = load_tool("segment").main
     words = toy(tmp_path, tmp_path)
     for further, message in (
         (["--sweep", "x"], "--sweep: 'x' is no number of a run"),

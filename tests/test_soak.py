@@ -12,7 +12,7 @@ import torch
 
 from pretrain.checkpoints import newest, save
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "soak.py"
+TOOL = Path(__file__).with_name("soak.py")
 
 
 def test_a_killed_and_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ stand-ins that record."""
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import submitit
+from tool_fixture import load_tool
 
 from pretrain import slurm
 from pretrain.cli import REQUEUE_CODE
@@ -80,7 +80,7 @@ def work(tmp_path, monkeypatch):
 
 @pytest.fixture
 def submit(work):
-    return runpy.run_path(str(ROOT / "tools" / "submit.py"))["main"]
+    return load_tool("submit").main
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_bad_jobs_are_named(submit, tmp_path, monkeypatch, arguments, named):
 
 
 def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatch):
-    """python -m has the working folder first on its path, so a job from tools/ would run tools/pretrain.py
+    """python -m has the working folder first on its path, so a job from tools/ would run tools/train_ssl.py
     on import."""
     tool = write_tool(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -651,7 +651,7 @@ def test_two_processes_train_stop_go_on_and_evaluate_together(make):
 
 
 def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, monkeypatch, capsys):
-    tool = load_tool("train_det")
+    tool = load_tool("detect")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
     assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(

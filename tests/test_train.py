@@ -43,9 +43,9 @@ def newest_of(folder):
 
 
 def tool(*arguments, code):
-    """Run tools/pretrain.py as a user; returns its stderr."""
+    """Run tools/train_ssl.py as a user; returns its stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "train_ssl.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == code, done.stderr
     return done.stderr
@@ -166,7 +166,7 @@ def test_a_signal_saves_at_the_next_step_and_ends_with_the_requeue_code(tmp_path
     overrides = last(
         [*TINY, f"data.root={photos}", f"run.output={tmp_path / 'run'}", *long, "data.workers=1"]
     )
-    command = [sys.executable, str(ROOT / "tools" / "pretrain.py"), *overrides]
+    command = [sys.executable, str(ROOT / "tools" / "train_ssl.py"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

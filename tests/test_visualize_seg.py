@@ -1,17 +1,17 @@
 """Images of a segmentation run: its data beside the ground truth, and a folder of one's own images."""
 
 import json
-import runpy
 
 import numpy as np
 import pytest
 from PIL import Image
+from tool_fixture import load_tool
 
 pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 
 from ade_fixture import write_ade
-from seg_fixture import ROOT, tiny, tiny_run
+from seg_fixture import tiny, tiny_run
 
 from pretrain.errors import UserError
 from seg_plugin.figures import colored, leave_page, palette_of, save_labels
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def tool():
-    return runpy.run_path(str(ROOT / "tools" / "visualize_seg.py"))["main"]
+    return load_tool("analyze segmentations").main
 
 
 def test_pages_of_the_validation_images_and_their_label_maps(run, tool, tmp_path):

@@ -1,39 +1,6 @@
-"""Print a config: every value with what it means and where it comes from, as YAML that loads again.
+"""``posfield config`` as a script: ``python tools/config.py --help``."""
 
-``python tools/config.py configs/pretrain/toy.yaml optim.epochs=3 > mine.yaml``; with ``--schema`` the JSON
-schema of its method's settings, by which editors complete and check YAML files.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
-import argparse
-import json
-
-from pretrain.cli import run
-from pretrain.config import layers_of, load_config, model_of
-from pretrain.settings import json_schema, printed
-
-
-def main(arguments: list[str]) -> None:
-    """Parse, load, print."""
-    parser = argparse.ArgumentParser(
-        description="Print every value of a pre-training config with its meaning and its source."
-    )
-    parser.add_argument("name", help="a YAML file, or a recipe: paka-25ep")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="changes, e.g. optim.batch_size=64")
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON schema of its method's settings instead"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    config = options.name, options.words
-    if options.schema:
-        print(json.dumps(json_schema(model_of(*config))))
-    else:
-        print(printed(load_config(*config), layers_of(*config)), end="")
-
+from posfield.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("config")

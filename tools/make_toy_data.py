@@ -1,51 +1,6 @@
-"""Compose the demo's data: an image folder, a small COCO and a small ADE20K of textured shapes on
-photographs.
+"""``posfield toy-data`` as a script: ``python tools/make_toy_data.py --help``."""
 
-python tools/make_toy_data.py --output toy
-"""
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
-import argparse
-import time
-
-from pretrain.cli import run
-from pretrain.data.toy_sets import write_toy_data
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="gets images/, coco/, ade/, toy.json"
-    )
-    parser.add_argument(
-        "--images", type=int, default=400, help="pictures without labels, for pre-training (%(default)s)"
-    )
-    parser.add_argument("--train", type=int, default=240, help="labeled training pictures (%(default)s)")
-    parser.add_argument(
-        "--val", type=int, default=60, help="labeled pictures of held-out photographs (%(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=160, help="short side in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (%(default)s)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace toy data that the folder already holds"
-    )
-    options = parser.parse_args(arguments)
-
-    start = time.perf_counter()
-    record = write_toy_data(options.output, n_images=options.images, n_train=options.train, n_val=options.val,
-                            size_px=options.size, seed=options.seed, overwrite=options.overwrite)  # fmt: skip
-    if not record["written"]:
-        print(f"{options.output} already holds this toy data: nothing to do")
-        return
-    print(f"{options.output}: {record['n_images']} pictures in images/, {record['n_train']} + {record['n_val']} in "
-          f"coco/ and ade/, classes {', '.join(record['classes'])} ({time.perf_counter() - start:.1f} s)")  # fmt: skip
-
+from posfield.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main("toy-data")

@@ -1,6 +1,6 @@
 """The smallest detector that still has every part: ViT-Ti with two blocks, 128 px, 20 iterations, on the CPU.
 
-It is for the toy data of tools/make_toy_data.py (five classes), or any COCO-format root with five categories.
+It is for the toy data of posfield toy-data (five classes), or any COCO-format root with five categories.
 """
 
 from det_plugin.detectron2_engine.lazy import config

@@ -1,4 +1,4 @@
-"""The toy data of tools/make_toy_data.py, a few iterations of a tiny ViT on the CPU: to see every part run,
+"""The toy data of posfield toy-data, a few iterations of a tiny ViT on the CPU: to see every part run,
 not to learn.
 
 python MMSEG/tools/train.py configs/seg/toy.py --work-dir DIR

@@ -46,7 +46,7 @@ class ProbeSettings(Settings):
     )
     seg_classes: int = setting(0, "labels 1 .. n; 0 is not labeled", source="ours", ge=0, le=65535)
     dense_root: str = setting(
-        "", "a set with a label a pixel: anything that tools/evaluate_dense.py takes as --data", source="ours"
+        "", "a set with a label a pixel: anything that posfield evaluate dense takes as --data", source="ours"
     )
     dense_set: str = setting(
         "auto",

@@ -4,7 +4,7 @@ k-NN.
 Both are fitted on whole patches, labeled by the majority of their labeled pixels. Both give class
 probabilities on the patch grid, which are upsampled bilinearly; mIoU is over the labeled pixels of the
 squeezed images. All of this is ours: it costs two forward passes and has nothing to tune, for curves during a
-training. The benchmark is ``tools/train_seg.py``.
+training. The benchmark is ``posfield segment``.
 """
 
 from dataclasses import dataclass

@@ -1,19 +1,14 @@
 """Draw a segmentation run's predictions: beside the ground truth, or on a folder of your own images.
 
-python tools/visualize_seg.py --run seg                          (its validation images, into seg/figures)
-python tools/visualize_seg.py --run seg --images photographs --labels --output drawn
+posfield analyze segmentations --run seg                          (its validation images, into seg/figures)
+posfield analyze segmentations --run seg --images photographs --labels --output drawn
 """
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
-from pretrain.cli import run
 from pretrain.errors import UserError
 from seg_plugin.figures import leave_page, palette_of, save_labels
 from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
@@ -79,7 +74,3 @@ def main(arguments: list[str]) -> None:
                 target = folder / "labels" / row.path.relative_to(root).with_suffix(".png")
                 save_labels(target, row.predicted, palette_of(metainfo), first=first)
     print(f"{drawn} images drawn in {folder}")
-
-
-if __name__ == "__main__":
-    run(main)

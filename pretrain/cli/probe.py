@@ -1,21 +1,16 @@
 """Probe any weights: k-NN on a labeled folder, linear and k-NN segmentation, the position probe.
 
-python tools/probe.py --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade
---seg-classes 150 python tools/probe.py --weights runs/x/backbone.safetensors --position-root
+posfield evaluate probes --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade
+--seg-classes 150 posfield evaluate probes --weights runs/x/backbone.safetensors --position-root
 sets/coco/val2017 --json probes.json
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
-from pretrain.cli import run
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
@@ -87,7 +82,3 @@ def settings(options: argparse.Namespace) -> ProbeSettings:
         "every": 1,
     }
     return build(ProbeSettings, [Layer("command line", values)], "probes")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -2,6 +2,7 @@
 it reads its words."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def command(name: str, *words: object) -> list[str]:
+    """The command line of ``posfield NAME WORDS``, whatever the working folder is: a file, for
+    ``python -m`` would look for modules there first."""
+    main = importlib.util.find_spec("posfield.__main__")
+    assert main is not None and main.origin is not None
+    return [sys.executable, main.origin, *name.split(), *map(str, words)]
 
 
 def at_least(options: argparse.Namespace, **least: int) -> None:

@@ -1,21 +1,16 @@
 """Draw what a pre-training run sees: views and position boxes, both mask kinds, the scale s, attention of its
 backbone.
 
-python tools/visualize_pretrain.py runs/toy            (writes runs/toy/figures/)
+posfield analyze crops runs/toy            (writes runs/toy/figures/)
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
+from pathlib import Path
 
 import torch
 
 from pretrain.analysis.figures import attention_figure, masks_figure, save, scales_figure, views_figure
 from pretrain.build import build_backbone
-from pretrain.cli import run
 from pretrain.config import load_config
 from pretrain.data.loader import Collate, build_dataset
 from pretrain.errors import UserError
@@ -96,7 +91,3 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
             "Last-layer attention",
             "Attention of the query patch (red dot) over the image, mean of the heads.",
         )
-
-
-if __name__ == "__main__":
-    run(main)

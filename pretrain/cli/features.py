@@ -1,19 +1,15 @@
 """Look at patch features: their principal components as colors, and what is like a query patch.
 
-python tools/view_features.py --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images photos --output views \\
+posfield analyze features --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images photos --output views \\
     --query 0.3,0.5 --query 0.7,0.5
 
 Leaves figures/ (pca and one similarity-N an image, each .png and .svg) and features.html, which holds them all. The components
 are those of all images together, for each checkpoint its own.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +20,7 @@ from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, simila
 from pretrain.analysis.figures import forget, keep
 from pretrain.analysis.pca import background_by_pca, pca_colors
 from pretrain.analysis.similarity import Place, read_place, similarity_to
-from pretrain.cli import at_least, run
+from pretrain.cli import at_least
 from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -140,7 +136,3 @@ def draw(
             keep(figure, options.output / "figures", f"similarity-{number}", f"Similarity: {name}", caption)
         )
     return found
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,6 +1,6 @@
 """Position probe, layer by layer: can a patch's place be read off its features when its position was hidden?
 
-python tools/probe_position.py --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images sets/coco/val2017 \\
+posfield evaluate position --weights runs/x/backbone.safetensors dino_vitbase16_pretrain.pth --images sets/coco/val2017 \\
     --output analysis/position
 
 Leaves position_layers.csv and figures/position_layers.png and .svg of all weights, and checkpoints/NAME/ with the table and the
@@ -9,19 +9,15 @@ says what stands for a hidden position: "token", the learned mask token of the f
 "zero"; "auto", the token where the file has one, else the mean.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 import time
+from pathlib import Path
 
 import torch
 
 from pretrain.analysis.feature_figures import layers_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import at_least, run
+from pretrain.cli import at_least
 from pretrain.data.images import check_grid, content_hash
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -136,7 +132,3 @@ def probe(
     error, chance = found["position_error"], found["position_chance"]
     print(f"{subject.label}: R^2 {r2:.3f} +- {std:.3f}, error {error:.3f} (chance {chance:.3f})")
     return rows
-
-
-if __name__ == "__main__":
-    run(main)

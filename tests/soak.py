@@ -5,27 +5,24 @@ Kills come while a checkpoint is being written, during steps, and while the run 
 ``metrics.jsonl`` and every tensor of the last checkpoint must be the same, bit for bit, on CPU.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 from pretrain.checkpoints import newest, whole_directories
-from pretrain.cli import run
+from pretrain.cli import command, run
 from pretrain.errors import UserError
 
 PERIOD_IT, START_S = (
@@ -47,12 +44,12 @@ def write_photos(folder: Path) -> None:
 
 @contextmanager
 def started(folder: Path, overrides: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """``tools/pretrain.py --resume auto``, killed at the end of the block with its workers. Its output
+    """``posfield pretrain --resume auto``, killed at the end of the block with its workers. Its output
     goes beside ``folder``."""
-    tool, environment = Path(__file__).with_name("pretrain.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tool), "--resume", "auto", *overrides, f"run.output={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = command("pretrain", "--resume", "auto", *overrides, f"run.output={folder}")
     with open(folder.with_suffix(".log"), "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True, env=environment)
     try:
         yield process
     finally:

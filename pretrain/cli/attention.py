@@ -1,8 +1,8 @@
 """Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend
 to (appendix A).
 
-    python tools/analyze_attention.py --weights dino.pth mae.pth runs/ours --images coco/val2017 --output
-    attention python tools/analyze_attention.py --compare-masks runs/box runs/cross --images coco/val2017
+    posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output
+    attention posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017
     --output masks
 
 writes to the output folder:
@@ -19,12 +19,8 @@ pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with 1.3 GiB
     or more.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -33,7 +29,7 @@ from pretrain.analysis.attention_statistics import BLOCK
 from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
-from pretrain.cli import at_least, run
+from pretrain.cli import at_least
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
@@ -142,7 +138,3 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,24 +1,19 @@
 """Draw a detector's predictions beside the ground truth, as pages of images (a run folder of either engine).
 
-python tools/visualize_det.py --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
+posfield analyze detections --run runs/det --data coco            (writes runs/det/figures/val_*.png, which the report shows)
 
 The predictions are those of the run's last evaluation. Where there are none (the training split, other
 images), the run's last checkpoint makes them.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 import json
+from pathlib import Path
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
 from det_plugin.predict import load_detector
 from det_plugin.torchvision_engine.evaluate import Prediction
 from det_plugin.torchvision_engine.figures import MIN_SCORE, SHOWN, draw_page, spread
-from pretrain.cli import run
 from pretrain.errors import UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.
@@ -70,7 +65,7 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
-    parser.add_argument("--data", type=Path, required=True, metavar="COCO", help="as for tools/train_det.py")
+    parser.add_argument("--data", type=Path, required=True, metavar="COCO", help="as for posfield detect")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="(%(default)s)")
     parser.add_argument(
         "--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)"
@@ -89,7 +84,3 @@ def main(arguments: list[str]) -> None:
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]
         print(draw_page(split, own, predictions, output / f"{options.split}_{page}.png", options.min_score))
-
-
-if __name__ == "__main__":
-    run(main)

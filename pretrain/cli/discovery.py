@@ -1,8 +1,8 @@
 """Object discovery without labels (LOST, TokenCut): one box an image from frozen features, and CorLoc, the
 share of images it hits.
 
-python tools/discover.py --weights runs/x/backbone.safetensors --data sets/VOC2007 --output analysis/voc07
-python tools/discover.py --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method
+posfield evaluate discovery --weights runs/x/backbone.safetensors --data sets/VOC2007 --output analysis/voc07
+posfield evaluate discovery --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method
 lost --output D
 
 --data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole
@@ -10,22 +10,18 @@ patches, as in the public code of both; --size scales their shorter side. Leaves
 checkpoints/NAME/ of each with result.json, boxes.csv (one row an image) and images of found and true boxes.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
-
 import argparse
 import json
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import at_least, run
+from pretrain.cli import at_least
 from pretrain.data.box_sets import BoxedImage, read_boxes
 from pretrain.data.images import read_picture, spread
 from pretrain.device import DEVICES, choose_device
@@ -155,7 +151,3 @@ def read_part(file: Path) -> dict[str, dict[str, Any]]:
         except ValueError:  # a line that was cut off
             continue
     return found
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,34 +1,30 @@
 """Evaluate the patch features of any weights without fine-tuning: linear and in-context segmentation, clustering, k-NN.
 
-python tools/evaluate_dense.py --weights runs/x/backbone.safetensors --data VOCdevkit --output runs/x_voc
-python tools/evaluate_dense.py --weights dinov2_vits14_reg4_pretrain.pth --data ADEChallengeData2016 --tasks in_context \\
+posfield evaluate dense --weights runs/x/backbone.safetensors --data VOCdevkit --output runs/x_voc
+posfield evaluate dense --weights dinov2_vits14_reg4_pretrain.pth --data ADEChallengeData2016 --tasks in_context \\
     --output ade linear.epochs=2 clustering.overclusters=300
-python tools/evaluate_dense.py --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
+posfield evaluate dense --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
 
 --data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root
 holds train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation
 from the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that
 share a folder stand in one row.
 Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
-the same command with --resume goes on) and figures/, which tools/make_report.py shows; --before draws other weights beside these.
+the same command with --resume goes on) and figures/, which posfield report shows; --before draws other weights beside these.
 """
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 
 import argparse
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from pretrain.analysis import dense_figures
-from pretrain.cli import at_least, run
+from pretrain.cli import at_least
 from pretrain.data.datasets import KINDS, LabelSet, open_label_set
 from pretrain.data.datasets.maps import nearest
 from pretrain.device import DEVICES, choose_device
@@ -176,7 +172,3 @@ def draw(
     images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
     squares = [nearest(part, SHOWN_PX).numpy() for part in labels]
     dense_figures.write(folder, images, squares, maps, val.classes, list(features.items()), SHOWN_PX)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,11 +1,8 @@
-"""Pre-train a backbone: ``python tools/pretrain.py --config configs/pretrain/toy.yaml data.root=photos
+"""Pre-train a backbone: ``posfield pretrain --config configs/pretrain/toy.yaml data.root=photos
 run.output=runs/toy``."""
 
 import os
-import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # else tools/pretrain.py shadows the package
 os.environ.setdefault(
     "THP_MEM_ALLOC_ENABLE", "1"
 )  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
@@ -13,7 +10,6 @@ os.environ.setdefault(
 import argparse
 
 from pretrain import distributed
-from pretrain.cli import run
 from pretrain.config import load_config
 from pretrain.errors import Interrupted
 from pretrain.train import train
@@ -22,7 +18,7 @@ from pretrain.train import train
 def main(arguments: list[str]) -> None:
     """Parse, build, train."""
     parser = argparse.ArgumentParser(
-        description="Self-supervised pre-training; tools/config.py prints every key."
+        description="Self-supervised pre-training; posfield config prints every key."
     )
     parser.add_argument(
         "--config",
@@ -43,7 +39,3 @@ def main(arguments: list[str]) -> None:
         distributed.stop()
         raise
     distributed.stop()
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,0 +1,175 @@
+"""Write a backbone as a file that needs none of this code, or in the format of another library.
+
+posfield export --weights run/backbone.safetensors --format onnx --size 1024 --output vit.onnx
+posfield export --weights run/backbone.safetensors --format huggingface --output folder
+posfield export --weights dino_deitsmall16_pretrain.pth --format posfield --output b.safetensors
+posfield export --weights runs/det --size 1024 --output tuned.pt2     (of a fine-tuned run)
+
+Formats: torch (.pt2) and onnx are programs of one image size; timm and huggingface are folders with a model
+card; torchvision and safetensors are tensors; posfield converts any other method's file to ours. The tool
+reads each file back with its library and compares it with the network before it keeps it. It prints how to
+load the file. Features are those after the final norm; images are RGB, normalized by the mean and std in the
+file.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+from pretrain.export import FORMATS, export, model_card
+from pretrain.export.card import results_of
+from pretrain.export.converted import build_whole, given, write_whole
+from pretrain.results.provenance import file_hash
+from pretrain.results.schema import FILE_NAME, Result, read_result
+from pretrain.weights.container import IN_FOLDER
+
+DEFAULT_SIZE_PX = 224
+
+
+def backbone_of_run(folder: Path) -> ViT:
+    """The backbone in the last checkpoint of a fine-tuning run, of any plug-in.
+
+    Raises:
+        UserError: there is no run; the detector does not run its backbone as a plain ViT, so that it is
+            another function.
+    """
+    if (folder / "config.json").is_file():
+        from det_plugin.torchvision_engine.train import load_model
+
+        adapter: Any = load_model(folder)[0].backbone
+    elif (folder / "config_resolved.yaml").is_file():
+        from det_plugin.predict import load_detectron2
+
+        adapter = load_detectron2(folder)[0].backbone.net
+    elif list(folder.glob("*.py")):
+        from seg_plugin.predict import load_run
+
+        return load_run(folder, "cpu").backbone.vit
+    else:
+        raise UserError(
+            f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"
+        )
+    ran = adapter.options
+    if ran.window_size or not (ran.final_norm and ran.keep_special_tokens):
+        raise UserError(
+            f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT"
+        )
+    return adapter.vit
+
+
+def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
+    """A run's backbone, its provenance, and the results of the run itself."""
+    extra = [
+        name for name in ("backbone", "source", "subnet", "patch_size", "results") if getattr(options, name)
+    ]
+    if extra:
+        raise UserError(
+            f"--{extra[0].replace('_', '-')}: {options.weights} is a run's folder, which says all that itself"
+        )
+    vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
+    if not file.is_file():  # it has not ended
+        return vit, {}, []
+    own = read_result(file)
+    told = {
+        key: getattr(own, key)
+        for key in ("method", "effective_epochs", "weights_hash", "config_hash", "seed")
+    }
+    return vit, {**told, "fine_tuned": f"{own.kind}, {own.protocol.label}"}, [own]
+
+
+def of_file(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
+    """The same for a file of weights of any supported source."""
+    file, names = options.weights, ("source", "subnet", "patch_size")
+    vit, told = build_whole(file, name=options.backbone, **{name: getattr(options, name) for name in names})
+    same = {file_hash(file)} if "fine_tuned" in told else {file_hash(file), told["weights_hash"]}
+    return vit, told, results_of(options.results, same) if options.results else []
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; ``size`` becomes (height, width)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="any supported checkpoint, or a run's folder",
+    )
+    parser.add_argument(
+        "--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ..."
+    )
+    parser.add_argument("--subnet", metavar="NAME", help="teacher | student, of a file that holds both")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ..."
+    )
+    parser.add_argument(
+        "--patch-size", type=int, metavar="PX", help="resample the patch projection (14 -> 16)"
+    )
+    parser.add_argument(
+        "--format", choices=[*FORMATS, "posfield"], default="torch", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", metavar="PX", help=f"side, or height and width ({DEFAULT_SIZE_PX})"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="*.pt2, *.onnx, *.safetensors or a folder"
+    )
+    parser.add_argument("--method", help="what tables and cards call it (as the file says)")
+    parser.add_argument(
+        "--effective-epochs", type=float, metavar="N", help="of the pre-training (as the file says)"
+    )
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a model card, of a format that is a file")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUNS",
+        help="measured with these weights, for the card",
+    )
+    options = parser.parse_args(arguments)
+    if options.size is not None and len(options.size) > 2:
+        raise UserError(f"--size: one side, or height and width; not {' '.join(map(str, options.size))}")
+    if options.format == "posfield":
+        for name in ("size", "card", "results"):
+            if getattr(options, name):
+                raise UserError(f"--{name}: has no effect on format posfield")
+    elif options.results and options.card is None and FORMATS[options.format].suffix:
+        raise UserError("--results: they stand in the card; name its file by --card")
+    weights = options.weights.resolve()
+    if options.output.resolve() in (weights, *weights.parents):
+        raise UserError(f"--output: {options.output} would replace the weights themselves")
+    side = options.size or [DEFAULT_SIZE_PX]
+    options.size = (side[0], side[-1])
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, build, export, and print how exact the file is and how to load it."""
+    options = parse(arguments)
+    is_run = options.weights.is_dir() and not any((options.weights / name).exists() for name in IN_FOLDER)
+    vit, told, results = (of_run if is_run else of_file)(options)
+    told |= given(options.method, options.effective_epochs)
+    if options.format == "posfield":
+        print(f"{write_whole(vit, options.output, told)}: every tool takes it as --weights")
+        return
+
+    hashed = None if is_run else file_hash(options.weights)
+
+    def card(difference: float) -> str:
+        facts = {"file": options.output.name, "file_hash": hashed, "provenance": told, "results": results}
+        return model_card(vit, options.format, options.size, difference, **facts)
+
+    difference = export(vit, options.format, options.size, options.output, told, card)
+    if options.card is not None:
+        options.card.parent.mkdir(parents=True, exist_ok=True)
+        options.card.write_text(card(difference), encoding="utf-8")
+    height, width = options.size
+    print(
+        f"{options.output}: {height} x {width} px, largest relative difference from the backbone {difference:.1e}\n"
+    )
+    print(FORMATS[options.format].use(vit, options.size, str(options.output)).code)

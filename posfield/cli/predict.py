@@ -1,0 +1,167 @@
+"""Detect objects in your own images with a fine-tuned detector (a run of posfield detect, either engine).
+
+posfield predict --run runs/det --images photos/ --output found
+
+OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and
+annotations with image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads
+it as it is. OUTPUT/images/ holds the images with masks, boxes, names and scores. Images that cannot be read
+are named and skipped.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from det_plugin.coco.api import coco_api
+from det_plugin.predict import Detector, load_detector
+from det_plugin.torchvision_engine.evaluate import Prediction
+from det_plugin.torchvision_engine.figures import draw_prediction
+from pretrain.data.decode import BrokenImage, decode
+from pretrain.data.sources.files import is_image, read_file
+from pretrain.errors import UserError
+from pretrain.metrics_log import ProgressLine
+
+
+def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
+    """Each image's path, and its name in the results: relative to a single given folder, otherwise as given.
+
+    Images in the output folder are left out.
+    """
+    found: list[tuple[Path, str]] = []
+    for root in given:
+        if root.is_dir():
+            inside = sorted(
+                Path(folder) / name
+                for folder, _, names in os.walk(root)
+                for name in names
+                if is_image(os.fsencode(name))
+            )
+            found += [
+                (path, (path.relative_to(root) if len(given) == 1 else path).as_posix()) for path in inside
+            ]
+        elif root.is_file():
+            found.append((root, root.name if len(given) == 1 else root.as_posix()))
+        else:
+            raise UserError(f"--images: no file or folder {root}")
+    own = output.resolve()
+    found = [(path, name) for path, name in dict(found).items() if own not in path.resolve().parents]
+    if not found:
+        raise UserError(f"--images: no images in {', '.join(map(str, given))}")
+    return found
+
+
+class Results:
+    """``predictions.json``. Annotations go to disk as they come. The file gets its name once whole."""
+
+    def __init__(self, folder: Path, classes: dict[int, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.partial = folder / "predictions.json", folder / ".predictions.json.partial"
+        self.classes, self.images, self.annotations = classes, list[dict[str, object]](), 0
+        self.file = open(self.partial, "w")
+        self.file.write('{"annotations": [')
+
+    def add(self, name: str, size: tuple[int, int], predictions: list[Prediction]) -> None:
+        """Add an image's predictions. ``size`` is its height and width."""
+        self.images.append(
+            {"id": len(self.images) + 1, "file_name": name, "height": size[0], "width": size[1]}
+        )
+        for prediction in predictions:
+            area = int(coco_api().mask.area(prediction["segmentation"]))
+            whole = {
+                "id": self.annotations + 1,
+                "image_id": len(self.images),
+                **prediction,
+                "area": area,
+                "iscrowd": 0,
+            }
+            self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
+            self.annotations += 1
+
+    def close(self) -> None:
+        """Write the rest and give the file its name. Without an image nothing stays."""
+        categories = [{"id": id, "name": name} for id, name in self.classes.items()]
+        self.file.write(
+            f'\n], "images": {json.dumps(self.images)}, "categories": {json.dumps(categories)}}}\n'
+        )
+        self.file.close()
+        if self.images:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
+
+
+def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
+    """A JPEG's path for each image: always below ``folder``, and no two are the same."""
+    taken = set()
+    for number, name in enumerate(names, 1):
+        parts = [part for part in Path(name).parts if part not in ("..", Path(name).anchor)]
+        path = folder.joinpath(*parts)
+        path = path if path.suffix.lower() in (".jpg", ".jpeg") else path.with_name(f"{path.name}.jpg")
+        path = path if path not in taken else path.with_name(f"{path.stem}_{number}.jpg")
+        taken.add(path)
+        yield path
+
+
+def predict(
+    detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool
+) -> str:
+    """Predict one image after another. Returns what to say at the end."""
+    results, broken, line = Results(output, detector.classes), 0, ProgressLine("predict", len(images), 0)
+    paths, started = picture_paths([name for _, name in images], output / "pictures"), time.monotonic()
+    try:
+        for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
+            try:
+                image = decode(read_file(os.fsencode(path)))
+            except BrokenImage as error:
+                line.console.print(
+                    f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True
+                )
+                broken += 1
+                continue
+            found = [
+                prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score
+            ]
+            results.add(name, image.shape[:2], found)
+            if pictures:
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draw_prediction(image, found, detector.classes)).save(picture, quality=92)
+            left_s = (time.monotonic() - started) / done * (len(images) - done)
+            line.update(done, f"{results.annotations} objects", left_s)
+    finally:
+        line.close()
+    results.close()
+    if not results.images:
+        raise UserError(f"--images: none of {len(images)} files could be read as an image")
+    skipped = f", {broken} skipped" if broken else ""
+    return f"{results.annotations} objects in {len(results.images)} images{skipped}: {results.path}"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
+    parser.add_argument(
+        "--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="leave out less certain objects (%(default)s)",
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    parser.add_argument("--no-pictures", action="store_true", help="predictions.json alone")
+    options = parser.parse_args(arguments)
+    images = listed(options.images, options.output)
+    detector = load_detector(options.run, options.device)
+    print(predict(detector, images, options.output, options.min_score, not options.no_pictures))

@@ -1,0 +1,137 @@
+"""The ablation at toy scale: the four rows of the paper's Table 3 and both readings of s, several seeds each,
+as resumable jobs.
+
+posfield ablation --output runs/ablation --jobs 4 --max-minutes 9      (exit code 85: not finished, start it again)
+
+A job is a toy pre-training (configs/pretrain/toy.yaml with what the row's config changes) and a detection
+fine-tuning on toy data. What is finished is not run again, a job that fails does not stop the others; a
+SIGTERM is passed on to all that runs. It ends in a
+table: ablation.md and .csv.
+"""
+
+import argparse
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+from pretrain.cli import command
+from pretrain.config import RECIPES
+from pretrain.errors import Interrupted, UserError
+from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
+from pretrain.results import read_result, renamed, render
+from pretrain.results.ablation import Trial, ablation_table
+from pretrain.settings import flat, read_yaml
+
+# In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.
+ROWS = ("table3_none", "table3_sampling", "table3_lpos", "method", "reference_image")
+DATA = "--train 480 --val 80 --size 128".split()  # the demo's, as the detection protocol
+DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
+    anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
+    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
+    detections_per_image=30""".split()
+QUICK_DATA = "--images 64 --train 32 --val 12 --size 96".split()
+QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.workers=0".split()
+QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
+
+
+def row_overrides(row: str) -> list[str]:
+    """What a row's file changes, as key=value."""
+    if row == "method":
+        return []
+    values = flat(read_yaml(RECIPES / "ablation" / f"{row}.yaml").values)
+    return [f"{key}={text}" for key, text in values.items() if key not in ("base", "run.output")]
+
+
+def last(*settings: list[str]) -> list[str]:
+    """key=value words, of each key the last one, whether by its name or by the one that it had before."""
+    parts = [word.partition("=") for words in settings for word in words]
+    return list(
+        {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}.values()
+    )
+
+
+def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
+    """The stages of every job, seed by seed, so that an unfinished ablation has all rows of its first
+    seeds."""
+    jobs, data, quick = {}, options.output / "data", options.quick
+    for seed in range(options.seeds):
+        for row in ROWS:
+            folder = options.output / row / f"seed_{seed}"
+            where = [f"data.root={data / 'images'}", f"run.output={folder / 'pretrain'}", f"run.seed={seed}"]
+            changed = last(row_overrides(row), QUICK_PRETRAIN if quick else [], options.pretrain)
+            first = command("pretrain", "--resume", "--config", "toy", *where, *changed)
+            protocol = last(DETECTION, QUICK_DETECTION if quick else [], options.detection)
+            weights = [
+                "--weights",
+                folder / "pretrain" / "backbone.safetensors",
+                "--data",
+                data / "coco",
+                "--seed",
+                seed,
+            ]
+            second = command(
+                "detect",
+                "--engine",
+                "torchvision",
+                *weights,
+                "--output",
+                folder / "det",
+                "--resume",
+                *protocol,
+            )
+            stages = [Stage("pretrain", folder / "pretrain", first), Stage("det", folder / "det", second)]
+            jobs[f"{row}/seed_{seed}"] = stages
+    return jobs
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="at a time; one GPU holds several (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        metavar="M",
+        help="of this call; then start it again",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything: to see it run on a CPU"
+    )
+    parser.add_argument(
+        "--pretrain", nargs="+", default=[], metavar="key=value", help="settings of every pre-training"
+    )
+    parser.add_argument(
+        "--detection", nargs="+", default=[], metavar="key=value", help="fields of the detection protocol"
+    )
+    options = parser.parse_args(arguments)
+    if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
+        raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
+    begun = time.monotonic()
+    data = command("toy-data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
+    jobs = plan(options)
+    with interruptible():
+        if subprocess.run(data).returncode:
+            raise UserError(f"failed: {shlex.join(data)}")
+        ended = run_jobs(jobs, options.jobs, begun + 60 * options.max_minutes - GRACE_S - time.monotonic())
+    finished = [
+        [read_result(stage.folder) for stage in jobs[name]] for name, how in ended.items() if how == "done"
+    ]
+    table = ablation_table([Trial(*results) for results in finished], "intertwined", "Ablation at toy scale")
+    for suffix, style in ((".md", "md"), (".csv", "csv")):
+        (options.output / f"ablation{suffix}").write_text(render(table, style))
+    print(render(table, "md"))
+    if failed := [name for name, how in ended.items() if how == "failed"]:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (logs in {options.output}/JOB/*.log)"
+        )
+    if left := [name for name, how in ended.items() if how == "left"]:
+        raise Interrupted(f"{len(left)} of {len(jobs)} jobs are left: start it again")

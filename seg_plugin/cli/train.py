@@ -1,0 +1,90 @@
+"""Fine-tune a backbone for segmentation with a linear decoder: ADE20K, another data set, or your own masks.
+
+posfield segment --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg python
+posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
+posfield segment --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
+
+FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/);
+see seg_plugin/datasets.py. More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
+backbone.depth=4.
+
+The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
+
+posfield segment --sweep --jobs 8 --weights W --data ADE --output sweep        (exit code 85: start it again)
+posfield submit --gpus 1 --array 16 -- posfield segment --sweep {index} --weights W --data ADE --output sweep --resume
+"""
+
+import argparse
+from pathlib import Path
+
+from pretrain.cli import command, fields_and_kwargs, fine_tuning_parser, say
+from pretrain.errors import UserError
+from pretrain.weights import backbone_name
+from seg_plugin.datasets import DATASETS, recipe_for
+from seg_plugin.run import SegmentationRun, train
+from seg_plugin.sweep import run_point, status, sweep
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = fine_tuning_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
+    parser.add_argument(
+        "--dataset", choices=tuple(DATASETS), help="and its protocol; left out: what DIR looks like, else own"
+    )
+    parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the whole grid, or its run N alone (an array job); "
+                        "status: what is done")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs of the sweep at a time, each on a GPU (%(default)s)",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
+        raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
+    for name in ("seed", "workers"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name}: {getattr(options, name)} is less than 0")
+    if options.jobs < 1 or (options.jobs > 1 and options.sweep != "all"):
+        raise UserError(f"--jobs {options.jobs}: how many runs of a --sweep go on at a time, at least 1")
+    return options
+
+
+def command_of_a_run(arguments: list[str]) -> list[str]:
+    """This command line for one run of the sweep, without the run's number."""
+    kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kept.add_argument("--sweep", nargs="?")
+    kept.add_argument("--jobs")
+    kept.add_argument("--resume", action="store_true")
+    _, words = kept.parse_known_args(arguments)
+    return command("segment", *words, "--resume", "--sweep")
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    fields, model_kwargs = fields_and_kwargs(options.overrides)
+    one = SegmentationRun(
+        backbone=backbone_name(options.backbone, options.weights),
+        weights=options.weights,
+        data=options.data,
+        output=options.output,
+        protocol=recipe_for(options.data, options.dataset, fields),
+        seed=options.seed,
+        device=options.device,
+        workers=options.workers,
+        model_kwargs=model_kwargs,
+    )
+    if options.sweep is None:
+        say(f"result: {train(one, options.resume)}")
+        return
+    if swept := {"lr", "weight_decay"} & set(fields):
+        raise UserError(
+            f"--sweep: {min(swept)}={fields[min(swept)]} has no effect; give lr_grid or weight_decay_grid"
+        )
+    if options.sweep == "status":
+        print(status(one))
+    elif options.sweep == "all":
+        say(f"result: {sweep(one, command_of_a_run(arguments), options.jobs)}")
+    else:
+        say(f"result: {run_point(one, int(options.sweep))}")
