@@ -219,9 +219,8 @@ class Speed:
     def __init__(self, batch_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.batch_size, self.clock = batch_size, clock
         self.done, self.paused_s, self.waited_s = 0, 0.0, 0.0
-        self.window: deque[tuple[float, float]] = deque(
-            [(clock(), 0.0)], WINDOW_ITERS + 1
-        )  # time at work, time of it waited
+        # time at work, time of it waited
+        self.window: deque[tuple[float, float]] = deque([(clock(), 0.0)], WINDOW_ITERS + 1)
 
     def tick(self, waited_s: float) -> None:
         """An iteration is done, ``waited_s`` of it went by before its batch was there."""

@@ -53,9 +53,8 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
         trainer = Trainer(config, unfrozen_length())
         runs[method] = trainer, [resident(synthetic_batch(config, it), trainer.device) for it in range(4)]
     device = runs["dinov2"][0].device
-    steps_a_turn = (
-        10 if device.type == "cuda" else 1
-    )  # a queue of steps, as in training: launching hides behind computing
+    # a queue of steps, as in training: launching hides behind computing
+    steps_a_turn = 10 if device.type == "cuda" else 1
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     peaks: dict[str, list[float]] = {method: [] for method in runs}
     for turn in range(WARM_UP + rounds):
@@ -69,9 +68,8 @@ def measure(backbone: str, batch_size: int, rounds: int, overrides: Sequence[str
             if turn >= WARM_UP:
                 seconds[method].append((time.perf_counter() - started) / steps_a_turn)
                 if device.type == "cuda":
-                    own = (
-                        sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20
-                    )  # networks, centers, moments
+                    # networks, centers, moments
+                    own = sum(tensor.nbytes for tensor in trainer.tensors().values()) / 2**20
                     peaks[method].append(torch.cuda.max_memory_allocated(device) / 2**20 - (held - own))
     with trainer.autocast:
         precision = product_dtype(torch.zeros((), dtype=trainer.dtype, device=device))

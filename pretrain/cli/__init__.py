@@ -27,10 +27,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         main([a for a in arguments if a != "--traceback"])
-    except (
-        UserError,
-        OSError,
-    ) as error:  # OSError names the file: a folder that cannot be written, a full disk
+    # OSError names the file: a folder that cannot be written, a full disk
+    except (UserError, OSError) as error:
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -87,9 +85,8 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
             continue
         if name in ("name", "weights"):
             raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
-        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(
-            text
-        )  # the setting, the ViT's argument
+        # the setting, the ViT's argument
+        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)
     return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs
 
 

@@ -101,9 +101,8 @@ def _pixels(image: ImageFile.ImageFile, data: bytes, max_side_px: int) -> np.nda
     if isinstance(image, PngImagePlugin.PngImageFile):
         check_png(data)
     if isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0][0] == "bmp_rle":
-        raise BrokenImage(
-            "run-length coded BMP"
-        )  # PIL decodes it byte by byte in Python: minutes for a large one
+        # PIL decodes it byte by byte in Python: minutes for a large one
+        raise BrokenImage("run-length coded BMP")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.uint32)  # [H, W] of 16 bits, of a PNG
         return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
@@ -116,9 +115,8 @@ def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
 
 
 def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px: int) -> np.ndarray:
-    if (
-        "progression" in image.info and not 2 <= data.count(b"\xff\xda") <= MAX_SCANS
-    ):  # one holds the blocks' means alone
+    # one holds the blocks' means alone
+    if "progression" in image.info and not 2 <= data.count(b"\xff\xda") <= MAX_SCANS:
         raise BrokenImage(f"progressive JPEG of fewer than 2 or more than {MAX_SCANS} scans")
     reduce = next((k for k in (8, 4, 2) if max_side_px and max(image.size) >= k * max_side_px), 1)
     if reduce > 1:
@@ -157,9 +155,8 @@ def _ends_early(data: bytes, n_components: int) -> bool:
             continue
         restarts |= marker == 0xDD and data[at + 4 : at + 6] != b"\0\0"
         at += 2 + length
-    if (
-        data[at + 2 - length] != n_components or data[at - 3 : at] != b"\0\x3f\0"
-    ):  # the rest follows in further scans
+    # the rest follows in further scans
+    if data[at + 2 - length] != n_components or data[at - 3 : at] != b"\0\x3f\0":
         return False
     end = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]" if restarts else rb"\xff[^\x00\xff]").search(data, at)
     try:

@@ -10,13 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-)  # streams of random numbers, separated by the second word of their seed
+# streams of random numbers, separated by the second word of their seed
+ORDER, VIEWS, MASKS, COLORS, SUBSTITUTES = (1, 2, 3, 4, 5)
 
 
 def generator(seed: int, stream: int, sample_index: int) -> np.random.Generator:

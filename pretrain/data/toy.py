@@ -133,14 +133,12 @@ def _place(random: np.random.Generator, height: int, width: int) -> _Object:
         points = _outline(distances)
         theta = np.arctan2(points[:, 1], points[:, 0])
         points = points * (1 + depth * np.sin(waves * theta + phase))[:, None]
-        outlines.append(
-            np.round((points @ to_picture.T + center) * 16).astype(np.int32)
-        )  # OpenCV: 1/16 pixel
+        # OpenCV: 1/16 pixel
+        outlines.append(np.round((points @ to_picture.T + center) * 16).astype(np.int32))
 
     canvas = np.zeros((height, width), np.uint8)
-    cv2.fillPoly(
-        canvas, outlines, 255, lineType=cv2.LINE_AA, shift=4
-    )  # even-odd: the second outline is a hole
+    # even-odd: the second outline is a hole
+    cv2.fillPoly(canvas, outlines, 255, lineType=cv2.LINE_AA, shift=4)
     alpha = cv2.GaussianBlur(canvas.astype(np.float32) / 255, (0, 0), random.uniform(0.4, 0.8))
     return _Object(kind, center, radius, alpha)
 
@@ -199,9 +197,8 @@ def _surface(
             blend = 0.6 * u
         blend = np.clip(0.5 + (0.5 if texture == "gradient" else 1.5) * blend, 0, 1)[..., None]
         palette = _photograph(name).reshape(-1, 3)
-        first, second = palette[random.integers(len(palette), size=2)].astype(
-            np.float32
-        )  # colors of the real world
+        # colors of the real world
+        first, second = palette[random.integers(len(palette), size=2)].astype(np.float32)
         own = _colors(random, item.kind)
         if random.random() < FAVOURITE_HUE:
             first, second = own

@@ -20,13 +20,8 @@ from pretrain.data.toy import CLASSES, SPLITS, Picture, compose, photographs, ph
 from pretrain.errors import UserError
 
 GENERATOR_VERSION = 1  # raise it when the same arguments give other images
-CATEGORY_IDS = (
-    1,
-    2,
-    3,
-    5,
-    6,
-)  # of COCO, with a gap as in the real data set; class k is category CATEGORY_IDS[k]
+# of COCO, with a gap as in the real data set; class k is category CATEGORY_IDS[k]
+CATEGORY_IDS = (1, 2, 3, 5, 6)
 ADE_RIM, ADE_BACKGROUND, ADE_FIRST_CLASS = 0, 1, 2  # class k is label k + 2
 MIN_SIZE_PX = 64  # below it many objects would fall under toy.MIN_AREA_PX
 JPEG_QUALITY = 90
@@ -47,9 +42,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
         )
         holes = (outside[1:-1, 1:-1] > 1) & ~part  # outside[0, 0] is 1
         if holes.any():
-            cut = int(
-                np.flatnonzero((outside[1:-1, 1:-1] == outside.max()).any(0))[0]
-            )  # the hole's first column
+            # the hole's first column
+            cut = int(np.flatnonzero((outside[1:-1, 1:-1] == outside.max()).any(0))[0])
             left, right = part.copy(), part.copy()
             left[:, cut:], right[:, :cut] = False, False
             polygons += mask_to_polygons(left) + mask_to_polygons(right)
@@ -61,9 +55,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[int]]:
 def _border(part: np.ndarray) -> list[int]:
     """The border of a part without holes, corner by corner: x0, y0, x1, y1, ... in whole pixels."""
     padded = np.pad(part, 1).astype(np.int8)
-    around = (
-        padded[:-1, :-1] + padded[:-1, 1:] + padded[1:, :-1] + padded[1:, 1:]
-    )  # [H + 1, W + 1] pixels at a point
+    # [H + 1, W + 1] pixels at a point
+    around = padded[:-1, :-1] + padded[:-1, 1:] + padded[1:, :-1] + padded[1:, 1:]
     y, x = np.nonzero(around % 2)  # the border turns where 1 or 3 of 4 pixels are inside
     # The corners of a row, from left to right, are the ends of its edges, two and two; likewise in a column.
     along_row, along_column = np.empty_like(x), np.empty_like(x)
@@ -192,9 +185,8 @@ def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) ->
     annotations: list[dict[str, Any]] = []
     for index in range(n):
         picture = compose(index, split, seed, size_px)
-        image_id = 2 * index + (
-            1 if split == "train" else 2
-        )  # odd and even: no id is in both files, as in COCO
+        # odd and even: no id is in both files, as in COCO
+        image_id = 2 * index + (1 if split == "train" else 2)
         height, width = picture.image.shape[:2]
         images.append({"id": image_id, "file_name": f"{image_id:012d}.jpg", "height": height, "width": width,
                        "license": 1})  # fmt: skip
@@ -203,9 +195,8 @@ def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) ->
         _write_jpeg(targets[0] / f"{image_id:012d}.jpg", picture.image)
         _write_jpeg(targets[1] / f"ADE_{split}_{index + 1:08d}.jpg", picture.image)
         _write_encoded(targets[2] / f"ADE_{split}_{index + 1:08d}.png", ade_labels(picture), [])
-    (ade / "classes.txt").write_text(
-        "\n".join(("background", *CLASSES)) + "\n"
-    )  # without it, a reader has but numbers
+    # without it, a reader has but numbers
+    (ade / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
     categories = [{"id": k, "name": name, "supercategory": "shape"} for name, k in zip(CLASSES, CATEGORY_IDS)]
     content = {"info": {"description": "posfield toy data", "version": str(GENERATOR_VERSION)},
                "licenses": [{"id": 1, "name": "as the photographs in scikit-image and scikit-learn", "url": ""}],
@@ -218,6 +209,5 @@ def _write_jpeg(path: Path, image: np.ndarray) -> None:
 
 
 def _write_encoded(path: Path, pixels: np.ndarray, options: list[int]) -> None:
-    path.write_bytes(
-        cv2.imencode(path.suffix, pixels, options)[1].tobytes()
-    )  # cv2.imwrite would fail silently
+    # cv2.imwrite would fail silently
+    path.write_bytes(cv2.imencode(path.suffix, pixels, options)[1].tobytes())

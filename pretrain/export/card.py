@@ -177,9 +177,8 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
         if told.get(key) is not None and told[key] != file_hash:
             rows.append((label, str(told[key])))
     start = told.get("started_from")
-    if isinstance(
-        start, Mapping
-    ):  # continued or post-trained: method, epochs and data above are those of its last training
+    # continued or post-trained: method, epochs and data above are those of its last training
+    if isinstance(start, Mapping):
         epochs = start.get("effective_epochs")
         trained = f", {epochs_text(epochs)} effective epochs" if isinstance(epochs, int | float) else ""
         rows.append(

@@ -21,12 +21,8 @@ from pretrain.export.torchvision import export_torchvision, use_torchvision
 
 TOLERANCE = 1e-4  # relative to the largest value of an output
 CHECKED_BATCHES = (1, 3)  # not the batch size of the traced example
-FOLDER_FILES = {
-    "config.json",
-    TENSORS,
-    "preprocessor_config.json",
-    "README.md",
-}  # all that an export ever leaves
+# all that an export ever leaves
+FOLDER_FILES = {"config.json", TENSORS, "preprocessor_config.json", "README.md"}
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,12 @@ from pretrain.weights.layout import registry_name
 Size = tuple[int, int]  # height, width in pixels
 Outputs = dict[str, Tensor]
 Run = Callable[[Tensor], Outputs]
-Write = Callable[
-    [ViT, Size, Path, Mapping[str, Any]], Run
-]  # (vit, size, path, provenance) -> a function that runs the file
+# (vit, size, path, provenance) -> a function that runs the file
+Write = Callable[[ViT, Size, Path, Mapping[str, Any]], Run]
 
 TENSORS = "model.safetensors"  # in a folder
-NOT_PLAIN = (
-    "pos_field",
-    "cls_pos",
-    "pos_embed",
-    "mask_token",
-    "pos_mask_token",
-)  # only our ViT has them, or their grid is another
+# only our ViT has them, or their grid is another
+NOT_PLAIN = ("pos_field", "cls_pos", "pos_embed", "mask_token", "pos_mask_token")
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,8 @@ def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
 def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
     """The tensors under torchvision's names, without a head: gamma * (W x + b) is (gamma W) x + gamma b."""
     plain = plain_state(vit, size)
-    for key in [
-        key for key in plain if ".ls" in key
-    ]:  # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
+    # blocks.N.ls1.gamma scales attn.proj, ls2 scales mlp.fc2
+    for key in [key for key in plain if ".ls" in key]:
         block, scale, _ = key.rsplit(".", 2)
         gamma, module = plain.pop(key), f"{block}.{'attn.proj' if scale == 'ls1' else 'mlp.fc2'}"
         plain[f"{module}.weight"] *= gamma[:, None]

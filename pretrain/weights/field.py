@@ -29,12 +29,10 @@ def grid_to_field(n_cells: int, n_samples: int, interpolation: str = "bicubic") 
     """
     zero = torch.zeros(1, dtype=torch.float64)
     read = axis_weights(patch_centers(zero, zero + 1, n_cells)[0], n_samples, interpolation)
-    corners = torch.arange(n_samples, dtype=torch.float64) / (
-        n_samples - 1
-    )  # of the image, where the field's samples stand
-    cells = (corners * n_cells - 0.5) / max(
-        n_cells - 1, 1
-    )  # the same between the centers of the outermost cells
+    # of the image, where the field's samples stand
+    corners = torch.arange(n_samples, dtype=torch.float64) / (n_samples - 1)
+    # the same between the centers of the outermost cells
+    cells = (corners * n_cells - 0.5) / max(n_cells - 1, 1)
     smooth = axis_weights(cells, n_cells)
     return smooth + torch.linalg.pinv(read) @ (torch.eye(n_cells, dtype=torch.float64) - read @ smooth)
 

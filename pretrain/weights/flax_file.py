@@ -57,9 +57,8 @@ def read_flax_file(path: Path) -> dict[str, Any]:
                     tree[key] = _whole(unpacker.unpack())
             if unpacker.tell() != path.stat().st_size:
                 raise ValueError("more bytes follow")
-    except (
-        Exception
-    ) as error:  # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
+    # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
+    except Exception as error:
         reason = str(error).splitlines()[:1] or [""]
         raise UserError(
             f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})"

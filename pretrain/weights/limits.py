@@ -14,12 +14,10 @@ from pretrain.errors import UserError
 from pretrain.weights.checkpoint import Checkpoint
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
-MAX_HEADER_BYTES = (
-    4 << 20
-)  # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
-MAX_PICKLE_BYTES = (
-    4 << 20
-)  # the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
+# of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
+MAX_HEADER_BYTES = 4 << 20
+# the structure without the numbers: about 300 bytes a tensor; each byte can make an object of 60
+MAX_PICKLE_BYTES = 4 << 20
 # Items of a tuple in it, with those of the tuples inside; the state of Python's random numbers has 628
 MAX_TUPLE = 1000
 MAX_DIRECTORY_BYTES = 4 << 20  # of a zip: about 100 bytes a record, one a tensor

@@ -21,10 +21,8 @@ from pretrain.weights.limits import MAX_LABEL, sound
 from pretrain.weights.sources import SOURCES, Match, Source, unsupported
 
 TOLD = {"method": str, "effective_epochs": int | float, "weights_hash": str}  # what tables and cards repeat
-TRAINING_ONLY = (
-    "mask_token",
-    "pos_mask_token",
-)  # pre-training and position probes read them; dropped elsewhere
+# pre-training and position probes read them; dropped elsewhere
+TRAINING_ONLY = ("mask_token", "pos_mask_token")
 
 
 def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | None = None) -> Checkpoint:

@@ -36,10 +36,8 @@ ALLOWED = re.compile(
     r"|torch ((float|int)(16|32|64)|bfloat16|u?int8|bool)"
 )
 DTYPES = {dtype.str[1:]: dtype for dtype in map(numpy.dtype, "fdeilqILQbBhH?")}
-PATHS = {
-    "PosixPath": pathlib.PurePosixPath,
-    "WindowsPath": pathlib.PureWindowsPath,
-}  # pure: of any system, and no file's
+# pure: of any system, and no file's
+PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
 # Codecs from bytes to bytes: encoding again and again would double a few bytes without end.
 BYTE_CODECS = {
     "hex",
@@ -71,9 +69,8 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # on damaged bytes the readers fail in any way: KeyError, IndexError, struct.error, ...
+    # on damaged bytes the readers fail in any way: KeyError, IndexError, struct.error, ...
+    except Exception as error:
         raise UserError(
             f"weights: {path} is no checkpoint of plain tensors ({type(error).__name__})"
         ) from error

@@ -40,12 +40,10 @@ def save_backbone(
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # another process may write the same file now
+    # another process may write the same file now
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    temporary.write_bytes(
-        save(tensors, metadata=metadata)
-    )  # save_file would make a file that only its owner can read
+    # save_file would make a file that only its owner can read
+    temporary.write_bytes(save(tensors, metadata=metadata))
     os.replace(temporary, path)
     return path

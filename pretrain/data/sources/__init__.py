@@ -153,9 +153,8 @@ def _kind_of_file(path: Path) -> str:
         return "list"
     if path.suffix.lower() == ".parquet":
         return "parquet"
-    if re.search(
-        r"\.(tar(\.\w+)?|tgz)$", path.name.lower()
-    ):  # TarSource says that a packed one must be unpacked
+    # TarSource says that a packed one must be unpacked
+    if re.search(r"\.(tar(\.\w+)?|tgz)$", path.name.lower()):
         return "tar"
     raise UserError(
         f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"

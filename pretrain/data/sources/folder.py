@@ -64,18 +64,16 @@ def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(os.path.join(root, relative)) as listed:
-                entries = sorted(
-                    listed, key=lambda entry: entry.name, reverse=True
-                )  # popped, the first by name comes first
+                # popped, the first by name comes first
+                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise UserError(
                 f"data.root: cannot list {shown(os.path.join(root, relative))}: {error.strerror}"
             ) from error
         for entry in entries:
             path = os.path.join(relative, entry.name)
-            if is_image(entry.name) and not entry.is_dir(
-                follow_symlinks=False
-            ):  # a link is not looked up: slow by the million
+            # a link is not looked up: slow by the million
+            if is_image(entry.name) and not entry.is_dir(follow_symlinks=False):
                 found.append(path)
             elif entry.is_dir() and not entry.name.startswith(b"."):
                 waiting.append(path)

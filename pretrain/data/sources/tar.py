@@ -20,9 +20,8 @@ from pretrain.data.sources.handles import Handles
 from pretrain.data.sources.names import Names, shown
 from pretrain.errors import UserError
 
-KINDS = tuple(
-    suffix.removeprefix(".") for suffix in SUFFIXES
-)  # of a sample's images the first of these is taken
+# of a sample's images the first of these is taken
+KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, kind
 MAX_OPEN = 64  # shards a process
 
@@ -120,9 +119,8 @@ def scan_shard(path: Path) -> tuple[list[tuple[bytes, int, int]], list[bytes]]:
             end = archive.offset
             assert archive.fileobj is not None
             archive.fileobj.seek(end)
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(
-                b"\0"
-            ):  # no header, and tarfile ends there without a word
+            # no header, and tarfile ends there without a word
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise UserError(f"data.root: the shard {path} is damaged at byte {end}")
     except tarfile.ReadError as error:
         where = f" at byte {archive.offset}" if "archive" in locals() else ""

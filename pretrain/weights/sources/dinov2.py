@@ -21,15 +21,8 @@ from pretrain.weights.sources.dino import NEEDED as DINOS
 from pretrain.weights.sources.dino import whole_vit, with_origin
 from pretrain.weights.sources.source import Match, Source
 
-OWN = (
-    "cls_token",
-    "pos_embed",
-    "register_tokens",
-    "mask_token",
-    "patch_embed.proj.",
-    "blocks.",
-    "norm.",
-)  # all that is published
+# all that is published
+OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")
 NEEDED = (*DINOS, "blocks.0.ls1.gamma")
 NETWORKS = ("teacher", "student")
 HEADS = ("dino_head.", "ibot_head.")  # dropped; one head may serve for both

@@ -32,9 +32,8 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     _refuse_other_variants(file.path, state)
     state = without(state, "encoder_pred.", "pos_embed")
     if "mask_token" in state:
-        state["mask_token"] = state["mask_token"].squeeze(
-            0
-        )  # [1, D]; like ours, it replaces a patch's content
+        # [1, D]; like ours, it replaces a patch's content
+        state["mask_token"] = state["mask_token"].squeeze(0)
     return plain_vit(file.path, state, "lomar", "LoMaR", relative_positions=True)
 
 

@@ -36,9 +36,8 @@ DEPARTURES = {
     r"blocks\.\d+\.(attns|ffns)\.": "parallel branches in its blocks",
     r"blocks\.\d+\.attn\.rel_pos|rope": "relative positions",
 }
-OTHER_NAMES = re.compile(
-    "quickgelu|clip|siglip|rope|relpos|rpn|resmlp"
-)  # networks whose departures no tensor shows
+# networks whose departures no tensor shows
+OTHER_NAMES = re.compile("quickgelu|clip|siglip|rope|relpos|rpn|resmlp")
 
 
 def match(file: Container) -> Match:
