@@ -15,6 +15,7 @@ from pretrain.data.sources import DataSettings, kind_of
 from pretrain.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
+pytest.importorskip("datasets")
 import pyarrow.parquet as pq  # noqa: E402
 
 SOURCES = [kind for kind in typing.get_args(DataSettings.model_fields["source"].annotation) if kind != "auto"]
@@ -163,13 +164,28 @@ def test_a_selection_of_a_hugging_face_data_set_is_not_taken_for_the_whole(tmp_p
         opened(tmp_path / "some")
 
 
-def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
+def test_without_a_package_the_message_says_which_to_install(tmp_path, monkeypatch):
     save_to_disk(tmp_path / "saved", [images(0)])
     pq.write_table(table(images(0)), tmp_path / "x.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for root in (tmp_path / "saved", tmp_path / "x.parquet"):
-        with pytest.raises(UserError, match="pip install pyarrow"):
-            opened(root)
+    for package, root in (("datasets", "saved"), ("pyarrow", "x.parquet")):
+        monkeypatch.delitem(sys.modules, "pretrain.data.sources.tables", raising=False)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=f"pip install {package}"):
+            opened(tmp_path / root)
+
+
+def test_what_datasets_itself_saves(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": images(*range(7)), "label": list(range(7))}
+    train, test = (datasets.Dataset.from_dict(rows, features).select(range(n)) for n in (7, 2))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path, num_shards={"train": 2, "test": 1})
+    source = opened(tmp_path, split="train+test")
+    assert contents(source) == [row["bytes"] for row in images(*range(7), 0, 1)]
+    assert source.name(4) == "train/data-00001-of-00002.arrow: row 0"
+    train.shuffle(seed=0).save_to_disk(tmp_path / "some")  # written out, as all versions since 2.0 do
+    assert sorted(contents(opened(tmp_path / "some"))) == [row["bytes"] for row in images(*range(7))]
 
 
 # All kinds

@@ -12,9 +12,7 @@ from source_fixture import contents, files, names, opened, write_shards, write_t
 from pretrain.config import load_config
 from pretrain.data.decode import BrokenImage
 from pretrain.data.sources import open_source
-from pretrain.data.sources.files import MAX_FILE_BYTES, expand_braces
-from pretrain.data.sources.handles import Handles
-from pretrain.data.sources.names import Names, shown
+from pretrain.data.sources.files import MAX_FILE_BYTES, Handles, Names, expand_braces, shown
 from pretrain.data.sources.tar import scan_shard
 from pretrain.errors import UserError
 

@@ -10,10 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pretrain.data.sources.files import is_image, is_pattern
-from pretrain.data.sources.folder import FileSource, folder_source, list_source
-from pretrain.data.sources.huggingface import HuggingFaceSource
-from pretrain.data.sources.parquet import ParquetSource
+from pretrain.data.sources.files import FileSource, folder_source, is_image, is_pattern, list_source
 from pretrain.data.sources.tar import TarSource
 from pretrain.errors import UserError
 from pretrain.settings import Settings, setting
@@ -110,7 +107,13 @@ def open_source(data: DataSettings) -> Source:
         return folder_source(root, (split,))
     if kind == "tar":
         return TarSource(root, split)
-    return (ParquetSource if kind == "parquet" else HuggingFaceSource)(root, split, column)
+    try:
+        from pretrain.data.sources.tables import HuggingFaceSource, ParquetSource
+
+        return (ParquetSource if kind == "parquet" else HuggingFaceSource)(root, split, column)
+    except ImportError as error:
+        needs = "parquet needs pyarrow" if kind == "parquet" else "Hugging Face data need datasets"
+        raise UserError(f"data.root: {needs} ({error}): pip install {needs.split()[-1]}") from error
 
 
 def kind_of(root: str, split: str = "") -> str:

@@ -1,16 +1,22 @@
-"""Read whole files, and find the files of a source."""
+"""Whole files and what finds them: images in a folder, nested (as ImageNet's) or flat, or in a list; files
+with many images each."""
 
 import glob
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from pretrain.data.decode import BrokenImage
 from pretrain.errors import UserError
 
+T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_FILE_BYTES = 2**29  # of one image; a larger file would be read completely before it is refused
 
@@ -39,6 +45,121 @@ def read_file(path: bytes) -> bytes:
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in a name of a list
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+
+
+class Names:
+    """Millions of byte strings in two arrays. Forked workers share them; they would copy a list of strings page
+    by page."""
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        names = list(names)
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)  # [N] in bytes
+        self.text = np.frombuffer(b"".join(names), np.uint8)  # [ends[-1]]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].tobytes()
+
+
+def shown(name: bytes) -> str:
+    """A name for messages, in one line: invalid UTF-8 and control characters become ``\\x..``."""
+    text = name.decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class FileSource:
+    """Image files by name, relative to ``root`` or absolute."""
+
+    def __init__(self, root: str, names: Names) -> None:
+        self.root, self.names = os.fsencode(root), names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The name in the folder or the list."""
+        return shown(self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """The file's content; raises BrokenImage."""
+        return read_file(os.path.join(self.root, self.names[index]))
+
+
+def folder_source(root: str, subfolders: Sequence[str] = ("",)) -> FileSource:
+    """All images under a folder, or under some of its sub-folders, sorted by path: the same order on every
+    machine.
+
+    Suffixes tell images. Links to folders are followed, and each real folder is listed once. Hidden files and
+    folders are left out.
+
+    Raises:
+        UserError: a folder is missing, cannot be listed or has no image; names data.root, or data.split for a
+            sub-folder.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"data.root: no folder {root}")
+    found: list[bytes] = []
+    for subfolder in subfolders:
+        within, key = os.path.join(root, subfolder), "data.split" if subfolder else "data.root"
+        if not os.path.isdir(within):
+            raise UserError(f"{key}: no folder {within}")
+        images = _list_images(
+            os.fsencode(root), os.fsencode(os.path.normpath(subfolder)) if subfolder else b""
+        )
+        if not images:
+            raise UserError(f"{key}: no image ({', '.join(SUFFIXES)}) in {within}")
+        found += images
+    return FileSource(root, Names(sorted(set(found))))  # a set: sub-folders may lie within one another
+
+
+def _list_images(root: bytes, subfolder: bytes) -> list[bytes]:
+    """Paths relative to ``root``, in no order."""
+    found, waiting, seen = [], [subfolder], set()
+    while waiting:
+        relative = waiting.pop()
+        try:
+            status = os.stat(os.path.join(root, relative))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(os.path.join(root, relative)) as listed:
+                # popped, the first by name comes first
+                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(
+                f"data.root: cannot list {shown(os.path.join(root, relative))}: {error.strerror}"
+            ) from error
+        for entry in entries:
+            path = os.path.join(relative, entry.name)
+            # a link is not looked up: slow by the million
+            if is_image(entry.name) and not entry.is_dir(follow_symlinks=False):
+                found.append(path)
+            elif entry.is_dir() and not entry.name.startswith(b"."):
+                waiting.append(path)
+    return found
+
+
+def list_source(path: str) -> FileSource:
+    """The images in a text file, one a line, relative to the list's folder or absolute, in the list's order.
+
+    Empty lines and lines that start with ``#`` are left out. A missing file counts as a broken image when it
+    is read.
+
+    Raises:
+        UserError: there is no such file; it has no names.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = [line.strip() for line in file.read().removeprefix(b"\xef\xbb\xbf").splitlines()]
+    except OSError as error:
+        raise UserError(f"data.root: cannot read the list {path}: {error.strerror}") from error
+    names = Names(line for line in lines if line and not line.startswith(b"#"))
+    if not len(names):
+        raise UserError(f"data.root: no image is named in the list {path}")
+    return FileSource(os.path.dirname(os.path.abspath(path)), names)
 
 
 def whole_files(root: str, split: str, suffix: str) -> list[Path]:
@@ -116,3 +237,29 @@ def expand_braces(pattern: str) -> list[str]:
         else:
             choices.append(part.split(","))
     return ["".join(names) for names in product(*choices)]
+
+
+class Handles(Generic[T]):
+    """The open files of a source: the ``size`` used last. Pickles leave them out; a forked process opens its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._process = os.getpid()
+
+    def get(self, key: Hashable, open_it: Callable[[], T]) -> T:
+        """The object under ``key``, opened if necessary; the least recently used one is dropped."""
+        if self._process != os.getpid():
+            self._kept, self._process = OrderedDict(), os.getpid()
+        if key not in self._kept:
+            self._kept[key] = open_it()
+        self._kept.move_to_end(key)
+        while len(self._kept) > self.size:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["size"])  # type: ignore[misc]

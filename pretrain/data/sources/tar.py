@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.decode import BrokenImage
-from pretrain.data.sources.files import MAX_FILE_BYTES, SUFFIXES, is_image, whole_files
-from pretrain.data.sources.handles import Handles
-from pretrain.data.sources.names import Names, shown
+from pretrain.data.sources.files import MAX_FILE_BYTES, SUFFIXES, Handles, Names, is_image, shown, whole_files
 from pretrain.errors import UserError
 
 # of a sample's images the first of these is taken

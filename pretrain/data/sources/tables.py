@@ -1,0 +1,232 @@
+"""Images in a column of tables: parquet files, or a set that Hugging Face's ``datasets`` saved.
+
+Rows hold Hugging Face's ``struct<bytes: binary, path: string>`` or plain bytes; nothing in a folder is executed.
+
+Arrow files are mapped into memory by ``datasets``: a row is read without its neighbors, in any order. To reach
+a row of parquet, the image column of its whole row group is read; each process keeps the last two groups. In
+the random order of training that is one row group for each image, which is slow if they are large (Hugging
+Face writes 100 to 1,000 rows). Parquet is read by pyarrow itself, because ``datasets`` would first write a
+second copy of the whole set as arrow files (and its streaming has no access by index). Whoever has room for
+that copy makes it once, with ``save_to_disk``; tar shards are as fast.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pretrain.data.decode import BrokenImage
+from pretrain.data.sources.files import Handles, read_file, whole_files
+from pretrain.errors import UserError
+from pretrain.json_file import read_json
+
+MAX_OPEN = 16  # parquet files a process
+MAX_GROUPS = 2  # row groups a process
+
+
+class Rows:
+    """The rows of a table that is stored in parts, one after the other.
+
+    Raises:
+        UserError: there is no row; names ``root``.
+    """
+
+    def __init__(self, root: str, sizes: Sequence[int]) -> None:
+        self.ends = np.cumsum(sizes, dtype=np.int64)  # rows up to and with each part
+        if not sum(sizes):
+            raise UserError(f"data.root: no row in {root}")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The part of a row, and its place there."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part - 1] if part else 0)
+
+
+class ParquetSource(Rows):
+    """The rows of all files, by file name.
+
+    Args:
+        root: a .parquet file, a folder of them, or a pattern such as ``train-*.parquet``.
+        split: a sub-folder, or the start of the files' names.
+        column: the column of the images; "": the only one of this type.
+
+    Raises:
+        UserError: a file is missing or damaged; there is no image column, or several; there is no row.
+    """
+
+    def __init__(self, root: str, split: str = "", column: str = "") -> None:
+        self.files = whole_files(root, split, ".parquet")
+        self.groups: list[tuple[int, int]] = []  # file, row group in it
+        sizes: list[int] = []
+        for k, path in enumerate(self.files):
+            try:
+                with pq.ParquetFile(path) as file:
+                    self.column = column = image_column(file.schema_arrow, column, path)
+                    groups = range(file.metadata.num_row_groups)
+                    sizes += [file.metadata.row_group(group).num_rows for group in groups]
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"data.root: cannot read {path}: {_reason(error)}") from error
+            self.groups += [(k, group) for group in groups]
+        super().__init__(root, sizes)
+        self._open: Handles[Any] = Handles(MAX_OPEN)
+        self._read: Handles[Any] = Handles(MAX_GROUPS)
+
+    def name(self, index: int) -> str:
+        """Such as ``train-00000-of-00002.parquet: row group 3, row 17``, counted from 0."""
+        part, row = self.place(index)
+        file, group = self.groups[part]
+        return f"{self.files[file].name}: row group {group}, row {row}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a row; raises BrokenImage."""
+        part, row = self.place(index)
+        file, group = self.groups[part]
+        try:
+            column = self._read.get((file, group), partial(self._read_group, file, group))
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenImage(f"row group {group} cannot be read: {_reason(error)}") from error
+        return image_bytes(column[row], self.files[file].parent)
+
+    def _read_group(self, file: int, group: int) -> Any:
+        """The image column of a row group, as ``pyarrow.ChunkedArray``."""
+        opened = self._open.get(file, partial(pq.ParquetFile, self.files[file]))
+        return opened.read_row_group(group, columns=[self.column], use_threads=False)[self.column]
+
+
+class HuggingFaceSource(Rows):
+    """The rows of a saved ``Dataset``, or of one split (several joined with ``+``) of a saved
+    ``DatasetDict``, in their order.
+
+    Args:
+        root: the folder, with state.json or dataset_dict.json.
+        split: required if a DatasetDict has several.
+        column: the column of the images; "": the only one of this type.
+
+    Raises:
+        UserError: the folder or split does not exist; a file is missing or damaged; a selection of rows was
+            not written out; there is no image column, or several; there is no row.
+        ImportError: ``datasets`` is not installed.
+    """
+
+    def __init__(self, root: str, split: str = "", column: str = "") -> None:
+        from datasets import Dataset  # takes most of a second
+
+        self.root = Path(root)
+        self.files = [path for folder in _folders(self.root, split) for path in _data_files(folder)]
+        self.tables: list[Any] = []  # mapped; a pickle holds the paths alone
+        for path in self.files:
+            try:
+                table = Dataset.from_file(str(path)).data
+            except Exception as error:  # pyarrow's, OSError; for damaged metadata, any
+                raise UserError(f"data.root: cannot read {path}: {_reason(error)}") from error
+            self.column = column = image_column(table.schema, column, path)
+            self.tables.append(table)
+        super().__init__(root, [table.num_rows for table in self.tables])
+
+    def name(self, index: int) -> str:
+        """Such as ``train/data-00000-of-00002.arrow: row 17``, counted from 0."""
+        file, row = self.place(index)
+        return f"{self.files[file].relative_to(self.root)}: row {row}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a row; raises BrokenImage."""
+        file, row = self.place(index)
+        try:
+            return image_bytes(self.tables[file][self.column][row], self.files[file].parent)
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenImage(_reason(error)) from error
+
+
+def image_column(schema: pa.Schema, wanted: str, path: Path) -> str:
+    """The name of the image column: ``wanted``, or the only column with the type of images.
+
+    Raises:
+        UserError: there is no such column, no image column, or several; names data.image_column and the file.
+    """
+
+    def is_bytes(kind: pa.DataType) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+    def is_image(kind: pa.DataType) -> bool:
+        if not pa.types.is_struct(kind):
+            return is_bytes(kind)
+        at = kind.get_field_index("bytes")
+        return at >= 0 and is_bytes(kind.field(at).type)
+
+    images = [field.name for field in schema if is_image(field.type)]
+    if wanted and wanted not in schema.names:
+        raise UserError(f"data.image_column: {path} has no column {wanted}, only {', '.join(schema.names)}")
+    if wanted and wanted not in images:
+        kind = schema.field(wanted).type
+        raise UserError(
+            f"data.image_column: {wanted} in {path} is {kind}, neither binary nor a struct with binary 'bytes'"
+        )
+    if not wanted and len(images) != 1:
+        raise UserError(
+            f"data.image_column: which of {path}'s columns? Of images: {', '.join(images) or 'none'}"
+        )
+    return wanted or images[0]
+
+
+def image_bytes(row: pa.Scalar, folder: Path) -> bytes:
+    """The encoded image of a row. If the row has only a path, read that file, relative to ``folder``.
+
+    Raises:
+        BrokenImage: the row has no image; the file cannot be read.
+    """
+    value = row.as_py()
+    if isinstance(value, dict):
+        if value["bytes"] is None and value.get("path"):
+            return read_file(os.fsencode(folder / value["path"]))
+        value = value["bytes"]
+    if value is None:
+        raise BrokenImage("a row without an image")
+    return bytes(value)
+
+
+def _folders(root: Path, split: str) -> list[Path]:
+    """The folders of the data sets: ``root``, or those of its splits."""
+    if not (root / "dataset_dict.json").is_file():
+        if not (root / "state.json").is_file():
+            raise UserError(
+                f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it"
+            )
+        own = read_json(root / "state.json", "data.root").get("_split")
+        if split and split != own:
+            raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
+        return [root]
+    there = [str(name) for name in read_json(root / "dataset_dict.json", "data.root").get("splits", [])]
+    wanted = split.split("+") if split else there
+    if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
+        raise UserError(
+            f"data.split={split}: {root} has the splits {', '.join(there) or '(none)'}; several are joined with +"
+        )
+    return [root / name for name in wanted]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The arrow files of a data set, in their order."""
+    state = read_json(folder / "state.json", "data.root")
+    if state.get("_indices_data_files"):
+        said = "holds a selection of rows (_indices_data_files), which is not applied here"
+        raise UserError(f"data.root: {folder / 'state.json'} {said}: save it again with flatten_indices()")
+    try:
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"data.root: {folder / 'state.json'} does not say _data_files") from error
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"data.root: no file {path}, which {folder / 'state.json'} names")
+    return files
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
