@@ -2,7 +2,6 @@
 machine and on many."""
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -62,12 +61,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process writes the files."""
     return rank() == 0
-
-
-def log(text: str) -> None:
-    """One line on stderr, from the main process."""
-    if is_main():
-        print(text, file=sys.stderr, flush=True)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for,
-the terminal.
+"""Where a run's numbers and images go: three ``*.jsonl`` files, TensorBoard, Weights & Biases if asked for.
 
 * ``metrics.jsonl``: what the run computed. Nothing in it depends on the machine's speed: a resumed run leaves
   the same bytes as an uninterrupted one.
@@ -20,15 +19,12 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from pretrain.errors import UserError
+from pretrain.files import replacing
 from pretrain.settings import Settings, setting
 
 NAMES = ("metrics", "speed", "probes")
-QUIET_S = 20  # between progress lines where there is no terminal
 WINDOW_ITERS = 50  # iterations that the speed is a mean over
 # A process's first iterations (kernels are chosen and compiled, workers start): forgotten as soon as they are
 # over
@@ -72,9 +68,8 @@ def truncate_lines(path: Path, before_iter: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(line + "\n" for line in kept))
 
 
 def is_logged(folder: Path, iteration: int) -> bool:
@@ -274,73 +269,9 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def in_words(seconds: float) -> str:
-    """A duration for people: ``2 d 03 h``, ``1 h 02 min``, ``3 min 20 s``, ``12 s``."""
-    minutes, s = divmod(max(round(seconds), 0), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h:02d} h"
-    if hours:
-        return f"{hours} h {m:02d} min"
-    return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
-
-
 def describe(losses: Mapping[str, float], names: Iterable[str], speed: Speed, device: torch.device) -> str:
     """One line: ``loss`` and its terms (``names``), img/s, share of data wait, memory."""
     terms = ", ".join(f"{name} {losses[name]:.3f}" for name in names if name in losses)
     memory = f"{'GPU' if device.type == 'cuda' else 'process'} {peak_memory_gb(device):.1f} GB"
     loss = f"loss {losses['loss']:.3f} ({terms})" if "loss" in losses else f"skipped ({terms})"
     return f"{loss}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}  {memory}"
-
-
-class _Display(Progress):
-    """A bar, and a line of text below it."""
-
-    note = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """What rich draws."""
-        yield self.make_tasks_table(self.tasks)
-        yield Text(self.note)
-
-
-class ProgressLine:
-    """How far a run is: a bar and a line of numbers on a terminal, a plain line now and then elsewhere.
-
-    Args:
-        console: where to; stderr without.
-    """
-
-    def __init__(self, title: str, total_iters: int, start_iter: int, console: Console | None = None) -> None:
-        self.total_iters, self.title, self.told = total_iters, title, 0.0
-        self.console = console or Console(stderr=True)
-        self.bar: _Display | None = None
-        if self.console.is_terminal:
-            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
-            self.bar = _Display(*columns, console=self.console)
-            self.bar.start()
-            self.task = self.bar.add_task(title, total=total_iters, completed=start_iter, eta="")
-
-    def update(self, done_iters: int, note: str, eta_s: float) -> None:
-        """``done_iters`` iterations are done. Shown at most every second, or every ``QUIET_S`` off a
-        terminal; the last one always."""
-        pause_s = 1 if self.bar is not None else QUIET_S
-        if done_iters < self.total_iters and time.time() - self.told < pause_s:
-            return
-        self.told = time.time()
-        left = f"{in_words(eta_s)} left" if done_iters < self.total_iters else "done"
-        if self.bar is not None:
-            self.bar.note = note
-            self.bar.update(self.task, completed=done_iters, eta=left)
-        else:
-            print(
-                f"{self.title} {done_iters}/{self.total_iters}  {note}  {left}",
-                file=self.console.file,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self.bar is not None:
-            self.bar.stop()

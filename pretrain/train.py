@@ -19,8 +19,9 @@ from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_lo
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation.probes import Probes
+from pretrain.log import ProgressLine, log
 from pretrain.methods import TrainSettings
-from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, peak_memory_gb
+from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
@@ -56,7 +57,7 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         before = prepare(trainer, len(dataset), resume)
         folder, total_iters = Path(config.run.output), trainer.length.total_iters
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
-            distributed.log(f"{folder} is finished ({read_result(folder).created})")
+            log(f"{folder} is finished ({read_result(folder).created})")
             return folder
         with (
             StopSignals() as signals
@@ -113,7 +114,7 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
         )
     found, messages = checkpoints.find(folder, resume) if resume else (None, [])
     for message in messages:
-        distributed.log(message)
+        log(message)
     if found is None and messages:
         raise UserError(f"resume: {folder} has checkpoints, but no whole one; move them away to start anew")
     if found is not None:
@@ -122,12 +123,12 @@ def prepare(trainer: Trainer, n_images: int, resume: str) -> Totals:
         trainer.iteration = found.iteration
         totals = totals_of(found)
         trainer.n_skipped = totals.n_skipped
-        distributed.log(f"going on from {found.path}")
+        log(f"going on from {found.path}")
         return totals
     if config.run.init_from:
         earlier, messages = checkpoints.find(Path(config.run.init_from), config.run.init_from)
         for message in messages:
-            distributed.log(message)
+            log(message)
         assert earlier is not None  # what is asked for by name is there, or find raises
         networks = trainer.networks()
         left = sorted(
@@ -326,7 +327,7 @@ class Run:
             UserError: they are more than the share that is allowed.
         """
         for name in self.broken.add(distributed.gather_objects(self.read.state())):
-            distributed.log(f"skipped, cannot be read: {name}")
+            log(f"skipped, cannot be read: {name}")
         self.read = BrokenFiles()
         allowed = self.config.data.broken_share
         if self.broken.over(allowed):
@@ -376,7 +377,7 @@ class Run:
         config, now = self.config, self.now
         self.broken.write(self.folder)
         for line in self.broken.told():
-            distributed.log(line)
+            log(line)
         if self.trainer.ranks.is_sharded:
             last, _ = checkpoints.newest(self.folder)
             assert last is not None
@@ -474,6 +475,6 @@ def checked(pending: list[tuple[int, dict[str, Tensor]]], on_nan: str) -> dict[s
         if wrong and on_nan == "stop":
             raise FloatingPointError(f"iteration {it}: {', '.join(wrong)} is not finite: {losses}")
         if wrong:
-            distributed.log(f"iteration {it} was skipped: {', '.join(wrong)} is not finite")
+            log(f"iteration {it} was skipped: {', '.join(wrong)} is not finite")
             losses = {name: value for name, value in losses.items() if name not in wrong}
     return losses

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
 from pretrain.errors import Interrupted, UserError
+from pretrain.log import log, say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
@@ -107,8 +108,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
             f"{told}, but this one was told no RANK: unset them, or use torchrun or posfield submit"
         )
     if _is_over(run, cfg):
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{output} holds this run already, finished: nothing to do")
+        say(f"{output} holds this run already, finished: nothing to do")
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
@@ -162,7 +162,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in paths:
         if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
             return path
-        distributed.log(f"passed over: {path} was not written to its end")
+        log(f"passed over: {path} was not written to its end")
     if paths:
         raise UserError(
             f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew"

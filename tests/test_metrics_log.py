@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain import log as log_module
 from pretrain import metrics_log
 from pretrain.errors import UserError
-from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, describe, in_words, peak_memory_gb
+from pretrain.log import ProgressLine, in_words
+from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 
 CPU = torch.device("cpu")
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -195,10 +197,10 @@ def test_words():
 
 def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):
     clock, file = Clock(), io.StringIO()
-    monkeypatch.setattr(metrics_log.time, "time", clock)
+    monkeypatch.setattr(log_module.time, "time", clock)
     line = ProgressLine("pretrain mine", 1000, 400, Console(file=file))
     for done in range(401, 406):
-        clock.now += 0.4 * metrics_log.QUIET_S
+        clock.now += 0.4 * log_module.QUIET_S
         line.update(done, f"loss {done}", eta_s=75.0)
     line.update(1000, "loss 0", eta_s=0.0)
     line.close()
@@ -211,7 +213,7 @@ def test_plain_lines_come_now_and_then_and_at_the_end(monkeypatch):
 
 def test_a_terminal_shows_a_bar_with_the_numbers_below(monkeypatch):
     clock, file = Clock(), io.StringIO()
-    monkeypatch.setattr(metrics_log.time, "time", clock)
+    monkeypatch.setattr(log_module.time, "time", clock)
     line = ProgressLine("pretrain mine", 1000, 400, Console(file=file, force_terminal=True, width=100))
     line.update(600, "loss 1.234 (image 1.000, content 0.234)", eta_s=3720.0)
     line.update(601, "never shown: less than a second later", eta_s=3720.0)

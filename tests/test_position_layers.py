@@ -25,7 +25,7 @@ from pretrain.eval_model import open_models
 from pretrain.evaluation.features import Features, frozen, layer_names
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import PositionProbe, centers, draw_masks, hide_with
-from pretrain.progress import Progress
+from pretrain.log import Progress
 from pretrain.results.schema import read_result
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalize

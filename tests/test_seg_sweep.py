@@ -14,9 +14,10 @@ pytest.importorskip("seg_plugin")
 from ade_fixture import write_ade
 from seg_fixture import TOOL
 
-from pretrain.cli import REQUEUE_CODE, say
+from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import interruptible
+from pretrain.log import say
 from pretrain.results.report import build_report
 from pretrain.results.runs import find_results, read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result

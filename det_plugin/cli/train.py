@@ -24,8 +24,9 @@ from det_plugin.coco.annotations import read_classes
 from det_plugin.protocol import PROTOCOLS, DetectionProtocol, protocol, with_overrides
 from det_plugin.run import DetectionRun
 from pretrain import distributed
-from pretrain.cli import fields_and_kwargs, fine_tuning_parser, say
+from pretrain.cli import fields_and_kwargs, fine_tuning_parser
 from pretrain.errors import UserError
+from pretrain.log import say
 from pretrain.weights import backbone_name
 
 FOLDERS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}  # what a run of each leaves

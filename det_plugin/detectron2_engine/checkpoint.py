@@ -5,17 +5,16 @@ The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_c
 can resume from them.
 """
 
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from det_plugin.detectron2_engine.requires import detectron2_installed
-from pretrain.distributed import log
 from pretrain.errors import UserError
+from pretrain.files import replacing
+from pretrain.log import log
 
 with detectron2_installed():
     from detectron2.checkpoint import DetectionCheckpointer
@@ -33,8 +32,10 @@ class WholeCheckpointer(DetectionCheckpointer):
         if self.save_to_disk:
             parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
             state = {"model": self.model.state_dict(), **parts, **extra}
-            _replace(Path(self.save_dir) / f"{name}.pth", lambda file: torch.save(state, file))
-            _replace(Path(self.save_dir) / LAST, lambda file: file.write(f"{name}.pth".encode()))
+            with replacing(Path(self.save_dir) / f"{name}.pth") as partial, open(partial, "wb") as file:
+                torch.save(state, file)
+            with replacing(Path(self.save_dir) / LAST) as partial:
+                partial.write_text(f"{name}.pth")
 
 
 class Checkpoints(HookBase):
@@ -97,13 +98,3 @@ def last_whole(folder: Path) -> Path | None:
                 f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before"
             )
     raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

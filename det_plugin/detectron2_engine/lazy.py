@@ -39,8 +39,8 @@ from det_plugin.torchvision_engine.trainer import Data
 from pretrain import distributed
 from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.device import choose_device, deterministic
-from pretrain.distributed import log
 from pretrain.errors import UserError
+from pretrain.log import log
 from pretrain.results.schema import FILE_NAME
 
 with detectron2_installed():

@@ -6,7 +6,6 @@ read, as tensors and plain values, and never written.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from det_plugin.run import DetectionRun
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.distributed import log
 from pretrain.errors import UserError
+from pretrain.files import replacing
+from pretrain.log import log
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.settings import compared, upgraded
@@ -64,10 +64,8 @@ def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a file so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

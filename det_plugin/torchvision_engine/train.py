@@ -31,7 +31,8 @@ from pretrain import checkpoints, distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
 from pretrain.errors import Interrupted, UserError
-from pretrain.metrics_log import MetricsLog, ProgressLine, Speed, is_logged, peak_memory_gb
+from pretrain.log import ProgressLine, log
+from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
 from pretrain.weights import origin_of
@@ -72,10 +73,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
             f"output: not every process finds the same run in {run.output}; all machines must see one folder"
         )
     if is_done:
-        distributed.log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
+        log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if run.protocol.amp and trainer.amp_dtype is None:
-        distributed.log(f"warning: amp has no effect on {device.type}; the run is in float32")
+        log(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
         write_json(run.output / CONFIG, config, indent=2)
     terms = None
@@ -124,7 +125,7 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     finally:
         if line:
             line.close()
-    distributed.log(f"{output}, iteration {iteration}: {in_words(metrics)}")
+    log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
 
 
@@ -210,8 +211,8 @@ def _is_due(trainer: Trainer) -> bool:
     )
 
 
-def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
-    run, progress = trainer.run, _progress(log.evaluated) if log else None
+def _evaluate(trainer: Trainer, data: Data, own: "Log | None") -> dict[str, Any]:
+    run, progress = trainer.run, _progress(own.evaluated) if own else None
     metrics, predictions = evaluate(
         trainer.model,
         data.val,
@@ -223,7 +224,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
     )
     if distributed.is_main():
         draw_page(data.val, spread(data.val, SHOWN), predictions, run.output / "figures" / "detections.png")
-        distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
+        log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
 

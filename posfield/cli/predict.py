@@ -24,7 +24,8 @@ from det_plugin.torchvision_engine.figures import draw_prediction
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources.files import is_image, read_file
 from pretrain.errors import UserError
-from pretrain.metrics_log import ProgressLine
+from pretrain.files import put_in_place
+from pretrain.log import ProgressLine
 
 
 def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
@@ -90,7 +91,7 @@ class Results:
         )
         self.file.close()
         if self.images:
-            os.replace(self.partial, self.path)
+            put_in_place(self.partial, self.path)
         else:
             self.partial.unlink()
 

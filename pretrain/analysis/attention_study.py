@@ -21,7 +21,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.data.images import check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
-from pretrain.progress import Progress
+from pretrain.log import Progress
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals

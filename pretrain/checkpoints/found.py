@@ -12,7 +12,7 @@ from pretrain import distributed
 from pretrain.checkpoints.store import MANIFEST, META, Record, directory, verify, whole_directories
 from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_pieces
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 
 LAYOUTS = {"single": STATE, "sharded": INDEX}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"

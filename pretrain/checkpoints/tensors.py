@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain.checkpoints.store import Record, record_of, sync_file
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 
 STATE, INDEX = "state.safetensors", "index.json"
 # Names of the safetensors format.

@@ -115,9 +115,3 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE"
     )
     return parser
-
-
-def say(line: str) -> None:
-    """Print a line, on the first rank alone; the ranks may not have met yet."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)

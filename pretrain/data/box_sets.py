@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 
 MAX_XML_BYTES = 2**22
 CORNERS = ("xmin", "ymin", "xmax", "ymax")

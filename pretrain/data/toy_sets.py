@@ -8,7 +8,6 @@ with a hole is cut through the hole into pieces without one.
 
 import importlib.metadata
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from pretrain.data.toy import CLASSES, SPLITS, Picture, compose, photographs, photographs_of
 from pretrain.errors import UserError
+from pretrain.files import put_in_place
 
 GENERATOR_VERSION = 1  # raise it when the same arguments give other images
 # of COCO, with a gap as in the real data set; class k is category CATEGORY_IDS[k]
@@ -131,7 +131,7 @@ def write_toy_data(folder: str | Path, *, n_images: int = 400, n_train: int = 24
     _write_labeled(folder, "train", n_train, seed, size_px)
     _write_labeled(folder, "val", n_val, seed, size_px)
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(unfinished, folder / "toy.json")
+    put_in_place(unfinished, folder / "toy.json")
     return {**record, "written": True}
 
 

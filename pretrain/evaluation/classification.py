@@ -23,7 +23,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.evaluation.knn import knn_predict_each
-from pretrain.progress import Progress
+from pretrain.log import Progress
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from pretrain.errors import Interrupted
-from pretrain.progress import Progress
+from pretrain.log import Progress
 from pretrain.signals import StopSignals
 
 LONG_S = 600.0  # longer work is announced

@@ -6,7 +6,6 @@ for figures.
 """
 
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,8 @@ from pretrain.evaluation.in_context import in_context
 from pretrain.evaluation.linear_segmentation import linear
 from pretrain.evaluation.long_work import check_signals
 from pretrain.evaluation.protocol import KNN, TASKS, deviations_of_data, name_of, protocol_of
-from pretrain.progress import Progress
+from pretrain.files import replacing
+from pretrain.log import Progress
 from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib, provenance
 from pretrain.results.schema import FILE_NAME, Result, read_result, write_result
 from pretrain.settings import as_dict, compared
@@ -307,9 +307,8 @@ def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
     np.savez_compressed(file.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
     content = {"of": identity, "metrics": done.outcome.metrics, **cost}
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _told(key: str, before: Any, now: Any) -> str:

@@ -1,8 +1,6 @@
 """Export in any format: write beside the target, read the file back with its library, compare with the
 network, then keep it."""
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from pretrain.export.programs import export_onnx, export_program, use_onnx, use_
 from pretrain.export.safetensors import export_safetensors, use_safetensors
 from pretrain.export.timm import export_timm, use_timm
 from pretrain.export.torchvision import export_torchvision, use_torchvision
+from pretrain.files import replacing
 
 TOLERANCE = 1e-4  # relative to the largest value of an output
 CHECKED_BATCHES = (1, 3)  # not the batch size of the traced example
@@ -79,21 +78,15 @@ def export(
     """
     path = Path(path)
     written = _checked_target(format, size, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")
-    _remove(temporary)  # of a run that was killed
     vit.eval()
-    try:
-        difference = largest_difference(vit, written.write(vit, size, temporary, provenance or {}), size)
+    with replacing(path, f".partial{written.suffix}") as partial:
+        difference = largest_difference(vit, written.write(vit, size, partial, provenance or {}), size)
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"{path}: outputs differ by {difference:.2g} of the backbone's, more than {TOLERANCE:.0e}"
             )
         if card is not None and not written.suffix:
-            (temporary / "README.md").write_text(card(difference), encoding="utf-8")
-        _replace(temporary, path)
-    finally:
-        _remove(temporary)
+            (partial / "README.md").write_text(card(difference), encoding="utf-8")
     return difference
 
 
@@ -137,20 +130,3 @@ def _checked_target(format: str, size: Size, path: Path) -> Format:
     if min(size) < 1:
         raise UserError(f"size: {size[0]} x {size[1]} px is no image")
     return wanted
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Move a file or folder to its place; an existing folder is moved aside first and removed last."""
-    old = path.with_name(f".replaced-{path.name}")
-    _remove(old)  # of a run that was killed
-    if path.is_dir():
-        os.replace(path, old)
-    os.replace(new, path)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

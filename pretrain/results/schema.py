@@ -6,7 +6,6 @@ Its protocol carries the list of deviations, and :attr:`Protocol.label` is the o
 
 import json
 import math
-import os
 import re
 import typing
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from pretrain.errors import UserError
+from pretrain.files import replacing
 from pretrain.results import renamed
 from pretrain.settings import Settings, problem, setting, validated
 
@@ -225,10 +225,8 @@ def to_json(result: Result) -> str:
 def write_result(result: Result, folder: str | Path) -> Path:
     """Write `folder/result.json` in one step (no reader ever sees half of it) and return its path."""
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{FILE_NAME}.{os.getpid()}.partial")
-    partial.write_text(to_json(result), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(to_json(result), encoding="utf-8")
     return path
 
 

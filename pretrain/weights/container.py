@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 from pretrain.weights import flax_file, torch_file
 from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 

@@ -2,13 +2,14 @@
 metadata."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+
+from pretrain.files import replacing
 
 FORMAT = "posfield-backbone"
 FORMAT_VERSION = 1
@@ -39,11 +40,7 @@ def save_backbone(
         "flags": json.dumps(dict(model_kwargs), sort_keys=True),
         "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # another process may write the same file now
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    # save_file would make a file that only its owner can read
-    temporary.write_bytes(save(tensors, metadata=metadata))
-    os.replace(temporary, path)
+    with replacing(path) as partial:  # save_file would make a file that only its owner can read
+        partial.write_bytes(save(tensors, metadata=metadata))
     return path

@@ -17,8 +17,9 @@ posfield submit --gpus 1 --array 16 -- posfield segment --sweep {index} --weight
 import argparse
 from pathlib import Path
 
-from pretrain.cli import command, fields_and_kwargs, fine_tuning_parser, say
+from pretrain.cli import command, fields_and_kwargs, fine_tuning_parser
 from pretrain.errors import UserError
+from pretrain.log import say
 from pretrain.weights import backbone_name
 from seg_plugin.datasets import DATASETS, recipe_for
 from seg_plugin.run import SegmentationRun, train

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pretrain.data.decode import BrokenImage
 from pretrain.data.sources.files import Handles, read_file, whole_files
 from pretrain.errors import UserError
-from pretrain.json_file import read_json
+from pretrain.files import read_json
 
 MAX_OPEN = 16  # parquet files a process
 MAX_GROUPS = 2  # row groups a process

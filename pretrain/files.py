@@ -1,0 +1,81 @@
+"""Read mappings in JSON files with one line for whatever is wrong; and give a file its name only when it is
+whole."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError
+
+
+def read_json(path: Path, area: str) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Args:
+        area: what the error begins with: ``weights``, ``data.root``, ...
+
+    Raises:
+        UserError: names the file that is missing, is no JSON in UTF-8, or holds no mapping.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)[:100]
+        raise UserError(f"{area}: {path} cannot be read as JSON ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{area}: {path} holds no mapping")
+    return content
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = ".partial") -> Iterator[Path]:
+    """Write ``path`` in one step: readers see the old file (or folder) or the new one, never a part.
+
+    The body writes to the path that it is given, beside ``path`` and with this suffix. After an error ``path``
+    is as it was, and nothing else stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")  # another process may write the same
+    try:
+        yield partial
+        put_in_place(partial, path)
+    finally:
+        remove(partial)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Flush a finished file to disk and give it its name. A folder with this name is moved aside first and
+    removed last."""
+    if partial.is_file():
+        sync(partial)
+    old = path.with_name(f".replaced-{path.name}")
+    if path.is_dir():
+        remove(old)  # of a process that was killed
+        os.replace(path, old)
+    os.replace(partial, path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:  # some network file systems cannot sync folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
