@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
 from pretrain.settings import Settings, setting
 from pretrain.weights import Checkpoint, backbone_name, load_into, read_checkpoint
-from pretrain.weights.patch import with_patch_size
+from pretrain.weights.adapt import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
 # These are settings of a run, not of a network: an override cannot contradict the file.
@@ -61,7 +61,7 @@ def build_backbone(
         source, subnet: those of :func:`pretrain.weights.read_checkpoint`; None: the file tells them.
         overrides: arguments of :class:`ViT` (``patch_size``, ``drop_path``, ``attention``, ``pos_encoding``,
             ...). Another ``patch_size`` than the file's resamples the patch projection
-            (:mod:`pretrain.weights.patch`).
+            (:mod:`pretrain.weights.adapt`).
 
     Returns:
         the ViT, in training mode, on the CPU.

@@ -38,7 +38,7 @@ from pretrain.results.render import render_all
 from pretrain.results.report import page
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
-from pretrain.weights.write import FORMAT
+from pretrain.weights.sources.posfield import FORMAT
 
 # See :func:`state`.
 DONE, RUNNING, OTHER, QUEUED, LEFT = "done", "running", "other settings", "in the queue", "left"

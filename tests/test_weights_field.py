@@ -14,7 +14,7 @@ from pretrain.backbones.position import axis_weights, patch_centers, resample_gr
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, save_backbone
-from pretrain.weights.field import SAMPLES_A_CELL, grid_to_field, with_position_field
+from pretrain.weights.adapt import SAMPLES_A_CELL, grid_to_field, with_position_field
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 

@@ -10,7 +10,7 @@ from reference_vit import DinoViT, DropPos, Mae, MaeEncoder, difference, filled,
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.weights import backbone_name, read_checkpoint
-from pretrain.weights.sources.mae import is_fixed
+from pretrain.weights.common import is_fixed
 
 SIZES = ((224, 224), (160, 272))
 

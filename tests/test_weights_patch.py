@@ -13,7 +13,7 @@ from timm.layers import resample_patch_embed
 from pretrain.build import build_backbone
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights import save_backbone
-from pretrain.weights.patch import resize_kernel, resize_matrix
+from pretrain.weights.adapt import resize_kernel, resize_matrix
 
 GRID = 5
 

@@ -8,9 +8,10 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.weights import read_checkpoint, source_names
+from pretrain.weights.common import Match
 from pretrain.weights.container import Container
 from pretrain.weights.read import find_source
-from pretrain.weights.sources import SOURCES, Match, unsupported
+from pretrain.weights.sources import SOURCES, unsupported
 
 D = 8
 FROM_TIMM = {

@@ -22,7 +22,7 @@ from pretrain.results.tables import (
     segmentation_table,
 )
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights.layout import registry_name
+from pretrain.weights.common import registry_name
 
 UNKNOWN = "unknown"
 FRONT_MATTER = """---

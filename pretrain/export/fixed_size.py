@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.backbones.vit import Tokens, ViT
 from pretrain.errors import UserError
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights.layout import registry_name
+from pretrain.weights.common import registry_name
 
 Size = tuple[int, int]  # height, width in pixels
 Outputs = dict[str, Tensor]

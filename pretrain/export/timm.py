@@ -24,7 +24,7 @@ from pretrain.export.fixed_size import (
     write_tensors,
 )
 from pretrain.views.pixels import MEAN, STD
-from pretrain.weights.layout import WIDTHS
+from pretrain.weights.common import WIDTHS
 
 LN_EPS = 1e-6  # timm's; its description cannot change it
 

@@ -8,7 +8,7 @@ from pretrain.errors import UserError
 from pretrain.methods.method import TrainSettings
 from pretrain.views import CropSettings, PositionSettings
 from pretrain.weights import read_checkpoint
-from pretrain.weights.field import with_position_field
+from pretrain.weights.adapt import with_position_field
 
 
 def new_backbone(
@@ -48,7 +48,7 @@ def started_backbone(settings: TrainSettings, drop_path: float, positions: Posit
     ``backbone.patch_size``.
 
     Its file decides all else: registers, LayerScale, activation, positions. ``positions.encoding=field``
-    makes crop-tied positions of a learned grid (:mod:`pretrain.weights.field`), of ``positions.grid`` samples
+    makes crop-tied positions of a learned grid (:mod:`pretrain.weights.adapt`), of ``positions.grid`` samples
     a side and read as ``positions.interpolation`` says; with ``standard`` they stay what they are, a grid, a
     field that is read whole, or none.
 

@@ -1,6 +1,6 @@
 """Files of weights: what one holds, and the one function that reads any supported source."""
 
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import Checkpoint
 from pretrain.weights.read import (
     backbone_name,
     check_fit,
@@ -9,7 +9,7 @@ from pretrain.weights.read import (
     read_checkpoint,
     source_names,
 )
-from pretrain.weights.write import save_backbone
+from pretrain.weights.sources.posfield import save_backbone
 
 __all__ = [
     "Checkpoint",

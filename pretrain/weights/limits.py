@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
 
 MAX_JSON_BYTES = 4 << 20  # config.json is some kB; an index of shards is about 100 bytes a tensor
 # of safetensors: about 100 bytes a tensor; what is read of it takes ten times as much memory
@@ -86,55 +85,3 @@ def check_tensors(path: Path, tree: Mapping[str, Any], file_bytes: int) -> None:
                 left.append((f"{name}.{key}" if name else str(key), depth + 1, value))
     if total > MAX_SHARING * file_bytes:
         raise UserError(f"weights: {path} has {file_bytes} bytes and declares tensors of {total}")
-
-
-def sound(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A checkpoint's tensors in float32.
-
-    Raises:
-        UserError: names a tensor that holds integers, NaN or infinity; the arguments build a network larger
-            than the file.
-    """
-    state = {}
-    for key, value in checkpoint.state.items():
-        if not value.is_floating_point():
-            raise UserError(
-                f"weights: {checkpoint.path}: {key} holds {str(value.dtype).removeprefix('torch.')}, no weights"
-            )
-        state[key] = value.to(torch.float32)
-        if value.numel() and not all(bound.isfinite() for bound in torch.aminmax(state[key].detach())):
-            raise UserError(f"weights: {checkpoint.path}: {key} holds NaN or infinity")
-    _check_flags(checkpoint, sum(value.numel() for value in state.values()))
-    return state
-
-
-def _check_flags(checkpoint: Checkpoint, n_stored: int) -> None:
-    """The arguments come from the file's metadata or keys: without a bound they could build a network of any
-    size."""
-    model_kwargs = checkpoint.model_kwargs
-    if not isinstance(model_kwargs, Mapping):
-        raise UserError(f"weights: {checkpoint.path}: its flags are no dictionary")
-    sides = {
-        key: model_kwargs.get(key, 0)
-        for key in ("embed_dim", "depth", "num_heads", "patch_size", "n_registers", "pos_grid")
-    }
-    for key, value in sides.items():
-        needed = key not in ("n_registers", "pos_grid")
-        if type(value) is not int or not needed <= value <= MAX_SIDE:
-            raise UserError(f"weights: {checkpoint.path}: {key} of {value!r:.60} is no size of a network")
-    width, ratio = sides["embed_dim"], model_kwargs.get("mlp_ratio", 4.0)
-    if width % sides["num_heads"]:
-        raise UserError(
-            f"weights: {checkpoint.path}: {width} channels cannot be split over {sides['num_heads']} heads"
-        )
-    if not isinstance(ratio, int | float) or not 0 < ratio <= MAX_SIDE:
-        raise UserError(f"weights: {checkpoint.path}: mlp_ratio of {ratio!r:.60} is no size of a network")
-    eps = model_kwargs.get("ln_eps", 1e-6)
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise UserError(f"weights: {checkpoint.path}: ln_eps of {eps!r:.60} is none of a norm")
-    n_wanted = width * (sides["depth"] * (4 + 2 * ratio) * width + 3 * sides["patch_size"] ** 2)
-    n_wanted += width * (sides["n_registers"] + sides["pos_grid"] ** 2)
-    if n_wanted > 2 * n_stored + UNSTORED:
-        raise UserError(
-            f"weights: {checkpoint.path} holds {n_stored} numbers, its flags build a network of {n_wanted:.2g}"
-        )

@@ -1,10 +1,14 @@
-"""DINO, and the methods that grew from its code and kept its files: iBOT, Mugs, CrIBo, CrOC
-(:mod:`.patchwise` has two more).
+"""DINO, and the methods that grew from its code and kept its files: iBOT, Mugs, CrIBo, CrOC, SelfPatch, FLSL.
 
 A full checkpoint (``main_dino.py``) is ``{student: module.*, teacher, optimizer, epoch, args, ...}``. Each
 network has ``backbone.*`` and its heads. A backbone alone is flat, at the top (DINO) or under ``state_dict``
 (iBOT, Mugs), and does not tell its method. All methods evaluate the teacher and resample positions by scale
 factors (n + 0.1) / G.
+
+The networks of the last two attend over patches alone. SelfPatch (``selfpatch_vision_transformer.py``) has no
+[CLS] and no norm after the last block; its heads have their own. FLSL (``make_vit_noclass``): the [CLS] token
+stays in the file but never enters the sequence. By default positions are MAE's table without a row for [CLS].
+There is a norm after the last block, unless the run switched ``post_layernorm`` off; then the file has none.
 """
 
 import re
@@ -14,14 +18,23 @@ from functools import partial
 
 from torch import Tensor
 
-from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import (
+    NEEDED,
+    Checkpoint,
+    Match,
+    Source,
+    State,
+    backbone_of,
+    grid_side,
+    inside_of,
+    is_fixed,
+    is_named,
+    misfit,
+    starts_with_zero,
+    take,
+)
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import grid_side, plain_vit, strip, without
-from pretrain.weights.sources.source import Match, Source
 
-State = dict[str, Tensor]
-NEEDED = ("cls_token", "pos_embed", "norm.weight", "norm.bias")
 # What distinguishes the files: (the sources that have it, a key of the full checkpoint or the start of a
 # tensor's name).
 MARKS = (
@@ -53,7 +66,7 @@ class Method:
     """A method whose full checkpoint is DINO's.
 
     Attributes:
-        source, method: see :class:`pretrain.weights.sources.source.Source`.
+        source, method: see :class:`pretrain.weights.common.Source`.
         file_name: pattern of the public files' names.
         heads: starts of names beside ``backbone.*`` that are dropped.
         unused: starts of names inside the backbone that are dropped.
@@ -82,38 +95,38 @@ def match(method: Method, file: Container) -> Match:
         return Match.NONE
     if method.source == "dino" and "dino_loss" in file.tree and not marks:
         return Match.MARKED
-    if not all(fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
+    if not all(_fits(method, backbone_of(state, method.unused)[0]) for state in networks.values()):
         return Match.NONE
-    if is_named(file, method.file_name) or (method.source == "ibot" and is_ibots_backbone(file)):
+    if is_named(file, method.file_name) or (method.source == "ibot" and _is_ibots_backbone(file)):
         return Match.NAMED
     if "" in networks:  # it has timm's layout: any method may have left it
         return Match.POSSIBLE if method.needed != NEEDED else Match.NONE
     return Match.POSSIBLE if method.source == "dino" and not marks else Match.NONE
 
 
+def match_flsl(file: Container) -> Match:
+    """By its loss; a backbone alone, by a [CLS] token without a fixed position, else by the file's name."""
+    evidence, networks = match(FLSL, file), networks_of(file)
+    if "" not in networks or evidence == Match.NONE:
+        return evidence
+    backbone, _ = backbone_of(networks[""])
+    if "cls_token" in backbone and is_fixed(backbone, has_cls=False):
+        return Match.MARKED
+    return evidence if evidence > Match.POSSIBLE else Match.NONE
+
+
 def convert(method: Method, file: Container, subnet: str | None) -> Checkpoint:
     """The teacher's backbone, or the student's if it is asked for. Positions are resampled as in DINO."""
-    read_as = f"weights: {file.path}, read as {method.source}"
+    source, name, networks = method.source, method.method, dict[str, State]()
     for sources, mark in marks_of(file):
-        if method.source not in sources:
-            raise UserError(
-                f"{read_as}: {mark} is found in files of {' and '.join(sources)}, not of {method.method}"
+        if source not in sources:
+            raise misfit(
+                file.path, source, f"{mark} is found in files of {' and '.join(sources)}, not of {name}"
             )
-    networks = {
-        name: {
-            method.renamed(key): value
-            for key, value in inside_of(state, method.heads, method.unused, read_as).items()
-        }
-        for name, state in networks_of(file).items()
-    }
-    return take(
-        file, networks, subnet, method.source, method.method, needed=method.needed, lacking=method.lacking
-    )
-
-
-def source_of(method: Method) -> Source:
-    """The method as a source."""
-    return Source(method.source, method.method, partial(match, method), partial(convert, method))
+    for network, state in networks_of(file).items():
+        inside = inside_of(file, source, state, method.heads, method.unused)
+        networks[network] = {method.renamed(key): value for key, value in inside.items()}
+    return take(file, networks, subnet, source, name, needed=method.needed, lacking=method.lacking)
 
 
 def networks_of(file: Container) -> dict[str, State]:
@@ -130,148 +143,20 @@ def marks_of(file: Container) -> list[tuple[tuple[str, ...], str]]:
     return [(sources, mark) for sources, mark in MARKS if any(name.startswith(mark) for name in names)]
 
 
-def is_named(file: Container, pattern: str) -> bool:
-    """Whether a word of the file's name has this pattern."""
-    return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", file.path.stem.lower()) is not None
-
-
-def is_ibots_backbone(file: Container) -> bool:
+def _is_ibots_backbone(file: Container) -> bool:
     """Whether the file has the name of iBOT's published backbones (of any size), and only their one key."""
     return set(file.tree) == {"state_dict"} and is_named(file, "checkpoint_(?:teacher|student)")
 
 
-def fits(method: Method, state: Mapping[str, Tensor]) -> bool:
+def _fits(method: Method, state: Mapping[str, Tensor]) -> bool:
     """Whether a backbone has the tensors of this method, and learned positions on a square grid."""
-    if not all(
-        key in state for key in (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
-    ):
+    needed = (*method.needed, "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    if not all(key in state for key in needed) or any(key.startswith(method.lacking) for key in state):
         return False
-    positions, has_cls = state["pos_embed"], "cls_token" in state
-    if (
-        positions.ndim != 3
-        or starts_with_zero(positions)
-        or any(key.startswith(method.lacking) for key in state)
-    ):
+    positions = state["pos_embed"]
+    if positions.ndim != 3 or starts_with_zero(positions):
         return False
-    return grid_side(positions.shape[1] - has_cls) > 0
-
-
-def starts_with_zero(positions: Tensor) -> bool:
-    """Whether the first position is exactly zero, as [CLS] has it in the fixed sin-cos table of MAE and its
-    descendants."""
-    return positions.ndim == 3 and positions.shape[1] > 0 and not positions[:, 0].any()
-
-
-def backbone_of(state: Mapping[str, Tensor], unused: tuple[str, ...] = ()) -> tuple[State, State]:
-    """The tensors of the backbone, without ``unused``, and those beside it; prefixes of wrappers are
-    stripped."""
-    if all(key.startswith("module.") for key in state):
-        state = strip(state, "module.")
-    inside = strip(state, "backbone.")
-    if not inside:
-        return without(state, "head.", *unused), {}  # a backbone alone, perhaps with a classifier
-    return without(inside, *unused), without(state, "backbone.")
-
-
-def inside_of(state: State, heads: tuple[str, ...], unused: tuple[str, ...], read_as: str) -> State:
-    """The backbone. Everything beside it has to be one of ``heads``.
-
-    Raises:
-        UserError: names what is not.
-    """
-    inside, beside = backbone_of(state, unused)
-    if unknown := list(without(beside, *heads)):
-        raise UserError(f"{read_as}: left over {', '.join(unknown[:8])}")
-    return inside
-
-
-def take(
-    file: Container,
-    networks: Mapping[str, State],
-    subnet: str | None,
-    source: str,
-    method: str,
-    *,
-    default: str = "teacher",
-    needed: tuple[str, ...] = NEEDED,
-    lacking: tuple[str, ...] = (),
-    interpolation: str = "dinov2",
-) -> Checkpoint:
-    """One network of a file as a checkpoint.
-
-    Args:
-        networks: {teacher: ..., student: ...} under our names, those that exist; {"": ...} if the file gives
-            no name.
-        subnet: the network to take; None: ``default``, or the only one.
-        needed, lacking, interpolation: those of :func:`whole_vit`.
-
-    Raises:
-        UserError: the network is not there; :func:`whole_vit` refuses it; teacher and student differ in names
-            or shapes (iBOT's mask token may be the student's alone).
-    """
-    read_as = f"weights: {file.path}, read as {source}"
-    if not networks:
-        held = ", ".join(map(str, list(file.flat or file.tree)[:5]))
-        raise UserError(f"{read_as}: no network under the names of {method}'s files, but {held}")
-    name = subnet or (default if default in networks else next(iter(networks)))
-    if name not in networks:
-        there = "one network that it gives no name" if "" in networks else f"only the {next(iter(networks))}"
-        raise UserError(f"{read_as}: subnet {name} is not there; the file holds {there}")
-    checkpoint = whole_vit(
-        file, networks[name], source, method, needed=needed, lacking=lacking, interpolation=interpolation
-    )
-    shapes = [
-        {(key, value.shape) for key, value in state.items() if key != "mask_token"}
-        for state in networks.values()
-    ]
-    if differing := sorted({key for key, _ in shapes[0] ^ shapes[-1]}):
-        raise UserError(
-            f"{read_as}: teacher and student are not one network: they differ in {', '.join(differing[:8])}"
-        )
-    return with_origin(checkpoint, file, name)
-
-
-def whole_vit(
-    file: Container,
-    state: State,
-    source: str,
-    method: str,
-    *,
-    needed: tuple[str, ...],
-    lacking: tuple[str, ...] = (),
-    interpolation: str = "dinov2",
-) -> Checkpoint:
-    """:func:`pretrain.weights.layout.plain_vit` of a complete backbone.
-
-    A missing tensor would change the network that is built (a ViT without its ``norm`` is another ViT), so it
-    is an error here.
-
-    Args:
-        needed: tensors that it has beside the blocks and the patch embedding.
-        lacking: starts of names that it does not have.
-        interpolation: ``pos_interpolation``.
-
-    Raises:
-        UserError: names a tensor that is missing, left over, or of a shape that fits no such ViT.
-    """
-    read_as = f"weights: {file.path}, read as {source}"
-    if absent := [key for key in needed if key not in state]:
-        raise UserError(f"{read_as}: no tensor {', '.join(absent)}")
-    if foreign := [key for key in state if key.startswith(lacking)]:
-        raise UserError(f"{read_as}: there is {', '.join(foreign[:8])}, which {method} has not")
-    if interpolation == "dinov2" and starts_with_zero(state["pos_embed"]):
-        raise UserError(
-            f"{read_as}: the first position in pos_embed is zero, as in MAE's fixed table; {method}'s are learned"
-        )
-    return plain_vit(file.path, state, source, method, pos_interpolation=interpolation)
-
-
-def with_origin(checkpoint: Checkpoint, file: Container, subnet: str) -> Checkpoint:
-    """Add the name of the network and the file's epoch counter to the provenance, if there are any."""
-    origin: dict[str, str | int] = {"subnet": subnet} if subnet else {}
-    if type(epoch := file.tree.get("epoch")) is int:
-        origin["epoch"] = epoch
-    return replace(checkpoint, provenance={**checkpoint.provenance, **origin})
+    return grid_side(positions.shape[1] - ("cls_token" in state)) > 0
 
 
 def _ibot_name(key: str) -> str:
@@ -282,18 +167,24 @@ def _ibot_name(key: str) -> str:
     return re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)
 
 
+def _source(method: Method) -> Source:
+    return Source(method.source, method.method, partial(match, method), partial(convert, method))
+
+
 MUGS_HEADS = ("instance_head.", "local_group_head.", "group_head.")
-METHODS = (
-    Method("dino", "DINO", "dino"),
-    Method("ibot", "iBOT", "ibot", renamed=_ibot_name),
-    Method(
-        "mugs",
-        "Mugs",
-        r"mugs|vit_(?:small|base|large)_backbone_\d+ep",
-        heads=MUGS_HEADS,
-        unused=("relation_blocks.",),
-    ),
-    Method("cribo", "CrIBo", "cribo"),
-    Method("croc", "CrOC", "croc"),
+MUGS_NAMES = r"mugs|vit_(?:small|base|large)_backbone_\d+ep"
+PATCH_HEADS, NO_CLS = ("ca_head.", "c_head.", "p_head."), ("cls_token", "norm.", "fc_norm.")
+SOURCES = (
+    _source(Method("dino", "DINO", "dino")),
+    _source(Method("ibot", "iBOT", "ibot", renamed=_ibot_name)),
+    _source(Method("mugs", "Mugs", MUGS_NAMES, heads=MUGS_HEADS, unused=("relation_blocks.",))),
+    _source(Method("cribo", "CrIBo", "cribo")),
+    _source(Method("croc", "CrOC", "croc")),
 )
-SOURCES = tuple(source_of(method) for method in METHODS)
+SELFPATCH = Method(
+    "selfpatch", "SelfPatch", "selfpatch", heads=PATCH_HEADS, needed=("pos_embed",), lacking=NO_CLS
+)
+# ``norm.*`` beside the backbone is that of ``layernorm_on_mode``: it sees means of clusters, never the
+# backbone's tokens.
+FLSL = Method("flsl", "FLSL", "flsl", heads=("head.", "norm."), unused=("cls_token",), needed=("pos_embed",))
+PATCHWISE = (_source(SELFPATCH), replace(_source(FLSL), match=match_flsl))

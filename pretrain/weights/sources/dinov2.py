@@ -14,12 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import NEEDED as DINOS
+from pretrain.weights.common import (
+    Checkpoint,
+    Match,
+    Source,
+    misfit,
+    only_network,
+    strip,
+    whole_vit,
+    with_origin,
+)
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import only_network, strip
-from pretrain.weights.sources.dino import NEEDED as DINOS
-from pretrain.weights.sources.dino import whole_vit, with_origin
-from pretrain.weights.sources.source import Match, Source
 
 # all that is published
 OWN = ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.", "blocks.", "norm.")
@@ -53,9 +59,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         only_network(file.path, "dinov2", subnet)
         name, state = "", file.flat
     if not state:
-        raise UserError(
-            f"weights: {file.path}, read as dinov2: no backbone of a {name}, and no flat state dict"
-        )
+        raise misfit(file.path, "dinov2", f"no backbone of a {name}, and no flat state dict")
     if any(".mlp.w12." in key or ".mlp.w3." in key for key in state):
         raise UserError(
             f"weights: {file.path} has gated MLPs (SwiGLU), as DINOv2's giant (ViT-g): a network that is none of ours"
@@ -65,9 +69,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     if has_registers:
         state["reg_token"] = state.pop("register_tokens")
     rule, method = ("bicubic_antialias", "DINOv2-reg") if has_registers else ("dinov2", "DINOv2")
-    return with_origin(
-        whole_vit(file, state, "dinov2", method, needed=NEEDED, interpolation=rule), file, name
-    )
+    return with_origin(whole_vit(file, state, "dinov2", method, NEEDED, interpolation=rule), file, name)
 
 
 def _network(file: Container, network: str) -> dict[str, Tensor]:

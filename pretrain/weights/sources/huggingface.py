@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.adapt import with_imagenet_pixels
+from pretrain.weights.common import (
+    HEAD_DIM,
+    Checkpoint,
+    Match,
+    Source,
+    misfit,
+    only_network,
+    plain_vit,
+    without,
+)
 from pretrain.weights.container import Container
-from pretrain.weights.layout import HEAD_DIM, only_network, plain_vit, without
-from pretrain.weights.normalization import with_imagenet_pixels
-from pretrain.weights.sources.source import Match, Source
 
 MARK = "embeddings.patch_embeddings.projection.weight"
 PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone in a model with a head
@@ -70,7 +77,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     only_network(file.path, "huggingface", subnet)
     prefix = next((prefix for prefix in PREFIXES if prefix + MARK in file.flat), None)
     if prefix is None:
-        raise UserError(f"weights: {file.path}, read as huggingface: no tensor {MARK}")
+        raise misfit(file.path, "huggingface", f"no tensor {MARK}")
     named = {key.removeprefix(prefix): value for key, value in file.flat.items()}
     state = {_ours(key): value for key, value in without(named, *HEADS).items()}
     model_type = _model_type(file, state)
@@ -154,11 +161,9 @@ def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:
         biases = [weights[0].new_zeros(weights[0].shape[0])] * 3
     for kind, parts in (("weight", weights), ("bias", biases)):
         if absent := [f"{name}.{kind}" for name, part in zip(names, parts) if part is None]:
-            raise UserError(f"weights: {file.path}, read as huggingface: no tensor {absent[0]}")
+            raise misfit(file.path, "huggingface", f"no tensor {absent[0]}")
         if len({part.shape for part in parts if part is not None}) > 1:
-            raise UserError(
-                f"weights: {file.path}, read as huggingface: {names[0]}.{kind}, key and value are of several shapes"
-            )
+            raise misfit(file.path, "huggingface", f"{names[0]}.{kind}, key and value are of several shapes")
         state[f"{block}attn.qkv.{kind}"] = torch.cat([part for part in parts if part is not None])
 
 

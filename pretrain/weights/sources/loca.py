@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import Checkpoint, Match, Source, misfit, plain_vit, with_origin, without
 from pretrain.weights.container import Container
-from pretrain.weights.layout import plain_vit, without
-from pretrain.weights.sources.dino import with_origin
-from pretrain.weights.sources.source import Match, Source
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
 # Dropped, since only training uses them: cluster prediction, localization.
@@ -52,7 +48,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
         (file.tree[key] for key in NETWORKS[subnet] if isinstance(file.tree.get(key), Mapping)), None
     )
     if tree is None:
-        raise UserError(f"weights: {file.path}, read as loca: no {' or '.join(NETWORKS[subnet])}")
+        raise misfit(file.path, "loca", f"no {' or '.join(NETWORKS[subnet])}")
     params = without(_flat(tree.get("params", tree) if "params" in tree and len(tree) == 1 else tree), *HEADS)
     state = _Reader(file, params)
     heads = state.heads()
@@ -78,21 +74,20 @@ class _Reader:
     yet."""
 
     def __init__(self, file: Container, params: dict[str, Tensor]) -> None:
-        self.read_as = f"weights: {file.path}, read as loca"
-        self.left = params
+        self.path, self.left = file.path, params
 
     def take(self, key: str, n_dims: int) -> Tensor:
         if key not in self.left:
-            raise UserError(f"{self.read_as}: no tensor {key}")
+            raise misfit(self.path, "loca", f"no tensor {key}")
         value = self.left.pop(key)
         if value.ndim != n_dims or not value.numel():
-            raise UserError(f"{self.read_as}: {key} is {tuple(value.shape)}, not of {n_dims} dimensions")
+            raise misfit(self.path, "loca", f"{key} is {tuple(value.shape)}, not of {n_dims} dimensions")
         return value
 
     def heads(self) -> int:
         key = f"encoderblock_0.{ATTENTION}query.kernel"
         if key not in self.left or self.left[key].ndim != 3:
-            raise UserError(f"{self.read_as}: no tensor {key} of 3 dimensions")
+            raise misfit(self.path, "loca", f"no tensor {key} of 3 dimensions")
         return self.left[key].shape[1]
 
     def network(self, heads: int) -> dict[str, Tensor]:
@@ -115,8 +110,8 @@ class _Reader:
         biases = [self.take(f"{part}.bias", 2) for part in parts]  # each [heads, d]
         for shapes in ({kernel.shape for kernel in kernels}, {bias.shape for bias in biases}):
             if len(shapes) > 1 or next(iter(shapes))[-2] != heads:
-                raise UserError(
-                    f"{self.read_as}: {parts[0]}, key and value are not of the same {heads} heads"
+                raise misfit(
+                    self.path, "loca", f"{parts[0]}, key and value are not of the same {heads} heads"
                 )
         state = {
             "attn.qkv.weight": torch.cat([kernel.flatten(1).T for kernel in kernels]),

@@ -1,26 +1,41 @@
-"""MAE, and DropPos on its code: encoders with a fixed sin-cos table of positions and a zero for [CLS].
+"""MAE, and DropPos and LoMaR on its code.
 
-MAE: ``{model: encoder}``, or with ``decoder_*`` and a mask token of the decoder's width (``models_mae.py``).
-DropPos:
-``{state_dict: module.*, model: a name, ...}`` or ``{model}``, and ``ema_state_dict`` in runs with a teacher,
-which its authors evaluate only on demand (``main_finetune.py``). Its ``mask_pos_token`` replaces a dropped
-position. Both resample positions bicubically by size (``util/pos_embed.py``).
+MAE and DropPos are encoders with a fixed sin-cos table of positions and a zero for [CLS], which they resample
+bicubically by size (``util/pos_embed.py``). MAE: ``{model: encoder}``, or with ``decoder_*`` and a mask token
+of the decoder's width (``models_mae.py``). DropPos: ``{state_dict: module.*, model: a name, ...}`` or
+``{model}``, and ``ema_state_dict`` in runs with a teacher, which its authors evaluate only on demand
+(``main_finetune.py``). Its ``mask_pos_token`` replaces a dropped position.
+
+LoMaR (Chen et al., 2022) has contextual relative positions (iRPE) in place of absolute ones. The source reads
+the files of its pre-training, ``{model, optimizer, epoch, scaler, args}``. Two of their entries are not part
+of the encoder: ``encoder_pred``, which predicts pixels, and ``pos_embed``, a sin-cos table that the network
+holds and never adds.
 """
 
-import math
 from collections.abc import Mapping
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pretrain.backbones.position import sincos_table
-from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.backbones.relative import N_BUCKETS
+from pretrain.weights.common import (
+    Checkpoint,
+    Match,
+    Source,
+    State,
+    is_fixed,
+    is_named,
+    misfit,
+    plain_vit,
+    strip,
+    take,
+    without,
+)
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import State, is_named, marks_of, take
-from pretrain.weights.sources.source import Match, Source
+from pretrain.weights.sources.dino import marks_of
 
+RELATIVE = ".attn.rpe_"  # of any variant of iRPE
+LOMAR_TABLE = ".attn.rpe_k.lookup_table_weight"  # of LoMaR's
 MAE_UNUSED = ("decoder_", "mask_token")
 DROPPOS_UNUSED = (*MAE_UNUSED, "aux_decoder_", "mask_pos_token")
 
@@ -55,29 +70,10 @@ def convert_droppos(file: Container, subnet: str | None) -> Checkpoint:
     """The trained encoder, or ``teacher``, its moving average."""
     networks = _droppos_networks(file)
     if any("decoder_pos_embed" in state for state in networks.values()):
-        raise UserError(
-            f"weights: {file.path}, read as droppos: its decoder knows positions (decoder_pos_embed), DropPos's does not"
+        raise misfit(
+            file.path, "droppos", "its decoder knows positions (decoder_pos_embed), DropPos's does not"
         )
     return _encoder(file, networks, subnet, "droppos", "DropPos", DROPPOS_UNUSED)
-
-
-def is_fixed(state: Mapping[str, Tensor], has_cls: bool = True) -> bool:
-    """Whether ``pos_embed`` is :func:`sincos_table` up to half precision, after a zero for [CLS] where there
-    is a row for it."""
-    positions = state.get("pos_embed")
-    if (
-        positions is None
-        or positions.ndim != 3
-        or len(positions) != 1
-        or positions.shape[2] % 4
-        or positions.shape[1] <= has_cls
-    ):
-        return False
-    side = math.isqrt(positions.shape[1] - has_cls)
-    table = sincos_table(side, positions.shape[2])
-    if has_cls:
-        table = torch.cat([torch.zeros_like(table[:1]), table])
-    return table.shape == positions.shape[1:] and torch.allclose(positions[0].double(), table, atol=1e-3)
 
 
 def _droppos_networks(file: Container) -> dict[str, State]:
@@ -103,13 +99,51 @@ def _encoder(
     encoders = {name: without(state, *unused) for name, state in networks.items()}
     checkpoint = take(file, encoders, subnet, source, method, default="student", interpolation="bicubic")
     if not is_fixed(checkpoint.state):
-        raise UserError(
-            f"weights: {file.path}, read as {source}: pos_embed is not {method}'s fixed sin-cos table"
-        )
+        raise misfit(file.path, source, f"pos_embed is not {method}'s fixed sin-cos table")
     return checkpoint
+
+
+def match_lomar(file: Container) -> Match:
+    """By iRPE's tables in the blocks."""
+    return Match.MARKED if any(RELATIVE in key for key in file.tensors("model") or {}) else Match.NONE
+
+
+def convert_lomar(file: Container, subnet: str | None) -> Checkpoint:
+    """The encoder with its mask token."""
+    state = file.tensors("model") or {}
+    _refuse_other_variants(file.path, state)
+    state = without(state, "encoder_pred.", "pos_embed")
+    if "mask_token" in state:
+        # [1, D]; like ours, it replaces a patch's content
+        state["mask_token"] = state["mask_token"].squeeze(0)
+    return plain_vit(file.path, state, "lomar", "LoMaR", relative_positions=True)
+
+
+def _refuse_other_variants(path: Path, state: Mapping[str, Tensor]) -> None:
+    tables = {key: table for key, table in state.items() if RELATIVE in key}
+    for key, table in tables.items():
+        if not key.endswith(LOMAR_TABLE):
+            raise misfit(
+                path,
+                "lomar",
+                f"{key}: of iRPE's variants only LoMaR's is supported, contextual, product, on keys alone",
+            )
+        if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != N_BUCKETS:
+            shape = f"(1, head width, {N_BUCKETS}), one table for all heads"
+            raise misfit(
+                path, "lomar", f"{key} is {tuple(table.shape)}; LoMaR's are {shape} of 7 x 7 + 1 buckets"
+            )
+    if not tables:
+        raise misfit(path, "lomar", f"no tensor blocks.N{LOMAR_TABLE}")
+    if "encoder_pred.weight" not in state:
+        reason = "iRPE's own DeiT has the same tables, but it scales the query first and adds pos_embed: another network"
+        raise misfit(
+            path, "lomar", f"no tensor encoder_pred.weight, which LoMaR's pre-training leaves; {reason}"
+        )
 
 
 SOURCES = (
     Source("mae", "MAE", match_mae, convert_mae),
     Source("droppos", "DropPos", match_droppos, convert_droppos),
+    Source("lomar", "LoMaR", match_lomar, convert_lomar),
 )

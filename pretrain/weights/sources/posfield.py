@@ -1,14 +1,52 @@
-"""Our own file, ``backbone.safetensors``, with all arguments of the ViT in its metadata
-(:mod:`pretrain.weights.write`)."""
+"""Our own file, ``backbone.safetensors``: the tensors under timm's names, and all arguments of the ViT in the
+metadata."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.files import replacing
+from pretrain.weights.common import Checkpoint, Match, Source, only_network
 from pretrain.weights.container import Container
-from pretrain.weights.layout import only_network
-from pretrain.weights.sources.source import Match, Source
-from pretrain.weights.write import FORMAT, FORMAT_VERSION
+
+FORMAT = "posfield-backbone"
+FORMAT_VERSION = 1
+
+
+def save_backbone(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    name: str,
+    model_kwargs: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a backbone so that ``build_backbone(name, weights=path)`` and every plug-in can build it again.
+
+    Args:
+        path: the file, ``*.safetensors``; it is replaced atomically.
+        state: a ViT's ``state_dict()``.
+        name: its registry name, e.g. ``vit_small_patch16``.
+        model_kwargs: ``ViT.model_kwargs``.
+        provenance: JSON values that later stages report: method, effective epochs, seed, config hash, ...
+    """
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "backbone": name,
+        "flags": json.dumps(dict(model_kwargs), sort_keys=True),
+        "provenance": json.dumps(dict(provenance or {}), sort_keys=True),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    with replacing(path) as partial:  # save_file would make a file that only its owner can read
+        partial.write_bytes(save(tensors, metadata=metadata))
+    return path
 
 
 def match(file: Container) -> Match:

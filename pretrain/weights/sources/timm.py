@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.adapt import with_imagenet_pixels
+from pretrain.weights.common import (
+    Checkpoint,
+    Match,
+    Source,
+    grid_side,
+    misfit,
+    only_network,
+    plain_vit,
+    without,
+)
 from pretrain.weights.container import Container
-from pretrain.weights.layout import grid_side, only_network, plain_vit, without
-from pretrain.weights.normalization import with_imagenet_pixels
-from pretrain.weights.sources.source import Match, Source
 
 NEEDED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 NORMS = ("norm.weight", "fc_norm.weight")
@@ -105,9 +112,7 @@ def _move_positions(file: Container, state: dict[str, Tensor], arguments: Mappin
     allowed = (0,) if arguments.get("no_embed_class") else (0, n_cls, n_cls + n_registers)
     n_prefix = next((n for n in allowed if grid_side(positions.shape[1] - n)), None)
     if n_prefix is None:
-        raise UserError(
-            f"weights: {file.path}, read as timm: pos_embed has {positions.shape[1]} positions, for no square grid"
-        )
+        raise misfit(file.path, "timm", f"pos_embed has {positions.shape[1]} positions, for no square grid")
     cls, patches = positions[:, :n_cls], positions[:, n_prefix:]
     if not n_prefix:
         cls = torch.zeros_like(cls)

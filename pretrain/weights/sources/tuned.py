@@ -9,12 +9,19 @@ for DINOv2 with registers, too (``src/models/vit_v2.py``).
 
 from collections.abc import Mapping
 
-from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import (
+    Checkpoint,
+    Match,
+    Source,
+    State,
+    inside_of,
+    is_named,
+    misfit,
+    strip,
+    take,
+    without,
+)
 from pretrain.weights.container import Container
-from pretrain.weights.layout import strip, without
-from pretrain.weights.sources.dino import State, inside_of, is_named, take
-from pretrain.weights.sources.source import Match, Source
 
 HEADS = ("projection_head.", "prototypes.")
 
@@ -45,7 +52,7 @@ def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
     """A backbone under DINO's or DINOv2's names."""
     networks = _networks(file, "model.") or _flat(file)
     if any(name.startswith("prototypes.") for name in _names(networks)):
-        raise UserError(f"weights: {file.path}, read as neco: there are prototypes, which NeCo has not")
+        raise misfit(file.path, "neco", "there are prototypes, which NeCo has not")
     networks = {
         name: {
             "reg_token" if key == "register_tokens" else key: value
@@ -58,9 +65,8 @@ def convert_neco(file: Container, subnet: str | None) -> Checkpoint:
 
 def convert_timet(file: Container, subnet: str | None) -> Checkpoint:
     """The backbone of the feature extractor, or of its moving average."""
-    read_as = f"weights: {file.path}, read as timet"
     networks = {
-        name: inside_of(state, ("head.",), (), read_as)
+        name: inside_of(file, "timet", state, ("head.",))
         for name, state in _networks(file, "feature_extractor.").items()
     }
     return _convert(
@@ -112,7 +118,7 @@ def _convert(
     ``beside``."""
     stray = [key for key in file.flat if not key.startswith((prefix, "teacher.")) and key not in beside]
     if networks and stray:
-        raise UserError(f"weights: {file.path}, read as {source}: left over {', '.join(stray[:8])}")
+        raise misfit(file.path, source, f"left over {', '.join(stray[:8])}")
     return take(file, networks, subnet, source, method, default="student")
 
 

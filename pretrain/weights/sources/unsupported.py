@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from pretrain.errors import UserError
-from pretrain.weights.checkpoint import Checkpoint
+from pretrain.weights.common import Checkpoint, Match, Source
 from pretrain.weights.container import Container, is_state
-from pretrain.weights.sources.source import Match, Source
 
 ROPE = "rotary positions (RoPE) in every attention"
 RELATIVE = "a bias of relative positions in every attention"
