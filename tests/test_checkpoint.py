@@ -38,7 +38,7 @@ from pretrain.checkpoints import (
     save_state,
 )
 from pretrain.checkpoints import sharded as sharded_layout
-from pretrain.checkpoints import single as single_layout
+from pretrain.checkpoints import writer as single_layout
 from pretrain.checkpoints.store import record_of, whole_directories
 from pretrain.errors import UserError
 

@@ -13,10 +13,8 @@ state, such as an optimizer's ``state_dict()``, uses :func:`save_state` and :fun
 
 from pretrain.checkpoints.found import Found, find, newest, open_checkpoint
 from pretrain.checkpoints.sharded import load, save_sharded
-from pretrain.checkpoints.single import consolidate, save
-from pretrain.checkpoints.state import load_state, save_state
 from pretrain.checkpoints.store import clean, whole_directories
-from pretrain.checkpoints.writer import Writer
+from pretrain.checkpoints.writer import Writer, consolidate, load_state, save, save_state
 
 __all__ = [
     "Found",

@@ -4,7 +4,6 @@
 ``it_N.old`` is complete, too: a second ``it_N`` is about to replace it. The rename makes a checkpoint valid.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_json, sync
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
@@ -54,7 +53,7 @@ def begin(folder: Path, iteration: int) -> Path:
     parent = folder / "checkpoints"
     if not parent.is_dir():
         parent.mkdir(parents=True)
-        _sync_folder(folder)
+        sync(folder)
     part = unfinished(folder, iteration)
     if part.exists():
         shutil.rmtree(part)
@@ -74,12 +73,12 @@ def publish(
     part, old = unfinished(folder, iteration), final.with_name(f"{final.name}.old")
     files = {**records, META: write_json(part / META, {**meta, "iteration": iteration})}
     write_json(part / MANIFEST, {"format": FORMAT, "files": files})
-    _sync_folder(part)
+    sync(part)
     if final.exists():
         _remove(old)
         os.rename(final, old)
     os.rename(part, final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     _remove(old)
     if keep is not None:
         whole = whole_directories(folder)
@@ -103,10 +102,8 @@ def failing_whole(folder: Path, iteration: int) -> Iterator[None]:
 
 def write_json(path: Path, values: Any) -> Record:
     """Write JSON values and flush them to disk; returns the file's record."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    sync(path)
     return record_of(path)
 
 
@@ -117,12 +114,6 @@ def record_of(path: Path) -> Record:
         while block := file.read(1 << 22):
             digest.update(block)
         return {"size": file.tell(), "sha256": digest.hexdigest()}
-
-
-def sync_file(path: Path) -> None:
-    """Flush a written file to disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def verify(path: Path) -> dict[str, Record]:
@@ -159,15 +150,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, if its file system can."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(number)

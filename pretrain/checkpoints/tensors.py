@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pretrain.checkpoints.store import Record, record_of, sync_file
+from pretrain.checkpoints.store import Record, record_of
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_json, sync
 
 STATE, INDEX = "state.safetensors", "index.json"
 # Names of the safetensors format.
@@ -106,7 +106,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Record:
     except SafetensorError as error:  # this is how it reports a full disk
         raise OSError(None, str(error)) from error
     path.chmod(mode)
-    sync_file(path)
+    sync(path)
     return record_of(path)
 
 

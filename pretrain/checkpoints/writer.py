@@ -1,4 +1,9 @@
-"""Write checkpoints while training continues: copy at once, write in the background."""
+"""Write checkpoints: at once, or while training continues (copied at once, written in the background).
+
+In the layout ``single`` one process writes one safetensors file. Nested Python state, such as an optimizer's
+``state_dict()``, becomes such a file without pickle: tensors go into ``state.safetensors``, everything else
+into ``meta.json``.
+"""
 
 import threading
 from collections.abc import Mapping
@@ -9,8 +14,48 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.checkpoints import sharded, single, store
-from pretrain.checkpoints.tensors import copy_to_cpu
+from pretrain.checkpoints import sharded, store
+from pretrain.checkpoints.found import Found
+from pretrain.checkpoints.store import META
+from pretrain.checkpoints.tensors import STATE, copy_to_cpu, write_tensors
+from pretrain.errors import UserError
+
+
+def save(
+    folder: Path, iteration: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None
+) -> Path:
+    """Write a checkpoint of the run in ``folder``; only the main process calls this.
+
+    Args:
+        folder: of the run.
+        iteration: steps done.
+        tensors: on any device, by name; they may share memory.
+        meta: JSON values; ``iteration`` and ``layout`` are added.
+        keep: how many of the newest checkpoints stay; None: all.
+
+    Raises:
+        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
+    """
+    return write(folder, iteration, copy_to_cpu(tensors), meta, keep)
+
+
+def write(
+    folder: Path, iteration: int, copies: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int | None
+) -> Path:
+    """:func:`save` for tensors that :func:`copy_to_cpu` made."""
+    with store.failing_whole(folder, iteration):
+        part = store.begin(folder, iteration)
+        records = {STATE: write_tensors(part / STATE, copies)}
+        return store.publish(folder, iteration, {**meta, "layout": "single"}, records, keep)
+
+
+def consolidate(found: Found, folder: Path) -> Path:
+    """Write a checkpoint of either layout as a ``single`` one of the run in ``folder`` (its own, or another).
+
+    Runs in one process on the CPU, whose memory must hold the whole state. In the run's own folder it
+    replaces the sharded checkpoint; it removes nothing else.
+    """
+    return write(folder, found.iteration, found.tensors(), found.meta, keep=None)
 
 
 class Writer:
@@ -89,4 +134,69 @@ class Writer:
         if self.is_sharded:
             sharded.save_sharded(self.folder, iteration, tensors, meta, self.keep, self.group, copies)
         else:
-            single.write(self.folder, iteration, copies, meta, self.keep)
+            write(self.folder, iteration, copies, meta, self.keep)
+
+
+def save_state(folder: Path, iteration: int, state: Mapping[str, Any], keep: int | None) -> Path:
+    """Write ``state`` as a checkpoint of the run in ``folder``; only the main process calls this.
+
+    Args:
+        folder: of the run.
+        iteration: steps done.
+        state: nested mappings (string or integer keys), lists, tuples, tensors, strings, numbers and None.
+        keep: how many of the newest checkpoints stay; None: all.
+
+    Raises:
+        OSError: names the folder that cannot be written; earlier checkpoints stay whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = {key: _pack(value, key, tensors) for key, value in state.items()}
+    return save(folder, iteration, tensors, {"state": plain}, keep)
+
+
+def load_state(found: Found) -> dict[str, Any]:
+    """The state that :func:`save_state` wrote, equal in every type and bit; tensors are on the CPU.
+
+    Raises:
+        UserError: names the file that cannot be read.
+    """
+    tensors = found.tensors()
+    try:
+        return {key: _unpack(value, tensors) for key, value in found.meta["state"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"checkpoint: {found.path / META} describes no state ({type(error).__name__})"
+        ) from error
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON, its tensors moved to ``tensors``. What JSON lacks becomes ``{kind: content}``."""
+    if isinstance(value, Tensor):
+        assert name not in tensors, f"two tensors are called {name}"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        assert all(isinstance(key, (str, int)) for key in value), f"{name}: keys must be strings or integers"
+        return {"mapping": [[key, _pack(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    assert value is None or isinstance(value, (str, int, float)), (
+        f"{name}: {type(value)} has no place in a checkpoint"
+    )
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in content)
+    if kind == "mapping":
+        return {key: _unpack(item, tensors) for key, item in content}
+    raise KeyError(kind)
