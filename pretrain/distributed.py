@@ -15,10 +15,8 @@ def start(device: str) -> None:
     """Join the process group that ``torchrun`` describes in the environment; without it, do nothing."""
     global _host
     if "RANK" in os.environ and not dist.is_initialized():
-        backend, restarts = (
-            "nccl" if device.startswith("cuda") else "gloo",
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        )
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and restarts != "0":
             # The agent's store outlives the ranks that it starts again, with the addresses of the dead in it.
             # (On several machines agents count apart: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for

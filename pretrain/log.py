@@ -133,10 +133,8 @@ class Progress(ProgressLine):
         """
         self.done += n
         now, so_far = time.monotonic(), f"{self.done} of {self.total} {self.unit}"
-        each_s, is_stopped = (
-            (now - self.started) / self.done,
-            self.signals is not None and self.signals.received,
-        )
+        each_s = (now - self.started) / self.done
+        is_stopped = self.signals is not None and self.signals.received
         if self.bar is not None:
             self.update(self.done, f"{each_s:.2f} s each", (self.total - self.done) * each_s)
         elif now - self.said > SAY_EVERY_S or self.done == self.total:

@@ -16,18 +16,5 @@ from pretrain.checkpoints.sharded import load, save_sharded
 from pretrain.checkpoints.store import clean, whole_directories
 from pretrain.checkpoints.writer import Writer, consolidate, load_state, save, save_state
 
-__all__ = [
-    "Found",
-    "Writer",
-    "clean",
-    "consolidate",
-    "find",
-    "load",
-    "load_state",
-    "newest",
-    "open_checkpoint",
-    "save",
-    "save_sharded",
-    "save_state",
-    "whole_directories",
-]
+__all__ = ["Found", "Writer", "clean", "consolidate", "find", "load", "load_state", "newest"]
+__all__ += ["open_checkpoint", "save", "save_sharded", "save_state", "whole_directories"]

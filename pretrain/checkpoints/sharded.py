@@ -69,10 +69,8 @@ def save_sharded(
     Raises:
         OSError: names the folder that some rank cannot write; earlier checkpoints stay whole.
     """
-    writer, planner = (
-        _Writer(folder, iteration, meta, keep),
-        _CopiesPlanner(copy_to_cpu(tensors) if copies is None else copies),
-    )
+    planner = _CopiesPlanner(copy_to_cpu(tensors) if copies is None else copies)
+    writer = _Writer(folder, iteration, meta, keep)
     with store.failing_whole(folder, iteration), torch.no_grad(), _plainly():
         dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     return store.directory(folder, iteration)
@@ -215,19 +213,12 @@ class _Reader(_Storage, dcp.StorageReader):
         }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=entry.dtype),
-                    torch.Size(entry.shape),
-                    [
-                        ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
-                        for piece in entry.pieces
-                    ],
-                )
-                for name, entry in self.entries.items()
-            }
-        )
+        found: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.shape)) for p in entry.pieces]
+            kind = TensorProperties(dtype=entry.dtype)
+            found[name] = TensorStorageMetadata(kind, torch.Size(entry.shape), chunks)
+        return Metadata(found)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

@@ -51,22 +51,15 @@ class BrokenFiles:
             f"{len(self.files)} broken images; {self.n_failed} of {self.n_read + self.n_failed} reads failed"
         )
         lines = [f"{counts} ({self.share():.2%})", *(f"  {name}" for name in sorted(self.files)[:most])]
-        return (
-            lines
-            if len(self.files) <= most
-            else [*lines, f"  and {len(self.files) - most} more: see {FILE_NAME}"]
-        )
+        more = len(self.files) - most
+        return [*lines, f"  and {more} more: see {FILE_NAME}"] if more > 0 else lines
 
     def write(self, folder: Path) -> None:
         """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; no file without
         any."""
         if self.files:
-            path = folder / FILE_NAME
-            path.write_text(
-                "".join(f"{name}\n" for name in sorted(self.files)),
-                encoding="utf-8",
-                errors="backslashreplace",
-            )
+            lines = "".join(f"{name}\n" for name in sorted(self.files))
+            (folder / FILE_NAME).write_text(lines, encoding="utf-8", errors="backslashreplace")
 
     def state(self) -> dict[str, Any]:
         """Plain values, for the other ranks and the checkpoint: ``BrokenFiles(**state)`` is the same

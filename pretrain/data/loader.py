@@ -112,11 +112,9 @@ class ViewsDataset(Dataset[Sample | Decoded]):
 
     def __getitem__(self, sample_index: int) -> Sample | Decoded:
         image, broken = self.read(sample_index)
-        return (
-            Decoded(sample_index, image, broken)
-            if self.on_device
-            else self.sample(sample_index, image, broken)
-        )
+        if self.on_device:
+            return Decoded(sample_index, image, broken)
+        return self.sample(sample_index, image, broken)
 
     def sample(self, sample_index: int, image: Pixels, broken: tuple[str, ...] = ()) -> Sample:
         """The views of a sample, made in this process."""
@@ -158,12 +156,9 @@ class Collate:
         """The batch, and the images that could not be read."""
         broken = tuple(name for item in items for name in item.broken)
         samples = [item for item in items if isinstance(item, Sample)]
-        batch = (
-            self.crops(samples)
-            if samples
-            else self.canvas([item for item in items if isinstance(item, Decoded)])
-        )
-        return batch, broken
+        if samples:
+            return self.crops(samples), broken
+        return self.canvas([item for item in items if isinstance(item, Decoded)]), broken
 
     def crops(self, samples: Sequence[Sample]) -> Batch:
         """A batch of crops that the worker made."""
@@ -255,11 +250,8 @@ def build_loader(
     With ``step.accumulate`` = A, an iteration is A consecutive batches: equal parts of the rank's share, with
     their rows of the iteration's masks.
     """
-    batch_size, n_ranks, n_micro_batches = (
-        config.optim.batch_size,
-        distributed.world_size(),
-        config.step.accumulate,
-    )
+    batch_size, n_micro_batches = config.optim.batch_size, config.step.accumulate
+    n_ranks = distributed.world_size()
     if batch_size % n_ranks:
         raise UserError(f"config: optim.batch_size={batch_size} is no multiple of the {n_ranks} ranks")
     if batch_size // n_ranks % n_micro_batches:

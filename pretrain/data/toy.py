@@ -210,14 +210,8 @@ def _surface(
 def _colors(random: np.random.Generator, kind: int) -> np.ndarray:
     """[2, 3] float32 RGB in 0..255: a light and a dark color of the class's hue."""
     hue = (180 * (kind + random.uniform(-0.2, 0.2)) / len(CLASSES)) % 180  # OpenCV: 180 is the full circle
-    hsv = np.array(
-        [
-            [
-                [hue, random.uniform(150, 255), light]
-                for light in (random.uniform(190, 255), random.uniform(70, 140))
-            ]
-        ]
-    )
+    lights = random.uniform(190, 255), random.uniform(70, 140)
+    hsv = np.array([[[hue, random.uniform(150, 255), light] for light in lights]])
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)[0].astype(np.float32)
 
 

@@ -11,13 +11,5 @@ from pretrain.weights.read import (
 )
 from pretrain.weights.sources.posfield import save_backbone
 
-__all__ = [
-    "Checkpoint",
-    "backbone_name",
-    "check_fit",
-    "load_into",
-    "origin_of",
-    "read_checkpoint",
-    "save_backbone",
-    "source_names",
-]
+__all__ = ["Checkpoint", "backbone_name", "check_fit", "load_into", "origin_of", "read_checkpoint"]
+__all__ += ["save_backbone", "source_names"]

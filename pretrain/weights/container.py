@@ -21,13 +21,10 @@ from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regu
 
 WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
-IN_FOLDER = (
-    "model.safetensors",
-    "model.safetensors" + INDEX,
-    "pytorch_model.bin",
-    "pytorch_model.bin" + INDEX,
-    "backbone.safetensors",
+IN_FOLDER = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX)
 )
+IN_FOLDER += ("backbone.safetensors",)
 DESCRIBED = (".safetensors", ".bin", INDEX)  # a config.json beside them is theirs; beside a .pth it is not
 
 

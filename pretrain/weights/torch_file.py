@@ -39,18 +39,7 @@ DTYPES = {dtype.str[1:]: dtype for dtype in map(numpy.dtype, "fdeilqILQbBhH?")}
 # pure: of any system, and no file's
 PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
 # Codecs from bytes to bytes: encoding again and again would double a few bytes without end.
-BYTE_CODECS = {
-    "hex",
-    "base64",
-    "base_64",
-    "bz2",
-    "quopri",
-    "quoted_printable",
-    "quotedprintable",
-    "uu",
-    "zip",
-    "zlib",
-}
+BYTE_CODECS = frozenset("hex base64 base_64 bz2 quopri quoted_printable quotedprintable uu zip zlib".split())
 
 
 def read_torch_file(path: Path) -> Any:

@@ -37,27 +37,26 @@ from pretrain.weights.container import Container, is_state
 
 # What distinguishes the files: (the sources that have it, a key of the full checkpoint or the start of a
 # tensor's name).
-MARKS = (
-    (("ibot",), "ibot_loss"),
-    (("ibot",), "masked_embed"),
-    (("ibot",), "blocks.0.gamma_1"),
-    (("mugs",), "student_mem"),
-    (("mugs",), "relation_blocks."),
-    (("cribo",), "centroids_queue_cpu"),
-    (("croc",), "croc_loss"),
-    (("cribo", "croc"), "head.last_layer_c."),
-    (("selfpatch",), "ca_head."),
-    (("flsl",), "flsl_loss"),
-    (("dinov2",), "blocks.0.ls1."),
-    (("dinov2",), "register_tokens"),
-    (("dinov2",), "dino_head."),
-    (("dinov2", "mae", "droppos", "lomar"), "mask_token"),
-    (("timm",), "reg_token"),
-    (("posfield",), "pos_mask_token"),
-    (("neco", "leopart"), "projection_head."),
-    (("mae", "droppos"), "decoder_embed."),
-    (("droppos",), "mask_pos_token"),
-    (("lomar",), "blocks.0.attn.rpe_"),
+MARKS = tuple(
+    (tuple(sources.split()), mark)
+    for sources, marks in (
+        ("ibot", "ibot_loss masked_embed blocks.0.gamma_1"),
+        ("mugs", "student_mem relation_blocks."),
+        ("cribo", "centroids_queue_cpu"),
+        ("croc", "croc_loss"),
+        ("cribo croc", "head.last_layer_c."),
+        ("selfpatch", "ca_head."),
+        ("flsl", "flsl_loss"),
+        ("dinov2", "blocks.0.ls1. register_tokens dino_head."),
+        ("dinov2 mae droppos lomar", "mask_token"),
+        ("timm", "reg_token"),
+        ("posfield", "pos_mask_token"),
+        ("neco leopart", "projection_head."),
+        ("mae droppos", "decoder_embed."),
+        ("droppos", "mask_pos_token"),
+        ("lomar", "blocks.0.attn.rpe_"),
+    )
+    for mark in marks.split()
 )
 
 

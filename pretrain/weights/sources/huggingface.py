@@ -31,20 +31,11 @@ from pretrain.weights.container import Container
 MARK = "embeddings.patch_embeddings.projection.weight"
 PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone in a model with a head
 HEADS = ("pooler.", "classifier.", "decoder.")  # dropped
-METHODS = {
-    "vit": "ViT",
-    "vit_mae": "MAE",
-    "vit_msn": "MSN",
-    "dinov2": "DINOv2",
-    "dinov2_with_registers": "DINOv2-reg",
-}
-GELUS = {
-    "gelu": "erf",
-    "gelu_python": "erf",
-    "gelu_new": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu_fast": "tanh",
-}
+METHODS = {"vit": "ViT", "vit_mae": "MAE", "vit_msn": "MSN", "dinov2": "DINOv2"}
+METHODS["dinov2_with_registers"] = "DINOv2-reg"
+GELUS = {"gelu": "erf", "gelu_python": "erf"} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "tanh"
+)
 RESCALED = 1 / 255
 RENAMED = (
     (r"embeddings\.cls_token", "cls_token"),
@@ -115,13 +106,8 @@ def _model_type(file: Container, state: Mapping[str, Tensor]) -> str:
     """The type that the config tells, else the tensors."""
     told = file.config.get("model_type")
     if told is None:
-        return (
-            "dinov2_with_registers"
-            if "reg_token" in state
-            else "dinov2"
-            if "blocks.0.ls1.gamma" in state
-            else "vit"
-        )
+        own = "dinov2" if "blocks.0.ls1.gamma" in state else "vit"
+        return "dinov2_with_registers" if "reg_token" in state else own
     if not isinstance(told, str) or told not in METHODS:
         raise UserError(f"weights: {file.path} is a network of type {told!r}; read are {', '.join(METHODS)}")
     return told
@@ -140,15 +126,12 @@ def _refuse_others(file: Container, state: Mapping[str, Tensor], model_type: str
             f"weights: {file.path} has the activation {activation!r}; ours are {', '.join(GELUS)}"
         )
     kernel = state.get("patch_embed.proj.weight")
-    if (
-        "patch_size" in config
-        and kernel is not None
-        and kernel.ndim == 4
-        and config["patch_size"] != kernel.shape[-1]
-    ):
-        raise UserError(
-            f"weights: {file.path} has patches of {kernel.shape[-1]} px, its config.json says {config['patch_size']!r}"
-        )
+    stated, px = (
+        config.get("patch_size"),
+        kernel.shape[-1] if kernel is not None and kernel.ndim == 4 else None,
+    )
+    if "patch_size" in config and px is not None and stated != px:
+        raise UserError(f"weights: {file.path} has patches of {px} px, its config.json says {stated!r}")
 
 
 def _fuse(file: Container, state: dict[str, Tensor], block: str) -> None:

@@ -31,14 +31,9 @@ NORMS = {"scale": "weight", "bias": "bias"}
 def match(file: Container) -> Match:
     """By Scenic's name for the patch projection, in a network without [CLS]."""
     trees = [file.tree.get(key) for keys in NETWORKS.values() for key in keys]
-    found = [
-        tree[TOKENS[:-1]]
-        for tree in trees
-        if isinstance(tree, Mapping) and isinstance(tree.get(TOKENS[:-1]), Mapping)
-    ]
-    return (
-        Match.MARKED if any("embedding" in tokens and "cls" not in tokens for tokens in found) else Match.NONE
-    )
+    found = [tree.get(TOKENS[:-1]) for tree in trees if isinstance(tree, Mapping)]
+    marked = any(isinstance(t, Mapping) and "embedding" in t and "cls" not in t for t in found)
+    return Match.MARKED if marked else Match.NONE
 
 
 def convert(file: Container, subnet: str | None) -> Checkpoint:

@@ -36,11 +36,7 @@ def match_neco(file: Container) -> Match:
 
 def match_timet(file: Container) -> Match:
     """By the names of its wrapper."""
-    return (
-        Match.MARKED
-        if any(key.startswith("feature_extractor.backbone.") for key in file.flat)
-        else Match.NONE
-    )
+    return Match.MARKED if strip(file.flat, "feature_extractor.backbone.") else Match.NONE
 
 
 def match_leopart(file: Container) -> Match:

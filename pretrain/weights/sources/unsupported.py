@@ -34,85 +34,42 @@ class Refusal:
 
 NO_POSITIONS = "!^(.*\\.)?(pos_embed|position_embeddings)$"
 REFUSED = (
-    Refusal(
-        "dinov3",
-        "DINOv3",
-        (
-            (r"rope_embed\.periods$",),
-            (r"(^|\.)storage_tokens$",),
-            (r"embeddings\.patch_embeddings\.weight$", r"(^|\.)layer\.0\.attention\.q_proj\.weight$"),
-            (r"^reg_token$", r"^blocks\.0\.gamma_1$", NO_POSITIONS),
-        ),
-        ROPE + " and no table of positions",
-    ),
-    Refusal(
-        "franca",
-        "Franca",
-        ((r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",)),
-        "gated MLPs (SwiGLU)",
-    ),
-    Refusal(
-        "swin",
-        "Swin",
-        ((r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),),
-        WINDOWS + " in a pyramid",
-    ),
-    Refusal(
-        "beit",
-        "BEiT or data2vec",
-        (
-            (r"relative_position_bias(_table)?[.\w]*$", r"!layers\.0\.blocks\.0"),
-            (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",),
-        ),
-        RELATIVE,
-    ),
-    Refusal(
-        "eva",
-        "EVA or EVA-02",
-        (
-            (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", "!^reg_token$"),
-            (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$",),
-            (r"(^|\.)rope\.freqs",),
-        ),
-        ROPE + ", or gated MLPs",
-    ),
-    Refusal(
-        "clip",
-        "CLIP or SigLIP",
-        (
-            (r"(^|\.)visual\.(transformer\.resblocks\.0|trunk\.blocks\.0|layer1\.0)\.",),
-            (r"(^|\.)vision_model\.(encoder\.layers\.0|embeddings)\.",),
-            (r"^norm_pre\.weight$", r"^blocks\.0\."),
-            (r"^attn_pool\.latent$",),
-        ),
-        "a norm before its blocks, other activations or attention pooling",
-    ),
+    Refusal("dinov3", "DINOv3", (
+        (r"rope_embed\.periods$",), (r"(^|\.)storage_tokens$",),
+        (r"embeddings\.patch_embeddings\.weight$", r"(^|\.)layer\.0\.attention\.q_proj\.weight$"),
+        (r"^reg_token$", r"^blocks\.0\.gamma_1$", NO_POSITIONS),
+    ), ROPE + " and no table of positions"),
+    Refusal("franca", "Franca", (
+        (r"\.matryoshka_projections\.",), (r"backbone\.blocks\..*\.mlp\.w12\.",),
+    ), "gated MLPs (SwiGLU)"),
+    Refusal("swin", "Swin", (
+        (r"layers\.0\.blocks\.0\..*relative_position_bias_table$",),
+    ), WINDOWS + " in a pyramid"),
+    Refusal("beit", "BEiT or data2vec", (
+        (r"relative_position_bias(_table)?[.\w]*$", r"!layers\.0\.blocks\.0"),
+        (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",),
+    ), RELATIVE),
+    Refusal("eva", "EVA or EVA-02", (
+        (r"blocks\.0\.attn\.(q_bias|inner_attn_ln\.weight)$", "!relative_position_bias", "!^reg_token$"),
+        (r"blocks\.0\.mlp\.(fc1_g|ffn_ln)\.weight$",), (r"(^|\.)rope\.freqs",),
+    ), ROPE + ", or gated MLPs"),
+    Refusal("clip", "CLIP or SigLIP", (
+        (r"(^|\.)visual\.(transformer\.resblocks\.0|trunk\.blocks\.0|layer1\.0)\.",),
+        (r"(^|\.)vision_model\.(encoder\.layers\.0|embeddings)\.",),
+        (r"^norm_pre\.weight$", r"^blocks\.0\."), (r"^attn_pool\.latent$",),
+    ), "a norm before its blocks, other activations or attention pooling"),
     Refusal("sam", "SAM or ViTDet", ((r"\.attn\.rel_pos_h$",),), WINDOWS),
-    Refusal(
-        "deit_distilled",
-        "distilled DeiT",
-        ((r"(^|\.)(dist_token|embeddings\.distillation_token)$",),),
-        "a second [CLS] token",
-    ),
-    Refusal(
-        "convnext",
-        "ConvNeXt",
-        (
-            (r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",),
-            (r"encoder\.stages\.0\.layers\.0\.dwconv\.",),
-        ),
-        "convolutions and no patches",
-    ),
-    Refusal(
-        "resnet",
-        "ResNet",
-        (
-            (r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."),
-            (r"encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.",),
-        ),
-        "convolutions and no patches",
-    ),
-)
+    Refusal("deit_distilled", "distilled DeiT", (
+        (r"(^|\.)(dist_token|embeddings\.distillation_token)$",),
+    ), "a second [CLS] token"),
+    Refusal("convnext", "ConvNeXt", (
+        (r"(^|\.)stages\.0\.(blocks\.)?0\.(conv_dw|dwconv)\.",), (r"encoder\.stages\.0\.layers\.0\.dwconv\.",),
+    ), "convolutions and no patches"),
+    Refusal("resnet", "ResNet", (
+        (r"(^|\.)layer1\.0\.conv1\.weight$", r"!(^|\.)visual\."),
+        (r"encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.",),
+    ), "convolutions and no patches"),
+)  # fmt: skip
 
 
 def match(refusal: Refusal, file: Container) -> Match:
@@ -143,7 +100,4 @@ def _holds(names: str, pattern: str) -> bool:
     return (re.search(pattern.removeprefix("!"), names, re.MULTILINE) is not None) == wanted
 
 
-SOURCES = tuple(
-    Source(refusal.name, refusal.method, partial(match, refusal), partial(convert, refusal))
-    for refusal in REFUSED
-)
+SOURCES = tuple(Source(r.name, r.method, partial(match, r), partial(convert, r)) for r in REFUSED)
