@@ -33,14 +33,16 @@ def read_json(path: Path, area: str) -> dict[str, Any]:
 
 
 @contextmanager
-def replacing(path: Path, suffix: str = ".partial") -> Iterator[Path]:
+def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """Write ``path`` in one step: readers see the old file (or folder) or the new one, never a part.
 
-    The body writes to the path that it is given, beside ``path`` and with this suffix. After an error ``path``
-    is as it was, and nothing else stays.
+    The body writes to the path that it is given: ``partial``, or a name of this process beside ``path``. After
+    an error ``path`` is as it was, and nothing else stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")  # another process may write the same
+    # Another process may write the same
+    partial = partial or path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove(partial)  # of a process that was killed
     try:
         yield partial
         put_in_place(partial, path)

@@ -36,17 +36,9 @@ def measure(
         {name: (form, (backbone, n_images, where, *how)) for name, how in forms.items()}, where, rounds
     )
     ratios = {f"{key}_ratio": value for key, value in ratio(found["chunked"], found["plain"]).items()}
-    raw = {
-        f"{name}_{key}": value for name, figures in found.items() for key, value in figures.shown().items()
-    }
-    return {
-        **ratios,
-        **raw,
-        "backbone": backbone,
-        "n_images": n_images,
-        "device": where,
-        "precision": precision,
-    }
+    raw = {f"{name}_{key}": value for name, own in found.items() for key, value in own.shown().items()}
+    asked = {"backbone": backbone, "n_images": n_images, "device": where, "precision": precision}
+    return {**ratios, **raw, **asked}
 
 
 def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str) -> Work:
@@ -56,15 +48,10 @@ def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str)
     dim, heads = SIZES[backbone.split("_")[1]]["embed_dim"], config.heads
     shape = (heads.n_prototypes, heads.hidden_dim, heads.bottleneck_dim, heads.n_layers)
     student, teacher = ([ProjectionHead(dim, *shape).to(where) for _ in range(3)] for _ in range(2))
-    rows = [
-        int(n_images * config.crops.n_global * 196 * sum(config.masks.ratio) / 2 * share)
-        for share in (0.5, 0.5)
-    ]
+    n_masked = int(n_images * config.crops.n_global * 196 * sum(config.masks.ratio) / 2 * 0.5)  # of a kind
     n_views = config.crops.n_global + config.crops.n_local
-    tokens = [
-        torch.randn(n_views, n_images, dim, device=where),
-        *(torch.randn(m, dim, device=where) for m in rows),
-    ]
+    tokens = [torch.randn(n_views, n_images, dim, device=where)]
+    tokens += [torch.randn(n_masked, dim, device=where) for _ in range(2)]
 
     def work() -> None:
         for head in student:
@@ -76,13 +63,10 @@ def form(backbone: str, n_images: int, device: str, n_rows: int, precision: str)
     return work
 
 
-def total_loss(
-    student: list[ProjectionHead],
-    teacher: list[ProjectionHead],
-    tokens: list[Tensor],
-    n_rows: int,
-    n_global: int,
-) -> Tensor:
+Heads = list[ProjectionHead]
+
+
+def total_loss(student: Heads, teacher: Heads, tokens: list[Tensor], n_rows: int, n_global: int) -> Tensor:
     """The image loss and both patch losses; the teacher reads the same tokens."""
     temperatures, k = (0.1, 0.04), student[0].last_layer.out_features
     center = torch.zeros(1, k, device=tokens[0].device)

@@ -193,18 +193,13 @@ def measure_with_data(
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         for path in ("synthetic", "cpu", "device"):
-            own = [
-                f"backbone.name={backbone}",
-                f"optim.batch_size={batch_size}",
-                f"data.root={folder}",
-                f"data.workers={workers}",
-            ]
+            own = [f"backbone.name={backbone}", f"optim.batch_size={batch_size}"]
+            own += [f"data.root={folder}", f"data.workers={workers}"]
             own += [] if path == "synthetic" else [f"data.path={path}"]
             config = load_config(None, [*own, "optim.epoch_iters=1000", *overrides])
             found[f"{path}_img_per_s"] = round(loop_rate(config, iterations, path == "synthetic"), 2)
-            found[f"{path}_over_synthetic"] = round(
-                found[f"{path}_img_per_s"] / found["synthetic_img_per_s"], 3
-            )
+            ratio = found[f"{path}_img_per_s"] / found["synthetic_img_per_s"]
+            found[f"{path}_over_synthetic"] = round(ratio, 3)
     return found
 
 
@@ -213,10 +208,8 @@ def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
     trainer = Trainer(config, unfrozen_length())
     # Long enough that the batches which workers had ready at the start do not count, and that a slow loader
     # shows.
-    first, last = (
-        WARM_UP + 2 * config.data.workers,
-        WARM_UP + 2 * config.data.workers + max(iterations, 4 * config.data.workers),
-    )
+    first = WARM_UP + 2 * config.data.workers
+    last = first + max(iterations, 4 * config.data.workers)
     loader: Iterable[Any] = [(resident(synthetic_batch(config, 0), trainer.device), ())] * last
     if not is_synthetic:
         loader = build_loader(
@@ -229,6 +222,5 @@ def loop_rate(config: Any, iterations: int, is_synthetic: bool) -> float:
             started = time.perf_counter()
         trainer.step(micro_batches)
     settle(trainer.device)
-    return (
-        (last - first) * config.optim.batch_size * distributed.world_size() / (time.perf_counter() - started)
-    )
+    n_images = (last - first) * config.optim.batch_size * distributed.world_size()
+    return n_images / (time.perf_counter() - started)

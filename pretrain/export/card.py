@@ -99,9 +99,10 @@ def model_card(
         "License": [LICENSE],
         "Limits": _limits(vit, size, told),
     }
+    title = f"# {_architecture(vit)}, {method}"
     lines = [
         FRONT_MATTER.format(library=usage.library),
-        f"# {_architecture(vit)}, {method}",
+        title,
         "",
         INTRODUCTION,
         "",
@@ -133,38 +134,24 @@ def _architecture(vit: ViT) -> str:
 
 
 def _what(vit: ViT, told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    model_kwargs = vit.model_kwargs
-    scale = "yes" if model_kwargs["layerscale"] is not None else "none"
-    millions = sum(parameter.numel() for parameter in vit.parameters()) / 1e6
+    own, epochs = vit.model_kwargs, told.get("effective_epochs")
     positions = {"field": f"a field of {vit.pos_grid} x {vit.pos_grid} samples", "none": "none"}
-    epochs = told.get("effective_epochs")
-    return [
-        ("Method", str(told.get("method") or UNKNOWN)),
-        ("Effective epochs", UNKNOWN if epochs is None else epochs_text(float(epochs))),
-        ("Pre-training data", str(told.get("data") or UNKNOWN)),
-        ("Parameters", f"{millions:.1f} M before the export"),
-        (
-            "Blocks, width, heads",
-            f"{model_kwargs['depth']}, {model_kwargs['embed_dim']}, {model_kwargs['num_heads']}",
-        ),
-        (
-            "MLP ratio, GELU",
-            f"{model_kwargs['mlp_ratio']:g}, {'exact' if model_kwargs['gelu'] == 'erf' else 'tanh approximation'}",
-        ),
-        ("Patch", f"{vit.patch_size} px"),
-        ("[CLS], registers", f"{'yes' if vit.has_cls else 'no'}, {vit.n_registers}"),
-        ("LayerScale", scale),
-        (
-            "Final norm, epsilon",
-            f"{'yes' if model_kwargs['final_norm'] else 'no'}, {model_kwargs['ln_eps']:g}",
-        ),
-        (
-            "Positions, as learned",
-            positions.get(
-                vit.pos_encoding, f"one vector for each of {vit.pos_grid} x {vit.pos_grid} patches"
-            ),
-        ),
-    ]
+    learned = f"one vector for each of {vit.pos_grid} x {vit.pos_grid} patches"
+    gelu = "exact" if own["gelu"] == "erf" else "tanh approximation"
+    rows = {
+        "Method": told.get("method") or UNKNOWN,
+        "Effective epochs": UNKNOWN if epochs is None else epochs_text(float(epochs)),
+        "Pre-training data": told.get("data") or UNKNOWN,
+        "Parameters": f"{sum(p.numel() for p in vit.parameters()) / 1e6:.1f} M before the export",
+        "Blocks, width, heads": f"{own['depth']}, {own['embed_dim']}, {own['num_heads']}",
+        "MLP ratio, GELU": f"{own['mlp_ratio']:g}, {gelu}",
+        "Patch": f"{vit.patch_size} px",
+        "[CLS], registers": f"{'yes' if vit.has_cls else 'no'}, {vit.n_registers}",
+        "LayerScale": "yes" if own["layerscale"] is not None else "none",
+        "Final norm, epsilon": f"{'yes' if own['final_norm'] else 'no'}, {own['ln_eps']:g}",
+        "Positions, as learned": positions.get(vit.pos_encoding, learned),
+    }
+    return [(key, str(value)) for key, value in rows.items()]
 
 
 def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list[tuple[str, str]]:
@@ -181,23 +168,15 @@ def _origin(told: Mapping[str, Any], file_hash: str | None, format: str) -> list
     if isinstance(start, Mapping):
         epochs = start.get("effective_epochs")
         trained = f", {epochs_text(epochs)} effective epochs" if isinstance(epochs, int | float) else ""
-        rows.append(
-            (
-                "Started from",
-                f"{start.get('method', 'method unknown')}{trained}, file of SHA-256 {start.get('hash', UNKNOWN)}",
-            )
-        )
+        method, file = start.get("method", "method unknown"), start.get("hash", UNKNOWN)
+        rows.append(("Started from", f"{method}{trained}, file of SHA-256 {file}"))
     return [*rows, ("Format", format), ("posfield", version)]
 
 
 def _results(results: Sequence[Result]) -> list[str]:
     """The same tables as everywhere else. They mark a run that was scaled down."""
-    tables = [
-        segmentation_table(results),
-        dense_table(results, []),
-        posttraining_table(results),
-        pretraining_table(results),
-    ]
+    tables = [segmentation_table(results), dense_table(results, [])]
+    tables += [posttraining_table(results), pretraining_table(results)]
     comparison = comparison_table(results, published=[], table="all")
     if comparison.records:
         tables.insert(0, comparison)
@@ -219,8 +198,5 @@ def _limits(vit: ViT, size: Size, told: Mapping[str, Any]) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    return [
-        "| | |",
-        "|---|---|",
-        *(f"| {markdown_text(key)} | {markdown_text(value)} |" for key, value in rows),
-    ]
+    lines = [f"| {markdown_text(key)} | {markdown_text(value)} |" for key, value in rows]
+    return ["| | |", "|---|---|", *lines]

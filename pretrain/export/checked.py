@@ -10,10 +10,10 @@ import torch
 
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
+from pretrain.export.converted import export_safetensors, use_safetensors
 from pretrain.export.fixed_size import TENSORS, Run, Size, Usage, Write, is_export, outputs_of
 from pretrain.export.huggingface import export_huggingface, use_huggingface
 from pretrain.export.programs import export_onnx, export_program, use_onnx, use_program
-from pretrain.export.safetensors import export_safetensors, use_safetensors
 from pretrain.export.timm import export_timm, use_timm
 from pretrain.export.torchvision import export_torchvision, use_torchvision
 from pretrain.files import replacing
@@ -79,7 +79,8 @@ def export(
     path = Path(path)
     written = _checked_target(format, size, path)
     vit.eval()
-    with replacing(path, f".partial{written.suffix}") as partial:
+    # A program's bytes hold the name that it is written under
+    with replacing(path, path.with_name(f".partial-{path.name}")) as partial:
         difference = largest_difference(vit, written.write(vit, size, partial, provenance or {}), size)
         if not difference <= TOLERANCE:
             raise RuntimeError(

@@ -1,5 +1,5 @@
-"""Convert any supported file of weights to ours: ``backbone.safetensors``, with all arguments and the origin
-in the metadata."""
+"""Our own file: convert any supported weights to ``backbone.safetensors``, with all arguments and the origin in
+the metadata; or export plain tensors under timm's names, with no field and positions on one grid."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,15 @@ from typing import Any
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
-from pretrain.export.fixed_size import registered_name
+from pretrain.export.fixed_size import (
+    FixedSizeViT,
+    Run,
+    Size,
+    Usage,
+    plain_state,
+    registered_name,
+    whole_patches,
+)
 from pretrain.results.provenance import file_hash
 from pretrain.weights import backbone_name, read_checkpoint, save_backbone
 
@@ -55,13 +63,8 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
-    return save_backbone(
-        output,
-        vit.state_dict(),
-        name=registered_name(vit),
-        model_kwargs=vit.model_kwargs,
-        provenance=provenance,
-    )
+    own = dict(name=registered_name(vit), model_kwargs=vit.model_kwargs, provenance=provenance)
+    return save_backbone(output, vit.state_dict(), **own)
 
 
 def convert(
@@ -96,3 +99,37 @@ def given(method: str | None, effective_epochs: float | None) -> dict[str, Any]:
         raise UserError(f"effective_epochs: {effective_epochs} is no positive number")
     told = {"method": method, "effective_epochs": effective_epochs}
     return {key: value for key, value in told.items() if value is not None}
+
+
+def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any]) -> Run:
+    """``*.safetensors``. posfield builds the network from it with ``weights=path`` alone.
+
+    Raises:
+        UserError: the grid is not square, as a ViT's learned one is; see :func:`whole_patches`.
+    """
+    name = registered_name(vit)
+    height, width = whole_patches(vit, size)
+    state, model_kwargs = plain_state(vit, size), {**vit.model_kwargs, "mask_tokens": False}
+    if vit.pos_encoding == "none":
+        del state["pos_embed"]
+    elif height != width:
+        raise UserError(
+            f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm"
+        )
+    else:
+        interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
+        model_kwargs |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
+    save_backbone(
+        path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance}
+    )
+    return FixedSizeViT(build_backbone(name, path).eval(), size)
+
+
+def use_safetensors(vit: ViT, size: Size, path: str) -> Usage:
+    """See :class:`Usage`."""
+    code = f"""from pretrain.build import build_backbone
+
+model = build_backbone({registered_name(vit)!r}, weights={path!r}).eval()
+cls, registers, patches = model(image)  # [B, D], [B, R, D], [B, N, D]"""
+    note = "Tensors under timm's names; the flags of the network are in the file's metadata, as JSON under `flags`."
+    return Usage("posfield", code, (note,))

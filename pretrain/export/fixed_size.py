@@ -58,12 +58,8 @@ class FixedSizeViT(nn.Module):
 
     def __init__(self, vit: ViT, size: Size) -> None:
         super().__init__()
-        self.patch_embed, self.blocks, self.norm, self.split = (
-            vit.patch_embed,
-            vit.blocks,
-            vit.norm,
-            vit.split,
-        )
+        self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
+        self.norm, self.split = vit.norm, vit.split
         with torch.no_grad():
             tokens, self.grid = vit.embed(vit.patch_embed.proj.weight.new_zeros(1, 3, *size))
             self.register_buffer("prefix", tokens[:, : vit.n_prefix].clone())
@@ -83,10 +79,8 @@ class FixedSizeViT(nn.Module):
 def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None) -> Outputs:
     """``feature_map`` [B, D, h, w], ``cls`` [B, D] and, if any, ``registers`` [B, R, D]. ``cls`` replaces
     that of the tokens."""
-    outputs = {
-        "feature_map": tokens.patches.transpose(1, 2).unflatten(2, grid),
-        "cls": tokens.cls if cls is None else cls,
-    }
+    feature_map = tokens.patches.transpose(1, 2).unflatten(2, grid)
+    outputs = {"feature_map": feature_map, "cls": tokens.cls if cls is None else cls}
     return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
@@ -176,14 +170,9 @@ def require(format: str, *packages: str) -> None:
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of the file must know, as JSON for its metadata."""
-    told = {
-        "image_size_px": size,
-        "pixel_mean": MEAN,
-        "pixel_std": STD,
-        "channels": "RGB, 0 to 1",
-        "backbone": vit.model_kwargs,
-    }
-    return json.dumps({**told, "provenance": dict(provenance)}, sort_keys=True)
+    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1"}
+    told |= {"backbone": vit.model_kwargs, "provenance": dict(provenance)}
+    return json.dumps(told, sort_keys=True)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:

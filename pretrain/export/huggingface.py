@@ -83,11 +83,8 @@ def huggingface_state(vit: ViT, size: Size) -> dict[str, Tensor]:
         return {**state, "pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     mask_token = vit.mask_token.detach().clone() if vit.model_kwargs["mask_tokens"] else torch.zeros(1, width)
     if vit.model_kwargs["layerscale"] is None:
-        state |= {
-            f"encoder.layer.{i}.layer_scale{n}.lambda1": torch.ones(width)
-            for i in range(len(vit.blocks))
-            for n in (1, 2)
-        }
+        scales = (f"encoder.layer.{i}.layer_scale{n}" for i in range(len(vit.blocks)) for n in (1, 2))
+        state |= {f"{name}.lambda1": torch.ones(width) for name in scales}
     return {**state, "embeddings.mask_token": mask_token}
 
 
@@ -99,28 +96,21 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
         RuntimeError: transformers reports a tensor as missing or left over.
     """
     require("huggingface", "transformers")
-    refuse(
-        "transformers",
-        vit,
-        {"without [CLS]": not vit.has_cls, "without a final norm": not vit.model_kwargs["final_norm"]},
-    )
+    own = vit.model_kwargs
+    departures = {"without [CLS]": not vit.has_cls, "without a final norm": not own["final_norm"]}
+    refuse("transformers", vit, departures)
     grid, name = whole_patches(vit, size), model_class(vit)
     if name != "ViTModel":
         if size[0] != size[1]:
             raise UserError(
                 f"size: {size[0]} x {size[1]} px: the grid of positions of transformers' {name} is square; give one side"
             )
-        refuse(
-            f"transformers ({name})",
-            vit,
-            {f"with mlp_ratio {vit.model_kwargs['mlp_ratio']:g}": vit.model_kwargs["mlp_ratio"] % 1 != 0},
-        )
+        departures = {f"with mlp_ratio {own['mlp_ratio']:g}": own["mlp_ratio"] % 1 != 0}
+        refuse(f"transformers ({name})", vit, departures)
     path.mkdir()
     write_tensors(path / TENSORS, huggingface_state(vit, size), posfield=description(vit, size, provenance))
-    for file, content in (
-        ("config.json", _config(vit, size)),
-        ("preprocessor_config.json", _preprocessor(size)),
-    ):
+    contents = {"config.json": _config(vit, size), "preprocessor_config.json": _preprocessor(size)}
+    for file, content in contents.items():
         (path / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     model = _load(path)
 
@@ -175,12 +165,8 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
     }
     if name == "ViTModel":
         hidden = int(vit.embed_dim * model_kwargs["mlp_ratio"])
-        return {
-            **config,
-            "intermediate_size": hidden,
-            "pooler_act": "linear",
-            "pooler_output_size": vit.embed_dim,
-        }
+        pooler = {"pooler_act": "linear", "pooler_output_size": vit.embed_dim}
+        return {**config, "intermediate_size": hidden, **pooler}
     config |= {
         "mlp_ratio": int(model_kwargs["mlp_ratio"]),
         "layerscale_value": model_kwargs["layerscale"] or 1.0,

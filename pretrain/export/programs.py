@@ -29,11 +29,8 @@ def use_program(vit: ViT, size: Size, path: str) -> Usage:
 model = torch.export.load({path!r}).module()
 outputs = model(image)
 cls, feature_map = outputs["cls"], outputs["feature_map"]  # [B, D], [B, D, h, w]"""
-    return Usage(
-        "pytorch",
-        code,
-        ("A program of torch.export: it needs torch alone, at this image size, and takes any batch.",),
-    )
+    note = "A program of torch.export: it needs torch alone, at this image size, and takes any batch."
+    return Usage("pytorch", code, (note,))
 
 
 # As in the trace: it decides SDPA's kernel for masks, and the graph relies on the output's strides

@@ -28,32 +28,18 @@ from pretrain.export.fixed_size import (
 )
 
 LN_EPS = 1e-6  # torchvision's
-OUTSIDE = {
-    "cls_token": "class_token",
-    "pos_embed": "encoder.pos_embedding",
-    "patch_embed.proj": "conv_proj",
-    "norm": "encoder.ln",
-}
-INSIDE = {
-    "norm1": "ln_1.",
-    "attn.qkv": "self_attention.in_proj_",
-    "attn.proj": "self_attention.out_proj.",
-    "norm2": "ln_2.",
-    "mlp.fc1": "mlp.0.",
-    "mlp.fc2": "mlp.3.",
-}
+OUTSIDE = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}
+OUTSIDE |= {"patch_embed.proj": "conv_proj", "norm": "encoder.ln"}
+INSIDE = {"norm1": "ln_1.", "norm2": "ln_2.", "mlp.fc1": "mlp.0.", "mlp.fc2": "mlp.3."}
+INSIDE |= {"attn.qkv": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj."}
 
 
 def model_arguments(vit: ViT, size: Size) -> dict[str, int]:
     """The arguments of ``VisionTransformer(**arguments)`` for this network."""
-    return {
-        "image_size": size[0],
-        "patch_size": vit.patch_size,
-        "num_layers": vit.model_kwargs["depth"],
-        "num_heads": vit.model_kwargs["num_heads"],
-        "hidden_dim": vit.embed_dim,
-        "mlp_dim": int(vit.embed_dim * vit.model_kwargs["mlp_ratio"]),
-    }
+    own = vit.model_kwargs
+    arguments = {"image_size": size[0], "patch_size": vit.patch_size, "num_layers": own["depth"]}
+    arguments |= {"num_heads": own["num_heads"], "hidden_dim": vit.embed_dim}
+    return {**arguments, "mlp_dim": int(vit.embed_dim * own["mlp_ratio"])}
 
 
 def torchvision_state(vit: ViT, size: Size) -> dict[str, Tensor]:
