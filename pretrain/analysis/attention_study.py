@@ -21,7 +21,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.data.images import check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
-from pretrain.log import Progress
+from pretrain.log import Progress, say
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
@@ -110,7 +110,7 @@ class Study:
             name: (v, v) for name, v in seen.items()
         }
         if (folder / STATISTICS).is_file() and subject.found(folder, "attention", settings):
-            print(f"{subject.label}: measured before", flush=True)
+            say(f"{subject.label}: measured before")
             return read_statistics(folder / STATISTICS, subject.label)
         started = time.perf_counter()
         measured = self._measure(subject.label, backbone)

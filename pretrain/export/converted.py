@@ -63,8 +63,8 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     """
     if Path(output).suffix != ".safetensors":
         raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
-    own = dict(name=registered_name(vit), model_kwargs=vit.model_kwargs, provenance=provenance)
-    return save_backbone(output, vit.state_dict(), **own)
+    name, own = registered_name(vit), vit.model_kwargs
+    return save_backbone(output, vit.state_dict(), name=name, model_kwargs=own, provenance=provenance)
 
 
 def convert(

@@ -170,7 +170,12 @@ def require(format: str, *packages: str) -> None:
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of the file must know, as JSON for its metadata."""
-    told = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1"}
+    told: dict[str, Any] = {
+        "image_size_px": size,
+        "pixel_mean": MEAN,
+        "pixel_std": STD,
+        "channels": "RGB, 0 to 1",
+    }
     told |= {"backbone": vit.model_kwargs, "provenance": dict(provenance)}
     return json.dumps(told, sort_keys=True)
 
