@@ -22,14 +22,20 @@ from pretrain.config import load_config
 from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import spread, square
 from pretrain.errors import UserError
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import knn_predict_each, knn_votes
-from pretrain.evaluation.labeled import Labeled, read_classes, read_segmentation
-from pretrain.evaluation.linear import Moments, discriminant, ridge
-from pretrain.evaluation.matching import count_pairs
-from pretrain.evaluation.position_probe import PositionProbe, centers
-from pretrain.evaluation.probes import Probes
-from pretrain.evaluation.segmentation import SegmentationProbe, mean_iou, patch_labels
+from pretrain.evaluation.features import Features, Moments, frozen
+from pretrain.evaluation.knn import knn_predict
+from pretrain.evaluation.miou import count_pairs, mean_iou
+from pretrain.evaluation.position import centers, draw_masks, ridge
+from pretrain.evaluation.probes import PositionProbe, Probes
+from pretrain.evaluation.segmentation import (
+    Labeled,
+    SegmentationProbe,
+    discriminant,
+    knn_votes,
+    patch_labels,
+    read_classes,
+    read_segmentation,
+)
 from pretrain.train import train
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights import save_backbone
@@ -179,7 +185,7 @@ def test_votes_and_their_chunks():
     expected = torch.zeros(4).index_add(0, labels[near.indices], (near.values / 0.07).exp())
     torch.testing.assert_close(votes[3], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(votes, knn_votes(bank, labels, queries, 7, 4))
-    assert torch.equal(knn_predict_each(bank, labels, queries, (7,), 4)[0], votes.argmax(1))
+    assert torch.equal(knn_predict(bank, labels, queries, (7,), 4)[0], votes.argmax(1))
 
 
 def test_patch_labels_by_hand():
@@ -258,15 +264,15 @@ def test_segmentation_of_pictures_of_one_color_is_perfect():
 
 def test_the_position_probe_equals_a_plain_restatement():
     backbone, images = tiny_vit().eval(), random_images(10)
-    probe = PositionProbe.of(images, patch_size=16)
-    assert probe.masks.shape == (10, 16) and probe.masks.sum(1).tolist() == [8] * 10
+    masks = draw_masks(10, (4, 4))
+    assert masks.shape == (10, 16) and masks.sum(1).tolist() == [8] * 10
     assert centers(4)[6].tolist() == [2.5 / 4, 1.5 / 4]
     with torch.no_grad():
-        got = probe(features_of(backbone))
-        patches = torch.cat([t.patches for t in features_of(backbone)(images, probe.masks)]).double().numpy()
+        got = PositionProbe(images)(features_of(backbone))
+        patches = torch.cat([t.patches for t in features_of(backbone)(images, masks)]).double().numpy()
     place = np.array([[(j + 0.5) / 4, (i + 0.5) / 4] for i in range(4) for j in range(4)])
     rows = {
-        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if probe.masks[n, p]]
+        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if masks[n, p]]
         for part in (0, 1)
     }
     (x, y), (x_test, y_test) = (
@@ -291,8 +297,8 @@ def test_the_position_probe_sees_places_only_where_features_hold_them():
     ).to(torch.uint8)
     backbone = tiny_vit(embed_dim=48).eval()
     with torch.no_grad():
-        told = PositionProbe.of(place.expand(200, -1, -1, -1).contiguous(), 16)(features_of(backbone))
-        untold = PositionProbe.of(random_images(200), 16)(features_of(backbone))
+        told = PositionProbe(place.expand(200, -1, -1, -1).contiguous())(features_of(backbone))
+        untold = PositionProbe(random_images(200))(features_of(backbone))
     assert (
         told["probe/position_r2"] > 0.95
         and told["probe/position_error"] < 0.2 * told["probe/position_chance"]
@@ -466,7 +472,7 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
     plain.__class__ = Hidden
     rows = []
     with torch.no_grad():
-        for image, mask in zip(probe.images, probe.masks):
+        for image, mask in zip(probe.images, draw_masks(len(probe.images), (4, 4))):
             plain.now = mask[None]
             tokens = next(features_of(plain)(image[None]))
             rows.append((tokens.patches[0, mask], places[mask]))

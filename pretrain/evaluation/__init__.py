@@ -1,9 +1,16 @@
 """Evaluation without fine-tuning: what a frozen backbone's features are worth. One file a task."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pretrain.errors import Interrupted
+from pretrain.progress import Progress
+from pretrain.signals import StopSignals
+
+LONG_S = 600.0  # longer work is announced
 
 
 @dataclass(frozen=True)
@@ -18,3 +25,20 @@ class Outcome:
 
     metrics: dict[str, float | dict[str, float]]
     maps: dict[str, list[NDArray[np.int32]]] = field(default_factory=dict)
+
+
+def check_signals(signals: StopSignals | None, where: str) -> None:
+    """Raises Interrupted if the process was asked to stop."""
+    if signals is not None and signals.received:
+        raise Interrupted(f"{signals.received} at {where}; finished tasks are kept, --resume goes on with it")
+
+
+def steps(label: str, total: int, signals: StopSignals | None, unit: str = "images") -> Callable[..., None]:
+    """Called with how many of ``total`` are done (1), reports the progress; nothing in a probe (no signals)."""
+    return (lambda n=1: None) if signals is None else Progress(label, total, unit=unit)
+
+
+def tell_if_long(what: str, seconds: float, less_by: str) -> None:
+    """Announce long work: about how long it will take, and which settings shorten it."""
+    if seconds > LONG_S:
+        print(f"{what}: up to about {seconds / 3600:.1f} h on this device; less by {less_by}", flush=True)

@@ -1,4 +1,4 @@
-"""The probes of a run: built once at its start from ``probes.*``, asked again and again about the teacher."""
+"""The probes of a run: built once at its start from ``probes.*``, asked again and again about the network."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,30 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.datasets import LabelSet, open_label_set
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
+from pretrain.evaluation.dense import EVALUATORS, Part, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import KnnProbe
-from pretrain.evaluation.labeled import errors_of
-from pretrain.evaluation.position_probe import PositionProbe
-from pretrain.evaluation.protocol import named_tasks, settings_of
-from pretrain.evaluation.run import EVALUATORS
-from pretrain.evaluation.segmentation import SegmentationProbe
+from pretrain.evaluation.position import position_layers, read_squares
+from pretrain.evaluation.segmentation import KnnProbe, SegmentationProbe, errors_of
 from pretrain.settings import Settings, replaced, setting
 
 Probe = Callable[[Features], dict[str, float]]
-
-
-# What makes a dense evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
+# What makes an evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
 SCALED_DOWN: Mapping[str, Mapping[str, Any]] = {
     "linear": dict(augment=False, batch_size=32),  # each image goes through the backbone once
     "in_context": dict(augment=False, passes=1, memory_size=50_000),
     "clustering": dict(seeds=1, restarts=1, overclusters=()),
 }
+DENSE_METRICS = ("linear_miou", "in_context_miou", "in_context_hungarian_miou", "clustering_miou")
 
 
 class ProbeSettings(Settings):
@@ -64,56 +61,47 @@ class ProbeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DenseProbe:
-    """Dense evaluation of a small set: ``probe/dense_linear_miou``, ...
-
-    The settings are reduced, so tables never show these numbers.
+class EvaluatorProbe:
+    """Evaluators on one small set, which is read from where it lies each time.
 
     Attributes:
-        train, val: parts of the set, which is read from where it lies each time.
+        train, val: parts of the set.
         settings: by task.
+        names: {an evaluator's metric: the log's}; other metrics are left out.
     """
 
-    train: LabelSet
-    val: LabelSet
+    train: Part
+    val: Part
     settings: Mapping[str, Any]
-
-    @staticmethod
-    def read(root: str, kind: str, tasks: str, side_px: int, max_images: int) -> "DenseProbe":
-        """The probe of ``probes.dense_root``. It reads every image and map once now: a bad one fails at the
-        start.
-
-        Raises:
-            UserError: an unknown task, a bad set (:func:`~pretrain.data.datasets.open_label_set`), an
-                unreadable file.
-        """
-        named = named_tasks(tasks.split(), "probes.dense_tasks")
-        if not named:
-            raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
-        with errors_of("probes.dense_root"):
-            train, val = (open_label_set(root, part, kind).first(max_images) for part in ("train", "val"))
-            for part in (train, val):
-                for _ in in_threads(part.read, range(len(part))):
-                    pass
-        changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
-        return DenseProbe(
-            train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()}
-        )
+    names: Mapping[str, str]
 
     def __call__(self, features: Features) -> dict[str, float]:
         """The probe's numbers for a backbone."""
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         for task, settings in self.settings.items():
-            metrics = EVALUATORS[task](features, self.train, self.val, settings, 0).metrics
-            found |= {
-                f"probe/dense_{name}": value for name, value in metrics.items() if not isinstance(value, dict)
-            }
-        return found
+            found |= EVALUATORS[task](features, self.train, self.val, settings).metrics
+        return {told: found[name] for name, told in self.names.items() if name in found}
+
+
+@dataclass(frozen=True)
+class PositionProbe:
+    """``probe/position_error``, ``_chance`` and ``_r2``: :class:`~pretrain.evaluation.position.Score` of the
+    last layer, for one draw of crosses.
+
+    Attributes:
+        images: uint8 [n, 3, S, S], whole images squeezed to squares.
+    """
+
+    images: Tensor
+
+    def __call__(self, features: Features) -> dict[str, float]:
+        """The probe's numbers for a backbone, which must hold a position mask token."""
+        (last,) = position_layers(features, self.images, draws=1, last_only=True)
+        return {f"probe/position_{name}": value for name, value in last.scores[0]._asdict().items()}
 
 
 class Probes:
-    """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the
-    dense one's.
+    """All probes that a config asks for. The position probe holds its images (3 * image_px^2 bytes each).
 
     No random state of torch or NumPy changes, and the same backbone on the same hardware gives the same
     numbers. So an exactly resumed run logs what an uninterrupted one does. One rank runs the probes; the
@@ -126,7 +114,8 @@ class Probes:
         reads: read the images; a rank that never asks only has to know when the probes are due.
 
     Raises:
-        UserError: data or settings that a probe cannot use; names the key and the file.
+        UserError: data or settings that a probe cannot use; names the key and the file. Every image and map
+            is read once now: a bad one fails at the start.
     """
 
     def __init__(
@@ -140,25 +129,22 @@ class Probes:
             nothing = "neither probes.knn_root, probes.seg_root, probes.dense_root nor probes.position is set"
             missing = "probes.every is 0" if wanted else nothing
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
-        k, side_px, most = settings.knn_k, settings.image_px, settings.max_images
         if not self.every or not reads:
             return
+        side_px = settings.image_px
         if side_px % patch_size:
-            raise UserError(
-                f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
-            )
+            what = f"probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
+            raise UserError(f"config: {what}")
         if settings.knn_root:
-            self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
+            self.probes.append(KnnProbe.read(settings.knn_root, settings.knn_k, side_px, settings.max_images))
         if settings.seg_root:
-            self.probes.append(
-                SegmentationProbe.read(settings.seg_root, settings.seg_classes, k, side_px, patch_size, most)
-            )
+            of_set = settings.seg_root, settings.seg_classes, settings.knn_k
+            self.probes.append(SegmentationProbe.read(*of_set, side_px, patch_size, settings.max_images))
         if settings.dense_root:
-            self.probes.append(
-                DenseProbe.read(settings.dense_root, settings.dense_set, settings.dense_tasks, side_px, most)
-            )
+            self.probes.append(_dense(settings))
         if settings.position:
-            self.probes.append(PositionProbe.read(data, patch_size, side_px, most))
+            images = read_squares(data, side_px, settings.max_images).pixels
+            self.probes.append(PositionProbe(torch.stack(images)))
 
     def __len__(self) -> int:
         return len(self.probes)
@@ -177,11 +163,43 @@ class Probes:
         Raises:
             UserError: the position probe is asked for, but the backbone holds no position mask token.
         """
-        if (
-            any(isinstance(probe, PositionProbe) for probe in self.probes)
-            and not backbone.model_kwargs["mask_tokens"]
-        ):
+        of_position = any(isinstance(probe, PositionProbe) for probe in self.probes)
+        if of_position and not backbone.model_kwargs["mask_tokens"]:
             raise UserError("probes.position: the backbone holds no position mask token")
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):
             return {name: value for probe in self.probes for name, value in probe(features).items()}
+
+
+def _dense(settings: ProbeSettings) -> EvaluatorProbe:
+    tasks = named_tasks(settings.dense_tasks.split(), "probes.dense_tasks")
+    if not tasks:
+        raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
+    with errors_of("probes.dense_root"):
+        parts = _parts(settings.dense_root, settings.dense_set, settings.max_images)
+    changes = {task: dict(image_px=settings.image_px, **SCALED_DOWN[task]) for task in tasks}
+    return EvaluatorProbe(*parts, _reduced(changes), {name: f"probe/dense_{name}" for name in DENSE_METRICS})
+
+
+def _reduced(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of these tasks with these values."""
+    return {task: replaced(used, changes[task]) for task, used in settings_of(list(changes)).items()}
+
+
+def _parts(root: str, kind: str, most: int, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
+    """Both parts of a set with a label a pixel."""
+    train, val = (open_label_set(root, part, kind, n_classes).first(most) for part in ("train", "val"))
+    for part in (train, val):
+        if not _read_all(part):
+            raise UserError(f"{root} has no labeled pixel in {part.part}")
+    return train, val
+
+
+def _read_all(part: Part) -> bool:
+    """Read each item, so that a bad one is told now. Whether one of them has a labeled pixel."""
+
+    def read(index: int) -> bool:
+        item = part.read(index)
+        return isinstance(item, tuple) and bool(item[1].any())
+
+    return any(list(in_threads(read, range(len(part)))))

@@ -1,16 +1,77 @@
-"""Which cluster stands for which class, and the IoU after matching, all from counts of pixels.
+"""What segmentations of frozen features share: predictions at pixels, counted against labels, and mIoU.
 
-The rules are those of Leopart's public code, which NeCo's and open-hummingbird-eval's keep (class PredsmIoU
-there): one to one by the largest sum of IoUs; many to one by the largest precision of each cluster.
+Which cluster stands for which class follows Leopart's public code, which NeCo's and open-hummingbird-eval's
+keep (class PredsmIoU there): one to one by the largest sum of IoUs; many to one by the largest precision of
+each cluster.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pretrain.data.datasets import LabelSet
+from pretrain.errors import UserError
+from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps
+
 UNMATCHED = -1
+
+
+def confusion_of(
+    predict: Callable[[Tensor], Tensor],
+    features: Features,
+    val: LabelSet,
+    side: int,
+    label_px: int,
+    map_px: int,
+    n_shown: int,
+) -> tuple[Tensor, list[NDArray[np.int32]]]:
+    """Pixels of the validation part by prediction and label, and the predictions of the first images.
+
+    Args:
+        predict: patch features [b, N, D] -> scores of the classes [b, N, C], which are enlarged bilinearly.
+        side: of the images, squeezed.
+        label_px: side of the maps that are compared.
+
+    Returns:
+        int64 [C, C] of :func:`count_pairs`, on the CPU, and ``n_shown`` maps [map_px, map_px].
+
+    Raises:
+        UserError: no pixel is counted.
+    """
+    n_classes = len(val.classes)
+    shown: list[NDArray[np.int32]] = []
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for images, labels in val.squares(side, side, FORWARD_BATCH):
+        for part in patch_maps(features, images):  # one
+            scores = predict(part)
+            pixels = predict_pixels(scores, label_px)
+            confusion += count_pairs(pixels, shrink(labels, label_px), n_classes, n_classes).cpu()
+            if missing := n_shown - len(shown):
+                shown += [*(predict_pixels(scores[:missing], map_px) + 1).int().cpu().numpy()]
+    if not confusion.any():
+        raise UserError(f"{val.name}: no pixel of the validation part is counted")
+    return confusion, shown
+
+
+def predict_pixels(scores: Tensor, side_px: int) -> Tensor:
+    """Scores on a square patch grid [b, N, C] to the best class of each pixel [b, side, side], after
+    bilinear upsampling."""
+    grid = round(scores.shape[1] ** 0.5)
+    maps = scores.transpose(1, 2).unflatten(2, (grid, grid))
+    # One image at a time: 150 classes at 224 px are 30 MB each.
+    sized = (F.interpolate(one, size=(side_px, side_px), mode="bilinear") for one in maps.split(1))
+    return torch.cat([one.argmax(1) for one in sized])
+
+
+def shrink(labels: Tensor, side: int) -> Tensor:
+    """[..., S, S] -> [..., side, side] by torch's ``nearest``: sample floor(i S / side)."""
+    places = torch.arange(side) * labels.shape[-1] // side
+    return labels[..., places[:, None], places]
 
 
 def count_pairs(predicted: Tensor, labels: Tensor, n_predicted: int, n_classes: int) -> Tensor:
@@ -68,8 +129,7 @@ def class_ious(confusion: Tensor, assignment: Tensor | None = None) -> Tensor:
 
 
 def mean_iou(confusion: Tensor, assignment: Tensor | None = None) -> float:
-    """mIoU in percent over the classes that occur in labels or predictions; the arguments are those of
-    :func:`class_ious`.
+    """Mean of :func:`class_ious` over the classes that occur in labels or predictions.
 
     Of a whole benchmark, every class of which occurs, it is Leopart's; a class that does not occur counts 0
     there.
