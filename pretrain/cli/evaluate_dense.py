@@ -38,6 +38,7 @@ SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked."""
     parser = evaluation_parser(__doc__, several=False)
     add = parser.add_argument
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
@@ -87,6 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
+    """Parse, evaluate what is not finished yet, write, draw."""
     options = parse(arguments)
     tasks = named_tasks(options.tasks, "--tasks") if options.data else ()
     subjects, others = checkpoints(options)

@@ -1,7 +1,9 @@
-"""Probe any weights: k-NN on a labeled folder, linear and k-NN segmentation, the position probe.
+"""Probe any weights: k-NN on a labeled folder, linear and in-context segmentation, the position probe.
 
 posfield evaluate probes --weights runs/x/backbone.safetensors --knn-root sets/birds --seg-root sets/ade --seg-classes 150
 posfield evaluate probes --weights runs/x/backbone.safetensors --position-root sets/coco/val2017 --json probes.json
+
+The numbers are those of a training's probes: the evaluators' at reduced settings.
 """
 
 import json

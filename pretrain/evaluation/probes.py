@@ -1,8 +1,9 @@
-"""The probes of a run: built once at its start from ``probes.*``, asked again and again about the network."""
+"""The probes of a run: the evaluators at reduced settings, built once at its start from ``probes.*``, asked
+again and again about the network that the run leaves. Tables never show these numbers."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT
+from pretrain.data.class_folders import open_class_folders
 from pretrain.data.datasets import LabelSet, open_label_set
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
-from pretrain.evaluation.dense import EVALUATORS, Part, named_tasks, settings_of
+from pretrain.evaluation.dense import EVALUATORS, KNN, Part, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.position import position_layers, read_squares
-from pretrain.evaluation.segmentation import KnnProbe, SegmentationProbe, errors_of
 from pretrain.settings import Settings, replaced, setting
 
 Probe = Callable[[Features], dict[str, float]]
@@ -136,10 +137,9 @@ class Probes:
             what = f"probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
             raise UserError(f"config: {what}")
         if settings.knn_root:
-            self.probes.append(KnnProbe.read(settings.knn_root, settings.knn_k, side_px, settings.max_images))
+            self.probes.append(_classification(settings))
         if settings.seg_root:
-            of_set = settings.seg_root, settings.seg_classes, settings.knn_k
-            self.probes.append(SegmentationProbe.read(*of_set, side_px, patch_size, settings.max_images))
+            self.probes.append(_segmentation(settings))
         if settings.dense_root:
             self.probes.append(_dense(settings))
         if settings.position:
@@ -171,11 +171,42 @@ class Probes:
             return {name: value for probe in self.probes for name, value in probe(features).items()}
 
 
+def _classification(settings: ProbeSettings) -> EvaluatorProbe:
+    """DINO's protocol, resized in proportion to its crop."""
+    side_px, k = settings.image_px, settings.knn_k
+    with _errors_of("probes.knn_root"):
+        train, val = (part.first(settings.max_images) for part in open_class_folders(settings.knn_root))
+        _read_all(train)
+        _read_all(val)
+    if k > len(train):
+        raise UserError(
+            f"probes.knn_k={k} is more than the {len(train)} training images of {settings.knn_root}"
+        )
+    reduced = dict(resize_px=round(side_px * 256 / 224), crop_px=side_px, k=(k,))
+    return EvaluatorProbe(train, val, _reduced({KNN: reduced}), {f"knn_top1_k{k}": "probe/knn_top1"})
+
+
+def _segmentation(settings: ProbeSettings) -> EvaluatorProbe:
+    """Linear segmentation, and in-context segmentation with ``knn_k`` neighbors."""
+    if settings.seg_classes < 2:
+        raise UserError(
+            f"probes.seg_classes={settings.seg_classes}: how many classes has {settings.seg_root}?"
+        )
+    with _errors_of(f"probes.seg_root with probes.seg_classes={settings.seg_classes}"):
+        parts = _parts(settings.seg_root, "folder", settings.max_images, settings.seg_classes)
+    changes = {
+        task: dict(image_px=settings.image_px, **SCALED_DOWN[task]) for task in ("linear", "in_context")
+    }
+    changes["in_context"]["k"] = settings.knn_k
+    names = {"linear_miou": "probe/seg_linear_miou", "in_context_miou": "probe/seg_knn_miou"}
+    return EvaluatorProbe(*parts, _reduced(changes), names)
+
+
 def _dense(settings: ProbeSettings) -> EvaluatorProbe:
     tasks = named_tasks(settings.dense_tasks.split(), "probes.dense_tasks")
     if not tasks:
         raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
-    with errors_of("probes.dense_root"):
+    with _errors_of("probes.dense_root"):
         parts = _parts(settings.dense_root, settings.dense_set, settings.max_images)
     changes = {task: dict(image_px=settings.image_px, **SCALED_DOWN[task]) for task in tasks}
     return EvaluatorProbe(*parts, _reduced(changes), {name: f"probe/dense_{name}" for name in DENSE_METRICS})
@@ -203,3 +234,12 @@ def _read_all(part: Part) -> bool:
         return isinstance(item, tuple) and bool(item[1].any())
 
     return any(list(in_threads(read, range(len(part)))))
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """A :class:`UserError` raised inside begins with ``key``, the setting that names the data."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
