@@ -13,11 +13,11 @@ from torchvision import transforms
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.images import read_picture
+from pretrain.data.images import center_crop, read_picture
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation import knn as module
 from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import KnnSettings, center_crop, class_votes, knn_predict, nearest
+from pretrain.evaluation.knn import KnnSettings, class_votes, knn_predict, nearest
 from pretrain.signals import StopSignals
 
 SMALL = KnnSettings(resize_px=40, crop_px=32, k=(2, 5, 20))

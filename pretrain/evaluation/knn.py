@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from pretrain.data.class_folders import ClassFolder
-from pretrain.data.images import in_threads
+from pretrain.data.images import center_crop, in_threads
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, check_signals, steps
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
@@ -119,24 +117,6 @@ def _crops(part: ClassFolder, settings: KnnSettings) -> Iterator[Tensor]:
     with closing(in_threads(crop, range(len(part)))) as made:
         while batch := list(islice(made, FORWARD_BATCH)):
             yield torch.stack(batch)
-
-
-def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
-    """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-
-    Returns:
-        uint8 [3, crop, crop].
-    """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
-    left, top = (round((side - crop_px) / 2) for side in size)
-    resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
-    center = resized[top : top + crop_px, left : left + crop_px].copy()
-    return torch.from_numpy(center).permute(2, 0, 1).contiguous()
 
 
 def nearest(
