@@ -1,4 +1,12 @@
-"""Evaluation without fine-tuning: what a frozen backbone's features are worth. One file a task."""
+"""Evaluation without fine-tuning: what a frozen backbone's features are worth. One file a task.
+
+An evaluator is a function ``(features, train, val, settings, n_shown=0, signals=None) -> Outcome``: of the
+features of a backbone held frozen, two parts of one set, the settings of its protocol, the number of the
+first validation images of which it keeps a map, and the signals that stop it. It raises a UserError for
+images that cannot be read, a part without a counted pixel and features that are not finite, Interrupted after
+a signal. On a CPU the same settings give the same numbers bit for bit; nothing is drawn from torch's or
+NumPy's own random state.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def clustering(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """mIoU of clusters matched to classes: one to one for K = classes, many to one above.
+    """An evaluator: mIoU of clusters matched to classes: one to one for K = classes, many to one above.
 
     Two passes over the images, the labels of which serve the matching alone; ``train`` is not used. Memory:
     the pool, max_patches x D float32 (201 MB for D = 384, 537 MB for 1024) on the CPU, then its projection,
@@ -84,8 +85,7 @@ def clustering(
 
     Raises:
         UserError: more clusters than patches, an overcluster number that is not above the number of classes,
-            an image size that is not whole patches, features that are not finite, a set without a labeled
-            pixel.
+            an image size that is not whole patches.
         Interrupted: there was a signal, which K-means looks at after each iteration.
     """
     n_classes = len(val.classes)
@@ -121,20 +121,15 @@ def clustering(
 
 def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numbers: tuple[int, ...]) -> None:
     patch_px = features.backbone.patch_size
-    if settings.image_px % patch_px:
-        raise UserError(
-            f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}"
-        )
-    n_patches = min(len(val) * (settings.image_px // patch_px) ** 2, settings.max_patches)
-    few = f"{len(val.classes)} classes of {val.name}"
-    for n in numbers:
-        if n > n_patches:
-            raise UserError(
-                f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster"
-            )
-    for n in settings.overclusters:
-        if n <= len(val.classes):
-            raise UserError(f"clustering: overclusters K={n} is not more than the {few}")
+    side_px, n_classes = settings.image_px, len(val.classes)
+    if side_px % patch_px:
+        raise UserError(f"clustering: image_px={side_px} is no multiple of the patch size {patch_px}")
+    n_patches = min(len(val) * (side_px // patch_px) ** 2, settings.max_patches)
+    if (n := max(numbers)) > n_patches:
+        raise UserError(f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster")
+    if (n := min(numbers[1:], default=n_classes + 1)) <= n_classes:
+        what = f"overclusters K={n} is not more than the {n_classes} classes of {val.name}"
+        raise UserError(f"clustering: {what}")
 
 
 def _projected_pool(
@@ -183,13 +178,17 @@ def _centers(
     tell = steps(where, len(keys), signals, "fits")
     found = {}
     for n, seed in keys:
-        found[n, seed] = _fit(pool, n, seed, settings, lambda: check_signals(signals, where))
+        generator = _generator(n, seed)  # draws the part of the pool that is clustered, too
+        rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n]
+        x, tick = pool[rows.sort().values.to(pool.device)], partial(check_signals, signals, where)
+        best = kmeans(x, n, generator, settings.restarts, settings.max_iterations, tick=tick)
+        found[n, seed] = best.centers
         tell()
     return found
 
 
 def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> float:
-    """About how long :func:`_fit` takes if no restart converges, from the distances of some patches."""
+    """About how long K-means takes if no restart converges, from the distances of some patches."""
     n_patches = min(len(pool), settings.patches_per_cluster * n_clusters)
     some = pool[: min(n_patches, TIMED)]
     started = time.perf_counter()
@@ -198,16 +197,6 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     # On one core, at K = 500, the means took 1.4 times as long as the distances; k-means++ about 0.35 times
     # as long as 100 of them.
     return 2.75 * seconds * settings.max_iterations * settings.restarts
-
-
-def _fit(
-    pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings, tick: Callable[[], object]
-) -> Tensor:
-    """Centers [K, d] of a part of the pool that this seed draws."""
-    generator = _generator(n_clusters, seed)
-    rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n_clusters]
-    x = pool[rows.sort().values.to(pool.device)]
-    return kmeans(x, n_clusters, generator, settings.restarts, settings.max_iterations, tick=tick).centers
 
 
 def _generator(n_clusters: int, seed: int) -> torch.Generator:

@@ -27,9 +27,8 @@ they fit into half of what is free there, else on the host, from which each chun
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
-from itertools import islice, product
+from itertools import product
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pretrain.data.datasets import LabelSet, maps
-from pretrain.data.images import in_threads, square
+from pretrain.data.images import in_batches, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
@@ -87,22 +86,9 @@ def in_context(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in
-    percent.
-
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
-    random state.
-
-    Args:
-        features: of a frozen backbone.
-        train, val: parts of one set.
-        n_shown: of how many of the first validation images there shall be a map ``in_context`` (before
-            matching).
-
-    Raises:
-        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
-        Interrupted: there was a signal, which the search looks at after each chunk of the memory.
-    """
+    """An evaluator: ``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before
+    matching), in percent, and maps ``in_context`` (before matching). The search looks at signals after each
+    chunk of the memory."""
     side = whole_patches(settings.image_px, features)
     n_patches = (side // features.backbone.patch_size) ** 2  # of an image
     queries, held = len(val) * n_patches, min(settings.memory_size, settings.passes * len(train) * n_patches)
@@ -203,12 +189,11 @@ def remember(features: Features, train: LabelSet, settings: InContextSettings, s
         return square(pixels, side, crop=False), torch.from_numpy(chosen), torch.from_numpy(counts[chosen])
 
     memory = Memory(passes * len(train) * each, features.backbone.embed_dim, n_classes, features.device)
-    with closing(in_threads(item, product(range(passes), range(len(train))))) as items:
-        while batch := list(islice(items, FORWARD_BATCH)):
-            images, chosen, counts = zip(*batch)
-            for patches in patch_maps(features, torch.stack(images)):  # once
-                own = [image[places.to(image.device)] for image, places in zip(patches, chosen)]
-                memory.add(torch.cat(own), torch.cat(counts))
+    for items in in_batches(item, product(range(passes), range(len(train))), FORWARD_BATCH):
+        images, chosen, counts = zip(*items)
+        for patches in patch_maps(features, torch.stack(images)):  # once
+            own = [image[places.to(image.device)] for image, places in zip(patches, chosen)]
+            memory.add(torch.cat(own), torch.cat(counts))
     if not memory.n:
         raise UserError(f"{train.name}: no pixel of the training part is counted")
     return memory

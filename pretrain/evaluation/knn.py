@@ -7,9 +7,7 @@ file names. The search goes a chunk at a time: 0.5 GB at D = 384.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from pretrain.data.class_folders import ClassFolder
-from pretrain.data.images import center_crop, in_threads
+from pretrain.data.images import center_crop, in_batches
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, check_signals, steps
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
@@ -53,21 +51,12 @@ def knn_classification(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """Share of ``val`` whose class is predicted right by its k nearest in ``train``, in percent.
+    """An evaluator: the share of ``val`` whose class its k nearest in ``train`` predict, in percent.
 
-    A k of more neighbors than training images is left out, with a warning.
-
-    Args:
-        train, val: of :func:`pretrain.data.class_folders.open_class_folders`.
-        n_shown: without effect: there are no maps.
-        signals: that stop it.
+    A k of more neighbors than training images is left out, with a warning. There are no maps.
 
     Returns:
         ``knn_top1_k{k}`` of each k, and ``knn_top1`` for k = 20, where it is one of them.
-
-    Raises:
-        UserError: a file that cannot be read, settings that make no sense, features that are not finite.
-        Interrupted: there was a signal; what was computed is lost.
     """
     ks = _possible(features, train, settings)
     bank, queries = (_features(features, part, settings, signals) for part in (train, val))
@@ -99,24 +88,17 @@ def _features(
     kept = torch.empty(len(part), features.backbone.embed_dim, dtype=torch.float16, device=features.device)
     label, done = f"knn, {part.folder.name}", 0
     tell = steps(label, len(part), signals)
-    for images in _crops(part, settings):
-        for tokens in features(images):
+
+    def crop(index: int) -> Tensor:
+        return center_crop(part.read(index), settings.resize_px, settings.crop_px)
+
+    for images in in_batches(crop, range(len(part)), FORWARD_BATCH):
+        for tokens in features(torch.stack(images)):
             kept[done : done + len(tokens.cls)] = F.normalize(tokens.cls, dim=1)
             done += len(tokens.cls)
         tell(len(images))
         check_signals(signals, label)
     return finite(kept)
-
-
-def _crops(part: ClassFolder, settings: KnnSettings) -> Iterator[Tensor]:
-    """The images as uint8 [b, 3, crop, crop], a batch at a time, in order, read ahead in threads."""
-
-    def crop(index: int) -> Tensor:
-        return center_crop(part.read(index), settings.resize_px, settings.crop_px)
-
-    with closing(in_threads(crop, range(len(part)))) as made:
-        while batch := list(islice(made, FORWARD_BATCH)):
-            yield torch.stack(batch)
 
 
 def nearest(

@@ -18,9 +18,7 @@ batch without a counted pixel has the loss 0.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 
 from pretrain.data.datasets import LabelSet
 from pretrain.data.datasets.maps import nearest
-from pretrain.data.images import in_threads, square
+from pretrain.data.images import in_batches, square
 from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome, check_signals
@@ -83,20 +81,8 @@ def linear(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """``linear_miou`` and ``linear_class_iou``, in percent, of a 1x1 convolution on frozen features.
-
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
-    random state.
-
-    Args:
-        features: of a frozen backbone.
-        train, val: parts of one set.
-        n_shown: of how many of the first validation images there shall be a map ``linear``.
-
-    Raises:
-        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
-        Interrupted: there was a signal, which is looked at before each epoch.
-    """
+    """An evaluator: ``linear_miou`` and ``linear_class_iou``, in percent, and maps ``linear``, of a 1x1
+    convolution on frozen features. Signals are looked at before each epoch."""
     side = whole_patches(settings.image_px, features)
     head = Head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
     fit(head, features, drawn(train, settings), settings, side, signals)
@@ -215,10 +201,9 @@ def _batches(
         for batch in torch.tensor(chosen).split(settings.batch_size):
             yield (part.to(features.device) for part in held[0][batch].split(FORWARD_BATCH)), held[1][batch]
         return
-    with closing(in_threads(item, chosen)) as items:
-        while batch := list(islice(items, settings.batch_size)):
-            images, labels = (torch.stack(some) for some in zip(*batch))
-            yield patch_maps(features, images), labels
+    for items in in_batches(item, chosen, settings.batch_size):
+        images, labels = (torch.stack(some) for some in zip(*items))
+        yield patch_maps(features, images), labels
 
 
 def _held(

@@ -30,15 +30,13 @@ def confusion_of(
     map_px: int,
     n_shown: int,
 ) -> tuple[Tensor, list[NDArray[np.int32]]]:
-    """Pixels of the validation part by prediction and label, and the predictions of the first images.
+    """Pixels of the validation part by prediction and label, int64 [C, C] of :func:`count_pairs` on the CPU,
+    and the predictions of the first ``n_shown`` images, [map_px, map_px].
 
     Args:
         predict: patch features [b, N, D] -> scores of the classes [b, N, C], which are enlarged bilinearly.
         side: of the images, squeezed.
         label_px: side of the maps that are compared.
-
-    Returns:
-        int64 [C, C] of :func:`count_pairs`, on the CPU, and ``n_shown`` maps [map_px, map_px].
 
     Raises:
         UserError: no pixel is counted.
@@ -88,14 +86,9 @@ def count_pairs(predicted: Tensor, labels: Tensor, n_predicted: int, n_classes: 
 
 
 def hungarian(confusion: Tensor) -> Tensor:
-    """The one-to-one assignment of the largest sum of IoUs.
-
-    Args:
-        confusion: int64 [K, C] of :func:`count_pairs`.
-
-    Returns:
-        [K] int64 on the same device: the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if
-        K > C. (Leopart makes background of those; no protocol matches one to one with K > C.)
+    """The one-to-one assignment of the largest sum of IoUs, from :func:`count_pairs`: [K, C] -> [K] int64,
+    the class 0 .. C - 1 of each cluster, ``UNMATCHED`` for K - C of them if K > C. (Leopart makes background
+    of those; no protocol matches one to one with K > C.)
     """
     both = confusion.double()
     union = both.sum(0) + both.sum(1, keepdim=True) - both  # [K, C]
