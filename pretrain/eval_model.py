@@ -81,7 +81,6 @@ class EvalModel:
         settings: UsedSettings,
         metrics: Mapping[str, Any],
         started: float,
-        seed: int = 0,
     ) -> None:
         """Leave ``folder/result.json``, of kind ``analysis``.
 
@@ -93,7 +92,7 @@ class EvalModel:
         changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
         followed = Protocol(name=protocol, version=1, full=not changed, deviations=changed)
         used, took = self._used(protocol, settings), time.perf_counter() - started
-        self.write_result(folder, "analysis", followed, used, metrics, seed=seed, wall_time_s=took)
+        self.write_result(folder, "analysis", followed, used, metrics, seed=0, wall_time_s=took)
 
     def write_result(
         self,

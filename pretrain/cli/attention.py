@@ -28,7 +28,7 @@ from pretrain.analysis.attention_report import build_page, draw
 from pretrain.analysis.attention_statistics import BLOCK
 from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
-from pretrain.analysis.similarity import read_place
+from pretrain.analysis.pca import read_place
 from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings

@@ -16,8 +16,7 @@ from torch import Tensor
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, similarity_figure
 from pretrain.analysis.figures import forget, keep
-from pretrain.analysis.pca import background_by_pca, pca_colors
-from pretrain.analysis.similarity import Place, read_place, similarity_to
+from pretrain.analysis.pca import Place, background_by_pca, pca_colors, read_place, similarity_to
 from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
