@@ -38,28 +38,28 @@ CHUNK = 2**22  # distances held at a time (float32: 16 MiB, and 32 as float64 me
 
 
 class ClusteringSettings(Settings):
-    """The protocol; sources are the configs of Leopart and NeCo."""
+    """The protocol."""
 
-    image_px: int = setting(448, "side of an image", source="both: size_crops", ge=1)
+    image_px: int = setting(448, "side of an image", source="Leopart, NeCo: size_crops", ge=1)
     label_px: int = setting(
-        100, "side at which clusters and labels meet", source="both: mask_eval_size", ge=1
+        100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1
     )
     pca_dim: int = setting(
-        50, "components; of no more features all, standardized alone", source="both: pca_dim", ge=1
+        50, "components; of no more features all, standardized alone", source="Leopart, NeCo: pca_dim", ge=1
     )
     overclusters: tuple[PositiveInt, ...] = setting(
         (500,), "K beside the number of classes", source="Leopart's configs, NeCo's table"
     )
-    seeds: int = setting(5, "over which figures are averaged", source="both: num_seeds", ge=1)
-    restarts: int = setting(5, "of K-means, the best counts", source="both: nredo", ge=1)
-    max_iterations: int = setting(100, "of K-means", source="both: niter", ge=1)
+    seeds: int = setting(5, "over which figures are averaged", source="Leopart, NeCo: num_seeds", ge=1)
+    restarts: int = setting(5, "of K-means, the best counts", source="Leopart, NeCo: nredo", ge=1)
+    max_iterations: int = setting(100, "of K-means", source="Leopart, NeCo: niter", ge=1)
     patches_per_cluster: int = setting(
         256, "that K-means sees", source="faiss's default: max_points_per_centroid", ge=1
     )
     max_patches: int = setting(
         2**17, "the pool they are drawn from; 256 for each of 500 clusters are 128,000", source="ours", ge=1
     )
-    seed: int = setting(0, "the first of the seeds", source="both", ge=0)
+    seed: int = setting(0, "the first of the seeds", source="Leopart, NeCo", ge=0)
 
 
 def clustering(
