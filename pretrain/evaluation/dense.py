@@ -295,30 +295,21 @@ def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
     )
 
 
-class Watch:
-    """Counts the images that a task reads of a part of a set and reports the progress. A signal stops the
-    task."""
-
-    def __init__(self, label: str, signals: StopSignals) -> None:
-        self.label, self.signals = label, signals
-        self.n_read, self.lock = 0, Lock()
-
-    def __call__(self, total: int) -> None:
-        """After each image, from any thread, of ``total`` in the part; it may be read several times."""
-        with self.lock:
-            number, place = divmod(self.n_read, total)
-            if place == 0:
-                self.tell = Progress(f"{self.label}, pass {number + 1}", total)
-            self.n_read += 1
-            self.tell()
-        check_signals(self.signals, self.label)
-
-
 def watched(part: Part, task: str, signals: StopSignals) -> Part:
-    """A part of a set, watched while a task reads it; k-NN reports its progress itself."""
+    """A part of a set that counts the images which a task reads of it, several times maybe, and reports the
+    progress; a signal stops it. k-NN reports its progress itself."""
     if isinstance(part, ClassFolder):
         return part
-    return replace(part, on_read=Watch(f"{task}, {part.part}", signals))
+    label, lock, passes = f"{task}, {part.part}", Lock(), list[Progress]()
+
+    def on_read(total: int) -> None:  # after each image, from any thread
+        with lock:
+            if not passes or passes[-1].done == total:
+                passes.append(Progress(f"{label}, pass {len(passes) + 1}", total))
+            passes[-1]()
+        check_signals(signals, label)
+
+    return replace(part, on_read=on_read)
 
 
 def _hash(names: Sequence[str]) -> str:

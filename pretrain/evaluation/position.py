@@ -1,5 +1,5 @@
 """The position probe, layer by layer: can a patch's place be read off features that were never given it
-(METHOD.md 8), and where in the network does it become known, or get lost?
+(METHOD.md 7), and where in the network does it become known, or get lost?
 
 The position of some patches of a whole image is replaced by the position mask token; a linear read-out of
 those patches' features gives their coordinates: after the embedding, after each block and after the final
