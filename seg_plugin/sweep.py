@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, run_jobs
+from pretrain.jobs import FAILED, LEFT, Runner, Stage
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
@@ -86,16 +86,13 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     for index, point in enumerate(points(run)):
         name = str(point.output.relative_to(Path(run.output) / POINTS))
         jobs[name] = [Stage("run", point.output, [*command, str(index)])]
-    started = Processes()
-    gpus: list[list[str]] = [[]] * n_at_once if run.device == "cpu" else gpu_prefixes(n_at_once)
-    with interruptible():
-        ended = run_jobs(jobs, n_at_once, float("inf"), by_turns(started.launch, gpus), started)
-    failed = [name for name, how in ended.items() if how == "failed"]
-    told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {Path(run.output) / POINTS}, RUN.log)"
-    if left := [name for name, how in ended.items() if how == "left"]:
-        raise Interrupted(
-            f"{len(left)} of {len(jobs)} runs are left: start it again" + f"; {told}" * bool(failed)
-        )
+    ended = Runner(n_at_once, n_gpus=0 if run.device == "cpu" else 1).run(jobs)
+    failed, left = ([name for name, how in ended.items() if how == which] for which in (FAILED, LEFT))
+    logs = f"(logs in {Path(run.output) / POINTS}, RUN.log)"
+    told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} {logs}"
+    if left:
+        again = f"{len(left)} of {len(jobs)} runs are left: start it again"
+        raise Interrupted(again + f"; {told}" * bool(failed))
     if failed:
         raise UserError(f"sweep: {told}")
     result = conclude(run)

@@ -1,4 +1,4 @@
-"""A tool of ours as a SLURM job: one task a GPU, started again after a preemption and at the time limit.
+"""A command as a SLURM job: one task a GPU, started again after a preemption and at the time limit.
 
 One task a GPU, and no torchrun: srun starts the ranks, gives the scheduler's signals to every one of them and
 sees how each of them ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes the job,
@@ -8,7 +8,8 @@ What happens near the time limit, or when SLURM takes the nodes for someone else
 tool that listens (:mod:`pretrain.signals`) saves at its next step and leaves with
 :data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's command to one that resumes and puts the
 job back into the queue, where it keeps its number, its place and its folder. A tool that does not listen is
-put back at once and resumes from its last checkpoint. After a failed node SLURM itself restarts the job.
+put back at once and resumes from its last checkpoint; a foreign program gets a SIGTERM first. After a failed
+node SLURM itself restarts the job.
 
 Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster
 (there was none).
@@ -18,6 +19,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +32,11 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
+from pretrain.jobs.stage import Stage
+from pretrain.results.renamed import as_posfield
 from pretrain.settings import Settings, setting
 
-# The tools that take --resume; any other starts from its beginning.
-RESUMABLE = ("pretrain.py", "train_det.py", "train_seg.py", "evaluate_dense.py")
+RESUMABLE = ("pretrain", "detect", "segment", "evaluate dense")  # these take --resume; others begin anew
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
 
@@ -70,40 +73,49 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class ToolJob:
-    """What every task of a job does: run a tool, in its own process, as one rank of all.
+    """What every task of a job does: run a command, as one rank of all.
 
-    script     absolute path of the tool.
-    arguments  of its command line.
+    Attributes:
+        command: a Python file, which runs in the task's own process, or a program; and its arguments.
     """
 
-    script: str
-    arguments: tuple[str, ...]
+    command: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        """The command as one types it."""
+        file, *rest = self.command
+        if file.endswith("posfield/__main__.py"):
+            return ["posfield", *rest]
+        return ["python", os.path.relpath(file), *rest] if file.endswith(".py") else [file, *rest]
 
     def resumed(self) -> "ToolJob":
         """The job that resumes from the newest checkpoint, whichever one this job started from."""
-        if Path(self.script).name not in RESUMABLE:
+        said = as_posfield(["python", *self.command])
+        n_name = next((n for n in (1, 2) if " ".join(said[1 : 1 + n]) in RESUMABLE), 0)
+        if said[0] != "posfield" or not n_name:
             return self
-        words = [word for word in self.arguments if not word.startswith("--resume=")]
+        words = said[1 + n_name :]
+        tool = self.command[: len(self.command) - len(words)]
+        words = [word for word in words if not word.startswith("--resume=")]
         while "--resume" in words:
             at = words.index("--resume")
-            has_value = (
-                bool(words[at + 1 :]) and not words[at + 1].startswith("-") and "=" not in words[at + 1]
-            )
+            value = words[at + 1 : at + 2]
+            has_value = bool(value) and not value[0].startswith("-") and "=" not in value[0]
             del words[at : at + 1 + has_value]
-        return ToolJob(self.script, ("--resume", *words))
+        return ToolJob((*tool, "--resume", *words))
 
     def checkpoint(self) -> DelayedSubmission:
         """submitit asks for this when it puts the job back into the queue."""
         return DelayedSubmission(self.resumed())
 
     def __call__(self) -> None:
-        """Run the tool. Raises RuntimeError when it ends with any code but 0 and REQUEUE_CODE."""
+        """Run the command. Raises RuntimeError when it ends with any code but 0 and REQUEUE_CODE."""
         task = submitit.JobEnvironment()
         os.environ.update(rank_environment(task))
         notice = signal.Signals[f"SIG{task.USR_SIG}"]  # what SLURM sends before the time limit
-        requeue = signal.getsignal(
-            notice
-        )  # submitit's: the first task writes checkpoint() down and puts the job back
+        # submitit's handler: the first task writes checkpoint() down and puts the job back
+        requeue = signal.getsignal(notice)
         assert callable(requeue), "submitit listens before it starts a job"
         put_back: list[int] = []
 
@@ -120,28 +132,45 @@ class ToolJob:
         # A job that SLURM itself started again (a node failed, a preemption without grace) had no chance to
         # write it down.
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
-        code = run_script(job.script, job.arguments)
+        code = run_command(job.command)
         if put_back:
             sys.exit(code)  # submitit's own code: the job is in the queue, however the tool ended
         if code == REQUEUE_CODE:
             if task.global_rank > 0:
-                sys.exit(
-                    0
-                )  # no result, and no failure for which srun would kill the first task before it is done
+                # no result, and no failure for which srun would kill the first task before it is done
+                sys.exit(0)
             requeue(notice, None)
         elif code:
-            raise RuntimeError(f"{Path(self.script).name} ended with exit code {code}")
+            raise RuntimeError(f"{' '.join(self.words[:2])} ended with exit code {code}")
 
 
-def run_script(script: str, arguments: Sequence[str]) -> int:
-    """Run a Python file as ``python script arguments`` would, in this process, so that signals reach it;
-    its exit code."""
-    sys.argv = [script, *arguments]
+def run_command(command: Sequence[str]) -> int:
+    """Run a Python file as ``python FILE ARGUMENTS`` would, in this process, so that signals reach it; or a
+    program, which SIGUSR1 ends with a SIGTERM. Returns its exit code."""
+    if not command[0].endswith(".py"):
+        return _run_program(command)
+    sys.argv = list(command)
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _run_program(command: Sequence[str]) -> int:
+    stopped: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        process.terminate()
+
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    return REQUEUE_CODE if stopped else code
 
 
 def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
@@ -155,38 +184,28 @@ def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
         "LOCAL_RANK": str(task.local_rank),
         "LOCAL_WORLD_SIZE": str(task.num_tasks // task.num_nodes),
         "MASTER_ADDR": task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(
-            PORTS[int(task.raw_job_id) % len(PORTS)]
-        ),  # jobs that share a node have other numbers
+        "MASTER_PORT": str(PORTS[int(task.raw_job_id) % len(PORTS)]),  # another one for jobs that share a node
     }
 
 
 def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
-    """The jobs of a command line, ``posfield pretrain --config ...``: one, or ``array`` of them, each with
-    its number for {index}.
+    """The jobs of a command line, a Python file or a program: one, or ``array`` of them, each with its number
+    for {index}.
 
     Raises:
-        UserError: no such script; an array whose jobs would all be the same, or {index} without an array; a
-            job's folder in which ``import pretrain`` would find a file (tools/ itself).
+        UserError: an array whose jobs would all be the same, or {index} without an array; a folder in which
+            ``import pretrain`` would find a file.
     """
     if Path("pretrain.py").is_file():
-        raise UserError(
-            f"{Path.cwd()}: a job that starts here takes pretrain.py for the package; submit it from another folder"
-        )
-    if not command:
-        raise UserError("no command: put it behind --, as in: -- posfield pretrain --config FILE")
-    script = Path(command[0])
-    if script.suffix != ".py" or not script.is_file():
-        raise UserError(f"command: {command[0]} is no Python file")
+        hides = "a job that starts here takes pretrain.py for the package; submit it from another folder"
+        raise UserError(f"{Path.cwd()}: {hides}")
     has_index = any(INDEX in word for word in command[1:])
     if has_index != bool(array):
-        raise UserError(
-            f"--array {array}: the command has {'a' if has_index else 'no'} {INDEX}, the number of its job"
-        )
-    path = str(script.absolute())
-    return [
-        ToolJob(path, tuple(word.replace(INDEX, str(i)) for word in command[1:])) for i in range(array or 1)
-    ]
+        told = f"the command has {'a' if has_index else 'no'} {INDEX}, the number of its job"
+        raise UserError(f"--array {array}: {told}")
+    if command[0] == sys.executable and command[1].endswith(".py"):
+        command = command[1:]
+    return [ToolJob(tuple(word.replace(INDEX, str(i)) for word in command)) for i in range(array or 1)]
 
 
 class Executor(submitit.SlurmExecutor):
@@ -224,11 +243,10 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
 
 def sbatch_script(executor: Executor, n_jobs: int = 1) -> str:
     """The exact script that :func:`submit` hands to sbatch."""
-    if n_jobs == 1:
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
     before = dict(executor.parameters)
     try:
-        executor.parameters["map_count"] = n_jobs
+        if n_jobs > 1:
+            executor.parameters["map_count"] = n_jobs
         return executor._make_submission_file_text(executor._submitit_command_str, "")
     finally:
         executor.parameters = before
@@ -242,13 +260,36 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
     """
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
-            raise UserError(
-                f"{program} is not on the PATH: --dry-run shows what would be submitted, --local runs it here"
-            )
+            instead = "--dry-run shows what would be submitted, --local runs it here"
+            raise UserError(f"{program} is not on the PATH: {instead}")
     executor = slurm_executor(resources, folder)
     with submitit.helpers.clean_env():  # from within an interactive job: its variables are not the new job's
         submitted = executor.submit_array(list(jobs))
     return [job.job_id for job in submitted]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Where a runner hands stages to SLURM: what each job asks for, and the folder of the logs."""
+
+    resources: Resources
+    folder: Path
+
+    def jobs(self, stage: Stage) -> tuple[list[ToolJob], Resources]:
+        """A stage's job under its name, or its array, whose jobs have a GPU each."""
+        own = self.resources.model_copy(
+            update={
+                "name": self.resources.name or stage.name.replace("/", "."),
+                "gpus": min(self.resources.gpus, 1) if stage.array else self.resources.gpus,
+            }
+        )
+        return tool_jobs(stage.command, stage.array), own
+
+    def submit(self, stage: Stage) -> str:
+        """Submit a stage and note its number beside its folder, so that it is not submitted twice."""
+        numbers = submit(*self.jobs(stage), self.folder)
+        stage.job_note.write_text(numbers[0].partition("_")[0])
+        return ", ".join(numbers)
 
 
 def run_here(job: ToolJob, resources: Resources, folder: Path) -> None:
