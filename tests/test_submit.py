@@ -1,4 +1,4 @@
-"""tools/submit.py: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are
+"""posfield submit: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are
 stand-ins that record."""
 
 import json
@@ -13,14 +13,16 @@ import pytest
 import submitit
 from tool_fixture import load_tool
 
-from pretrain import slurm
-from pretrain.cli import REQUEUE_CODE
+from posfield.cli import COMMANDS
+from posfield.cli.submit import found
+from pretrain.cli import REQUEUE_CODE, command
 from pretrain.errors import UserError
-from pretrain.slurm import (
+from pretrain.jobs.slurm import (
+    RESUMABLE,
     Resources,
     ToolJob,
     rank_environment,
-    run_script,
+    run_command,
     sbatch_script,
     slurm_executor,
     tool_jobs,
@@ -172,7 +174,7 @@ def test_an_array_gives_every_job_its_number(submit, tmp_path, capsys):
     assert directives(text)["array"] == "0-2%2" and "gpus-per-node" not in directives(text)
     assert "%A_%a" in directives(text)["output"] and "RANK=" not in text
     jobs = tool_jobs([str(tool), "--sweep", "{index}", "run.seed={index}"], 3)
-    assert [job.arguments for job in jobs] == [("--sweep", str(i), f"run.seed={i}") for i in range(3)]
+    assert [job.command[1:] for job in jobs] == [("--sweep", str(i), f"run.seed={i}") for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -200,8 +202,7 @@ def test_bad_jobs_are_named(submit, tmp_path, monkeypatch, arguments, named):
 
 
 def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatch):
-    """python -m has the working folder first on its path, so a job from tools/ would run tools/train_ssl.py
-    on import."""
+    """python -m has the working folder first on its path, so a job would run that file on import."""
     tool = write_tool(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="takes pretrain.py for the package"):
@@ -210,33 +211,51 @@ def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatc
 
 def test_the_tools_that_resume_are_known():
     """A tool that takes --resume gets it when its job comes back."""
-    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\(\s*"--resume"|fine_tuning_parser\('
-    resuming = {path.name for path in tools if re.search(option, path.read_text())}
-    assert resuming == set(slurm.RESUMABLE)
+    option = r'add(_argument)?\(\s*"--resume"|fine_tuning_parser\('
+    files = {name: ROOT / f"{module.replace('.', '/')}.py" for name, (module, _) in COMMANDS.items()}
+    assert {name for name, path in files.items() if re.search(option, path.read_text())} == set(RESUMABLE)
+
+
+def test_a_command_of_ours_a_file_or_a_program(tmp_path, monkeypatch):
+    """However one writes it: the job runs it in any folder, and resumes it if it is one of ours."""
+    tool, shell = write_tool(tmp_path, name="train_det.py"), str(Path("/bin/sh"))
+    monkeypatch.chdir(ROOT)
+    ours = command("detect", "--weights", "w")
+    for words in (["detect"], ["posfield", "detect"], ["/somewhere/posfield", "detect"]):
+        assert found([*words, "--weights", "w"]) == ours
+    (job,) = tool_jobs(ours)
+    assert job.words == ["posfield", "detect", "--weights", "w"]
+    assert job.resumed().words == ["posfield", "detect", "--resume", "--weights", "w"]
+    (job,) = tool_jobs(found(["evaluate", "dense", "a", "--resume", "b"]))
+    assert job.resumed().words == ["posfield", "evaluate", "dense", "--resume", "a"]
+    for words in ([str(tool)], ["python", str(tool)], ["python3", os.path.relpath(tool)]):
+        assert found([*words, "a"]) == [str(tool), "a"]
+    assert ToolJob((str(tool), "a")).resumed().command == (str(tool), "--resume", "a")
+    assert found(["tools/train_seg.py"]) == [str(ROOT / "tools" / "train_seg.py")]
+    for program in ("sh", shell):
+        assert found([program, "-c", "true"])[1:] == ["-c", "true"]
+    (job,) = tool_jobs([shell, "pretrain"])
+    assert job.resumed() == job and job.words == [shell, "pretrain"]
+    with pytest.raises(UserError, match="nothing is no command of posfield, no Python file and no program"):
+        found(["nothing"])
 
 
 # --- the job ----------------------------------------------------------------------------------------------
 
 
 def test_a_job_comes_back_with_resume():
-    job = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml"))
+    job = ToolJob(("/somewhere/pretrain.py", "--config", "c.yaml"))
     again = job.checkpoint()
-    assert again.function == ToolJob("/somewhere/pretrain.py", ("--resume", "--config", "c.yaml"))
+    assert again.function == ToolJob(("/somewhere/pretrain.py", "--resume", "--config", "c.yaml"))
     assert again.args == () and again.kwargs == {}
     assert again.function.resumed() == again.function
-    for start in (
-        ["--resume"],
-        ["--resume", "1000"],
-        ["--resume=runs/a"],
-        ["--resume", "auto", "--resume"],
-    ):  # never back to 1000
-        began = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml", *start, "run.seed=1"))
-        assert began.resumed().arguments == ("--resume", "--config", "c.yaml", "run.seed=1")
-    assert ToolJob("/somewhere/pretrain.py", ("run.seed=1", "--resume")).resumed().arguments == (
-        "--resume",
-        "run.seed=1",
-    )
-    assert ToolJob("/somewhere/demo.py", ("a",)).resumed() == ToolJob("/somewhere/demo.py", ("a",))
+    # never back to 1000
+    for start in (["--resume"], ["--resume", "1000"], ["--resume=runs/a"], ["--resume", "auto", "--resume"]):
+        began = ToolJob(("/somewhere/pretrain.py", "--config", "c.yaml", *start, "run.seed=1"))
+        assert began.resumed().command[1:] == ("--resume", "--config", "c.yaml", "run.seed=1")
+    ended = ToolJob(("/somewhere/pretrain.py", "run.seed=1", "--resume"))
+    assert ended.resumed().command[1:] == ("--resume", "run.seed=1")
+    assert ToolJob(("/somewhere/demo.py", "a")).resumed() == ToolJob(("/somewhere/demo.py", "a"))
 
 
 class Task:
@@ -277,9 +296,21 @@ def test_every_rank_is_told_what_torchrun_would_tell():
 def test_exit_codes_of_a_script(tmp_path, monkeypatch, body, code):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     assert (
-        run_script(str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), ["a"])
+        run_command([str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), "a"])
         == code
     )
+
+
+def test_a_program_ends_at_the_notice_and_comes_back(tmp_path, task):
+    """It gets a SIGTERM; whatever it then says, its job goes back into the queue."""
+    calls = task(0, 1)
+    ToolJob(("/bin/sh", "-c", "exit 0"))()
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        ToolJob(("/bin/sh", "-c", "exit 3"))()
+    assert calls == []
+    saves = f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM; kill -USR2 {os.getpid()}; while :; do sleep 0.1; done"
+    ToolJob(("/bin/sh", "-c", saves))()
+    assert calls == [signal.SIGUSR2] and (tmp_path / "saved").read_text() == "saved\n"
 
 
 @pytest.fixture
@@ -296,7 +327,7 @@ def task(monkeypatch):
 
 def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(tmp_path, task):
     def job(code):
-        return ToolJob(str(write_tool(tmp_path, f"raise SystemExit({code})")), ())
+        return ToolJob((str(write_tool(tmp_path, f"raise SystemExit({code})")),))
 
     calls = task(0, 1)
     job(0)()
@@ -326,7 +357,7 @@ def test_a_tool_that_does_not_listen_is_put_back_at_the_notice(tmp_path, task):
 
     signal.signal(signal.SIGUSR2, leave)
     with pytest.raises(SystemExit) as end:
-        ToolJob(str(tool), ())()
+        ToolJob((str(tool),))()
     assert calls == [signal.SIGUSR2] and end.value.code == 144
 
 
@@ -334,9 +365,9 @@ def test_a_job_that_slurm_started_again_resumes(tmp_path, task, monkeypatch):
     task(0, 1)
     tool = write_tool(tmp_path, "import sys\nsys.exit(0 if '--resume' in sys.argv else 7)")
     with pytest.raises(RuntimeError, match="exit code 7"):
-        ToolJob(str(tool), ())()
+        ToolJob((str(tool),))()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ToolJob(str(tool), ())()
+    ToolJob((str(tool),))()
 
 
 # --- whole ways -------------------------------------------------------------------------------------------
@@ -384,7 +415,7 @@ def test_the_script_of_an_array_is_shown_to_the_letter(submit, cluster, work, tm
     assert (cluster / "script.sh").read_text() == sbatch_script(executor, 3)
     assert "map_count" not in executor.parameters
     seeds = [
-        submitit.core.utils.DelayedSubmission.load(path).function.arguments
+        submitit.core.utils.DelayedSubmission.load(path).function.command[1:]
         for path in sorted(work.rglob("*_submitted.pkl"))
     ]
     assert seeds == [("seed=0",), ("seed=1",), ("seed=2",)]

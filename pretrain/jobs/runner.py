@@ -93,6 +93,7 @@ class Runner:
             if self._queue:
                 print(f"{name}: submitted {self._queue.submit(stage)}", flush=True)
                 return QUEUED
+            stage.folder.parent.mkdir(parents=True, exist_ok=True)
             stage.code_note.unlink(missing_ok=True)
             code = self.launch(stage.command, stage.log, self._until - begun)
             needed = time.monotonic() - begun
@@ -117,7 +118,6 @@ class Runner:
         Raises:
             OSError: the command or its log cannot be opened.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
         gpus = self._gpus.get()
         try:
             with open(log, "a") as file, self._lock:
