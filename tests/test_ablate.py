@@ -3,6 +3,7 @@ here."""
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -131,6 +132,27 @@ def test_quick_and_other_settings_come_last(tmp_path, word):
     fields, model_kwargs = fields_and_kwargs(words)  # refuses a key that is given twice
     settings = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), fields)
     assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
+
+
+@pytest.mark.parametrize("folder", ["/old/checkout/tools", "/site-packages/tools"])
+def test_what_an_earlier_version_finished_is_done(tmp_path, folder):
+    """It started other files, from another place, under the former names of settings."""
+    for stage in TOOL["plan"](options(tmp_path, seeds=1))["method/seed_0"]:
+        words = shlex.join(stage.command[3:]).replace("--config toy ", f"--config {TOY} ")
+        old = words.replace("max_iters=", "iterations_it=").replace("eval_every=", "eval_period_it=")
+        tool = {"pretrain": "pretrain", "det": "train_det"}[stage.kind]
+        stage.folder.mkdir(parents=True)
+        (stage.folder / "result.json").write_text("{}")
+        stage.folder.with_suffix(".command").write_text(f"/old/bin/python3 {folder}/{tool}.py {old}")
+        assert stage.state == "done"
+        stage.folder.with_suffix(".command").write_text(f"/old/bin/python3 {folder}/{tool}.py {old} more")
+        assert stage.state == "begun"
+    compared = Stage("detect", tmp_path / "det", [], "posfield detect --seed 0 lr=1 weights=a")
+    compared.folder.mkdir()
+    compared.folder.with_suffix(".command").write_text("train_det --seed 0 lr=1 weights=a")
+    assert compared.state == "begun"
+    compared.folder.with_suffix(".command").write_text("train_det --seed 0 lr=1 weights=b")
+    assert compared.state == "other settings" and "weights=b, asked for is weights=a;" in compared.difference
 
 
 # --- how it is run ----------------------------------------------------------------------------------------
@@ -408,8 +430,14 @@ def test_the_command_ends_in_a_table_of_all_rows(tmp_path, fake_tools, capsys):
 
 def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
     fake_tools.failing, fake_tools.slow = "table3_lpos/seed_1", "method/seed_2"
+    with pytest.raises(Interrupted, match="1 of 15 jobs are left.*; 1 of 15 jobs failed: table3_lpos/seed_1"):
+        TOOL["main"](["--output", str(tmp_path)])
+    fake_tools.slow = ""
     with pytest.raises(UserError, match="1 of 15 jobs failed: table3_lpos/seed_1"):
         TOOL["main"](["--output", str(tmp_path)])
+    fake_tools.slow = "reference_image/seed_2"
+    for stage in ("pretrain", "det"):
+        (tmp_path / "reference_image" / "seed_2" / stage / "result.json").unlink()
     assert (tmp_path / "ablation.md").read_text().count("(n=2)") >= 2
     fake_tools.failing = ""
     with pytest.raises(Interrupted, match="1 of 15 jobs are left"):

@@ -305,7 +305,9 @@ def test_the_plans_of_the_shipped_files(tmp_path):
     assert [run.entry.backbone for run in seven[:4]] == ["vit_base_patch16", "vit_base_patch16_reg4", "vit_small_patch16",
                                                          "vit_small_patch16_reg4"]  # fmt: skip
     base = made_plan(shipped("table1_vitb16"), tmp_path)
-    assert [run.kind for run in base] == ["detect"] * 10 + ["segment"] * 7 and all(run.is_sweep for run in base[10:])
+    assert [run.kind for run in base] == ["detect"] * 10 + ["segment"] * 7 and all(
+        run.is_sweep for run in base[10:]
+    )
     several = made_plan(replaced(shipped("table1_vitb16"), {"seeds": (2, 3)}), tmp_path)
     assert [run.kind for run in several] == ["detect"] * 10 + ["segment"] * 7 + [
         "detect"
@@ -336,7 +338,8 @@ def test_the_tools_understand_the_commands(tmp_path):
     pytest.importorskip("mmseg")
     tool = load_tool("segment")
     swept, single = [
-        made_plan(replaced(read, {"segmentation": kind}), tmp_path, n_gpus=2)[-1] for kind in ("sweep", "point")
+        made_plan(replaced(read, {"segmentation": kind}), tmp_path, n_gpus=2)[-1]
+        for kind in ("sweep", "point")
     ]
     options = tool.parse(swept.command[3:])
     assert (options.sweep, options.jobs, options.dataset, options.resume) == ("all", 2, "ade20k", False)

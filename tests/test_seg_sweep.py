@@ -12,6 +12,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")
 
 from ade_fixture import write_ade
+
 from pretrain.cli import REQUEUE_CODE, command, say
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Runner
@@ -279,7 +280,7 @@ def test_an_interrupted_run_leaves_the_sweep_to_be_started_again(run, monkeypatc
     monkeypatch.setattr(Runner, "launch", lambda self, command, log, seconds: next(ended))
     with pytest.raises(
         Interrupted,
-        match="8 of 16 runs are left: start it again; 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, ",
+        match="8 of 16 runs are left: start it again; sweep: 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, ",
     ):
         sweep(run, ["tool"])
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # of torchrun: the runs would inherit it
@@ -317,4 +318,7 @@ def test_runs_at_a_time_have_a_gpu_each(run, monkeypatch):
     with pytest.raises(UserError, match="16 of 16 runs failed"):  # there is no result
         sweep(replace(run, device="cuda"), tool, n_at_once=2)
     said = [path.read_text().split() for path in run.output.rglob("*.log")]
-    assert sorted(int(index) for index, _ in said) == list(range(16)) and {gpu for _, gpu in said} == {"2", "5"}
+    assert sorted(int(index) for index, _ in said) == list(range(16)) and {gpu for _, gpu in said} == {
+        "2",
+        "5",
+    }

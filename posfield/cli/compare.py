@@ -19,8 +19,8 @@ from pathlib import Path
 from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
 from pretrain.cli import fields_and_kwargs
-from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare
+from pretrain.errors import UserError
+from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
 from pretrain.jobs.compare_config import NONE, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.jobs.slurm import Queue
@@ -30,9 +30,8 @@ from seg_plugin import protocol as segmentation
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of posfield submit behind ``--``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="a file of configs/compare/")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of all runs")
@@ -114,8 +113,7 @@ def go_on(
     compare.check_data(comparison, begin)
     failed |= compare.prepare_all(weights, [run.entry for run in begin])
     n_gpus = 0 if comparison.device == "cpu" else options.gpus_per_run
-    n_at_once = 1 if queue else options.jobs
-    runner = Runner(n_at_once, 60 * options.max_minutes - GRACE_S, n_gpus, queue)
+    runner = Runner(options.jobs, 60 * options.max_minutes - GRACE_S, n_gpus, queue)
     ended = runner.run({run.name: [run] for run in runs if name_of(run.entry) not in failed})
     for run in runs:
         if ended.get(run.name) == FAILED:
@@ -146,9 +144,4 @@ def main(arguments: list[str]) -> None:
         print(compare.write_tables(done, weights, comparison.tables, options.output, options.config.stem))
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
-    told = f"failed: {', '.join(failed)}"
-    if left:
-        again = f"{len(left)} of {len(runs)} runs are left: start it again"
-        raise Interrupted(again + f"; {told}" * bool(failed))
-    if failed:
-        raise UserError(told)
+    raise_for(f"failed: {', '.join(failed)}" if failed else "", left, f"{len(runs)} runs")

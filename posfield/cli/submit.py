@@ -16,12 +16,13 @@ import argparse
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from posfield.cli import COMMANDS
 from pretrain.cli import command
 from pretrain.errors import UserError
-from pretrain.jobs.slurm import Resources, ToolJob, run_here, sbatch_script, slurm_executor, submit, tool_jobs
+from pretrain.jobs.slurm import Resources, ToolJob, run_here, sbatch_script, submit, tool_jobs
 from pretrain.settings import validated
 
 OPTIONS = [name for name in Resources.model_fields if name != "extra"]
@@ -37,8 +38,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     for name in OPTIONS:
         info = Resources.model_fields[name]
-        option, kind, told = f"--{name.replace('_', '-')}", type(info.default), f"{info.description} (%(default)s)"
-        add(option, type=kind, default=info.default, metavar="N", help=told)
+        told = dict(metavar="N", help=f"{info.description} (%(default)s)")
+        add(f"--{name.replace('_', '-')}", type=type(info.default), default=info.default, **told)
     add("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
     slurm = "options of sbatch: account=a exclusive=true"
     add("--slurm", nargs="+", default=[], metavar="key=value", help=slurm)
@@ -63,26 +64,28 @@ def resources_of(options: argparse.Namespace) -> Resources:
         if not (key and equals and value):
             raise UserError(f"--slurm: {word!r} is not of the form key=value")
         extra[key.lstrip("-")] = True if value == "true" else value
-    return validated(Resources, {**{name: getattr(options, name) for name in OPTIONS}, "extra": extra}, "submit")
+    values = {name: getattr(options, name) for name in OPTIONS}
+    return validated(Resources, {**values, "extra": extra}, "submit")
 
 
 def found(words: list[str]) -> list[str]:
-    """A command as a job runs it, in whatever folder: a Python file or a program, and its arguments.
+    """A command line that runs in any folder, of one as it is typed.
 
     Raises:
         UserError: it is neither a command of posfield, nor a Python file, nor a program.
     """
-    if words and Path(words[0]).name in ("posfield", "python", "python3"):
-        rest = words[1:]
-        words = rest if Path(words[0]).name == "posfield" or rest[:1] and rest[0].endswith(".py") else words
+    name, rest = Path(words[0] if words else "").name, words[1:]
+    if name == "posfield" or (name in ("python", "python3") and rest and rest[0].endswith(".py")):
+        words = rest
     if not words:
         raise UserError("no command: put it behind --, as in: -- pretrain --config FILE")
     if words[0] in {name.split()[0] for name in COMMANDS}:
         return command(*words)
-    file = words[0] if words[0].endswith(".py") else shutil.which(words[0])
+    is_python = words[0].endswith(".py")
+    file = words[0] if is_python else shutil.which(words[0])
     if file is None or not Path(file).is_file():
         raise UserError(f"command: {words[0]} is no command of posfield, no Python file and no program")
-    return [os.path.abspath(file), *words[1:]]
+    return [*[sys.executable] * is_python, os.path.abspath(file), *words[1:]]
 
 
 def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
@@ -90,7 +93,7 @@ def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
     n_tasks, n_here = resources.nodes * resources.ranks_per_node, resources.ranks_per_node
     ranks = f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{n_here - 1} " if n_tasks > 1 else ""
     lines = [
-        sbatch_script(slurm_executor(resources, folder), len(jobs)),
+        sbatch_script(resources, folder, len(jobs)),
         f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:",
         ranks + shlex.join(jobs[0].words),
         "# and after a preemption or the time limit:",

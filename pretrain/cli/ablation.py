@@ -13,11 +13,12 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from pretrain.cli import command
 from pretrain.config import RECIPES
-from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage
+from pretrain.errors import UserError
+from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.results import read_result, renamed, render
 from pretrain.results.ablation import Trial, ablation_table
 from pretrain.settings import flat, read_yaml
@@ -70,9 +71,8 @@ def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
@@ -80,8 +80,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
     add("--max-minutes", type=float, default=float("inf"), metavar="M", help=limit)
     add("--quick", action="store_true", help="a few steps of everything: to see it run on a CPU")
-    for name, what in (("pretrain", "settings of every pre-training"), ("detection", "of the detection protocol")):
-        add(f"--{name}", nargs="+", default=[], metavar="key=value", help=what)
+    words: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "key=value"}
+    add("--pretrain", help="settings of every pre-training", **words)
+    add("--detection", help="fields of the detection protocol", **words)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
         raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
@@ -104,8 +105,6 @@ def main(arguments: list[str]) -> None:
     for suffix, style in ((".md", "md"), (".csv", "csv")):
         (options.output / f"ablation{suffix}").write_text(render(table, style))
     print(render(table, "md"))
-    if failed:
-        logs = f"(logs in {options.output}/JOB/*.log)"
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} {logs}")
-    if left:
-        raise Interrupted(f"{len(left)} of {len(jobs)} jobs are left: start it again")
+    logs = f"(logs in {options.output}/JOB/*.log)"
+    told = f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} {logs}"
+    raise_for(told if failed else "", left, f"{len(jobs)} jobs")

@@ -197,15 +197,9 @@ def _run(
     line = command(name, *changed, *recipe, *rest)
     if n_gpus > 1 and sweep_jobs is None and not is_sweep:
         line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)]
-    return FineTuning(
-        kind=name,
-        folder=folder,
-        command=line,
-        identity=shlex.join(["posfield", name, *recipe, *["--sweep"] * is_sweep, *changed, *weights.identity]),
-        array=(sweep_jobs or 0) * is_sweep,
-        entry=entry,
-        is_sweep=is_sweep,
-    )
+    kept = [name, *recipe, *["--sweep"] * is_sweep, *changed, *weights.identity]
+    identity, array = shlex.join(["posfield", *kept]), (sweep_jobs or 0) * is_sweep
+    return FineTuning(name, folder, line, identity, array, entry=entry, is_sweep=is_sweep)
 
 
 def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:

@@ -38,7 +38,7 @@ class Runner:
     def __init__(
         self, n_at_once: int = 1, seconds: float = math.inf, n_gpus: int = 0, queue: Queue | None = None
     ) -> None:
-        self._n_at_once, self._queue = n_at_once, queue
+        self._n_at_once, self._queue = 1 if queue else n_at_once, queue
         self._until, self._took = time.monotonic() + seconds, dict[str, float]()
         self._gpus: SimpleQueue[str | None] = SimpleQueue()
         for group in gpu_groups(n_at_once, n_gpus) if n_gpus and not queue else [None] * n_at_once:
@@ -94,10 +94,10 @@ class Runner:
                 print(f"{name}: submitted {self._queue.submit(stage)}", flush=True)
                 return QUEUED
             stage.folder.parent.mkdir(parents=True, exist_ok=True)
-            stage.code_note.unlink(missing_ok=True)
+            stage.note("run").unlink(missing_ok=True)
             code = self.launch(stage.command, stage.log, self._until - begun)
             needed = time.monotonic() - begun
-            stage.code_note.write_text(str(REQUEUE_CODE if code is None else code))
+            stage.note("run").write_text(str(REQUEUE_CODE if code is None else code))
             how = "no time" if code is None else f"exit code {code}"
             print(f"{name} {stage.kind}: {how} after {needed:.0f} s", flush=True)
             if code in (None, REQUEUE_CODE):

@@ -4,31 +4,30 @@ One task a GPU, and no torchrun: srun starts the ranks, gives the scheduler's si
 sees how each of them ends. torchrun knows neither SLURM's notice nor our exit code. submitit writes the job,
 and puts it back into the queue.
 
-What happens near the time limit, or when SLURM takes the nodes for someone else: the tasks get a signal; a
-tool that listens (:mod:`pretrain.signals`) saves at its next step and leaves with
-:data:`pretrain.cli.REQUEUE_CODE`; the first task changes the job's command to one that resumes and puts the
-job back into the queue, where it keeps its number, its place and its folder. A tool that does not listen is
-put back at once and resumes from its last checkpoint; a foreign program gets a SIGTERM first. After a failed
-node SLURM itself restarts the job.
+Near the time limit, or when SLURM takes the nodes for someone else, the tasks get a signal, and pass a SIGUSR1
+on to the command. A tool that listens (:mod:`pretrain.signals`) saves at its next step and leaves with
+:data:`pretrain.cli.REQUEUE_CODE`; a command that does not listen ends at once. In both cases the first task
+changes the job's command to one that resumes and puts the job back into the queue, where it keeps its number,
+its place and its folder. After a failed node SLURM itself restarts the job.
 
 Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster
 (there was none).
 """
 
 import os
-import runpy
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import submitit
 from pydantic import model_validator
-from submitit.core.utils import DelayedSubmission, UncompletedJobError
+from submitit.core.utils import DelayedSubmission, FailedJobError, UncompletedJobError
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
@@ -39,25 +38,24 @@ from pretrain.settings import Settings, setting
 RESUMABLE = ("pretrain", "detect", "segment", "evaluate dense")  # these take --resume; others begin anew
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
+ours = partial(setting, source="ours")
 
 
 class Resources(Settings):
     """What a job asks SLURM for; but for ``extra`` each is an option of posfield submit."""
 
-    nodes: int = setting(1, "machines", source="ours", ge=1)
-    gpus: int = setting(8, "of a node; 0: the CPU", source="ours", ge=0)
-    ranks: int = setting(0, "tasks of a node; 0: one a GPU, or one alone without GPUs", source="ours", ge=0)
-    cpus: int = setting(8, "cores of a rank", source="ours", ge=1)
-    mem_gb: float = setting(0.0, "GB of a node; 0: the cluster's default", source="ours", ge=0)
-    hours: float = setting(24.0, "the time limit", source="ours", gt=0)
-    partition: str = setting("", "of the cluster", source="ours")
-    name: str = setting("", "of the job; empty: that of the tool", source="ours")
-    at_once: int = setting(256, "jobs of an array at a time", source="ours", ge=1)
-    notice_s: int = setting(180, "seconds between the signal to save and the time limit", source="ours", ge=0)
-    max_timeouts: int = setting(
-        20, "time limits after which a job is put back; preemptions do not count", source="ours", ge=0
-    )
-    extra: dict[str, str | bool] = setting(dict, "any option of sbatch", source="ours")
+    nodes: int = ours(1, "machines", ge=1)
+    gpus: int = ours(8, "of a node; 0: the CPU", ge=0)
+    ranks: int = ours(0, "tasks of a node; 0: one a GPU, or one alone without GPUs", ge=0)
+    cpus: int = ours(8, "cores of a rank", ge=1)
+    mem_gb: float = ours(0.0, "GB of a node; 0: the cluster's default", ge=0)
+    hours: float = ours(24.0, "the time limit", gt=0)
+    partition: str = ours("", "of the cluster")
+    name: str = ours("", "of the job; empty: that of the tool")
+    at_once: int = ours(256, "jobs of an array at a time", ge=1)
+    notice_s: int = ours(180, "seconds between the signal to save and the time limit", ge=0)
+    max_timeouts: int = ours(20, "time limits after which a job is put back; preemptions do not count", ge=0)
+    extra: dict[str, str | bool] = ours(dict, "any option of sbatch")
 
     @model_validator(mode="after")
     def _leaves_time(self) -> "Resources":
@@ -73,25 +71,22 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class ToolJob:
-    """What every task of a job does: run a command, as one rank of all.
-
-    Attributes:
-        command: a Python file, which runs in the task's own process, or a program; and its arguments.
-    """
+    """What every task of a job does: run a command line, as one rank of all."""
 
     command: tuple[str, ...]
 
     @property
     def words(self) -> list[str]:
         """The command as one types it."""
-        file, *rest = self.command
-        if file.endswith("posfield/__main__.py"):
-            return ["posfield", *rest]
-        return ["python", os.path.relpath(file), *rest] if file.endswith(".py") else [file, *rest]
+        program, *rest = self.command
+        if program != sys.executable or not rest:
+            return [program, *rest]
+        is_ours = rest[0].endswith("posfield/__main__.py")
+        return ["posfield", *rest[1:]] if is_ours else ["python", os.path.relpath(rest[0]), *rest[1:]]
 
     def resumed(self) -> "ToolJob":
         """The job that resumes from the newest checkpoint, whichever one this job started from."""
-        said = as_posfield(["python", *self.command])
+        said = as_posfield(self.command)
         n_name = next((n for n in (1, 2) if " ".join(said[1 : 1 + n]) in RESUMABLE), 0)
         if said[0] != "posfield" or not n_name:
             return self
@@ -100,9 +95,8 @@ class ToolJob:
         words = [word for word in words if not word.startswith("--resume=")]
         while "--resume" in words:
             at = words.index("--resume")
-            value = words[at + 1 : at + 2]
-            has_value = bool(value) and not value[0].startswith("-") and "=" not in value[0]
-            del words[at : at + 1 + has_value]
+            has_value = words[at + 1 : at + 2] and not re.search("^-|=", words[at + 1])
+            del words[at : at + (2 if has_value else 1)]
         return ToolJob((*tool, "--resume", *words))
 
     def checkpoint(self) -> DelayedSubmission:
@@ -110,67 +104,32 @@ class ToolJob:
         return DelayedSubmission(self.resumed())
 
     def __call__(self) -> None:
-        """Run the command. Raises RuntimeError when it ends with any code but 0 and REQUEUE_CODE."""
+        """Run the command. Raises RuntimeError when it fails."""
         task = submitit.JobEnvironment()
-        os.environ.update(rank_environment(task))
         notice = signal.Signals[f"SIG{task.USR_SIG}"]  # what SLURM sends before the time limit
         # submitit's handler: the first task writes checkpoint() down and puts the job back
         requeue = signal.getsignal(notice)
         assert callable(requeue), "submitit listens before it starts a job"
-        put_back: list[int] = []
-
-        def on_notice(number: int, frame: FrameType | None) -> None:
-            tool = signal.getsignal(signal.SIGUSR1)
-            if callable(tool):
-                tool(signal.SIGUSR1, frame)
-            else:
-                put_back.append(number)
-                requeue(number, frame)  # ends the first task, by SystemExit
-
-        if notice != signal.SIGUSR1:
-            signal.signal(notice, on_notice)
         # A job that SLURM itself started again (a node failed, a preemption without grace) had no chance to
         # write it down.
         job = self.resumed() if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else self
-        code = run_command(job.command)
-        if put_back:
-            sys.exit(code)  # submitit's own code: the job is in the queue, however the tool ended
-        if code == REQUEUE_CODE:
+        # SLURM signals all processes of a task; the command inherits that it does not get this one
+        signal.pthread_sigmask(signal.SIG_BLOCK, [notice])
+        with subprocess.Popen(job.command, env=os.environ | rank_environment(task)) as process:
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+            signal.signal(notice, lambda *_: process.send_signal(signal.SIGUSR1))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [notice])
+            try:
+                code = process.wait()
+            finally:
+                process.kill()
+        if code in (REQUEUE_CODE, -signal.SIGUSR1):
             if task.global_rank > 0:
                 # no result, and no failure for which srun would kill the first task before it is done
                 sys.exit(0)
-            requeue(notice, None)
+            requeue(notice, None)  # ends the first task
         elif code:
             raise RuntimeError(f"{' '.join(self.words[:2])} ended with exit code {code}")
-
-
-def run_command(command: Sequence[str]) -> int:
-    """Run a Python file as ``python FILE ARGUMENTS`` would, in this process, so that signals reach it; or a
-    program, which SIGUSR1 ends with a SIGTERM. Returns its exit code."""
-    if not command[0].endswith(".py"):
-        return _run_program(command)
-    sys.argv = list(command)
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-def _run_program(command: Sequence[str]) -> int:
-    stopped: list[int] = []
-
-    def stop(number: int, _: FrameType | None) -> None:
-        stopped.append(number)
-        process.terminate()
-
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        code = process.wait()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    return REQUEUE_CODE if stopped else code
 
 
 def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
@@ -184,13 +143,13 @@ def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
         "LOCAL_RANK": str(task.local_rank),
         "LOCAL_WORLD_SIZE": str(task.num_tasks // task.num_nodes),
         "MASTER_ADDR": task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(PORTS[int(task.raw_job_id) % len(PORTS)]),  # another one for jobs that share a node
+        # jobs that share a node have other numbers
+        "MASTER_PORT": str(PORTS[int(task.raw_job_id) % len(PORTS)]),
     }
 
 
 def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
-    """The jobs of a command line, a Python file or a program: one, or ``array`` of them, each with its number
-    for {index}.
+    """The jobs of a command line: one, or ``array`` of them, each with its number for {index}.
 
     Raises:
         UserError: an array whose jobs would all be the same, or {index} without an array; a folder in which
@@ -203,18 +162,13 @@ def tool_jobs(command: Sequence[str], array: int = 0) -> list[ToolJob]:
     if has_index != bool(array):
         told = f"the command has {'a' if has_index else 'no'} {INDEX}, the number of its job"
         raise UserError(f"--array {array}: {told}")
-    if command[0] == sys.executable and command[1].endswith(".py"):
-        command = command[1:]
     return [ToolJob(tuple(word.replace(INDEX, str(i)) for word in command)) for i in range(array or 1)]
 
 
 class Executor(submitit.SlurmExecutor):
     """submitit's, which can also be made where there is no SLURM, to see what it would submit."""
 
-    @classmethod
-    def affinity(cls) -> int:
-        """Never "not here"."""
-        return 2
+    affinity = classmethod(lambda cls: 2)
 
 
 def slurm_executor(resources: Resources, folder: Path) -> Executor:
@@ -241,22 +195,19 @@ def slurm_executor(resources: Resources, folder: Path) -> Executor:
     return executor
 
 
-def sbatch_script(executor: Executor, n_jobs: int = 1) -> str:
+def sbatch_script(resources: Resources, folder: Path, n_jobs: int = 1) -> str:
     """The exact script that :func:`submit` hands to sbatch."""
-    before = dict(executor.parameters)
-    try:
-        if n_jobs > 1:
-            executor.parameters["map_count"] = n_jobs
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
-    finally:
-        executor.parameters = before
+    executor = slurm_executor(resources, folder)
+    if n_jobs > 1:
+        executor.parameters["map_count"] = n_jobs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[str]:
     """Submit to SLURM: a job, or an array of them. Returns their numbers.
 
     Raises:
-        UserError: there is no SLURM here.
+        UserError: there is no SLURM here, or it refuses the job.
     """
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
@@ -264,8 +215,10 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
             raise UserError(f"{program} is not on the PATH: {instead}")
     executor = slurm_executor(resources, folder)
     with submitit.helpers.clean_env():  # from within an interactive job: its variables are not the new job's
-        submitted = executor.submit_array(list(jobs))
-    return [job.job_id for job in submitted]
+        try:
+            return [job.job_id for job in executor.submit_array(list(jobs))]
+        except FailedJobError as error:
+            raise UserError(f"sbatch: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -277,18 +230,15 @@ class Queue:
 
     def jobs(self, stage: Stage) -> tuple[list[ToolJob], Resources]:
         """A stage's job under its name, or its array, whose jobs have a GPU each."""
-        own = self.resources.model_copy(
-            update={
-                "name": self.resources.name or stage.name.replace("/", "."),
-                "gpus": min(self.resources.gpus, 1) if stage.array else self.resources.gpus,
-            }
-        )
-        return tool_jobs(stage.command, stage.array), own
+        own: dict[str, object] = {"name": self.resources.name or stage.name.replace("/", ".")}
+        if stage.array:
+            own["gpus"] = min(self.resources.gpus, 1)
+        return tool_jobs(stage.command, stage.array), self.resources.model_copy(update=own)
 
     def submit(self, stage: Stage) -> str:
         """Submit a stage and note its number beside its folder, so that it is not submitted twice."""
         numbers = submit(*self.jobs(stage), self.folder)
-        stage.job_note.write_text(numbers[0].partition("_")[0])
+        stage.note("job").write_text(numbers[0].partition("_")[0])
         return ", ".join(numbers)
 
 

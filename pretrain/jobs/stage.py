@@ -12,8 +12,9 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.results import renamed
 
 GRACE_S = 30  # what a command gets to save in, when its time is over
-# See :attr:`Stage.state`; the first three and QUEUED are what a runner says of a job, too.
-DONE, LEFT, FAILED, QUEUED, RUNNING, OTHER = "done", "left", "failed", "in the queue", "running", "other settings"
+# See :attr:`Stage.state`; the first four are what a runner says of a job, too.
+DONE, LEFT, FAILED, QUEUED = "done", "left", "failed", "in the queue"
+RUNNING, OTHER = "running", "other settings"
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,12 @@ class Stage:
     @property
     def log(self) -> Path:
         """All that the command says, of every time it was run."""
-        return self.folder.with_suffix(".log")
+        return self.note("log")
 
-    @property
-    def code_note(self) -> Path:
-        """Holds the exit code of its last run on a machine."""
-        return self.folder.with_suffix(".run")
-
-    @property
-    def job_note(self) -> Path:
-        """Holds the number of the SLURM job to which it was handed."""
-        return self.folder.with_suffix(".job")
+    def note(self, kind: str) -> Path:
+        """A file beside the folder. ``command``: whose it is; ``run``: the last exit code; ``job``: its number on
+        SLURM."""
+        return self.folder.with_suffix(f".{kind}")
 
     @property
     def has_result(self) -> bool:
@@ -77,7 +73,7 @@ class Stage:
             return f"{QUEUED} (job {number})"
         if self.identity and self.folder.exists() and self._signed != self._asked:
             return OTHER
-        code = self.code_note.read_text() if self.code_note.is_file() else ""
+        code = self.note("run").read_text() if self.note("run").is_file() else ""
         if code not in ("", str(REQUEUE_CODE)):
             return f"{FAILED} (exit code {code})"
         return "begun" if self.folder.exists() else LEFT
@@ -86,22 +82,20 @@ class Stage:
     def difference(self) -> str:
         """In what the settings of the folder differ from those that are asked for, and what to do."""
         before, now = shlex.split(self._signed or "unknown settings"), shlex.split(self._asked)
-        gone, new = ([word for word in one if word not in other] for one, other in ((before, now), (now, before)))
-        told = f"it was begun with {shlex.join(gone) or 'less'}, asked for is {shlex.join(new) or 'less'}"
+        gone = shlex.join(word for word in before if word not in now)
+        new = shlex.join(word for word in now if word not in before)
+        told = f"it was begun with {gone or 'less'}, asked for is {new or 'less'}"
         return f"{self.folder}: {told}; move it away, or give another --output"
 
     def sign(self) -> None:
         """Note that the folder is this command's."""
-        self._note.parent.mkdir(parents=True, exist_ok=True)
-        self._note.write_text(self._asked)
-
-    @property
-    def _note(self) -> Path:
-        return self.folder.with_suffix(".command")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.note("command").write_text(self._asked)
 
     @property
     def _signed(self) -> str | None:
-        return renamed.in_command(self._note.read_text()) if self._note.is_file() else None
+        note = self.note("command")
+        return renamed.in_command(note.read_text()) if note.is_file() else None
 
     @property
     def _asked(self) -> str:
@@ -109,9 +103,9 @@ class Stage:
 
     def _queued(self) -> str | None:
         """The number of its SLURM job, while SLURM knows that job."""
-        if not self.job_note.is_file():
+        if not self.note("job").is_file():
             return None
-        number = self.job_note.read_text()
+        number = self.note("job").read_text()
         try:
             asked = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
         except OSError:  # no SLURM here

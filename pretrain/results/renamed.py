@@ -57,7 +57,9 @@ def in_command(line: str) -> str:
     words = as_posfield(shlex.split(line))
     pairs = [_CONFIG.sub(r"\1", word).partition("=") for word in words]
     renamed = {**DETECTION, **SEGMENTATION}
-    return shlex.join(f"{renamed.get(key, key) if equals else key}{equals}{value}" for key, equals, value in pairs)
+    return shlex.join(
+        f"{renamed.get(key, key) if equals else key}{equals}{value}" for key, equals, value in pairs
+    )
 
 
 def as_posfield(words: Sequence[str]) -> list[str]:
