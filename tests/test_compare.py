@@ -300,13 +300,13 @@ def test_the_plans_of_the_shipped_files(tmp_path):
     assert (
         {run.entry.patch_size for run in seven} == {16}
         and len(seven) == 8
-        and sum(run.is_sweep for run in seven) == 4
+        and sum(("--sweep" in run.command) for run in seven) == 4
     )
     assert [run.entry.backbone for run in seven[:4]] == ["vit_base_patch16", "vit_base_patch16_reg4", "vit_small_patch16",
                                                          "vit_small_patch16_reg4"]  # fmt: skip
     base = made_plan(shipped("table1_vitb16"), tmp_path)
     assert [run.kind for run in base] == ["detect"] * 10 + ["segment"] * 7 and all(
-        run.is_sweep for run in base[10:]
+        ("--sweep" in run.command) for run in base[10:]
     )
     several = made_plan(replaced(shipped("table1_vitb16"), {"seeds": (2, 3)}), tmp_path)
     assert [run.kind for run in several] == ["detect"] * 10 + ["segment"] * 7 + [

@@ -30,16 +30,13 @@ OPTIONS = [name for name in Resources.model_fields if name != "extra"]
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command behind ``--``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] -- COMMAND [arguments]",
-    )
+    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options] -- COMMAND [arguments]"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=usage)
     add = parser.add_argument
     for name in OPTIONS:
         info = Resources.model_fields[name]
-        told = dict(metavar="N", help=f"{info.description} (%(default)s)")
-        add(f"--{name.replace('_', '-')}", type=type(info.default), default=info.default, **told)
+        option, told = f"--{name.replace('_', '-')}", f"{info.description} (%(default)s)"
+        add(option, type=type(info.default), default=info.default, metavar="N", help=told)
     add("--array", type=int, default=0, metavar="N", help="N jobs; {index} in the command is 0 to N - 1")
     slurm = "options of sbatch: account=a exclusive=true"
     add("--slurm", nargs="+", default=[], metavar="key=value", help=slurm)

@@ -137,7 +137,6 @@ class FineTuning(Stage):
     """One run of posfield detect or segment (its kind) for a row, or the sweep of the segmentation."""
 
     entry: Entry
-    is_sweep: bool = False
 
 
 def plan(
@@ -155,8 +154,35 @@ def plan(
         sweep_jobs: for SLURM, of how many jobs a sweep is; None: for this machine, where torchrun starts a
             process for each GPU.
     """
+
+    def fine_tuning(entry: Entry, task: str, kind: str, seed: int) -> FineTuning:
+        row, of_entry = output / name_of(entry), weights[name_of(entry)]
+        is_sweep = kind == SWEEP
+        if task == "detection":
+            name, folder = "detect", row / f"det_{kind}_seed{seed}"
+            recipe = ["--engine", comparison.engine, "--protocol", kind]
+            rest = ["--data", comparison.coco, "--accumulate", str(-(-comparison.accumulate // n_gpus))]
+            rest += ["--checkpointing"] * comparison.checkpointing
+        else:
+            name, folder = "segment", row / ("seg_sweep" if is_sweep else f"seg_seed{seed}")
+            recipe, rest = ["--dataset", "ade20k"], ["--data", comparison.ade]
+        recipe += ["--seed", str(seed)]  # the result depends on it, unlike on the rest
+        changed = words_of(getattr(comparison, f"{task}_overrides"))
+        rest += [*["--resume"] * (not is_sweep), "--weights", str(of_entry.file), "--output", str(folder)]
+        rest += ["--device", comparison.device]
+        if comparison.workers is not None:
+            rest += ["--workers", str(comparison.workers)]
+        if is_sweep:
+            rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
+        line = command(name, *changed, *recipe, *rest)
+        if n_gpus > 1 and sweep_jobs is None and not is_sweep:
+            line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)]
+        kept = [name, *recipe, *["--sweep"] * is_sweep, *changed, *of_entry.identity]
+        identity, array = shlex.join(["posfield", *kept]), (sweep_jobs or 0) * is_sweep
+        return FineTuning(name, folder, line, identity, array, entry=entry)
+
     return [
-        _run(comparison, weights[name_of(entry)], output, entry, task, kind, seed, n_gpus, sweep_jobs)
+        fine_tuning(entry, task, kind, seed)
         for seed in comparison.seeds
         for task in ("detection", "segmentation")
         for entry in comparison.entries
@@ -164,42 +190,6 @@ def plan(
         and (kind := getattr(entry, task) or getattr(comparison, task)) != NONE
         and (kind != SWEEP or seed == comparison.seeds[0])
     ]
-
-
-def _run(
-    comparison: Comparison,
-    weights: Weights,
-    output: Path,
-    entry: Entry,
-    task: str,
-    kind: str,
-    seed: int,
-    n_gpus: int,
-    sweep_jobs: int | None,
-) -> FineTuning:
-    is_sweep = kind == SWEEP
-    if task == "detection":
-        name, folder = "detect", output / name_of(entry) / f"det_{kind}_seed{seed}"
-        recipe = ["--engine", comparison.engine, "--protocol", kind]
-        rest = ["--data", comparison.coco, "--accumulate", str(-(-comparison.accumulate // n_gpus))]
-        rest += ["--checkpointing"] * comparison.checkpointing
-    else:
-        name, folder = "segment", output / name_of(entry) / ("seg_sweep" if is_sweep else f"seg_seed{seed}")
-        recipe, rest = ["--dataset", "ade20k"], ["--data", comparison.ade]
-    recipe += ["--seed", str(seed)]  # the result depends on it, unlike on the rest
-    changed = words_of(getattr(comparison, f"{task}_overrides"))
-    rest += [*["--resume"] * (not is_sweep), "--weights", str(weights.file), "--output", str(folder)]
-    rest += ["--device", comparison.device]
-    if comparison.workers is not None:
-        rest += ["--workers", str(comparison.workers)]
-    if is_sweep:
-        rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
-    line = command(name, *changed, *recipe, *rest)
-    if n_gpus > 1 and sweep_jobs is None and not is_sweep:
-        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)]
-    kept = [name, *recipe, *["--sweep"] * is_sweep, *changed, *weights.identity]
-    identity, array = shlex.join(["posfield", *kept]), (sweep_jobs or 0) * is_sweep
-    return FineTuning(name, folder, line, identity, array, entry=entry, is_sweep=is_sweep)
 
 
 def check_data(comparison: Comparison, runs: Sequence[FineTuning]) -> None:
@@ -242,14 +232,8 @@ def weights_table(done: Sequence[FineTuning], weights: Mapping[str, Weights]) ->
         resampled = "" if patch == PROTOCOL_PATCH_PX else f", resampled to {PROTOCOL_PATCH_PX}"
         cells = (name, entry.method, entry.file, weights[name].digest, read_as, f"{patch} px{resampled}")
         lines.append(Line("weights", False, cells))
-    return Table(
-        title="The files of weights",
-        columns=("row", "method", "file", "hash", "read as", "patches"),
-        groups=(tuple(lines),),
-        notes=(),
-        numeric=frozenset(),
-        records=(),
-    )
+    columns = ("row", "method", "file", "hash", "read as", "patches")
+    return Table("The files of weights", columns, (tuple(lines),), (), frozenset(), ())
 
 
 def write_tables(
