@@ -22,10 +22,9 @@ from pretrain.cli import fields_and_kwargs
 from pretrain.errors import UserError
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
-from pretrain.jobs.compare_config import NONE, Comparison, Entry, load_comparison, name_of, words_of
+from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, load_comparison, name_of, words_of
 from pretrain.jobs.slurm import Queue
 from pretrain.jobs.stage import OTHER, is_to_begin
-from seg_plugin import protocol as segmentation
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -87,9 +86,13 @@ def queue_of(options: argparse.Namespace, further: list[str]) -> Queue:
 
 
 def sweep_jobs(comparison: Comparison) -> int:
-    """Of how many jobs the array of a sweep is."""
+    """Of how many jobs the array of a sweep is; 0 where there is none, for which MMSegmentation is not needed."""
+    if SWEEP not in [entry.segmentation or comparison.segmentation for entry in comparison.entries]:
+        return 0
+    from seg_plugin.protocol import protocol, with_overrides
+
     fields, _ = fields_and_kwargs(words_of(comparison.segmentation_overrides))
-    grid = segmentation.with_overrides(segmentation.protocol(), fields)
+    grid = with_overrides(protocol(), fields)
     return len(grid.lr_grid) * len(grid.weight_decay_grid) * grid.seeds
 
 

@@ -71,6 +71,7 @@ def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -90,6 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
+    """Plan, run, and write the table of what is done."""
     options = parse(arguments)
     begun = time.monotonic()
     data = command("toy-data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
