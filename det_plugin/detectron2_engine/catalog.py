@@ -6,14 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from det_plugin.coco.annotations import (
-    UNREADABLE,
-    CocoSplit,
-    Picture,
-    Segmentation,
-    read_classes,
-    read_split,
-)
+from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, Segmentation, read_classes, read_split
 from det_plugin.coco.api import coco_api
 from det_plugin.coco.layout import locate
 from det_plugin.coco.masks import clip

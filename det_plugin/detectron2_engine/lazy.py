@@ -110,10 +110,7 @@ def config(
             f"backbone: {clash[0]} is no argument of the ViT; it is a field of the protocol, or an option of the run"
         )
     net = L(RegistryBackbone)(
-        name=backbone,
-        weights=None if weights is None else str(weights),
-        **asdict(options),
-        **model_kwargs,
+        name=backbone, weights=None if weights is None else str(weights), **asdict(options), **model_kwargs
     )
     return DictConfig(
         {
