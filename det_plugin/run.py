@@ -15,6 +15,14 @@ from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.settings import as_dict
 
+# {engine: the config that its runs leave in their folders}
+CONFIGS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}
+
+
+def engine_of(folder: Path) -> str | None:
+    """The engine of the run in a folder; None where there is none."""
+    return next((engine for engine, file in CONFIGS.items() if (folder / file).is_file()), None)
+
 
 @dataclass(frozen=True)
 class DetectionRun:
@@ -105,12 +113,11 @@ def leave_result(
         started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
     """
+    recipe = run.protocol
     result = Result(
         kind="detection",
         backbone=run.backbone,
-        protocol=Protocol(
-            name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed
-        ),
+        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,

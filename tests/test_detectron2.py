@@ -30,13 +30,12 @@ from detectron2.utils.events import EventStorage
 from detectron2_fixture import FIELD, TINY, TOY, save_pretrained
 
 from det_plugin.coco.annotations import read_split
-from det_plugin.coco.api import coco_api
-from det_plugin.detectron2_engine.backbone import RegistryBackbone
-from det_plugin.detectron2_engine.bfloat16 import BFloat16RCNN
+from det_plugin.coco.masks import coco_api
 from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts, dataset_name
-from det_plugin.detectron2_engine.evaluator import config_deviations
+from det_plugin.detectron2_engine.evaluate import config_deviations
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.loader import TrainLoader
+from det_plugin.detectron2_engine.model import BFloat16RCNN, RegistryBackbone
 from det_plugin.detectron2_engine.optim import ClippedAdamW
 from det_plugin.detectron2_engine.saved_config import plain
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides

@@ -24,8 +24,8 @@ pytest.importorskip(
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.detectron2_engine.evaluator import config_deviations, percentages
-from det_plugin.detectron2_engine.lazy import train
+from det_plugin.detectron2_engine.evaluate import config_deviations, percentages
+from det_plugin.detectron2_engine.train import evaluate_folder, train
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
 from det_plugin.torchvision_engine.optim import lr_at
 from pretrain.build import build_backbone
@@ -266,12 +266,13 @@ def test_our_loop_resumes_and_evaluates_without_the_file(tmp_path, coco, weights
     (folder / "result.json").unlink()
     again["trainer"]["wall_time_s"] = 1000.0
     torch.save(again, folder / "model_final.pth")
-    evaluated = read_result(train(run, eval_only=True))
+    evaluate_folder(run.output, run.data, device="cpu", workers=0)
+    evaluated = read_result(folder)
     assert 1000 < evaluated.wall_time_s < 1100
     assert (evaluated.metrics, evaluated.protocol) == (resumed.metrics, resumed.protocol)
     assert (evaluated.method, evaluated.weights_hash) == (result.method, result.weights_hash)
     with pytest.raises(UserError, match="no config_resolved.yaml"):
-        train(toy_run(tmp_path / "empty", coco, weights), eval_only=True)
+        evaluate_folder(tmp_path / "empty", coco)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

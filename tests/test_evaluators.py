@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from det_plugin.torchvision_engine.evaluate import coco_metrics, encode_mask
+from det_plugin.coco.masks import encode_mask
+from det_plugin.coco.metrics import coco_metrics
 from pretrain.errors import UserError
 
 needs_detectron2 = pytest.mark.skipif(
@@ -85,8 +86,8 @@ def by_detectron2(file, found, name, fast):
     from detectron2.evaluation import COCOEvaluator
     from detectron2.structures import Boxes, Instances
 
-    from det_plugin.coco.api import coco_api
-    from det_plugin.detectron2_engine.evaluator import percentages
+    from det_plugin.coco.masks import coco_api
+    from det_plugin.detectron2_engine.evaluate import percentages
 
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, str(file), str(file.parent))

@@ -206,7 +206,7 @@ def test_the_backbone_of_a_detectron2_run(tmp_path, tool):
     pytest.importorskip(
         "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
     )
-    from det_plugin.detectron2_engine.lazy import train
+    from det_plugin.detectron2_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")
     state = torch.load(folder / "model_final.pth", weights_only=True)["model"]

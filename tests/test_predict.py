@@ -18,10 +18,10 @@ from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
 from tool_fixture import load_tool
 
 from det_plugin.coco.annotations import read_split
-from det_plugin.coco.api import coco_api
+from det_plugin.coco.masks import coco_api
+from det_plugin.figures import Shown, color_of, draw_objects
 from det_plugin.predict import load_detector
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
 from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError

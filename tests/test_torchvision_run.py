@@ -31,6 +31,7 @@ from det_plugin.torchvision_engine.folder import (
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
+from det_plugin.train import choose_engine
 from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
@@ -654,11 +655,12 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     tool = load_tool("detect")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
-    assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(
-        run, weights=file
-    )
     tool.main([*map(str, words_of(run, "--weights", file))])
     assert "engine: torchvision (as asked for)" in capsys.readouterr().out
+    backbone = read_config(run.output)["backbone"]
+    assert backbone == run.backbone and read_result(run.output).weights_hash == file_hash(file)
+    with pytest.raises(UserError, match="protocol: seed is no field of it; give it as --seed"):
+        tool.main([*map(str, words_of(run, "--weights", file)), "seed=1"])
     tool.main(
         [
             "--engine",
@@ -674,7 +676,7 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     )
     assert f"engine: torchvision (it trained {run.output})" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tool.choose_engine("auto", tmp_path)[0] == "torchvision"
+    assert choose_engine("auto", tmp_path)[0] == "torchvision"
     with pytest.raises(UserError, match="backbone: a name is needed"):
         backbone_name(None, None)
 

@@ -4,20 +4,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here its memory counts for none
 import torch
+from detectron2.modeling.backbone.vit import ViT as TheirViT
 from torch import Tensor, nn
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.windows import global_blocks
 from pretrain.backbones.vit import ViT
 from pretrain.benchmark.turns import Work, in_turns, ratio
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
-
-with detectron2_installed():
-    import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here its memory counts for none
-    from detectron2.modeling.backbone.vit import ViT as TheirViT
 
 WINDOW, GLOBAL_BLOCKS = 14, 4  # ViTDet's
 CHECK_PX = 240  # 15 patches a side: two windows, one of them cut

@@ -9,19 +9,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from detectron2.config import LazyCall, instantiate
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from pretrain.benchmark.turns import held_mib, peak_mib
 from pretrain.device import choose_device
-
-with detectron2_installed():
-    from detectron2.config import LazyCall, instantiate
-    from detectron2.structures import Boxes, Instances, PolygonMasks
-    from detectron2.utils.events import EventStorage
 
 OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
     "ours": {},

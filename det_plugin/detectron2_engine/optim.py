@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from detectron2.solver import get_default_optimizer_params
 from torch import nn
 
 from pretrain.layer_decay import lr_rate
@@ -40,8 +41,6 @@ def parameter_groups(
         weight_decay_norm: weight decay of norms.
         overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
     """
-    from detectron2.solver import get_default_optimizer_params
-
     blocks = model.get_submodule(VIT + "blocks")
     factor = partial(lr_factor, depth=len(list(blocks.children())), decay=layer_decay)
     return get_default_optimizer_params(
@@ -63,11 +62,9 @@ def adamw(
         clip_grad: largest norm of all gradients together; 0: no clipping.
     """
     arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-    return (
-        ClippedAdamW(params, max_norm=clip_grad, **arguments)
-        if clip_grad > 0
-        else torch.optim.AdamW(params, **arguments)
-    )
+    if clip_grad > 0:
+        return ClippedAdamW(params, max_norm=clip_grad, **arguments)
+    return torch.optim.AdamW(params, **arguments)
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -15,7 +15,7 @@ import torch
 
 from det_plugin.coco.annotations import CocoSplit
 from det_plugin.protocol import DetectionProtocol, with_overrides
-from det_plugin.run import DetectionRun
+from det_plugin.run import CONFIGS, DetectionRun
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
@@ -26,7 +26,7 @@ from pretrain.results.runs import holds_result
 from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, PREDICTIONS = "config.json", "predictions.json"
+CONFIG, PREDICTIONS = CONFIGS[ENGINE], "predictions.json"
 OLD_CHECKPOINT = "checkpoint.pt"
 KEEP = 2  # where the newest checkpoint is damaged, the one before is used
 
@@ -80,19 +80,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(
-            f"output: {folder} holds no run of the {ENGINE} engine ({CONFIG}: {error.strerror})"
-        ) from error
+        reason = f"{CONFIG}: {error.strerror}"
+        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine ({reason})") from error
     except ValueError as error:
         raise UserError(f"output: {path} is no JSON ({error})") from error
     if not isinstance(config, dict) or config.get("engine") != ENGINE:
         raise UserError(f"output: {path} is not of the {ENGINE} engine")
     config["protocol"] = upgraded(DetectionProtocol, config["protocol"])
     if "backbone_flags" in config:
-        config |= {
-            "model_kwargs": config.pop("backbone_flags"),
-            "given_kwargs": config.pop("given_flags", {}),
-        }
+        old = config.pop("backbone_flags"), config.pop("given_flags", {})
+        config["model_kwargs"], config["given_kwargs"] = old
     return config
 
 
@@ -116,9 +113,8 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """
     ids, names = config["data"].get("category_ids"), config["data"]["class_names"]
     if ids is None:  # 1, 2, ... would be wrong for COCO
-        raise UserError(
-            f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again"
-        )
+        told = "it was written before they were kept; train again"
+        raise UserError(f"{folder / CONFIG} holds no category_ids: {told}")
     return dict(zip(ids, names))
 
 
@@ -157,7 +153,5 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except (
-        Exception
-    ) as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+    except Exception as error:  # on damaged bytes the unpickler may raise anything
         raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

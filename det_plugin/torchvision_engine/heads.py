@@ -11,9 +11,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.coco.masks import crop_masks
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.boxes import BoxCoder
-from det_plugin.torchvision_engine.layers import ConvNorm
-from det_plugin.torchvision_engine.pooling import RoIPooler
+from det_plugin.torchvision_engine.layers import BoxCoder, ConvNorm, RoIPooler
 
 
 class BoxHead(nn.Module):
@@ -22,11 +20,8 @@ class BoxHead(nn.Module):
 
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
-        width, side = protocol.channels, protocol.box_pool
-        self.convs = nn.Sequential(
-            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.box_convs))
-        )
-        self.fc = nn.Linear(width * side**2, protocol.box_fc)
+        self.convs = _convs(protocol, protocol.box_convs)
+        self.fc = nn.Linear(protocol.channels * protocol.box_pool**2, protocol.box_fc)
         self.cls_score = nn.Linear(protocol.box_fc, 1 + protocol.num_classes)
         self.bbox_pred = nn.Linear(protocol.box_fc, 4 * protocol.num_classes)
         _msra_fill(self.convs)
@@ -49,9 +44,7 @@ class MaskHead(nn.Module):
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
         width = protocol.channels
-        self.convs = nn.Sequential(
-            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.mask_convs))
-        )
+        self.convs = _convs(protocol, protocol.mask_convs)
         self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.predictor = nn.Conv2d(width, protocol.num_classes, 1)
         _msra_fill(self.convs)
@@ -62,6 +55,11 @@ class MaskHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[R, C, s, s] -> logits [R, K, 2s, 2s]."""
         return self.predictor(F.relu(self.deconv(self.convs(x)))).float()
+
+
+def _convs(protocol: DetectionProtocol, number: int) -> nn.Sequential:
+    width, norm = protocol.channels, protocol.norm
+    return nn.Sequential(*(ConvNorm(width, width, 3, norm, relu=True) for _ in range(number)))
 
 
 def _msra_fill(module: nn.Module) -> None:
@@ -174,8 +172,9 @@ class DetectionHeads(RoIHeads):
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """
         counts = [len(own) for own in proposals]
-        all_boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)
-        all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)  # without the background
+        decoded = self.box_coder.decode(box_regression, proposals).reshape(*class_logits.shape, 4)
+        all_boxes = decoded[:, 1:].split(counts)  # without the background
+        all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)
         boxes, scores, labels = [], [], []
         for own_boxes, own_scores, shape in zip(all_boxes, all_scores, image_shapes):
             row, kind = torch.where(own_scores > self.score_thresh)
@@ -202,8 +201,5 @@ class DetectionHeads(RoIHeads):
             for target, index, box, o in zip(targets, matched, boxes, objects)
         ]
         classes = torch.cat([label[o] for label, o in zip(labels, objects)])
-        return {
-            "loss_cls": loss_cls,
-            "loss_box_reg": loss_box,
-            "loss_mask": mask_loss(mask_logits, classes, torch.cat(wanted)),
-        }
+        loss_mask = mask_loss(mask_logits, classes, torch.cat(wanted))
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box, "loss_mask": loss_mask}

@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.boxes import BoxCoder
+from det_plugin.torchvision_engine.layers import BoxCoder
 
 
 class Anchors(nn.Module):
@@ -88,23 +88,16 @@ class ProposalNetwork(RegionProposalNetwork):
         Returns:
             [R_i, 4] and the logits [R_i] of each image, best first.
         """
-        chosen, levels, start = [], [], 0
-        logits = objectness.detach().view(len(image_shapes), -1)
-        for level, number in enumerate(num_anchors_per_level):
-            best = (
-                logits[:, start : start + number].topk(min(number, self.pre_nms_top_n()), dim=1).indices
-                + start
-            )
-            chosen.append(best)
-            levels.append(torch.full_like(best[0], level))
-            start += number
-        index, level_of = torch.cat(chosen, dim=1), torch.cat(levels)
-        found = []
-        for boxes, scores, own, shape in zip(proposals, logits, index, image_shapes):
-            boxes, scores = clip_boxes_to_image(boxes[own], shape), scores[own]
+        logits, found = objectness.detach().view(len(image_shapes), -1), []
+        best = self._get_top_n_idx(logits, num_anchors_per_level)  # [B, n]
+        numbers = torch.tensor(num_anchors_per_level, device=logits.device)
+        level_of = torch.arange(len(numbers), device=logits.device).repeat_interleave(numbers)  # [A]
+        for boxes, scores, own, shape in zip(proposals, logits, best, image_shapes):
+            boxes = clip_boxes_to_image(boxes[own], shape)
             solid = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
-            boxes, scores = boxes[solid], scores[solid]
-            kept = batched_nms(boxes, scores, level_of[solid], self.nms_thresh)[: self.post_nms_top_n()]
+            boxes, own = boxes[solid], own[solid]
+            scores = scores[own]
+            kept = batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 

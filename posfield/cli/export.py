@@ -36,13 +36,13 @@ def backbone_of_run(folder: Path) -> ViT:
             another function.
     """
     if (folder / "config.json").is_file():
-        from det_plugin.torchvision_engine.train import load_model
+        from det_plugin.torchvision_engine.predict import load_model
 
         adapter: Any = load_model(folder)[0].backbone
     elif (folder / "config_resolved.yaml").is_file():
-        from det_plugin.predict import load_detectron2
+        from det_plugin.detectron2_engine.predict import load_model
 
-        adapter = load_detectron2(folder)[0].backbone.net
+        adapter = load_model(folder)[0].backbone.net
     elif list(folder.glob("*.py")):
         from seg_plugin.predict import load_run
 

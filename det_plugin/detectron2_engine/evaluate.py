@@ -3,17 +3,23 @@
 import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
 
 from det_plugin.coco.annotations import read_truth
+from det_plugin.coco.metrics import KINDS, SUMMARY, coco_metrics
 from det_plugin.detectron2_engine.catalog import coco_root, dataset_name, train_images
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.detectron2_engine.saved_config import (
     ASKED,
     NET_KEYS,
@@ -26,28 +32,16 @@ from det_plugin.detectron2_engine.saved_config import (
     protocol_in,
     resolved,
 )
+from det_plugin.loader import batches
 from det_plugin.protocol import deviations, other_images, protocol
 from det_plugin.run import DetectionRun, leave_result
-from det_plugin.torchvision_engine.evaluate import coco_metrics
+from pretrain import distributed
 from pretrain.build import network_kwargs
 from pretrain.settings import compared
 from pretrain.weights import origin_of
 
-with detectron2_installed():
-    from detectron2.config import LazyConfig
-    from detectron2.evaluation import COCOEvaluator
-    from detectron2.utils import comm
-    from detectron2.utils.events import get_event_storage, has_event_storage
-
-TASKS = {"bbox": "box", "segm": "mask"}
-METRICS = {
-    "AP": "ap",
-    "AP50": "ap50",
-    "AP75": "ap75",
-    "APs": "ap_small",
-    "APm": "ap_medium",
-    "APl": "ap_large",
-}
+# Detectron2's names of what we call ap, ap50, ...
+METRICS = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), SUMMARY))
 # Keys of a config that are no part of its recipe.
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
@@ -79,10 +73,9 @@ class ResultEvaluator(COCOEvaluator):
         origin: Mapping[str, Any] | None = None,
         classes: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(dataset_name(root, "val"), tasks=tuple(TASKS), use_fast_impl=False)
-        self._coco_api.dataset = read_truth(
-            Path(self._metadata.json_file)
-        )  # other data than COCO's may lack a field
+        super().__init__(dataset_name(root, "val"), tasks=tuple(KINDS.values()), use_fast_impl=False)
+        # Other data than COCO's may lack a field
+        self._coco_api.dataset = read_truth(Path(self._metadata.json_file))
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
         self.folder = Path(output_dir)
@@ -104,8 +97,7 @@ class ResultEvaluator(COCOEvaluator):
         return results
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # Given the folder in the constructor, the base class would write the detections a second time, as a
-        # pickle.
+        # Given the folder in the constructor, the base class would also write the detections as a pickle.
         self._output_dir: str | None = str(self.folder)
         super()._eval_predictions(predictions, img_ids)
         self._output_dir = None
@@ -118,7 +110,7 @@ def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     Metrics without ground truth (NaN) are left out.
     """
     metrics: dict[str, Any] = {}
-    for task, name in TASKS.items():
+    for name, task in KINDS.items():
         known = {key: value for key, value in results.get(task, {}).items() if math.isfinite(value)}
         metrics |= {f"{name}_{METRICS[key]}": value for key, value in known.items() if key in METRICS}
         classes = {key.removeprefix("AP-"): value for key, value in known.items() if key.startswith("AP-")}
@@ -193,3 +185,30 @@ def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     done = state.get("iteration", -1) + 1
     return trained, {} if done == trained.train.max_iter else {"max_iters": [planned, done]}
+
+
+class TestBatches:
+    """The batches of Detectron2's test loader, from workers that ignore group signals and whose errors are
+    one line."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader: Any = self.loader
+        return batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Run the config's evaluator on its test loader.
+
+    Raises:
+        UserError: an image cannot be used, also where a worker process meets it.
+    """
+    data, evaluator = TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, data, evaluator)
+    distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
+    return results

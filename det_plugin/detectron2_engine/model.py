@@ -1,4 +1,4 @@
-"""The registry's ViT as a Detectron2 backbone, and the pyramid around it.
+"""The registry's ViT as a Detectron2 backbone, the pyramid around it, and the detector under bfloat16.
 
 Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
 """
@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from detectron2.modeling import Backbone, GeneralizedRCNN, SimpleFeaturePyramid
 from torch import Tensor
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
 from pretrain.weights import check_fit, origin_of
-
-with detectron2_installed():
-    from detectron2.modeling import Backbone, SimpleFeaturePyramid
 
 FEATURE = "last_feat"
 
@@ -102,3 +100,14 @@ def _require_every_tensor(
     wanted = {prefix + key: value for key, value in module.state_dict().items()}
     given = {key: value for key, value in state.items() if key.startswith(prefix)}
     check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)
+
+
+class BFloat16RCNN(GeneralizedRCNN):
+    """Detectron2's detector, trained under bfloat16 autocast on CUDA by any launcher: AMPTrainer only knows
+    float16. It needs no loss scaling. Evaluation stays in float32, as Detectron2's does."""
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """As in ``GeneralizedRCNN``."""
+        enabled = self.training and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            return super().forward(batched_inputs)
