@@ -60,8 +60,8 @@ def get_norm(name: str, channels: int) -> nn.Module:
 
 
 class BoxCoder(torchvision_detection.BoxCoder):
-    """Boxes as offsets from reference boxes, torchvision's but for the order of the encoding's operations,
-    which is Detectron2's, to the bit."""
+    """Boxes as offsets from reference boxes. The weights multiply last, unlike torchvision's: a resumed run
+    goes on to the bit."""
 
     def encode_single(self, targets: Tensor, references: Tensor) -> Tensor:
         """[R, 4], [R, 4] pixels (x0, y0, x1, y1) -> offsets [R, 4] (dx, dy, dw, dh)."""
