@@ -46,8 +46,7 @@ class Geometry:
         return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
 
     def pixels(self, image: np.ndarray, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
-        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased (PIL's, as in
-        Detectron2)."""
+        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased, as in Detectron2."""
         if self.flip:
             image = image[:, ::-1]
         (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
@@ -71,8 +70,7 @@ class Geometry:
 
 
 def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
-    """Draw a training geometry: a flip, a uniform scale of the square that the image is fitted into, and a
-    crop."""
+    """Draw a flip, a uniform scale of the square that the image is fitted into, and a crop."""
     flip = bool(rng.random() < protocol.flip)
     target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
     scale = min(target / source[0], target / source[1])

@@ -86,8 +86,7 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide
-    least."""
+    """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
         shade = np.array(color_of(thing.kind))
@@ -120,8 +119,7 @@ def color_of(kind: int) -> Color:
 def _place(
     size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]
 ) -> Corners:
-    """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of
-    other labels."""
+    """Where a label covers the least of others: above the box, below it, or inside at a corner."""
     (w, h), (x0, y0, x1, y1) = size, box
     corners = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
     corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]

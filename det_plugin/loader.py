@@ -83,8 +83,7 @@ def batches(
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; signals to the whole group of processes are ignored: the training decides when to stop, and
-    a worker that dies would end it."""
+    """One thread. Signals are ignored: the training decides when to stop, and would end with a worker."""
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

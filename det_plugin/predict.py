@@ -116,8 +116,7 @@ class Detector:
 
 
 def load_detector(run: str | Path, device: str = "auto") -> Detector:
-    """Load the last checkpoint of a run folder. Its config says how to build the network; the backbone's file
-    is not needed.
+    """Load the last checkpoint of a run folder. The backbone's file is not needed.
 
     Args:
         run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
@@ -128,7 +127,6 @@ def load_detector(run: str | Path, device: str = "auto") -> Detector:
     """
     on, engine = choose_device(device), engine_of(Path(run))
     if engine is None:
-        raise UserError(
-            f"{run} is no folder of a detection run: it holds neither {' nor '.join(CONFIGS.values())}"
-        )
+        files = " nor ".join(CONFIGS.values())
+        raise UserError(f"{run} is no folder of a detection run: it holds neither {files}")
     return Detector(*importlib.import_module(f"det_plugin.{engine}_engine.predict").detector(Path(run), on))

@@ -1,5 +1,7 @@
 """One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
+import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,6 +74,14 @@ class DetectionRun:
         }
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a file so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
+    os.replace(temporary, path)
+
+
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the first names of their keys: a renamed key must not change a run's config hash."""
     first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
@@ -79,8 +89,7 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
-    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's
-    value]}``.
+    """Where a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
         images: how many images it was trained on, and evaluated on.

@@ -34,8 +34,7 @@ def finetune(
     compile: bool = False,
     **fields: Any,
 ) -> Path:
-    """Fine-tune a backbone for detection and evaluate it; a finished run is left as it is. Under torchrun all
-    processes share the work.
+    """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
 
     Args:
         data: root of COCO, or of data in its format (:mod:`det_plugin.coco.layout`), or a .yaml file.
@@ -50,7 +49,7 @@ def finetune(
         fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
 
     Returns:
-        path of ``result.json``.
+        path of ``result.json``. A finished run is left as it is.
 
     Raises:
         UserError: bad settings or data; the folder holds another run.

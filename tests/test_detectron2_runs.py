@@ -24,7 +24,7 @@ pytest.importorskip(
 from detectron2.config import LazyConfig, instantiate
 from detectron2_fixture import FIELD, ROOT, TINY, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.detectron2_engine.evaluate import config_deviations, percentages
+from det_plugin.detectron2_engine.evaluate import config_deviations
 from det_plugin.detectron2_engine.train import evaluate_folder, train
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
 from det_plugin.torchvision_engine.optim import lr_at
@@ -105,23 +105,6 @@ def test_another_backbone_or_windows_take_one_override_each():
         "model.backbone.net.global_blocks": [4, 2],
     }
     assert instantiate(cfg.model.backbone.net).options.window_size == 14
-
-
-def test_percentages_leave_out_what_has_no_objects():
-    nan = math.nan
-    box = {
-        "AP": 50.0,
-        "AP50": 60.0,
-        "AP75": 40.0,
-        "APs": nan,
-        "APm": 1.0,
-        "APl": 2.0,
-        "AP-cat": 3.0,
-        "AP-dog": nan,
-    }
-    got = percentages({"bbox": box, "segm": {"AP": nan}})
-    assert got.pop("box_ap_classes") == {"cat": 3}
-    assert got == {"box_ap": 50, "box_ap50": 60, "box_ap75": 40, "box_ap_medium": 1, "box_ap_large": 2}
 
 
 def launch(folder, *arguments, until=None):

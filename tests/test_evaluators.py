@@ -87,7 +87,6 @@ def by_detectron2(file, found, name, fast):
     from detectron2.structures import Boxes, Instances
 
     from det_plugin.coco.masks import coco_api
-    from det_plugin.detectron2_engine.evaluate import percentages
 
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, str(file), str(file.parent))
@@ -107,7 +106,26 @@ def by_detectron2(file, found, name, fast):
         masks = [coco_api().mask.decode(p["segmentation"]) for p in own]
         instances.pred_masks = torch.from_numpy(np.array(masks).reshape(-1, SIDE, SIDE)).bool()
         evaluator.process([{"image_id": image}], [{"instances": instances}])
-    return percentages(evaluator.evaluate()), evaluator._use_fast_impl
+    return under_our_names(evaluator.evaluate()), evaluator._use_fast_impl
+
+
+def under_our_names(results):
+    """Metrics without ground truth (NaN) are left out."""
+    names = {
+        "AP": "ap",
+        "AP50": "ap50",
+        "AP75": "ap75",
+        "APs": "ap_small",
+        "APm": "ap_medium",
+        "APl": "ap_large",
+    }
+    metrics = {}
+    for task, kind in (("bbox", "box"), ("segm", "mask")):
+        known = {key: value for key, value in results[task].items() if np.isfinite(value)}
+        metrics |= {f"{kind}_{names[key]}": value for key, value in known.items() if key in names}
+        by_class = {key.removeprefix("AP-"): value for key, value in known.items() if key.startswith("AP-")}
+        metrics[f"{kind}_ap_classes"] = by_class
+    return metrics
 
 
 @needs_detectron2

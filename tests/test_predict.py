@@ -21,8 +21,8 @@ from det_plugin.coco.annotations import read_split
 from det_plugin.coco.masks import coco_api
 from det_plugin.figures import Shown, color_of, draw_objects
 from det_plugin.predict import load_detector
-from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
+from det_plugin.run import DetectionRun, write_json
+from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
 

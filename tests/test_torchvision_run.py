@@ -22,7 +22,6 @@ from det_plugin.coco.annotations import read_split
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
 from det_plugin.torchvision_engine.folder import (
-    backbone_of,
     classes_of,
     load_checkpoint,
     protocol_of,
@@ -141,7 +140,7 @@ def test_metrics_log(finished):
 def test_config_builds_the_network_again(finished):
     config = read_config(finished.output)
     assert protocol_of(config) == finished.protocol
-    vit = backbone_of(config)
+    vit = build_backbone(config["backbone"], None, **config["model_kwargs"])
     assert vit.model_kwargs == {**build_backbone(TINY, **FLAGS).model_kwargs, "mask_tokens": False}
     assert config["data"] == {
         "train_images": 5,

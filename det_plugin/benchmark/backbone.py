@@ -53,14 +53,8 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
         theirs = found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]
         ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], theirs).items()}
     raw = {name: figures.shown() for name, figures in found.items()}
-    return {
-        **ratios,
-        **raw,
-        "backbone": backbone,
-        "image_px": image_px,
-        "device": where,
-        "threads": torch.get_num_threads(),
-    }
+    setup = {"backbone": backbone, "image_px": image_px, "device": where, "threads": torch.get_num_threads()}
+    return {**ratios, **raw, **setup}
 
 
 def work(name: str, backbone: str, image_px: int, device: str) -> Work:
@@ -123,11 +117,8 @@ def their_network(
         window_block_indexes=[i for i in range(depth) if i not in everywhere],
     )
     missing, left_over = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert all("rel_pos" in key for key in missing) and set(left_over) == {
-        "cls_token",
-        "norm.weight",
-        "norm.bias",
-    }
+    assert all("rel_pos" in key for key in missing)
+    assert set(left_over) == {"cls_token", "norm.weight", "norm.bias"}
     return theirs
 
 
@@ -136,17 +127,13 @@ def check_alike(backbone: str, device: str = "cpu") -> None:
     results = {}
     for name in (*THEIRS, *OURS):
         network = our_network(backbone) if name in OURS else their_network(backbone, THEIRS[name], CHECK_PX)
-        image = (
-            torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2))
-            .to(device)
-            .requires_grad_()
-        )
+        noise = torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2))
+        image = noise.to(device).requires_grad_()
         features = features_of(name, network.to(device), image)
         (features * features.detach().cos()).sum().backward()
         assert image.grad is not None
         results[name] = features.detach(), image.grad
     for name in OURS:
-        for ours, theirs in zip(
-            results[name], results["detectron2_windowed" if "windowed" in name else "detectron2"]
-        ):
+        reference = "detectron2_windowed" if "windowed" in name else "detectron2"
+        for ours, theirs in zip(results[name], results[reference]):
             assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name

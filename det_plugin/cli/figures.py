@@ -37,10 +37,8 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
     Other data may have the same ids.
     """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
-    return bool(found) and all(
-        sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids
-        for p in found
-    )
+    fits = (sizes.get(p["image_id"]) == p["segmentation"]["size"] for p in found)
+    return bool(found) and all(fits) and {p["category_id"] for p in found} <= set(split.category_ids)
 
 
 def predictions_of(
@@ -75,9 +73,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     split = read_split(options.data, options.split, num_classes=None, training=False)
     pictures = choose(split, max(options.count, 1), options.images)
-    predictions = predictions_of(
-        options.run, split, pictures, options.device, evaluated=options.split == "val"
-    )
+    evaluated = options.split == "val"
+    predictions = predictions_of(options.run, split, pictures, options.device, evaluated)
     output = options.output or options.run / "figures"
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]

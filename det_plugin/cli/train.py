@@ -30,11 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="ROOT", help="of COCO, or of an export; or a .yaml file")
     add("--protocol", default="coco-12ep", choices=tuple(PROTOCOLS), help="(%(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (%(default)s)")
-    add(
-        "--checkpointing",
-        action="store_true",
-        help="compute the blocks again in the backward pass: less memory",
-    )
+    add("--checkpointing", action="store_true", help="less memory: the backward pass computes blocks again")
     add("--compile", action="store_true", help="torch.compile of the blocks")
     add("--eval-only", action="store_true", help="only evaluate the last checkpoint in --output")
     return parser.parse_intermixed_args(arguments)

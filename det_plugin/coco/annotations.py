@@ -213,8 +213,7 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A file's content, completed so that pycocotools can evaluate every object. COCO's own files do not
-    change.
+    """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
     are filled in, names are unique, and an object without a polygon of three points has an empty mask.

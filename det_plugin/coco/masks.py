@@ -63,11 +63,8 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """[H, W] of 0 and 1 -> an RLE that JSON can hold."""
     rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    counts = rle["counts"]
-    return {
-        "size": [int(side) for side in rle["size"]],
-        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
-    }
+    counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+    return {"size": [int(side) for side in rle["size"]], "counts": counts}
 
 
 def fill(polygons: Sequence[Polygon], height: int, width: int) -> np.ndarray:
@@ -79,8 +76,7 @@ def fill(polygons: Sequence[Polygon], height: int, width: int) -> np.ndarray:
 
 
 def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
-    """Cut a polygon at 0 ... width, 0 ... height: none, one or several polygons (Detectron2's
-    ``CropTransform``).
+    """Cut a polygon at 0 ... width, 0 ... height: none, one or several (Detectron2's ``CropTransform``).
 
     Raises:
         UserError: shapely is not installed.
@@ -97,8 +93,7 @@ def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels). An empty mask gives
-    zeros."""
+    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros if empty."""
     api = coco_api().mask
     boxes = api.toBbox(api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)))
     boxes[:, 2:] += boxes[:, :2]  # width, height -> x1, y1

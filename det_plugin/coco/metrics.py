@@ -52,8 +52,7 @@ def _indexed(content: dict[str, Any]) -> Any:
 
 
 def _results(truth: Any, predictions: list[Prediction], iou_type: str) -> Any:
-    """What ``loadRes`` makes of predictions, also of none. An object's area is that of its box or its mask
-    (Detectron2)."""
+    """What ``loadRes`` makes of predictions, also of none, with Detectron2's areas."""
     if iou_type == "segm":
         areas = [float(coco_api().mask.area(prediction["segmentation"])) for prediction in predictions]
     else:
@@ -62,9 +61,8 @@ def _results(truth: Any, predictions: list[Prediction], iou_type: str) -> Any:
         {**prediction, "id": i, "iscrowd": 0, "area": area}
         for i, (prediction, area) in enumerate(zip(predictions, areas), 1)
     ]
-    return _indexed(
-        {**{key: truth.dataset[key] for key in ("images", "categories")}, "annotations": annotations}
-    )
+    same = {key: truth.dataset[key] for key in ("images", "categories")}
+    return _indexed({**same, "annotations": annotations})
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:

@@ -9,6 +9,5 @@ from pretrain.errors import UserError
 try:
     import detectron2.engine  # noqa: F401  which imports all the rest
 except ImportError as error:
-    raise UserError(
-        f"Detectron2 is not installed: see its INSTALL guide (it is not on PyPI), or take --engine torchvision ({error})"
-    ) from error
+    told = "see its INSTALL guide (it is not on PyPI), or take --engine torchvision"
+    raise UserError(f"Detectron2 is not installed: {told} ({error})") from error

@@ -8,8 +8,7 @@ import numpy as np
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_classes, read_split
-from det_plugin.coco.layout import locate
+from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_split
 from det_plugin.coco.masks import Segmentation, as_rle, clip, coco_api
 from pretrain.errors import UserError
 
@@ -27,31 +26,6 @@ def coco_root(root: str | Path | None) -> Path:
         told = "give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported"
         raise UserError(f"data: no folder {folder}; {told}")
     return folder
-
-
-def dataset_name(root: str | Path | None, split: str) -> str:
-    """Register a split's files and categories in Detectron2's metadata catalog; gives the name that they have
-    there.
-
-    Args:
-        root: data of any layout (:mod:`det_plugin.coco.layout`); None: Detectron2's own place.
-        split: ``train`` | ``val``.
-
-    Raises:
-        UserError: a file is missing or damaged; names it.
-    """
-    files, classes = locate(coco_root(root), split), read_classes(coco_root(root), split)
-    name = f"{split}:{files.annotations.resolve()}"
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)  # the file may have changed
-    MetadataCatalog.get(name).set(
-        json_file=str(files.annotations),
-        image_root=str(files.images),
-        thing_classes=list(classes.values()),
-        thing_dataset_id_to_contiguous_id={id: k for k, id in enumerate(classes)},
-        evaluator_type="coco",
-    )
-    return name
 
 
 def coco_dicts(
@@ -122,8 +96,7 @@ class CocoMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``,
-        ...
+        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ...
 
         Raises:
             UserError: an image cannot be read, or its size is not that of the annotations; names the file.

@@ -35,8 +35,7 @@ class WholeCheckpointer(DetectionCheckpointer):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, every 15 minutes and at the end. Keeps ``max_to_keep`` files besides
-    the final one.
+    """Saves every ``period`` iterations, every 15 minutes and at the end; keeps ``max_to_keep`` and the last.
 
     Args:
         start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.

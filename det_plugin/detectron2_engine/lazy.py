@@ -75,14 +75,13 @@ def config(
     Raises:
         UserError: the ViT has no such argument, or Detectron2's heads have no such norm.
     """
-    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
+    options = FeatureOptions.of(protocol, checkpointing, compile)
     model_kwargs = {"drop_path": protocol.drop_path, **(model_kwargs or {})}
     if clash := sorted(model_kwargs.keys() & asdict(options).keys()):
         told = "it is a field of the protocol, or an option of the run"
         raise UserError(f"backbone: {clash[0]} is no argument of the ViT; {told}")
-    net = L(RegistryBackbone)(
-        name=backbone, weights=None if weights is None else str(weights), **asdict(options), **model_kwargs
-    )
+    file = None if weights is None else str(weights)
+    net = L(RegistryBackbone)(name=backbone, weights=file, **asdict(options), **model_kwargs)
     return DictConfig(
         {
             "model": _model(protocol, net),
@@ -96,8 +95,7 @@ def config(
 
 
 def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
-    """The parts of a config file for the stock launcher, in this order: ``model``, ``train``, ``dataloader``,
-    ``optimizer``, ``lr_multiplier``.
+    """``model``, ``train``, ``dataloader``, ``optimizer``, ``lr_multiplier`` for the stock launcher.
 
     Args:
         name, backbone: as in :func:`det_plugin.protocol.protocol`.
@@ -216,8 +214,7 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 
 
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
-    """Large-scale jitter in training, one size in testing. The loaders read ``dataloader.root`` when they are
-    built."""
+    """Large-scale jitter in training, one size in testing. Data are read when the loaders are built."""
     size = p.image_size_px
 
     def dataset(split: str, **how: Any) -> DictConfig:

@@ -42,8 +42,7 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TrainLoader:
-    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its
-    iteration.
+    """This rank's batches (lists of samples), without end, from a Detectron2 trainer's iteration on.
 
     Args:
         dataset, mapper: of :class:`TrainSamples`.

@@ -55,8 +55,7 @@ def parameter_groups(
 def adamw(
     params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only``
-    refuses them.
+    """AdamW from plain numbers: torch's ``weights_only`` would refuse a config's lists in checkpoints.
 
     Args:
         clip_grad: largest norm of all gradients together; 0: no clipping.

@@ -1,6 +1,6 @@
 """Prediction with a Detectron2 run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from det_plugin.coco.metrics import Prediction
 from det_plugin.detectron2_engine.saved_config import RESOLVED, classes_in, load_config, protocol_in
 from det_plugin.loader import to_tensor
-from det_plugin.protocol import DetectionProtocol
 from pretrain.errors import UserError
 
 
@@ -33,9 +32,7 @@ def load_model(run: Path) -> tuple[Any, Any]:
     return model, cfg
 
 
-def detector(
-    run: Path, device: torch.device
-) -> tuple[dict[int, str], DetectionProtocol, Callable[[Sequence[np.ndarray]], list[list[Prediction]]]]:
+def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, cfg = load_model(run)
     model.to(device).eval()

@@ -126,8 +126,7 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name
-    the classes.
+    """The config of a training that needs neither the pre-training file nor a checkpoint nor the data.
 
     Raises:
         UserError: the validation data are not there.

@@ -88,8 +88,7 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
 
 
 def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: int = 2) -> dict[str, Any]:
-    """COCO metrics of a run folder's last checkpoint; {} on all ranks but the first. Also writes
-    ``result.json``.
+    """COCO metrics of a run folder's last checkpoint; {} on all ranks but the first. Writes ``result.json``.
 
     Raises:
         UserError: no run, no checkpoint, or the data do not fit.

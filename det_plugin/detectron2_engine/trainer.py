@@ -151,8 +151,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
 
 class MetricsLines(HookBase):
-    """Writes ``metrics.jsonl`` (iteration, loss and its terms, lr, AP where it was evaluated) and
-    ``speed.jsonl``.
+    """Writes ``metrics.jsonl`` (iteration, losses, lr, AP where it was evaluated) and ``speed.jsonl``.
 
     Args:
         start_it: the first iteration of this process. Lines from it on are dropped.
@@ -215,9 +214,8 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
     parts = instantiate(cfg.dataloader.train).parts(accumulate)
     trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
-    trainer.register_hooks(
-        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    )
+    scheduler = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
+    trainer.register_hooks([hooks.IterationTimer(), scheduler])
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
     # The same for all ranks
     last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]
@@ -235,9 +233,8 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
         periods_it = cfg.train.log_period, cfg.train.eval_period
         lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
         printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
-        trainer.register_hooks(
-            [Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer]
-        )
+        saver = Checkpoints(checkpointer, start_it, **cfg.train.checkpointer)
+        trainer.register_hooks([saver, evaluation, lines, printer])
     else:
         trainer.register_hooks([evaluation])
     with closing(parts):  # ends its workers; they would keep a stopped process alive

@@ -12,7 +12,8 @@ from det_plugin.coco.annotations import CocoSplit
 from det_plugin.coco.metrics import Prediction, coco_metrics
 from det_plugin.loader import batches
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.folder import PREDICTIONS, write_json
+from det_plugin.run import write_json
+from det_plugin.torchvision_engine.folder import PREDICTIONS
 from det_plugin.torchvision_engine.loader import EvalSamples
 from det_plugin.torchvision_engine.predict import detect
 from pretrain.distributed import gather_objects, is_main, rank, world_size
@@ -62,8 +63,7 @@ def evaluate(
     output: Path,
     show: Show | None = None,
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """COCO metrics of a split (only on the main process) and its predictions. Writes
-    ``output/predictions.json``."""
+    """COCO metrics (only on the main process) and predictions, which ``output/predictions.json`` gets."""
     size = protocol.image_size_px
     predictions = predict_split(model, split, size, workers=workers, device=device, show=show)
     if not is_main():

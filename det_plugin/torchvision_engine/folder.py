@@ -6,7 +6,6 @@ read, as tensors and plain values, and never written.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from det_plugin.protocol import DetectionProtocol, with_overrides
 from det_plugin.run import CONFIGS, DetectionRun
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
-from pretrain.build import build_backbone
 from pretrain.distributed import log
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
@@ -54,20 +52,11 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
 
 def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs,
-    in more parts."""
+    """:func:`holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
     return holds_result(folder, changed, has_checkpoint(folder), resume)
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(temporary, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,11 +89,6 @@ def protocol_of(config: Mapping[str, Any]) -> DetectionProtocol:
     return with_overrides(named, fields)
 
 
-def backbone_of(config: Mapping[str, Any]) -> ViT:
-    """The backbone of a ``config.json``, its weights not yet filled in."""
-    return build_backbone(config["backbone"], None, **config["model_kwargs"])
-
-
 def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """Category id -> name, in the order of the classes.
 
@@ -119,14 +103,7 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write ``folder/checkpoints/it_<iteration>``. Only the main process calls this.
-
-    Args:
-        state: ``iteration``, and what :func:`pretrain.checkpoints.save_state` takes.
-
-    Raises:
-        OSError: the folder cannot be written; names it. Earlier checkpoints stay whole.
-    """
+    """:func:`pretrain.checkpoints.save_state` of the state's ``iteration``."""
     return checkpoints.save_state(folder, state["iteration"], state, KEEP)
 
 

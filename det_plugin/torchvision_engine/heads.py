@@ -15,8 +15,7 @@ from det_plugin.torchvision_engine.layers import BoxCoder, ConvNorm, RoIPooler
 
 
 class BoxHead(nn.Module):
-    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``,
-    ``FastRCNNOutputLayers``)."""
+    """Convolutions, a linear layer, class logits and box offsets (Detectron2's ``FastRCNN*``)."""
 
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
@@ -32,8 +31,7 @@ class BoxHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the
-        background's 0."""
+        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K]."""
         x = F.relu(self.fc(self.convs(x).flatten(1)))
         return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
 
@@ -72,8 +70,7 @@ def _msra_fill(module: nn.Module) -> None:
 
 
 def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and L1 of the objects' offsets, both divided by the number of **all** sampled boxes
-    (Detectron2); 0 for none.
+    """Cross-entropy, and L1 of the offsets, both over the number of **all** sampled boxes (Detectron2).
 
     Args:
         logits: [R, 1 + K], class 0 is background.
@@ -166,8 +163,7 @@ class DetectionHeads(RoIHeads):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score
-        threshold, the best after an NMS within the class.
+        """Boxes [N, 4], scores [N], labels [N] in 1 ... K by image: clipped, above the threshold, after NMS.
 
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """

@@ -60,8 +60,7 @@ def get_norm(name: str, channels: int) -> nn.Module:
 
 
 class BoxCoder(torchvision_detection.BoxCoder):
-    """Boxes as offsets from reference boxes. The weights multiply last, unlike torchvision's: a resumed run
-    goes on to the bit."""
+    """Box offsets. The weights multiply last, unlike in torchvision: a resumed run goes on to the bit."""
 
     def encode_single(self, targets: Tensor, references: Tensor) -> Tensor:
         """[R, 4], [R, 4] pixels (x0, y0, x1, y1) -> offsets [R, 4] (dx, dy, dw, dh)."""
@@ -78,8 +77,7 @@ def _centers(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def assign_levels(boxes: Tensor, lowest: int, highest: int) -> Tensor:
-    """The pyramid level of each box (log2 of its stride), between ``lowest`` and ``highest``: [R, 4] pixels
-    -> [R] (Detectron2's ``assign_boxes_to_levels``)."""
+    """Each box's pyramid level (log2 of its stride): [R, 4] pixels -> [R] (``assign_boxes_to_levels``)."""
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     size = (width * height).sqrt()
     level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE_PX + 1e-8))
@@ -102,8 +100,7 @@ class RoIPooler(nn.Module):
         self.output_size, self.strides = output_size, strides
 
     def forward(self, maps: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """Maps [B, C, H_l, W_l] of the levels, boxes [R_i, 4] (pixels, an image each) -> [R, C, size, size],
-        R over all images."""
+        """Maps [B, C, H_l, W_l], boxes [R_i, 4] (pixels) of each image -> [R, C, size, size], R over all."""
         index = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         rois = torch.cat([index, torch.cat(boxes)], dim=1)  # [R, 5]
         lowest, size = self.strides[0].bit_length() - 1, self.output_size

@@ -42,8 +42,7 @@ from pretrain.errors import UserError
 
 
 def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
-    """Strides in pixels of the levels and of the max-pooled one: (4, 2, 1, .5) on patches of 16 give 4, 8,
-    16, 32, 64.
+    """Strides of the levels and the max-pooled one, in pixels: (4, 2, 1, .5) of 16 give 4, 8, 16, 32, 64.
 
     Raises:
         UserError: the strides are no powers of two.
@@ -56,8 +55,7 @@ def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """ViTDet's: every level from the last map of a plain ViT (Li et al., 2022, section 3), and a max-pooled
-    one after the last.
+    """ViTDet's (Li et al., 2022, section 3): levels from a plain ViT's last map, and a max-pooled one.
 
     Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, by the logarithm of the stride), so weights can be
     exchanged.
@@ -80,8 +78,7 @@ class SimpleFeaturePyramid(nn.Module):
             self.add_module(f"simfp_{level}", nn.Sequential(*resize, *project))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, D, h, w] -> ``{"p2": [B, C, 4h, 4w], ..., "p6": [B, C, h / 4, w / 4]}``, highest resolution
-        first."""
+        """[B, D, h, w] -> ``{"p2": [B, C, 4h, 4w], ..., "p6": [B, C, h / 4, w / 4]}``, finest first."""
         maps = {f"p{level}": self.get_submodule(f"simfp_{level}")(x) for level in self.levels[:-1]}
         last = maps[f"p{self.levels[-2]}"]
         maps[f"p{self.levels[-1]}"] = F.max_pool2d(last, kernel_size=1, stride=2)
@@ -133,8 +130,7 @@ class SquarePad(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """uint8 RGB [3, h_i, w_i], no side above the square's -> float [B, 3, S, S] and the sizes (h_i,
-        w_i)."""
+        """uint8 RGB [3, h_i, w_i], at most the square's -> float [B, 3, S, S] and the sizes (h_i, w_i)."""
         batch = self.mean.new_zeros(len(images), 3, self.size, self.size)
         for row, image in zip(batch, images):
             row[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
@@ -146,8 +142,7 @@ class SquarePad(nn.Module):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Detections as they are. Pasting masks needs the image's own size, which only the evaluation
-        knows."""
+        """Detections as they are: pasting masks needs the image's own size."""
         return result
 
 
@@ -166,10 +161,8 @@ def build_model(
     Raises:
         UserError: the patch size gives strides that are no powers of two, or the engine has no such norm.
     """
-    pyramid = SimpleFeaturePyramid(
-        vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm
-    )
-    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
+    p, options = protocol, FeatureOptions.of(protocol, checkpointing, compile)
+    pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, p.channels, p.pyramid_scales, p.norm)
     backbone = PyramidBackbone(vit, pyramid, options)
     rpn = ProposalNetwork(protocol, pyramid.strides)
     *strides, _ = pyramid.strides  # the last level is max-pooled

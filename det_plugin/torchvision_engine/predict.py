@@ -1,6 +1,6 @@
 """From images to detections in COCO's result format, in the images' own pixels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,19 @@ from det_plugin.augment import evaluation_geometry
 from det_plugin.coco.masks import encode_mask
 from det_plugin.coco.metrics import Prediction
 from det_plugin.loader import to_tensor
-from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.folder import (
-    backbone_of,
     classes_of,
     load_checkpoint,
     protocol_of,
     read_config,
 )
 from det_plugin.torchvision_engine.model import build_model
+from pretrain.build import build_backbone
 from pretrain.errors import UserError
 
 
 def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
-    """A run folder's last checkpoint as a detector on the CPU, its ``config.json``, and the iterations it was
-    trained for.
+    """A run's last checkpoint as a detector on the CPU, its ``config.json``, and its iterations.
 
     Raises:
         UserError: no run, or no checkpoint.
@@ -36,14 +34,13 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     config, state = read_config(output), load_checkpoint(output)
     if state is None:
         raise UserError(f"output: {output} holds no checkpoint")
-    model = build_model(backbone_of(config), protocol_of(config))
+    vit = build_backbone(config["backbone"], None, **config["model_kwargs"])  # its weights come next
+    model = build_model(vit, protocol_of(config))
     model.load_state_dict(state["model"])
     return model, config, state["iteration"]
 
 
-def detector(
-    run: Path, device: torch.device
-) -> tuple[dict[int, str], DetectionProtocol, Callable[[Sequence[np.ndarray]], list[list[Prediction]]]]:
+def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, config, _ = load_model(run)
     model.to(device).eval()
@@ -87,8 +84,7 @@ def as_coco(
     size: tuple[int, int],
     category_ids: Sequence[int],
 ) -> list[Prediction]:
-    """A detector's output for one image -> COCO results in the image's own pixels (Detectron2's
-    ``detector_postprocess``).
+    """One image's output -> COCO results in its own pixels (Detectron2's ``detector_postprocess``).
 
     Args:
         detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N],
@@ -101,9 +97,7 @@ def as_coco(
     results = []
     for i in torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0].tolist():
         rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
-        mask = np.zeros(
-            size, np.uint8, order="F"
-        )  # one by one: 100 of a large image would not fit into memory
+        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 large ones would not fit into memory
         mask[rows, columns] = (chances >= 0.5).numpy()
         results.append(
             {
@@ -117,8 +111,7 @@ def as_coco(
 
 
 def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
-    """Paste the probabilities [s, s] of a box [4] (pixels) into its image, as Detectron2's
-    ``paste_masks_in_image``.
+    """Paste a box's probabilities [s, s] into its image (Detectron2's ``paste_masks_in_image``).
 
     Args:
         size: height, width of the image.

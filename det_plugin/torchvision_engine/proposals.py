@@ -15,8 +15,7 @@ from det_plugin.torchvision_engine.layers import BoxCoder
 
 
 class Anchors(nn.Module):
-    """Anchors of every level, one size a level, not rounded. The first is centered on the image's corner
-    (offset 0)."""
+    """Anchors, one size a level, not rounded; the first is centered on the image's corner."""
 
     def __init__(self, sizes_px: tuple[int, ...], ratios: tuple[float, ...], strides: list[int]) -> None:
         super().__init__()
@@ -74,8 +73,7 @@ class ProposalNetwork(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The best boxes of each level, clipped to the image, after an NMS within the level; then the best of
-        all levels.
+        """The best boxes of each level, clipped, after NMS within the level; then the best of all.
 
         They are sorted by logit. torchvision sorts by probability, and those near 1 tie in float32.
 
@@ -108,8 +106,7 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the sampled anchors, L1 of the positive ones, both divided by
-        ``rpn_batch_per_image * images``.
+        """Cross-entropy of sampled anchors, L1 of positive ones, both over ``rpn_batch_per_image * images``.
 
         Args:
             objectness: [B * A, 1] logits.
@@ -131,8 +128,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Boxes [R_i, 4] (pixels, best first) of each image, and the losses under Detectron2's names (none at
-        test time)."""
+        """Boxes [R_i, 4] (pixels, best first), and the losses by Detectron2's names (none in tests)."""
         boxes, losses = super().forward(images, features, targets)
         names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc"}
         return boxes, {names[key]: value for key, value in losses.items()}

@@ -10,7 +10,7 @@ from det_plugin.coco.annotations import Data, read_split
 from det_plugin.coco.metrics import in_words
 from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
-from det_plugin.run import DetectionRun, leave_result, run_deviations
+from det_plugin.run import DetectionRun, leave_result, run_deviations, write_json
 from det_plugin.torchvision_engine.evaluate import evaluate
 from det_plugin.torchvision_engine.folder import (
     CONFIG,
@@ -20,7 +20,6 @@ from det_plugin.torchvision_engine.folder import (
     protocol_of,
     resolved_config,
     save_checkpoint,
-    write_json,
 )
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.predict import load_model
@@ -126,8 +125,7 @@ def _loop(
     end_iter: int,
     signals: StopSignals,
 ) -> dict[str, Any]:
-    """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's
-    metrics.
+    """Iterate up to ``end_iter``. Returns the last evaluation's metrics.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
@@ -178,8 +176,7 @@ def _is_due(trainer: Trainer) -> bool:
 
 
 def _lacks_evaluation(trainer: Trainer) -> bool:
-    """Whether a checkpoint still needs its evaluation: it was interrupted, or it is the last, which
-    ``result.json`` needs."""
+    """Whether a checkpoint was interrupted before its evaluation, or is the last, whose result is due."""
     is_written = is_logged(trainer.run.output, trainer.iteration - 1)
     return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
@@ -195,8 +192,7 @@ def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]
 
 
 class Log:
-    """What the main process writes: metrics, speed, progress, checkpoints. Lines start at iteration
-    ``first_line_it``."""
+    """What the main process writes, from iteration ``first_line_it`` on."""
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
@@ -223,8 +219,7 @@ class Log:
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time
-        spent waiting for data, peak memory."""
+        """Write an iteration's lines: losses, lr and an evaluation's headline; speed and peak memory."""
         headline = {key: metrics[key] for key in HEADLINE if key in metrics}
         self.metrics.write("metrics", it, {**terms, **headline})
         if self.speed.done:

@@ -46,8 +46,7 @@ class Trainer:
             self.ranks = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
-        """One iteration on this rank's share of the batch. Returns the losses, averaged over micro-batches
-        and ranks, and lr.
+        """One iteration on this rank's share. Returns the losses, means over micro-batches and ranks, and lr.
 
         Raises:
             FloatingPointError: a loss is not finite. The weights are those before the step.

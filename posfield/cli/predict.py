@@ -34,15 +34,9 @@ def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     for root in given:
         if root.is_dir():
-            inside = sorted(
-                Path(folder) / name
-                for folder, _, names in os.walk(root)
-                for name in names
-                if is_image(os.fsencode(name))
-            )
-            found += [
-                (path, (path.relative_to(root) if len(given) == 1 else path).as_posix()) for path in inside
-            ]
+            inside = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+            for path in sorted(path for path in inside if is_image(os.fsencode(path.name))):
+                found.append((path, (path.relative_to(root) if len(given) == 1 else path).as_posix()))
         elif root.is_file():
             found.append((root, root.name if len(given) == 1 else root.as_posix()))
         else:
@@ -136,13 +130,7 @@ def main(arguments: list[str]) -> None:
     add("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
     add("--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them")
     add("--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/")
-    add(
-        "--min-score",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="leave out less certain objects (%(default)s)",
-    )
+    add("--min-score", type=float, default=0.5, metavar="S", help="of an object, at least (%(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     add("--no-pictures", action="store_true", help="predictions.json alone")
     options = parser.parse_args(arguments)
