@@ -4,6 +4,7 @@ ViT."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _run_blocks(
     for i, block in enumerate(vit.blocks):
         windows = None if i in everywhere else Windows(grid, options.window_size)
         own = None if paths is None else paths[i].unsqueeze(-1)
-        arguments = block, tokens, own, windows, buckets
+        arguments: Any = block, tokens, own, windows, buckets
         if options.checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -203,5 +203,6 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
             counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
-    found = {"train_images": [expected, train_images], "val_images": [VAL_IMAGES, val_images]}
+    found: dict[str, list[Any]] = {"train_images": [expected, train_images]}
+    found["val_images"] = [VAL_IMAGES, val_images]
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}

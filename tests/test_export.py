@@ -219,7 +219,9 @@ def test_a_folder_without_a_run_and_a_run_without_its_engine(tmp_path, tool, mon
     ):
         tool.backbone_of_run(tmp_path)
     (tmp_path / "config_resolved.yaml").write_text("{}")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "detectron2"]:
+    for name in [
+        name for name in sys.modules if name.startswith(("detectron2", "det_plugin.detectron2_engine"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(UserError, match="Detectron2 is not installed"):

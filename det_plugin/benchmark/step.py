@@ -108,8 +108,8 @@ class Step:
 
     def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
         self.model, self.device = model.to(device).train(), device
-        trained, settings = [p for p in model.parameters() if p.requires_grad], dict(betas=recipe.betas)
-        self.optimizer = torch.optim.AdamW(trained, 1e-6, weight_decay=recipe.weight_decay, **settings)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, 1e-6, recipe.betas, weight_decay=recipe.weight_decay)
         self.dtype, self.amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
 
