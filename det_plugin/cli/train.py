@@ -16,7 +16,6 @@ Words with = set fields of the protocol (det_plugin/protocol.py) or arguments of
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from det_plugin.protocol import PROTOCOLS
 from det_plugin.train import evaluate, finetune
@@ -46,8 +45,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--eval-only: {told}, leave out {' '.join(words)}")
         evaluate(**{key: options[key] for key in ("data", "output", "engine", "device", "workers")})
         return
-    fields: dict[str, Any]
     fields, model_kwargs = fields_and_kwargs(words)
     if clash := sorted(fields.keys() & {*options, "model_kwargs"}):
         raise UserError(f"protocol: {clash[0]} is no field of it; give it as --{clash[0].replace('_', '-')}")
-    say(f"result: {finetune(**options, model_kwargs=model_kwargs, **fields)}")
+    say(f"result: {finetune(**options | fields, model_kwargs=model_kwargs)}")

@@ -39,7 +39,7 @@ def backbone_of_run(folder: Path) -> ViT:
     """
     if engine := engine_of(folder):
         model: Any = importlib.import_module(f"det_plugin.{engine}_engine.predict").load_model(folder)[0]
-        adapter = model.backbone.net if engine == "detectron2" else model.backbone
+        adapter: Any = model.backbone.net if engine == "detectron2" else model.backbone
     elif list(folder.glob("*.py")):
         from seg_plugin.predict import load_run
 
