@@ -1,20 +1,17 @@
 """A fine-tuned detector for your own images, from a run folder of either engine."""
 
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from det_plugin.coco.masks import decode_rle
 from det_plugin.coco.metrics import Prediction
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import CONFIGS, engine_of
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources.files import read_file
+from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 
@@ -72,25 +69,17 @@ class Detector:
     protocol: DetectionProtocol
     batch: Callable[[Images], list[list[Prediction]]]
 
-    def predict(self, image: str | Path | Image.Image | np.ndarray, min_score: float = 0.0) -> Detections:
+    def predict(self, image: AnyImage, min_score: float = 0.0) -> Detections:
         """The objects of one image.
 
         Args:
-            image: a file, an image of PIL, or uint8 RGB [H, W, 3].
+            image: a path; a PIL image; or uint8 RGB [H, W, 3].
             min_score: leave out less certain objects. The protocol's ``score_threshold`` applies anyway.
 
         Raises:
-            UserError: the file cannot be read as an image, or the array has another shape or type.
+            UserError: it cannot be read, or is an array of another kind.
         """
-        if isinstance(image, Image.Image):
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        elif isinstance(image, str | Path):
-            try:
-                pixels = decode(read_file(os.fsencode(image)))
-            except BrokenImage as error:
-                raise UserError(f"{image}: {error}") from error
-        else:
-            pixels = image
+        pixels = pixels_of(image)
         found = [p for p in self.detect([pixels])[0] if p["score"] >= min_score]
         return Detections(pixels, found, self.classes)
 
