@@ -38,8 +38,7 @@ class DetectionRun:
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step. The schedule does not change.
-        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and
-            memory.
+        checkpointing, compile: of :class:`det_plugin.features.FeatureOptions`; only for speed and memory.
 
     Raises:
         UserError: the seed or the number of workers is out of range.
@@ -117,8 +116,7 @@ def leave_result(
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         changed: the run's deviations.
-        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file
-            may be gone or changed.
+        origin: :func:`origin_of` the weights, read before the training: the file may be gone after it.
         started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
     """

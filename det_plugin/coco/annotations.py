@@ -48,21 +48,13 @@ HEADER_READERS = 16
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and its objects, without crowds.
-
-    Attributes:
-        id: COCO's.
-        file_name: below the split's folder.
-        width, height: pixels.
-        classes: contiguous, from 0.
-        segmentations: an object's polygons or RLE each.
-    """
+    """An image and its objects, without crowds."""
 
     id: int
-    file_name: str
+    file_name: str  # below the split's folder
     width: int
     height: int
-    classes: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()  # contiguous, from 0
     segmentations: tuple[Segmentation, ...] = ()
 
 
@@ -166,8 +158,7 @@ def read_split(
         split: ``train`` | ``val``.
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
-        share: of the remaining images, the same ones in every run, in the file's order. A larger share
-            contains a smaller one.
+        share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
 
     Raises:
         UserError: names the file, the entry and the problem.

@@ -41,8 +41,7 @@ def locate(data: str | Path, split: str) -> CocoFiles:
 
     Args:
         data: the root of one of the layouts above, or a .yaml file.
-        split: ``train`` | ``val``. An export with ``train``, ``valid`` and ``test`` is evaluated on
-            ``valid``.
+        split: ``train`` | ``val``, which of ``valid`` and ``test`` is ``valid``.
 
     Raises:
         UserError: a file or folder is missing; names it.

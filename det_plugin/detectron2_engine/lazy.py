@@ -64,13 +64,11 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco.layout`); None:
-            ``$DETECTRON2_DATASETS/coco``.
+        data: ``dataloader.root``, of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         model_kwargs: further arguments of ``build_backbone``.
         checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`.
-        device: ``cuda`` | ``cpu``. Detectron2's AMP needs CUDA, so on the CPU the protocol must say
-            ``amp=false``.
+        device: ``cuda``; ``cpu`` needs a protocol with ``amp=false``.
 
     Raises:
         UserError: the ViT has no such argument, or Detectron2's heads have no such norm.

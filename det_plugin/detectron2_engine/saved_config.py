@@ -101,7 +101,7 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
 
 
 def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
-    """What :data:`det_plugin.detectron2_engine.backbone.ORIGINS` says of a run's weights; none for random initialization.
+    """What :data:`model.ORIGINS` says of a run's weights; none for random initialization.
 
     Of a config that is not resolved, the backbone must have been built in this process.
     """

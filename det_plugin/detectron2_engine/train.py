@@ -38,18 +38,8 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
 
     The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`saved_config`), ``metrics.jsonl``,
     Detectron2's checkpoints and log, the detections, and ``result.json``. A finished run is left as it is.
-
-    Args:
-        resume: continue from the folder's last checkpoint, if there is one. On the CPU a resumed run is
-            bit-exact.
-
-    Returns:
-        the path of ``result.json``.
-
-    Raises:
-        UserError: bad settings or data; the folder holds another run.
-        FloatingPointError: a loss is not finite; names the iteration and the losses.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+    Arguments, result and errors are those of :func:`det_plugin.train.finetune`. On the CPU a resumed run is
+    bit-exact.
     """
     device, recipe = choose_device(run.device).type, run.protocol
     distributed.start(device)

@@ -68,8 +68,7 @@ class AccumulatingTrainer(SimpleTrainer):
         """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
 
         Args:
-            makes_up: first evaluate and log the iteration before ``start_iter``: its process was killed
-                before it could.
+            makes_up: first evaluate and log the iteration before, whose process was killed.
 
         Raises:
             Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
@@ -200,8 +199,7 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
         accumulate: parts of a rank's batch.
-        resume: continue from the last checkpoint of ``train.output_dir``, if there is one. On the CPU a
-            resumed run is bit-exact.
+        resume: continue from the last checkpoint of ``train.output_dir``, if there is one.
 
     Raises:
         UserError: ranks and parts cannot share the batch; bad data; not all machines see the folder.

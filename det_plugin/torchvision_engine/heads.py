@@ -134,9 +134,8 @@ class DetectionHeads(RoIHeads):
         """Losses in training, detections in tests. The other one is empty.
 
         Args:
-            features: the pyramid's maps. Only proposals use the last, max-pooled level.
-            proposals: [R_i, 4] pixels.
-            image_shapes: (height, width) without padding.
+            features: the pyramid's maps; the last, max-pooled level is not used.
+            proposals, image_shapes: [R_i, 4] pixels; (height, width) without padding.
             targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks``, [M, h, w] uint8 or
                 :class:`masks.Polygons`.
 

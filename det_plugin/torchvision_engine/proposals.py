@@ -77,14 +77,8 @@ class ProposalNetwork(RegionProposalNetwork):
 
         They are sorted by logit. torchvision sorts by probability, and those near 1 tie in float32.
 
-        Args:
-            proposals: [B, A, 4] pixels.
-            objectness: [B * A, 1] logits.
-            image_shapes: (height, width) without padding.
-            num_anchors_per_level: their sum is A.
-
-        Returns:
-            [R_i, 4] and the logits [R_i] of each image, best first.
+        Proposals [B, A, 4] pixels, objectness [B * A, 1] logits, shapes (height, width) without padding ->
+        boxes [R_i, 4] and logits [R_i] of each image, best first.
         """
         logits, found = objectness.detach().view(len(image_shapes), -1), []
         best = self._get_top_n_idx(logits, num_anchors_per_level)  # [B, n]

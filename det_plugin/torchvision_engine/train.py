@@ -43,17 +43,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     ``predictions.json``, ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished
     run is left as it is.
 
-    Args:
-        resume: continue from the folder's checkpoint, if there is one. On the CPU a resumed run is bit-exact.
-        stop_after_it: save and return after so many iterations, as if interrupted.
-
-    Returns:
-        path of ``result.json``.
-
-    Raises:
-        UserError: bad settings or data; the folder holds another run.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
-        FloatingPointError: a loss is not finite; names the iteration and the losses.
+    Arguments, result and errors are those of :func:`det_plugin.train.finetune`. On the CPU a resumed run is
+    bit-exact. After ``stop_after_it`` iterations it saves and returns, as if interrupted.
     """
     started = time.time()
     device = choose_device(run.device)
