@@ -37,19 +37,15 @@ def parameter_groups(
     """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`, for the network's own depth.
 
     Args:
-        model: a detector around a :class:`det_plugin.detectron2_engine.backbone.RegistryBackbone`. Launchers set it.
+        model: a detector around a :class:`RegistryBackbone`. Launchers set it.
         weight_decay_norm: weight decay of norms.
         overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
     """
     blocks = model.get_submodule(VIT + "blocks")
     factor = partial(lr_factor, depth=len(list(blocks.children())), decay=layer_decay)
-    return get_default_optimizer_params(
-        model,
-        base_lr=base_lr,
-        weight_decay_norm=weight_decay_norm,
-        lr_factor_func=factor,
-        overrides={key: dict(value) for key, value in (overrides or {}).items()},
-    )
+    own = {key: dict(value) for key, value in (overrides or {}).items()}
+    how = dict[str, Any](weight_decay_norm=weight_decay_norm, lr_factor_func=factor, overrides=own)
+    return get_default_optimizer_params(model, base_lr=base_lr, **how)
 
 
 def adamw(
