@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    p for d in ("pretrain", "det_plugin", "seg_plugin", "posfield", "tools", "configs") for p in (ROOT / d).rglob("*.py")
+    p
+    for d in ("pretrain", "det_plugin", "seg_plugin", "posfield", "tools", "configs")
+    for p in (ROOT / d).rglob("*.py")
 )
 
 
