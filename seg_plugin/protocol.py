@@ -151,10 +151,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     ),
     "own-160k": dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
 }
-OF_THE_DATA = (
-    "num_classes",
-    "reduce_zero_label",
-)  # of your own data these describe the masks and are no deviation
+# Of your own data these describe the masks and are no deviation
+OF_THE_DATA = ("num_classes", "reduce_zero_label")
 SWEEP = "sweep"
 
 

@@ -27,12 +27,12 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.schema import read_result
+from seg_plugin.config import deviations
+from seg_plugin.data import SeedFromPosition
 from seg_plugin.hooks import PosfieldRunHook
-from seg_plugin.identity import deviations
-from seg_plugin.predict import dataset_of_run, load_run
+from seg_plugin.loop import DrawnIndex, PosfieldSampler
+from seg_plugin.predict import dataset_of_run, load_segmenter
 from seg_plugin.run import train
-from seg_plugin.sampler import DrawnIndex, PosfieldSampler
-from seg_plugin.transforms import SeedFromPosition
 
 KILLED_IN = 3  # checkpoints are at 2 and 4
 NUMBERS = dict(max_iters=4, val_every=2)
@@ -217,7 +217,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
         "iterations_it" in hook.protocol
         and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
     )
-    assert len(dataset_of_run(load_run(folder, "cpu"), "validation")) == 3
+    assert len(dataset_of_run(load_segmenter(folder, "cpu").model, "validation")) == 3
     train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
     assert_equal(folder, whole)
     one, two = read_result(folder), read_result(whole)
@@ -296,7 +296,7 @@ def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
 def test_each_image_counts_once_over_processes(monkeypatch):
     """Two processes, three images: the sampler gives the first one again to fill the second process's
     share."""
-    from seg_plugin import metric as module
+    from seg_plugin import hooks as module
 
     images = [[torch.tensor([float(k), 0.0])] * 4 for k in (1, 2, 3)]
     shares = [[images[0], images[2]], [images[1], images[0]]]

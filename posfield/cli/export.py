@@ -44,9 +44,9 @@ def backbone_of_run(folder: Path) -> ViT:
 
         adapter = load_detectron2(folder)[0].backbone.net
     elif list(folder.glob("*.py")):
-        from seg_plugin.predict import load_run
+        from seg_plugin.predict import load_segmenter
 
-        return load_run(folder, "cpu").backbone.vit
+        return load_segmenter(folder, "cpu").model.backbone.vit
     else:
         raise UserError(
             f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import Interrupted, UserError
-from pretrain.settings import plain, split_words
+from pretrain.settings import plain, replaced, split_words
+
+if TYPE_CHECKING:
+    from pretrain.data.datasets import MaskRule
 
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
@@ -118,6 +121,23 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE"
     )
     return parser
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """How masks of one's own are read, for every tool that reads them."""
+    add = parser.add_argument
+    add("--void", default="", metavar="VALUES", help="of your own masks: what is not counted, 0,255 (255)")
+    add("--map", default="", metavar="VALUE=LABEL,...", help="labels of stored values, 255=1")
+    add("--mask-name", default="", metavar="NAME", help="of an image's mask, '{stem}_seg.png'")
+
+
+def masks_of(options: argparse.Namespace) -> "MaskRule":
+    """What :func:`add_mask_options` read."""
+    from pretrain.data.datasets import MaskRule  # takes seconds: torch
+
+    pairs = split_words([word for word in options.map.split(",") if word])
+    given = {"void": options.void, "map": pairs, "mask_name": options.mask_name}
+    return replaced(MaskRule(), given, "masks")
 
 
 def say(line: str) -> None:

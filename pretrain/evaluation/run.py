@@ -220,6 +220,7 @@ def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
         effective_epochs=subject.effective_epochs,
         protocol=protocol_of(job.set_name, job.settings, job.others),
         metrics={name: value for task in finished.values() for name, value in task.outcome.metrics.items()},
+        labels=job.val.description if job.val else "",
         seed=job.seed,
         wall_time_s=sum(task.wall_time_s for task in finished.values()),
         **origin,
