@@ -147,7 +147,11 @@ def _optimization(p: SegmentationProtocol) -> dict[str, Any]:
 
 def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     labels, pack = {"type": "PosfieldLoadLabels"}, {"type": "PackSegInputs"}
-    crop = {"crop_size": (p.crop_px, p.crop_px), "cat_max_ratio": p.cat_max_ratio, "ignore_index": p.ignore_index}
+    crop = {
+        "crop_size": (p.crop_px, p.crop_px),
+        "cat_max_ratio": p.cat_max_ratio,
+        "ignore_index": p.ignore_index,
+    }
     distortion = {
         "brightness_delta": p.brightness,
         "contrast_range": p.contrast,
@@ -172,9 +176,7 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     return {"training": training, "validation": validation, "test": test, "unlabeled": [load, resize, pack]}
 
 
-def _data(
-    p: SegmentationProtocol, root: str | Path, masks: MaskRule | None, workers: int
-) -> dict[str, Any]:
+def _data(p: SegmentationProtocol, root: str | Path, masks: MaskRule | None, workers: int) -> dict[str, Any]:
     pipelines = _pipelines(p)
 
     def loader(split: str, pipeline: str, batch_size: int, sampler: str) -> dict[str, Any]:
@@ -189,7 +191,9 @@ def _data(
 
     evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
     return {
-        "train_dataloader": loader("training", "training", _batch_per_process(p.batch_size), "PosfieldSampler"),
+        "train_dataloader": loader(
+            "training", "training", _batch_per_process(p.batch_size), "PosfieldSampler"
+        ),
         "val_dataloader": loader("validation", "validation", 1, "DefaultSampler"),
         "test_dataloader": loader("validation", "test", 1, "DefaultSampler"),
         "test_pipeline": pipelines["unlabeled"],  # of images without labels
@@ -302,7 +306,9 @@ def deviations(
     """
     cfg, declared = with_todays_data(cfg), declared_protocol(values)
     changed = protocols.deviations(declared)
-    masks = replaced(MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks")  # your own data may have any
+    masks = replaced(
+        MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks"
+    )  # your own data may have any
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     different = compared(recipe(Config(made), 1), recipe(cfg, processes))

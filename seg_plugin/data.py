@@ -78,7 +78,9 @@ def recipe_for(
     if name is None:
         kind = kind_of(folder)
         if kind not in _BY_KIND:
-            raise UserError(f"data: {folder} holds {kind}, which has no protocol; --dataset is one of {', '.join(DATASETS)}")
+            raise UserError(
+                f"data: {folder} holds {kind}, which has no protocol; --dataset is one of {', '.join(DATASETS)}"
+            )
         name = _BY_KIND[kind]
     if name not in DATASETS:
         raise UserError(f"dataset: {name!r} is none of {', '.join(DATASETS)}")
@@ -115,7 +117,9 @@ def section(
         kind, home = "folder", str(ade_home(Path(root)))
     elif kind != "folder" and not same:
         told = f"num_classes={recipe.num_classes}, reduce_zero_label={recipe.reduce_zero_label}"
-        raise UserError(f"protocol: {told} are not those of {recipe.name}; for other masks give --dataset own")
+        raise UserError(
+            f"protocol: {told} are not those of {recipe.name}; for other masks give --dataset own"
+        )
     return {
         "type": "PosfieldLabels",
         "data_root": home,
@@ -148,19 +152,24 @@ class PosfieldLabels(BaseSegDataset):
     def __init__(
         self, data_root: str, part: str, kind: str, n_classes: int, masks: Any = None, **options: Any
     ) -> None:
-        self.labels = label_set(dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks))
+        self.labels = label_set(
+            dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks)
+        )
         known = next((d.colors for d in DATASETS.values() if d.kind == kind and d.colors), "")
         palette = getattr(mmseg.datasets, known).METAINFO["palette"] if known else []
         metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
         prefix = {"img_path": self.labels.folder, "seg_map_path": ""}
-        super().__init__(data_prefix=prefix, metainfo=metainfo, **options)  # with data_root it would join both
+        super().__init__(
+            data_prefix=prefix, metainfo=metainfo, **options
+        )  # with data_root it would join both
         self.data_root = data_root
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """One entry an image, in the set's order."""
         common = {"label_map": None, "reduce_zero_label": self.reduce_zero_label}
         return [
-            {"img_path": image, "seg_map_path": mask, **common, "seg_fields": []} for image, mask in self.labels.files
+            {"img_path": image, "seg_map_path": mask, **common, "seg_fields": []}
+            for image, mask in self.labels.files
         ]
 
     def prepare_data(self, index: int) -> Any:
@@ -222,7 +231,9 @@ def check_whole(image: str | Path) -> None:
         return  # OpenCV refuses other kinds of files that are cut off
     # A segment may hold a preview, with its end
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
-        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")  # a fill byte | a segment
+        at += (
+            1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        )  # a fill byte | a segment
     if data.find(b"\xff\xd9", at) < 0:
         raise UserError(f"data: {image} is no readable image (JPEG without an end)")
 

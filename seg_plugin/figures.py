@@ -83,7 +83,12 @@ def draw(
         axis.set_title(title, fontsize=10)
     patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
     more = f"and {len(pixels) - len(shown)} smaller classes" if len(pixels) > len(shown) else None
-    place = {"loc": "outside lower center", "ncols": 2 * len(titles), "fontsize": 8, "frameon": False}
+    place: dict[str, Any] = {
+        "loc": "outside lower center",
+        "ncols": 2 * len(titles),
+        "fontsize": 8,
+        "frameon": False,
+    }
     figure.legend(handles=patches, title=more, **place)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -14,7 +14,6 @@ from mmengine.dataset import pseudo_collate
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
 from PIL import Image, ImageOps
-from torch import nn
 
 from pretrain import distributed
 from pretrain.data.datasets import MaskRule
@@ -100,7 +99,7 @@ def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
     if len(configs) != 1:
         found = ", ".join(path.name for path in configs) or "none"
         raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
-    model: nn.Module = init_model(Config.fromfile(configs[0]), str(checkpoint), device=str(choose_device(device)))
+    model: Any = init_model(Config.fromfile(configs[0]), str(checkpoint), device=str(choose_device(device)))
     metainfo = dict(model.dataset_meta)
     first = int(metainfo.get("reduce_zero_label", False))  # of runs before version 0.2, which say no values
     metainfo.setdefault("values", range(first, first + len(metainfo["classes"])))
@@ -140,7 +139,9 @@ def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
         raise UserError(f"split: {split!r} is none of {', '.join(PARTS)}")
     values = with_todays_data(model.cfg).val_dataloader.dataset
     recipe, masks = declared_protocol(protocol_of(model.cfg)), replaced(MaskRule(), values["masks"], "masks")
-    return DATASETS.build(section(recipe, folder or values["data_root"], PARTS[split], values["pipeline"], masks))
+    return DATASETS.build(
+        section(recipe, folder or values["data_root"], PARTS[split], values["pipeline"], masks)
+    )
 
 
 def spread(count: int, size: int) -> list[int]:
@@ -179,7 +180,9 @@ def read_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, str | Path):
         read: np.ndarray = PosfieldLoadImage()({"img_path": str(image)})["img"]
         return read[..., ::-1]
-    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = np.asarray(
+        ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image
+    )
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"image: {pixels.dtype} {list(pixels.shape)} is not uint8 [H, W, 3]")
     return pixels

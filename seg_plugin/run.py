@@ -89,7 +89,16 @@ def prepare(
     weights, masks = None if weights is None else Path(weights), masks or MaskRule()
     name, recipe = backbone_name(backbone, weights), recipe_for(data, dataset, fields, masks)
     return SegmentationRun(
-        name, weights, Path(data), Path(output), recipe, seed, device, workers, dict(model_kwargs or {}), masks
+        name,
+        weights,
+        Path(data),
+        Path(output),
+        recipe,
+        seed,
+        device,
+        workers,
+        dict(model_kwargs or {}),
+        masks,
     )
 
 

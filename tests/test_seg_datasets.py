@@ -21,7 +21,15 @@ from pretrain.data.datasets import open_label_set
 from pretrain.errors import UserError
 from pretrain.results.schema import read_result
 from seg_plugin.config import segmenter_config
-from seg_plugin.data import DATASETS, CheckLabels, PosfieldLoadImage, check_whole, dataset_of, recipe_for, section
+from seg_plugin.data import (
+    DATASETS,
+    CheckLabels,
+    PosfieldLoadImage,
+    check_whole,
+    dataset_of,
+    recipe_for,
+    section,
+)
 from seg_plugin.protocol import protocol, with_overrides
 
 SHIPPED = Path(mmseg.datasets.__file__).parents[1] / ".mim" / "configs" / "_base_" / "datasets"
@@ -198,7 +206,9 @@ def test_what_the_check_of_a_validation_part_finds(tmp_path):
     for path in sorted((root / "annotations/validation").iterdir()):
         validation(root).labels.check()  # one without a class is fine
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
-    with pytest.raises(UserError, match="no pixel of the 2 val masks in .*annotations/validation has a class"):
+    with pytest.raises(
+        UserError, match="no pixel of the 2 val masks in .*annotations/validation has a class"
+    ):
         validation(root).labels.check()
 
 
@@ -226,7 +236,9 @@ def test_an_ignored_number_of_ones_own_network(tmp_path):
     info = {**found.get_data_info(0), "label_set": found.labels, "ignore_index": 4}
     with Image.open(info["seg_map_path"]) as mask:
         stored = np.array(mask)
-    assert 4 in stored and np.array_equal(found.pipeline({**info, "ori_shape": stored.shape})["gt_seg_map"], stored)
+    assert 4 in stored and np.array_equal(
+        found.pipeline({**info, "ori_shape": stored.shape})["gt_seg_map"], stored
+    )
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -14,8 +14,6 @@ from seg_plugin.config import segmenter_config  # noqa: E402
 
 globals().update(
     segmenter_config(
-        "cityscapes-80k",
-        backbone="vit_small_patch16",
-        data_root="{{$CITYSCAPES:data/cityscapes}}",
+        "cityscapes-80k", backbone="vit_small_patch16", data_root="{{$CITYSCAPES:data/cityscapes}}"
     )
 )

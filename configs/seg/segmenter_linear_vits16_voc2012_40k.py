@@ -14,8 +14,6 @@ from seg_plugin.config import segmenter_config  # noqa: E402
 
 globals().update(
     segmenter_config(
-        "voc2012-40k",
-        backbone="vit_small_patch16",
-        data_root="{{$VOC2012:data/VOCdevkit/VOC2012}}",
+        "voc2012-40k", backbone="vit_small_patch16", data_root="{{$VOC2012:data/VOCdevkit/VOC2012}}"
     )
 )

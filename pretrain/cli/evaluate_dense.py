@@ -5,13 +5,15 @@ posfield evaluate dense --weights dinov2_vits14_reg4_pretrain.pth --data ADEChal
     --output ade linear.epochs=2 clustering.overclusters=300
 posfield evaluate dense --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
 
---data is Pascal VOC 2012, ADE20K, Cityscapes, a COCO root (--set coco_things | coco_stuff), or a folder of images and
-masks, as posfield segment takes it: labels are what the file says, 255 is not counted, line k of classes.txt names label
-k (pretrain/data/datasets/folder.py). --knn-root holds train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation
-from the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that
-share a folder stand in one row.
+--data is Pascal VOC 2012, ADE20K, Cityscapes, a COCO root (--set coco_things | coco_stuff), or a folder of
+images and masks, as posfield segment takes it: labels are what the file says, 255 is not counted, line k of
+classes.txt names label k (pretrain/data/datasets/folder.py). --knn-root holds train/CLASS/* and
+val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation from
+the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed
+alone; tasks that share a folder stand in one row.
 Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
-the same command with --resume goes on) and figures/, which posfield report shows; --before draws other weights beside these.
+the same command with --resume goes on) and figures/, which posfield report shows; --before draws other
+weights beside these.
 """
 
 import argparse

@@ -35,7 +35,11 @@ PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 # Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
-NEW_KEYS = ("loss_terms", "post_training", "labels")  # not written where empty: older readers do not know them
+NEW_KEYS = (
+    "loss_terms",
+    "post_training",
+    "labels",
+)  # not written where empty: older readers do not know them
 
 
 class _Record(Settings):
@@ -137,7 +141,9 @@ class Result(_Record):
         "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
         source="ours",
     )
-    labels: str = setting("", "of a set with a label a pixel: how many classes, who names them", source="ours")
+    labels: str = setting(
+        "", "of a set with a label a pixel: how many classes, who names them", source="ours"
+    )
     seed: int = setting(
         ...,
         "of this run, not of its pre-training; of a dense evaluation the pre-training's, unless told",

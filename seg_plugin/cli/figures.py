@@ -11,7 +11,14 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from seg_plugin.figures import draw_page, palette_of, save_labels
-from seg_plugin.predict import Segmented, dataset_of_run, load_segmenter, segment_dataset, segment_folder, spread
+from seg_plugin.predict import (
+    Segmented,
+    dataset_of_run,
+    load_segmenter,
+    segment_dataset,
+    segment_folder,
+    spread,
+)
 
 ROWS = 4  # images a page
 
@@ -53,7 +60,11 @@ def main(arguments: list[str]) -> None:
     else:
         dataset = dataset_of_run(segmenter.model, options.split, options.data)
         samples = segment_dataset(segmenter.model, dataset, spread(options.count, len(dataset)))
-        root, what, name = Path(dataset.labels.folder), f"Segmentation of {options.split} images", options.split
+        root, what, name = (
+            Path(dataset.labels.folder),
+            f"Segmentation of {options.split} images",
+            options.split,
+        )
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
         caption = ", ".join(row.path.stem for row in rows)

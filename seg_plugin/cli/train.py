@@ -5,8 +5,8 @@ posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --d
 posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255
 
 FOLDER holds images/ and masks/, each with train/ and val/, and perhaps classes.txt or labels.yaml: what posfield
-evaluate dense takes (pretrain/data/datasets/folder.py). More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
-backbone.depth=4.
+evaluate dense takes (pretrain/data/datasets/folder.py). More words set fields of the protocol, lr=3e-5, or
+arguments of the backbone, backbone.depth=4.
 
 The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
 
@@ -16,6 +16,7 @@ posfield submit --gpus 1 --array 16 -- posfield segment --sweep {index} --weight
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from pretrain.cli import add_mask_options, command, fields_and_kwargs, fine_tuning_parser, masks_of, say
 from pretrain.errors import UserError
@@ -59,9 +60,9 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     fields, model_kwargs = fields_and_kwargs(options.overrides)
-    named = ("data", "output", "weights", "backbone", "dataset", "seed", "device", "workers")
-    given = {name: getattr(options, name) for name in named}
-    one = prepare(**given, masks=masks_of(options), model_kwargs=model_kwargs, **fields)
+    named = ("output", "weights", "backbone", "dataset", "seed", "device", "workers")
+    given: dict[str, Any] = {name: getattr(options, name) for name in named} | fields
+    one = prepare(options.data, masks=masks_of(options), model_kwargs=model_kwargs, **given)
     if options.sweep is None:
         say(f"result: {train(one, options.resume)}")
         return

@@ -57,7 +57,9 @@ def open_label_set(
         return _own_name(folder.open_part(root, part, n_classes, masks or MaskRule()))
     if (masks and masks != MaskRule()) or (root / folder.LABELS).is_file():
         what = f"{root / folder.LABELS}" if not masks or masks == MaskRule() else "a rule for masks"
-        raise UserError(f"{what} has no effect on {kind}; if {root} holds masks of your own, the set is folder")
+        raise UserError(
+            f"{what} has no effect on {kind}; if {root} holds masks of your own, the set is folder"
+        )
     found = _PUBLIC[kind][2](root, part)
     if n_classes not in (0, len(found.classes)):
         raise UserError(f"n_classes={n_classes}: {kind} in {root} has {len(found.classes)}")

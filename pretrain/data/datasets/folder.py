@@ -31,7 +31,10 @@ from pretrain.settings import Settings, build, read_yaml, setting
 IMAGES = ("images", "img", "JPEGImages")
 MAPS = ("masks", "annotations", "labels", "SegmentationClass")
 PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
-LAYOUT = "images/{train,val} with {masks,annotations,labels,SegmentationClass}/{train,val}; images/, masks/ and the lists train.txt, val.txt"
+LAYOUT = (
+    "images/{train,val} with {masks,annotations,labels,SegmentationClass}/{train,val}; images/, masks/ and the lists "
+    "train.txt, val.txt"
+)
 MASK_NAMES = ("{stem}", "{stem}_mask", "{stem}_L")
 CLASSES, LABELS, NUMBERS = "classes.txt", "labels.yaml", "their numbers"
 VOID, NO_CLASS = 255, "void"
@@ -79,7 +82,9 @@ class _Meaning:
 
     def labels(self, seen: Mapping[int, str]) -> dict[int, int]:
         """{value: label} of those values that count."""
-        return {v: self.map.get(v, v) for v in seen if v in self.map or v not in self.void}
+        return {
+            v: self.map.get(v, v) for v in seen if v in self.map or not (self.is_closed or v in self.void)
+        }
 
     def table(self, n_labels: int) -> np.ndarray:
         """[V] int32, as :class:`LabelSet` has it."""
@@ -125,8 +130,11 @@ def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, La
     train, val = (_pairs(root, part, meaning) for part in PARTS)
     seen = _seen([*train, *val], meaning)
     labels, n_masks = meaning.labels(seen), len(train) + len(val)
+    if unknown := seen.keys() - labels.keys() - set(meaning.void):
+        value = min(unknown)
+        raise UserError(f"{seen[value]} holds the value {value}, which {LABELS} does not name{HINT}")
     if len(set(labels.values())) < 2:
-        if VOID in seen and VOID not in labels and set(seen) <= {0, VOID}:
+        if set(seen) == {0, VOID} and VOID not in labels:
             told = "its masks hold 0 and 255 alone, and 255 is not counted"
             raise UserError(f"{root}: {told}; if 255 is the foreground, it must be 1: give --map 255=1")
         told = f"fewer than two classes are ever seen in its {n_masks} masks, which hold {sorted(seen)[:9]}"
@@ -138,22 +146,30 @@ def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, La
         raise UserError(f"{told}: name it (line k names label k, from 0){HINT}")
     if not n_classes and not meaning.is_closed and max(meaning.counted(n_names), default=0) > largest:
         n = len(meaning.counted(n_names))
-        told = f"{named_by} names the labels 0 to {n_names - 1}, but the largest in {n_masks} masks is {largest}"
+        told = (
+            f"{named_by} names the labels 0 to {n_names - 1}, but the largest in {n_masks} masks is {largest}"
+        )
         way = f"if that is right, say so by --classes {n} (posfield segment: num_classes={n})"
         raise UserError(f"{told}; take out the names that are too much, or {way}")
     if VOID in seen and largest > VOID and not (n_labels or rule.void):
-        raise UserError(f"{root}: is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535")
+        raise UserError(
+            f"{root}: is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535"
+        )
     n_labels = n_labels or largest + 1
-    return _label_set(root, "train", meaning, n_labels, train), _label_set(root, "val", meaning, n_labels, val)
+    return _label_set(root, "train", meaning, n_labels, train), _label_set(
+        root, "val", meaning, n_labels, val
+    )
 
 
 def _label_set(root: Path, part: str, meaning: _Meaning, n_labels: int, files: Pairs) -> LabelSet:
-    names = meaning.names or [f"class {k}" for k in range(n_labels)]
-    void = [f"#{meaning.colors[value]:06x}" if meaning.colors else str(value) for value in sorted(meaning.void)]
-    rule = ("not counted", void) if void != [str(VOID)] else (), ("map", meaning.map) if meaning.map else ()
+    names, said = meaning.names or [f"class {k}" for k in range(n_labels)], [part]
+    void = [
+        f"#{meaning.colors[value]:06x}" if meaning.colors else str(value) for value in sorted(meaning.void)
+    ]
+    said += [f"not counted: {void}"] * (void != [str(VOID)]) + [f"map: {meaning.map}"] * bool(meaning.map)
     return LabelSet(
-        name=root.resolve().name, part=part, classes=tuple(names[k] for k in meaning.counted(n_labels)),
-        files=files, table=meaning.table(n_labels), source=", ".join([part, *(f"{key}: {said}" for key, said in filter(None, rule))]), folder=str(_only(root, IMAGES, part)),
+        root.resolve().name, part, tuple(names[k] for k in meaning.counted(n_labels)), files,
+        meaning.table(n_labels), source=", ".join(said), folder=str(_only(root, IMAGES, part)),
         named_by=meaning.named_by, void=", ".join(void), colors=meaning.colors, hint=HINT,
     )  # fmt: skip
 
@@ -182,8 +198,10 @@ def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
 
 def _places(root: Path, kinds: tuple[str, ...], part: str = "") -> list[Path]:
     """Folders of a part, or of all; ``test`` is that of ``val`` only where no other is."""
-    parts = [(f"{k}/{name}", f"{name}/{k}") for k in kinds for name in PARTS.get(part, ())] or [kinds]
-    found = [root / place for places in parts for place in places if (root / place).is_dir()]
+    parts: list[tuple[str, ...]] = [
+        (f"{k}/{name}", f"{name}/{k}") for k in kinds for name in PARTS.get(part, ())
+    ]
+    found = [root / place for places in parts or [kinds] for place in places if (root / place).is_dir()]
     return [place for place in found if "test" not in place.relative_to(root).parts] or found
 
 
@@ -208,7 +226,7 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
     elif not _places(root, MAPS, part):
         raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
     found, masks = by_stem(images), maps_by_stem(maps)
-    rules = [meaning.mask_name.removesuffix(".png")] if meaning.mask_name else MASK_NAMES
+    rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
     by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
     best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))
     if not best:
@@ -228,13 +246,17 @@ def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
     if twice := [v for v in rule.map if rule.void and v in rule.void]:
         raise UserError(f"{twice[0]} stands in --map and in --void; take it out of one of them")
     pairs = {**void, **pairs}
-    targets = list(dict.fromkeys(target for target in pairs.values() if target != NO_CLASS))
+    targets = list(dict.fromkeys(target for target in said.map.values() if target != NO_CLASS))
     by_name = bool(targets) and not all(target.isdecimal() for target in targets)
     names, named_by = said.classes or (tuple(targets) if by_name else ()), LABELS
     if not names:
         names, named_by = _names(root / CLASSES), CLASSES
-    elif said.map and (absent := [k for k, n in enumerate(names) if n not in targets and str(k) not in targets]):
-        raise UserError(f"{file}: no value of map is class {names[absent[0]]!r}; name one, or take the class out")
+    elif said.map and (
+        absent := [k for k, n in enumerate(names) if n not in targets and str(k) not in targets]
+    ):
+        raise UserError(
+            f"{file}: no value of map is class {names[absent[0]]!r}; name one, or take the class out"
+        )
     if said.map and not names:
         names, named_by = tuple(f"class {k}" for k in range(1 + max(map(int, targets), default=0))), NUMBERS
     labels = {v: _label(target, names, v) for v, target in pairs.items() if target != NO_CLASS}

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -105,11 +106,14 @@ class LabelSet:
         return f"{len(self.classes)} classes, named by {self.named_by}{void}"
 
     @property
-    def values(self) -> tuple[int, ...]:
-        """What the maps store for each class: a value, or with ``colors`` a color ``0xRRGGBB``. -1: nothing."""
+    def values(self) -> tuple[Any, ...]:
+        """What the maps store for each class: a value, or with ``colors`` red, green and blue; of several the last.
+        -1: nothing."""
         stored = [np.flatnonzero(self.table == label) for label in range(1, len(self.classes) + 1)]
-        first = [int(of[0]) if len(of) else -1 for of in stored]
-        return tuple(self.colors[value] if self.colors and value >= 0 else value for value in first)
+        values = [int(of[-1]) if len(of) else -1 for of in stored]
+        return (
+            tuple(tuple(self.colors[v].to_bytes(3, "big")) for v in values) if self.colors else tuple(values)
+        )
 
     def first(self, most: int) -> "LabelSet":
         """The same with at most ``most`` items, at equal steps from the first one."""

@@ -91,7 +91,12 @@ VOC = tuple(
 )
 AUGMENTED = "SegmentationClassAug"
 OWN_TRAIN = "VOC's own train in place of trainaug"
-PLACES = (".", "VOC2012", "VOCdevkit/VOC2012", "VOCSegmentation")  # the last one, with images/ and sets/: NeCo's
+PLACES = (
+    ".",
+    "VOC2012",
+    "VOCdevkit/VOC2012",
+    "VOCSegmentation",
+)  # the last one, with images/ and sets/: NeCo's
 LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 
@@ -122,7 +127,9 @@ def open_voc(root: Path, part: str, own_train: bool = False) -> LabelSet:
         unseen = set(stems)
         stems, source = (_list(home, "train"), "train") if own_train else _training(home)
         if leaked := sorted(unseen.intersection(stems)):
-            raise UserError(f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}")
+            raise UserError(
+                f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
+            )
         if source != "train":
             maps |= maps_by_stem(home / AUGMENTED)
     pairs = paired(by_stem(images, (".jpg",)), maps, stems, listed=f"the list {source}")
