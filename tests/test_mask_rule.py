@@ -8,15 +8,14 @@ from label_set_fixture import VOID_ROWS, save_map, scene, write_folder
 from PIL import Image
 from tool_fixture import load_tool
 
-from pretrain.data.datasets import MaskRule, kind_of, open_label_set, open_label_sets
+from pretrain.data.datasets import kind_of, mask_rule, open_label_set, open_label_sets
 from pretrain.errors import UserError
-from pretrain.settings import replaced
 
 ROAD, CAR, SKY = (128, 64, 128), (0, 0, 142), (70, 130, 180)
 
 
-def rule(**values):
-    return replaced(MaskRule(), values, "masks")
+def rule(map=None, **words):
+    return mask_rule(map=",".join(f"{value}={label}" for value, label in (map or {}).items()), **words)
 
 
 def classes_of(index, numbers):

@@ -28,13 +28,13 @@ from pretrain.analysis.attention_report import build_page, draw
 from pretrain.analysis.attention_statistics import BLOCK
 from pretrain.analysis.attention_study import Study, check_masks, check_size
 from pretrain.analysis.attention_tables import write_statistics, write_summary
-from pretrain.analysis.similarity import read_place
-from pretrain.cli import at_least
+from pretrain.analysis.pca import read_place
+from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
-from pretrain.device import DEVICES, choose_device
+from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, add_options, models_of, named_apart, open_models
+from pretrain.eval_model import EvalModel, named_apart, open_models
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
 
@@ -103,38 +103,22 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, required=False)
-    parser.add_argument(
-        "--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7"
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="anything that data.root may be")
-    parser.add_argument(
+    parser = evaluation_parser(__doc__, weights_required=False, images=True)
+    add = parser.add_argument
+    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
+    add(
         "--size",
         type=int,
         default=480,
         metavar="PX",
         help="side of the images (%(default)s, as in the paper)",
     )
-    parser.add_argument("--crop", action="store_true", help="central squares; else the images are squeezed")
-    parser.add_argument(
-        "--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)"
-    )
-    parser.add_argument("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    parser.add_argument(
-        "--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)"
-    )
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
-    parser.add_argument(
-        "--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)"
-    )
-    parser.add_argument("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    parser.add_argument(
-        "--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    add("--crop", action="store_true", help="central squares; else the images are squeezed")
+    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
+    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
+    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
+    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
+    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from pretrain.data.datasets import coco, folder, public
-from pretrain.data.datasets.folder import MaskRule
+from pretrain.data.datasets.folder import MaskRule, mask_rule
 from pretrain.data.datasets.label_set import LabelSet
 from pretrain.errors import UserError
 
-__all__ = ["KINDS", "LabelSet", "MaskRule", "open_label_set", "open_label_sets"]
+__all__ = ["KINDS", "LabelSet", "MaskRule", "mask_rule", "open_label_set", "open_label_sets"]
 
 # Of each public kind: what it looks for, whether it is there, and how its parts are opened.
 _PUBLIC: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {

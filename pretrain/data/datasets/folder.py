@@ -26,7 +26,7 @@ from pretrain.data.datasets.listing import Pairs, by_stem, listed_stems, maps_by
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
-from pretrain.settings import Settings, build, read_yaml, setting
+from pretrain.settings import Settings, build, read_yaml, replaced, setting, split_words
 
 IMAGES = ("images", "img", "JPEGImages")
 MAPS = ("masks", "annotations", "labels", "SegmentationClass")
@@ -45,7 +45,6 @@ HINT = f"; give --map VALUE=LABEL or --void VALUE, or say what it means in {LABE
 class MaskRule(Settings):
     """How masks of one's own are read. What options say goes before what ``labels.yaml`` says."""
 
-    in_recipe, fixed = False, False
     classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...", source="ours")
     map: dict[str, str] = setting(
         dict, "{value or color in the mask: label, or its name, or void}", source="ours"
@@ -54,6 +53,12 @@ class MaskRule(Settings):
     mask_name: str = setting(
         "", "of an image's mask, {stem}_seg.png", source="ours", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
     )
+
+
+def mask_rule(void: str = "", map: str = "", mask_name: str = "") -> MaskRule:
+    """A rule from words: ``0,255``, ``255=1,7=2`` and ``{stem}_seg.png``. Raises UserError, which names the word."""
+    pairs = split_words([word for word in map.split(",") if word])
+    return replaced(MaskRule(), {"void": void, "map": pairs, "mask_name": mask_name}, "masks")
 
 
 @dataclass(frozen=True)
