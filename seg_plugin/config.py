@@ -306,9 +306,8 @@ def deviations(
     """
     cfg, declared = with_todays_data(cfg), declared_protocol(values)
     changed = protocols.deviations(declared)
-    masks = replaced(
-        MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks"
-    )  # your own data may have any
+    # Your own data may have any
+    masks = replaced(MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks")
     made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
     made["train_dataloader"]["batch_size"] = declared.batch_size
     different = compared(recipe(Config(made), 1), recipe(cfg, processes))

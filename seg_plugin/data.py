@@ -159,9 +159,8 @@ class PosfieldLabels(BaseSegDataset):
         palette = getattr(mmseg.datasets, known).METAINFO["palette"] if known else []
         metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
         prefix = {"img_path": self.labels.folder, "seg_map_path": ""}
-        super().__init__(
-            data_prefix=prefix, metainfo=metainfo, **options
-        )  # with data_root it would join both
+        # With data_root it would join both
+        super().__init__(data_prefix=prefix, metainfo=metainfo, **options)
         self.data_root = data_root
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -231,9 +230,8 @@ def check_whole(image: str | Path) -> None:
         return  # OpenCV refuses other kinds of files that are cut off
     # A segment may hold a preview, with its end
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
-        at += (
-            1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        )  # a fill byte | a segment
+        # A fill byte | a segment
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if data.find(b"\xff\xd9", at) < 0:
         raise UserError(f"data: {image} is no readable image (JPEG without an end)")
 

@@ -94,9 +94,8 @@ class PosfieldRunHook(Hook):
             (self.folder / SETTINGS_FILE).write_text(
                 json.dumps(self.identity, indent=2, sort_keys=True) + "\n"
             )
-            truncate_lines(
-                self.folder / "metrics.jsonl", before_iter=runner.iter + 1
-            )  # their iterations will run again
+            # Their iterations will run again
+            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -235,9 +234,8 @@ class PosfieldIoU(IoUMetric):
         """
         if self.format_only:
             return super().compute_metrics(results)
-        intersect, union, _, label = (
-            torch.stack(counts).double().sum(0) for counts in zip(*results)
-        )  # each [classes]
+        # Each [classes]
+        intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
         iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
         names = self.dataset_meta["classes"]
         self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}

@@ -168,9 +168,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
         with on_device(run.device) as device, StopSignals() as signals:
-            distributed.start(
-                device.type
-            )  # before mmengine, which knows neither gloo nor a task with one GPU
+            # Before mmengine, which knows neither gloo nor a task with one GPU
+            distributed.start(device.type)
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:

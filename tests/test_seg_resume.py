@@ -20,7 +20,6 @@ pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 from ade_fixture import write_ade
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from mmseg.datasets import BaseSegDataset
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
 
 from pretrain.cli import REQUEUE_CODE
@@ -28,7 +27,7 @@ from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.schema import read_result
 from seg_plugin.config import deviations
-from seg_plugin.data import SeedFromPosition
+from seg_plugin.data import PosfieldLabels, SeedFromPosition
 from seg_plugin.hooks import PosfieldRunHook
 from seg_plugin.loop import DrawnIndex, PosfieldSampler
 from seg_plugin.predict import dataset_of_run, load_segmenter
@@ -147,7 +146,7 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
     run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     seen = []
     read = []
-    original, prepare = PosfieldRunHook.after_train_iter, BaseSegDataset.prepare_data
+    original, prepare = PosfieldRunHook.after_train_iter, PosfieldLabels.prepare_data
 
     def spy(hook, runner, batch_idx, data_batch=None, outputs=None):
         seen.append((batch_idx, [Path(sample.img_path).name for sample in data_batch["data_samples"]]))
@@ -156,11 +155,11 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
             raise KeyboardInterrupt
 
     def count(dataset, index):
-        read.extend([] if dataset.test_mode or "training" not in dataset.data_prefix["img_path"] else [index])
+        read.extend([index] if dataset.labels.part == "train" else [])
         return prepare(dataset, index)
 
     monkeypatch.setattr(PosfieldRunHook, "after_train_iter", spy)
-    monkeypatch.setattr(BaseSegDataset, "prepare_data", count)
+    monkeypatch.setattr(PosfieldLabels, "prepare_data", count)
     stop_in = None
     train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_every=2)))
     whole, seen = seen, []

@@ -91,12 +91,8 @@ VOC = tuple(
 )
 AUGMENTED = "SegmentationClassAug"
 OWN_TRAIN = "VOC's own train in place of trainaug"
-PLACES = (
-    ".",
-    "VOC2012",
-    "VOCdevkit/VOC2012",
-    "VOCSegmentation",
-)  # the last one, with images/ and sets/: NeCo's
+# The last one, with images/ and sets/: NeCo's
+PLACES = (".", "VOC2012", "VOCdevkit/VOC2012", "VOCSegmentation")
 LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 
