@@ -22,7 +22,7 @@ from pretrain.weights import save_backbone
 from seg_plugin import compat
 from seg_plugin.hooks import PosfieldRunHook
 from seg_plugin.predict import newest_checkpoint
-from seg_plugin.run import train
+from seg_plugin.run import finetune, train
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,16 @@ def test_tool_trains_leaves_its_files_and_skips_a_finished_run(ade, weights, tmp
     for other, key in ((["lr=1e-5"], "lr"), (["--seed", "4"], "seed")):
         with pytest.raises(UserError, match=f"other settings .*{key}"):
             tool([*words, *other])
+
+
+def test_one_call_fine_tunes(ade, tmp_path):
+    """Of what is left out, the files say the backbone's name, and what the masks hold is checked."""
+    options = dict(backbone="vit_tiny_patch16", workers=0, device="cpu", model_kwargs=FLAGS)
+    fields = {**TINY, "max_iters": 1, "val_every": 1}
+    result = finetune(ade, output=tmp_path / "run", dataset="ade20k", **options, **fields)
+    assert result == tmp_path / "run" / "result.json" and read_result(result).labels.startswith("4 classes")
+    with pytest.raises(UserError, match="dataset: 'coco' is none of"):
+        finetune(ade, output=tmp_path / "run", dataset="coco", **options)
 
 
 def test_same_seed_same_numbers_and_the_loss_falls(ade, tmp_path):
