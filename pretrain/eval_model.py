@@ -179,16 +179,15 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
+        pairs = zip(labels, texts)
         labels = [
-            f"{label}, {text}" if counts[label] > 1 and text != label else label
-            for label, text in zip(labels, texts)
+            f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in pairs
         ]
     return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 
 def _stem(path: Path) -> str:
-    """A file's or folder's name; of ``backbone.safetensors``, as every run calls its backbone, the
-    folder's."""
+    """A file's or folder's name; of ``backbone.safetensors``, as every run calls it, the folder's."""
     path = path.absolute()
     return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
 

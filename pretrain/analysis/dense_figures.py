@@ -54,13 +54,8 @@ class Features(Protocol):
     """:class:`pretrain.evaluation.features.Features`, held frozen by the caller."""
 
     @property
-    def backbone(self) -> ViT:
-        """Whose features these are."""
-        ...
-
-    def __call__(self, images: Tensor) -> Iterator[Tokens]:
-        """Tokens of uint8 squares [n, 3, S, S], some at a time."""
-        ...
+    def backbone(self) -> ViT: ...
+    def __call__(self, images: Tensor) -> Iterator[Tokens]: ...
 
 
 def write(
@@ -109,12 +104,8 @@ def write(
 def components(
     images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int
 ) -> dict[str, list[Tensor]]:
-    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
-
-    Args:
-        images: [H, W, 3] each, squeezed to squares of ``image_px``, rounded to whole patches.
-        features: (name, features).
-    """
+    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each. The images [H, W, 3] are
+    squeezed to squares of ``image_px``, rounded to whole patches."""
     first: Tensor | None = None
     found: dict[str, list[Tensor]] = {}
     for name, seen in features:
@@ -138,11 +129,8 @@ def labels_figure(
     maps: Mapping[str, Sequence[Labels]],
     classes: Sequence[str],
 ) -> Figure:
-    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur.
-
-    Args:
-        as of :func:`write`.
-    """
+    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur. The
+    arguments are those of :func:`write`."""
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
     # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]

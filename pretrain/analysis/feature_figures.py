@@ -166,7 +166,7 @@ def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
         boxes = [(box, TRUE_COLOR, "-") for box in one.truth]
         boxes += [(box, FOUND_COLORS[method], "--") for method, (box, _) in one.found.items()]
         for (x0, y0, x1, y1), color, dash in boxes:
-            line = {"fill": False, "edgecolor": color, "linestyle": dash, "linewidth": 1.8}
+            line: dict[str, Any] = {"fill": False, "edgecolor": color, "linestyle": dash, "linewidth": 1.8}
             axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **line))
         words = ", ".join(f"{method} {'hit' if hit else 'miss'}" for method, (_, hit) in one.found.items())
         axis.set_title(f"{plain(one.name, 24)}: {words}", fontsize=8)

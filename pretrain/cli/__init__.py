@@ -139,15 +139,13 @@ def evaluation_parser(
     parser = _parser(description)
     add = parser.add_argument
     if several:
-        add("--weights", type=Path, nargs="+", required=weights_required, default=[], metavar="FILE",
-            help="any checkpoints, or run folders")  # fmt: skip
-        add(
-            "--names",
-            nargs="+",
-            default=[],
-            metavar="NAME",
-            help="of their methods, one each; else the files'",
-        )
+        need: dict[str, Any] = {
+            "required": weights_required,
+            "default": [],
+            "help": "any checkpoints, or run folders",
+        }
+        add("--weights", type=Path, nargs="+", metavar="FILE", **need)
+        add("--names", nargs="+", default=[], metavar="NAME", help="of their methods; else the files'")
     else:
         add("--weights", type=Path, required=True, metavar="FILE", help="any checkpoint, or run folder")
     add("--source", metavar="NAME", help="whose files they are (dino, mae, ...); else found out from each")
@@ -173,8 +171,8 @@ def models_of(options: argparse.Namespace) -> "list[EvalModel]":
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=shape)
+    as_written = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=as_written)
 
 
 def say(line: str) -> None:

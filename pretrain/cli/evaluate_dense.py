@@ -62,19 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     words = " ".join(DENSE_TASKS)
     add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({words})")
     add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
-    add(
-        "--resume",
-        action="store_true",
-        help="keep the tasks that DIR holds; the result is of those asked for",
-    )
+    add("--resume", action="store_true", help="keep what DIR holds; the result is of the tasks asked for")
     add("--seed", type=int, help="of all tasks; else that which FILE says of its training, or 0")
-    add(
-        "--max-images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of each part, at equal steps; 0: all (%(default)s)",
-    )
+    add("--max-images", type=int, default=0, metavar="N", help="of each part, at equal steps (0: all)")
     add("overrides", nargs="*", metavar="TASK.FIELD=VALUE", help="settings of the tasks")
     options = parser.parse_intermixed_args(arguments)
     # --tasks takes all the words that follow it
@@ -116,9 +106,8 @@ def main(arguments: list[str]) -> None:
                 draw(val, finished, features, folder)
 
 
-def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
-    """The weights, after those of --before; and what of how they are used the protocol would have
-    otherwise."""
+def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, Any]]:
+    """The weights, after those of --before; (the protocol's, this run's) values of how they are used."""
     (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
@@ -130,10 +119,7 @@ def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str,
 
 
 def jobs_of(
-    options: argparse.Namespace,
-    subject: EvalModel,
-    settings: dict[str, Any],
-    others: dict[str, tuple[Any, Any]],
+    options: argparse.Namespace, subject: EvalModel, settings: dict[str, Any], others: dict[str, Any]
 ) -> dict[Path, dense.Job]:
     """What is asked for, by the folder of its result."""
     jobs, of_all = {}, (options.seed, options.max_images)

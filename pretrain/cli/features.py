@@ -37,11 +37,9 @@ def main(arguments: list[str]) -> None:
     add("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
     add("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
     add(
-        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)"
+        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (the default)"
     )
-    add(
-        "--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign"
-    )
+    add("--foreground", action="store_true", help="PCA of the foreground, by the first component's sign")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1)
     queries = [read_place(text) for text in options.query] or QUERIES

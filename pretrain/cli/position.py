@@ -22,15 +22,9 @@ from pretrain.data.sources import DataSettings
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
+from pretrain.evaluation import position as layers
 from pretrain.evaluation.features import frozen_features
-from pretrain.evaluation.position import (
-    HIDDEN_BY,
-    csv_rows,
-    hide_with,
-    metrics,
-    position_layers,
-    read_squares,
-)
+from pretrain.evaluation.position import HIDDEN_BY, hide_with, read_squares
 from pretrain.progress import Progress
 from pretrain.results.csv_file import read_csv, write_csv
 from pretrain.results.schema import FILE_NAME
@@ -39,9 +33,7 @@ from pretrain.views.masks import SHAPES
 
 TABLE = "position_layers.csv"
 PROTOCOL = {"size": 224, "max_images": 2000, "draws": 3, "shape": "cross", "mask": "auto", "bf16": False}
-CAPTION = (
-    "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, it was given."
-)
+CAPTION = "How well a linear read-out finds a patch's center: solid, its position was hidden; dotted, given."
 
 
 def main(arguments: list[str]) -> None:
@@ -104,8 +96,9 @@ def probe(
         print(f"{subject.label}: hidden positions are replaced by the {hidden_by}")
     tell = Progress(subject.label, options.draws * len(images), signals, "images of all draws")
     with frozen_features(backbone, device, options.bf16) as features:
-        scores = position_layers(features, images, options.draws, options.shape, tell)
-    rows, found = list(csv_rows(subject.label, hidden_by, scores)), {**metrics(scores), "images": len(images)}
+        scores = layers.position_layers(features, images, options.draws, options.shape, tell)
+    rows = list(layers.csv_rows(subject.label, hidden_by, scores))
+    found = {**layers.metrics(scores), "images": len(images)}
     (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for the table that is about to be replaced
     write_csv(folder / TABLE, list(rows[0]), [list(row.values()) for row in rows])
     subject.write(folder, "position-probe", settings, found, started)

@@ -16,8 +16,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,28 +38,28 @@ CHUNK = 2**22  # distances held at a time (float32: 16 MiB, and 32 as float64 me
 
 
 class ClusteringSettings(Settings):
-    """The protocol; sources are the configs of Leopart and NeCo."""
+    """The protocol."""
 
-    image_px: int = setting(448, "side of an image", source="both: size_crops", ge=1)
+    image_px: int = setting(448, "side of an image", source="Leopart, NeCo: size_crops", ge=1)
     label_px: int = setting(
-        100, "side at which clusters and labels meet", source="both: mask_eval_size", ge=1
+        100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1
     )
     pca_dim: int = setting(
-        50, "components; of no more features all, standardized alone", source="both: pca_dim", ge=1
+        50, "components; of no more features all, standardized alone", source="Leopart, NeCo: pca_dim", ge=1
     )
     overclusters: tuple[PositiveInt, ...] = setting(
         (500,), "K beside the number of classes", source="Leopart's configs, NeCo's table"
     )
-    seeds: int = setting(5, "over which figures are averaged", source="both: num_seeds", ge=1)
-    restarts: int = setting(5, "of K-means, the best counts", source="both: nredo", ge=1)
-    max_iterations: int = setting(100, "of K-means", source="both: niter", ge=1)
+    seeds: int = setting(5, "over which figures are averaged", source="Leopart, NeCo: num_seeds", ge=1)
+    restarts: int = setting(5, "of K-means, the best counts", source="Leopart, NeCo: nredo", ge=1)
+    max_iterations: int = setting(100, "of K-means", source="Leopart, NeCo: niter", ge=1)
     patches_per_cluster: int = setting(
         256, "that K-means sees", source="faiss's default: max_points_per_centroid", ge=1
     )
     max_patches: int = setting(
         2**17, "the pool they are drawn from; 256 for each of 500 clusters are 128,000", source="ours", ge=1
     )
-    seed: int = setting(0, "the first of the seeds", source="both", ge=0)
+    seed: int = setting(0, "the first of the seeds", source="Leopart, NeCo", ge=0)
 
 
 def clustering(
@@ -157,10 +157,8 @@ def _projected_pool(
 
 
 def principal(moments: Moments, dim: int) -> ReadOut:
-    """Standardize features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)].
-
-    A direction that does not vary gives 0.
-    """
+    """Standardize features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)]. A
+    direction that does not vary gives 0."""
     mean, std, correlation = moments.standard()
     values, vectors = torch.linalg.eigh(correlation)  # ascending
     components = (vectors * (values > 1e-9))[:, -dim:] / std[:, None]
@@ -170,7 +168,7 @@ def principal(moments: Moments, dim: int) -> ReadOut:
 def _centers(
     pool: Tensor, keys: list[tuple[int, int]], settings: ClusteringSettings, signals: StopSignals | None
 ) -> dict[tuple[int, int], Tensor]:
-    """Centers [K, d] for each (K, seed)."""
+    """Of each (K, seed): [K, d]."""
     where = "clustering, K-means"
     if signals is not None:
         less_by = "clustering.overclusters, clustering.seeds, clustering.restarts"
@@ -214,15 +212,9 @@ def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
 # --- K-means ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """What K-means found.
-
-    Attributes:
-        centers: [K, D]; some may be equal where there are fewer different rows than clusters.
-        labels: [n] int64, the nearest center of each row.
-        inertia: sum of the squared distances to them.
-    """
+class Clusters(NamedTuple):
+    """What K-means found: centers [K, D], of which some may be equal where there are fewer different rows than
+    clusters; the nearest of each row, [n] int64; the sum of the squared distances to them."""
 
     centers: Tensor
     labels: Tensor
@@ -243,12 +235,10 @@ def lloyd(
     chunk: int = CHUNK,
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
-    """Lloyd's iterations from given centers [K, D], until no row changes its cluster. An empty cluster takes
-    the row farthest from its center (as scikit-learn's).
+    """Lloyd's iterations of ``x`` [n, D] from given centers [K, D], until no row changes its cluster. An empty
+    cluster takes the row farthest from its center (as scikit-learn's).
 
     Args:
-        x: [n, D].
-        max_iterations: at most.
         chunk: distances held at a time, which bounds the memory.
         tick: called after each iteration; what it raises ends them.
     """
@@ -269,14 +259,11 @@ def spread_centers(
 ) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
     those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
-    scikit-learn's).
+    scikit-learn's). [K, D]; rows are taken twice only where there are fewer different ones.
 
     Args:
         generator: on the CPU.
         tick: called after each center.
-
-    Returns:
-        [K, D]; rows are taken twice only where there are fewer different ones.
     """
     n_drawn = 2 + int(math.log(n_clusters))
     chosen = [int(torch.randint(len(x), (), generator=generator))]
@@ -304,11 +291,7 @@ def kmeans(
     tick: Callable[[], object] = lambda: None,
 ) -> Clusters:
     """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
-    arguments are theirs.
-
-    Raises:
-        ValueError: more clusters than rows.
-    """
+    arguments are theirs. A ValueError for more clusters than rows."""
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
     firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))

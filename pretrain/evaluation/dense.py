@@ -16,7 +16,6 @@ from threading import Lock
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.datasets import LabelSet
@@ -85,14 +84,8 @@ N_IMAGES = {
 
 
 def named_tasks(words: Iterable[str], what: str) -> tuple[str, ...]:
-    """Tasks on a set with pixel labels, in the order of :data:`DENSE_TASKS`.
-
-    Args:
-        what: where the words stand, for messages.
-
-    Raises:
-        UserError: a word that names none.
-    """
+    """Tasks on a set with pixel labels, in the order of :data:`DENSE_TASKS`. A UserError for a word that is
+    none, with ``what``: where the words stand."""
     words = list(words)
     for word in words:
         if word not in DENSE_TASKS:
@@ -134,31 +127,19 @@ def deviations_of_data(
         n_images: that the training and the validation part hold.
         max_images: that are used of each; 0: all.
     """
-    expected = N_IMAGES.get(set_name, n_images)
-    parts = zip(("train", "val"), zip(expected, n_images))
-    pairs: dict[str, tuple[Any, Any]] = {f"{part}_images": pair for part, pair in parts}
-    return pairs | {"max_images": ("all", max_images if 0 < max_images < max(n_images) else "all")}
-
-
-def name_of(set_name: str) -> str:
-    """Of the protocol of a set."""
-    return f"dense-{set_name}"
+    train, val = zip(N_IMAGES.get(set_name, n_images), n_images)
+    used = max_images if 0 < max_images < max(n_images) else "all"
+    return {"train_images": train, "val_images": val, "max_images": ("all", used)}
 
 
 def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str, Sequence[Any]]) -> Protocol:
-    """Protocol ``dense-SET``, and every deviation from it. A task that was left out is none: it has no
-    metric.
-
-    Args:
-        set_name: of the labeled set, :data:`KNN` for the labeled folder.
-        settings: by task, of those that were run.
-        others: (the protocol's, the run's) values of all that no task sets.
-    """
+    """Protocol ``dense-SET``, and every deviation from it; the arguments are those of :class:`Job`. A task
+    that was left out is none: it has no metric."""
     changed: dict[str, list[Any]] = {name: list(pair) for name, pair in others.items() if pair[0] != pair[1]}
     for task, used in settings.items():
         pairs = differences(type(used)(), used)
         changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEVIATION}
-    return Protocol(name=name_of(set_name), version=VERSION, full=not changed, deviations=changed)
+    return Protocol(name=f"{KIND}-{set_name}", version=VERSION, full=not changed, deviations=changed)
 
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -199,9 +180,7 @@ class Job:
 
     def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds
-        only how they were trained: one training with several seeds is one configuration. The result holds its
-        hash.
-        """
+        only how they were trained: one training with several seeds is one configuration."""
         subject = self.subject
         return {
             "set": self.set_name,
@@ -233,10 +212,9 @@ def job_of(
     """The tasks on a set with a label a pixel, or k-NN on a folder of classes.
 
     Args:
-        parts: for training and for validation.
+        parts, settings, seed, n_shown: of :class:`Job`.
         others: (the protocol's, this run's) values of what belongs neither to the data nor to a task.
         max_images: of each part; 0: all.
-        n_shown: images of the validation part that maps are kept of.
     """
     name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
     others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
@@ -256,27 +234,20 @@ def job_of(
 
 
 def check_folder(job: Job, folder: Path, resume: bool) -> None:
-    """Before anything is computed: whether an evaluation may write here.
-
-    Raises:
-        UserError: the folder holds another kind of run, or an evaluation that nothing says to go on with.
-    """
+    """Before anything is computed: a UserError if the folder holds another kind of run, or an evaluation that
+    nothing says to go on with."""
     if (folder / FILE_NAME).is_file():
         before = read_result(folder)
-        if (before.kind, before.protocol.name) != (KIND, name_of(job.set_name)):
+        if (before.kind, before.protocol.name) != (KIND, f"{KIND}-{job.set_name}"):
             kind = f"holds a run of another kind, {before.protocol.name}"
             raise UserError(f"--output: {folder} {kind}; choose another folder")
     if not resume and ((folder / FILE_NAME).is_file() or any((folder / TASKS_FOLDER).glob("*.json"))):
-        raise UserError(
-            f"--output: {folder} already holds an evaluation; go on with --resume, or choose another folder"
-        )
+        what = "already holds an evaluation; go on with --resume, or choose another folder"
+        raise UserError(f"--output: {folder} {what}")
 
 
 def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dict[str, Finished]:
     """Run the tasks of a job that ``folder`` does not hold yet, one after the other.
-
-    Args:
-        features: of the job's backbone, frozen.
 
     Raises:
         UserError: bad data; or the folder holds a task of the same name with other settings or weights, by
@@ -326,37 +297,21 @@ def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
     )
 
 
-class Watch:
-    """Counts the images that a task reads of a part of a set and reports the progress. A signal stops the
-    task."""
-
-    def __init__(self, label: str, signals: StopSignals) -> None:
-        self.label, self.signals = label, signals
-        self.n_read, self.lock = 0, Lock()
-
-    def __call__(self, total: int) -> None:
-        """After each image, from any thread.
-
-        Args:
-            total: images that the task takes of the part; it may read them several times.
-
-        Raises:
-            Interrupted: there was a signal.
-        """
-        with self.lock:
-            number, place = divmod(self.n_read, total)
-            if place == 0:
-                self.tell = Progress(f"{self.label}, pass {number + 1}", total)
-            self.n_read += 1
-            self.tell()
-        check_signals(self.signals, self.label)
-
-
 def watched(part: Part, task: str, signals: StopSignals) -> Part:
-    """A part of a set, watched while a task reads it; k-NN reports its progress itself."""
+    """A part of a set that counts the images which a task reads of it, several times maybe, and reports the
+    progress; a signal stops it. k-NN reports its progress itself."""
     if isinstance(part, ClassFolder):
         return part
-    return replace(part, on_read=Watch(f"{task}, {part.part}", signals))
+    label, lock, passes = f"{task}, {part.part}", Lock(), list[Progress]()
+
+    def on_read(total: int) -> None:  # after each image, from any thread
+        with lock:
+            if not passes or passes[-1].done == total:
+                passes.append(Progress(f"{label}, pass {len(passes) + 1}", total))
+            passes[-1]()
+        check_signals(signals, label)
+
+    return replace(part, on_read=on_read)
 
 
 def _hash(names: Sequence[str]) -> str:
@@ -369,12 +324,8 @@ def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
 
 
 def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
-    """A task that was finished before.
-
-    Raises:
-        UserError: the file cannot be read, or the task was run with another identity; the settings of a task
-            that is not asked for are no part of it.
-    """
+    """A task that was finished before; a UserError if it cannot be read, or was run with another identity, of
+    which the settings of a task that is not asked for are no part."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
@@ -395,10 +346,8 @@ def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
 def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
     """The json is written last and in one step: where it exists, the task is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    maps: dict[str, NDArray[np.int32]] = {
-        name: np.stack(some) for name, some in done.outcome.maps.items() if some
-    }
-    np.savez_compressed(file.with_suffix(".npz"), **maps)  # type: ignore[arg-type]
+    maps: dict[str, Any] = {name: np.stack(some) for name, some in done.outcome.maps.items() if some}
+    np.savez_compressed(file.with_suffix(".npz"), **maps)
     cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
     content = {"of": identity, "metrics": done.outcome.metrics, **cost}
     partial = file.with_name(f".{file.name}.partial")

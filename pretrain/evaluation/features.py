@@ -151,8 +151,7 @@ def whole_patches(image_px: int, features: Features) -> int:
 
 
 class Moments:
-    """Sums over rows of features and outputs, all that a linear fit needs: memory does not grow with the
-    rows."""
+    """Sums over rows of features and outputs, all that a linear fit needs, at a memory that does not grow."""
 
     def __init__(self, dim: int, n_outputs: int, device: torch.device) -> None:
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64

@@ -109,8 +109,7 @@ def nearest(
 
     Args:
         queries: normalized [Q, D].
-        parts: the bank's rows in turn, normalized, [M, D] each. Only Q x M cosines of one part are held at a
-            time.
+        parts: the bank's rows in turn, normalized, [M, D] each. Only Q x M cosines are held at a time.
         tick: called after each part.
 
     Returns:
@@ -136,7 +135,6 @@ def class_votes(
 
     Args:
         cosines, labels: [Q, K] of the neighbors, the nearest first; labels in 0 .. n_classes - 1.
-        ks: at most K.
 
     Returns:
         [len(ks), Q, n_classes].
@@ -156,19 +154,13 @@ def knn_predict(
     chunk: int = 1024,
     bank_chunk: int = BANK_CHUNK,
 ) -> Tensor:
-    """The class with the most :func:`class_votes` for each k of ``ks``, the neighbors found once.
+    """The class with the most :func:`class_votes` for each k of ``ks``, the neighbors found once: int64
+    [len(ks), Q]. A ValueError for a k that is larger than the bank.
 
     Args:
         bank: [M, D]; bank_labels: [M] in 0 .. n_classes - 1; queries: [Q, D]; none need be normalized.
-        ks: neighbors, at most M.
         chunk, bank_chunk: queries and features of the bank compared at a time, which bounds the memory:
             chunk * bank_chunk cosines, and bank_chunk features as float32.
-
-    Returns:
-        int64 [len(ks), Q].
-
-    Raises:
-        ValueError: a k is larger than the bank.
     """
     if max(ks) > len(bank):
         raise ValueError(f"k={max(ks)} is more than the {len(bank)} features to choose from")

@@ -1,5 +1,5 @@
 """The position probe, layer by layer: can a patch's place be read off features that were never given it
-(METHOD.md 8), and where in the network does it become known, or get lost?
+(METHOD.md 7), and where in the network does it become known, or get lost?
 
 The position of some patches of a whole image is replaced by the position mask token; a linear read-out of
 those patches' features gives their coordinates: after the embedding, after each block and after the final
@@ -98,9 +98,9 @@ def position_layers(
     grid = (images.shape[2] // patch_px, images.shape[3] // patch_px)
     by_draw = []
     for draw in range(draws):
-        readers = {(kind, layer): _PlaceReader(features) for kind in kinds for layer in layers}
-        _read_places(features, images, draw_masks(len(images), grid, shape, draw), grid, readers, tell)
-        by_draw.append(readers)
+        by_draw.append({(kind, layer): _PlaceReader(features) for kind in kinds for layer in layers})
+        masks = draw_masks(len(images), grid, shape, draw)
+        _read_places(features, images, masks, centers(*grid), by_draw[-1], tell)
     return [
         LayerScore(*key, names[key[1]], tuple(readers[key].score() for readers in by_draw))
         for key in by_draw[0]
@@ -111,12 +111,12 @@ def _read_places(
     features: Features,
     images: Tensor,
     masks: Tensor,
-    grid: tuple[int, int],
+    places: Tensor,
     readers: "dict[tuple[str, int], _PlaceReader]",
     tell: Callable[[int], None],
 ) -> None:
     """Fit the readers, of (kind of patches, layer), on every second image, and judge the others."""
-    places, last = centers(*grid), max(layer for _, layer in readers)
+    last = max(layer for _, layer in readers)
     for half, learn in ((slice(0, None, 2), _PlaceReader.fit), (slice(1, None, 2), _PlaceReader.judge)):
         hidden = masks[half]
 
@@ -132,8 +132,8 @@ def _read_places(
 
 
 class _PlaceReader:
-    """A linear read-out of places, fitted on some rows, then judged on others; its memory does not grow
-    with the rows."""
+    """A linear read-out of places, fitted on some rows [n, D] with places [n, 2], then judged on others; its
+    memory does not grow with the rows."""
 
     def __init__(self, features: Features) -> None:
         self.moments = Moments(features.backbone.embed_dim, 2, features.device)
@@ -142,12 +142,10 @@ class _PlaceReader:
         self.n = 0
 
     def fit(self, x: Tensor, places: Tensor) -> None:
-        """Rows x [n, D] to fit on, and their places [n, 2]; all of them before the first to be judged."""
         assert self.read_out is None
         self.moments.add(x, places)
 
     def judge(self, x: Tensor, places: Tensor) -> None:
-        """Rows that were not fitted on."""
         if self.read_out is None:
             self.read_out, self.guess = ridge(self.moments), self.moments.y / self.moments.n
         places = places.to(self.moments.home)
@@ -181,8 +179,7 @@ def centers(rows: int, columns: int | None = None) -> Tensor:
 
 
 def draw_masks(n: int, grid: tuple[int, int], shape: str = "cross", draw: int = 0) -> Tensor:
-    """Position masks of ``n`` images, [n, N] bool, from the image's number and that of the draw; 0 is the
-    draw of training."""
+    """Position masks of ``n`` images, [n, N] bool, from the number of the image and the draw (0: a probe's)."""
     target, rule = max(1, round(MASKED_SHARE * grid[0] * grid[1])), MaskSettings()
     seeds = ([i, draw] if draw else [i] for i in range(n))
     masks = [mask_of_shape(shape, grid, target, rule, np.random.default_rng(seed)).ravel() for seed in seeds]
@@ -210,9 +207,8 @@ def hide_with(backbone: ViT, mask: str, has_token: bool, grid: tuple[int, int]) 
         mask = "token" if has_token else "mean"
     if mask == "token":
         if not has_token:
-            raise UserError(
-                "mask 'token': the file holds no pos_mask_token; pre-training with position masks leaves one"
-            )
+            left = "pre-training with position masks leaves one"
+            raise UserError(f"mask 'token': the file holds no pos_mask_token; {left}")
         return mask
     with torch.no_grad():
         token = backbone.pos_mask_token
@@ -229,9 +225,8 @@ def read_squares(data: DataSettings, side_px: int, max_images: int) -> Images[Te
     """
     found = read_images(data, max_images, lambda pixels: square(pixels, side_px, crop=False))
     if len(found.names) < 2:
-        raise UserError(
-            f"the position probe needs 2 images; of those of data.root={data.root}, 1 can be read"
-        )
+        needs = "the position probe needs 2 images"
+        raise UserError(f"{needs}; of those of data.root={data.root}, 1 can be read")
     return found
 
 
@@ -240,13 +235,9 @@ def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterat
     R^2, and chance."""
     for score in scores:
         place = {"layer": str(score.layer), "after": score.name, "patches": score.patches}
-        numbers = {
-            "error": score.mean("error"),
-            "error_std": score.std("error"),
-            "chance": score.mean("chance"),
-            "r2": score.mean("r2"),
-            "r2_std": score.std("r2"),
-        }
+        error, r2 = ((score.mean(field), score.std(field)) for field in ("error", "r2"))
+        names = ("error", "error_std", "chance", "r2", "r2_std")
+        numbers = dict(zip(names, (*error, score.mean("chance"), *r2)))
         texts = {"draws": str(len(score.scores)), **{name: f"{value:.6f}" for name, value in numbers.items()}}
         yield {"checkpoint": label, **place, "hidden_by": hidden_by, **texts}
 

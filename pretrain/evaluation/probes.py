@@ -2,7 +2,7 @@
 again and again about the network that the run leaves. Tables never show these numbers."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import LabelSet, mask_rule, open_label_sets
+from pretrain.data.datasets import LabelSet
 from pretrain.data.datasets.public import is_ade
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
 from pretrain.evaluation.dense import EVALUATORS, KNN, Part, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.knn import KnnSettings
 from pretrain.evaluation.position import position_layers, read_squares
 from pretrain.settings import Settings, replaced, setting
 
@@ -82,7 +83,6 @@ class EvaluatorProbe:
     names: Mapping[str, str]
 
     def __call__(self, features: Features) -> dict[str, float]:
-        """The probe's numbers for a backbone."""
         found: dict[str, Any] = {}
         for task, settings in self.settings.items():
             found |= EVALUATORS[task](features, self.train, self.val, settings).metrics
@@ -92,16 +92,11 @@ class EvaluatorProbe:
 @dataclass(frozen=True)
 class PositionProbe:
     """``probe/position_error``, ``_chance`` and ``_r2``: :class:`~pretrain.evaluation.position.Score` of the
-    last layer, for one draw of crosses.
-
-    Attributes:
-        images: uint8 [n, 3, S, S], whole images squeezed to squares.
-    """
+    last layer, for one draw of crosses. ``images`` are uint8 [n, 3, S, S], whole ones squeezed to squares."""
 
     images: Tensor
 
     def __call__(self, features: Features) -> dict[str, float]:
-        """The probe's numbers for a backbone, which must hold a position mask token."""
         (last,) = position_layers(features, self.images, draws=1, last_only=True)
         return {f"probe/position_{name}": value for name, value in last.scores[0]._asdict().items()}
 
@@ -127,8 +122,7 @@ class Probes:
     def __init__(
         self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True
     ) -> None:
-        self.every = settings.every
-        self.probes: list[Probe] = []
+        self.every, self.probes = settings.every, list[Probe]()
         wanted = bool(settings.knn_root or settings.seg_root or settings.dense_root or settings.position)
         self.is_wanted = wanted and bool(self.every)
         if reads and wanted != bool(self.every):
@@ -137,9 +131,8 @@ class Probes:
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
         if not self.every or not reads:
             return
-        side_px = settings.image_px
-        if side_px % patch_size:
-            what = f"probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
+        if settings.image_px % patch_size:
+            what = f"probes.image_px={settings.image_px} is no multiple of backbone.patch_size={patch_size}"
             raise UserError(f"config: {what}")
         if settings.knn_root:
             self.probes.append(_classification(settings))
@@ -148,15 +141,14 @@ class Probes:
         if settings.dense_root:
             self.probes.append(_dense(settings))
         if settings.position:
-            images = read_squares(data, side_px, settings.max_images).pixels
+            images = read_squares(data, settings.image_px, settings.max_images).pixels
             self.probes.append(PositionProbe(torch.stack(images)))
 
     def __len__(self) -> int:
         return len(self.probes)
 
     def is_due(self, done: int, total_iters: int) -> bool:
-        """Whether to run after ``done`` of ``total_iters`` iterations: every ``probes.every``, and at the
-        end."""
+        """Whether to run after ``done`` of ``total_iters`` iterations: every so many, and at the end."""
         return self.is_wanted and (done % self.every == 0 or done == total_iters)
 
     def run(
@@ -181,31 +173,27 @@ def _classification(settings: ProbeSettings) -> EvaluatorProbe:
     side_px, k = settings.image_px, settings.knn_k
     with _errors_of("probes.knn_root"):
         train, val = (part.first(settings.max_images) for part in open_class_folders(settings.knn_root))
-        _read_all(train)
-        _read_all(val)
+        for part in (train, val):
+            _read_all(part)
     if k > len(train):
-        raise UserError(
-            f"probes.knn_k={k} is more than the {len(train)} training images of {settings.knn_root}"
-        )
-    reduced = dict(resize_px=round(side_px * 256 / 224), crop_px=side_px, k=(k,))
-    return EvaluatorProbe(train, val, _reduced({KNN: reduced}), {f"knn_top1_k{k}": "probe/knn_top1"})
+        many = f"{len(train)} training images of {settings.knn_root}"
+        raise UserError(f"probes.knn_k={k} is more than the {many}")
+    reduced = KnnSettings(resize_px=round(side_px * 256 / 224), crop_px=side_px, k=(k,))
+    return EvaluatorProbe(train, val, {KNN: reduced}, {f"knn_top1_k{k}": "probe/knn_top1"})
 
 
 def _segmentation(settings: ProbeSettings) -> EvaluatorProbe:
     """Linear segmentation, and in-context segmentation with ``knn_k`` neighbors."""
-    if settings.seg_classes < 2:
-        raise UserError(
-            f"probes.seg_classes={settings.seg_classes}: how many classes has {settings.seg_root}?"
-        )
-    with _errors_of(f"probes.seg_root with probes.seg_classes={settings.seg_classes}"):
-        kind = "ade20k" if settings.seg_classes == 150 and is_ade(Path(settings.seg_root)) else "folder"
-        parts = _parts(settings.seg_root, kind, settings, settings.seg_classes)
-    changes = {
-        task: dict(image_px=settings.image_px, **SCALED_DOWN[task]) for task in ("linear", "in_context")
-    }
-    changes["in_context"]["k"] = settings.knn_k
+    root, n_classes = settings.seg_root, settings.seg_classes
+    if n_classes < 2:
+        raise UserError(f"probes.seg_classes={n_classes}: how many classes has {root}?")
+    with _errors_of(f"probes.seg_root with probes.seg_classes={n_classes}"):
+        kind = "ade20k" if n_classes == 150 and is_ade(Path(root)) else "folder"
+        parts = _parts(root, kind, settings, n_classes)
+    reduced = _reduced(("linear", "in_context"), settings.image_px)
+    reduced["in_context"] = replaced(reduced["in_context"], {"k": settings.knn_k})
     names = {"linear_miou": "probe/seg_linear_miou", "in_context_miou": "probe/seg_knn_miou"}
-    return EvaluatorProbe(*parts, _reduced(changes), names)
+    return EvaluatorProbe(*parts, reduced, names)
 
 
 def _dense(settings: ProbeSettings) -> EvaluatorProbe:
@@ -214,19 +202,17 @@ def _dense(settings: ProbeSettings) -> EvaluatorProbe:
         raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
     with _errors_of("probes.dense_root"):
         parts = _parts(settings.dense_root, settings.dense_set, settings)
-    changes = {task: dict(image_px=settings.image_px, **SCALED_DOWN[task]) for task in tasks}
-    return EvaluatorProbe(*parts, _reduced(changes), {name: f"probe/dense_{name}" for name in DENSE_METRICS})
+    names = {name: f"probe/dense_{name}" for name in DENSE_METRICS}
+    return EvaluatorProbe(*parts, _reduced(tasks, settings.image_px), names)
 
 
-def _reduced(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of these tasks with these values."""
-    return {task: replaced(used, changes[task]) for task, used in settings_of(list(changes)).items()}
+def _reduced(tasks: Sequence[str], side_px: int) -> dict[str, Any]:
+    changes = {task: {"image_px": side_px, **SCALED_DOWN[task]} for task in tasks}
+    return {task: replaced(used, changes[task]) for task, used in settings_of(tasks).items()}
 
 
-def _parts(root: str, kind: str, settings: ProbeSettings, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
-    """Both parts of a set with a label a pixel."""
-    masks, most = mask_rule(settings.void, settings.map, settings.mask_name), settings.max_images
-    train, val = (part.first(most) for part in open_label_sets(root, kind, n_classes, masks))
+def _parts(root: str, kind: str, most: int, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
+    train, val = (open_label_set(root, part, kind, n_classes).first(most) for part in ("train", "val"))
     for part in (train, val):
         if not _read_all(part):
             raise UserError(f"{root} has no labeled pixel in {part.part}")
