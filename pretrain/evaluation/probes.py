@@ -211,8 +211,9 @@ def _reduced(tasks: Sequence[str], side_px: int) -> dict[str, Any]:
     return {task: replaced(used, changes[task]) for task, used in settings_of(tasks).items()}
 
 
-def _parts(root: str, kind: str, most: int, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
-    train, val = (open_label_set(root, part, kind, n_classes).first(most) for part in ("train", "val"))
+def _parts(root: str, kind: str, settings: ProbeSettings, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
+    masks, most = mask_rule(settings.void, settings.map, settings.mask_name), settings.max_images
+    train, val = (part.first(most) for part in open_label_sets(root, kind, n_classes, masks))
     for part in (train, val):
         if not _read_all(part):
             raise UserError(f"{root} has no labeled pixel in {part.part}")
