@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import LabelSet
+from pretrain.data.datasets import LabelSet, mask_rule, open_label_sets
 from pretrain.data.datasets.public import is_ade
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
