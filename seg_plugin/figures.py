@@ -69,10 +69,8 @@ def draw(
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
     for line, row in zip(axes, rows):
-        predicted = colored(row.predicted, palette)
-        pictures = {"image": row.pixels, "prediction": predicted}
-        over = OVERLAY * predicted + (1 - OVERLAY) * row.pixels
-        pictures["prediction over the image"] = over.astype(np.uint8)
+        pictures = {"image": row.pixels, "prediction": colored(row.predicted, palette)}
+        pictures["prediction over the image"] = blended(row.pixels, row.predicted, palette)
         if row.truth is not None:
             pictures["ground truth"] = colored(row.truth, palette)
         for axis, title in zip(line, titles):
@@ -95,9 +93,13 @@ def draw(
 
 def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """[H, W] -> [H, W, 3] uint8. Ignored pixels are light gray."""
-    colors = np.full((256, 3), IGNORED_COLOR, np.uint8)
-    colors[: len(palette)] = palette
-    return colors[labels.astype(np.uint8)]
+    colors = np.concatenate([palette, np.array([IGNORED_COLOR], np.uint8)])
+    return colors[np.minimum(labels, len(palette))]
+
+
+def blended(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """A prediction over its image, [H, W, 3] uint8."""
+    return (OVERLAY * colored(labels, palette) + (1 - OVERLAY) * pixels).astype(np.uint8)
 
 
 def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, values: Sequence[Any]) -> None:
