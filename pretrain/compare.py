@@ -32,10 +32,10 @@ from pretrain.jobs import (
     recorded_code,
     run_jobs,
 )
+from pretrain.results.pages import page
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
-from pretrain.results.report import page
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
 from pretrain.weights.write import FORMAT

@@ -11,8 +11,17 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.analysis.attention import last_layer_attention, over_patches, patch_at, query_attention
-from pretrain.analysis.attention_statistics import attention_statistics, distances_px, entropy, mad_px, nmi
+from pretrain.analysis.attention import (
+    attention_statistics,
+    distances_px,
+    entropy,
+    last_layer_attention,
+    mad_px,
+    nmi,
+    over_patches,
+    patch_at,
+    query_attention,
+)
 from pretrain.backbones.vit import ViT
 
 GRID = (3, 5)

@@ -19,8 +19,9 @@ from pretrain.cli import command
 from pretrain.config import RECIPES
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
-from pretrain.results import read_result, renamed, render
+from pretrain.results import read_result, renamed
 from pretrain.results.ablation import Trial, ablation_table
+from pretrain.results.render import render
 from pretrain.settings import flat, read_yaml
 
 # In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.

@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 
+from pretrain.analysis.attention import BLOCK
 from pretrain.analysis.attention_report import build_page, draw
-from pretrain.analysis.attention_statistics import BLOCK
-from pretrain.analysis.attention_study import Study, check_masks, check_size
-from pretrain.analysis.attention_tables import write_statistics, write_summary
+from pretrain.analysis.attention_study import Study, check_masks, check_size, write_statistics, write_summary
 from pretrain.analysis.similarity import read_place
 from pretrain.cli import at_least
 from pretrain.data.images import read_images, square

@@ -26,8 +26,8 @@ from pretrain.eval_model import EvalModel, add_options, models_of
 from pretrain.evaluation.features import Features, frozen
 from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
 from pretrain.evaluation.position_probe import HIDDEN_BY, hide_with, read_squares
+from pretrain.files import read_csv, write_csv
 from pretrain.progress import Progress
-from pretrain.results.csv_file import read_csv, write_csv
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
 from pretrain.views.masks import SHAPES

@@ -10,8 +10,7 @@ optionally, metrics.jsonl, probes.jsonl and figures/*.png with figures/captions.
 import argparse
 from pathlib import Path
 
-from pretrain.results.choose import LAYOUTS
-from pretrain.results.report import build_report
+from pretrain.results.report import LAYOUTS, build_report
 from pretrain.results.runs import find_results, read_run
 
 

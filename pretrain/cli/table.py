@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain.results.choose import LAYOUTS, tables_of
+from pretrain.results.pages import page
 from pretrain.results.render import FORMATS, render_all
-from pretrain.results.report import page
+from pretrain.results.report import LAYOUTS, tables_of
 from pretrain.results.runs import find_results
 from pretrain.results.schema import read_result
 

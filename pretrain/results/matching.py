@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.results.merge import Measured, backbone_label
 from pretrain.results.published import PublishedRow, published_rows
+from pretrain.results.rows import Measured, backbone_label
 from pretrain.results.schema import Protocol, Result
 from pretrain.settings import flat, plain, read_yaml
 

@@ -10,17 +10,17 @@ compare. A published row stands once for each configuration of the runs that bel
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from pretrain.results.layouts import ADE20K, LAYOUTS, SCORES, Layout
 from pretrain.results.matching import belongs, further_deviations, is_method, same_name
-from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
+from pretrain.results.rows import Measured, backbone_family, backbone_label, merge
 from pretrain.results.schema import Protocol, Result, to_json
 from pretrain.results.tables import (
+    DIFFERENCE,
     MEASURED,
+    METHOD_FIELDS,
     NONE,
-    PROTOCOL_FIELDS,
     FootNotes,
     Line,
     Table,
@@ -28,12 +28,90 @@ from pretrain.results.tables import (
     epochs_text,
     is_elsewhere,
     method_fields,
-    scores_of,
+    number_text,
+    record,
+    score_values,
     seeds_note,
     signed,
 )
 
-DIFFERENCE = "Δ"
+COCO, ADE20K = "coco-12ep", "ade20k-160k"  # the protocols of all tables but the second
+SCORES = {"box_ap": "AP box", "mask_ap": "AP mask", "ade20k_miou": "mIoU"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One of the paper's tables.
+
+    Attributes:
+        title: what it shows.
+        protocols: the fine-tunings whose scores it holds.
+        keys: the columns that say what a row is.
+        parts: (heading, table of the csv) of its groups of rows.
+        cells: {method in the csv: what stands under ``keys``}; of any other, its name and its effective
+            epochs.
+        own_rows: whether measured rows without a published one stand in it.
+    """
+
+    title: str
+    protocols: tuple[str, ...] = (COCO,)
+    keys: tuple[str, ...] = ("Method", "Eff. Ep.")
+    parts: tuple[tuple[str, str], ...] = ()
+    cells: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_rows: bool = False
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """{name in the csv: column}."""
+        has_miou = ADE20K in self.protocols
+        return {name: head for name, head in SCORES.items() if name != "ade20k_miou" or has_miou}
+
+
+LAYOUTS = {
+    "1": Layout("COCO and ADE20K", (COCO, ADE20K), parts=(("", "1"),), own_rows=True),
+    "2": Layout("COCO after 50 epochs of fine-tuning", ("coco-50ep",), parts=(("", "2"),), own_rows=True),
+    "3": Layout(
+        "what the two parts bring", keys=("Pos. enc. sampling", "L_pos"), parts=(("", "3"),),
+        cells={
+            "no position sampling no L_pos": ("", ""),
+            "position sampling": ("✓", ""),
+            "L_pos": ("", "✓"),
+            "position sampling + L_pos": ("✓", "✓"),
+        },
+    ),
+    "4a": Layout(
+        "distribution of s", keys=("Dist.",), parts=(("", "4a"),),
+        cells={"s constant": ("Const.",), "s uniform": ("Uniform",), "s Beta(2,5)": ("Beta(2, 5)",)},
+    ),
+    "4b": Layout(
+        "resolution of P", keys=("Pos. size",), parts=(("", "4b"),),
+        cells={"P 19x19": ("19 × 19",), "P 50x50": ("50 × 50",)},
+    ),
+    "5a": Layout(
+        "shape of the position masks", keys=("Pos. mask",), parts=(("", "5a"),),
+        cells={"box-wise position mask": ("Box-wise",), "cross-wise position mask": ("Cross-wise",)},
+    ),
+    "5b": Layout(
+        "share of the images with either mask", keys=("Content vs. pos.",), parts=(("", "5b"),),
+        cells={
+            "100% content": ("100% content masks",),
+            "100% position": ("100% position masks",),
+            "50% each": ("50% each",),
+        },
+    ),
+    "7": Layout(
+        "COCO and ADE20K, with the official DINOv2", (COCO, ADE20K),
+        parts=(("", "1"), ("On 142M dataset", "7")), own_rows=True,
+    ),
+}  # fmt: skip
+
+
+KEYS = [
+    *("table", "source", *METHOD_FIELDS),
+    *(f"{name}_{end}" for name in SCORES for end in ("published", "measured", "std", "n", "difference")),
+    *("protocol_is_full", *(f"run_{key}" for key in METHOD_FIELDS)),
+    *("detection_protocol", "segmentation_protocol", "deviations", "seeds", "config", "note"),
+]
 OWN_ROWS = "Not in the paper's table"
 NOT_COMPARABLE = "Not comparable with the published numbers, so there is no difference."
 
@@ -60,19 +138,21 @@ class TableRow:
     def scaled(self, score: str) -> tuple[Protocol, ...]:
         """The protocols from which a measured score deviates; none: it may be compared."""
         assert self.measured is not None
-        _, detection, segmentation = self.measured.protocols
-        tuning = segmentation if score == "ade20k_miou" else detection
-        return tuple(
-            protocol
-            for protocol in (self.pretraining, tuning)
-            if protocol is not None and protocol.deviations
-        )
+        protocols = (self.pretraining, self.measured.protocol(score))
+        return tuple(protocol for protocol in protocols if protocol is not None and protocol.deviations)
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
         printed = getattr(self.row, score, None)
-        measured = None if self.measured is None else scores_of(self.measured)[score]
+        measured = None if self.measured is None else self.measured.score(score)
         return None if printed is None or measured is None or self.scaled(score) else measured.mean - printed
+
+    def difference_text(self, score: str) -> str:
+        """Of the numbers as shown, so that a reader finds the same."""
+        if self.measured is None or self.row is None or self.difference(score) is None:
+            return ""
+        mean, printed = self.measured.score(score), getattr(self.row, score)
+        return "" if mean is None else signed(round(float(f"{mean.mean:.1f}") - printed, 1))
 
 
 def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
@@ -92,16 +172,9 @@ def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
     made = []
     for number in wanted:
         entries = _table_rows(LAYOUTS[number], results, printed)
-        for entry in entries:
-            if entry.measured is not None:
-                placed |= {to_json(run) for run in entry.measured.runs}
+        placed |= {to_json(run) for entry in entries if entry.measured for run in entry.measured.runs}
         made += _panels(number, entries)
-    return [
-        *made,
-        *_further(
-            [result for result in results if result.kind == "pretrain" or to_json(result) not in placed]
-        ),
-    ]
+    return [*made, *_further([r for r in results if r.kind == "pretrain" or to_json(r) not in placed])]
 
 
 def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
@@ -114,11 +187,8 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
             continue
-        fitting = [
-            i
-            for i, measured in enumerate(found)
-            if len(before[i]) == 1 and belongs(measured, before[i][0], row)
-        ]
+        ours = [i for i, known_before in enumerate(before) if len(known_before) == 1]
+        fitting = [i for i in ours if belongs(found[i], before[i][0], row)]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
         if is_method(row) and own:  # the method's own run stands in for an ablation's last row
@@ -127,11 +197,8 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
             beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
             entries += beside or [TableRow(row, None)]
     if layout.own_rows:
-        entries += [
-            TableRow(None, measured, measured.pretraining)
-            for i, measured in enumerate(found)
-            if i not in matched
-        ]
+        others = [measured for i, measured in enumerate(found) if i not in matched]
+        entries += [TableRow(None, measured, measured.pretraining) for measured in others]
     return entries
 
 
@@ -149,11 +216,8 @@ def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     tables = []
     for family in families:
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        where = (
-            f"Table {number}{letter} of the paper"
-            if family in printed
-            else f"Beside the paper's Table {number}"
-        )
+        number_of_paper = f"Table {number}{letter} of the paper"
+        where = number_of_paper if family in printed else f"Beside the paper's Table {number}"
         title = f"{where}: {layout.title}, {family}"
         tables.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
     return tables
@@ -173,12 +237,8 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
         if lines and heading and len(lines) < len(entries):
             lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
         groups += [tuple(lines)] if lines else []
-    heads = [
-        ("", n_keys),
-        ("COCO", 2 * width),
-        ("ADE20K", width * (len(layout.scores) - 2)),
-        ("", int(beside)),
-    ]
+    heads = [("", n_keys), ("COCO", 2 * width)]
+    heads += [("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
     scores = range(n_keys, n_keys + width * len(layout.scores))
     return Table(
         title=title,
@@ -196,48 +256,30 @@ def _line(
     layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool
 ) -> Line:
     row, measured = entry.row, entry.measured
-    scores = {} if measured is None else scores_of(measured)
     if row is not None:
-        cells = [
-            *layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])
-        ]
+        usual = (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)]
+        cells = [*layout.cells.get(row.method, usual)]
     else:
         assert measured is not None
         epochs = epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
-        cells = [f"{_who(measured)} {MEASURED}", epochs]
+        # The registers, too, which the family in the title does not tell.
+        registers = backbone_label(measured.run.backbone).removeprefix(entry.family)
+        cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
+    scaled = False
     for name in layout.scores:
-        printed, score = getattr(row, name, None), scores.get(name)
-        text = "" if score is None else f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-        shown = [
-            NONE if printed is None else f"{printed:.1f}",
-            text,
-            _signed(entry.difference(name), printed, score),
-        ]
+        printed, score, text = getattr(row, name, None), measured and measured.score(name), ""
+        if score is not None:
+            scaled |= bool(entry.scaled(name))
+            text = f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
+        shown = [NONE if printed is None else f"{printed:.1f}", text, entry.difference_text(name)]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
-    scaled = any(entry.scaled(name) for name, score in scores.items() if score is not None)
     return Line("measured" if row is None else "published", scaled, tuple(cells))
 
 
 def _place(entry: TableRow) -> object:
     """Equal for entries that only the configs of their runs set apart."""
-    if entry.row is not None:
-        return entry.row
-    assert entry.measured is not None
-    return entry.measured.identity
-
-
-def _who(measured: Measured) -> str:
-    """The method; with the registers, which the family in the title does not tell."""
-    label, family = backbone_label(measured.run.backbone), backbone_family(measured.run.backbone)
-    return measured.run.method + label.removeprefix(family)
-
-
-def _signed(difference: float | None, printed: float | None, score: Score | None) -> str:
-    """Of the numbers as shown, so that a reader finds the same."""
-    if difference is None or printed is None or score is None:
-        return ""
-    return signed(round(float(f"{score.mean:.1f}") - printed, 1))
+    return entry.row if entry.row is not None else entry.measured and entry.measured.identity
 
 
 def _runs(entry: TableRow, alone: bool) -> str:
@@ -247,9 +289,8 @@ def _runs(entry: TableRow, alone: bool) -> str:
     run, seeds = entry.measured.run, entry.measured.seeds
     name = "" if entry.row is None or same_name(run.method, entry.row.method) else run.method
     word = "" if ";" in seeds else "seeds " if "," in seeds else "seed "
-    return "; ".join(
-        text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text
-    )
+    config = "" if alone else f"config {entry.measured.configs}"
+    return "; ".join(text for text in (name, word + seeds, config) if text)
 
 
 def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
@@ -282,47 +323,23 @@ def _further(results: Sequence[Result]) -> list[Table]:
 def _record(number: str, entry: TableRow) -> dict[str, str]:
     """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
-    scores = {} if measured is None else scores_of(measured)
-    record = {"table": number, "source": "measured" if row is None else "published"}
+    values = {"table": number, "source": "measured" if row is None else "published"}
+    if measured is not None:
+        run = measured.run
+        fields = method_fields(run.method, run.backbone, run.effective_epochs)
+        values |= {f"run_{key}": text for key, text in fields.items()}
+        values |= fields | {"backbone": backbone_label(run.backbone)}
+        protocols = ["" if protocol is None else protocol.label for protocol in measured.protocols[1:]]
+        values |= dict(zip(("detection_protocol", "segmentation_protocol"), protocols))
+        found = {name: score for name in SCORES if (score := measured.score(name)) is not None}
+        scaled = {p.identity: p for name in found for p in entry.scaled(name)}
+        values |= {"protocol_is_full": str(not scaled).lower(), "config": measured.configs}
+        values |= {"deviations": " | ".join(p.text for p in scaled.values()), "seeds": measured.seeds}
+        for name, score in found.items():
+            values |= score_values(name, score, "_measured")
     if row is not None:
-        record |= method_fields(row.method, row.backbone, row.effective_epochs)
-    else:
-        assert measured is not None
-        record |= method_fields(
-            measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs
-        )
+        values |= method_fields(row.method, row.backbone, row.effective_epochs) | {"note": row.note}
     for name in SCORES:
-        score = scores.get(name)
-        record[f"{name}_published"] = _number(getattr(row, name, None))
-        record[f"{name}_measured"] = _number(None if score is None else score.mean)
-        record[f"{name}_std"] = _number(None if score is None else score.std)
-        record[f"{name}_n"] = "" if score is None else str(score.n)
-        record[f"{name}_difference"] = _number(entry.difference(name))
-    return record | _origin(entry, scores) | {"note": "" if row is None else row.note}
-
-
-def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, str]:
-    """The part of a record that says what was measured; empty for a published row alone."""
-    names = ("protocol_is_full", "run_method", "run_backbone", "run_effective_epochs", *PROTOCOL_FIELDS[1:])
-    if entry.measured is None:
-        return dict.fromkeys((*names, "deviations", "seeds", "config"), "")
-    run = entry.measured.run
-    scaled = {
-        p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)
-    }
-    protocols = ["" if protocol is None else protocol.label for protocol in entry.measured.protocols[1:]]
-    values = (
-        str(not scaled).lower(),
-        *method_fields(run.method, run.backbone, run.effective_epochs).values(),
-        *protocols,
-    )
-    return dict(zip(names, values)) | {
-        "deviations": " | ".join(p.text for p in scaled.values()),
-        "seeds": entry.measured.seeds,
-        "config": entry.measured.configs,
-    }
-
-
-def _number(value: float | None) -> str:
-    """Not rounded to a decimal; "" for None."""
-    return "" if value is None else repr(round(value, 6) + 0.0)
+        values[f"{name}_published"] = number_text(getattr(row, name, None))
+        values[f"{name}_difference"] = number_text(entry.difference(name))
+    return record(KEYS, values)

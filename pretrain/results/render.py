@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pretrain.errors import UserError
+from pretrain.results.pages import from_template
 from pretrain.results.tables import Line, Table
 
 FORMATS = ("md", "csv", "latex", "html")
@@ -38,7 +39,12 @@ def render(table: Table, format: str) -> str:
 
     The first two cells of a measured row are bold in md, latex and html. Raises UserError for another format.
     """
-    draw = {"md": _markdown, "csv": _csv, "latex": _latex, "html": _html}.get(format)
+    draw = {
+        "md": _markdown,
+        "csv": _csv,
+        "latex": _latex,
+        "html": lambda table: from_template("table.html", table=table),
+    }.get(format)
     if draw is None:
         raise UserError(f"format {format!r} is none of {', '.join(FORMATS)}")
     return draw(table)
@@ -49,14 +55,9 @@ def render_all(tables: Sequence[Table], format: str) -> str:
     out."""
     if format == "csv":
         records = [record for table in tables for record in table.records]
-        return render(
-            replace(tables[0], records=tuple(r for r in records if r.keys() == records[0].keys())), format
-        )
+        alike = tuple(record for record in records if record.keys() == records[0].keys())
+        return render(replace(tables[0], records=alike), format)
     return "\n".join(render(table, format) for table in tables)
-
-
-def _bold(line: Line, i: int) -> bool:
-    return line.source == "measured" and i < 2 and bool(line.cells[i])
 
 
 def _markdown(table: Table) -> str:
@@ -64,18 +65,14 @@ def _markdown(table: Table) -> str:
         return f"| {' | '.join(cells)} |"
 
     def cells(line: Line) -> list[str]:
-        return [
-            f"**{markdown_text(t)}**" if _bold(line, i) else markdown_text(t)
-            for i, t in enumerate(line.cells)
-        ]
+        texts = map(markdown_text, line.cells)
+        return [f"**{text}**" if line.is_bold(i) else text for i, text in enumerate(texts)]
 
     rules = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
     lines = [row([markdown_text(name) for name in table.columns]), row(rules)]
     lines += [row(cells(line)) for group in table.groups for line in group]
     notes = [f"- {markdown_text(note)}" for note in table.notes]
-    return (
-        "\n".join([f"**{markdown_text(table.title)}**", "", *lines, *([""] if notes else []), *notes]) + "\n"
-    )
+    return "\n".join([f"**{markdown_text(table.title)}**", "", *lines, *[""] * bool(notes), *notes]) + "\n"
 
 
 def markdown_text(text: str) -> str:
@@ -95,10 +92,8 @@ def _csv(table: Table) -> str:
 
 def _latex(table: Table) -> str:
     def cells(line: Line) -> list[str]:
-        return [
-            rf"\textbf{{{latex_text(t)}}}" if _bold(line, i) else latex_text(t)
-            for i, t in enumerate(line.cells)
-        ]
+        texts = map(latex_text, line.cells)
+        return [rf"\textbf{{{text}}}" if line.is_bold(i) else text for i, text in enumerate(texts)]
 
     alignment = "".join("r" if i in table.numeric else "l" for i in range(len(table.columns)))
     lines = [
@@ -112,11 +107,8 @@ def _latex(table: Table) -> str:
     ]
     for group in table.groups:
         lines += [r"\midrule", *(" & ".join(cells(line)) + r" \\" for line in group)]
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}}",
-        *(rf"\par\footnotesize {latex_text(note)}" for note in table.notes),
-    ]
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    lines += [rf"\par\footnotesize {latex_text(note)}" for note in table.notes]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
@@ -136,30 +128,4 @@ def latex_text(text: str) -> str:
 
 
 def _html(table: Table) -> str:
-    def cell(tag: str, i: int, text: str, bold: bool = False) -> str:
-        kind = "number" if i in table.numeric else "long" if len(text) > 24 else ""
-        kind += " measured" * (i in table.measured)
-        words = f"<b>{html.escape(text)}</b>" if bold else html.escape(text)
-        return f'<{tag} class="{kind}">{words}</{tag}>' if kind else f"<{tag}>{words}</{tag}>"
-
-    above = "".join(
-        f'<th class="over" colspan="{span}">{html.escape(text)}</th>' for text, span in table.heads
-    )
-    heads = "".join(cell("th", i, name) for i, name in enumerate(table.columns))
-    lines = [
-        '<div class="table-scroll"><table class="results">',
-        f"<caption>{html.escape(table.title)}</caption>",
-        f"<thead>{f'<tr>{above}</tr>' * bool(above)}<tr>{heads}</tr></thead>",
-    ]
-    for group in table.groups:
-        lines.append("<tbody>")
-        for line in group:
-            cells = "".join(cell("td", i, text, _bold(line, i)) for i, text in enumerate(line.cells))
-            lines.append(f'<tr class="{line.source}{" scaled" * line.scaled}">{cells}</tr>')
-        lines.append("</tbody>")
-    lines.append("</table></div>")
-    if table.notes:
-        lines.append(
-            f'<ul class="notes">{"".join(f"<li>{html.escape(note)}</li>" for note in table.notes)}</ul>'
-        )
-    return "\n".join(lines) + "\n"
+    return from_template("table.html", table=table)

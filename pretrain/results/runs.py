@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.results.merge import backbone_label
+from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 
 POINTS = "points"  # in a sweep's folder, the folder of its runs
