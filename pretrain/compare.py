@@ -22,6 +22,7 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
+from pretrain.files import write_text
 from pretrain.jobs import (
     Processes,
     Stage,
@@ -404,7 +405,6 @@ def write_tables(
     shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
     texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
     texts["html"] = page(name, {"Results": texts["html"]})
-    output.mkdir(parents=True, exist_ok=True)
     for suffix, text in texts.items():
-        (output / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+        write_text(output / f"{name}.{suffix}", text)
     return texts["md"]

@@ -11,9 +11,8 @@ A [N (query), N (key)] is that of one head, each row summing to 1. How diverse a
 * MAD, mean attention distance: mean over q of sum_k A_qk times the distance of the two patches' centers, in
   pixels.
 
-:func:`nmi` and :func:`mad_px` are the plain form, of a whole A. :func:`attention_statistics` streams: beside
-the network's own forward pass it holds ``block`` rows of the attention of one layer at a time, and so takes
-about
+:func:`attention_statistics` streams: beside the network's own forward pass it holds ``block`` rows of the
+attention of one layer at a time, and so takes about
 
     4 bytes * 3 * B * heads * block * (N + special tokens)
 
@@ -23,7 +22,7 @@ MB.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,12 +99,6 @@ def last_layer(
     return LastLayer(rows[:, 0] if backbone.has_cls else patches.mean(1), patches, features)
 
 
-def last_layer_attention(backbone: ViT, x: Tensor) -> Tensor:
-    """Patch-to-patch attention of :func:`last_layer`, [B, N (query), N (key)], for [B, 3, H, W] normalized
-    pixels."""
-    return last_layer(backbone, x).patches
-
-
 def patch_at(place: tuple[float, float], grid: tuple[int, int]) -> tuple[int, int]:
     """Row and column of the patch at a place (x, y) in image units, in a grid (h, w)."""
     x, y = place
@@ -162,19 +155,8 @@ def distances_px(
     return ((y[queries, None] - y).square() + (x[queries, None] - x).square()).sqrt()
 
 
-def nmi(attention: Tensor) -> Tensor:
-    """NMI of attention [..., N (query), N (key)] whose rows sum to 1: [...], in [0, 1]."""
-    return _nmi(_wide(entropy(attention)).mean(-1), _wide(attention).mean(-2), attention.shape[-2])
-
-
-def mad_px(attention: Tensor, grid: tuple[int, int], patch_px: int) -> Tensor:
-    """MAD in pixels of attention [..., N, N] over a grid (h, w), N = h * w, row-major: [...]."""
-    distances = distances_px(grid, patch_px, device=attention.device)
-    return _wide((attention * distances).sum(-1)).mean(-1)
-
-
 def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
-    """From mean_q H(A_q) [...] and p(k) [..., N]: the plain and the streamed form end alike."""
+    """From mean_q H(A_q) [...] and p(k) [..., N]."""
     key_entropy = entropy(keys)
     information = (
         (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
@@ -202,7 +184,7 @@ def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statis
     layers = []
     for layer, entering in layer_inputs(backbone, tokens, buckets):
         blocks = row_blocks(layer.attn, layer.norm1(entering), backbone.n_prefix, buckets, block)
-        layers.append(_streamed(blocks, grid, backbone.patch_size))
+        layers.append(streamed_statistics(blocks, grid, backbone.patch_size))
     nmis, mads = (torch.stack(values, dim=1).cpu().double() for values in zip(*layers))
     return Statistics(nmis, mads)
 
@@ -224,14 +206,21 @@ def row_blocks(
         yield over_patches(_at_least_float32(attention.weights(q[:, :, queries], k, of_block)), n_prefix)
 
 
-def _streamed(blocks: Iterator[Tensor], grid: tuple[int, int], patch_px: int) -> tuple[Tensor, Tensor]:
-    """NMI and MAD [B, heads] from the rows of attention in order."""
+def streamed_statistics(
+    blocks: Iterable[Tensor], grid: tuple[int, int], patch_px: int
+) -> tuple[Tensor, Tensor]:
+    """NMI in [0, 1] and MAD in pixels, [...] each, from all rows of attention in order.
+
+    Args:
+        blocks: [..., M, N] each, rows summing to 1; they are changed.
+        grid: (h, w) of the N patches, row-major.
+    """
     row_entropy = keys = distance = torch.zeros(())
     done = 0
-    for rows in blocks:  # [B, heads, M, N]
-        here = slice(done, done + rows.shape[2])
-        row_entropy = row_entropy.to(rows.device) + _wide(entropy(rows)).sum(-1)  # [B, heads]
-        keys = keys.to(rows.device) + _wide(rows.sum(-2))  # [B, heads, N]
+    for rows in blocks:
+        here = slice(done, done + rows.shape[-2])
+        row_entropy = row_entropy.to(rows.device) + _wide(entropy(rows)).sum(-1)  # [...]
+        keys = keys.to(rows.device) + _wide(rows.sum(-2))  # [..., N]
         rows *= distances_px(grid, patch_px, here, rows.device)
         distance = distance.to(rows.device) + _wide(rows.sum(-1)).sum(-1)
         done = here.stop

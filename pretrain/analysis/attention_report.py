@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -20,6 +19,7 @@ from pretrain.analysis.figures import (
     bare,
     displayable,
     forget,
+    grid_of_axes,
     heat_map,
     keep,
     plain,
@@ -39,9 +39,9 @@ LONGEST_NAME = 28
 def statistics_figure(measured: Sequence[Measured]) -> Figure:
     """NMI and MAD by layer, all checkpoints overlaid; the bands are one standard deviation over the images
     (paper Fig. 5)."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = grid_of_axes(1, 2, (9, 3.4))
     names = [m.name for m in measured]
-    for axis, (metric, label) in zip(axes, METRICS.items()):
+    for axis, (metric, label) in zip(axes[0], METRICS.items()):
         for i, m in enumerate(measured):
             color, dash = style_of(m.name, names, i // 8)
             mean, std = m.by_layer(metric)
@@ -51,7 +51,7 @@ def statistics_figure(measured: Sequence[Measured]) -> Figure:
             axis.fill_between(layers, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         _layer_axis(axis, label)
         from_zero(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
@@ -65,8 +65,7 @@ def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
     """
     columns = min(PANELS_A_ROW, len(measured))
     rows = math.ceil(len(measured) / columns)
-    size = (2.9 * columns + 0.5, 2.5 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, axes = grid_of_axes(rows, columns, (2.9 * columns + 0.5, 2.5 * rows), sharey=True)
     names = [m.name for m in measured]
     for axis in axes.flat[len(measured) :]:
         axis.set_axis_off()
@@ -103,7 +102,7 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
     height, width = picture.shape[1:]
     rows, columns = 1 + len(maps), len(queries)
     size = (1.9 * columns + 0.4, 1.9 * rows * height / width)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = grid_of_axes(rows, columns, size)
     for axis, query in zip(axes[0], queries):
         bare(axis).imshow(displayable(picture), extent=(0, width, height, 0))
         axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
@@ -127,8 +126,7 @@ def masks_comparison_figure(
     """
     height, width = pictures.shape[2:]
     rows = len(pictures)
-    layout = dict(figsize=(8.6, 2.1 * rows), layout="constrained", width_ratios=(1, 1, 1, 1.35))
-    figure, axes = plt.subplots(rows, 4, squeeze=False, **layout)
+    figure, axes = grid_of_axes(rows, 4, (8.6, 2.1 * rows), width_ratios=(1, 1, 1, 1.35))
     for i, (row, picture) in enumerate(zip(axes, pictures)):
         query = queries[i % len(queries)]
         bare(row[0], "image and query").imshow(displayable(picture), extent=(0, width, height, 0))

@@ -1,9 +1,8 @@
 """Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend
 to (appendix A).
 
-    posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output
-    attention posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017
-    --output masks
+    posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output attention
+    posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017 --output masks
 
 writes to the output folder:
     statistics.csv        every checkpoint, image, layer and head
@@ -14,9 +13,8 @@ writes to the output folder:
 
 One checkpoint is in memory at a time. Beside its forward pass the statistics take 12 bytes * batch * heads *
 block * tokens (ViT-B/16 at 480 px, block 64: 8 MB an image), and the images 3 * size^2 bytes each. ViT-B/16
-at 480 px takes twice its forward
-pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with 1.3 GiB in all. Give a GPU --batch 8
-    or more.
+at 480 px takes twice its forward pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with
+1.3 GiB in all. Give a GPU --batch 8 or more.
 """
 
 import argparse
@@ -34,6 +32,7 @@ from pretrain.data.sources import DataSettings
 from pretrain.device import DEVICES, choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, add_options, models_of, named_apart, open_models
+from pretrain.files import write_text
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
 
@@ -57,17 +56,10 @@ def main(arguments: list[str]) -> None:
     shown = images[: options.shown]
     measured, maps = [], {}
     with StopSignals() as signals:
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+        same = dict(crop=options.crop, bf16=options.bf16, batch=options.batch, block=options.block)
         study = Study(
-            pictures.names,
-            images,
-            pictures.broken,
-            crop=options.crop,
-            bf16=options.bf16,
-            device=device,
-            autocast=torch.autocast(device.type, torch.bfloat16, enabled=options.bf16),
-            batch=options.batch,
-            block=options.block,
-            signals=signals,
+            pictures.names, images, pictures.broken, device=device, autocast=autocast, signals=signals, **same
         )
         for subject in subjects:
             backbone = subject.build().to(device)
@@ -77,10 +69,8 @@ def main(arguments: list[str]) -> None:
     write_summary(output / "summary.csv", measured)
     compared = (subjects[-2].label, subjects[-1].label) if options.compare_masks else None
     figures = draw(output / "figures", measured, pictures.names, shown, maps, queries, compared)
-    page = build_page(
-        measured, [read_result(output / subject.folder) for subject in subjects], figures, pictures.broken
-    )
-    (output / "report.html").write_text(page, encoding="utf-8")
+    results = [read_result(output / subject.folder) for subject in subjects]
+    write_text(output / "report.html", build_page(measured, results, figures, pictures.broken))
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 
@@ -90,9 +80,8 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
     subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        two = open_models(
-            options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size
-        )
+        how = (options.source, options.backbone, options.patch_size)
+        two = open_models(options.compare_masks, [BOX, CROSS], *how)
         subjects = named_apart([*subjects, *two])
     if not subjects:
         raise UserError("nothing to analyze: give --weights or --compare-masks")
@@ -106,34 +95,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, required=False)
-    parser.add_argument(
-        "--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7"
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="anything that data.root may be")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=480,
-        metavar="PX",
-        help="side of the images (%(default)s, as in the paper)",
-    )
-    parser.add_argument("--crop", action="store_true", help="central squares; else the images are squeezed")
-    parser.add_argument(
-        "--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)"
-    )
-    parser.add_argument("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    parser.add_argument(
-        "--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)"
-    )
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
-    parser.add_argument(
-        "--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)"
-    )
-    parser.add_argument("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    parser.add_argument(
-        "--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    add, mask_runs = parser.add_argument, ("BOX", "CROSS")
+    side = "side of the images (%(default)s, as in the paper)"
+    add("--compare-masks", type=Path, nargs=2, metavar=mask_runs, help="two runs, for Fig. 7")
+    add("--images", required=True, metavar="DIR", help="anything that data.root may be")
+    add("--size", type=int, default=480, metavar="PX", help=side)
+    add("--crop", action="store_true", help="central squares; else the images are squeezed")
+    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
+    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
+    add("--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="%(default)s")
+    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
+    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
+    add("--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32")
+    add("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options

@@ -7,27 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from pretrain.errors import UserError
+from pretrain.results import tables
 from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.rows import Measured, alike, ranked
 from pretrain.results.schema import Result
-from pretrain.results.tables import (
-    ABOUT,
-    DIFFERENCE,
-    METHOD_FIELDS,
-    FootNotes,
-    Line,
-    Table,
-    are_twins,
-    measured_line,
-    measured_values,
-    number_text,
-    published_line,
-    published_values,
-    record,
-    score_keys,
-    seeds_note,
-    source_notes,
-)
+from pretrain.results.tables import ABOUT, DIFFERENCE, FootNotes, Line, Table
 
 PREFIX = "dense-"  # of the protocols' names, before the set's
 SETS = {
@@ -79,20 +63,22 @@ def dense_table(
         columns += [head, *[DIFFERENCE] * bool(against)]
     numeric = frozenset(range(3, len(columns)))
     columns += ["protocol", "seeds", "note"]
-    keys = ["source", "mark", "protocol_is_full", "set", *METHOD_FIELDS, *score_keys(heads)]
+    keys = ["source", "mark", "protocol_is_full", "set", *tables.METHOD_FIELDS, *tables.score_keys(heads)]
     keys += [f"{name}_difference" for name in heads if against]
     keys += ["pretraining_protocol", "protocol", "deviations", "seeds", "config", "note"]
     notes, groups, records = FootNotes(), [], []
     for name in sets or dict.fromkeys(row.set for row in printed):
         lines = [Line("heading", False, (SETS.get(name, name), *[""] * (len(columns) - 1)))]
         for row in (row for row in printed if row.set == name):
-            lines.append(published_line(row, heads, [""], row.note, has_gains=bool(against)))
-            records.append(record(keys, published_values(row) | {"set": name}))
+            lines.append(tables.published_line(row, heads, [""], row.note, has_gains=bool(against)))
+            records.append(tables.record(keys, tables.published_values(row) | {"set": name}))
         for found in (row for row in rows if _set(row) == name):
             gains = _gains(found, rows, heads, against)
-            lines.append(measured_line(found, heads, notes, rows, gains if against else None))
-            differences = {f"{score}_difference": number_text(gain) for score, gain in gains.items()}
-            records.append(record(keys, measured_values(found, heads) | differences | {"set": name}))
+            lines.append(tables.measured_line(found, heads, notes, rows, gains if against else None))
+            differences = {f"{score}_difference": tables.number_text(gain) for score, gain in gains.items()}
+            records.append(
+                tables.record(keys, tables.measured_values(found, heads) | differences | {"set": name})
+            )
         groups.append(tuple(lines))
     return Table(
         title="Dense evaluation without fine-tuning",
@@ -163,11 +149,11 @@ def _notes(
             "Published: as the methods' authors or later comparisons report; in-context mIoU stands under "
             "Hungarian, for the public Hummingbird evaluation matches classes before it counts."
         )
-    texts += source_notes(printed, rows) + seeds_note(rows, heads)
+    texts += tables.source_notes(printed, rows) + tables.seeds_note(rows, heads)
     if against:
         alike_alone = "where backbone and evaluation are the same"
         texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
-    if are_twins(rows):
+    if tables.are_twins(rows):
         texts.append(
             "Rows with a config in their note differ in their configuration or weights and are not averaged."
         )

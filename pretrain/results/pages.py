@@ -1,5 +1,5 @@
-"""Self-contained html pages, from the templates beside this file: no script, no external file, every text
-escaped."""
+"""Texts from the templates beside this file; html pages are self-contained: no script, no external file, every
+text escaped."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, pass_eval_context
 from markupsafe import Markup
 
 LARGE_BYTES = 200_000
@@ -27,16 +27,23 @@ def data_uri(png: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(pixels).decode('ascii')}"
 
 
-def _escaped(value: Any) -> Any:
+@pass_eval_context
+def _escaped(context: Any, value: Any) -> Any:
     """As Python's own library escapes it: the texts of tables are compared byte for byte."""
-    return value if hasattr(value, "__html__") else Markup(html.escape(str(value)))
+    is_plain = context.autoescape and not hasattr(value, "__html__")
+    return Markup(html.escape(str(value))) if is_plain else value
 
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    **dict(autoescape=True, finalize=_escaped, trim_blocks=True, lstrip_blocks=True),
+    autoescape=lambda name: str(name).endswith(".html"),
+    finalize=_escaped,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
-_TEMPLATES.filters["data_uri"] = data_uri
+FILTERS = _TEMPLATES.filters
+FILTERS |= {"data_uri": data_uri, "braced": "{{{}}}".format}
 
 
 def from_template(name: str, **values: Any) -> str:

@@ -12,28 +12,12 @@ compare. A published row stands once for each configuration of the runs that bel
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from pretrain.results import tables
 from pretrain.results.matching import belongs, further_deviations, is_method, same_name
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
 from pretrain.results.rows import Measured, backbone_family, backbone_label, merge
 from pretrain.results.schema import Protocol, Result, to_json
-from pretrain.results.tables import (
-    DIFFERENCE,
-    MEASURED,
-    METHOD_FIELDS,
-    NONE,
-    FootNotes,
-    Line,
-    Table,
-    comparison_table,
-    epochs_text,
-    is_elsewhere,
-    method_fields,
-    number_text,
-    record,
-    score_values,
-    seeds_note,
-    signed,
-)
+from pretrain.results.tables import DIFFERENCE, MEASURED, NONE, FootNotes, Line, Table
 
 COCO, ADE20K = "coco-12ep", "ade20k-160k"  # the protocols of all tables but the second
 SCORES = {"box_ap": "AP box", "mask_ap": "AP mask", "ade20k_miou": "mIoU"}
@@ -47,7 +31,7 @@ class Layout:
         title: what it shows.
         protocols: the fine-tunings whose scores it holds.
         keys: the columns that say what a row is.
-        parts: (heading, table of the csv) of its groups of rows.
+        parts: (heading, table of the csv) of its groups of rows; none: one, of the table itself.
         cells: {method in the csv: what stands under ``keys``}; of any other, its name and its effective
             epochs.
         own_rows: whether measured rows without a published one stand in it.
@@ -67,49 +51,42 @@ class Layout:
         return {name: head for name, head in SCORES.items() if name != "ade20k_miou" or has_miou}
 
 
+def _ablation(title: str, key: str, cells: Mapping[str, str]) -> Layout:
+    return Layout(title, keys=(key,), cells={method: (cell,) for method, cell in cells.items()})
+
+
 LAYOUTS = {
-    "1": Layout("COCO and ADE20K", (COCO, ADE20K), parts=(("", "1"),), own_rows=True),
-    "2": Layout("COCO after 50 epochs of fine-tuning", ("coco-50ep",), parts=(("", "2"),), own_rows=True),
+    "1": Layout("COCO and ADE20K", (COCO, ADE20K), own_rows=True),
+    "2": Layout("COCO after 50 epochs of fine-tuning", ("coco-50ep",), own_rows=True),
     "3": Layout(
-        "what the two parts bring", keys=("Pos. enc. sampling", "L_pos"), parts=(("", "3"),),
+        "what the two parts bring", keys=("Pos. enc. sampling", "L_pos"),
         cells={
-            "no position sampling no L_pos": ("", ""),
-            "position sampling": ("✓", ""),
-            "L_pos": ("", "✓"),
-            "position sampling + L_pos": ("✓", "✓"),
+            "no position sampling no L_pos": ("", ""), "position sampling": ("✓", ""),
+            "L_pos": ("", "✓"), "position sampling + L_pos": ("✓", "✓"),
         },
     ),
-    "4a": Layout(
-        "distribution of s", keys=("Dist.",), parts=(("", "4a"),),
-        cells={"s constant": ("Const.",), "s uniform": ("Uniform",), "s Beta(2,5)": ("Beta(2, 5)",)},
+    "4a": _ablation(
+        "distribution of s", "Dist.",
+        {"s constant": "Const.", "s uniform": "Uniform", "s Beta(2,5)": "Beta(2, 5)"},
     ),
-    "4b": Layout(
-        "resolution of P", keys=("Pos. size",), parts=(("", "4b"),),
-        cells={"P 19x19": ("19 × 19",), "P 50x50": ("50 × 50",)},
+    "4b": _ablation("resolution of P", "Pos. size", {"P 19x19": "19 × 19", "P 50x50": "50 × 50"}),
+    "5a": _ablation(
+        "shape of the position masks", "Pos. mask",
+        {"box-wise position mask": "Box-wise", "cross-wise position mask": "Cross-wise"},
     ),
-    "5a": Layout(
-        "shape of the position masks", keys=("Pos. mask",), parts=(("", "5a"),),
-        cells={"box-wise position mask": ("Box-wise",), "cross-wise position mask": ("Cross-wise",)},
-    ),
-    "5b": Layout(
-        "share of the images with either mask", keys=("Content vs. pos.",), parts=(("", "5b"),),
-        cells={
-            "100% content": ("100% content masks",),
-            "100% position": ("100% position masks",),
-            "50% each": ("50% each",),
-        },
+    "5b": _ablation(
+        "share of the images with either mask", "Content vs. pos.",
+        {"100% content": "100% content masks", "100% position": "100% position masks"},
     ),
     "7": Layout(
-        "COCO and ADE20K, with the official DINOv2", (COCO, ADE20K),
-        parts=(("", "1"), ("On 142M dataset", "7")), own_rows=True,
+        "COCO and ADE20K, with the official DINOv2", (COCO, ADE20K), parts=(("", "1"), ("On 142M dataset", "7")),
+        own_rows=True,
     ),
 }  # fmt: skip
-
-
 KEYS = [
-    *("table", "source", *METHOD_FIELDS),
+    *("table", "source", *tables.METHOD_FIELDS),
     *(f"{name}_{end}" for name in SCORES for end in ("published", "measured", "std", "n", "difference")),
-    *("protocol_is_full", *(f"run_{key}" for key in METHOD_FIELDS)),
+    *("protocol_is_full", *(f"run_{key}" for key in tables.METHOD_FIELDS)),
     *("detection_protocol", "segmentation_protocol", "deviations", "seeds", "config", "note"),
 ]
 OWN_ROWS = "Not in the paper's table"
@@ -152,33 +129,34 @@ class TableRow:
         if self.measured is None or self.row is None or self.difference(score) is None:
             return ""
         mean, printed = self.measured.score(score), getattr(self.row, score)
-        return "" if mean is None else signed(round(float(f"{mean.mean:.1f}") - printed, 1))
+        return "" if mean is None else tables.signed(round(float(f"{mean.mean:.1f}") - printed, 1))
 
 
-def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
+def paper_tables(results: Sequence[Result], published: str = "all") -> list[Table]:
     """The tables one after the other, one a backbone; runs that have no place in them are in a last one.
 
     The records of all have the same keys, so that they make one csv.
 
     Args:
-        tables: "1", "1,2,4a" or "all".
+        published: "1", "1,2,4a" or "all".
 
     Raises:
         UserError: an unknown table.
     """
     printed = published_rows()
-    wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, tables))
+    wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, published))
     placed: set[str] = set()
     made = []
     for number in wanted:
-        entries = _table_rows(LAYOUTS[number], results, printed)
+        entries = _table_rows(number, results, printed)
         placed |= {to_json(run) for entry in entries if entry.measured for run in entry.measured.runs}
         made += _panels(number, entries)
     return [*made, *_further([r for r in results if r.kind == "pretrain" or to_json(r) not in placed])]
 
 
-def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
+def _table_rows(number: str, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
     """The published rows in their order, each with the measured ones that belong to it; then the others."""
+    layout = LAYOUTS[number]
     known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
     known.pop(None, None)
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
@@ -193,7 +171,7 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
         if is_method(row) and own:  # the method's own run stands in for an ablation's last row
             fitting = own
-        if row.table in dict(layout.parts).values():
+        if row.table in dict(layout.parts or [("", number)]).values():
             beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
             entries += beside or [TableRow(row, None)]
     if layout.own_rows:
@@ -213,14 +191,14 @@ def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     layout = LAYOUTS[number]
     families = list(dict.fromkeys(entry.family for entry in entries))
     printed = list(dict.fromkeys(entry.family for entry in entries if entry.row is not None))
-    tables = []
+    panels = []
     for family in families:
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
         number_of_paper = f"Table {number}{letter} of the paper"
         where = number_of_paper if family in printed else f"Beside the paper's Table {number}"
         title = f"{where}: {layout.title}, {family}"
-        tables.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
-    return tables
+        panels.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
+    return panels
 
 
 def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
@@ -231,7 +209,7 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     for head in layout.scores.values():
         columns += [head, f"measured {MEASURED}", DIFFERENCE][:width]
     columns += ["runs"] * beside
-    for heading, table in (*layout.parts, (OWN_ROWS, "")):
+    for heading, table in (*(layout.parts or [("", number)]), (OWN_ROWS, "")):
         part = [entry for entry in entries if (entry.row.table if entry.row is not None else "") == table]
         lines = [_line(layout, entry, entries, notes, beside) for entry in part]
         if lines and heading and len(lines) < len(entries):
@@ -257,11 +235,11 @@ def _line(
 ) -> Line:
     row, measured = entry.row, entry.measured
     if row is not None:
-        usual = (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)]
+        usual = (row.method, tables.epochs_text(row.effective_epochs))[: len(layout.keys)]
         cells = [*layout.cells.get(row.method, usual)]
     else:
         assert measured is not None
-        epochs = epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
+        epochs = tables.epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
         # The registers, too, which the family in the title does not tell.
         registers = backbone_label(measured.run.backbone).removeprefix(entry.family)
         cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
@@ -307,15 +285,15 @@ def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
         others = "every score without it is published, as printed in the paper"
         texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
-    return texts + seeds_note(measured)
+    return texts + tables.seeds_note(measured)
 
 
 def _further(results: Sequence[Result]) -> list[Table]:
     """What has no place in the tables asked for."""
-    table = comparison_table(results, [], "all")
+    table = tables.comparison_table(results, [], "all")
     if not table.records:
         return []
-    rows = merge([result for result in results if not is_elsewhere(result)])
+    rows = merge([result for result in results if not tables.is_elsewhere(result)])
     records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
     return [replace(table, title="Runs that have no row in these tables", records=records)]
 
@@ -326,7 +304,7 @@ def _record(number: str, entry: TableRow) -> dict[str, str]:
     values = {"table": number, "source": "measured" if row is None else "published"}
     if measured is not None:
         run = measured.run
-        fields = method_fields(run.method, run.backbone, run.effective_epochs)
+        fields = tables.method_fields(run.method, run.backbone, run.effective_epochs)
         values |= {f"run_{key}": text for key, text in fields.items()}
         values |= fields | {"backbone": backbone_label(run.backbone)}
         protocols = ["" if protocol is None else protocol.label for protocol in measured.protocols[1:]]
@@ -336,10 +314,10 @@ def _record(number: str, entry: TableRow) -> dict[str, str]:
         values |= {"protocol_is_full": str(not scaled).lower(), "config": measured.configs}
         values |= {"deviations": " | ".join(p.text for p in scaled.values()), "seeds": measured.seeds}
         for name, score in found.items():
-            values |= score_values(name, score, "_measured")
+            values |= tables.score_values(name, score, "_measured")
     if row is not None:
-        values |= method_fields(row.method, row.backbone, row.effective_epochs) | {"note": row.note}
+        values |= tables.method_fields(row.method, row.backbone, row.effective_epochs) | {"note": row.note}
     for name in SCORES:
-        values[f"{name}_published"] = number_text(getattr(row, name, None))
-        values[f"{name}_difference"] = number_text(entry.difference(name))
-    return record(KEYS, values)
+        values[f"{name}_published"] = tables.number_text(getattr(row, name, None))
+        values[f"{name}_difference"] = tables.number_text(entry.difference(name))
+    return tables.record(KEYS, values)

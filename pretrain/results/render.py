@@ -7,10 +7,11 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from pretrain.errors import UserError
-from pretrain.results.pages import from_template
-from pretrain.results.tables import Line, Table
+from pretrain.results.pages import FILTERS, from_template
+from pretrain.results.tables import Table
 
 FORMATS = ("md", "csv", "latex", "html")
 
@@ -39,15 +40,17 @@ def render(table: Table, format: str) -> str:
 
     The first two cells of a measured row are bold in md, latex and html. Raises UserError for another format.
     """
-    draw = {
-        "md": _markdown,
-        "csv": _csv,
-        "latex": _latex,
-        "html": lambda table: from_template("table.html", table=table),
-    }.get(format)
-    if draw is None:
+    if format not in FORMATS:
         raise UserError(f"format {format!r} is none of {', '.join(FORMATS)}")
-    return draw(table)
+    if format == "csv":
+        return _csv(table)
+    ends = list(accumulate(span for _, span in table.heads))
+    return from_template(
+        f"table.{'tex' if format == 'latex' else format}",
+        table=table,
+        alignment="".join("r" if i in table.numeric else "l" for i in range(len(table.columns))),
+        spans=[(text, end - span + 1, end) for (text, span), end in zip(table.heads, ends)],
+    )
 
 
 def render_all(tables: Sequence[Table], format: str) -> str:
@@ -60,27 +63,6 @@ def render_all(tables: Sequence[Table], format: str) -> str:
     return "\n".join(render(table, format) for table in tables)
 
 
-def _markdown(table: Table) -> str:
-    def row(cells: list[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def cells(line: Line) -> list[str]:
-        texts = map(markdown_text, line.cells)
-        return [f"**{text}**" if line.is_bold(i) else text for i, text in enumerate(texts)]
-
-    rules = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
-    lines = [row([markdown_text(name) for name in table.columns]), row(rules)]
-    lines += [row(cells(line)) for group in table.groups for line in group]
-    notes = [f"- {markdown_text(note)}" for note in table.notes]
-    return "\n".join([f"**{markdown_text(table.title)}**", "", *lines, *[""] * bool(notes), *notes]) + "\n"
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
-
-
 def _csv(table: Table) -> str:
     file = io.StringIO()
     if table.records:
@@ -90,36 +72,10 @@ def _csv(table: Table) -> str:
     return file.getvalue()
 
 
-def _latex(table: Table) -> str:
-    def cells(line: Line) -> list[str]:
-        texts = map(latex_text, line.cells)
-        return [rf"\textbf{{{text}}}" if line.is_bold(i) else text for i, text in enumerate(texts)]
-
-    alignment = "".join("r" if i in table.numeric else "l" for i in range(len(table.columns)))
-    lines = [
-        "% needs \\usepackage{booktabs}, \\usepackage{graphicx}, \\usepackage{amssymb} and \\usepackage[T1]{fontenc}",
-        rf"\begin{{table}}\caption{{{latex_text(table.title)}}}\centering",
-        # Shrinks alone
-        rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",
-        r"\toprule",
-        *_latex_heads(table),
-        " & ".join(latex_text(name) for name in table.columns) + r" \\",
-    ]
-    for group in table.groups:
-        lines += [r"\midrule", *(" & ".join(cells(line)) + r" \\" for line in group)]
-    lines += [r"\bottomrule", r"\end{tabular}}"]
-    lines += [rf"\par\footnotesize {latex_text(note)}" for note in table.notes]
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
-
-
-def _latex_heads(table: Table) -> list[str]:
-    """The line above the columns, and a rule under each of its texts."""
-    first, rules = 1, ""
-    for text, span in table.heads:
-        rules += rf"\cmidrule(lr){{{first}-{first + span - 1}}}" if text else ""
-        first += span
-    cells = [rf"\multicolumn{{{span}}}{{c}}{{{latex_text(text)}}}" for text, span in table.heads]
-    return [" & ".join(cells) + r" \\", rules] if cells else []
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
 
 
 def latex_text(text: str) -> str:
@@ -127,5 +83,4 @@ def latex_text(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _html(table: Table) -> str:
-    return from_template("table.html", table=table)
+FILTERS |= {"md": markdown_text, "tex": latex_text}

@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pretrain.results import tables
 from pretrain.results.curves import MOST_POINTS, Curve, panel, style_of, terms_of
 from pretrain.results.dense import dense_table
 from pretrain.results.pages import from_template
@@ -13,17 +14,7 @@ from pretrain.results.render import render_all
 from pretrain.results.rows import backbone_label, seeds_of
 from pretrain.results.runs import Run, run_names
 from pretrain.results.schema import KINDS, Result
-from pretrain.results.tables import (
-    NONE,
-    Table,
-    comparison_table,
-    duration_text,
-    epochs_text,
-    memory_text,
-    posttraining_table,
-    pretraining_table,
-    segmentation_table,
-)
+from pretrain.results.tables import NONE, Table, duration_text, epochs_text, memory_text
 
 LAYOUTS = ("list", "paper", "dense")
 STAGES = {  # of a result, and their heads
@@ -59,10 +50,15 @@ def tables_of(
         if layout == "paper":
             comparisons = paper_tables(results, published or "all")
         elif layout == "list" or has_others:
-            comparisons = [comparison_table(results, table=published or "1")]
+            comparisons = [tables.comparison_table(results, table=published or "1")]
     first = [dense, *comparisons] if layout == "dense" else [*comparisons, dense]
-    tables = [*first, segmentation_table(results), posttraining_table(results), pretraining_table(results)]
-    return [table for table in tables if table is not None]
+    found = [
+        *first,
+        tables.segmentation_table(results),
+        tables.posttraining_table(results),
+        tables.pretraining_table(results),
+    ]
+    return [table for table in found if table is not None]
 
 
 def build_report(
@@ -93,7 +89,7 @@ def build_report(
     days = sorted({result.created[:10] for result in results})
     owners = [f"{result.kind}: {name}" for result, name in zip(results, names)]
     heads = [f"{STAGES[result.stage]}: {name}" for result, name in zip(results, names)]
-    tables = tables_of(results, layout, table or "1" * (layout == "paper"), against)
+    found = tables_of(results, layout, table or "1" * (layout == "paper"), against)
     return from_template(
         "report.html",
         title=title,
@@ -105,7 +101,7 @@ def build_report(
         hardware=_distinct([result.hardware for result in results], owners),
         versions=_distinct([result.packages for result in results], owners),
         curves=_curves(runs, names),
-        tables=Markup(render_all(tables, "html")),
+        tables=Markup(render_all(found, "html")),
         hashes=[_hashes(result, name) for result, name in zip(results, names)],
     )
 

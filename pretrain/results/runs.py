@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.files import write_text
 from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 
@@ -48,11 +49,9 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = (
-            [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
-            if path.is_dir()
-            else [path]
-        )
+        files = [path]
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
         if not files:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
         for file in files:
@@ -61,8 +60,7 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _is_swept(file: Path, above: Path) -> bool:
-    """Whether a result between the file and the folder `above` is that of a sweep to which the file
-    belongs."""
+    """Whether the file belongs to a sweep whose result lies between it and the folder `above`."""
     folders = [folder for folder in file.parents if folder != above and above in folder.parents]
     return any(folder.name == POINTS and (folder.parent / FILE_NAME).is_file() for folder in folders)
 
@@ -147,9 +145,8 @@ def holds_result(
         told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
         raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
     if has_checkpoint and not is_over and not resume:
-        raise UserError(
-            f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder"
-        )
+        told = "holds an unfinished run; go on with --resume, or choose another folder"
+        raise UserError(f"output: {folder} {told}")
     return is_over
 
 
@@ -158,7 +155,7 @@ def add_caption(figure: Path, title: str, caption: str) -> None:
     captions = figure.with_name("captions.json")
     entries = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
     entries[figure.name] = {"title": title, "caption": caption}
-    captions.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    write_text(captions, json.dumps(entries, indent=2) + "\n")
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
@@ -185,14 +182,17 @@ def run_names(results: Sequence[Result]) -> list[str]:
     "intertwined" alone; "intertwined, seed 0" and "intertwined, seed 1" for two runs that differ in the seed.
     """
     names = [result.method for result in results]
-    apart = (
-        [backbone_label(result.backbone) for result in results],
-        [result.protocol.label for result in results],
-        [f"seed {result.seed}" for result in results],
-        [f"config {result.config_hash}" for result in results],
-        [f"run {i}" for i in range(1, len(results) + 1)],
-    )
-    for parts in apart:
+    apart = [
+        (
+            backbone_label(r.backbone),
+            r.protocol.label,
+            f"seed {r.seed}",
+            f"config {r.config_hash}",
+            f"run {i}",
+        )
+        for i, r in enumerate(results, 1)
+    ]
+    for parts in zip(*apart):
         full = [(result.kind, name) for result, name in zip(results, names)]
         like = [{part for part, other in zip(parts, full) if other == this} for this in full]
         names = [f"{name}, {part}" if len(same) > 1 else name for name, part, same in zip(names, parts, like)]
