@@ -1,11 +1,14 @@
-"""Small files: written in one step, so that no reader sees half of one; and csv."""
+"""Small files of text, JSON and csv; written in one step, so that no reader sees half of one."""
 
 import csv
 import io
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pretrain.errors import UserError
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -15,6 +18,25 @@ def write_text(path: Path, text: str) -> Path:
     partial.write_text(text, encoding="utf-8", newline="")
     os.replace(partial, path)
     return path
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UserError: no file, or no JSON; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Readable JSON, keys in their order; returns the path."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

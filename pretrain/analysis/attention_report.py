@@ -156,14 +156,9 @@ def from_zero(axis: Any, *sharing: Any) -> None:
 
 
 def draw(
-    folder: Path,
-    measured: Sequence[Measured],
-    names: Sequence[str],
-    pictures: Tensor,
-    maps: Mapping[str, Tensor],
-    queries: Sequence[Place],
-    compared: tuple[str, str] | None = None,
-) -> list[Shown]:
+    folder: Path, measured: Sequence[Measured], names: Sequence[str], pictures: Tensor,
+    maps: Mapping[str, Tensor], queries: Sequence[Place], compared: tuple[str, str] | None = None,
+) -> list[Shown]:  # fmt: skip
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
 
     Args:
@@ -172,36 +167,34 @@ def draw(
         compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """
     forget(folder, r"queries_\d+|masks")
-    heads = "Each dot is a head, mean over the images; the line is the mean of the heads."
-    figures = {
-        "statistics": (
-            statistics_figure(measured),
-            "Attention by layer",
-            "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
-            "of the heads; bands: one standard deviation over the images (paper Fig. 5).",
-        ),
-        "heads_nmi": (heads_figure(measured, "nmi"), "NMI of every head", heads),
-        "heads_mad": (heads_figure(measured, "mad_px"), "Attention distance of every head", heads),
-    }
-    for i, (name, picture_) in enumerate(zip(names, pictures)):
-        figures[f"queries_{i + 1:02}"] = (
-            queries_figure(picture_, [(who, of_all[i]) for who, of_all in maps.items()], queries),
-            f"What query patches attend to: {name}",
-            "Last-layer attention of the patch under the red dot, mean of the heads; each map has its own scale (paper Fig. 6).",
-        )
-    if compared:
-        figures["masks"] = (
-            masks_comparison_figure(pictures, maps[compared[0]], maps[compared[1]], queries),
-            "Position masks: box-wise and cross-wise",
-            "Last-layer attention of the patch under the red dot after training with either; vertical lines in a map are spikes on "
-            "the right (paper Fig. 7).",
-        )
-    figures["scales"] = (
-        scales_figure(PositionSettings()),
-        "Scale s",
-        "Distributions of s as drawn in training with the default settings (paper Fig. 3).",
+    shown = []
+
+    def add(stem: str, figure: Figure, title: str, caption: str) -> None:
+        shown.append(keep(figure, folder, stem, title, caption))
+
+    about = (
+        "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
+        "of the heads; bands: one standard deviation over the images (paper Fig. 5)."
     )
-    return [keep(figure, folder, name, title, caption) for name, (figure, title, caption) in figures.items()]
+    add("statistics", statistics_figure(measured), "Attention by layer", about)
+    for metric, title in (("nmi", "NMI of every head"), ("mad_px", "Attention distance of every head")):
+        about = "Each dot is a head, mean over the images; the line is the mean of the heads."
+        add(f"heads_{metric.removesuffix('_px')}", heads_figure(measured, metric), title, about)
+    about = "Last-layer attention of the patch under the red dot"
+    for i, (name, image) in enumerate(zip(names, pictures)):
+        figure = queries_figure(image, [(who, of_all[i]) for who, of_all in maps.items()], queries)
+        title = f"What query patches attend to: {name}"
+        own_scale = ", mean of the heads; each map has its own scale (paper Fig. 6)."
+        add(f"queries_{i + 1:02}", figure, title, about + own_scale)
+    if compared:
+        figure = masks_comparison_figure(pictures, maps[compared[0]], maps[compared[1]], queries)
+        spikes = (
+            " after training with either; vertical lines in a map are spikes on the right (paper Fig. 7)."
+        )
+        add("masks", figure, "Position masks: box-wise and cross-wise", about + spikes)
+    about = "Distributions of s as drawn in training with the default settings (paper Fig. 3)."
+    add("scales", scales_figure(PositionSettings()), "Scale s", about)
+    return shown
 
 
 def build_page(
@@ -223,22 +216,10 @@ def build_page(
         layers = enumerate(zip(nmi, nmi_std, mad, mad_std), 1)
         rows = [[i, f"{a:.4f} ± {a_std:.4f}", f"{b:.1f} ± {b_std:.1f}"] for i, (a, a_std, b, b_std) in layers]
         by_layer.append((m.name, rows))
-        origin = [
-            r.weights_hash or "–",
-            r.config_hash,
-            (r.git_commit or "–")[:12],
-            r.packages.get("torch", "–"),
-        ]
+        origin = [r.weights_hash or "–", r.config_hash, (r.git_commit or "–")[:12]]
+        origin.append(str(r.packages.get("torch", "–")))
         cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}"]
         origins.append([m.name, *origin, *cost, r.created[:19].replace("T", " ")])
-    return from_template(
-        "attention.html",
-        title="Attention analysis",
-        deviations=next(scaled, ""),
-        metrics=METRICS,
-        means=means,
-        by_layer=by_layer,
-        origins=origins,
-        figures=figures,
-        broken=broken,
-    )
+    rows = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
+    about = dict(deviations=next(scaled, ""), figures=figures, broken=broken)
+    return from_template("attention.html", title="Attention analysis", **rows, **about)

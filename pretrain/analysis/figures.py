@@ -6,7 +6,6 @@ caption, where the report finds it; :func:`training_images` gives the pixels of 
 for TensorBoard: its views, its masks, and what the teacher makes of them.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +27,7 @@ from pretrain.analysis.attention import last_layer, patch_at
 from pretrain.analysis.pca import pca_colors
 from pretrain.analysis.similarity import Place
 from pretrain.backbones.vit import ViT
-from pretrain.files import write_text
+from pretrain.files import read_json, write_json
 from pretrain.results.runs import Figure as Shown
 from pretrain.results.runs import add_caption
 from pretrain.settings import replaced
@@ -69,13 +68,14 @@ def forget(folder: Path, pattern: str) -> None:
     """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier
     analysis, no others."""
     captions = folder / "captions.json"
-    entries: dict[str, Any] = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    if not captions.is_file():
+        return
+    entries = read_json(captions)
     for name in [name for name in entries if re.fullmatch(rf"({pattern})\.png", name)]:
         del entries[name]
         for path in (folder / name, (folder / name).with_suffix(".svg")):
             path.unlink(missing_ok=True)
-    if captions.is_file():
-        write_text(captions, json.dumps(entries, indent=2) + "\n")
+    write_json(captions, entries)
 
 
 def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
@@ -186,12 +186,9 @@ def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
 
 
 def attention_figure(
-    images: Tensor,
-    maps: Tensor,
-    queries: Sequence[Place],
-    whole: Tensor | None = None,
+    images: Tensor, maps: Tensor, queries: Sequence[Place], whole: Tensor | None = None,
     titles: tuple[str, str, str] = ("", "", ""),
-) -> Figure:
+) -> Figure:  # fmt: skip
     """One row an image: last-layer attention of query patches, marked with a red dot (paper Fig. 6).
 
     Args:
@@ -238,15 +235,9 @@ def plain(text: str, most: int = 40) -> str:
 
 
 def training_images(
-    teacher: ViT,
-    global_crops: Tensor,
-    local_crops: Tensor,
-    views: Views,
-    masks: Masks | None,
-    *,
-    n_images: int = 3,
-    autocast: AbstractContextManager[Any] | None = None,
-) -> dict[str, np.ndarray]:
+    teacher: ViT, global_crops: Tensor, local_crops: Tensor, views: Views, masks: Masks | None, *,
+    n_images: int = 3, autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and
     ``masks`` if any.
 
@@ -275,11 +266,8 @@ def training_images(
     places = [row * grid[1] + column for row, column in (patch_at(query, grid) for query in QUERIES)]
     maps = seen.patches[:n, places].float().cpu().unflatten(2, grid)
     cls = seen.cls[:n].float().cpu().unflatten(1, grid)
-    titles = (
-        "global 1",
-        "attention of [CLS]" if teacher.has_cls else "mean attention",
-        "attention of the red patch",
-    )
+    of_cls = "attention of [CLS]" if teacher.has_cls else "mean attention"
+    titles = ("global 1", of_cls, "attention of the red patch")
     colors = torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))
     figures = {
         "views": crops_figure(big, small[:LOCALS_SHOWN], views, is_tied),

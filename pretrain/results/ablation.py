@@ -61,13 +61,10 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
         for name, score in {**scores, "box_ap_gain": gain}.items():
             row |= score_values(name, score)
         records.append(record(KEYS, row))
+    changed_head, gain_head = f"changed from {reference!r}", "box AP against it"
     return Table(
         title=title,
-        columns=(
-            *("source", "method", f"changed from {reference!r}"),
-            *METRICS.values(),
-            *("box AP against it", "seeds"),
-        ),
+        columns=("source", "method", changed_head, *METRICS.values(), gain_head, "seeds"),
         groups=(tuple(lines),),
         notes=tuple(_notes(rows, reference, notes)),
         numeric=frozenset({3, 4, 5, 6}),
@@ -109,10 +106,8 @@ def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
 
 def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Score | None:
     """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
-    pairs = [
-        (by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics)
-        for seed in sorted(by_seed.keys() & base.keys())
-    ]
+    seeds = sorted(by_seed.keys() & base.keys())
+    pairs = [(by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics) for seed in seeds]
     return Score.over(
         [own[metric] - other[metric] for own, other in pairs if metric in own and metric in other]
     )

@@ -76,9 +76,8 @@ def dense_table(
             gains = _gains(found, rows, heads, against)
             lines.append(tables.measured_line(found, heads, notes, rows, gains if against else None))
             differences = {f"{score}_difference": tables.number_text(gain) for score, gain in gains.items()}
-            records.append(
-                tables.record(keys, tables.measured_values(found, heads) | differences | {"set": name})
-            )
+            values = tables.measured_values(found, heads) | differences | {"set": name}
+            records.append(tables.record(keys, values))
         groups.append(tuple(lines))
     return Table(
         title="Dense evaluation without fine-tuning",
@@ -119,11 +118,8 @@ def _gains(
     """Differences of the means to those of the method ``against``, in points; None without one to compare."""
     # The config also says from which kind of file, which may differ.
     like = (row.run.backbone, row.run.protocol.identity)
-    bases = [
-        base
-        for base in rows
-        if base.run.method == against and (base.run.backbone, base.run.protocol.identity) == like
-    ]
+    bases = [base for base in rows if base.run.method == against]
+    bases = [base for base in bases if (base.run.backbone, base.run.protocol.identity) == like]
     is_compared = len(bases) == 1 and row.run.method != against
     gains: dict[str, float | None] = {}
     for name in heads:
@@ -135,26 +131,20 @@ def _gains(
 def _notes(
     rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str
 ) -> list[str]:
-    texts = ["mIoU and accuracy in percent, of features that were not fine-tuned."]
-    if "in_context_hungarian_miou" in heads:
-        texts.append(
-            "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best."
-        )
-    if "clustering_miou" in heads:
-        texts.append("Clustering: as many clusters as classes, matched one to one (Hungarian).")
-    if any(map(MORE_CLUSTERS.fullmatch, heads)):
-        texts.append("K clusters, more than classes: each counts as the class that it fits best.")
-    if printed:
-        texts.append(
-            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under "
-            "Hungarian, for the public Hummingbird evaluation matches classes before it counts."
-        )
-    texts += tables.source_notes(printed, rows) + tables.seeds_note(rows, heads)
-    if against:
-        alike_alone = "where backbone and evaluation are the same"
-        texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
-    if tables.are_twins(rows):
-        texts.append(
-            "Rows with a config in their note differ in their configuration or weights and are not averaged."
-        )
-    return texts
+    more_clusters = any(map(MORE_CLUSTERS.fullmatch, heads))
+    kinds = {
+        "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best.":
+            "in_context_hungarian_miou" in heads,
+        "Clustering: as many clusters as classes, matched one to one (Hungarian).": "clustering_miou" in heads,
+        "K clusters, more than classes: each counts as the class that it fits best.": more_clusters,
+        "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, "
+        "for the public Hummingbird evaluation matches classes before it counts.": bool(printed),
+    }  # fmt: skip
+    gains = (
+        f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same."
+    )
+    return [
+        "mIoU and accuracy in percent, of features that were not fine-tuned.",
+        *(text for text, is_shown in kinds.items() if is_shown),
+        *tables.source_notes(printed, rows, heads, "configuration or weights", [gains] if against else []),
+    ]

@@ -89,6 +89,11 @@ KEYS = [
     *("protocol_is_full", *(f"run_{key}" for key in tables.METHOD_FIELDS)),
     *("detection_protocol", "segmentation_protocol", "deviations", "seeds", "config", "note"),
 ]
+ABOUT_METHODS = {
+    "Intertwined": "Intertwined is the paper's method.",
+    "DINOv2 (ImageNet-1K)": "DINOv2 (ImageNet-1K) is the paper's own baseline.",
+    "DINOv2": "On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.",
+}
 OWN_ROWS = "Not in the paper's table"
 NOT_COMPARABLE = "Not comparable with the published numbers, so there is no difference."
 
@@ -123,13 +128,6 @@ class TableRow:
         printed = getattr(self.row, score, None)
         measured = None if self.measured is None else self.measured.score(score)
         return None if printed is None or measured is None or self.scaled(score) else measured.mean - printed
-
-    def difference_text(self, score: str) -> str:
-        """Of the numbers as shown, so that a reader finds the same."""
-        if self.measured is None or self.row is None or self.difference(score) is None:
-            return ""
-        mean, printed = self.measured.score(score), getattr(self.row, score)
-        return "" if mean is None else tables.signed(round(float(f"{mean.mean:.1f}") - printed, 1))
 
 
 def paper_tables(results: Sequence[Result], published: str = "all") -> list[Table]:
@@ -245,11 +243,14 @@ def _line(
         cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
     scaled = False
     for name in layout.scores:
-        printed, score, text = getattr(row, name, None), measured and measured.score(name), ""
+        printed, score, text, difference = getattr(row, name, None), measured and measured.score(name), "", ""
         if score is not None:
             scaled |= bool(entry.scaled(name))
             text = f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-        shown = [NONE if printed is None else f"{printed:.1f}", text, entry.difference_text(name)]
+            # Of the numbers as shown, so that a reader finds the same.
+            if entry.difference(name) is not None:
+                difference = tables.signed(round(float(f"{score.mean:.1f}") - printed, 1))
+        shown = [NONE if printed is None else f"{printed:.1f}", text, difference]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
     return Line("measured" if row is None else "published", scaled, tuple(cells))
@@ -272,20 +273,15 @@ def _runs(entry: TableRow, alone: bool) -> str:
 
 
 def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
-    texts = ["AP and mIoU in percent."] if ADE20K in layout.protocols else ["AP in percent."]
     measured = [entry.measured for entry in entries if entry.measured is not None]
     shown = {entry.row.method for entry in entries if entry.row is not None}
-    if "Intertwined" in shown:
-        texts.append("Intertwined is the paper's method.")
-    if "DINOv2 (ImageNet-1K)" in shown:
-        texts.append("DINOv2 (ImageNet-1K) is the paper's own baseline.")
-    if "DINOv2" in shown:
-        texts.append("On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.")
+    texts = ["AP and mIoU in percent." if ADE20K in layout.protocols else "AP in percent."]
+    texts += [text for method, text in ABOUT_METHODS.items() if method in shown]
     if measured:
         others = "every score without it is published, as printed in the paper"
         texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
-    return texts + tables.seeds_note(measured)
+    return texts + tables.seeds_note(measured, SCORES)
 
 
 def _further(results: Sequence[Result]) -> list[Table]:

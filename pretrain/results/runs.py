@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import read_json, write_json
 from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 
@@ -30,8 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run left: its result, its log (empty without metrics.jsonl and probes.jsonl) and its
-    figures (possibly none)."""
+    """All that a run left; without metrics.jsonl and probes.jsonl its log is empty."""
 
     result: Result
     log: Log
@@ -153,18 +152,14 @@ def holds_result(
 def add_caption(figure: Path, title: str, caption: str) -> None:
     """Enter a figure into the ``captions.json`` beside it."""
     captions = figure.with_name("captions.json")
-    entries = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
-    entries[figure.name] = {"title": title, "caption": caption}
-    write_text(captions, json.dumps(entries, indent=2) + "\n")
+    entries = read_json(captions) if captions.is_file() else {}
+    write_json(captions, entries | {figure.name: {"title": title, "caption": caption}})
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    captions = read_json(path)
     if not isinstance(captions, dict):
         raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
     for name, words in captions.items():

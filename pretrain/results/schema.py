@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import read_json, write_text
 from pretrain.results import renamed
 from pretrain.settings import Settings, problem, setting, validated
 
@@ -38,16 +38,12 @@ FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
 NEW_KEYS = ("loss_terms", "post_training")  # not written where empty: older readers do not know them
 
 
-def _field(text: str, default: Any = ..., **limits: Any) -> Any:
-    return setting(default, text, source="ours", **limits)
+def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
+    return setting(default, text, source=source, **limits)
 
 
 class _Record(Settings):
-    """Settings that are made by keyword: what is wrong is a UserError of one line.
-
-    Class attributes:
-        what: where an error says it is.
-    """
+    """Settings that are made by keyword: what is wrong is a UserError of one line, which begins with `what`."""
 
     what: ClassVar[str] = ""
 
@@ -120,33 +116,24 @@ class Result(_Record):
     kind: Kind = _field("what the run did")
     method: str = _field("of the pre-training, as tables show it")
     backbone: str = _field("registry name")
-    effective_epochs: float | None = setting(
-        ..., "of the pre-training, in epochs of two crops of 224 px; null: unknown",
-        source="paper, Table 1", ge=0,
-    )  # fmt: skip
+    effective_epochs: float | None = _field(
+        "of the pre-training, in epochs of two crops of 224 px; null: unknown", ge=0, source="paper, Table 1"
+    )
     protocol: Protocol = _field("the recipe, and how the run deviates from it")
     metrics: dict[str, Any] = _field(
         "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
         "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out"
     )
-    seed: int = _field(
-        "of this run, not of its pre-training; of a dense evaluation the pre-training's, unless told"
-    )
-    config_hash: str = _field(
-        "provenance.config_hash; equal for runs that differ in the seed alone: only these are averaged"
-    )
-    weights_hash: str | None = _field(
-        "provenance.file_hash of the backbone's file that a pre-training left, or that another run read"
-    )
+    seed: int = _field("of this run, not its pre-training's; of a dense evaluation that, unless told")
+    config_hash: str = _field("equal for runs that differ in the seed alone: only these are averaged")
+    weights_hash: str | None = _field("of the backbone's file that a pre-training left, or another run read")
     git_commit: str | None = _field("of this code, with +dirty where files differ from it")
     packages: dict[str, Any] = _field("{distribution: version}")
     hardware: dict[str, Any] = _field("cpu, cores, memory_gib, gpus, processes")
     wall_time_s: float = _field("seconds", ge=0)
-    peak_memory_mib: float | None = _field(
-        "MiB of the GPU where one was used, else of the process; null: unknown", ge=0
-    )
+    peak_memory_mib: float | None = _field("MiB of the GPU used, else of the process; null: unknown", ge=0)
     loss_terms: tuple[str, ...] = _field(
-        "names under which the run logged the addends of its loss, in order", (), strict=False
+        "names of the logged addends of the loss, in order", (), strict=False
     )
     post_training: bool = _field("whether it trained a backbone that was pre-trained before", False)
     created: str = _field(
@@ -166,12 +153,18 @@ class Result(_Record):
         return value
 
     @model_validator(mode="after")
-    def _hold_numbers(self) -> "Result":
+    def _agree(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
         for name, value in self.metrics.items():
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
                 raise ValueError(f"metrics.{name} is {value}, not a percentage")
-        _check_utc(self.created)
+        try:
+            offset = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset()
+        except ValueError:
+            offset = None
+        if offset != timedelta(0):
+            told = "should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
+            raise ValueError(f"created={self.created!r} {told}")
         return self
 
     def with_changes(self, **changes: Any) -> "Result":
@@ -215,13 +208,7 @@ def read_result(path: str | Path) -> Result:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not JSON ({error})") from error
-    return validated(Result, content, str(path))
+    return validated(Result, read_json(path), str(path))
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -250,16 +237,6 @@ def _check_metrics(metrics: dict[str, Any], key: str) -> None:
             _check_metrics(value, f"{key}.{name}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}.{name} should be a number, not {value!r}")
-
-
-def _check_utc(text: str) -> None:
-    try:
-        offset = datetime.fromisoformat(text.replace("Z", "+00:00")).utcoffset()
-    except ValueError:
-        offset = None
-    if offset != timedelta(0):
-        told = "should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
-        raise ValueError(f"created={text!r} {told}")
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,7 @@ of its protocol: the label says so, its numbers carry a ‡, and a foot note lis
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pretrain.results.published import PublishedDense, PublishedRow, published_rows, rows_of_tables
@@ -109,9 +109,8 @@ def measured_line(
             cells.append("" if (gain := gains[name]) is None else signed(gain))
     cells += [notes.label(protocol) for protocol in row.protocols[1:]]
     is_alone = [other.identity for other in rows].count(row.identity) == 1
-    return Line(
-        "measured", bool(row.scaled), (*cells, row.seeds, "" if is_alone else f"config {row.configs}")
-    )
+    cells += [row.seeds, "" if is_alone else f"config {row.configs}"]
+    return Line("measured", bool(row.scaled), tuple(cells))
 
 
 def record(keys: Iterable[str], values: Mapping[str, str]) -> dict[str, str]:
@@ -126,13 +125,9 @@ def score_keys(scores: Iterable[str]) -> list[str]:
 
 def published_values(row: PublishedRow | PublishedDense, epochs: float | None = None) -> dict[str, str]:
     """What a record may say of a published row."""
-    return {
-        "source": "published",
-        "protocol_is_full": "true",
-        "note": row.note,
-        **method_fields(row.method, row.backbone, epochs),
-        **{name: number_text(value) for name, value in row.scores.items()},
-    }
+    values = {"source": "published", "protocol_is_full": "true", "note": row.note}
+    values |= {name: number_text(value) for name, value in row.scores.items()}
+    return values | method_fields(row.method, row.backbone, epochs)
 
 
 def measured_values(row: Measured, scores: Iterable[str]) -> dict[str, str]:
@@ -143,11 +138,7 @@ def measured_values(row: Measured, scores: Iterable[str]) -> dict[str, str]:
     values = {"source": "measured", "mark": MEASURED + SCALED * bool(scaled), "seeds": row.seeds}
     values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
     values |= method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
-    values |= {
-        "config": row.configs,
-        "protocol": row.run.protocol.label,
-        **dict(zip(PROTOCOL_FIELDS, labels)),
-    }
+    values |= {"config": row.configs, "protocol": row.run.protocol.label} | dict(zip(PROTOCOL_FIELDS, labels))
     for name in scores:
         values |= score_values(name, row.score(name))
     return values
@@ -170,21 +161,26 @@ def method_fields(method: str, backbone: str, epochs: float | None) -> dict[str,
 METHOD_FIELDS = tuple(method_fields("", "", None))
 
 
-def source_notes(printed: Sequence[Any], measured: Sequence[Any]) -> list[str]:
-    """What † means, where it is used."""
+def source_notes(
+    printed: Sequence[Any],
+    rows: Sequence[Measured],
+    scores: Iterable[str],
+    what: str,
+    more: Iterable[str] = (),
+) -> list[str]:
+    """What † and a ± b (n=c) mean, ``more``, and in ``what`` rows differ that look alike."""
     others = "; every other row is published" if printed else ""
-    return [f"{MEASURED} Measured with this code, by the runs given{others}."] if measured else []
+    texts = [f"{MEASURED} Measured with this code, by the runs given{others}."] if rows else []
+    texts += [*seeds_note(rows, scores), *more]
+    if len({row.identity for row in rows}) < len(rows):
+        texts.append(f"Rows with a config in their note differ in their {what} and are not averaged.")
+    return texts
 
 
-def seeds_note(measured: Sequence[Measured], scores: Iterable[str] = tuple(SCORES)) -> list[str]:
+def seeds_note(rows: Sequence[Measured], scores: Iterable[str]) -> list[str]:
     """What a ± b (n=c) means, where any of the rows has it."""
-    found = [row.score(name) for row in measured for name in scores]
+    found = [row.score(name) for row in rows for name in scores]
     return [SEEDS] if any(score is not None and score.n > 1 for score in found) else []
-
-
-def are_twins(rows: Sequence[Measured]) -> bool:
-    """Whether only their configs set some rows apart."""
-    return len({row.identity for row in rows}) < len(rows)
 
 
 def number_text(value: float | None) -> str:
@@ -251,9 +247,7 @@ def comparison_table(
     texts = ["AP and mIoU in percent."]
     if printed:
         texts.append("Published: as printed in the paper, in the table that the note names.")
-    texts += source_notes(printed, measured) + seeds_note(measured)
-    if are_twins(measured):
-        texts.append("Rows with a config in their note differ in their configuration and are not averaged.")
+    texts += source_notes(printed, measured, SCORES, "configuration")
     return Table(
         title="COCO and ADE20K",
         columns=(*ABOUT, *SCORES.values(), "detection protocol", "segmentation protocol", "seeds", "note"),
@@ -291,11 +285,10 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     keys = ("protocol", "protocol_is_full", *METHOD_FIELDS, *score_keys(["miou"]), "seeds", "config")
     notes, lines = FootNotes(), []
     for row in rows:
-        _, method, backbone, epochs, miou, _, label, seeds, _ = measured_line(
-            row, ["miou"], notes, rows
-        ).cells
+        line = measured_line(row, ["miou"], notes, rows)
+        _, method, backbone, epochs, miou, _, label, seeds, _ = line.cells
         cells = (label, method, backbone, epochs, miou, seeds, row.configs)
-        lines.append(Line("measured", bool(row.scaled), cells))
+        lines.append(replace(line, cells=cells))
     return Table(
         title="Segmentation on other data sets",
         columns=("protocol", "method", "backbone", "eff. epochs", "mIoU", "seeds", "config"),
@@ -329,7 +322,9 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
     if not runs:
         return None
     names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
-    if all(run.stage == "posttrain" and _is_one_term(run) for run in runs if "loss" in run.metrics):
+    summed = [run for run in runs if "loss" in run.metrics]
+    # Of a post-training with one term of the loss: the loss is this term.
+    if all(r.stage == "posttrain" and r.metrics["loss"] in map(r.metrics.get, r.terms) for r in summed):
         names.discard("loss")
     losses = ordered_terms(runs, names)
     metrics = losses + sorted(names - set(losses))
@@ -341,12 +336,10 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
         cells += [NONE if value is None else f"{value:.4g}" for value in values]
         cells += [duration_text(run.wall_time_s), memory_text(run.peak_memory_mib)]
         lines.append(Line("measured", bool(run.protocol.deviations), tuple(cells)))
-        records.append(
-            method_fields(run.method, run.backbone, run.effective_epochs)
-            | {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
-            | {"seed": str(run.seed)}
-            | {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
-        )
+        about = {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
+        exact = {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
+        fields = method_fields(run.method, run.backbone, run.effective_epochs)
+        records.append(fields | about | {"seed": str(run.seed)} | exact)
     columns = (*ABOUT[1:], "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
     return Table(
         title=title,
@@ -356,8 +349,3 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
         numeric=frozenset({2, *range(4, len(columns))}),
         records=tuple(records),
     )
-
-
-def _is_one_term(run: Result) -> bool:
-    """Whether one term of the loss equals the loss: the only one."""
-    return run.metrics["loss"] in [run.metrics.get(term) for term in run.terms]
