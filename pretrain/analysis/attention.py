@@ -158,9 +158,8 @@ def distances_px(
 def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
     """From mean_q H(A_q) [...] and p(k) [..., N]."""
     key_entropy = entropy(keys)
-    information = (
-        (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
-    )  # rounding can leave the bounds
+    # Rounding can leave the bounds.
+    information = (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
     scale = (math.log(n) * key_entropy).sqrt()
     return torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
 
@@ -185,8 +184,7 @@ def attention_statistics(backbone: ViT, x: Tensor, block: int = BLOCK) -> Statis
     for layer, entering in layer_inputs(backbone, tokens, buckets):
         blocks = row_blocks(layer.attn, layer.norm1(entering), backbone.n_prefix, buckets, block)
         layers.append(streamed_statistics(blocks, grid, backbone.patch_size))
-    nmis, mads = (torch.stack(values, dim=1).cpu().double() for values in zip(*layers))
-    return Statistics(nmis, mads)
+    return Statistics(*(torch.stack(values, dim=1).cpu().double() for values in zip(*layers)))
 
 
 def row_blocks(
@@ -197,13 +195,13 @@ def row_blocks(
     Yields:
         [B, heads, M, N], float32 (float64 of a float64 model), the caller's to change.
     """
-    q, k, _ = attention.heads(x)
-    n_tokens = x.shape[1]
-    for start in range(n_prefix, n_tokens, block):
-        queries = slice(start, min(start + block, n_tokens))
+    (q, k, _), exact = attention.heads(x), torch.promote_types(x.dtype, torch.float32)
+    for start in range(n_prefix, x.shape[1], block):
+        queries = slice(start, start + block)
         of_block = None if buckets is None else buckets[queries]
-        # No name keeps a part of it.
-        yield over_patches(_at_least_float32(attention.weights(q[:, :, queries], k, of_block)), n_prefix)
+        yield over_patches(
+            attention.weights(q[:, :, queries], k, of_block).to(exact), n_prefix
+        )  # kept by no name
 
 
 def streamed_statistics(
@@ -226,10 +224,6 @@ def streamed_statistics(
         done = here.stop
         del rows  # before the next are made
     return _nmi(row_entropy / done, keys / done, done), distance / done
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _wide(x: Tensor) -> Tensor:

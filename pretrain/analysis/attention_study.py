@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.analysis.attention import BLOCK, attention_statistics, query_attention
+from pretrain.analysis.attention import attention_statistics, query_attention
 from pretrain.backbones.vit import ViT
-from pretrain.data.images import check_grid, content_hash
+from pretrain.data.images import Images, check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
 from pretrain.files import read_csv, write_csv
@@ -87,9 +87,8 @@ def read_statistics(path: Path, name: str) -> Measured:
     try:
         rows = read_csv(path)
         n_layers, n_heads = (max(int(row[column]) for row in rows) for column in ("layer", "head"))
-        nmi, mad_px = (
-            np.array([float(row[c]) for row in rows]).reshape(-1, n_layers, n_heads) for c in METRICS
-        )
+        columns = ([float(row[metric]) for row in rows] for metric in METRICS)
+        nmi, mad_px = (np.array(column).reshape(-1, n_layers, n_heads) for column in columns)
     except (KeyError, TypeError, ValueError) as error:
         told = f"{path}: no statistics of this tool, or not whole; delete it and they are made again"
         raise UserError(told) from error
@@ -120,9 +119,8 @@ def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
     for side, path in ((subject.patch_px, subject.path) for subject in subjects):
         if size_px % side:
             near = " or ".join(str(side * n) for n in (size_px // side, size_px // side + 1) if n)
-            raise UserError(
-                f"--size {size_px}: {path} has patches of {side} px; take {near} px, or --patch-size for all"
-            )
+            told = f"{path} has patches of {side} px; take {near} px, or --patch-size for all"
+            raise UserError(f"--size {size_px}: {told}")
         check_grid(size_px // side, size_px // side, f"--size {size_px}: an image")
 
 
@@ -146,23 +144,19 @@ class Study:
     """What all checkpoints of a study share.
 
     Attributes:
-        names: of n images; broken: those that could not be read.
-        images: uint8 [n, 3, S, S].
-        crop: they are central squares; else they were squeezed.
+        pictures: n images, uint8 [3, S, S] each; with ``crop`` central squares, else squeezed.
+        bf16: forward passes in bfloat16.
+        batch, block: images, and queries, at a time.
         signals: by which the process is asked to stop, looked at after every batch.
-        autocast: context of the forward passes, entered again for each.
     """
 
-    names: Sequence[str]
-    images: Tensor
-    broken: Sequence[str]
+    pictures: Images[Tensor]
     crop: bool
     bf16: bool
     device: torch.device
-    autocast: AbstractContextManager[Any]
-    batch: int = 1
-    block: int = BLOCK
-    signals: StopSignals | None = None
+    batch: int
+    block: int
+    signals: StopSignals
 
     def measure(self, subject: EvalModel, backbone: ViT, folder: Path) -> Measured:
         """The statistics of a checkpoint, from its folder where they are there for the same file, images and
@@ -171,25 +165,32 @@ class Study:
         Raises:
             Interrupted: asked to stop; what was measured of this checkpoint is lost.
         """
+        names, images = self.pictures.names, torch.stack(self.pictures.pixels)
         used = {
-            "size_px": self.images.shape[-1],
+            "size_px": images.shape[-1],
             "patch_px": subject.patch_px,
-            "images": min(len(self.names), PROTOCOL["images"]),
             "crop": self.crop,
             "bf16": self.bf16,
         }
-        seen = {"names": list(self.names), "pixels": content_hash(self.images)}
-        settings = {name: (PROTOCOL[name], value) for name, value in used.items()}
+        used["images"] = min(len(names), PROTOCOL["images"])
+        seen = {"names": names, "pixels": content_hash(images)}
+        settings: dict[str, Any] = {name: (value, used[name]) for name, value in PROTOCOL.items()}
         settings |= {name: (value, value) for name, value in seen.items()}
         if (folder / STATISTICS).is_file() and subject.found(folder, "attention", settings):
             print(f"{subject.label}: measured before", flush=True)
             return read_statistics(folder / STATISTICS, subject.label)
         started = time.perf_counter()
-        measured = self._measure(subject.label, backbone)
+        parts, tell = [], Progress(subject.label, len(images), self.signals)
+        for batch in images.split(self.batch):
+            with self._autocast():
+                pixels = normalize(batch.to(self.device))
+                parts.append(attention_statistics(backbone, pixels, self.block))
+            tell(len(batch))
+        measured = Measured(subject.label, *(torch.cat(values).numpy() for values in zip(*parts)))
         (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for statistics that are about to be replaced
-        write_statistics(folder / STATISTICS, [measured], self.names)
-        metrics = metrics_of(measured) | {"images": len(self.names), "broken_images": len(self.broken)}
-        subject.write(folder, "attention", settings, metrics, started)
+        write_statistics(folder / STATISTICS, [measured], names)
+        counts = {"images": len(names), "broken_images": len(self.pictures.broken)}
+        subject.write(folder, "attention", settings, metrics_of(measured) | counts, started)
         return measured
 
     def maps(self, backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Tensor:
@@ -197,14 +198,9 @@ class Study:
         time."""
         maps = []
         for image in images.split(1):
-            with self.autocast:
+            with self._autocast():
                 maps.append(query_attention(backbone, normalize(image.to(self.device)), queries).cpu())
         return torch.cat(maps)
 
-    def _measure(self, label: str, backbone: ViT) -> Measured:
-        parts, tell = [], Progress(label, len(self.images), self.signals)
-        for images in self.images.split(self.batch):
-            with self.autocast:
-                parts.append(attention_statistics(backbone, normalize(images.to(self.device)), self.block))
-            tell(len(images))
-        return Measured(label, *(torch.cat(values).numpy() for values in zip(*parts)))
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -113,10 +113,7 @@ def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height
 
 
 def views_figure(
-    images: Sequence[Tensor],
-    views: Sequence[Views],
-    crops: Sequence[Sequence[Tensor]],
-    has_field: bool = True,
+    images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Sequence[Tensor]], has_field: bool
 ) -> Figure:
     """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
@@ -253,9 +250,8 @@ def training_images(
     n = min(n_images, batch_size)
     big, small = (crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops))
     # [G, n, 3, S, S]
-    boxes, flips = (
-        t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1).to(big.device) for t in views.globals
-    )
+    of_globals = (t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1) for t in views.globals)
+    boxes, flips = (t.to(big.device) for t in of_globals)
     was_training = teacher.training
     teacher.eval()
     with autocast or nullcontext():

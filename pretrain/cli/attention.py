@@ -52,15 +52,11 @@ def main(arguments: list[str]) -> None:
     )
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
-    images = torch.stack(pictures.pixels)
-    shown = images[: options.shown]
+    shown = torch.stack(pictures.pixels[: options.shown])
     measured, maps = [], {}
     with StopSignals() as signals:
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
-        same = dict(crop=options.crop, bf16=options.bf16, batch=options.batch, block=options.block)
-        study = Study(
-            pictures.names, images, pictures.broken, device=device, autocast=autocast, signals=signals, **same
-        )
+        how = (options.crop, options.bf16, device, options.batch, options.block)
+        study = Study(pictures, *how, signals)
         for subject in subjects:
             backbone = subject.build().to(device)
             measured.append(study.measure(subject, backbone, output / subject.folder))
