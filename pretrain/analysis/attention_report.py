@@ -11,21 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pretrain.analysis import figures as drawn
 from pretrain.analysis.attention_study import METRICS, Measured
-from pretrain.analysis.figures import (
-    GLOBAL_COLOR,
-    LOCAL_COLOR,
-    Shown,
-    bare,
-    displayable,
-    forget,
-    grid_of_axes,
-    heat_map,
-    keep,
-    plain,
-    query_dot,
-    scales_figure,
-)
+from pretrain.analysis.figures import Shown, bare, displayable, grid_of_axes, heat_map, plain
 from pretrain.analysis.similarity import Place
 from pretrain.results.curves import style_of
 from pretrain.results.pages import from_template
@@ -89,7 +77,7 @@ def _layer_axis(axis: Any, label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries: Sequence[Place]) -> Figure:
+def queries_figure(image: Tensor, maps: Sequence[tuple[str, Tensor]], queries: Sequence[Place]) -> Figure:
     """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig.
     6).
 
@@ -99,12 +87,12 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
             (:func:`pretrain.analysis.attention.query_attention`).
         queries: Q places (x, y) in image units.
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     rows, columns = 1 + len(maps), len(queries)
     size = (1.9 * columns + 0.4, 1.9 * rows * height / width)
     figure, axes = grid_of_axes(rows, columns, size)
     for axis, query in zip(axes[0], queries):
-        bare(axis).imshow(displayable(picture), extent=(0, width, height, 0))
+        bare(axis).imshow(displayable(image), extent=(0, width, height, 0))
         axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
     axes[0, 0].set_ylabel("image", fontsize=8)
     for row, (name, heats) in zip(axes[1:], maps):
@@ -115,7 +103,7 @@ def queries_figure(picture: Tensor, maps: Sequence[tuple[str, Tensor]], queries:
 
 
 def masks_comparison_figure(
-    pictures: Tensor, boxwise: Tensor, crosswise: Tensor, queries: Sequence[Place]
+    images: Tensor, boxwise: Tensor, crosswise: Tensor, queries: Sequence[Place]
 ) -> Figure:
     """One row an image: the query, what it attends to after training with box-wise and with cross-wise
     position masks, and the share of each column of patches, in which vertical lines are spikes (paper Fig. 7,
@@ -124,20 +112,23 @@ def masks_comparison_figure(
     Args:
         images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
     """
-    height, width = pictures.shape[2:]
-    rows = len(pictures)
+    height, width = images.shape[2:]
+    rows = len(images)
     figure, axes = grid_of_axes(rows, 4, (8.6, 2.1 * rows), width_ratios=(1, 1, 1, 1.35))
-    for i, (row, picture) in enumerate(zip(axes, pictures)):
+    for i, (row, image) in enumerate(zip(axes, images)):
         query = queries[i % len(queries)]
-        bare(row[0], "image and query").imshow(displayable(picture), extent=(0, width, height, 0))
-        kinds = (row[1], boxwise, "box-wise", GLOBAL_COLOR), (row[2], crosswise, "cross-wise", LOCAL_COLOR)
+        bare(row[0], "image and query").imshow(displayable(image), extent=(0, width, height, 0))
+        kinds = (
+            (row[1], boxwise, "box-wise", drawn.GLOBAL_COLOR),
+            (row[2], crosswise, "cross-wise", drawn.LOCAL_COLOR),
+        )
         for axis, maps, name, color in kinds:
             heat = maps[i, i % len(queries)]
             heat_map(bare(axis, name), heat, query, (height, width))
             share = heat.sum(0) * heat.shape[1]  # [w]
             x = (np.arange(len(share)) + 0.5) / len(share)
             row[3].plot(x, share, color=color, linewidth=1.2, label=name)
-        query_dot(row[0], query, (boxwise.shape[2], boxwise.shape[3]), (height, width))
+        drawn.query_dot(row[0], query, (boxwise.shape[2], boxwise.shape[3]), (height, width))
         row[3].set_title("attention to each column, left to right (1: even)", fontsize=8)
         row[3].set_xlim(0, 1)
         row[3].tick_params(labelsize=7)
@@ -156,7 +147,7 @@ def from_zero(axis: Any, *sharing: Any) -> None:
 
 
 def draw(
-    folder: Path, measured: Sequence[Measured], names: Sequence[str], pictures: Tensor,
+    folder: Path, measured: Sequence[Measured], names: Sequence[str], images: Tensor,
     maps: Mapping[str, Tensor], queries: Sequence[Place], compared: tuple[str, str] | None = None,
 ) -> list[Shown]:  # fmt: skip
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
@@ -166,11 +157,11 @@ def draw(
         maps: {checkpoint: [n, Q, h, w]} of the Q queries.
         compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """
-    forget(folder, r"queries_\d+|masks")
+    drawn.forget(folder, r"queries_\d+|masks")
     shown = []
 
     def add(stem: str, figure: Figure, title: str, caption: str) -> None:
-        shown.append(keep(figure, folder, stem, title, caption))
+        shown.append(drawn.keep(figure, folder, stem, title, caption))
 
     about = (
         "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
@@ -181,19 +172,19 @@ def draw(
         about = "Each dot is a head, mean over the images; the line is the mean of the heads."
         add(f"heads_{metric.removesuffix('_px')}", heads_figure(measured, metric), title, about)
     about = "Last-layer attention of the patch under the red dot"
-    for i, (name, image) in enumerate(zip(names, pictures)):
+    for i, (name, image) in enumerate(zip(names, images)):
         figure = queries_figure(image, [(who, of_all[i]) for who, of_all in maps.items()], queries)
         title = f"What query patches attend to: {name}"
         own_scale = ", mean of the heads; each map has its own scale (paper Fig. 6)."
         add(f"queries_{i + 1:02}", figure, title, about + own_scale)
     if compared:
-        figure = masks_comparison_figure(pictures, maps[compared[0]], maps[compared[1]], queries)
+        figure = masks_comparison_figure(images, maps[compared[0]], maps[compared[1]], queries)
         spikes = (
             " after training with either; vertical lines in a map are spikes on the right (paper Fig. 7)."
         )
         add("masks", figure, "Position masks: box-wise and cross-wise", about + spikes)
     about = "Distributions of s as drawn in training with the default settings (paper Fig. 3)."
-    add("scales", scales_figure(PositionSettings()), "Scale s", about)
+    add("scales", drawn.scales_figure(PositionSettings()), "Scale s", about)
     return shown
 
 
@@ -220,6 +211,6 @@ def build_page(
         origin.append(str(r.packages.get("torch", "–")))
         cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}"]
         origins.append([m.name, *origin, *cost, r.created[:19].replace("T", " ")])
-    rows = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
+    lists = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
     about = dict(deviations=next(scaled, ""), figures=figures, broken=broken)
-    return from_template("attention.html", title="Attention analysis", **rows, **about)
+    return from_template("attention.html", title="Attention analysis", **lists, **about)

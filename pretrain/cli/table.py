@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUNS")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--layout", choices=LAYOUTS, default="list")
-    tables = 'published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
-    parser.add_argument("--tables", default="", help=tables)
+    published = 'published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
+    parser.add_argument("--tables", default="", help=published)
     against = "dense: differences to this one, before a post-training"
     parser.add_argument("--against", default="", metavar="METHOD", help=against)
     parser.add_argument("--output", type=Path, help="file to write; standard output when left out")

@@ -243,12 +243,12 @@ def _line(
         cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
     scaled = False
     for name in layout.scores:
-        printed, score, text, difference = getattr(row, name, None), measured and measured.score(name), "", ""
-        if score is not None:
+        printed, text, difference = getattr(row, name, None), "", ""
+        if measured is not None and (score := measured.score(name)) is not None:
             scaled |= bool(entry.scaled(name))
             text = f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-            # Of the numbers as shown, so that a reader finds the same.
-            if entry.difference(name) is not None:
+            if printed is not None and not entry.scaled(name):
+                # Of the numbers as shown, so that a reader finds the same.
                 difference = tables.signed(round(float(f"{score.mean:.1f}") - printed, 1))
         shown = [NONE if printed is None else f"{printed:.1f}", text, difference]
         cells += shown if beside else shown[:1]

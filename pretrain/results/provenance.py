@@ -79,9 +79,8 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_model() -> str:
     with contextlib.suppress(OSError):
-        if match := re.search(
-            r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M
-        ):
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if match := re.search(r"^model name\s*:(.*)", told, re.M):
             return match[1].strip()
     return platform.processor() or platform.machine()
 

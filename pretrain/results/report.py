@@ -52,13 +52,8 @@ def tables_of(
         elif layout == "list" or has_others:
             comparisons = [tables.comparison_table(results, table=published or "1")]
     first = [dense, *comparisons] if layout == "dense" else [*comparisons, dense]
-    found = [
-        *first,
-        tables.segmentation_table(results),
-        tables.posttraining_table(results),
-        tables.pretraining_table(results),
-    ]
-    return [table for table in found if table is not None]
+    others = (tables.segmentation_table, tables.posttraining_table, tables.pretraining_table)
+    return [table for table in (*first, *(make(results) for make in others)) if table is not None]
 
 
 def build_report(
@@ -78,10 +73,8 @@ def build_report(
 
     def order(run: Run) -> tuple:
         r, stages = run.result, list(STAGES)
-        return (
-            *(stages.index(r.stage), r.method, r.backbone, r.protocol.label),
-            *(r.seed, r.created, r.config_hash),
-        )
+        key = (stages.index(r.stage), r.method, r.backbone, r.protocol.label)
+        return *key, r.seed, r.created, r.config_hash
 
     runs = sorted(runs, key=order)
     results = [run.result for run in runs]
@@ -108,14 +101,8 @@ def build_report(
 
 def _overview(r: Result, name: str) -> list[str]:
     cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
-    return [
-        r.kind,
-        name,
-        backbone_label(r.backbone),
-        epochs_text(r.effective_epochs),
-        r.protocol.label,
-        *cost,
-    ]
+    trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs)]
+    return [r.kind, name, *trained, r.protocol.label, *cost]
 
 
 def _times(results: Sequence[Result]) -> list[list[str]]:
