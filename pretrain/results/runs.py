@@ -177,17 +177,9 @@ def run_names(results: Sequence[Result]) -> list[str]:
     "intertwined" alone; "intertwined, seed 0" and "intertwined, seed 1" for two runs that differ in the seed.
     """
     names = [result.method for result in results]
-    apart = [
-        (
-            backbone_label(r.backbone),
-            r.protocol.label,
-            f"seed {r.seed}",
-            f"config {r.config_hash}",
-            f"run {i}",
-        )
-        for i, r in enumerate(results, 1)
-    ]
-    for parts in zip(*apart):
+    own = [(r.protocol.label, f"seed {r.seed}", f"config {r.config_hash}") for r in results]
+    backbones = [backbone_label(result.backbone) for result in results]
+    for parts in (backbones, *zip(*own), [f"run {i}" for i in range(1, len(results) + 1)]):
         full = [(result.kind, name) for result, name in zip(results, names)]
         like = [{part for part, other in zip(parts, full) if other == this} for this in full]
         names = [f"{name}, {part}" if len(same) > 1 else name for name, part, same in zip(names, parts, like)]
