@@ -11,7 +11,7 @@ from pretrain.backbones.vit import SIZES, ViT
 from pretrain.errors import UserError
 from pretrain.registry import BACKBONES
 from pretrain.settings import Settings, setting
-from pretrain.weights import Checkpoint, load_into, read_checkpoint
+from pretrain.weights import Checkpoint, backbone_name, load_into, read_checkpoint
 from pretrain.weights.patch import with_patch_size
 
 PROTOCOL_PATCH_PX = 16
@@ -44,7 +44,7 @@ def backbone_names() -> list[str]:
 
 
 def build_backbone(
-    name: str,
+    name: str | Path | None = None,
     weights: str | Path | Checkpoint | None = None,
     *,
     source: str | None = None,
@@ -54,7 +54,8 @@ def build_backbone(
     """Build a backbone, with a checkpoint's weights if one is given.
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
+        name: ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``; None where the weights say it, and then
+            the weights may stand in its place.
         weights: any supported checkpoint (:mod:`pretrain.weights`), or one that is read already. It
             determines the network (registers, LayerScale, position encoding, grid, depth, ...).
         source, subnet: those of :func:`pretrain.weights.read_checkpoint`; None: the file tells them.
@@ -69,12 +70,18 @@ def build_backbone(
         UserError: a name or option is unknown; the checkpoint has another architecture; names a missing or
             left-over tensor.
     """
-    if name not in BACKBONES:
-        raise UserError(f"backbone: {name!r} is not registered; there are {', '.join(backbone_names())}")
-    model_kwargs = dict(overrides)
+    if weights is None and name is not None and name not in BACKBONES and Path(name).exists():
+        name, weights = None, name
     checkpoint = None
     if weights is not None:
         checkpoint = weights if isinstance(weights, Checkpoint) else read_checkpoint(weights, source, subnet)
+    name = backbone_name(None if name is None else str(name), checkpoint)
+    if name not in BACKBONES:
+        raise UserError(
+            f"backbone: {name!r} is not registered, and no file of weights; there are {', '.join(backbone_names())}"
+        )
+    model_kwargs = dict(overrides)
+    if checkpoint is not None:
         if "patch_size" in overrides:
             checkpoint = with_patch_size(checkpoint, overrides["patch_size"])
         model_kwargs = _merge(name, checkpoint, overrides)

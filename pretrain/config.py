@@ -27,6 +27,7 @@ from pretrain.settings import (
     fields,
     flat,
     keys_where,
+    nested,
     put,
     read_layers,
     read_words,
@@ -67,12 +68,15 @@ class RecipeInfo(Settings):
 # --- loading ----------------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> Any:
+Changes = Sequence[str] | Mapping[str, Any]  # "group.key=value" words, or {"group.key": value}, nested or not
+
+
+def load_config(path: str | Path | None = None, words: Changes = ()) -> Any:
     """The settings of a run: its method's ``Settings``.
 
     Args:
         path: a YAML file, or the name of a recipe; none: the method's own recipe.
-        words: ``group.key=value``, each over all files.
+        words: ``group.key=value``, each over all files; or a mapping of keys to values.
 
     Raises:
         UserError: names the file, the key and the value.
@@ -87,12 +91,12 @@ def load_config(path: str | Path | None = None, words: Sequence[str] = ()) -> An
     return settings
 
 
-def model_of(path: str | Path | None = None, words: Sequence[str] = ()) -> type[TrainSettings]:
+def model_of(path: str | Path | None = None, words: Changes = ()) -> type[TrainSettings]:
     """The model of the settings that :func:`load_config` builds."""
     return _resolved(path, words)[0]
 
 
-def layers_of(path: str | Path | None = None, words: Sequence[str] = ()) -> list[Layer]:
+def layers_of(path: str | Path | None = None, words: Changes = ()) -> list[Layer]:
     """The layers that :func:`load_config` builds its settings of, the most basic first."""
     return _resolved(path, words)[1]
 
@@ -141,9 +145,9 @@ def _recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def _resolved(path: str | Path | None, words: Sequence[str]) -> tuple[type[TrainSettings], list[Layer]]:
+def _resolved(path: str | Path | None, words: Changes) -> tuple[type[TrainSettings], list[Layer]]:
     """The model and the layers of a config."""
-    said = read_words(words)
+    said = Layer("arguments", nested(words)) if isinstance(words, Mapping) else read_words(words)
     typed = _modern(replace(said, values=_own_path(said.values, Path())))
     layers = [] if path is None else _read(find_config(path))
     model = find_method(_method_in([*layers, typed])).Settings

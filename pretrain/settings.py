@@ -214,6 +214,25 @@ def split_words(words: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def nested(
+    changes: Mapping[str, Any], values: dict[str, Any] | None = None, group: str = ""
+) -> dict[str, Any]:
+    """{"group.key": value} and {"group": {"key": value}} as nested values; paths as texts.
+
+    Raises:
+        UserError: a key is given twice.
+    """
+    values = {} if values is None else values
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            nested(value, values, f"{group}{key}.")
+        elif f"{group}{key}" in flat(values):
+            raise UserError(f"config: {group}{key} is given twice; give it once")
+        else:
+            put(values, f"{group}{key}", str(value) if isinstance(value, Path) else value)
+    return values
+
+
 def put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested values."""
     *groups, last = key.split(".")

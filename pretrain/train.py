@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain import checkpoints, distributed
 from pretrain.analysis.figures import training_images
-from pretrain.config import from_saved, run_protocol
+from pretrain.config import from_saved, load_config, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader
 from pretrain.device import choose_device, deterministic
@@ -66,6 +66,24 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         if trainer.iteration == total_iters:
             run.finish()
         return folder
+
+
+def pretrain(config: str | Path | None = None, *, resume: str = "", **changes: Any) -> Path:
+    """Pre-train a backbone; ``posfield pretrain`` in Python.
+
+    Args:
+        config: a YAML file, or the name of a recipe or of one of ``configs/pretrain``; None:
+            ``intertwined-100ep``.
+        resume: ``auto``: go on from the run's newest whole checkpoint.
+        changes: its settings by group: ``data={"root": "photos"}, optim={"epochs": 3}``.
+
+    Returns:
+        the run's folder, with ``backbone.safetensors`` and ``result.json``.
+
+    Raises:
+        UserError: names the key and the value.
+    """
+    return train(load_config(config, changes), resume=resume)
 
 
 @dataclass(frozen=True)

@@ -487,7 +487,7 @@ BOMB = "\n".join(["n0: &n0 [x]", *LEVELS])
 def test_the_tool_ends_with_one_line_and_code_2(write, words):
     """As a user starts it: a word that is no UTF-8; a file that would fill the memory."""
     words = [write(BOMB) if word == "BOMB" else word for word in words]
-    command = [sys.executable, str(TOOLS / "pretrain.py"), *words]
+    command = [sys.executable, str(TOOLS / "train_ssl.py"), *words]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -2,11 +2,14 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from posfield.cli import COMMANDS, main
+
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def load_tool(name: str) -> ModuleType:

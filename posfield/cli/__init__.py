@@ -11,6 +11,7 @@ COMMANDS = {
     "detect": ("det_plugin.cli.train", "fine-tune a detector: COCO and data in its format"),
     "segment": ("seg_plugin.cli.train", "fine-tune a segmenter: ADE20K, VOC, Cityscapes, folders of masks"),
     "predict": ("posfield.cli.predict", "detect objects in your images with a run of detect"),
+    "embed": ("pretrain.cli.embed", "one vector an image, as .npz"),
     "evaluate dense": ("pretrain.cli.evaluate_dense", "frozen features: segmentation, clustering, k-NN"),
     "evaluate probes": ("pretrain.cli.probe", "the probes of a pre-training, on any checkpoint"),
     "evaluate position": ("pretrain.cli.position", "what each layer knows of position"),

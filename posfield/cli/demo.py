@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import command
+from pretrain.cli.ablation import DATA, DETECTION, QUICK_DATA, QUICK_DETECTION, QUICK_PRETRAIN, last
 from pretrain.errors import UserError
 
 SHOW_EVERY_S = 15
 METHODS = {"intertwined": "toy", "dinov2": "toy_dinov2"}
-# Scaled-down protocols: minutes on two CPU cores. The table marks them as such, field by field.
-DETECTION = """image_size_px=128 channels=64 box_fc=256 box_convs=1 mask_convs=1 num_classes=5 jitter_scale=0.8,1.25
-    anchor_sizes_px=16,24,40,64,96 rpn_batch_per_image=64 roi_batch_per_image=64 rpn_pre_nms=300,200 rpn_post_nms=200,100
-    batch_size=8 max_iters=450 milestones=360,420 warmup_iters=20 lr=4e-4 layer_decay=0.9 eval_every=450 amp=false
-    detections_per_image=30""".split()
+# A scaled-down protocol, as the ablation has one for detection: minutes on two CPU cores, marked as such in the table
 SEGMENTATION = """num_classes=6 crop_px=128 slide_crop_px=128 slide_stride_px=112 resize_px=170,128 ratio_range=0.75,1.5
     batch_size=8 max_iters=350 lr=5e-4 val_every=350""".split()
+QUICK_SEGMENTATION = "max_iters=10 val_every=10".split()
 
 
 @dataclass(frozen=True)
@@ -33,51 +31,30 @@ class Stage:
     command: list[str]
 
 
-def stages(folder: Path) -> list[Stage]:
-    """The demo, in order; the budgets add up to less than 18 minutes."""
+def stages(folder: Path, quick: bool = False) -> list[Stage]:
+    """The demo, in order; the budgets add up to less than 18 minutes. ``quick``: a few steps of everything."""
     data = folder / "data"
-    composed = command("toy-data", "--output", data, "--train", 480, "--val", 80, "--size", 128)
+    composed = command("toy-data", "--output", data, *(QUICK_DATA if quick else DATA))
     steps = [Stage("compose photographs", 20, composed)]
     for method, config in METHODS.items():
-        out = folder / f"pretrain_{method}"
-        overrides = [f"data.root={data / 'images'}", f"run.output={out}"]
-        steps.append(
-            Stage(
-                f"pre-train {method}",
-                150,
-                command("pretrain", "--config", config, "--resume", *overrides),
-            )
-        )
+        words = [f"data.root={data / 'images'}", f"run.output={folder / f'pretrain_{method}'}"]
+        words += QUICK_PRETRAIN if quick else []
+        line = command("pretrain", "--config", config, "--resume", *words)
+        steps.append(Stage(f"pre-train {method}", 150, line))
+    detection = ["--engine", "torchvision", *last(DETECTION, QUICK_DETECTION if quick else [])]
+    segmentation = last(SEGMENTATION, QUICK_SEGMENTATION if quick else [])
+    for task, title, budget_s, protocol, labels in (
+        ("detect", "detection", 280, detection, "coco"),
+        ("segment", "segmentation", 60, segmentation, "ade"),
+    ):
+        for method in METHODS:
+            weights = folder / f"pretrain_{method}" / "backbone.safetensors"
+            where = ("--weights", weights, "--data", data / labels, "--output", folder / f"{task}_{method}")
+            line = command(task, *where, "--resume", *protocol)
+            steps.append(Stage(f"{title} {method}", budget_s, line))
     for method in METHODS:
-        steps.append(
-            _finetune("det", method, folder, data / "coco", 280, DETECTION, "--engine", "torchvision")
-        )
-    for method in METHODS:
-        steps.append(_finetune("seg", method, folder, data / "ade", 60, SEGMENTATION))
-    for method in METHODS:
-        run_folder = folder / f"pretrain_{method}"
-        steps.append(Stage(f"draw {method}", 10, command("analyze crops", run_folder)))
+        steps.append(Stage(f"draw {method}", 10, command("analyze crops", folder / f"pretrain_{method}")))
     return steps
-
-
-def _finetune(
-    task: str, method: str, folder: Path, data: Path, budget_s: int, protocol: list[str], *extra: str
-) -> Stage:
-    out = folder / f"{task}_{method}"
-    weights = folder / f"pretrain_{method}" / "backbone.safetensors"
-    line = command(
-        {"det": "detect", "seg": "segment"}[task],
-        *extra,
-        "--weights",
-        weights,
-        "--data",
-        data,
-        "--output",
-        out,
-        "--resume",
-        *protocol,
-    )
-    return Stage(f"{'detection' if task == 'det' else 'segmentation'} {method}", budget_s, line)
 
 
 def run_stage(stage: Stage, log: Path) -> None:
@@ -115,8 +92,10 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of the demo (%(default)s)")
-    folder = parser.parse_args(arguments).output
-    plan, started = stages(folder), time.time()
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in a minute or two")
+    options = parser.parse_args(arguments)
+    folder = options.output
+    plan, started = stages(folder, options.quick), time.time()
     print(
         f"demo: {len(plan)} stages, at most {sum(s.budget_s for s in plan) // 60 + 1} minutes on two cores",
         flush=True,
@@ -126,7 +105,7 @@ def main(arguments: list[str]) -> None:
         begun = time.time()
         run_stage(stage, folder / "logs" / f"{number} {stage.title}.log".replace(" ", "_"))
         print(f"[{number}/{len(plan)}] {stage.title}: {time.time() - begun:.0f} s", flush=True)
-    runs = [folder / f"{task}_{method}" for task in ("pretrain", "det", "seg") for method in METHODS]
+    runs = [folder / f"{task}_{method}" for task in ("pretrain", "detect", "segment") for method in METHODS]
     for line in (
         command("table", *runs, "--format", "md", "--output", folder / "table.md"),
         command("report", *runs, "--output", folder / "report.html", "--title", "posfield demo"),

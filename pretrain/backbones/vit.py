@@ -268,6 +268,22 @@ class ViT(nn.Module):
             return None
         return relative_buckets(grid, self.n_prefix, self.patch_embed.proj.weight.device)
 
+    def preprocess(self, image: Any, size_px: int | None = None) -> Tensor:
+        """An image as this backbone takes it, on its device: [1, 3, H, W], RGB with ImageNet's mean and deviation
+        (the weights of other statistics are folded into the patch projection when they are read).
+
+        Args:
+            image: a path, a PIL image, or a uint8 array [H, W, 3] or [H, W].
+            size_px: side of the central square, after the shorter side was resized to 256 / 224 of it (DINO's
+                evaluations); None: the whole image, its sides rounded to whole patches.
+
+        Raises:
+            UserError: it cannot be read, by name.
+        """
+        from pretrain.data.images import as_input  # above this module: training needs no files here
+
+        return as_input(image, self.patch_size, size_px).to(self.patch_embed.proj.weight)
+
     def embed(
         self,
         x: Tensor,

@@ -13,16 +13,19 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pretrain.data.decode import BrokenImage, decode
 from pretrain.data.sources import DataSettings, open_source
 from pretrain.data.sources.files import read_file
 from pretrain.errors import UserError
+from pretrain.views.pixels import normalize
 
 MAX_PATCHES = 16_384  # of one image: an N x N matrix takes 1 GiB
 READ_AHEAD = 64  # images in memory at a time, encoded or processed
 
+AnyImage = str | os.PathLike[str] | Image.Image | np.ndarray
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -130,6 +133,59 @@ def whole(pixels: np.ndarray, short_px: int, patch_size: int) -> Tensor:
     rows, columns = (max(1, round(side * scale / patch_size)) for side in pixels.shape[:2])
     check_grid(rows, columns, f"a picture of {pixels.shape[1]} x {pixels.shape[0]} at size {short_px}")
     return resized(pixels, (rows * patch_size, columns * patch_size))
+
+
+def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
+    """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [3, crop, crop].
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
+    left, top = (round((side - crop_px) / 2) for side in size)
+    resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
+    return (
+        torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy())
+        .permute(2, 0, 1)
+        .contiguous()
+    )
+
+
+def pixels_of(image: AnyImage) -> np.ndarray:
+    """An image as uint8 RGB [H, W, 3].
+
+    Args:
+        image: a path; a PIL image; or an array, uint8 [H, W, 3] or [H, W].
+
+    Raises:
+        UserError: it cannot be read, or is an array of another kind.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_picture(Path(image))
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.shape[2:] not in ((), (3,))
+        or image.ndim < 2
+    ):
+        told = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"an image is a path, a PIL image or a uint8 array [H, W, 3] or [H, W], not {told}")
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def as_input(image: AnyImage, patch_size: int, size_px: int | None) -> Tensor:
+    """An image as a backbone takes it: :meth:`pretrain.backbones.vit.ViT.preprocess`."""
+    pixels = pixels_of(image)
+    if size_px is None:
+        return normalize(whole(pixels, min(pixels.shape[:2]), patch_size))[None]
+    return normalize(center_crop(pixels, round(size_px * 256 / 224), size_px))[None]
 
 
 def check_grid(rows: int, columns: int, what: str) -> tuple[int, int]:

@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from pretrain.data.class_folders import ClassFolder
-from pretrain.data.images import in_threads
+from pretrain.data.images import center_crop, in_threads
 from pretrain.errors import UserError
 from pretrain.evaluation import Outcome
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
@@ -45,27 +43,6 @@ class KnnSettings(Settings):
         if self.crop_px > self.resize_px:
             raise ValueError(f"knn.crop_px={self.crop_px} is more than knn.resize_px={self.resize_px}")
         return self
-
-
-def center_crop(pixels: np.ndarray, resize_px: int, crop_px: int) -> Tensor:
-    """An image as DINO's evaluations see it: its shorter side resized by PIL (bicubic), then the center.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-
-    Returns:
-        uint8 [3, crop, crop].
-    """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    size = [resize_px if side == short else int(resize_px * side / short) for side in (width, height)]
-    left, top = (round((side - crop_px) / 2) for side in size)
-    resized = np.asarray(Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BICUBIC))
-    return (
-        torch.from_numpy(resized[top : top + crop_px, left : left + crop_px].copy())
-        .permute(2, 0, 1)
-        .contiguous()
-    )
 
 
 def crops(part: ClassFolder, settings: KnnSettings) -> Iterator[Tensor]:

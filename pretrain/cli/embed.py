@@ -1,0 +1,43 @@
+"""Write one vector an image, for search, duplicates, maps of a collection.
+
+posfield embed --weights runs/b16/backbone.safetensors --images photos --output embeddings.npz
+
+The file holds ``names`` [n] and ``vectors`` [n, D] float32: ``numpy.load("embeddings.npz")``.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.build import build_backbone
+from pretrain.cli import at_least
+from pretrain.data.sources import DataSettings, open_source
+from pretrain.embed import embed
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, embed, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="any supported checkpoint")
+    add("--backbone", metavar="NAME", help="where the weights do not say it: vit_small_patch16, ...")
+    add("--source", metavar="NAME", help="whose file it is, where that is not clear: dino, mae, timm, ...")
+    add("--images", required=True, metavar="FOLDER", help="folder, list file, tar shards, ... (as data.root)")
+    add("--output", type=Path, required=True, metavar="FILE.npz")
+    add("--size", type=int, default=224, metavar="PX", help="side of the central square (%(default)s)")
+    add("--batch", type=int, default=32, metavar="N", help="images at a time (%(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    at_least(options, size=1, batch=1)
+    backbone = build_backbone(options.backbone, options.weights, source=options.source)
+    vectors = embed(
+        options.images, backbone, size_px=options.size, batch_size=options.batch, device=options.device
+    )
+    source = open_source(DataSettings(root=options.images))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    names = np.array([source.name(index) for index in range(len(source))])
+    np.savez(options.output, names=names, vectors=vectors.numpy())
+    print(f"{options.output}: {len(vectors)} images, {vectors.shape[1]} numbers each")
