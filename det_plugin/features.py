@@ -42,19 +42,11 @@ class FeatureOptions:
     compile: bool = False
 
     @staticmethod
-    def of(
-        protocol: DetectionProtocol, *, checkpointing: bool = False, compile: bool = False
-    ) -> "FeatureOptions":
+    def of(protocol: DetectionProtocol, checkpointing: bool, compile: bool) -> "FeatureOptions":
         """The options of a protocol, with those that a run adds."""
-        return FeatureOptions(
-            final_norm=protocol.final_norm,
-            keep_special_tokens=protocol.keep_special_tokens,
-            window_size=protocol.window_size,
-            global_blocks=protocol.global_blocks,
-            freeze=protocol.freeze_backbone,
-            checkpointing=checkpointing,
-            compile=compile,
-        )
+        windows = protocol.window_size, protocol.global_blocks
+        own = protocol.final_norm, protocol.keep_special_tokens, *windows, protocol.freeze_backbone
+        return FeatureOptions(*own, checkpointing, compile)
 
 
 def prepare(vit: ViT, options: FeatureOptions) -> None:
@@ -110,13 +102,8 @@ def _run_blocks(
     run = _compiled(COMPILER) if options.compile else run_block
     for i, block in enumerate(vit.blocks):
         windows = None if i in everywhere else Windows(grid, options.window_size)
-        arguments: tuple[Any, ...] = (
-            block,
-            tokens,
-            None if paths is None else paths[i].unsqueeze(-1),
-            windows,
-            buckets,
-        )
+        own = None if paths is None else paths[i].unsqueeze(-1)
+        arguments: Any = block, tokens, own, windows, buckets
         if options.checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -127,8 +114,7 @@ def _run_blocks(
 def run_block(
     block: Block, x: Tensor, paths: Tensor | None, windows: Windows | None, buckets: Tensor | None = None
 ) -> Tensor:
-    """One block, [B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by the
-    grid's ``buckets``."""
+    """[B, S + N, D] -> [B, S + N, D]. Without ``windows`` each token sees all others, by ``buckets``."""
     if windows is None:
         return block(x, None, paths, buckets)  # type: ignore[no-any-return]
     return windowed_block(block, x, paths, windows)

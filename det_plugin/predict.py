@@ -1,24 +1,58 @@
 """A fine-tuned detector for your own images, from a run folder of either engine."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
+from det_plugin.coco.masks import decode_rle
+from det_plugin.coco.metrics import Prediction
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.augment import evaluation_geometry
-from det_plugin.torchvision_engine.evaluate import Prediction, detect
-from det_plugin.torchvision_engine.folder import CONFIG, classes_of, protocol_of
-from det_plugin.torchvision_engine.loader import to_tensor
-from det_plugin.torchvision_engine.train import load_model
+from det_plugin.run import CONFIGS, engine_of
+from pretrain.data.images import AnyImage, pixels_of
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 
 Images = Sequence[np.ndarray]
-RESOLVED = "config_resolved.yaml"  # of a Detectron2 run
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector finds in one image, best first.
+
+    Attributes:
+        image: the pixels, [H, W, 3] uint8 RGB, upright.
+        results: in COCO's format: ``category_id``, ``bbox``, ``score``, ``segmentation`` (RLE).
+        classes: category id -> name.
+    """
+
+    image: np.ndarray
+    results: list[Prediction]
+    classes: dict[int, str]
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """[N, 4] float: x0, y0, x1, y1 in pixels."""
+        boxes = np.array([p["bbox"] for p in self.results], float).reshape(-1, 4)
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """[N] float, from 0 to 1."""
+        return np.array([p["score"] for p in self.results], float)
+
+    @property
+    def labels(self) -> list[str]:
+        """The name of each object's class."""
+        return [self.classes[p["category_id"]] for p in self.results]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """[N, H, W] bool, decoded anew each time."""
+        masks = [decode_rle(p["segmentation"]).astype(bool) for p in self.results]
+        return np.stack(masks) if masks else np.zeros((0, *self.image.shape[:2]), bool)
 
 
 @dataclass(frozen=True)
@@ -34,6 +68,20 @@ class Detector:
     classes: dict[int, str]
     protocol: DetectionProtocol
     batch: Callable[[Images], list[list[Prediction]]]
+
+    def predict(self, image: AnyImage, min_score: float = 0.0) -> Detections:
+        """The objects of one image.
+
+        Args:
+            image: a path; a PIL image; or uint8 RGB [H, W, 3].
+            min_score: leave out less certain objects. The protocol's ``score_threshold`` applies anyway.
+
+        Raises:
+            UserError: it cannot be read, or is an array of another kind.
+        """
+        pixels = pixels_of(image)
+        found = [p for p in self.detect([pixels])[0] if p["score"] >= min_score]
+        return Detections(pixels, found, self.classes)
 
     def detect(self, images: Images) -> list[list[Prediction]]:
         """Detections of each image, best first, as COCO results without ``image_id``.
@@ -56,9 +104,8 @@ class Detector:
         return self.batch(images) if len(images) else []
 
 
-def load_detector(run: Path, device: str = "auto") -> Detector:
-    """Load the last checkpoint of a run folder. Its config says how to build the network; the backbone's file
-    is not needed.
+def load_detector(run: str | Path, device: str = "auto") -> Detector:
+    """Load the last checkpoint of a run folder. The backbone's file is not needed.
 
     Args:
         run: folder of ``posfield detect``, or of Detectron2's launcher with our config.
@@ -67,81 +114,8 @@ def load_detector(run: Path, device: str = "auto") -> Detector:
     Raises:
         UserError: the folder holds no run or no checkpoint, or Detectron2 is needed and not installed.
     """
-    on = choose_device(device)
-    if (run / CONFIG).is_file():
-        return _torchvision(run, on)
-    if (run / RESOLVED).is_file():
-        return _detectron2(run, on)
-    raise UserError(f"{run} is no folder of a detection run: it holds neither {CONFIG} nor {RESOLVED}")
-
-
-def _torchvision(run: Path, device: torch.device) -> Detector:
-    model, config, _ = load_model(run)
-    model.to(device).eval()
-    protocol, classes = protocol_of(config), classes_of(run, config)
-
-    def batch(images: Images) -> list[list[Prediction]]:
-        maps = [
-            evaluation_geometry((image.shape[1], image.shape[0]), protocol.image_size_px) for image in images
-        ]
-        resized = [to_tensor(geometry.pixels(image)) for geometry, image in zip(maps, images)]
-        return detect(
-            model, resized, [(image.shape[0], image.shape[1]) for image in images], list(classes), device
-        )
-
-    return Detector(classes, protocol, batch)
-
-
-def load_detectron2(run: Path) -> tuple[Any, Any]:
-    """Load the last checkpoint of a Detectron2 run. Returns the model and the run's config.
-
-    Raises:
-        UserError: the folder holds no run or no checkpoint, or Detectron2 is not installed.
-    """
-    from det_plugin.detectron2_engine.requires import detectron2_installed
-
-    with detectron2_installed():
-        from detectron2.checkpoint import DetectionCheckpointer
-        from detectron2.config import instantiate
-
-    from det_plugin.detectron2_engine.saved_config import load_config
-
-    cfg = load_config(run, RESOLVED)
-    model = instantiate(cfg.model)
-    checkpointer = DetectionCheckpointer(model, str(run))
-    if not checkpointer.has_checkpoint():
-        raise UserError(f"{run} holds no checkpoint (last_checkpoint and the file that it names)")
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    return model, cfg
-
-
-def _detectron2(run: Path, device: torch.device) -> Detector:
-    model, cfg = load_detectron2(run)
-    model.to(device).eval()
-
-    from detectron2.config import instantiate
-    from detectron2.data.transforms import AugInput, AugmentationList
-    from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-
-    from det_plugin.detectron2_engine.saved_config import classes_in, protocol_in
-
-    resize = AugmentationList(list(instantiate(cfg.dataloader.test.mapper.augmentations)))
-    classes = classes_in(cfg)
-    ids = list(classes)
-
-    @torch.no_grad()
-    def batch(images: Images) -> list[list[Prediction]]:
-        inputs = []
-        for image in images:
-            seen = AugInput(image)
-            resize(seen)
-            pixels = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
-            inputs.append({"image": pixels, "height": image.shape[0], "width": image.shape[1]})
-        results = [instances_to_coco_json(output["instances"].to("cpu"), 0) for output in model(inputs)]
-        kept = "bbox", "score", "segmentation"
-        return [
-            [{"category_id": ids[r["category_id"]], **{key: r[key] for key in kept}} for r in own]
-            for own in results
-        ]
-
-    return Detector(classes, protocol_in(cfg), batch)
+    on, engine = choose_device(device), engine_of(Path(run))
+    if engine is None:
+        files = " nor ".join(CONFIGS.values())
+        raise UserError(f"{run} is no folder of a detection run: it holds neither {files}")
+    return Detector(*importlib.import_module(f"det_plugin.{engine}_engine.predict").detector(Path(run), on))

@@ -5,6 +5,7 @@ the paper's appendix; "Detectron2", its ViTDet configs; "ours" where neither say
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -15,6 +16,7 @@ from pretrain.settings import Settings, differences, replaced, setting
 
 SCALES = (4.0, 2.0, 1.0, 0.5)  # that a pyramid can be made of
 COARSEST_PX = 32  # stride of its last map before the max-pooled one
+paper, theirs, ours = (partial(setting, source=name) for name in ("B.2", "Detectron2", "ours"))
 
 
 class DetectionProtocol(Settings):
@@ -22,126 +24,93 @@ class DetectionProtocol(Settings):
 
     renamed = renamed.DETECTION
 
-    name: str = setting("coco-12ep", "the protocol that the recipe follows", source="ours", settable=False)
-    version: int = setting(1, "version of that protocol", source="ours", settable=False)
+    name: str = ours("coco-12ep", "the protocol that the recipe follows", settable=False)
+    version: int = ours(1, "version of that protocol", settable=False)
 
     # Schedule
-    max_iters: int = setting(22_128, "iterations: 12 * ceil(118,000 / 64)", source="B.2", ge=1)
-    milestones: tuple[int, ...] = setting((19_667, 21_306), "the lr drops here, in iterations", source="B.2")
-    lr_gamma: float = setting(0.1, "factor on the lr at each milestone", source="B.2", ge=0)
-    warmup_iters: int = setting(250, "iterations of linear warm-up", source="Detectron2", ge=0)
-    warmup_factor: float = setting(
-        0.001, "share of the lr at the start of the warm-up", source="Detectron2", ge=0, le=1
-    )
-    batch_size: int = setting(64, "images a step, over all processes and micro-batches", source="B.2", ge=1)
-    eval_every: int = setting(5_000, "iterations between evaluations", source="Detectron2", ge=1)
+    max_iters: int = paper(22_128, "iterations: 12 * ceil(118,000 / 64)", ge=1)
+    milestones: tuple[int, ...] = paper((19_667, 21_306), "the lr drops here, in iterations")
+    lr_gamma: float = paper(0.1, "factor on the lr at each milestone", ge=0)
+    warmup_iters: int = theirs(250, "iterations of linear warm-up", ge=0)
+    warmup_factor: float = theirs(0.001, "share of the lr at the start of the warm-up", ge=0, le=1)
+    batch_size: int = paper(64, "images a step, over all processes and micro-batches", ge=1)
+    eval_every: int = theirs(5_000, "iterations between evaluations", ge=1)
 
     # Optimizer: AdamW
-    lr: float = setting(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; other sizes are ours", source="B.2", ge=0)
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = setting((0.9, 0.999), "of AdamW", source="Detectron2")
-    weight_decay: float = setting(0.1, "0 for norms and positions", source="Detectron2", ge=0)
-    layer_decay: float = setting(
-        0.7,
-        "factor on the lr a layer; B.2 does not say whether its lr goes with ViTDet's 0.7",
-        source="ours",
-        ge=0,
-        le=1,
+    lr: float = paper(3e-4, "3e-4 for ViT-B, 1e-4 for ViT-S; other sizes are ours", ge=0)
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = theirs((0.9, 0.999), "of AdamW")
+    weight_decay: float = theirs(0.1, "0 for norms and positions", ge=0)
+    layer_decay: float = ours(
+        0.7, "factor on the lr a layer; B.2 does not say whether its lr goes with ViTDet's 0.7", ge=0, le=1
     )
-    drop_path: float = setting(0.1, "rate of the last block, rising from 0", source="Detectron2", ge=0, le=1)
-    clip_grad: float = setting(
-        0.0, "largest norm of the gradients; 0: no clipping", source="Detectron2", ge=0
-    )
-    amp: bool = setting(True, "mixed precision, on CUDA", source="Detectron2")
-    amp_dtype: Literal["float16", "bfloat16"] = setting(
-        "float16", "float16 with loss scaling (its AMPTrainer), or bfloat16 without", source="Detectron2"
+    drop_path: float = theirs(0.1, "rate of the last block, rising from 0", ge=0, le=1)
+    clip_grad: float = theirs(0.0, "largest norm of the gradients; 0: no clipping", ge=0)
+    amp: bool = theirs(True, "mixed precision, on CUDA")
+    amp_dtype: Literal["float16", "bfloat16"] = theirs(
+        "float16", "float16 with loss scaling (its AMPTrainer), or bfloat16 without"
     )
 
     # Input
-    image_size_px: int = setting(
-        1024,
-        "side of the square, padded at the bottom and right; the long edge in tests",
-        source="Detectron2",
-        ge=COARSEST_PX,
+    image_size_px: int = theirs(
+        1024, "side of the square, padded at the bottom and right; the long edge in tests", ge=COARSEST_PX
     )
-    jitter_scale: tuple[float, float] = setting(
-        (0.1, 2.0), "large-scale jitter of training images", source="Detectron2"
-    )
-    flip: float = setting(0.5, "probability of a horizontal flip", source="Detectron2", ge=0, le=1)
-    train_share: float = setting(
-        1.0, "share of the training images, the same ones in every run", source="ours", gt=0, le=1
-    )
-    pixel_mean: tuple[float, float, float] = setting((123.675, 116.28, 103.53), "RGB", source="Detectron2")
-    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = setting(
-        (58.395, 57.12, 57.375), "RGB", source="Detectron2"
-    )
+    jitter_scale: tuple[float, float] = theirs((0.1, 2.0), "large-scale jitter of training images")
+    flip: float = theirs(0.5, "probability of a horizontal flip", ge=0, le=1)
+    train_share: float = ours(1.0, "share of the training images, the same ones in every run", gt=0, le=1)
+    pixel_mean: tuple[float, float, float] = theirs((123.675, 116.28, 103.53), "RGB")
+    pixel_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = theirs((58.395, 57.12, 57.375), "RGB")
 
     # Backbone
-    keep_special_tokens: bool = setting(
-        True,
-        "[CLS] and registers stay in the sequence, as pre-trained; Detectron2's ViT has none",
-        source="ours",
+    keep_special_tokens: bool = ours(
+        True, "[CLS] and registers stay in the sequence, as pre-trained; Detectron2's ViT has none"
     )
-    final_norm: bool = setting(True, "as pre-trained; Detectron2's ViT has none", source="ours")
-    window_size: int = setting(
-        0, "patches a side; 0: every block sees the whole image; ViTDet: 14", source="B.2", ge=0
-    )
-    global_blocks: int = setting(
-        4, "where there are windows: blocks without, the last of equal groups", source="Detectron2", ge=1
-    )
-    freeze_backbone: bool = setting(False, "only pyramid and heads learn", source="ours")
+    final_norm: bool = ours(True, "as pre-trained; Detectron2's ViT has none")
+    window_size: int = paper(0, "patches a side; 0: every block sees the whole image; ViTDet: 14", ge=0)
+    global_blocks: int = theirs(4, "where there are windows: blocks without, the last of equal groups", ge=1)
+    freeze_backbone: bool = ours(False, "only pyramid and heads learn")
 
     # Simple feature pyramid
-    pyramid_scales: tuple[float, ...] = setting(
-        SCALES, "of its maps; plus one max-pooled level", source="Detectron2"
-    )
-    channels: int = setting(256, "of the pyramid and the heads", source="Detectron2", ge=1)
-    norm: Literal["LN", "GN", ""] = setting(
-        "LN",
-        "of the pyramid and the heads; GN with Detectron2 alone, none ('') with torchvision alone",
-        source="Detectron2",
+    pyramid_scales: tuple[float, ...] = theirs(SCALES, "of its maps; plus one max-pooled level")
+    channels: int = theirs(256, "of the pyramid and the heads", ge=1)
+    norm: Literal["LN", "GN", ""] = theirs(
+        "LN", "of the pyramid and the heads; GN with Detectron2 alone, none ('') with torchvision alone"
     )
 
     # Region proposals
-    anchor_sizes_px: tuple[PositiveInt, ...] = setting(
-        (32, 64, 128, 256, 512), "one a level", source="Detectron2"
+    anchor_sizes_px: tuple[PositiveInt, ...] = theirs((32, 64, 128, 256, 512), "one a level")
+    anchor_ratios: tuple[PositiveFloat, ...] = theirs(
+        (0.5, 1.0, 2.0), "height / width of the anchors", min_length=1
     )
-    anchor_ratios: tuple[PositiveFloat, ...] = setting(
-        (0.5, 1.0, 2.0), "height / width of the anchors", source="Detectron2", min_length=1
+    rpn_convs: int = theirs(2, "convolutions", ge=1)
+    rpn_thresholds: tuple[float, float] = theirs(
+        (0.3, 0.7), "IoU below which an anchor is background, and from which it is an object"
     )
-    rpn_convs: int = setting(2, "convolutions", source="Detectron2", ge=1)
-    rpn_thresholds: tuple[float, float] = setting(
-        (0.3, 0.7),
-        "IoU below which an anchor is background, and from which it is an object",
-        source="Detectron2",
+    rpn_batch_per_image: int = theirs(256, "anchors that the loss samples", ge=1)
+    rpn_positive_fraction: float = theirs(0.5, "of these, at most", ge=0, le=1)
+    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = theirs(
+        (2000, 1000), "proposals a level before NMS: training, test"
     )
-    rpn_batch_per_image: int = setting(256, "anchors that the loss samples", source="Detectron2", ge=1)
-    rpn_positive_fraction: float = setting(0.5, "of these, at most", source="Detectron2", ge=0, le=1)
-    rpn_pre_nms: tuple[PositiveInt, PositiveInt] = setting(
-        (2000, 1000), "proposals a level before NMS: training, test", source="Detectron2"
+    rpn_post_nms: tuple[PositiveInt, PositiveInt] = theirs(
+        (1000, 1000), "proposals an image after NMS: training, test"
     )
-    rpn_post_nms: tuple[PositiveInt, PositiveInt] = setting(
-        (1000, 1000), "proposals an image after NMS: training, test", source="Detectron2"
-    )
-    rpn_nms: float = setting(0.7, "IoU of NMS", source="Detectron2", ge=0, le=1)
+    rpn_nms: float = theirs(0.7, "IoU of NMS", ge=0, le=1)
 
     # Heads
-    num_classes: int = setting(80, "COCO's; else as many as the data have", source="Detectron2", ge=1)
-    roi_threshold: float = setting(
-        0.5, "IoU from which a proposal is an object", source="Detectron2", gt=0, le=1
+    num_classes: int = theirs(80, "COCO's; else as many as the data have", ge=1)
+    roi_threshold: float = theirs(0.5, "IoU from which a proposal is an object", gt=0, le=1)
+    roi_batch_per_image: int = theirs(512, "proposals that the loss samples", ge=1)
+    roi_positive_fraction: float = theirs(0.25, "of these, at most", ge=0, le=1)
+    box_pool: int = theirs(7, "side of the pooled features of a box", ge=1)
+    box_convs: int = theirs(4, "convolutions of the box head", ge=0)
+    box_fc: int = theirs(1024, "width of its linear layer", ge=1)
+    mask_pool: int = theirs(14, "side of the pooled features of a mask", ge=1)
+    mask_convs: int = theirs(4, "convolutions of the mask head", ge=0)
+    box_weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = theirs(
+        (10.0, 10.0, 5.0, 5.0), "of a box's x, y, width, height in its regression"
     )
-    roi_batch_per_image: int = setting(512, "proposals that the loss samples", source="Detectron2", ge=1)
-    roi_positive_fraction: float = setting(0.25, "of these, at most", source="Detectron2", ge=0, le=1)
-    box_pool: int = setting(7, "side of the pooled features of a box", source="Detectron2", ge=1)
-    box_convs: int = setting(4, "convolutions of the box head", source="Detectron2", ge=0)
-    box_fc: int = setting(1024, "width of its linear layer", source="Detectron2", ge=1)
-    mask_pool: int = setting(14, "side of the pooled features of a mask", source="Detectron2", ge=1)
-    mask_convs: int = setting(4, "convolutions of the mask head", source="Detectron2", ge=0)
-    box_weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = setting(
-        (10.0, 10.0, 5.0, 5.0), "of a box's x, y, width, height in its regression", source="Detectron2"
-    )
-    score_threshold: float = setting(0.05, "least score of a detection", source="Detectron2", ge=0, le=1)
-    nms: float = setting(0.5, "IoU of NMS", source="Detectron2", ge=0, le=1)
-    detections_per_image: int = setting(100, "at most", source="Detectron2", ge=1)
+    score_threshold: float = theirs(0.05, "least score of a detection", ge=0, le=1)
+    nms: float = theirs(0.5, "IoU of NMS", ge=0, le=1)
+    detections_per_image: int = theirs(100, "at most", ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DetectionProtocol":
@@ -149,16 +118,14 @@ class DetectionProtocol(Settings):
         rising = list(steps) == sorted(set(steps)) and all(0 < step <= self.max_iters for step in steps)
         ends = [SCALES[k:] for k in range(len(SCALES))]
         n_levels = len(self.pyramid_scales) + 1
+        levels = f"{n_levels} numbers, one more than pyramid_scales={self.pyramid_scales}"
         demands = {
             "milestones": (rising, f"rising and within max_iters={self.max_iters}"),
             "warmup_iters": (self.warmup_iters <= self.max_iters, f"within max_iters={self.max_iters}"),
             "betas": (max(self.betas) < 1, "from 0 to below 1"),
             "jitter_scale": (0 < low <= high, "two rising numbers above 0"),
             "pyramid_scales": (self.pyramid_scales in ends, f"{SCALES} or the end of it"),
-            "anchor_sizes_px": (
-                len(self.anchor_sizes_px) == n_levels,
-                f"{n_levels} numbers, one more than pyramid_scales={self.pyramid_scales}",
-            ),
+            "anchor_sizes_px": (len(self.anchor_sizes_px) == n_levels, levels),
             "rpn_thresholds": (0 < background <= thing <= 1, "two rising numbers within 0 and 1"),
         }
         for key, (fits, what) in demands.items():
@@ -179,9 +146,8 @@ LR = {"tiny": 1e-4, "small": 1e-4, "base": 3e-4, "large": 3e-4}
 _TENTH: dict[str, Any] = dict(max_iters=2_220, milestones=(1_973, 2_138), train_share=0.1)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco-12ep": dict(max_iters=22_128, milestones=(19_667, 21_306)),  # B.2
-    "coco-50ep": dict(
-        max_iters=92_187, milestones=(81_944, 88_773)
-    ),  # ours: half of 100 epochs; Table 2 gives none
+    # ours: half of 100 epochs; Table 2 gives none
+    "coco-50ep": dict(max_iters=92_187, milestones=(81_944, 88_773)),
     "coco-100ep": dict(max_iters=184_375, milestones=(163_889, 177_546)),  # Detectron2
     # Cheap ones (ours), to compare backbones with each other; nothing published has them. Warm-up and
     # learning rate are those of the full protocol, and the only evaluation is the last one. "frozen" tests
@@ -219,8 +185,7 @@ def with_overrides(base: DetectionProtocol, overrides: Mapping[str, Any]) -> Det
 
 
 def deviations(run: DetectionProtocol, backbone: str) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
-    run's]}``."""
+    """Where a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``."""
     return differences(protocol(run.name, backbone), run)
 
 
@@ -238,8 +203,6 @@ def other_images(train_images: int | None, val_images: int, train_share: float =
             counted twice.
     """
     expected = n_share(TRAIN_IMAGES, train_share)
-    found: dict[str, list[Any]] = {
-        "train_images": [expected, train_images],
-        "val_images": [VAL_IMAGES, val_images],
-    }
+    found: dict[str, list[Any]] = {"train_images": [expected, train_images]}
+    found["val_images"] = [VAL_IMAGES, val_images]
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}

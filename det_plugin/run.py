@@ -1,5 +1,7 @@
 """One detection fine-tuning, for either engine: its inputs, and the ``result.json`` that it leaves."""
 
+import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,14 @@ from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.settings import as_dict
 
+# {engine: the config that its runs leave in their folders}
+CONFIGS = {"torchvision": "config.json", "detectron2": "config_resolved.yaml"}
+
+
+def engine_of(folder: Path) -> str | None:
+    """The engine of the run in a folder; None where there is none."""
+    return next((engine for engine, file in CONFIGS.items() if (folder / file).is_file()), None)
+
 
 @dataclass(frozen=True)
 class DetectionRun:
@@ -28,8 +38,7 @@ class DetectionRun:
         protocol: the recipe (full or scaled down).
         model_kwargs: further arguments of ``build_backbone``.
         accumulate: micro-batches a step. The schedule does not change.
-        checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`. They only change speed and
-            memory.
+        checkpointing, compile: of :class:`det_plugin.features.FeatureOptions`; only for speed and memory.
 
     Raises:
         UserError: the seed or the number of workers is out of range.
@@ -64,6 +73,14 @@ class DetectionRun:
         }
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a file so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
+    os.replace(temporary, path)
+
+
 def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the first names of their keys: a renamed key must not change a run's config hash."""
     first = {new: old for old, new in renamed.FINE_TUNING.items()} | {"deviations": "departures"}
@@ -71,8 +88,7 @@ def first_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_deviations(run: DetectionRun, images: tuple[int, int]) -> dict[str, list[Any]]:
-    """Deviations of a run from the protocol that it is named after: ``{field: [protocol's value, run's
-    value]}``.
+    """Where a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
         images: how many images it was trained on, and evaluated on.
@@ -100,17 +116,15 @@ def leave_result(
     Args:
         metrics: ``box_ap``, ``mask_ap``, ... in percent.
         changed: the run's deviations.
-        origin: :func:`pretrain.weights.origin_of` the weights, read before the training. After it, the file
-            may be gone or changed.
+        origin: :func:`origin_of` the weights, read before the training: the file may be gone after it.
         started: ``time.time()`` at the start.
         hashed: what the config hash covers besides :meth:`DetectionRun.settings`: ``engine``, ...
     """
+    recipe = run.protocol
     result = Result(
         kind="detection",
         backbone=run.backbone,
-        protocol=Protocol(
-            name=run.protocol.name, version=run.protocol.version, full=not changed, deviations=changed
-        ),
+        protocol=Protocol(name=recipe.name, version=recipe.version, full=not changed, deviations=changed),
         metrics=dict(metrics),
         seed=run.seed,
         wall_time_s=time.time() - started,

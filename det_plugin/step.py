@@ -21,15 +21,13 @@ def micro_batch_size(batch_size: int, accumulate: int) -> int:
     """
     ranks = distributed.world_size()
     if accumulate < 1 or batch_size % (ranks * accumulate):
-        raise UserError(
-            f"protocol: batch_size={batch_size} cannot be shared by {ranks} processes x accumulate={accumulate}"
-        )
+        parts = f"{ranks} processes x accumulate={accumulate}"
+        raise UserError(f"protocol: batch_size={batch_size} cannot be shared by {parts}")
     return batch_size // (ranks * accumulate)
 
 
 def averaging(model: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Around a forward and backward pass: whether the ranks average their gradients in it, with those of the
-    passes before."""
+    """Around a forward and backward pass: whether the ranks average their gradients after it."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 

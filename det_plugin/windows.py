@@ -27,8 +27,7 @@ class Windows(NamedTuple):
 
 
 def global_blocks(depth: int, n_global: int) -> list[int]:
-    """Which of ``depth`` blocks have no windows: the last of each of ``n_global`` equal groups. For 12 and 4:
-    2, 5, 8, 11.
+    """Which of ``depth`` blocks have no windows, the last of each of ``n_global`` groups: 2, 5, 8, 11.
 
     Raises:
         UserError: the groups are not equal.
@@ -56,9 +55,8 @@ def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Ten
     (height, width), size = windows
     qkv = attention.qkv(x)  # [B, S + h * w, 3 D]
     special, patches = qkv.split([qkv.shape[1] - height * width, height * width], dim=1)
-    parts = partition(
-        patches.unflatten(1, windows.grid), attention.qkv.bias.to(qkv.dtype), size
-    )  # [B, n, size^2, 3 D]
+    padding = attention.qkv.bias.to(qkv.dtype)
+    parts = partition(patches.unflatten(1, windows.grid), padding, size)  # [B, n, size^2, 3 D]
     n_parts, n_special = parts.shape[1], special.shape[1]
     if n_special:
         parts = torch.cat([special.unsqueeze(1).expand(-1, n_parts, -1, -1), parts], dim=2)
@@ -76,8 +74,7 @@ def windowed_attention(attention: Attention, x: Tensor, windows: Windows) -> Ten
 
 
 def partition(maps: Tensor, padding: Tensor, size: int) -> Tensor:
-    """[B, h, w, C] -> windows [B, n, size * size, C], row-major, padded below and on the right with
-    ``padding`` [C]."""
+    """[B, h, w, C] -> windows [B, n, size * size, C], row-major, padded below and right with [C]."""
     b, height, width, _ = maps.shape
     below, right = -height % size, -width % size
     if right:

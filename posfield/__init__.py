@@ -12,20 +12,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from det_plugin.predict import load_detector as load_detector
+    from det_plugin.train import finetune as finetune_detection
     from pretrain.build import build_backbone as build_backbone
     from pretrain.embed import embed as embed
     from pretrain.train import pretrain as pretrain
 
 __version__ = "0.2.0"
-_MODULES = {"build_backbone": "pretrain.build", "embed": "pretrain.embed", "pretrain": "pretrain.train"}
-__all__ = list(_MODULES)
+_FUNCTIONS = {
+    "build_backbone": ("pretrain.build", "build_backbone"),
+    "embed": ("pretrain.embed", "embed"),
+    "pretrain": ("pretrain.train", "pretrain"),
+    "finetune_detection": ("det_plugin.train", "finetune"),
+    "load_detector": ("det_plugin.predict", "load_detector"),
+}
+__all__ = ["build_backbone", "embed", "finetune_detection", "load_detector", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:
     """The functions, each imported when it is first used."""
-    if name not in _MODULES:
+    if name not in _FUNCTIONS:
         raise AttributeError(f"module 'posfield' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    module, function = _FUNCTIONS[name]
+    return getattr(importlib.import_module(module), function)
 
 
 def __dir__() -> list[str]:

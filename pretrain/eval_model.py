@@ -1,6 +1,5 @@
-"""The checkpoints that an analysis compares: how they are read and named, and the ``result.json`` of each."""
+"""The checkpoints that an evaluation compares: how they are read and named, and the ``result.json`` of each."""
 
-import argparse
 import hashlib
 import re
 import time
@@ -8,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
@@ -54,17 +53,14 @@ class EvalModel:
     def folder(self) -> str:
         """``checkpoints/NAME``, another one for each label: of letters, digits, ``-``, ``_`` and ``.``."""
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.label).strip(".")[:60]
-        exact = safe and safe == self.label
-        return (
-            f"{FOLDER}/{safe if exact else f'{safe}-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}'}"
-        )
+        if not safe or safe != self.label:
+            safe += f"-{hashlib.sha256(self.label.encode()).hexdigest()[:8]}"
+        return f"{FOLDER}/{safe}"
 
     def build(self, mask_tokens: bool = False) -> ViT:
         """The backbone in evaluation mode, on the CPU; ``mask_tokens``: new ones where the file has none."""
-        vit = build_backbone(
-            self.backbone, self.path, source=self.source, patch_size=self.patch_px, mask_tokens=mask_tokens
-        )
-        return vit.eval()
+        how: dict[str, Any] = {"source": self.source, "patch_size": self.patch_px, "mask_tokens": mask_tokens}
+        return build_backbone(self.backbone, self.path, **how).eval()
 
     def settings_hash(self, protocol: str, settings: UsedSettings) -> str:
         """The ``config_hash`` of :meth:`write`."""
@@ -85,7 +81,6 @@ class EvalModel:
         settings: UsedSettings,
         metrics: Mapping[str, Any],
         started: float,
-        seed: int = 0,
     ) -> None:
         """Leave ``folder/result.json``, of kind ``analysis``.
 
@@ -95,65 +90,39 @@ class EvalModel:
             started: ``time.perf_counter()`` at its beginning.
         """
         changed = {name: list(pair) for name, pair in settings.items() if pair[0] != pair[1]}
+        followed = Protocol(name=protocol, version=1, full=not changed, deviations=changed)
+        used, took = self._used(protocol, settings), time.perf_counter() - started
+        self.write_result(folder, "analysis", followed, used, metrics, seed=0, wall_time_s=took)
+
+    def write_result(
+        self,
+        folder: Path,
+        kind: Literal["analysis", "dense"],
+        protocol: Protocol,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        **others: Any,
+    ) -> Path:
+        """Leave ``folder/result.json`` and return its path.
+
+        Args:
+            config: all that the numbers depend on, but for the weights.
+            others: further fields of the result.
+        """
         result = Result(
-            kind="analysis",
+            kind=kind,
             method=self.method,
             backbone=self.backbone,
             effective_epochs=self.effective_epochs,
-            protocol=Protocol(name=protocol, version=1, full=not changed, deviations=changed),
+            protocol=protocol,
             metrics=dict(metrics),
-            seed=seed,
-            wall_time_s=time.perf_counter() - started,
-            **provenance(self._used(protocol, settings), self.path),
+            **{**provenance(config, self.path), **others},
         )
-        write_result(result, folder)
+        return write_result(result, folder)
 
     def _used(self, protocol: str, settings: UsedSettings) -> dict[str, Any]:
         built = {"backbone": self.backbone, "patch_px": self.patch_px, "source": self.source}
         return {"protocol": protocol, **built, **{name: pair[1] for name, pair in settings.items()}}
-
-
-def add_options(parser: argparse.ArgumentParser, required: bool = True, several: bool = True) -> None:
-    """The options that say which checkpoint, or which ``several``, the same in every tool: those of
-    :func:`open_models`."""
-    add = parser.add_argument
-    if several:
-        add(
-            "--weights",
-            type=Path,
-            nargs="+",
-            required=required,
-            default=[],
-            metavar="FILE",
-            help="any checkpoints, or run folders",
-        )
-        add(
-            "--names",
-            nargs="+",
-            default=[],
-            metavar="NAME",
-            help="of their methods, one each; else what the files say",
-        )
-    else:
-        add(
-            "--weights",
-            type=Path,
-            required=required,
-            metavar="FILE",
-            help="any supported checkpoint, or the folder of a run",
-        )
-    add(
-        "--source",
-        metavar="NAME",
-        help="whose files they all are (dino, mae, ...); else found out from each file",
-    )
-    add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
-    add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
-
-
-def models_of(options: argparse.Namespace) -> list[EvalModel]:
-    """:func:`open_models` for :func:`add_options`."""
-    return open_models(options.weights, options.names, options.source, options.backbone, options.patch_size)
 
 
 def open_models(
@@ -178,9 +147,8 @@ def open_models(
         raise UserError(f"--names: {len(names)} names for {len(paths)} files of weights")
     for name in names:
         if not name.strip() or names.count(name) > 1:
-            raise UserError(
-                f"--names: {name!r} names {names.count(name)} weights; give each a name of its own"
-            )
+            many = f"names {names.count(name)} weights"
+            raise UserError(f"--names: {name!r} {many}; give each a name of its own")
     if patch_px is not None and patch_px < 1:
         raise UserError(f"--patch-size: {patch_px} is less than 1")
     paths = [path / OF_RUN if (path / OF_RUN).is_file() else path for path in paths]
@@ -211,16 +179,15 @@ def named_apart(models: Sequence[EvalModel]) -> list[EvalModel]:
     labels = [model.method for model in models]
     for texts in ([_stem(model.path) for model in models], [f"#{i}" for i in range(1, len(models) + 1)]):
         counts = Counter(labels)
+        pairs = zip(labels, texts)
         labels = [
-            f"{label}, {text}" if counts[label] > 1 and text != label else label
-            for label, text in zip(labels, texts)
+            f"{label}, {text}" if counts[label] > 1 and text != label else label for label, text in pairs
         ]
     return [replace(model, label=label) for model, label in zip(models, map(_printable, labels))]
 
 
 def _stem(path: Path) -> str:
-    """A file's or folder's name; of ``backbone.safetensors``, as every run calls its backbone, the
-    folder's."""
+    """A file's or folder's name; of ``backbone.safetensors``, as every run calls it, the folder's."""
     path = path.absolute()
     return path.parent.name if path.name == OF_RUN else path.name if path.is_dir() else path.stem
 

@@ -2,9 +2,12 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from pretrain import distributed
+from pretrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,3 +37,22 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, the first of :data:`SIGNALS` raises Interrupted in the main thread, so that it can end what
+    it started. Further ones do nothing. (They are not ignored: a command that starts now would inherit
+    that.)"""
+
+    def stop(number: int, _: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, lambda *_: None)
+        raise Interrupted(f"by a {signal.Signals(number).name}: start it again")
+
+    before = [signal.signal(number, stop) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import Processes, Stage, by_turns, gpu_prefixes, interruptible, run_jobs
+from pretrain.errors import UserError
+from pretrain.jobs import FAILED, LEFT, Runner, Stage, raise_for
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.results.runs import POINTS
 from pretrain.results.schema import FILE_NAME, Protocol, Result, read_result, write_result
@@ -79,25 +79,17 @@ def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> P
     """
     _check_folder(run)
     if processes() > 1 or "RANK" in os.environ:  # the runs would take them for theirs
-        raise UserError(
-            "--sweep: one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
-        )
+        told = "one process starts all runs, --jobs N at a time; to run one on several GPUs: --sweep INDEX"
+        raise UserError(f"--sweep: {told}")
     jobs = {}
     for index, point in enumerate(points(run)):
         name = str(point.output.relative_to(Path(run.output) / POINTS))
         jobs[name] = [Stage("run", point.output, [*command, str(index)])]
-    started = Processes()
-    gpus: list[list[str]] = [[]] * n_at_once if run.device == "cpu" else gpu_prefixes(n_at_once)
-    with interruptible():
-        ended = run_jobs(jobs, n_at_once, float("inf"), by_turns(started.launch, gpus), started)
-    failed = [name for name, how in ended.items() if how == "failed"]
-    told = f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} (logs in {Path(run.output) / POINTS}, RUN.log)"
-    if left := [name for name, how in ended.items() if how == "left"]:
-        raise Interrupted(
-            f"{len(left)} of {len(jobs)} runs are left: start it again" + f"; {told}" * bool(failed)
-        )
-    if failed:
-        raise UserError(f"sweep: {told}")
+    ended = Runner(n_at_once, n_gpus=0 if run.device == "cpu" else 1).run(jobs)
+    failed, left = ([name for name, how in ended.items() if how == which] for which in (FAILED, LEFT))
+    logs = f"(logs in {Path(run.output) / POINTS}, RUN.log)"
+    told = f"sweep: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)} {logs}"
+    raise_for(told if failed else "", left, f"{len(jobs)} runs")
     result = conclude(run)
     assert result is not None, "every run has ended and left its result"
     return result
@@ -112,9 +104,9 @@ def status(run: SegmentationRun) -> str:
     """One line a run: its index, its folder, and its mIoU if it is finished."""
     lines = []
     for index, point in enumerate(points(run)):
-        done = (point.output / FILE_NAME).is_file()
-        lines.append(f"{index:3d}  {point.output}  {read_result(point.output).metrics['miou']:.2f}" if done else
-                     f"{index:3d}  {point.output}  -")  # fmt: skip
+        is_done = (point.output / FILE_NAME).is_file()
+        miou = f"{read_result(point.output).metrics['miou']:.2f}" if is_done else "-"
+        lines.append(f"{index:3d}  {point.output}  {miou}")
     return "\n".join(lines)
 
 
@@ -131,23 +123,18 @@ def conclude(run: SegmentationRun) -> Path | None:
     weights_hash = file_hash(run.weights) if run.weights else None
     for point, result in zip(runs, results):
         if result.weights_hash != weights_hash:
-            raise UserError(
-                f"sweep: {point.output} is a run of other weights than {run.weights}; remove it and start again"
-            )
+            other = f"is a run of other weights than {run.weights}; remove it and start again"
+            raise UserError(f"sweep: {point.output} {other}")
         if _deviations(result) != _deviations(results[0]):
-            raise UserError(
-                f"sweep: {point.output} and {runs[0].output} follow different recipes; remove one and start again"
-            )
+            other = f"{runs[0].output} follow different recipes; remove one and start again"
+            raise UserError(f"sweep: {point.output} and {other}")
     return write_result(_summary(runs, results), run.output)
 
 
 def _deviations(result: Result) -> dict[str, list[Any]]:
     """A run's deviations, without its place in the grid. A changed grid shows in ``lr_grid``."""
-    return {
-        key: pair
-        for key, pair in result.protocol.deviations.items()
-        if key not in (SWEEP, "lr", "weight_decay")
-    }
+    own, all_ = (SWEEP, "lr", "weight_decay"), result.protocol.deviations
+    return {key: pair for key, pair in all_.items() if key not in own}
 
 
 def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
@@ -158,10 +145,11 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     chosen = settings[means.index(max(means))]
     best, of_seeds = runs[chosen][0].protocol, results[chosen]
     deviations = _deviations(of_seeds[0])
-    grid = {
-        f"lr {runs[s][0].protocol.lr:g}, weight decay {runs[s][0].protocol.weight_decay:g}": s
-        for s in settings
-    }
+    grid = {}
+    for setting in settings:
+        way = runs[setting][0].protocol
+        name = f"lr {way.lr:g}, weight decay {way.weight_decay:g}"
+        grid[name] = _scores(runs[setting], results[setting])
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
     metrics = {name: statistics.fmean(r.metrics[name] for r in of_seeds) for name in ("macc", "aacc")}
     classes = sorted({name for result in of_seeds for name in result.metrics["iou"]})
@@ -171,12 +159,7 @@ def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
     }
     return of_seeds[0].with_changes(
         protocol=Protocol(name=best.name, version=best.version, full=not deviations, deviations=deviations),
-        metrics={
-            **metrics,
-            **_scores(runs[chosen], of_seeds),
-            "iou": per_class,
-            "grid": {name: _scores(runs[setting], results[setting]) for name, setting in grid.items()},
-        },
+        metrics={**metrics, **_scores(runs[chosen], of_seeds), "iou": per_class, "grid": grid},
         config_hash=config_hash({"sweep": sorted({result.config_hash for result in results})}),
         wall_time_s=sum(result.wall_time_s for result in results),
         peak_memory_mib=max(memory, default=None),

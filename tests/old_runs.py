@@ -177,17 +177,16 @@ def evaluate_torchvision(folder: Path) -> dict[str, Any]:
 
 def resume_detectron2(folder: Path) -> Path:
     """Go on with a run of Detectron2's engine."""
-    from det_plugin.detectron2_engine.lazy import train
+    from det_plugin.detectron2_engine.train import train
 
     return train(detection_run(folder), resume=True)
 
 
 def evaluate_detectron2(folder: Path) -> dict[str, Any]:
     """Metrics of its last checkpoint."""
-    from det_plugin.detectron2_engine.lazy import train
-    from pretrain.results.schema import read_result
+    from det_plugin.detectron2_engine.train import evaluate_folder
 
-    return read_result(train(detection_run(folder), eval_only=True)).metrics
+    return evaluate_folder(folder, folder.parent / "coco", device="cpu", workers=0)
 
 
 def detections(folder: Path, pixels: np.ndarray) -> list[dict[str, Any]]:

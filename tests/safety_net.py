@@ -199,8 +199,8 @@ def torchvision_objects(
     name: str, backbone: str
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, list[float], list[Any]]:
     """Detector (without weights) and optimizer of a protocol; learning rates; lengths and geometries."""
+    from det_plugin.augment import evaluation_geometry, jitter
     from det_plugin.protocol import protocol
-    from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
     from det_plugin.torchvision_engine.model import build_model
     from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
     from pretrain.build import build_for_fine_tuning
@@ -316,10 +316,12 @@ def torchvision_steps(
     coco: Path, folder: Path, n: int, accumulate: int
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses of the torchvision engine's first steps, and the detector after them."""
+    from det_plugin.coco.annotations import Data
+    from det_plugin.loader import positions
     from det_plugin.protocol import protocol, with_overrides
     from det_plugin.run import DetectionRun
-    from det_plugin.torchvision_engine.loader import TrainSamples, positions
-    from det_plugin.torchvision_engine.trainer import Data, Trainer
+    from det_plugin.torchvision_engine.loader import TrainSamples
+    from det_plugin.torchvision_engine.trainer import Trainer
     from pretrain.device import deterministic
 
     recipe = with_overrides(protocol("coco-12ep", "vit_tiny_patch16"), DET_SMALL)

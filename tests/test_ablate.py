@@ -3,6 +3,7 @@ here."""
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -13,11 +14,10 @@ import pytest
 from tool_fixture import load_tool
 
 from det_plugin.protocol import protocol, with_overrides
-from pretrain import jobs as jobs_module
-from pretrain.cli import REQUEUE_CODE, fields_and_kwargs
+from pretrain.cli import REQUEUE_CODE, command, fields_and_kwargs
 from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import Processes, Stage, interruptible, run_jobs
+from pretrain.jobs import Runner, Stage, runner
 from pretrain.results import Protocol, Result, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
 from pretrain.results.render import render
@@ -68,8 +68,8 @@ def trial(method="intertwined", seed=0, box_ap=10.0, deviations=None, **changed)
 
 def pretraining_of(stage):
     """The config that a pre-training stage's command line asks for."""
-    words = stage.command[2:]
-    assert words[:3] == ["--resume", "--config", str(TOY)]
+    words = stage.command[3:]
+    assert stage.command[:3] == command("pretrain") and words[:3] == ["--resume", "--config", "toy"]
     return load_config(words[2], words[3:])
 
 
@@ -135,7 +135,35 @@ def test_quick_and_other_settings_come_last(tmp_path, word):
     assert (settings.max_iters, settings.milestones, settings.batch_size, model_kwargs) == (12, (8, 9), 8, {})
 
 
+@pytest.mark.parametrize("folder", ["/old/checkout/tools", "/site-packages/tools"])
+def test_what_an_earlier_version_finished_is_done(tmp_path, folder):
+    """It started other files, from another place, under the former names of settings."""
+    for stage in TOOL["plan"](options(tmp_path, seeds=1))["method/seed_0"]:
+        words = shlex.join(stage.command[3:]).replace("--config toy ", f"--config {TOY} ")
+        old = words.replace("max_iters=", "iterations_it=").replace("eval_every=", "eval_period_it=")
+        tool = {"pretrain": "pretrain", "det": "train_det"}[stage.kind]
+        stage.folder.mkdir(parents=True)
+        (stage.folder / "result.json").write_text("{}")
+        stage.folder.with_suffix(".command").write_text(f"/old/bin/python3 {folder}/{tool}.py {old}")
+        assert stage.state == "done"
+        stage.folder.with_suffix(".command").write_text(f"/old/bin/python3 {folder}/{tool}.py {old} more")
+        assert stage.state == "begun"
+    compared = Stage("detect", tmp_path / "det", [], "posfield detect --seed 0 lr=1 weights=a")
+    compared.folder.mkdir()
+    compared.folder.with_suffix(".command").write_text("train_det --seed 0 lr=1 weights=a")
+    assert compared.state == "begun"
+    compared.folder.with_suffix(".command").write_text("train_det --seed 0 lr=1 weights=b")
+    assert compared.state == "other settings" and "weights=b, asked for is weights=a;" in compared.difference
+
+
 # --- how it is run ----------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs, n_at_once, seconds, launch=None):
+    """A runner's outcome; ``launch`` stands in for its processes."""
+    each = Runner(n_at_once, seconds)
+    each.launch = launch or each.launch
+    return each.run(jobs)
 
 
 class Machine:
@@ -199,7 +227,7 @@ def test_what_has_no_time_to_end_is_not_begun(tmp_path, monkeypatch):
     clock = iter(
         range(0, 10_000, 10)
     )  # every look at it is 10 s later: a stage takes 10 s, and the next begins 10 s after it
-    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
     machine = Machine()
     assert run_jobs(two_stage_jobs(tmp_path), 1, 55, machine) == {"j0": "done", "j1": "left", "j2": "left"}
     assert machine.ran == ["j0/pretrain", "j0/det"]
@@ -227,16 +255,16 @@ SAVES = [
 
 
 def test_a_command_is_asked_to_leave_before_it_is_made_to(tmp_path):
-    log = tmp_path / "deep" / "log"
-    assert Processes().launch(["sh", "-c", "echo one; exit 3"], log, 60) == 3
-    assert Processes().launch(SAVES, log, 1.5) is None
+    log = tmp_path / "log"
+    assert Runner().launch(["sh", "-c", "echo one; exit 3"], log, 60) == 3
+    assert Runner().launch(SAVES, log, 1.5) is None
     assert log.read_text().splitlines() == ["one", "on", "saved"]
 
 
 def test_a_command_that_will_not_leave_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(runner, "GRACE_S", 0.2)
     begun = time.monotonic()
-    assert Processes().launch(["sh", "-c", "trap '' TERM; exec sleep 60"], tmp_path / "log", 0.5) is None
+    assert Runner().launch(["sh", "-c", "trap '' TERM; exec sleep 60"], tmp_path / "log", 0.5) is None
     assert time.monotonic() - begun < 20
 
 
@@ -281,7 +309,7 @@ def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigt
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
-    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+    with pytest.raises(Interrupted, match="SIGTERM"):
         thread.start()
         run_jobs(jobs, 2, 1e6)
     thread.join()
@@ -292,7 +320,7 @@ def test_a_sigterm_ends_all_that_runs_and_begins_nothing(tmp_path, harmless_sigt
 
 
 def test_what_is_stopped_begins_no_more(tmp_path):
-    processes = Processes()
+    processes = Runner()
     processes.stop()
     assert (
         processes.launch(["sh", "-c", "echo on"], tmp_path / "log", 60) is None
@@ -359,7 +387,7 @@ def fake_tools(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.run", lambda command, **_: Namespace(returncode=0))  # the toy data
     machine = Namespace(ran=[], failing="", slow="")
 
-    def fake(command, log, seconds):
+    def fake(self, command, log, seconds):
         folder = log.with_suffix("")
         machine.ran.append(folder)
         if machine.slow and machine.slow in str(folder):
@@ -367,7 +395,7 @@ def fake_tools(tmp_path, monkeypatch):
         if folder.name == "pretrain":
             if machine.failing and machine.failing in str(folder):
                 return 1
-            config = load_config(command[4], command[5:])
+            config = load_config(command[5], command[6:])
             protocol = run_protocol(config, 400)
             write_result(
                 result("pretrain", config.run.name, config.run.seed, deviations=protocol.deviations), folder
@@ -377,9 +405,7 @@ def fake_tools(tmp_path, monkeypatch):
             write_result(result("detection", before["method"], before["seed"], 10.0 + before["seed"]), folder)
         return 0
 
-    monkeypatch.setitem(
-        TOOL["main"].__globals__, "run_jobs", lambda jobs, n, seconds: run_jobs(jobs, n, seconds, fake)
-    )
+    monkeypatch.setattr(Runner, "launch", fake)
     return machine
 
 
@@ -405,8 +431,14 @@ def test_the_command_ends_in_a_table_of_all_rows(tmp_path, fake_tools, capsys):
 
 def test_the_command_says_what_failed_and_what_is_left(tmp_path, fake_tools):
     fake_tools.failing, fake_tools.slow = "table3_lpos/seed_1", "method/seed_2"
+    with pytest.raises(Interrupted, match="1 of 15 jobs are left.*; 1 of 15 jobs failed: table3_lpos/seed_1"):
+        TOOL["main"](["--output", str(tmp_path)])
+    fake_tools.slow = ""
     with pytest.raises(UserError, match="1 of 15 jobs failed: table3_lpos/seed_1"):
         TOOL["main"](["--output", str(tmp_path)])
+    fake_tools.slow = "reference_image/seed_2"
+    for stage in ("pretrain", "det"):
+        (tmp_path / "reference_image" / "seed_2" / stage / "result.json").unlink()
     assert (tmp_path / "ablation.md").read_text().count("(n=2)") >= 2
     fake_tools.failing = ""
     with pytest.raises(Interrupted, match="1 of 15 jobs are left"):

@@ -16,7 +16,7 @@ from pretrain.analysis.figures import training_images
 from pretrain.analysis.pca import pca_colors, principal_components
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
-from pretrain.evaluation.knn import knn_predict_each
+from pretrain.evaluation.knn import knn_predict
 from pretrain.train import train
 from pretrain.views.boxes import Views
 from pretrain.views.masks import MaskSettings, draw_masks
@@ -125,11 +125,11 @@ def test_knn_equals_a_plain_loop():
             sum(torch.tensor(cosine[i] / 0.07).exp().item() for i in near if labels[i] == c) for c in range(4)
         ]
         expected.append(votes.index(max(votes)))
-    (got,) = knn_predict_each(bank, labels, queries, (7,), 4, chunk=4)
+    (got,) = knn_predict(bank, labels, queries, (7,), 4, chunk=4)
     assert got.tolist() == expected
-    assert torch.equal(knn_predict_each(bank, labels, bank, (1,), 4)[0], labels)
+    assert torch.equal(knn_predict(bank, labels, bank, (1,), 4)[0], labels)
     with pytest.raises(ValueError, match="k=41"):
-        knn_predict_each(bank, labels, queries, (41,), 4)
+        knn_predict(bank, labels, queries, (41,), 4)
 
 
 def test_a_runs_figures(tmp_path, capsys):

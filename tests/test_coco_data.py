@@ -14,15 +14,15 @@ from coco_fixture import annotation_file, edit, relayout, rle_of_box, write_coco
 from PIL import Image
 from tool_fixture import load_tool
 
-from det_plugin.coco.annotations import read_classes, read_split, read_truth, run_lengths
-from det_plugin.coco.api import coco_api
+from det_plugin.coco.annotations import Data, read_classes, read_split, read_truth, run_lengths
 from det_plugin.coco.layout import LAYOUTS, locate
+from det_plugin.coco.masks import coco_api, encode_mask
+from det_plugin.coco.metrics import coco_metrics
 from det_plugin.protocol import n_share, protocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.evaluate import coco_metrics, encode_mask
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import train
-from det_plugin.torchvision_engine.trainer import Data
+from det_plugin.train import choose_engine, settings_of
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 from pretrain.results import read_result
@@ -530,10 +530,8 @@ def test_number_of_classes_of_coco_needs_no_word(root, tmp_path, capsys):
     ]
     for split in ("train", "val"):
         edit(annotation_file(root, split), lambda content: content.update(categories=categories))
-    options = tool.parse(words(root, tmp_path / "out", "--backbone", TINY))
-    assert (
-        tool.settings_of(options).protocol.num_classes == 80 and "num_classes" not in capsys.readouterr().out
-    )
+    run = settings_of(TINY, None, root, tmp_path / "out", "coco-12ep", {})
+    assert run.protocol.num_classes == 80 and "num_classes" not in capsys.readouterr().out
 
 
 def test_the_engine_is_that_of_the_folder(tmp_path):
@@ -541,8 +539,8 @@ def test_the_engine_is_that_of_the_folder(tmp_path):
         folder = tmp_path / engine
         folder.mkdir()
         (folder / file).write_text("{}")
-        assert tool.choose_engine("auto", folder) == (engine, f"it trained {folder}")
-    assert tool.choose_engine("torchvision", tmp_path / "detectron2")[0] == "torchvision"
+        assert choose_engine("auto", folder) == (engine, f"it trained {folder}")
+    assert choose_engine("torchvision", tmp_path / "detectron2")[0] == "torchvision"
 
 
 def test_a_checkpoint_of_another_width_ends_in_one_line(root, tmp_path):

@@ -21,11 +21,12 @@ from coco_fixture import write_coco
 from tool_fixture import load_tool
 
 from det_plugin.protocol import PROTOCOLS
-from pretrain import compare
 from pretrain.build import build_backbone
-from pretrain.compare_config import Comparison, Entry, load_comparison, name_of
+from pretrain.cli import command
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import gpu_prefixes
+from pretrain.jobs import compare
+from pretrain.jobs.compare_config import Comparison, Entry, load_comparison, name_of
+from pretrain.jobs.runner import gpu_groups
 from pretrain.results.provenance import file_hash
 from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.rows import backbone_family
@@ -36,7 +37,6 @@ from pretrain.weights import read_checkpoint, save_backbone
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "compare"
 TINY = "vit_tiny_patch16"
-TOOLS = ROOT / "tools"
 ROW = {"method": "DINO", "backbone": TINY, "file": "dino.pth"}
 
 
@@ -263,7 +263,7 @@ def test_every_published_row_has_an_entry(name, table, backbone):
     for entry, row in zip(read.entries, rows):
         segmented = (entry.segmentation or read.segmentation) != "none"
         assert segmented == (row.ade20k_miou is not None and name != "coco10pct"), entry.method
-        assert ("tools/train_ssl.py" in entry.origin) == (entry.method in ours)
+        assert ("posfield pretrain " in entry.origin) == (entry.method in ours)
         if entry.method in ours:
             config = entry.origin.split("--config ")[1].split()[0]
             assert (ROOT / config).is_file() and entry.file == f"{Path(config).stem}/backbone.safetensors"
@@ -272,14 +272,14 @@ def test_every_published_row_has_an_entry(name, table, backbone):
 def made_plan(comparison, output, **options):
     """The plan with all weights there."""
     weights = {
-        name_of(e): compare.Weights(output / name_of(e), output / name_of(e), ("weights=0",))
+        name_of(e): compare.Weights(output / name_of(e), output / name_of(e), ("weights=0",), output / "note")
         for e in comparison.entries
     }
     return compare.plan(comparison, weights, output, **options)
 
 
 def words_of(run):
-    return dict(zip(run.arguments, [*run.arguments[1:], ""]))
+    return dict(zip(run.command, [*run.command[1:], ""]))
 
 
 def test_the_plans_of_the_shipped_files(tmp_path):
@@ -300,15 +300,17 @@ def test_the_plans_of_the_shipped_files(tmp_path):
     assert (
         {run.entry.patch_size for run in seven} == {16}
         and len(seven) == 8
-        and sum(run.is_sweep for run in seven) == 4
+        and sum(("--sweep" in run.command) for run in seven) == 4
     )
     assert [run.entry.backbone for run in seven[:4]] == ["vit_base_patch16", "vit_base_patch16_reg4", "vit_small_patch16",
                                                          "vit_small_patch16_reg4"]  # fmt: skip
     base = made_plan(shipped("table1_vitb16"), tmp_path)
-    assert [run.task for run in base] == ["det"] * 10 + ["seg"] * 7 and all(run.is_sweep for run in base[10:])
+    assert [run.kind for run in base] == ["detect"] * 10 + ["segment"] * 7 and all(
+        ("--sweep" in run.command) for run in base[10:]
+    )
     several = made_plan(replaced(shipped("table1_vitb16"), {"seeds": (2, 3)}), tmp_path)
-    assert [run.task for run in several] == ["det"] * 10 + ["seg"] * 7 + [
-        "det"
+    assert [run.kind for run in several] == ["detect"] * 10 + ["segment"] * 7 + [
+        "detect"
     ] * 10  # a sweep has seeds of its own
     cheap = made_plan(shipped("coco10pct"), tmp_path)
     assert len(cheap) == 30 and {run.folder.name for run in cheap} == {
@@ -321,7 +323,7 @@ def test_the_tools_understand_the_commands(tmp_path):
     changes = {"seeds": (3,), "detection_overrides.lr": "2e-4", "workers": 0, "checkpointing": True}
     read = replaced(shipped("table1_vits16"), changes)
     run = made_plan(read, tmp_path, n_gpus=4)[0]
-    options = load_tool("detect").parse([*run.arguments])
+    options = load_tool("detect").parse(run.command[run.command.index("detect") + 1 :])
     assert (options.protocol, options.seed, options.accumulate, options.checkpointing) == (
         "coco-12ep",
         3,
@@ -336,33 +338,34 @@ def test_the_tools_understand_the_commands(tmp_path):
     pytest.importorskip("mmseg")
     tool = load_tool("segment")
     swept, single = [
-        made_plan(replaced(read, {"segmentation": kind}), tmp_path)[-1] for kind in ("sweep", "point")
+        made_plan(replaced(read, {"segmentation": kind}), tmp_path, n_gpus=2)[-1]
+        for kind in ("sweep", "point")
     ]
-    options = tool.parse(swept.stage(TOOLS, 2).command[2:])
+    options = tool.parse(swept.command[3:])
     assert (options.sweep, options.jobs, options.dataset, options.resume) == ("all", 2, "ade20k", False)
     assert options.output == tmp_path / "intertwined_vits16/seg_sweep"
-    options = tool.parse([*single.arguments])
+    options = tool.parse(single.command[single.command.index("segment") + 1 :])
     assert (options.sweep, options.seed, options.resume, options.output.name) == (None, 3, True, "seg_seed3")
 
 
 def test_a_run_on_several_gpus(tmp_path, monkeypatch):
-    run = made_plan(shipped("table2"), tmp_path)[0]
-    alone, spread = run.stage(TOOLS), run.stage(TOOLS, 4)
-    assert alone.command[1] == str(TOOLS / "train_det.py")
+    alone, spread = (made_plan(shipped("table2"), tmp_path, n_gpus=n)[0] for n in (1, 4))
+    assert alone.command[:3] == command("detect")
     assert spread.command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert (
-        alone.identity == spread.identity and "accumulate" not in alone.identity
-    )  # the result does not depend on it
+    assert spread.command[6:8] == command("detect")[1:]
+    # the result does not depend on it
+    assert alone.identity == spread.identity and "accumulate" not in alone.identity
+    on_slurm = made_plan(shipped("table2"), tmp_path, n_gpus=4, sweep_jobs=16)[0]  # srun starts the ranks
+    assert on_slurm.command[:3] == command("detect") and on_slurm.array == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7,8")
-    pairs = ["CUDA_VISIBLE_DEVICES=2,5", "CUDA_VISIBLE_DEVICES=6,7"]  # the last one is no pair
-    assert gpu_prefixes(3, 2) == [["env", pair] for pair in (*pairs, pairs[0])]
-    assert gpu_prefixes(2, 1) == [["env", "CUDA_VISIBLE_DEVICES=2"], ["env", "CUDA_VISIBLE_DEVICES=5"]]
-    assert gpu_prefixes(2, 5) == [[], []]  # all of them
+    assert gpu_groups(3, 2) == ["2,5", "6,7", "2,5"]  # the last one is no pair
+    assert gpu_groups(2, 1) == ["2", "5"]
+    assert gpu_groups(2, 5) == [None, None]  # all of them
     with pytest.raises(UserError, match="a run on 6 GPUs: there are 5 here"):
-        gpu_prefixes(1, 6)
+        gpu_groups(1, 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert gpu_prefixes(2, 1) == [[], []]
+    assert gpu_groups(2, 1) == [None, None]
 
 
 # --- the weights ------------------------------------------------------------------------------------------
@@ -371,22 +374,22 @@ def test_a_run_on_several_gpus(tmp_path, monkeypatch):
 def test_a_foreign_file_becomes_one_of_ours_once(tmp_path):
     file, out = write_timm(tmp_path / "w" / "dino.pth"), tmp_path / "out"
     entry = Entry(**ROW, source="timm", effective_epochs=1600.0, patch_size=8)
-    read, note = Comparison(entries=(entry,), weights=str(tmp_path / "w")), compare.note_of(entry, out)
+    read = Comparison(entries=(entry,), weights=str(tmp_path / "w"))
     weights = compare.find_weights(read, entry, out)
-    assert weights.file == out / "weights/dino_vitt16.safetensors" and not weights.is_ready(note)
-    compare.prepare(entry, weights, out)
+    assert weights.file == out / "weights/dino_vitt16.safetensors" and not weights.is_ready
+    compare.prepare(entry, weights)
     found = read_checkpoint(weights.file)
-    assert weights.is_ready(note) and (found.backbone, found.model_kwargs["patch_size"]) == (TINY, 8)
+    assert weights.is_ready and (found.backbone, found.model_kwargs["patch_size"]) == (TINY, 8)
     assert (found.provenance["method"], found.provenance["effective_epochs"]) == ("DINO", 1600)
     before = weights.file.stat().st_mtime_ns
-    compare.prepare(entry, weights, out)
+    compare.prepare(entry, weights)
     assert weights.file.stat().st_mtime_ns == before
     file.unlink()  # what was made of it is enough; and of runs that are done, the note
-    assert compare.find_weights(read, entry, out) == weights and weights.is_ready(note)
+    assert compare.find_weights(read, entry, out) == weights and weights.is_ready
     weights.file.unlink()
-    assert compare.find_weights(read, entry, out) == weights and not weights.is_ready(note)
+    assert compare.find_weights(read, entry, out) == weights and not weights.is_ready
     with pytest.raises(UserError, match="no file .*dino.pth"):
-        compare.prepare(entry, weights, out)
+        compare.prepare(entry, weights)
     write_timm(file, seed=1)
     other = compare.find_weights(read, entry, out)
     assert (
@@ -409,15 +412,15 @@ def test_a_file_of_ours_is_read_as_it_is(tmp_path):
     read = Comparison(entries=(entry,), weights=str(tmp_path))
     weights = compare.find_weights(read, entry, out)
     with pytest.raises(UserError, match="ours.safetensors: vit_tiny_patch16, not vit_small_patch16"):
-        compare.prepare(replaced(entry, {"backbone": "vit_small_patch16"}), weights, out)
-    compare.prepare(entry, weights, out)
+        compare.prepare(replaced(entry, {"backbone": "vit_small_patch16"}), weights)
+    compare.prepare(entry, weights)
     assert weights.file == file and not list(out.rglob("*.safetensors"))
     resampled = compare.find_weights(read, replaced(entry, {"patch_size": 14}), out)
     assert resampled.file.parent == out / "weights"
     file.unlink()
     assert compare.find_weights(read, entry, out) == weights
     with pytest.raises(UserError, match="ours.safetensors: no file"):
-        compare.prepare(entry, weights, out)
+        compare.prepare(entry, weights)
 
 
 def test_the_tables_say_of_which_file_a_row_is(tmp_path):
@@ -435,7 +438,7 @@ def test_the_tables_say_of_which_file_a_row_is(tmp_path):
         tmp_path / "out",
     )
     weights = compare.find_all(read, out)
-    assert not compare.prepare_all(weights, read.entries, out)
+    assert not compare.prepare_all(weights, read.entries)
     (lines,) = compare.weights_table(compare.plan(read, weights, out), weights).groups
     resampled = ("timm", "14 px, resampled to 16")
     expected = {"asked": resampled, "silent": resampled, "ours": ("ours", "16 px")}
@@ -498,7 +501,7 @@ class Workplace:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.out, self.tools = folder, folder / "out", folder / "tools"
-        for name, kind in (("train_det", "detection"), ("train_seg", "segmentation")):
+        for name, kind in (("detect", "detection"), ("segment", "segmentation")):
             self.tools.mkdir(exist_ok=True)
             (self.tools / f"{name}.py").write_text(STAND_IN)
             (self.tools / f"{name}.json").write_text(to_json(result(kind)))
@@ -509,7 +512,11 @@ class Workplace:
             write_ours(folder / "w" / f"{name}.safetensors", seed)
         self.rows = [{"method": name, "name": name, "file": f"{name}.safetensors"} for name in ("one", "two")]
         self.module = load_tool("compare")
-        monkeypatch.setattr(self.module, "TOOLS", self.tools)
+        monkeypatch.setattr(compare, "command", self.command)
+
+    def command(self, name, *words):
+        """In place of posfield's."""
+        return [sys.executable, str(self.tools / f"{name}.py"), *words]
 
     def happens(self, **how):
         """{run with __ for /: exit code | "slow" | "rude": slow, and ends of a signal}."""
@@ -628,7 +635,7 @@ def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
 
     def kill():
         wait_for(work.out / "one" / DET / "begun")
-        seen.append(compare.state(compare.Stage("det", work.out / "one" / DET, ["x"])))
+        seen.append(compare.Stage("det", work.out / "one" / DET, ["x"]).state)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=kill)
@@ -654,8 +661,9 @@ def test_a_kill_is_passed_on_and_the_run_goes_on_later(work, capsys):
 def test_a_run_whose_comparison_was_killed_is_left_alone_while_it_lasts(work, capsys):
     work.happens(**{f"one__{DET}": "slow"})
     folder = work.out / "one" / DET
-    command = [sys.executable, str(work.tools / "train_det.py"), "--output", str(folder)]
-    begin = f"from pretrain.jobs import Processes, Path; Processes().launch({command!r}, Path({str(folder)!r} + '.log'), 60)"
+    folder.parent.mkdir(parents=True)
+    line = work.command("detect", "--output", str(folder))
+    begin = f"from pretrain.jobs.runner import Runner, Path; Runner().launch({line!r}, Path({str(folder)!r} + '.log'), 60)"
     comparison = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
     wait_for(work.out / "one" / DET / "begun")
     comparison.kill()
@@ -686,7 +694,7 @@ def test_what_a_stop_ends_has_not_failed(work, capsys):
 
 def test_our_own_pretraining_says_whether_it_was_scaled_down(work):
     hashed = file_hash(work.folder / "w" / "one.safetensors")
-    (work.tools / "train_det.json").write_text(to_json(result("detection", weights_hash="of what it read")))
+    (work.tools / "detect.json").write_text(to_json(result("detection", weights_hash="of what it read")))
     scaled = Protocol(name="intertwined-100ep", version=1, full=False, deviations={"optim.epochs": [100, 3]})
     write_result(
         result("pretrain", protocol=scaled, metrics={"loss": 1.0}, weights_hash=hashed), work.folder / "w"
@@ -723,7 +731,7 @@ def test_a_dry_run_shows_the_commands_and_writes_nothing(work, capsys):
 
 def test_the_jobs_that_would_be_submitted(work, capfd, monkeypatch):
     pytest.importorskip("mmseg")
-    monkeypatch.setattr(work.module, "TOOLS", TOOLS)
+    monkeypatch.setattr(compare, "command", command)
     grid = {"lr_grid": [1e-4, 1e-5], "seeds": 3}
     words = [
         "--submit",
@@ -766,7 +774,7 @@ def test_what_waits_in_the_queue_is_not_submitted_again(work, capfd, monkeypatch
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr(work.module, "TOOLS", TOOLS)
+    monkeypatch.setattr(compare, "command", command)
     monkeypatch.chdir(work.folder)
     words = ["--only", "one", "segmentation=none", "device=auto"]
     (work.folder / "queue").write_text("4242 PENDING\n")

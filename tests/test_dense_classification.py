@@ -13,12 +13,11 @@ from torchvision import transforms
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.images import read_picture
+from pretrain.data.images import center_crop, read_picture
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation import classification as module
-from pretrain.evaluation.classification import KnnSettings, center_crop
+from pretrain.evaluation import knn as module
 from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import class_votes, knn_predict_each, knn_votes, neighbors
+from pretrain.evaluation.knn import KnnSettings, class_votes, knn_predict, nearest
 from pretrain.signals import StopSignals
 
 SMALL = KnnSettings(resize_px=40, crop_px=32, k=(2, 5, 20))
@@ -113,14 +112,15 @@ def test_chunks_of_the_search_change_nothing():
         torch.randn(37, 8, generator=g),
         torch.randint(0, 5, (300,), generator=g),
     )
-    whole, chunked = neighbors(bank, queries, 30), neighbors(bank, queries, 30, bank_chunk=16)
+    unit = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
+    whole, chunked = nearest(unit[0], [unit[1]], 30), nearest(unit[0], unit[1].split(16), 30)
     plain = F.cosine_similarity(queries[:, None], bank[None], dim=2).sort(dim=1, descending=True)
     assert torch.equal(whole[1], plain.indices[:, :30]) and torch.equal(chunked[1], whole[1])
     torch.testing.assert_close(whole[0], plain.values[:, :30])
     torch.testing.assert_close(chunked[0], whole[0])
-    each = knn_predict_each(bank, labels, queries, (1, 7, 30), 5, chunk=10)
+    each = knn_predict(bank, labels, queries, (1, 7, 30), 5, chunk=10, bank_chunk=16)
     for k, found in zip((1, 7, 30), each):
-        assert torch.equal(found, knn_votes(bank, labels, queries, k, 5).argmax(1))
+        assert torch.equal(found, knn_predict(bank, labels, queries, (k,), 5)[0])
     assert torch.equal(each[0], labels[whole[1][:, 0]])
     votes = class_votes(whole[0], labels[whole[1]], (7, 30), 5)
     by_hand = torch.zeros(5).index_add(0, labels[whole[1][3, :7]], (whole[0][3, :7] / 0.07).exp())

@@ -17,8 +17,7 @@ from pretrain.data.datasets import LabelSet
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation import clustering as module
 from pretrain.evaluation.clustering import ClusteringSettings, clustering, principal
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.linear import Moments
+from pretrain.evaluation.features import Features, Moments, frozen
 from pretrain.signals import StopSignals
 
 SIDE, PATCH, CLASSES = 64, 8, ("sky", "grass", "cow")

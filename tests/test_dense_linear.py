@@ -17,10 +17,18 @@ from pretrain.data.sampler import Order
 from pretrain.errors import UserError
 from pretrain.evaluation import features as features_module
 from pretrain.evaluation import linear_segmentation as linear_module
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.linear_segmentation import Head, LinearSettings, backward, drawn, fit, linear
-from pretrain.evaluation.patches import confusion_of, cropped, shrink, whole_patches
-from pretrain.evaluation.protocol import settings_of
+from pretrain.evaluation.dense import settings_of
+from pretrain.evaluation.features import Features, frozen, whole_patches
+from pretrain.evaluation.linear_segmentation import (
+    Head,
+    LinearSettings,
+    backward,
+    cropped,
+    drawn,
+    fit,
+    linear,
+)
+from pretrain.evaluation.miou import confusion_of, shrink
 from pretrain.settings import replaced
 from pretrain.views.pixels import normalize
 

@@ -11,7 +11,7 @@ from backbone_fixture import randomize
 
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
-from det_plugin.torchvision_engine.pyramid import PyramidBackbone, SimpleFeaturePyramid
+from det_plugin.torchvision_engine.model import PyramidBackbone, SimpleFeaturePyramid
 from det_plugin.windows import Windows, global_blocks, partition, unpartition, windowed_attention
 from pretrain.backbones.attention import Attention
 from pretrain.build import build_backbone

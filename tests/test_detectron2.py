@@ -30,13 +30,12 @@ from detectron2.utils.events import EventStorage
 from detectron2_fixture import FIELD, TINY, TOY, save_pretrained
 
 from det_plugin.coco.annotations import read_split
-from det_plugin.coco.api import coco_api
-from det_plugin.detectron2_engine.backbone import RegistryBackbone
-from det_plugin.detectron2_engine.bfloat16 import BFloat16RCNN
-from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts, dataset_name
-from det_plugin.detectron2_engine.evaluator import config_deviations
+from det_plugin.coco.masks import coco_api
+from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts, coco_root
+from det_plugin.detectron2_engine.evaluate import config_deviations
 from det_plugin.detectron2_engine.lazy import config
 from det_plugin.detectron2_engine.loader import TrainLoader
+from det_plugin.detectron2_engine.model import BFloat16RCNN, RegistryBackbone
 from det_plugin.detectron2_engine.optim import ClippedAdamW
 from det_plugin.detectron2_engine.saved_config import plain
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
@@ -440,15 +439,15 @@ def test_polygons_and_rles_are_read_and_cropped(toy, coco):
 
 def test_data_that_is_not_there_or_does_not_fit_is_named(tmp_path, coco, monkeypatch):
     with pytest.raises(UserError, match="instances_train2017.json"):
-        dataset_name(tmp_path, "train")
+        coco_dicts(tmp_path, "train", 3, filter_empty=True)
     with pytest.raises(UserError, match="3 categories, but num_classes=80"):
         coco_dicts(coco, "val", 80, filter_empty=False)
     if "DETECTRON2_DATASETS" not in os.environ:  # else it was read when Detectron2 was imported
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=r"DETECTRON2_DATASETS"):
-            dataset_name(None, "val")
+            coco_root(None)
         data = write_coco(tmp_path / "datasets" / "coco")
-        assert dataset_name(None, "val") == dataset_name(data, "val")
+        assert coco_root(None).resolve() == data.resolve()
 
 
 def test_the_samples_are_those_of_detectron2s_own_reader(toy, coco):

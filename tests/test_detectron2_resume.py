@@ -22,8 +22,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from detectron2_fixture import ROOT, TOY, assert_equal, metrics_lines, save_pretrained, toy_run
 
-from det_plugin.detectron2_engine.lazy import train
 from det_plugin.detectron2_engine.saved_config import classes_in
+from det_plugin.detectron2_engine.train import evaluate_folder, train
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer
 from det_plugin.predict import load_detector
 from det_plugin.protocol import deviations, with_overrides
@@ -144,7 +144,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_evaluated(tmp_path, whole):
     assert "iterations_it" in file.read_text() and "given_flags" in file.read_text()
     assert load_detector(done.output, "cpu").protocol == whole.protocol
     (done.output / "result.json").unlink()
-    train(done, eval_only=True)
+    evaluate_folder(done.output, done.data, device="cpu", workers=0)
     before, now = read_result(whole.output), read_result(done.output)
     assert (now.metrics, now.protocol, now.config_hash) == (
         before.metrics,
@@ -171,7 +171,7 @@ def test_other_categories_are_not_evaluated(tmp_path, whole):
     run = replace(copied(whole, tmp_path / "run"), data=data)
     before = (run.output / "config.yaml").read_text()
     with pytest.raises(UserError, match="other categories than those that .*run was trained on"):
-        train(run, eval_only=True)
+        evaluate_folder(run.output, run.data, device="cpu", workers=0)
     assert (run.output / "config.yaml").read_text() == before
     with pytest.raises(UserError, match="different categories"):
         train(replace(run, output=tmp_path / "new"))

@@ -21,10 +21,8 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.data.class_folders import open_class_folders
 from pretrain.data.datasets import open_label_set
 from pretrain.errors import Interrupted, UserError
-from pretrain.evaluation import run as dense
-from pretrain.evaluation.classification import knn_classification
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.protocol import (
+from pretrain.evaluation import dense
+from pretrain.evaluation.dense import (
     KNN,
     N_IMAGES,
     TASKS,
@@ -32,6 +30,8 @@ from pretrain.evaluation.protocol import (
     protocol_of,
     settings_of,
 )
+from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.knn import knn_classification
 from pretrain.results.dense import dense_table
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import read_run
@@ -96,7 +96,7 @@ def test_all_tasks_give_the_evaluators_own_numbers_and_one_result_a_set(home, tm
     parts = [open_label_set(home / "toy", part) for part in ("train", "val")]
     expected = {}
     with frozen(features.backbone):
-        for task in dense.EVALUATORS:
+        for task in dense.DENSE_TASKS:
             expected |= dense.EVALUATORS[task](features, *parts, settings[task], 0).metrics
         of_classes = knn_classification(
             features, *open_class_folders(home / "classes"), settings[KNN]
@@ -400,7 +400,7 @@ def test_a_watched_set_is_the_set_until_a_signal(home, capsys):
 
 @pytest.mark.parametrize("name", N_IMAGES)
 def test_the_public_protocol_has_no_deviation(name):
-    tasks = [KNN] if name == KNN else list(dense.EVALUATORS)
+    tasks = [KNN] if name == KNN else list(dense.DENSE_TASKS)
     protocol = protocol_of(name, settings_of(tasks, seed=5), deviations_of_data(name, N_IMAGES[name], 0))
     assert protocol.full and protocol.name == f"dense-{name}"
     fewer = deviations_of_data(

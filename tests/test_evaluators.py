@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from det_plugin.torchvision_engine.evaluate import coco_metrics, encode_mask
+from det_plugin.coco.masks import encode_mask
+from det_plugin.coco.metrics import coco_metrics
 from pretrain.errors import UserError
 
 needs_detectron2 = pytest.mark.skipif(
@@ -85,8 +86,7 @@ def by_detectron2(file, found, name, fast):
     from detectron2.evaluation import COCOEvaluator
     from detectron2.structures import Boxes, Instances
 
-    from det_plugin.coco.api import coco_api
-    from det_plugin.detectron2_engine.evaluator import percentages
+    from det_plugin.coco.masks import coco_api
 
     if name not in DatasetCatalog:
         register_coco_instances(name, {}, str(file), str(file.parent))
@@ -106,7 +106,26 @@ def by_detectron2(file, found, name, fast):
         masks = [coco_api().mask.decode(p["segmentation"]) for p in own]
         instances.pred_masks = torch.from_numpy(np.array(masks).reshape(-1, SIDE, SIDE)).bool()
         evaluator.process([{"image_id": image}], [{"instances": instances}])
-    return percentages(evaluator.evaluate()), evaluator._use_fast_impl
+    return under_our_names(evaluator.evaluate()), evaluator._use_fast_impl
+
+
+def under_our_names(results):
+    """Metrics without ground truth (NaN) are left out."""
+    names = {
+        "AP": "ap",
+        "AP50": "ap50",
+        "AP75": "ap75",
+        "APs": "ap_small",
+        "APm": "ap_medium",
+        "APl": "ap_large",
+    }
+    metrics = {}
+    for task, kind in (("bbox", "box"), ("segm", "mask")):
+        known = {key: value for key, value in results[task].items() if np.isfinite(value)}
+        metrics |= {f"{kind}_{names[key]}": value for key, value in known.items() if key in names}
+        by_class = {key.removeprefix("AP-"): value for key, value in known.items() if key.startswith("AP-")}
+        metrics[f"{kind}_ap_classes"] = by_class
+    return metrics
 
 
 @needs_detectron2

@@ -206,7 +206,7 @@ def test_the_backbone_of_a_detectron2_run(tmp_path, tool):
     pytest.importorskip(
         "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
     )
-    from det_plugin.detectron2_engine.lazy import train
+    from det_plugin.detectron2_engine.train import train
 
     folder = detection_run(train, tmp_path / "run")
     state = torch.load(folder / "model_final.pth", weights_only=True)["model"]
@@ -219,7 +219,9 @@ def test_a_folder_without_a_run_and_a_run_without_its_engine(tmp_path, tool, mon
     ):
         tool.backbone_of_run(tmp_path)
     (tmp_path / "config_resolved.yaml").write_text("{}")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "detectron2"]:
+    for name in [
+        name for name in sys.modules if name.startswith(("detectron2", "det_plugin.detectron2_engine"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(UserError, match="Detectron2 is not installed"):

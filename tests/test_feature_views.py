@@ -17,8 +17,7 @@ from tool_fixture import load_tool
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Boxed, Shown, boxes_figure, gallery, similarity_figure
 from pretrain.analysis.figures import plain
-from pretrain.analysis.pca import background_by_pca, pca_colors
-from pretrain.analysis.similarity import read_place, similarity_to
+from pretrain.analysis.pca import background_by_pca, pca_colors, read_place, similarity_to
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.data.images import read_images, whole

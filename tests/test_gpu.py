@@ -14,8 +14,8 @@ from pretrain.backbones.position import sample_field
 from pretrain.benchmark.step import synthetic_batch
 from pretrain.build import build_backbone
 from pretrain.config import load_config
+from pretrain.evaluation.clustering import kmeans
 from pretrain.evaluation.in_context import Memory
-from pretrain.evaluation.kmeans import kmeans
 from pretrain.train import train
 from pretrain.trainer import Length, Trainer
 from pretrain.views.regions import read_regions

@@ -14,7 +14,9 @@ from test_dense_linear import WHOLE as WHOLE_LINEAR
 
 from pretrain.data.datasets import open_label_set
 from pretrain.errors import Interrupted, UserError
+from pretrain.evaluation import check_signals
 from pretrain.evaluation import in_context as in_context_module
+from pretrain.evaluation.dense import settings_of
 from pretrain.evaluation.features import frozen
 from pretrain.evaluation.in_context import (
     InContextSettings,
@@ -22,12 +24,10 @@ from pretrain.evaluation.in_context import (
     choose,
     in_context,
     jittered,
+    patch_counts,
     remember,
 )
 from pretrain.evaluation.linear_segmentation import LinearSettings, linear
-from pretrain.evaluation.long_work import check_signals
-from pretrain.evaluation.patches import patch_counts
-from pretrain.evaluation.protocol import settings_of
 from pretrain.settings import replaced
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalize

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from pretrain.evaluation import kmeans as kmeans_module
-from pretrain.evaluation.kmeans import kmeans, lloyd, nearest_centers, spread_centers
+from pretrain.evaluation import clustering as kmeans_module
+from pretrain.evaluation.clustering import kmeans, lloyd, nearest_centers, spread_centers
 
 
 def blobs(n=600, dim=5, n_blobs=7, spread=1.5, seed=0, dtype=torch.float64):

@@ -23,8 +23,15 @@ from pretrain.build import build_backbone
 from pretrain.errors import Interrupted, UserError
 from pretrain.eval_model import open_models
 from pretrain.evaluation.features import Features, frozen, layer_names
-from pretrain.evaluation.position_layers import csv_rows, metrics, position_layers
-from pretrain.evaluation.position_probe import PositionProbe, centers, draw_masks, hide_with
+from pretrain.evaluation.position import (
+    centers,
+    csv_rows,
+    draw_masks,
+    hide_with,
+    metrics,
+    position_layers,
+)
+from pretrain.evaluation.probes import PositionProbe
 from pretrain.progress import Progress
 from pretrain.results.schema import read_result
 from pretrain.signals import StopSignals
@@ -55,9 +62,8 @@ def features_of(backbone):
 @pytest.mark.parametrize("model_kwargs", KINDS)
 def test_the_last_layer_is_the_probe_of_the_training(model_kwargs):
     backbone, images = vit(**model_kwargs), images_of(70)  # more than one batch of 32 in each half
-    probe = PositionProbe.of(images, backbone.patch_size)
     with frozen(backbone):
-        expected = probe(features_of(backbone))
+        expected = PositionProbe(images)(features_of(backbone))
         scores = position_layers(features_of(backbone), images, draws=2)
     hidden = [score for score in scores if score.patches == "hidden"]
     assert [score.name for score in hidden] == layer_names(backbone)

@@ -18,11 +18,11 @@ from test_torchvision_engine import SMALL, TINY, detector, detectron2_names
 from tool_fixture import load_tool
 
 from det_plugin.coco.annotations import read_split
-from det_plugin.coco.api import coco_api
+from det_plugin.coco.masks import coco_api
+from det_plugin.figures import Shown, color_of, draw_objects
 from det_plugin.predict import load_detector
-from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.figures import Shown, color_of, draw_objects
-from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint, write_json
+from det_plugin.run import DetectionRun, write_json
+from det_plugin.torchvision_engine.folder import CONFIG, resolved_config, save_checkpoint
 from det_plugin.torchvision_engine.train import evaluate_folder
 from pretrain.errors import UserError
 
@@ -134,7 +134,8 @@ def test_predictions_of_a_folder(trained, images, tmp_path, capsys):
     assert said.out.splitlines()[-1].endswith(
         f"objects in 5 images, 2 skipped: {output / 'predictions.json'}"
     )
-    assert "cut.jpg: " in said.err and "empty.png: empty file" in said.err and "notes.txt" not in said.err
+    assert "cut.jpg cannot be read" in said.err and "empty.png cannot be read (empty file)" in said.err
+    assert "notes.txt" not in said.err
     coco = coco_api().COCO(str(output / "predictions.json"))
     names = {image["file_name"]: (image["width"], image["height"]) for image in coco.dataset["images"]}
     assert names == {
@@ -249,3 +250,25 @@ def test_labels_keep_apart_and_classes_have_their_colors():
     colors = np.array([color_of(k) for k in range(80)], float)
     distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + 1e3 * np.eye(80)
     assert distances.min() > 5 and distances[:12, :12].min() > 60
+
+
+def test_a_file_an_image_and_an_array_give_the_same(trained, images):
+    found = load_detector(str(trained[0]), "cpu")
+    for name in ("a.jpg", "alpha.png", "gray.png"):  # a.jpg lies on its side
+        path = images / name
+        whole = found.predict(path)
+        with Image.open(path) as image:
+            assert found.predict(image).results == found.predict(str(path)).results == whole.results
+        assert found.predict(whole.image).results == found.detect([whole.image])[0] == whole.results
+        height, width = whole.image.shape[:2]
+        assert (height, width) == ((90, 60) if name == "a.jpg" else (60, 90)) and len(whole.results) > 10
+        assert whole.boxes.shape == (len(whole.results), 4) and whole.masks.dtype == bool
+        assert whole.masks.shape == (len(whole.results), height, width)
+        assert whole.labels == [CATEGORIES[p["category_id"]] for p in whole.results]
+        assert (np.diff(whole.scores) <= 0).all() and (whole.boxes[:, 2:] > whole.boxes[:, :2]).all()
+        few = found.predict(path, min_score=float(whole.scores[5]))
+        assert few.results == [p for p in whole.results if p["score"] >= whole.scores[5]]
+    none = found.predict(images / "a.png", min_score=1.1)
+    assert none.boxes.shape == (0, 4) and none.masks.shape == (0, 60, 90) and none.labels == []
+    with pytest.raises(UserError, match="cut.jpg cannot be read"):
+        found.predict(images / "cut.jpg")

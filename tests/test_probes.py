@@ -19,17 +19,17 @@ from tool_fixture import ended
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
+from pretrain.data.class_folders import open_class_folders
+from pretrain.data.datasets import open_label_set
 from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import spread, square
 from pretrain.errors import UserError
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import knn_predict_each, knn_votes
-from pretrain.evaluation.labeled import Labeled, read_classes, read_segmentation
-from pretrain.evaluation.linear import Moments, discriminant, ridge
-from pretrain.evaluation.matching import count_pairs
-from pretrain.evaluation.position_probe import PositionProbe, centers
-from pretrain.evaluation.probes import Probes
-from pretrain.evaluation.segmentation import SegmentationProbe, mean_iou, patch_labels
+from pretrain.evaluation.features import Features, Moments, frozen
+from pretrain.evaluation.in_context import InContextSettings, in_context
+from pretrain.evaluation.knn import KnnSettings, knn_classification
+from pretrain.evaluation.linear_segmentation import LinearSettings, linear
+from pretrain.evaluation.position import centers, draw_masks, ridge
+from pretrain.evaluation.probes import PositionProbe, Probes
 from pretrain.train import train
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights import save_backbone
@@ -147,126 +147,17 @@ def test_ridge_equals_scikit_learns():
     )
 
 
-def test_the_discriminant_is_the_bayes_rule_of_one_covariance():
-    rng = np.random.default_rng(0)
-    classes = rng.choice([0, 1, 3], size=90, p=[0.6, 0.3, 0.1])  # class 2 never occurs
-    x = rng.normal(size=(90, 5)) + classes[:, None] * [1, 0, 2, 0, 0]
-    moments = Moments(5, 4, CPU)
-    moments.add(torch.from_numpy(x), F.one_hot(torch.from_numpy(classes), 4))
-    scores = discriminant(moments)(torch.from_numpy(x)).numpy()
-    z = (x - x.mean(0)) / x.std(0)
-    means = {c: z[classes == c].mean(0) for c in (0, 1, 3)}
-    within = sum(
-        np.outer(row - means[c], row - means[c]) for row, c in zip(z, classes)
-    ) / 90 + 5 / 90 * np.eye(5)
-    for c, m in means.items():
-        w = np.linalg.solve(within, m)
-        np.testing.assert_allclose(
-            scores[:, c], z @ w - 0.5 * m @ w + math.log((classes == c).mean()), atol=1e-9
-        )
-    assert np.isneginf(scores[:, 2]).all()
-
-
-def test_votes_and_their_chunks():
-    g = torch.Generator().manual_seed(0)
-    bank, queries, labels = (
-        torch.randn(40, 6, generator=g),
-        torch.randn(15, 6, generator=g),
-        torch.arange(40) % 4,
-    )
-    votes = knn_votes(bank, labels, queries, 7, 4, chunk=4)
-    near = F.cosine_similarity(queries[3], bank, dim=1).topk(7)
-    expected = torch.zeros(4).index_add(0, labels[near.indices], (near.values / 0.07).exp())
-    torch.testing.assert_close(votes[3], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(votes, knn_votes(bank, labels, queries, 7, 4))
-    assert torch.equal(knn_predict_each(bank, labels, queries, (7,), 4)[0], votes.argmax(1))
-
-
-def test_patch_labels_by_hand():
-    labels = torch.tensor(np.random.default_rng(0).integers(0, 4, (3, 8, 8)))
-    labels[0, :4, :4] = 0  # nothing labeled
-    labels[1, :4, :4] = torch.tensor([3, 3, 2, 2]).view(4, 1)  # even: the smaller class
-    labels[2, :4, :4] = torch.tensor([0, 0, 0, 3]).view(4, 1)  # the majority of what is labeled
-    got = patch_labels(labels.to(torch.uint8), 4, 3)
-    assert got.shape == (3, 4) and got[:, 0].tolist() == [0, 2, 3]
-    for image, patches in zip(labels, got):
-        for index, value in enumerate(patches.tolist()):
-            i, j = divmod(index, 2)
-            counts = [(image[4 * i : 4 * i + 4, 4 * j : 4 * j + 4] == c).sum().item() for c in (1, 2, 3)]
-            assert value == (1 + counts.index(max(counts)) if any(counts) else 0)
-
-
-def test_mean_iou_equals_a_plain_restatement():
-    rng = np.random.default_rng(0)
-    labels, predicted = rng.integers(0, 5, (4, 9, 9)), rng.integers(0, 3, (4, 9, 9))
-    labels[labels == 4] = 1  # class 4 is neither labeled nor predicted; class 3 (2 from 0) is both
-    matrix = count_pairs(torch.from_numpy(predicted), torch.from_numpy(labels), 5, 5)
-    assert matrix.sum() == (labels > 0).sum()
-    ious = []
-    for c in range(1, 6):
-        truth, guess = labels == c, (predicted + 1 == c) & (labels > 0)
-        if (truth | guess).any():
-            ious.append((truth & guess).sum() / (truth | guess).sum())
-    assert len(ious) == 3 and mean_iou(matrix) == pytest.approx(100 * np.mean(ious), rel=1e-12)
-
-
-def test_segmentation_equals_a_plain_restatement():
-    """All images at once, no bank stride, one confusion from arrays: the same two numbers as the probe
-    that goes by batches."""
-    backbone, rng = tiny_vit(patch_size=8).eval(), np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 4, (45, 4, 4)))
-    labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    labels[:, :, :3] = 0
-    images = (random_images(45, 32) // 2 + 40 * labels[:, None].to(torch.uint8)).contiguous()
-    train, val = (
-        Labeled(images[part], labels[part].to(torch.uint8)) for part in (slice(0, 35), slice(35, 45))
-    )
-    probe = SegmentationProbe(train, val, patch_labels(train.labels, 8, 3), 3, k=5)
-    with torch.no_grad():
-        got = probe(features_of(backbone))
-        x, queries = (
-            next(Features(backbone, CPU, nullcontext())(part)).patches for part in (images[:32], images[35:])
-        )
-        x = torch.cat([x, next(features_of(backbone)(images[32:35])).patches])
-    y = patch_labels(train.labels, 8, 3)
-    moments = Moments(24, 3, CPU)
-    moments.add(x[y > 0], F.one_hot(y[y > 0] - 1, 3))
-    linear = discriminant(moments)(queries).softmax(-1).float()
-    votes = knn_votes(x[y > 0], y[y > 0] - 1, queries.flatten(0, 1), 5, 3).view(10, 16, 3)
-    for name, scores in (("linear", linear), ("knn", votes / votes.sum(-1, keepdim=True))):
-        maps = scores.view(10, 4, 4, 3).permute(0, 3, 1, 2)
-        predicted = F.interpolate(maps, size=(32, 32), mode="bilinear").argmax(1) + 1
-        ious = []
-        for c in (1, 2, 3):
-            truth, guess = val.labels == c, (predicted == c) & (val.labels > 0)
-            ious.append(((truth & guess).sum() / (truth | guess).sum()).item())
-        assert got[f"probe/seg_{name}_miou"] == pytest.approx(100 * np.mean(ious), rel=1e-5)
-
-
-def test_segmentation_of_pictures_of_one_color_is_perfect():
-    colors = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=torch.uint8)
-    labels = (torch.arange(30) % 3).view(-1, 1, 1).expand(-1, 32, 32)
-    images = colors[labels].permute(0, 3, 1, 2).contiguous()
-    train, val = (
-        Labeled(images[part], (labels[part] + 1).to(torch.uint8)) for part in (slice(0, 24), slice(24, 30))
-    )
-    probe = SegmentationProbe(train, val, patch_labels(train.labels, 16, 3), 3, k=8)
-    with torch.no_grad():
-        got = probe(features_of(tiny_vit()))
-    assert got == {"probe/seg_linear_miou": 100.0, "probe/seg_knn_miou": 100.0}
-
-
 def test_the_position_probe_equals_a_plain_restatement():
     backbone, images = tiny_vit().eval(), random_images(10)
-    probe = PositionProbe.of(images, patch_size=16)
-    assert probe.masks.shape == (10, 16) and probe.masks.sum(1).tolist() == [8] * 10
+    masks = draw_masks(10, (4, 4))
+    assert masks.shape == (10, 16) and masks.sum(1).tolist() == [8] * 10
     assert centers(4)[6].tolist() == [2.5 / 4, 1.5 / 4]
     with torch.no_grad():
-        got = probe(features_of(backbone))
-        patches = torch.cat([t.patches for t in features_of(backbone)(images, probe.masks)]).double().numpy()
+        got = PositionProbe(images)(features_of(backbone))
+        patches = torch.cat([t.patches for t in features_of(backbone)(images, masks)]).double().numpy()
     place = np.array([[(j + 0.5) / 4, (i + 0.5) / 4] for i in range(4) for j in range(4)])
     rows = {
-        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if probe.masks[n, p]]
+        part: [(patches[n, p], place[p]) for n in range(part, 10, 2) for p in range(16) if masks[n, p]]
         for part in (0, 1)
     }
     (x, y), (x_test, y_test) = (
@@ -291,8 +182,8 @@ def test_the_position_probe_sees_places_only_where_features_hold_them():
     ).to(torch.uint8)
     backbone = tiny_vit(embed_dim=48).eval()
     with torch.no_grad():
-        told = PositionProbe.of(place.expand(200, -1, -1, -1).contiguous(), 16)(features_of(backbone))
-        untold = PositionProbe.of(random_images(200), 16)(features_of(backbone))
+        told = PositionProbe(place.expand(200, -1, -1, -1).contiguous())(features_of(backbone))
+        untold = PositionProbe(random_images(200))(features_of(backbone))
     assert (
         told["probe/position_r2"] > 0.95
         and told["probe/position_error"] < 0.2 * told["probe/position_chance"]
@@ -340,17 +231,28 @@ def test_when_probes_are_due(sets):
 
 
 def test_a_share_of_each_part(sets):
-    train, val = read_classes(str(sets / "knn"), 32, 3, "probes.knn_root")
-    assert (
-        train.images.shape == (3, 3, 32, 32) and train.labels.tolist() == [0, 0, 1] and len(val.labels) == 3
-    )
-    train, val = read_segmentation(str(sets / "ade"), 4, 32, 2, "probes.seg_root")
-    assert (
-        train.images.shape == (2, 3, 32, 32)
-        and train.labels.shape == (2, 32, 32)
-        and train.labels.dtype == torch.uint8
-    )
-    assert train.labels.max() <= 4
+    of_classes, of_pixels, _ = probes_of(config_of(sets, "probes.max_images=3")).probes
+    assert of_classes.train.labels().tolist() == [0, 0, 1] and len(of_classes.val) == 3
+    assert len(of_pixels.train) == 3 and len(of_pixels.train.classes) == 4
+
+
+def test_the_probes_are_the_evaluators_at_small_settings(sets):
+    backbone = build_backbone("vit_tiny_patch16", depth=1)
+    config = config_of(sets, "probes.position=false", "probes.image_px=32", "probes.max_images=6")
+    found = probes_of(config).run(backbone, CPU)
+    classes = [part.first(6) for part in open_class_folders(sets / "knn")]
+    pixels = [open_label_set(sets / "ade", part, "folder", 4).first(6) for part in ("train", "val")]
+    small = InContextSettings(image_px=32, augment=False, passes=1, memory_size=50_000, k=3)
+    with frozen(backbone):
+        features = features_of(backbone)
+        top1 = knn_classification(features, *classes, KnnSettings(resize_px=37, crop_px=32, k=(3,)))
+        miou = linear(features, *pixels, LinearSettings(image_px=32, augment=False, batch_size=32))
+        of_neighbors = in_context(features, *pixels, small)
+    assert found == {
+        "probe/knn_top1": top1.metrics["knn_top1_k3"],
+        "probe/seg_linear_miou": miou.metrics["linear_miou"],
+        "probe/seg_knn_miou": of_neighbors.metrics["in_context_miou"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -360,15 +262,15 @@ def test_a_share_of_each_part(sets):
         (lambda f: (f / "knn" / "val" / "cat").rename(f / "knn" / "val" / "dog"), [], r"probes\.knn_root: .*knn: class 'dog'"),
         (lambda f: (f / "knn" / "val" / "cat" / "000.jpg").write_bytes(b"no"), [], r"probes\.knn_root: .*val/cat/000\.jpg"),
         (None, ["probes.knn_k=9"], r"probes\.knn_k=9 is more than the 8"),
-        (None, ["probes.seg_root=/nowhere"], r"probes\.seg_root: /nowhere/images/training cannot be listed"),
+        (None, ["probes.seg_root=/nowhere"], r"probes\.seg_root with probes\.seg_classes=4: no folder /nowhere"),
         (None, ["probes.seg_classes=0"], r"probes\.seg_classes=0"),
-        (None, ["probes.seg_classes=2"], r"probes\.seg_root: .*\.png holds the value \d, .*probes\.seg_classes=2"),
-        (lambda f: (f / "ade/annotations/training/0001.png").unlink(), [], r"probes\.seg_root: 1 images have no label map"),
-        (lambda f: (f / "ade/annotations/training/0001.png").write_bytes(b"x"), [], r"seg_root: .*0001\.png cannot be read"),
+        (None, ["probes.seg_classes=2"], r"probes\.seg_root with probes\.seg_classes=2: .*\.png holds the value \d"),
+        (lambda f: (f / "ade/annotations/training/0001.png").unlink(), [], r"probes\.seg_root .*: 1 images have no label map"),
+        (lambda f: (f / "ade/annotations/training/0001.png").write_bytes(b"x"), [], r"seg_root .*: .*0001\.png cannot be read"),
         (lambda f: Image.new("RGB", (40, 56)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png is no label map"),
         (lambda f: Image.new("L", (8, 8)).save(f / "ade/annotations/training/0001.png"), [], r"0001\.png has 8 x 8 pixels"),
         (lambda f: [Image.new("L", (56, 40)).save(f / f"ade/annotations/validation/{i:04}.png") for i in (0, 2)]
-         + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labeled pixel in validation"),
+         + [Image.new("L", (40, 56)).save(f / "ade/annotations/validation/0001.png")], [], r"no labeled pixel in val"),
         (None, ["probes.image_px=72"], r"probes\.image_px=72 is no multiple of backbone\.patch_size=16"),
         (None, ["data.root=/nowhere"], r"data\.root"),
         (lambda f: [(f / f"photos/{i:03}.jpg").write_bytes(b"no") for i in range(5)], [], r"needs 2 images.* 1 can be read"),
@@ -466,7 +368,7 @@ def test_the_tool_hides_positions_behind_their_mean_where_no_token_was_learned(s
     plain.__class__ = Hidden
     rows = []
     with torch.no_grad():
-        for image, mask in zip(probe.images, probe.masks):
+        for image, mask in zip(probe.images, draw_masks(len(probe.images), (4, 4))):
             plain.now = mask[None]
             tokens = next(features_of(plain)(image[None]))
             rows.append((tokens.patches[0, mask], places[mask]))

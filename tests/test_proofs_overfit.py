@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
+from det_plugin.coco.masks import boxes_of
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.augment import boxes_of
 from pretrain.data.toy import CLASSES, compose
 from pretrain.data.toy_sets import ade_labels, mask_to_polygons
 from pretrain.results import read_result
@@ -116,7 +116,7 @@ def test_detectron2_learns_eight_pictures(tmp_path, coco):
     pytest.importorskip(
         "detectron2", reason="Detectron2 is not installed (it is optional: see its INSTALL guide)"
     )
-    from det_plugin.detectron2_engine.lazy import train
+    from det_plugin.detectron2_engine.train import train
 
     box_ap, mask_ap = learn_boxes_by_heart(train, coco, tmp_path / "run")
     assert box_ap > 90 and mask_ap > 85

@@ -19,12 +19,14 @@ import torch
 from coco_fixture import CATEGORIES, annotation_file, edit, write_coco
 from torch import nn
 
+from det_plugin.augment import evaluation_geometry, jitter
+from det_plugin.coco.annotations import Data
+from det_plugin.loader import positions
 from det_plugin.protocol import protocol
 from det_plugin.run import DetectionRun
-from det_plugin.torchvision_engine.augment import evaluation_geometry, jitter
-from det_plugin.torchvision_engine.loader import EvalSamples, TrainSamples, positions
+from det_plugin.torchvision_engine.loader import EvalSamples, TrainSamples
 from det_plugin.torchvision_engine.optim import lr_at, set_lr
-from det_plugin.torchvision_engine.trainer import Data, Trainer
+from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain.settings import compared
 
 ROOT = Path(__file__).parents[1]

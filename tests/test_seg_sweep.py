@@ -12,17 +12,15 @@ pytest.importorskip("mmseg")
 pytest.importorskip("seg_plugin")
 
 from ade_fixture import write_ade
-from seg_fixture import TOOL
 
-from pretrain.cli import REQUEUE_CODE, say
+from pretrain.cli import REQUEUE_CODE, command, say
 from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import interruptible
+from pretrain.jobs import Runner
 from pretrain.results.report import build_report
 from pretrain.results.runs import find_results, read_run
 from pretrain.results.schema import Protocol, Result, read_result, write_result
 from pretrain.results.tables import comparison_table
-from pretrain.signals import SIGNALS
-from seg_plugin import sweep as sweep_module
+from pretrain.signals import SIGNALS, interruptible
 from seg_plugin.protocol import not_swept, protocol, with_overrides
 from seg_plugin.run import SegmentationRun
 from seg_plugin.sweep import conclude, points, status, sweep
@@ -177,12 +175,12 @@ def toy(tmp_path, data, **overrides):
 
 
 def in_this_process(tool):
-    """A launch of run_jobs that calls the tool's main, and says what a process would: its exit code."""
+    """A runner's launch that calls the tool's main, and says what a process would: its exit code."""
 
-    def launch(command, log, seconds):
-        assert command[:2] == [sys.executable, str(TOOL)]
+    def launch(self, line, log, seconds):
+        assert line[:3] == command("segment")
         try:
-            tool(list(command[2:]))
+            tool(list(line[3:]))
         except UserError as error:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{error}\n")
@@ -198,9 +196,7 @@ def in_this_process(tool):
 def tool(monkeypatch):
     """The tool, whose sweep starts its runs in this process."""
     main = load_tool("segment").main
-    started = sweep_module.Processes()
-    monkeypatch.setattr(started, "launch", in_this_process(main))
-    monkeypatch.setattr(sweep_module, "Processes", lambda: started)
+    monkeypatch.setattr(Runner, "launch", in_this_process(main))
     return main
 
 
@@ -253,12 +249,12 @@ def test_the_job_of_an_array_that_ends_last_writes_the_result(tmp_path, capsys):
 
 
 def test_the_command_of_a_run_is_the_sweeps_without_its_own_words():
-    command = load_tool("segment").command_of_a_run
+    command_of_a_run = load_tool("segment").command_of_a_run
     words = ["--weights", "w", "lr_grid=1e-3", "--data", "d"]
-    wanted = [sys.executable, str(TOOL), *words, "--resume", "--sweep"]
+    wanted = command("segment", *words, "--resume", "--sweep")
     further = ["--jobs", "4", "--resume", "--sweep"]
     for given in (["--sweep", *words], [*words, "--sweep"], ["--sweep", "all", *words], [*words, *further]):
-        assert command(given) == wanted, given
+        assert command_of_a_run(given) == wanted, given
 
 
 def test_words_that_do_not_fit(tmp_path):
@@ -277,16 +273,14 @@ def test_words_that_do_not_fit(tmp_path):
 
 
 def test_an_interrupted_run_leaves_the_sweep_to_be_started_again(run, monkeypatch):
-    started = sweep_module.Processes()
-    monkeypatch.setattr(started, "launch", lambda command, log, seconds: REQUEUE_CODE)
-    monkeypatch.setattr(sweep_module, "Processes", lambda: started)
+    monkeypatch.setattr(Runner, "launch", lambda self, command, log, seconds: REQUEUE_CODE)
     with pytest.raises(Interrupted, match="16 of 16 runs are left"):
         sweep(run, ["tool"])
     ended = iter([REQUEUE_CODE, 2] * 8)  # what failed does not keep the rest from going on
-    monkeypatch.setattr(started, "launch", lambda command, log, seconds: next(ended))
+    monkeypatch.setattr(Runner, "launch", lambda self, command, log, seconds: next(ended))
     with pytest.raises(
         Interrupted,
-        match="8 of 16 runs are left: start it again; 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, ",
+        match="8 of 16 runs are left: start it again; sweep: 8 of 16 runs failed: lr_8e-05_wd_0.01/seed_1, ",
     ):
         sweep(run, ["tool"])
     for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2")):  # of torchrun: the runs would inherit it
@@ -320,18 +314,11 @@ def test_the_ranks_of_a_run_say_once_where_its_result_is(monkeypatch, capsys):
 def test_runs_at_a_time_have_a_gpu_each(run, monkeypatch):
     """As many at a time as there are slots, each with the GPU of a slot that is free."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    said = []
-
-    class Recorded(sweep_module.Processes):
-        def launch(self, command, log, seconds):
-            said.append(command[:2])
-            leave(points(run)[int(command[-1])], 30.0)
-            return 0
-
-    monkeypatch.setattr(sweep_module, "Processes", Recorded)
-    result = sweep(replace(run, device="cuda"), ["tool"], n_at_once=2)
-    assert read_result(result).protocol.full and len(said) == 16
-    assert {tuple(words) for words in said} == {
-        ("env", "CUDA_VISIBLE_DEVICES=2"),
-        ("env", "CUDA_VISIBLE_DEVICES=5"),
+    tool = [sys.executable, "-c", "import os, sys; print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'])"]
+    with pytest.raises(UserError, match="16 of 16 runs failed"):  # there is no result
+        sweep(replace(run, device="cuda"), tool, n_at_once=2)
+    said = [path.read_text().split() for path in run.output.rglob("*.log")]
+    assert sorted(int(index) for index, _ in said) == list(range(16)) and {gpu for _, gpu in said} == {
+        "2",
+        "5",
     }

@@ -11,11 +11,11 @@ from det_plugin.run import first_names
 from pretrain.cli import fields_and_kwargs
 from pretrain.config import RECIPES
 from pretrain.errors import UserError
-from pretrain.evaluation.classification import KnnSettings
 from pretrain.evaluation.clustering import ClusteringSettings
+from pretrain.evaluation.dense import DenseSettings, settings_of
 from pretrain.evaluation.in_context import InContextSettings
+from pretrain.evaluation.knn import KnnSettings
 from pretrain.evaluation.linear_segmentation import LinearSettings
-from pretrain.evaluation.protocol import DenseSettings, settings_of
 from pretrain.methods import SHIPPED, find_method
 from pretrain.results import renamed
 from pretrain.results.schema import Protocol

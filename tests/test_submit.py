@@ -1,4 +1,4 @@
-"""tools/submit.py: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are
+"""posfield submit: the job as sbatch gets it, its ranks, and how it comes back. SLURM's commands are
 stand-ins that record."""
 
 import json
@@ -7,22 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import submitit
 from tool_fixture import load_tool
 
-from pretrain import slurm
-from pretrain.cli import REQUEUE_CODE
+from posfield.cli import COMMANDS
+from posfield.cli.submit import found
+from pretrain.cli import command
 from pretrain.errors import UserError
-from pretrain.slurm import (
+from pretrain.jobs.slurm import (
+    RESUMABLE,
     Resources,
     ToolJob,
     rank_environment,
-    run_script,
     sbatch_script,
-    slurm_executor,
     tool_jobs,
 )
 
@@ -41,7 +42,9 @@ until = time.monotonic() + 30  # as ranks do in their first reduction: none leav
 while len(list(folder.glob(f"*_{life}.json"))) < int(os.environ.get("WORLD_SIZE", 1)) and time.monotonic() < until:
     time.sleep(0.01)
 if "--resume" not in sys.argv:
-    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getppid(), signal.SIGUSR2)
+    while not left and time.monotonic() < until:
+        time.sleep(0.01)
     sys.exit(85 if left else 3)
 """
 # A tool whose ranks have to find each other.
@@ -172,7 +175,7 @@ def test_an_array_gives_every_job_its_number(submit, tmp_path, capsys):
     assert directives(text)["array"] == "0-2%2" and "gpus-per-node" not in directives(text)
     assert "%A_%a" in directives(text)["output"] and "RANK=" not in text
     jobs = tool_jobs([str(tool), "--sweep", "{index}", "run.seed={index}"], 3)
-    assert [job.arguments for job in jobs] == [("--sweep", str(i), f"run.seed={i}") for i in range(3)]
+    assert [job.command[1:] for job in jobs] == [("--sweep", str(i), f"run.seed={i}") for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,7 @@ def test_bad_jobs_are_named(submit, tmp_path, monkeypatch, arguments, named):
 
 
 def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatch):
-    """python -m has the working folder first on its path, so a job from tools/ would run tools/train_ssl.py
-    on import."""
+    """python -m has the working folder first on its path, so a job would run that file on import."""
     tool = write_tool(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="takes pretrain.py for the package"):
@@ -210,33 +212,51 @@ def test_a_folder_that_hides_the_package_is_refused(submit, tmp_path, monkeypatc
 
 def test_the_tools_that_resume_are_known():
     """A tool that takes --resume gets it when its job comes back."""
-    tools, option = (ROOT / "tools").glob("*.py"), r'add(_argument)?\(\s*"--resume"|fine_tuning_parser\('
-    resuming = {path.name for path in tools if re.search(option, path.read_text())}
-    assert resuming == set(slurm.RESUMABLE)
+    option = r'add(_argument)?\(\s*"--resume"|fine_tuning_parser\('
+    files = {name: ROOT / f"{module.replace('.', '/')}.py" for name, (module, _) in COMMANDS.items()}
+    assert {name for name, path in files.items() if re.search(option, path.read_text())} == set(RESUMABLE)
+
+
+def test_a_command_of_ours_a_file_or_a_program(tmp_path, monkeypatch):
+    """However one writes it: the job runs it in any folder, and resumes it if it is one of ours."""
+    tool = write_tool(tmp_path, name="train_det.py")
+    monkeypatch.chdir(ROOT)
+    ours = command("detect", "--weights", "w")
+    for words in (["detect"], ["posfield", "detect"], ["/somewhere/posfield", "detect"]):
+        assert found([*words, "--weights", "w"]) == ours
+    (job,) = tool_jobs(ours)
+    assert job.words == ["posfield", "detect", "--weights", "w"]
+    assert job.resumed().words == ["posfield", "detect", "--resume", "--weights", "w"]
+    (job,) = tool_jobs(found(["evaluate", "dense", "a", "--resume", "b"]))
+    assert job.resumed().words == ["posfield", "evaluate", "dense", "--resume", "a"]
+    for words in ([str(tool)], ["python", str(tool)], ["python3", os.path.relpath(tool)]):
+        assert found([*words, "a"]) == [sys.executable, str(tool), "a"]
+    job = ToolJob((sys.executable, str(tool), "a"))
+    assert job.resumed().command == (sys.executable, str(tool), "--resume", "a")
+    assert found(["tools/train_seg.py"]) == [sys.executable, str(ROOT / "tools" / "train_seg.py")]
+    assert found(["/bin/sh", "-c", "true"]) == ["/bin/sh", "-c", "true"] and found(["sh"])[0].endswith("/sh")
+    (job,) = tool_jobs(["/bin/sh", "pretrain"])
+    assert job.resumed() == job and job.words == ["/bin/sh", "pretrain"]
+    with pytest.raises(UserError, match="nothing is no command of posfield, no Python file and no program"):
+        found(["nothing"])
 
 
 # --- the job ----------------------------------------------------------------------------------------------
 
 
 def test_a_job_comes_back_with_resume():
-    job = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml"))
-    again = job.checkpoint()
-    assert again.function == ToolJob("/somewhere/pretrain.py", ("--resume", "--config", "c.yaml"))
+    tool = (sys.executable, "/somewhere/pretrain.py")
+    again = ToolJob((*tool, "--config", "c.yaml")).checkpoint()
+    assert again.function == ToolJob((*tool, "--resume", "--config", "c.yaml"))
     assert again.args == () and again.kwargs == {}
     assert again.function.resumed() == again.function
-    for start in (
-        ["--resume"],
-        ["--resume", "1000"],
-        ["--resume=runs/a"],
-        ["--resume", "auto", "--resume"],
-    ):  # never back to 1000
-        began = ToolJob("/somewhere/pretrain.py", ("--config", "c.yaml", *start, "run.seed=1"))
-        assert began.resumed().arguments == ("--resume", "--config", "c.yaml", "run.seed=1")
-    assert ToolJob("/somewhere/pretrain.py", ("run.seed=1", "--resume")).resumed().arguments == (
-        "--resume",
-        "run.seed=1",
-    )
-    assert ToolJob("/somewhere/demo.py", ("a",)).resumed() == ToolJob("/somewhere/demo.py", ("a",))
+    # never back to 1000
+    for start in (["--resume"], ["--resume", "1000"], ["--resume=runs/a"], ["--resume", "auto", "--resume"]):
+        began = ToolJob((*tool, "--config", "c.yaml", *start, "run.seed=1"))
+        assert began.resumed().command[2:] == ("--resume", "--config", "c.yaml", "run.seed=1")
+    assert ToolJob((*tool, "run.seed=1", "--resume")).resumed().command[2:] == ("--resume", "run.seed=1")
+    other = ToolJob((sys.executable, "/somewhere/demo.py", "a"))
+    assert other.resumed() == other
 
 
 class Task:
@@ -264,61 +284,51 @@ def test_every_rank_is_told_what_torchrun_would_tell():
     assert len(ports) == 100
 
 
-@pytest.mark.parametrize(
-    "body, code",
-    [
-        ("", 0),
-        ("raise SystemExit", 0),
-        ("raise SystemExit(85)", 85),
-        ("raise SystemExit('words')", 1),
-        ("import sys; sys.exit(0)", 0),
-    ],
-)
-def test_exit_codes_of_a_script(tmp_path, monkeypatch, body, code):
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    assert (
-        run_script(str(write_tool(tmp_path, f"import sys\nassert sys.argv[1:] == ['a']\n{body}\n")), ["a"])
-        == code
-    )
-
-
 @pytest.fixture
 def task(monkeypatch):
     """A job's task, and what submitit's own handler was called with."""
-    calls, before = [], signal.getsignal(signal.SIGUSR2)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
-    yield lambda rank, n: monkeypatch.setattr(submitit, "JobEnvironment", lambda: Task(rank, n)) or calls
-    signal.signal(signal.SIGUSR2, before)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+    calls, before = [], [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
+
+    def begin(rank, n):
+        monkeypatch.setattr(submitit, "JobEnvironment", lambda: Task(rank, n))
+        signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # submitit's own does nothing either
+        return calls
+
+    yield begin
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
-def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(tmp_path, task):
-    def job(code):
-        return ToolJob(str(write_tool(tmp_path, f"raise SystemExit({code})")), ())
+def python_job(text):
+    return ToolJob((sys.executable, "-c", text))
 
+
+def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(task):
     calls = task(0, 1)
-    job(0)()
-    assert calls == []
+    python_job("")()
+    task(0, 1)
     with pytest.raises(RuntimeError, match="exit code 2"):
-        job(2)()
+        python_job("raise SystemExit(2)")()
     assert calls == []
-    job(REQUEUE_CODE)()
+    task(0, 1)
+    python_job("raise SystemExit(85)")()
     assert calls == [signal.SIGUSR2]
     task(1, 2)
     with pytest.raises(SystemExit) as end:
-        job(REQUEUE_CODE)()
+        python_job("raise SystemExit(85)")()
     assert end.value.code == 0 and calls == [signal.SIGUSR2]
 
 
-def test_a_tool_that_does_not_listen_is_put_back_at_the_notice(tmp_path, task):
+NOTICE = (
+    "import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getppid(), signal.SIGUSR2);"
+)
+
+
+def test_a_command_that_does_not_listen_is_put_back_at_the_notice(task):
     """Or does not listen yet. submitit's handler ends the first task with a code of its own, which must
-    come through."""
+    come through. SLURM's own signal, which all processes get, does nothing to the command."""
     calls = task(0, 1)
-    tool = write_tool(
-        tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nraise SystemExit(5)"
-    )
 
     def leave(number, frame):
         calls.append(number)
@@ -326,17 +336,44 @@ def test_a_tool_that_does_not_listen_is_put_back_at_the_notice(tmp_path, task):
 
     signal.signal(signal.SIGUSR2, leave)
     with pytest.raises(SystemExit) as end:
-        ToolJob(str(tool), ())()
+        python_job(NOTICE + "time.sleep(60)")()
     assert calls == [signal.SIGUSR2] and end.value.code == 144
 
 
-def test_a_job_that_slurm_started_again_resumes(tmp_path, task, monkeypatch):
+def test_a_program_that_ends_well_after_the_notice_is_done(task):
+    calls = task(0, 1)
+    ToolJob(("/bin/sh", "-c", "trap 'exit 0' USR1; kill -USR2 $PPID; while :; do sleep 0.1; done"))()
+    assert calls == []
+
+
+def test_a_sigterm_reaches_the_command(task):
     task(0, 1)
-    tool = write_tool(tmp_path, "import sys\nsys.exit(0 if '--resume' in sys.argv else 7)")
     with pytest.raises(RuntimeError, match="exit code 7"):
-        ToolJob(str(tool), ())()
+        ToolJob(
+            ("/bin/sh", "-c", "trap 'exit 7' TERM; sleep 0.5; kill -TERM $PPID; while :; do sleep 0.1; done")
+        )()
+
+
+def test_an_exception_in_the_task_ends_the_command(task, tmp_path):
+    """submitit's local executor ends a job by a SIGINT."""
+    task(0, 1)
+    begun = f"import os, signal; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()));"
+    with pytest.raises(KeyboardInterrupt):
+        python_job(f"{begun} os.kill(os.getppid(), signal.SIGINT); import time; time.sleep(60)")()
+    with suppress(ChildProcessError):  # Popen has seen its end already
+        _, status = os.waitpid(int((tmp_path / "pid").read_text()), 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_job_that_slurm_started_again_resumes(tmp_path, task, monkeypatch):
+    tool = write_tool(tmp_path, "import sys\nsys.exit(0 if '--resume' in sys.argv else 7)")
+    job = ToolJob((sys.executable, str(tool)))
+    task(0, 1)
+    with pytest.raises(RuntimeError, match="pretrain.py ended with exit code 7"):
+        job()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ToolJob(str(tool), ())()
+    task(0, 1)
+    job()
 
 
 # --- whole ways -------------------------------------------------------------------------------------------
@@ -380,11 +417,10 @@ def test_the_script_of_an_array_is_shown_to_the_letter(submit, cluster, work, tm
     tool = write_tool(tmp_path)
     submit(["--array", "3", "--", str(tool), "seed={index}"])
     assert "submitted 4242_0, 4242_1, 4242_2" in capsys.readouterr().out
-    executor = slurm_executor(Resources(name="pretrain"), Path("runs/jobs/%j"))
-    assert (cluster / "script.sh").read_text() == sbatch_script(executor, 3)
-    assert "map_count" not in executor.parameters
+    shown = sbatch_script(Resources(name="pretrain"), Path("runs/jobs/%j"), 3)
+    assert (cluster / "script.sh").read_text() == shown
     seeds = [
-        submitit.core.utils.DelayedSubmission.load(path).function.arguments
+        submitit.core.utils.DelayedSubmission.load(path).function.command[2:]
         for path in sorted(work.rglob("*_submitted.pkl"))
     ]
     assert seeds == [("seed=0",), ("seed=1",), ("seed=2",)]

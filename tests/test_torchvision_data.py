@@ -12,21 +12,14 @@ import torch.nn.functional as F
 from coco_fixture import CATEGORIES, annotation_file, polygon_of, rle_of_box, shapes, write_coco
 from PIL import Image
 
-from det_plugin.coco import api as api_module
+from det_plugin.augment import Geometry, evaluation_geometry, jitter, objects_of
 from det_plugin.coco.annotations import PackedList, Picture, read_split
-from det_plugin.coco.api import coco_api
-from det_plugin.coco.masks import Polygons, clip, crop_masks
+from det_plugin.coco.masks import Polygons, boxes_of, clip, coco_api, crop_masks, decode_rle, encode_mask
+from det_plugin.coco.metrics import coco_metrics, in_words
+from det_plugin.loader import batches, positions, stream_index
 from det_plugin.protocol import DetectionProtocol, with_overrides
-from det_plugin.torchvision_engine.augment import (
-    Geometry,
-    boxes_of,
-    decode_rle,
-    evaluation_geometry,
-    jitter,
-    objects_of,
-)
-from det_plugin.torchvision_engine.evaluate import as_coco, coco_metrics, encode_mask, in_words, paste_mask
-from det_plugin.torchvision_engine.loader import TrainSamples, batches, positions, stream_index
+from det_plugin.torchvision_engine.loader import TrainSamples
+from det_plugin.torchvision_engine.predict import as_coco, paste_mask
 from pretrain.errors import UserError
 
 RECIPE = DetectionProtocol(image_size_px=64, num_classes=3)
@@ -155,10 +148,10 @@ def test_coco_api_is_needed(monkeypatch):
     assert "pycocotools" in coco_api().mask.__name__
     monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
     if importlib.util.find_spec("faster_coco_eval"):
-        assert "faster_coco_eval" in api_module.coco_api().mask.__name__
+        assert "faster_coco_eval" in coco_api().mask.__name__
     monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
     with pytest.raises(UserError, match=r"pip install posfield\[det\]"):
-        api_module.coco_api()
+        coco_api()
 
 
 # --- geometry ---------------------------------------------------------------------------------------------
@@ -222,7 +215,7 @@ OBJECTS = (
 def test_boxes_are_those_of_the_masks():
     """Polygons give the corners themselves, bitmaps (where an object is an RLE) those of whole pixels."""
     for g in geometries((96, 64)):
-        found, kinds, polygons = objects_of(g, *zip(*OBJECTS), coco_api().mask)
+        found, kinds, polygons = objects_of(g, *zip(*OBJECTS))
         assert len(found) == len(kinds) == len(polygons) and np.array_equal(found, polygons.boxes())
         for box, kind in zip(found, kinds):
             points = g.points(np.concatenate(dict(OBJECTS)[kind]).reshape(-1, 2))
@@ -233,7 +226,7 @@ def test_boxes_are_those_of_the_masks():
             if (points == inside).all():
                 np.testing.assert_allclose(box, [*points.min(axis=0), *points.max(axis=0)], rtol=1e-6)
         with_rle = *OBJECTS, (1, encode_mask(np.ones((64, 96), bool)))
-        found, kinds, bitmaps = objects_of(g, *zip(*with_rle), coco_api().mask)
+        found, kinds, bitmaps = objects_of(g, *zip(*with_rle))
         assert bitmaps.dtype == torch.uint8 and bitmaps.shape == (len(found), g.crop[3], g.crop[2])
         assert np.array_equal(found, boxes_of(bitmaps.numpy())) and kinds[-1] == 1 and bitmaps[-1].all()
 
@@ -241,13 +234,13 @@ def test_boxes_are_those_of_the_masks():
 def test_objects_outside_the_crop_are_dropped():
     g = Geometry((100, 100), False, (100, 100), (50, 50, 50, 50))
     inside, outside = [polygon_of(3, 40, 40, 20, 30)], [polygon_of(3, 10, 10, 30, 20)]
-    found, classes, masks = objects_of(g, (1, 2), (inside, outside), coco_api().mask)
+    found, classes, masks = objects_of(g, (1, 2), (inside, outside))
     assert found.tolist() == [[0, 0, 10, 20]] and classes.tolist() == [1]
     assert torch.equal(
         masks.crop(torch.tensor([0]), torch.tensor([[0.0, 0, 20, 20]]), 10)[0].sum(0),
         torch.tensor([10.0] * 5 + [0] * 5),
     )
-    nothing, _, masks = objects_of(g, (2,), (outside,), coco_api().mask)
+    nothing, _, masks = objects_of(g, (2,), (outside,))
     assert nothing.shape == (0, 4) and len(masks) == 0
     assert masks.crop(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
@@ -272,11 +265,11 @@ def test_masks_are_exact_at_scale_one():
     mask[10:30, 20:50] = 1
     rle = encode_mask(mask.astype(bool))
     counts = rle_of_box(96, 64, 20, 10, 30, 20)
-    assert np.array_equal(decode_rle(counts, coco_api().mask), mask)
+    assert np.array_equal(decode_rle(counts), mask)
     for flip, expected in ((False, mask), (True, mask[:, ::-1])):
         g = Geometry((96, 64), flip, (96, 64), (15, 5, 60, 50))
         for segmentation in ([polygon_of(3, 20, 10, 30, 20)], rle, counts):
-            assert np.array_equal(g.mask(segmentation, coco_api().mask), expected[5:55, 15:75])
+            assert np.array_equal(g.mask(segmentation), expected[5:55, 15:75])
 
 
 @needs_detectron2
@@ -360,7 +353,7 @@ def test_polygons_equal_detectron2():
         own = [[np.array(polygon).reshape(-1, 2) for polygon in polygons] for polygons in objects]
         cut = [[p.ravel() for p in TransformList(steps).apply_polygons(polygons)] for polygons in own]
         theirs = PolygonMasks([polygons for polygons in cut if polygons])
-        found, _, masks = objects_of(g, range(3), objects, coco_api().mask)
+        found, _, masks = objects_of(g, range(3), objects)
         np.testing.assert_allclose(found, theirs.get_bounding_boxes().tensor, atol=1e-4)
         index = torch.arange(len(found)).repeat(10)
         boxes = torch.from_numpy(found[index]) + torch.from_numpy(
@@ -419,7 +412,7 @@ def perfect(root, shift=0.0):
             picture = next(p for p in split.pictures if p.id == annotation["image_id"])
             whole = evaluation_geometry((picture.width, picture.height), max(picture.width, picture.height))
             x, y, w, h = annotation["bbox"]
-            mask = encode_mask(whole.mask(annotation["segmentation"], coco_api().mask).astype(bool))
+            mask = encode_mask(whole.mask(annotation["segmentation"]).astype(bool))
             kept = {key: annotation[key] for key in ("image_id", "category_id")}
             predictions.append({**kept, "bbox": [x + shift * w, y, w, h], "score": 0.9, "segmentation": mask})
     return predictions
@@ -480,7 +473,7 @@ def test_detections_return_to_the_pictures_own_pixels():
     assert found[1]["bbox"] == pytest.approx(
         [60 * scale_x, 20 * scale_y, 200 - 60 * scale_x, 100 - 20 * scale_y]
     )  # clipped
-    mask = decode_rle(found[0]["segmentation"], coco_api().mask)
+    mask = decode_rle(found[0]["segmentation"])
     assert (
         mask.shape == (100, 200) and np.abs(boxes_of(mask[None])[0] - [31.25, 15.6, 93.75, 78.1]).max() <= 2
     )

@@ -16,15 +16,12 @@ from det_plugin.coco.annotations import read_split
 from det_plugin.coco.masks import Polygons, crop_masks
 from det_plugin.features import FeatureOptions, detection_features
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
-from det_plugin.torchvision_engine.boxes import decode, encode
 from det_plugin.torchvision_engine.heads import DetectionHeads, box_losses, mask_loss
-from det_plugin.torchvision_engine.layers import LayerNorm2d
+from det_plugin.torchvision_engine.layers import BoxCoder, LayerNorm2d, RoIPooler, assign_levels
 from det_plugin.torchvision_engine.loader import TrainSamples, to_device
-from det_plugin.torchvision_engine.model import SquarePad, build_model
+from det_plugin.torchvision_engine.model import SimpleFeaturePyramid, SquarePad, build_model, pyramid_strides
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
-from det_plugin.torchvision_engine.pooling import RoIPooler, assign_levels
 from det_plugin.torchvision_engine.proposals import Anchors, ProposalNetwork
-from det_plugin.torchvision_engine.pyramid import SimpleFeaturePyramid, pyramid_strides
 from pretrain.build import build_backbone
 from pretrain.errors import UserError
 
@@ -157,14 +154,13 @@ def test_pyramid_equals_detectron2():
 
 
 def test_decode_inverts_encode_and_clamps():
-    references, targets, weights = boxes(50), boxes(50, seed=1), (10.0, 10.0, 5.0, 5.0)
-    deltas = encode(targets, references, weights)
-    torch.testing.assert_close(decode(deltas, references, weights)[:, 0], targets, atol=1e-3, rtol=1e-5)
-    huge = decode(
-        torch.tensor([[0.0, 0.0, 100.0, 100.0]]), torch.tensor([[0.0, 0.0, 16.0, 16.0]]), (1.0,) * 4
-    )
+    references, targets, coder = boxes(50), boxes(50, seed=1), BoxCoder((10.0, 10.0, 5.0, 5.0))
+    (deltas,) = coder.encode([targets], [references])
+    torch.testing.assert_close(coder.decode(deltas, [references])[:, 0], targets, atol=1e-3, rtol=1e-5)
+    reference = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+    huge = BoxCoder((1.0,) * 4).decode(torch.tensor([[0.0, 0.0, 100.0, 100.0]]), [reference])
     torch.testing.assert_close(huge[0, 0, 2:] - huge[0, 0, :2], torch.tensor([1000.0, 1000.0]))
-    assert decode(deltas.bfloat16(), references.bfloat16(), weights).dtype == torch.float32
+    assert coder.decode(deltas, [references.bfloat16()]).dtype == torch.float32
 
 
 @needs_detectron2
@@ -172,11 +168,13 @@ def test_boxes_equal_detectron2():
     from detectron2.modeling.box_regression import Box2BoxTransform
 
     references, targets, weights = boxes(50), boxes(50, seed=1), (10.0, 10.0, 5.0, 5.0)
-    theirs = Box2BoxTransform(weights)
-    torch.testing.assert_close(encode(targets, references, weights), theirs.get_deltas(references, targets))
+    theirs, coder = Box2BoxTransform(weights), BoxCoder(weights)
+    torch.testing.assert_close(
+        coder.encode([targets], [references])[0], theirs.get_deltas(references, targets)
+    )
     deltas = torch.randn(50, 12, generator=torch.Generator().manual_seed(2)) * 5
     torch.testing.assert_close(
-        decode(deltas, references, weights).flatten(1), theirs.apply_deltas(deltas, references)
+        coder.decode(deltas, [references]).flatten(1), theirs.apply_deltas(deltas, references)
     )
 
 

@@ -22,7 +22,6 @@ from det_plugin.coco.annotations import read_split
 from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, first_names, leave_result, run_deviations
 from det_plugin.torchvision_engine.folder import (
-    backbone_of,
     classes_of,
     load_checkpoint,
     protocol_of,
@@ -31,6 +30,7 @@ from det_plugin.torchvision_engine.folder import (
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.train import evaluate_folder, train
 from det_plugin.torchvision_engine.trainer import Trainer
+from det_plugin.train import choose_engine
 from pretrain import checkpoints
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
@@ -140,7 +140,7 @@ def test_metrics_log(finished):
 def test_config_builds_the_network_again(finished):
     config = read_config(finished.output)
     assert protocol_of(config) == finished.protocol
-    vit = backbone_of(config)
+    vit = build_backbone(config["backbone"], None, **config["model_kwargs"])
     assert vit.model_kwargs == {**build_backbone(TINY, **FLAGS).model_kwargs, "mask_tokens": False}
     assert config["data"] == {
         "train_images": 5,
@@ -654,11 +654,12 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     tool = load_tool("detect")
     file = backbone_file(tmp_path / "backbone.safetensors", seed=1)
     run = replace(make("out", max_iters=1, milestones=(), warmup_iters=1), model_kwargs={})
-    assert tool.settings_of(tool.parse([*map(str, words_of(run, "--weights", file))])) == replace(
-        run, weights=file
-    )
     tool.main([*map(str, words_of(run, "--weights", file))])
     assert "engine: torchvision (as asked for)" in capsys.readouterr().out
+    backbone = read_config(run.output)["backbone"]
+    assert backbone == run.backbone and read_result(run.output).weights_hash == file_hash(file)
+    with pytest.raises(UserError, match="protocol: seed is no field of it; give it as --seed"):
+        tool.main([*map(str, words_of(run, "--weights", file)), "seed=1"])
     tool.main(
         [
             "--engine",
@@ -674,7 +675,7 @@ def test_tool_takes_the_name_from_our_file_and_says_the_engine(make, tmp_path, m
     )
     assert f"engine: torchvision (it trained {run.output})" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tool.choose_engine("auto", tmp_path)[0] == "torchvision"
+    assert choose_engine("auto", tmp_path)[0] == "torchvision"
     with pytest.raises(UserError, match="backbone: a name is needed"):
         backbone_name(None, None)
 

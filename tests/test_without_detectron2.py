@@ -10,10 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_everything_else_works_without_detectron2():
     code = (
         "import sys; sys.modules['detectron2'] = None\n"
-        "import det_plugin.run, det_plugin.protocol, det_plugin.features, det_plugin.torchvision_engine.train\n"
+        "import det_plugin.train, det_plugin.predict, det_plugin.figures, det_plugin.torchvision_engine.train\n"
         "import seg_plugin, pretrain.train\n"
         "from pretrain.errors import UserError\n"
-        "for name in 'lazy backbone bfloat16 evaluator trainer coco_catalog detectron2_loader saved_config'.split():\n"
+        "import pkgutil, det_plugin\n"
+        "folder = det_plugin.__path__[0]\n"
+        "engine = [name for _, name, _ in pkgutil.iter_modules([folder + '/detectron2_engine'])]\n"
+        "assert {'lazy', 'train', 'predict'} <= set(engine)\n"
+        "for name in [*(f'detectron2_engine.{name}' for name in engine), 'benchmark.backbone', 'benchmark.step']:\n"
         "    try: __import__('det_plugin.' + name)\n"
         "    except UserError as error: assert 'not installed' in str(error) and '--engine torchvision' in str(error)\n"
         "    else: raise SystemExit(name)\n"

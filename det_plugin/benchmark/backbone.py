@@ -4,20 +4,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here its memory counts for none
 import torch
+from detectron2.modeling.backbone.vit import ViT as TheirViT
 from torch import Tensor, nn
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.windows import global_blocks
 from pretrain.backbones.vit import ViT
 from pretrain.benchmark.turns import Work, in_turns, ratio
 from pretrain.build import build_backbone
 from pretrain.device import choose_device
-
-with detectron2_installed():
-    import timm.layers  # noqa: F401  Detectron2's blocks import it when they are built; here its memory counts for none
-    from detectron2.modeling.backbone.vit import ViT as TheirViT
 
 WINDOW, GLOBAL_BLOCKS = 14, 4  # ViTDet's
 CHECK_PX = 240  # 15 patches a side: two windows, one of them cut
@@ -56,14 +53,8 @@ def measure(backbone: str, rounds: int, device: str = "auto", image_px: int = 10
         theirs = found["detectron2_windowed" if suffix == "_windowed" else "detectron2"]
         ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], theirs).items()}
     raw = {name: figures.shown() for name, figures in found.items()}
-    return {
-        **ratios,
-        **raw,
-        "backbone": backbone,
-        "image_px": image_px,
-        "device": where,
-        "threads": torch.get_num_threads(),
-    }
+    setup = {"backbone": backbone, "image_px": image_px, "device": where, "threads": torch.get_num_threads()}
+    return {**ratios, **raw, **setup}
 
 
 def work(name: str, backbone: str, image_px: int, device: str) -> Work:
@@ -126,11 +117,8 @@ def their_network(
         window_block_indexes=[i for i in range(depth) if i not in everywhere],
     )
     missing, left_over = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert all("rel_pos" in key for key in missing) and set(left_over) == {
-        "cls_token",
-        "norm.weight",
-        "norm.bias",
-    }
+    assert all("rel_pos" in key for key in missing)
+    assert set(left_over) == {"cls_token", "norm.weight", "norm.bias"}
     return theirs
 
 
@@ -139,17 +127,13 @@ def check_alike(backbone: str, device: str = "cpu") -> None:
     results = {}
     for name in (*THEIRS, *OURS):
         network = our_network(backbone) if name in OURS else their_network(backbone, THEIRS[name], CHECK_PX)
-        image = (
-            torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2))
-            .to(device)
-            .requires_grad_()
-        )
+        noise = torch.randn(1, 3, CHECK_PX, CHECK_PX, generator=torch.Generator().manual_seed(2))
+        image = noise.to(device).requires_grad_()
         features = features_of(name, network.to(device), image)
         (features * features.detach().cos()).sum().backward()
         assert image.grad is not None
         results[name] = features.detach(), image.grad
     for name in OURS:
-        for ours, theirs in zip(
-            results[name], results["detectron2_windowed" if "windowed" in name else "detectron2"]
-        ):
+        reference = "detectron2_windowed" if "windowed" in name else "detectron2"
+        for ours, theirs in zip(results[name], results[reference]):
             assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name

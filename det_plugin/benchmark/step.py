@@ -9,19 +9,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from detectron2.config import LazyCall, instantiate
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from det_plugin.benchmark.backbone import GLOBAL_BLOCKS, WINDOW, their_network
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from pretrain.benchmark.turns import held_mib, peak_mib
 from pretrain.device import choose_device
-
-with detectron2_installed():
-    from detectron2.config import LazyCall, instantiate
-    from detectron2.structures import Boxes, Instances, PolygonMasks
-    from detectron2.utils.events import EventStorage
 
 OURS: Mapping[str, Mapping[str, Any]] = {  # arguments of RegistryBackbone
     "ours": {},
@@ -47,8 +44,7 @@ def measure(
     model_kwargs: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Images/s and peak memory of a training step: backbone, pyramid, proposals, heads, losses, backward,
-    AdamW; AMP on CUDA.
+    """Images/s and peak memory of a training step, from backbone to AdamW; AMP on CUDA.
 
     Args:
         backbone: registry name.
@@ -82,13 +78,10 @@ def build(name: str, recipe: DetectionProtocol, backbone: str, model_kwargs: Map
     if name in OURS:
         cfg.backbone.net.update(OURS[name])
     else:
-        arguments = dict(
-            THEIRS[name],
-            image_px=recipe.image_size_px,
-            drop_path=recipe.drop_path,
-            model_kwargs=dict(model_kwargs),
+        size = dict(
+            image_px=recipe.image_size_px, drop_path=recipe.drop_path, model_kwargs=dict(model_kwargs)
         )
-        cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **arguments)
+        cfg.backbone.net = LazyCall(their_network)(backbone=backbone, **THEIRS[name], **size)
     return instantiate(cfg)  # type: ignore[no-any-return]
 
 
@@ -103,9 +96,8 @@ def synthetic_batch(recipe: DetectionProtocol, n_images: int) -> list[dict[str, 
         instances = Instances((size, size))
         instances.gt_boxes = Boxes(boxes)
         instances.gt_classes = torch.randint(recipe.num_classes, (N_OBJECTS,), generator=generator)
-        instances.gt_masks = PolygonMasks(
-            [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes]
-        )  # whole boxes
+        outlines = [box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy() for box in boxes]
+        instances.gt_masks = PolygonMasks([[polygon] for polygon in outlines])  # whole boxes
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
         batch.append({"image": image, "instances": instances, "height": size, "width": size})
     return batch
@@ -117,9 +109,7 @@ class Step:
     def __init__(self, model: nn.Module, recipe: DetectionProtocol, device: torch.device) -> None:
         self.model, self.device = model.to(device).train(), device
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=1e-6, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(trained, 1e-6, recipe.betas, weight_decay=recipe.weight_decay)
         self.dtype, self.amp = getattr(torch, recipe.amp_dtype), recipe.amp and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp and self.dtype is torch.float16)
 

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from det_plugin.coco.annotations import CocoSplit, Picture, read_split
+from det_plugin.coco.metrics import Prediction
+from det_plugin.figures import MIN_SCORE, SHOWN, draw_page, spread
 from det_plugin.predict import load_detector
-from det_plugin.torchvision_engine.evaluate import Prediction
-from det_plugin.torchvision_engine.figures import MIN_SCORE, SHOWN, draw_page, spread
 from pretrain.errors import UserError
 
 # What the torchvision engine and Detectron2's evaluator call their results.
@@ -37,10 +37,8 @@ def are_of(found: list[Prediction], split: CocoSplit) -> bool:
     Other data may have the same ids.
     """
     sizes = {picture.id: [picture.height, picture.width] for picture in split.pictures}
-    return bool(found) and all(
-        sizes.get(p["image_id"]) == p["segmentation"]["size"] and p["category_id"] in split.category_ids
-        for p in found
-    )
+    fits = (sizes.get(p["image_id"]) == p["segmentation"]["size"] for p in found)
+    return bool(found) and all(fits) and {p["category_id"] for p in found} <= set(split.category_ids)
 
 
 def predictions_of(
@@ -57,29 +55,26 @@ def predictions_of(
     if tuple(detector.classes) != split.category_ids:
         raise UserError(f"--data: {split.file} has other categories than those that {folder} was trained on")
     print(f"predictions: made now by {folder}")
-    return [{"image_id": p.id, **own} for p in pictures for own in detector.detect([split.load(p)])[0]]
+    return [{"image_id": p.id, **own} for p in pictures for own in detector.predict(split.load(p)).results]
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
-    parser.add_argument("--data", type=Path, required=True, metavar="COCO", help="as for posfield detect")
-    parser.add_argument("--split", default="val", choices=("train", "val"), help="(%(default)s)")
-    parser.add_argument(
-        "--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)"
-    )
-    parser.add_argument("--images", metavar="ID,ID,...", help="these instead, by COCO's image ids")
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(figures/ in the run folder)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
+    add("--data", type=Path, required=True, metavar="COCO", help="as for posfield detect")
+    add("--split", default="val", choices=("train", "val"), help="(%(default)s)")
+    add("--count", type=int, default=16, metavar="N", help="pictures, evenly over the split (%(default)s)")
+    add("--images", metavar="ID,ID,...", help="these instead, by COCO's image ids")
+    add("--min-score", type=float, default=MIN_SCORE, metavar="S", help="(%(default)s)")
+    add("--output", type=Path, metavar="DIR", help="(figures/ in the run folder)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     options = parser.parse_args(arguments)
     split = read_split(options.data, options.split, num_classes=None, training=False)
     pictures = choose(split, max(options.count, 1), options.images)
-    predictions = predictions_of(
-        options.run, split, pictures, options.device, evaluated=options.split == "val"
-    )
+    evaluated = options.split == "val"
+    predictions = predictions_of(options.run, split, pictures, options.device, evaluated)
     output = options.output or options.run / "figures"
     for page, first in enumerate(range(0, len(pictures), SHOWN), 1):
         own = pictures[first : first + SHOWN]

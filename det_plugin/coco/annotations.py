@@ -33,19 +33,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from det_plugin.coco.api import coco_api
 from det_plugin.coco.layout import locate
-from det_plugin.protocol import n_share
+from det_plugin.coco.masks import Segmentation, as_rle, coco_api
+from det_plugin.protocol import DetectionProtocol, n_share
 from pretrain.distributed import rank, world_size
 from pretrain.errors import UserError
 
-Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in pixels, or an RLE
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)  # what PIL raises on damaged files
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, on damaged files
 SHARE_SEED = 0
 FARTHEST_PX = 1e6  # a polygon's points from the corner; pycocotools walks along every edge
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: values that swap width and height
@@ -54,27 +48,18 @@ HEADER_READERS = 16
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and its objects, without crowds.
-
-    Attributes:
-        id: COCO's.
-        file_name: below the split's folder.
-        width, height: pixels.
-        classes: contiguous, from 0.
-        segmentations: an object's polygons or RLE each.
-    """
+    """An image and its objects, without crowds."""
 
     id: int
-    file_name: str
+    file_name: str  # below the split's folder
     width: int
     height: int
-    classes: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()  # contiguous, from 0
     segmentations: tuple[Segmentation, ...] = ()
 
 
 class PackedList(Sequence[Picture]):
-    """Many records as two arrays, which forked workers share. Reference counting would copy Python
-    objects."""
+    """Many records as two arrays, which forked workers share: counting references would copy objects."""
 
     def __init__(self, records: Iterable[Picture]) -> None:
         blobs = [np.frombuffer(pickle.dumps(record, protocol=-1), np.uint8) for record in records]
@@ -105,8 +90,7 @@ class CocoSplit:
         """The pixels, [H, W, 3] uint8 RGB, upright.
 
         Raises:
-            UserError: the image cannot be read, or its size is not that of the annotation file; names the
-                image.
+            UserError: the image cannot be read, or has another size than annotated; names it.
         """
         path = self.folder / picture.file_name
         try:
@@ -115,19 +99,12 @@ class CocoSplit:
         except UNREADABLE as error:
             raise UserError(f"data: {path} cannot be read as an image ({error})") from error
         if pixels.shape[:2] != (picture.height, picture.width):
-            size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            raise UserError(
-                f"data: {path} is {size} pixels, but {self.file.name} says {picture.width} x {picture.height}"
-            )
+            found, said = f"{pixels.shape[1]} x {pixels.shape[0]}", f"{picture.width} x {picture.height}"
+            raise UserError(f"data: {path} is {found} pixels, but {self.file.name} says {said}")
         return pixels
 
     def check_headers(self) -> None:
-        """Open this rank's share of the images and compare their sizes. Pixels are only read where something
-        is wrong.
-
-        Raises:
-            UserError: as :meth:`load`.
-        """
+        """:meth:`load`, for its errors, of this rank's share of the images; reads headers alone."""
         pool = ThreadPoolExecutor(HEADER_READERS)
         try:
             for _ in pool.map(self._check_header, range(rank(), len(self.pictures), world_size())):
@@ -147,6 +124,30 @@ class CocoSplit:
             self.load(picture)
 
 
+@dataclass(frozen=True)
+class Data:
+    """Both splits. They have the same classes."""
+
+    train: CocoSplit
+    val: CocoSplit
+
+    @staticmethod
+    def read(data: Path, protocol: DetectionProtocol) -> "Data":
+        """Read and check both annotation files and, by their headers, all images.
+
+        Raises:
+            UserError: a file is damaged, or the splits have different classes; names the file.
+        """
+        classes = protocol.num_classes
+        train = read_split(data, "train", num_classes=classes, training=True, share=protocol.train_share)
+        val = read_split(data, "val", num_classes=classes, training=False)
+        if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
+            raise UserError(f"data: {train.file} and {val.file} have different categories")
+        for split in (train, val):
+            split.check_headers()
+        return Data(train, val)
+
+
 def read_split(
     data: str | Path, split: str, *, num_classes: int | None, training: bool, share: float = 1.0
 ) -> CocoSplit:
@@ -157,8 +158,7 @@ def read_split(
         split: ``train`` | ``val``.
         num_classes: of the model; None: do not compare.
         training: leave out what nothing can be learned from (Detectron2's ``filter_empty``).
-        share: of the remaining images, the same ones in every run, in the file's order. A larger share
-            contains a smaller one.
+        share: of these images, the same in every run, in the file's order; a larger one contains a smaller.
 
     Raises:
         UserError: names the file, the entry and the problem.
@@ -173,18 +173,16 @@ def read_split(
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"data: {file} is no COCO instances file: an entry is damaged or lacks {error}"
-        ) from error
+        what = f"an entry is damaged or lacks {error}"
+        raise UserError(f"data: {file} is no COCO instances file: {what}") from error
     except ValueError as error:
         raise UserError(f"data: {file}: {error}") from error
     if not pictures:
         raise UserError(f"data: {file} has no images" + (" with objects" if training else ""))
     if share < 1:
         ids = sorted(picture.id for picture in pictures)
-        order = np.random.RandomState(SHARE_SEED).permutation(
-            len(ids)
-        )  # NumPy never changes this generator's numbers
+        # NumPy never changes this generator's numbers
+        order = np.random.RandomState(SHARE_SEED).permutation(len(ids))
         kept = {ids[i] for i in order[: n_share(len(ids), share)]}
         pictures = [picture for picture in pictures if picture.id in kept]
     _check_names(files.images, file, pictures)
@@ -198,19 +196,15 @@ def read_classes(data: str | Path, split: str) -> dict[int, str]:
         UserError: as :func:`read_split`.
     """
     file = locate(data, split).annotations
+    content = read_json(file)
     try:
-        return _categories(read_json(file))
+        return _categories(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise (
-            error
-            if isinstance(error, UserError)
-            else UserError(f"data: {file}: its categories are damaged: {error}")
-        ) from error
+        raise UserError(f"data: {file}: its categories are damaged: {error}") from error
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A file's content, completed so that pycocotools can evaluate every object. COCO's own files do not
-    change.
+    """A file's content, completed so that pycocotools can evaluate every object. COCO's own stay as they are.
 
     Annotation ids start at 1 if one is below (``COCOeval`` takes 0 for "no match"), ``iscrowd`` and ``area``
     are filled in, names are unique, and an object without a polygon of three points has an empty mask.
@@ -222,12 +216,12 @@ def read_truth(file: Path) -> dict[str, Any]:
     truth = []
     for annotation in content["annotations"]:
         height, width = sizes[annotation["image_id"]]
-        masks = _segmentation(annotation, width, height) or {
-            "size": [height, width],
-            "counts": [height * width],
-        }
+        masks = _segmentation(annotation, width, height)
+        masks = masks or {"size": [height, width], "counts": [height * width]}
         whole = {"iscrowd": 0, **annotation, "id": annotation["id"] + max(first, 0), "segmentation": masks}
-        truth.append(whole if "area" in annotation else {**whole, "area": _area(masks, height, width)})
+        if "area" not in annotation:
+            whole["area"] = float(coco_api().mask.area(as_rle(masks, height, width)))
+        truth.append(whole)
     return {**content, "annotations": truth}
 
 
@@ -293,10 +287,8 @@ def _pictures(content: Mapping[str, Any], class_of: Mapping[int, int], training:
     for image in content["images"]:
         own = objects[image["id"]]
         if own or not training:
-            classes, segmentations = tuple(k for k, _ in own), tuple(s for _, s in own)
-            pictures.append(
-                Picture(image["id"], _file_name(image), *sizes[image["id"]], classes, segmentations)
-            )
+            things = tuple(k for k, _ in own), tuple(s for _, s in own)
+            pictures.append(Picture(image["id"], _file_name(image), *sizes[image["id"]], *things))
     return pictures
 
 
@@ -324,30 +316,24 @@ def _segmentation(annotation: Mapping[str, Any], width: int, height: int) -> Seg
         raise ValueError(f"{who} has the bbox {box!r}: not x, y, width, height") from None
     if not value:
         if min(box[2:]) > 0 and not annotation.get("iscrowd", 0):
-            raise ValueError(
-                f"{who} lacks 'segmentation': Mask R-CNN learns from masks, boxes alone are not enough"
-            )
+            what = "Mask R-CNN learns from masks, boxes alone are not enough"
+            raise ValueError(f"{who} lacks 'segmentation': {what}")
         return []
     if isinstance(value, dict):
         return _rle(value, width, height, who)
     try:
         for polygon in value:
-            if (
-                len(polygon) % 2
-                or not math.isfinite(sum(polygon))
-                or (polygon and max(map(abs, polygon)) > FARTHEST_PX)
-            ):
+            is_far = polygon and max(map(abs, polygon)) > FARTHEST_PX
+            if len(polygon) % 2 or is_far or not math.isfinite(sum(polygon)):
                 raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{who} has a segmentation that is no polygons (x, y in turn, in pixels) and no RLE"
-        ) from None
+        what = "a segmentation that is no polygons (x, y in turn, in pixels) and no RLE"
+        raise ValueError(f"{who} has {what}") from None
     return [polygon for polygon in value if len(polygon) >= 6]
 
 
 def _rle(rle: dict[str, Any], width: int, height: int, who: str) -> Segmentation:
-    """``rle``, if it covers its image. Of a shorter one, pycocotools would fill the rest from uninitialized
-    memory."""
+    """``rle``, if it covers its image; pycocotools would fill the rest from uninitialized memory."""
     try:
         size, counts = list(rle["size"]), rle["counts"]
         runs = counts if isinstance(counts, list) else run_lengths(counts)
@@ -386,23 +372,11 @@ def run_lengths(counts: str) -> list[int]:
     return runs
 
 
-def _area(masks: Segmentation, height: int, width: int) -> float:
-    """An object's pixels, as COCO counts them."""
-    api = coco_api().mask
-    if isinstance(masks, list):
-        return float(api.area(api.merge(api.frPyObjects(masks, height, width))))
-    return float(
-        api.area(api.frPyObjects(masks, height, width) if isinstance(masks["counts"], list) else masks)
-    )
-
-
 def _check_names(folder: Path, file: Path, pictures: list[Picture]) -> None:
-    """Check that the files exist: by one listing instead of 118,000 look-ups, except for names in
-    subfolders."""
+    """Check that the files exist, by one listing where that will do: COCO has 118,000."""
     listed = {entry.name for entry in os.scandir(folder)}
-    missing = [
-        p.file_name for p in pictures if p.file_name not in listed and not (folder / p.file_name).is_file()
-    ]
+    names = [picture.file_name for picture in pictures]
+    missing = [name for name in names if name not in listed and not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"data: {file.name} names {missing[0]}{more}, which {folder} does not hold")

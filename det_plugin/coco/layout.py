@@ -41,8 +41,7 @@ def locate(data: str | Path, split: str) -> CocoFiles:
 
     Args:
         data: the root of one of the layouts above, or a .yaml file.
-        split: ``train`` | ``val``. An export with ``train``, ``valid`` and ``test`` is evaluated on
-            ``valid``.
+        split: ``train`` | ``val``, which of ``valid`` and ``test`` is ``valid``.
 
     Raises:
         UserError: a file or folder is missing; names it.
@@ -67,9 +66,8 @@ def _laid_out(root: Path, split: str) -> CocoFiles:
         if (root / annotations).is_file():
             return CocoFiles(root / annotations, root / images)
     names = ", ".join(annotations for annotations, _ in LAYOUTS[split])
-    raise UserError(
-        f"data: {root} has no file for the split {split!r}: none of {names} (a .yaml file may name others)"
-    )
+    told = f"none of {names} (a .yaml file may name others)"
+    raise UserError(f"data: {root} has no file for the split {split!r}: {told}")
 
 
 def _named(file: Path, split: str) -> CocoFiles:
@@ -81,10 +79,7 @@ def _named(file: Path, split: str) -> CocoFiles:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"data: {file} is no YAML ({' '.join(str(error).split())})") from error
     entry: Any = content.get(split) if isinstance(content, dict) else None
-    if (
-        not isinstance(entry, dict)
-        or {type(value) for value in entry.values()} != {str}
-        or set(entry) != {"annotations", "images"}
-    ):
+    kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
+    if kinds != {"annotations": str, "images": str}:
         raise UserError(f"data: {file} must hold {example}, not {split}: {entry!r}")
     return CocoFiles(file.parent / entry["annotations"], file.parent / entry["images"])

@@ -1,25 +1,109 @@
-"""Ground-truth masks as Detectron2 keeps them: polygons, exact at any scale, or bitmaps if an image has an
-RLE."""
+"""Masks: COCO's polygons and RLEs, and the ground truth of training as Detectron2 keeps it: polygons, exact at
+any scale, or bitmaps if an image has an RLE."""
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from det_plugin.coco.api import coco_api
 from pretrain.errors import UserError
 
+Segmentation = list[list[float]] | dict[str, Any]  # polygons x0, y0, x1, ... in pixels, or an RLE
 Polygon = np.ndarray  # [2K] float64: x0, y0, x1, ... in pixels, continuous (an image spans 0 to its width)
 
 
-class Polygons:
-    """The objects of one image, each of one or more polygons. They stay on the CPU, where they are filled.
+class CocoApi(NamedTuple):
+    """The three names of pycocotools that we use."""
 
-    Args:
-        objects: a list of polygons each, empty if nothing is left of the object.
+    COCO: Any
+    COCOeval: Any
+    mask: ModuleType
+
+
+def coco_api() -> CocoApi:
+    """pycocotools, or its drop-in faster-coco-eval where only that is installed.
+
+    Raises:
+        UserError: neither is installed.
+    """
+    with suppress(ImportError):
+        from pycocotools import mask
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return CocoApi(COCO, COCOeval, mask)
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster, mask
+    except ImportError as error:
+        what = "neither pycocotools nor faster-coco-eval is installed"
+        raise UserError(f"{what}: pip install posfield[det]") from error
+    return CocoApi(COCO, COCOeval_faster, mask)
+
+
+def as_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
+    """Polygons (together) or a list of counts -> a compressed RLE; one that is compressed stays as it is."""
+    api = coco_api().mask
+    if isinstance(segmentation, list):
+        return api.merge(api.frPyObjects(segmentation, height, width))  # type: ignore[no-any-return]
+    if isinstance(segmentation["counts"], list):
+        return api.frPyObjects(segmentation, height, width)  # type: ignore[no-any-return]
+    return segmentation
+
+
+def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+    """A COCO RLE, compressed or a list of counts -> [H, W] uint8."""
+    return coco_api().mask.decode(as_rle(rle, *rle["size"]))  # type: ignore[no-any-return]
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """[H, W] of 0 and 1 -> an RLE that JSON can hold."""
+    rle = coco_api().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+    return {"size": [int(side) for side in rle["size"]], "counts": counts}
+
+
+def fill(polygons: Sequence[Polygon], height: int, width: int) -> np.ndarray:
+    """The pixels inside polygons, [height, width] uint8."""
+    if not polygons:
+        return np.zeros((height, width), np.uint8)
+    rle = as_rle([polygon.tolist() for polygon in polygons], height, width)
+    return coco_api().mask.decode(rle)  # type: ignore[no-any-return]
+
+
+def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
+    """Cut a polygon at 0 ... width, 0 ... height: none, one or several (Detectron2's ``CropTransform``).
+
+    Raises:
+        UserError: shapely is not installed.
+    """
+    try:
+        from shapely import box
+        from shapely.geometry import Polygon as Shape
+    except ImportError as error:
+        raise UserError("shapely is not installed: pip install posfield[det]") from error
+    valid = Shape(polygon.reshape(-1, 2)).buffer(0.0)
+    inside = valid.intersection(box(0, 0, width, height))
+    parts = [p for p in getattr(inside, "geoms", [inside]) if isinstance(p, Shape) and not p.is_empty]
+    return [np.asarray(p.exterior.coords)[:-1].ravel() for p in parts]  # the last point repeats the first
+
+
+def boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels); zeros if empty."""
+    api = coco_api().mask
+    boxes = api.toBbox(api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)))
+    boxes[:, 2:] += boxes[:, :2]  # width, height -> x1, y1
+    return boxes.astype(np.float32)  # type: ignore[no-any-return]
+
+
+class Polygons:
+    """The objects of one image, each a list of polygons, empty if nothing is left of it.
+
+    They stay on the CPU, where they are filled.
     """
 
     def __init__(self, objects: Sequence[Sequence[Polygon]]) -> None:
@@ -46,61 +130,21 @@ class Polygons:
 
         The polygons are scaled to the box and filled there (Detectron2's ``rasterize_polygons_within_box``).
         """
-        api, found = coco_api().mask, np.zeros((len(boxes), side, side), np.float32)
+        found = np.zeros((len(boxes), side, side), np.float32)
         for cell, i, (x0, y0, x1, y1) in zip(found, index.tolist(), boxes.cpu().numpy()):
             scale = side / np.maximum([x1 - x0, y1 - y0], np.float32(0.1))  # float32, as there
             own = [((polygon.reshape(-1, 2) - (x0, y0)) * scale).ravel() for polygon in self.objects[i]]
-            cell[:] = fill(own, side, side, api)
+            cell[:] = fill(own, side, side)
         return torch.from_numpy(found).to(boxes.device)
-
-
-def fill(polygons: Sequence[Polygon], height: int, width: int, api: Any) -> np.ndarray:
-    """The pixels inside polygons, [height, width] uint8.
-
-    Args:
-        api: pycocotools' ``mask`` module.
-    """
-    if not polygons:
-        return np.zeros((height, width), np.uint8)
-    filled: np.ndarray = api.decode(
-        api.merge(api.frPyObjects([polygon.tolist() for polygon in polygons], height, width))
-    )
-    return filled
-
-
-def clip(polygon: Polygon, width: int, height: int) -> list[Polygon]:
-    """Cut a polygon at 0 ... width, 0 ... height: none, one or several polygons (Detectron2's
-    ``CropTransform``).
-
-    Raises:
-        UserError: shapely is not installed.
-    """
-    try:
-        from shapely import box
-        from shapely.geometry import Polygon as Shape
-    except ImportError as error:
-        raise UserError("shapely is not installed: pip install posfield[det]") from error
-    inside = (
-        Shape(polygon.reshape(-1, 2)).buffer(0.0).intersection(box(0, 0, width, height))
-    )  # buffer: makes it valid
-    parts = [
-        part for part in getattr(inside, "geoms", [inside]) if isinstance(part, Shape) and not part.is_empty
-    ]
-    return [
-        np.asarray(part.exterior.coords)[:-1].ravel() for part in parts
-    ]  # the last point repeats the first
 
 
 def crop_masks(masks: Tensor | Polygons, index: Tensor, boxes: Tensor, side: int) -> Tensor:
     """A mask head's targets: masks ``index`` [P] under boxes [P, 4] -> [P, side, side] in {0, 1}, float.
 
-    Args:
-        masks: of an image's objects. Bitmaps [M, H, W] are pooled by the aligned RoIAlign and thresholded at
-            1/2.
+    Bitmaps [M, H, W] are pooled by the aligned RoIAlign and thresholded at 1/2.
     """
     if isinstance(masks, Polygons):
         return masks.crop(index, boxes, side)
     rois = torch.cat([index[:, None].to(boxes.dtype), boxes], dim=1)
-    return (
-        roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
-    ).float()
+    pooled = roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=0, aligned=True)[:, 0]
+    return (pooled >= 0.5).float()

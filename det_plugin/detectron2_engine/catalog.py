@@ -5,24 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.structures import BoxMode
 
-from det_plugin.coco.annotations import (
-    UNREADABLE,
-    CocoSplit,
-    Picture,
-    Segmentation,
-    read_classes,
-    read_split,
-)
-from det_plugin.coco.api import coco_api
-from det_plugin.coco.layout import locate
-from det_plugin.coco.masks import clip
-from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.coco.annotations import UNREADABLE, CocoSplit, Picture, read_split
+from det_plugin.coco.masks import Segmentation, as_rle, clip, coco_api
 from pretrain.errors import UserError
-
-with detectron2_installed():
-    from detectron2.data import DatasetMapper, MetadataCatalog
-    from detectron2.structures import BoxMode
 
 
 def coco_root(root: str | Path | None) -> Path:
@@ -35,35 +23,9 @@ def coco_root(root: str | Path | None) -> Path:
         return Path(root)
     folder = Path(MetadataCatalog.get("coco_2017_val").json_file).parents[1]
     if not folder.is_dir():
-        raise UserError(
-            f"data: no folder {folder}; give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported"
-        )
+        told = "give dataloader.root, or $DETECTRON2_DATASETS before Detectron2 is imported"
+        raise UserError(f"data: no folder {folder}; {told}")
     return folder
-
-
-def dataset_name(root: str | Path | None, split: str) -> str:
-    """Register a split's files and categories in Detectron2's metadata catalog; gives the name that they have
-    there.
-
-    Args:
-        root: data of any layout (:mod:`det_plugin.coco.layout`); None: Detectron2's own place.
-        split: ``train`` | ``val``.
-
-    Raises:
-        UserError: a file is missing or damaged; names it.
-    """
-    files, classes = locate(coco_root(root), split), read_classes(coco_root(root), split)
-    name = f"{split}:{files.annotations.resolve()}"
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)  # the file may have changed
-    MetadataCatalog.get(name).set(
-        json_file=str(files.annotations),
-        image_root=str(files.images),
-        thing_classes=list(classes.values()),
-        thing_dataset_id_to_contiguous_id={id: k for k, id in enumerate(classes)},
-        evaluator_type="coco",
-    )
-    return name
 
 
 def coco_dicts(
@@ -85,10 +47,9 @@ def coco_dicts(
 
 def train_images(root: str | Path | None, num_classes: int, share: float) -> int | None:
     """How many images training uses; None on a machine that only has the data for evaluation."""
+    how = dict[str, Any](num_classes=num_classes, training=True, share=share)
     try:
-        return len(
-            read_split(coco_root(root), "train", num_classes=num_classes, training=True, share=share).pictures
-        )
+        return len(read_split(coco_root(root), "train", **how).pictures)
     except UserError:
         return None
 
@@ -97,19 +58,15 @@ def _standard_dict(split: CocoSplit, picture: Picture) -> dict[str, Any]:
     size = {"height": picture.height, "width": picture.width}
     objects = []
     for k, segmentation in zip(picture.classes, picture.segmentations):
-        if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-            segmentation = coco_api().mask.frPyObjects(segmentation, picture.height, picture.width)
-        elif isinstance(segmentation, list):
+        if isinstance(segmentation, dict):
+            segmentation = as_rle(segmentation, picture.height, picture.width)
+        else:
             segmentation = _inside(segmentation, picture.width, picture.height)
         if segmentation:
             shape = {"segmentation": segmentation, "bbox": _box(segmentation), "bbox_mode": BoxMode.XYXY_ABS}
             objects.append({"category_id": k, "iscrowd": 0, **shape})
-    return {
-        "file_name": str(split.folder / picture.file_name),
-        "image_id": picture.id,
-        **size,
-        "annotations": objects,
-    }
+    name = str(split.folder / picture.file_name)
+    return {"file_name": name, "image_id": picture.id, **size, "annotations": objects}
 
 
 def _inside(polygons: list[list[float]], width: int, height: int) -> list[list[float]]:
@@ -139,8 +96,7 @@ class CocoMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ``image_id``,
-        ...
+        """A dict of :func:`coco_dicts` -> ``image`` uint8 [3, h, w], ``instances`` (training), ...
 
         Raises:
             UserError: an image cannot be read, or its size is not that of the annotations; names the file.
@@ -148,9 +104,8 @@ class CocoMapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)  # type: ignore[no-any-return]
         except (*UNREADABLE, AssertionError) as error:
-            raise UserError(
-                f"data: {dataset_dict['file_name']} cannot be used: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"data: {dataset_dict['file_name']} cannot be used: {reason}") from error
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]

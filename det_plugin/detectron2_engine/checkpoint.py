@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from pretrain.distributed import log
 from pretrain.errors import UserError
-
-with detectron2_installed():
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.engine import HookBase
 
 LAST = "last_checkpoint"
 SAVE_PERIOD_S = 900  # the most that a killed process loses
@@ -38,8 +35,7 @@ class WholeCheckpointer(DetectionCheckpointer):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, every 15 minutes and at the end. Keeps ``max_to_keep`` files besides
-    the final one.
+    """Saves every ``period`` iterations, every 15 minutes and at the end; keeps ``max_to_keep`` and the last.
 
     Args:
         start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.
@@ -48,12 +44,8 @@ class Checkpoints(HookBase):
     def __init__(
         self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int
     ) -> None:
-        self.checkpointer, self.period, self.max_to_keep, self.saved_s = (
-            checkpointer,
-            period,
-            max_to_keep,
-            time.monotonic(),
-        )
+        self.checkpointer, self.period, self.max_to_keep = checkpointer, period, max_to_keep
+        self.saved_s = time.monotonic()
         files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
         self.files = [file for file in files if file.stem < f"model_{start_iter:07d}"]
 
@@ -84,18 +76,15 @@ def last_whole(folder: Path) -> Path | None:
     """
     if not (folder / LAST).is_file():
         return None
-    last, files = (
-        folder / (folder / LAST).read_text().strip(),
-        sorted(folder.glob("model_*.pth"), reverse=True),
-    )
-    for file in [last, *(file for file in files if file != last)]:
+    last = folder / (folder / LAST).read_text().strip()
+    files = sorted(folder.glob("model_*.pth"), reverse=True)
+    for file in dict.fromkeys([last, *files]):
         try:
             torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
             return file
         except Exception as error:  # on damaged bytes the unpickler may raise anything
-            log(
-                f"warning: {file} is no whole checkpoint ({type(error).__name__}); looking for the one before"
-            )
+            reason = f"is no whole checkpoint ({type(error).__name__})"
+            log(f"warning: {file} {reason}; looking for the one before")
     raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")
 
 

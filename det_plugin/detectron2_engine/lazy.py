@@ -4,71 +4,43 @@ Every number comes from :class:`det_plugin.protocol.DetectionProtocol`. ``tests/
 the result with Detectron2's own ViTDet configuration, key by key.
 """
 
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import log2
 from pathlib import Path
 from typing import Any
 
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+)
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import DictConfig
 
-from det_plugin.coco.annotations import read_classes
-from det_plugin.detectron2_engine.backbone import FEATURE, PaddedPyramid, RegistryBackbone
-from det_plugin.detectron2_engine.bfloat16 import BFloat16RCNN
 from det_plugin.detectron2_engine.catalog import CocoMapper, coco_dicts
-from det_plugin.detectron2_engine.checkpoint import last_whole
 from det_plugin.detectron2_engine.loader import TrainLoader
+from det_plugin.detectron2_engine.model import FEATURE, BFloat16RCNN, PaddedPyramid, RegistryBackbone
 from det_plugin.detectron2_engine.optim import NO_DECAY, adamw, parameter_groups
-from det_plugin.detectron2_engine.requires import detectron2_installed
-from det_plugin.detectron2_engine.saved_config import (
-    ASKED,
-    RESOLVED,
-    classes_in,
-    is_over,
-    load_config,
-    resolved,
-)
-from det_plugin.detectron2_engine.trainer import evaluate, fit
 from det_plugin.features import FeatureOptions
-from det_plugin.protocol import DetectionProtocol, deviations, protocol, with_overrides
-from det_plugin.run import DetectionRun
-from det_plugin.step import micro_batch_size
-from det_plugin.torchvision_engine.trainer import Data
-from pretrain import distributed
+from det_plugin.protocol import DetectionProtocol, deviations, protocol
 from pretrain.build import PROTOCOL_PATCH_PX
-from pretrain.device import choose_device, deterministic
-from pretrain.distributed import log
 from pretrain.errors import UserError
-from pretrain.results.schema import FILE_NAME
 
-with detectron2_installed():
-    import detectron2.data.transforms as T
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import LazyCall as L
-    from detectron2.config import LazyConfig, instantiate
-    from detectron2.data import build_detection_test_loader
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import GeneralizedRCNN
-    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-    from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-    from detectron2.modeling.box_regression import Box2BoxTransform
-    from detectron2.modeling.matcher import Matcher
-    from detectron2.modeling.poolers import ROIPooler
-    from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
-    from detectron2.modeling.roi_heads import (
-        FastRCNNConvFCHead,
-        FastRCNNOutputLayers,
-        MaskRCNNConvUpsampleHead,
-        StandardROIHeads,
-    )
-    from detectron2.solver import WarmupParamScheduler
-    from detectron2.utils.env import seed_all_rng
-    from detectron2.utils.logger import setup_logger
-    from fvcore.common.param_scheduler import MultiStepParamScheduler
-
-EVALUATOR = "det_plugin.detectron2_engine.evaluator.ResultEvaluator"  # by name: it imports this file
+EVALUATOR = "det_plugin.detectron2_engine.evaluate.ResultEvaluator"  # by name: it imports this file
 LOG_EVERY = 20  # Detectron2
 NORMS = ("LN", "GN")  # of pyramid and heads: these do not depend on the other images of a micro-batch
 
@@ -92,29 +64,22 @@ def config(
     Args:
         backbone: registry name.
         weights: checkpoint of the backbone (``model.backbone.net.weights``).
-        data: ``dataloader.root``, of any layout (:mod:`det_plugin.coco.layout`); None:
-            ``$DETECTRON2_DATASETS/coco``.
+        data: ``dataloader.root``, of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output: run folder (``train.output_dir``).
         model_kwargs: further arguments of ``build_backbone``.
         checkpointing, compile: as in :class:`det_plugin.features.FeatureOptions`.
-        device: ``cuda`` | ``cpu``. Detectron2's AMP needs CUDA, so on the CPU the protocol must say
-            ``amp=false``.
+        device: ``cuda``; ``cpu`` needs a protocol with ``amp=false``.
 
     Raises:
         UserError: the ViT has no such argument, or Detectron2's heads have no such norm.
     """
-    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
+    options = FeatureOptions.of(protocol, checkpointing, compile)
     model_kwargs = {"drop_path": protocol.drop_path, **(model_kwargs or {})}
     if clash := sorted(model_kwargs.keys() & asdict(options).keys()):
-        raise UserError(
-            f"backbone: {clash[0]} is no argument of the ViT; it is a field of the protocol, or an option of the run"
-        )
-    net = L(RegistryBackbone)(
-        name=backbone,
-        weights=None if weights is None else str(weights),
-        **asdict(options),
-        **model_kwargs,
-    )
+        told = "it is a field of the protocol, or an option of the run"
+        raise UserError(f"backbone: {clash[0]} is no argument of the ViT; {told}")
+    file = None if weights is None else str(weights)
+    net = L(RegistryBackbone)(name=backbone, weights=file, **asdict(options), **model_kwargs)
     return DictConfig(
         {
             "model": _model(protocol, net),
@@ -128,8 +93,7 @@ def config(
 
 
 def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
-    """The parts of a config file for the stock launcher, in this order: ``model``, ``train``, ``dataloader``,
-    ``optimizer``, ``lr_multiplier``.
+    """``model``, ``train``, ``dataloader``, ``optimizer``, ``lr_multiplier`` for the stock launcher.
 
     Args:
         name, backbone: as in :func:`det_plugin.protocol.protocol`.
@@ -137,101 +101,11 @@ def parts(name: str, backbone: str) -> tuple[DictConfig, ...]:
     return tuple(config(protocol(name, backbone), backbone).values())
 
 
-def train(run: DetectionRun, resume: bool = False, eval_only: bool = False) -> Path:
-    """Fine-tune and evaluate, with gradient accumulation. Under torchrun all processes share the work.
-
-    The folder gets ``config.yaml``, ``config_resolved.yaml`` (:mod:`det_plugin.detectron2_engine.saved_config`),
-    ``metrics.jsonl``, Detectron2's checkpoints and log, the detections, and ``result.json``. A finished run
-    is left as it is.
-
-    Args:
-        resume: continue from the folder's last checkpoint, if there is one. On the CPU a resumed run is
-            bit-exact.
-        eval_only: only evaluate the folder's last checkpoint on ``run.data``. All other settings are those of
-            its training.
-
-    Returns:
-        the path of ``result.json``.
-
-    Raises:
-        UserError: bad settings or data; the folder holds another run, or none to evaluate.
-        FloatingPointError: a loss is not finite; names the iteration and the losses.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
-    """
-    device, recipe = choose_device(run.device).type, run.protocol
-    distributed.start(device)
-    seed_all_rng(run.seed)
-    if eval_only:
-        return _evaluate_last(run, device)
-    if recipe.amp and device != "cuda":
-        log("warning: amp needs CUDA; the run is in float32")
-        recipe = with_overrides(recipe, {"amp": False})
-    cfg = config(
-        recipe,
-        run.backbone,
-        run.weights,
-        data=run.data,
-        output=run.output,
-        model_kwargs=run.model_kwargs,
-        checkpointing=run.checkpointing,
-        compile=run.compile,
-        seed=run.seed,
-        device=device,
-        workers=run.workers,
-    )
-    cfg.dataloader.evaluator.accumulate = run.accumulate
-    micro_batch_size(recipe.batch_size, run.accumulate)
-    model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
-    Data.read(run.data, recipe)  # finds damage before the first iteration
-    if distributed.gather_objects(is_over(cfg, run.output, resume))[
-        0
-    ]:  # all ranks look before a file is written; one decides
-        log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
-        return run.output / FILE_NAME
-    if distributed.is_main():
-        _start_logs(run.output)
-        LazyConfig.save(cfg, str(run.output / ASKED))
-        LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
-    with deterministic(device == "cpu"):
-        fit(cfg, model, accumulate=run.accumulate, resume=resume)
-    return run.output / FILE_NAME
-
-
-def _start_logs(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("detectron2", "fvcore"):
-        setup_logger(str(folder), name=name)
-
-
-def _evaluate_last(run: DetectionRun, device: str) -> Path:
-    """Evaluate the last checkpoint of a run's folder; returns the path of ``result.json``."""
-    cfg, last = load_config(run.output, RESOLVED), last_whole(run.output)
-    if last is None:
-        raise UserError(f"{run.output}: no checkpoint to evaluate")
-    if classes_in(cfg) != read_classes(run.data, "val"):
-        raise UserError(f"data: {run.data} has other categories than those that {run.output} was trained on")
-    cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(run.data), str(run.output), device
-    cfg.dataloader.test.num_workers = run.workers
-    cfg.train.init_checkpoint = str(last)
-    started, model = time.time(), instantiate(cfg.model).to(device)
-    rest = DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-    if distributed.is_main():
-        _start_logs(run.output)
-        LazyConfig.save(cfg, str(run.output / ASKED))
-        started -= rest.get("trainer", {}).get(
-            "wall_time_s", 0.0
-        )  # the evaluator counts from the file's time
-        os.utime(run.output / ASKED, (started, started))
-    evaluate(cfg, model)
-    return run.output / FILE_NAME
-
-
 def _model(p: DetectionProtocol, net: DictConfig) -> DictConfig:
     """Mask R-CNN around the backbone."""
     if p.norm not in NORMS or (p.norm == "GN" and p.channels % 32):  # Detectron2's has 32 groups
-        raise UserError(
-            f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}; GN needs channels={p.channels} to be a multiple of 32"
-        )
+        told = f"GN needs channels={p.channels} to be a multiple of 32"
+        raise UserError(f"protocol: norm={p.norm!r} must be one of {', '.join(NORMS)}; {told}")
     strides = [int(PROTOCOL_PATCH_PX / scale) for scale in p.pyramid_scales]
     levels = [f"p{int(log2(stride))}" for stride in strides]
     top = int(log2(strides[-1])) + 1  # the max-pooled level
@@ -318,9 +192,8 @@ def _heads(p: DetectionProtocol, levels: list[str], strides: list[int]) -> DictC
 
 def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictConfig:
     """The section that Detectron2's ``tools/lazyconfig_train_net.py`` reads."""
-    float16 = (
-        p.amp and p.amp_dtype == "float16"
-    )  # its AMPTrainer knows no other type; for bfloat16 the model sets autocast
+    # Its AMPTrainer knows no other type; for bfloat16 the model sets autocast
+    float16 = p.amp and p.amp_dtype == "float16"
     ddp = dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=float16)
     return DictConfig(
         dict(
@@ -339,8 +212,7 @@ def _train(p: DetectionProtocol, output: str, seed: int, device: str) -> DictCon
 
 
 def _dataloader(p: DetectionProtocol, backbone: str, root: str | Path | None, workers: int) -> DictConfig:
-    """Large-scale jitter in training, one size in testing. The loaders read ``dataloader.root`` when they are
-    built."""
+    """Large-scale jitter in training, one size in testing. Data are read when the loaders are built."""
     size = p.image_size_px
 
     def dataset(split: str, **how: Any) -> DictConfig:

@@ -13,20 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data import DatasetFromList
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch.utils.data import Dataset
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.loader import AUGMENT, STEP, Sample, batches, positions, stream_index
 from det_plugin.step import micro_batch_size
-from det_plugin.torchvision_engine.loader import batches, positions, stream_index
 from pretrain import distributed
 from pretrain.errors import UserError
-
-with detectron2_installed():
-    from detectron2.data import DatasetFromList
-    from detectron2.utils.events import get_event_storage, has_event_storage
-
-Sample = dict[str, Any]
-AUGMENT, STEP = 1, 2  # streams of random numbers of one seed; 0 is the order of the images
 
 
 class TrainSamples(Dataset[Sample]):
@@ -48,12 +42,10 @@ class TrainSamples(Dataset[Sample]):
 
 
 class TrainLoader:
-    """This rank's batches (lists of samples), without end. Under a Detectron2 trainer they begin at its
-    iteration.
+    """This rank's batches (lists of samples), without end, from a Detectron2 trainer's iteration on.
 
     Args:
-        dataset: Detectron2's dataset dicts.
-        mapper: of :class:`TrainSamples`.
+        dataset, mapper: of :class:`TrainSamples`.
         total_batch_size: images an iteration, over all ranks.
         num_workers: data-loading processes of this rank.
         seed: of the order, the augmentations and the steps.
@@ -86,13 +78,9 @@ class TrainLoader:
         torch's generators are seeded before each part: drop path and the sampling of boxes draw from them in
         the step.
         """
-        start_iter = (
-            get_event_storage().iter if has_event_storage() else 0
-        )  # where the trainer is, resumed or not
-        loaded = batches(
-            self.samples, self._positions(start_iter, accumulate), self.workers, torch.device("cpu")
-        )
-        for part, samples in zip(self._positions(start_iter, accumulate), loaded):
+        start_iter = get_event_storage().iter if has_event_storage() else 0  # the trainer's, resumed or not
+        due, ahead = (self._positions(start_iter, accumulate) for _ in range(2))
+        for part, samples in zip(due, batches(self.samples, ahead, self.workers, torch.device("cpu"))):
             torch.manual_seed(int(_draws(self.seed, STEP, part[0]).generate_state(1, np.uint64)[0]))
             yield samples
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from detectron2.solver import get_default_optimizer_params
 from torch import nn
 
 from pretrain.layer_decay import lr_rate
@@ -36,38 +37,29 @@ def parameter_groups(
     """Detectron2's ``get_default_optimizer_params`` with :func:`lr_factor`, for the network's own depth.
 
     Args:
-        model: a detector around a :class:`det_plugin.detectron2_engine.backbone.RegistryBackbone`. Launchers set it.
+        model: a detector around a :class:`RegistryBackbone`. Launchers set it.
         weight_decay_norm: weight decay of norms.
         overrides: last part of a name -> ``{"weight_decay": ..., "lr": ...}``.
     """
-    from detectron2.solver import get_default_optimizer_params
-
     blocks = model.get_submodule(VIT + "blocks")
     factor = partial(lr_factor, depth=len(list(blocks.children())), decay=layer_decay)
-    return get_default_optimizer_params(
-        model,
-        base_lr=base_lr,
-        weight_decay_norm=weight_decay_norm,
-        lr_factor_func=factor,
-        overrides={key: dict(value) for key, value in (overrides or {}).items()},
-    )
+    own = {key: dict(value) for key, value in (overrides or {}).items()}
+    how = dict[str, Any](weight_decay_norm=weight_decay_norm, lr_factor_func=factor, overrides=own)
+    return get_default_optimizer_params(model, base_lr=base_lr, **how)
 
 
 def adamw(
     params: Any, *, lr: float, betas: Sequence[float], weight_decay: float, clip_grad: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW from plain numbers. A config's lists would end up in checkpoints, where torch's ``weights_only``
-    refuses them.
+    """AdamW from plain numbers: torch's ``weights_only`` would refuse a config's lists in checkpoints.
 
     Args:
         clip_grad: largest norm of all gradients together; 0: no clipping.
     """
     arguments: dict[str, Any] = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-    return (
-        ClippedAdamW(params, max_norm=clip_grad, **arguments)
-        if clip_grad > 0
-        else torch.optim.AdamW(params, **arguments)
-    )
+    if clip_grad > 0:
+        return ClippedAdamW(params, max_norm=clip_grad, **arguments)
+    return torch.optim.AdamW(params, **arguments)
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -10,25 +10,23 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from det_plugin.coco.annotations import read_classes
-from det_plugin.detectron2_engine.backbone import ORIGINS
 from det_plugin.detectron2_engine.catalog import coco_root
 from det_plugin.detectron2_engine.checkpoint import LAST
-from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.detectron2_engine.model import ORIGINS
 from det_plugin.features import FeatureOptions
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
+from det_plugin.run import CONFIGS
 from pretrain.errors import UserError
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import compared, upgraded
 
-with detectron2_installed():
-    from detectron2.config import LazyConfig
-    from detectron2.utils.registry import locate
-
-ASKED, RESOLVED = "config.yaml", "config_resolved.yaml"
+ASKED, RESOLVED = "config.yaml", CONFIGS["detectron2"]
 # What config() writes for any backbone. All other keys are arguments of the ViT.
 NET_KEYS = ("_target_", "name", "weights", "drop_path", *(f.name for f in dataclasses.fields(FeatureOptions)))
 # Where a run reads, writes, logs and computes: no part of its recipe.
@@ -48,15 +46,13 @@ SURROUNDINGS = (
     "model.backbone.net.compile",
 )
 
-# Modules that stood in det_plugin itself before 0.2, and had other names
+# Where the targets of older configs are now, which stood in other modules of det_plugin
 MOVED = {
-    **{
-        f"det_plugin.{name}": f"{__package__}.{name}"
-        for name in ("backbone", "bfloat16", "evaluator", "lazy", "optim", "trainer")
-    },
-    "det_plugin.coco_catalog": f"{__package__}.catalog",
-    "det_plugin.detectron2_checkpoint": f"{__package__}.checkpoint",
-    "det_plugin.detectron2_loader": f"{__package__}.loader",
+    **dict.fromkeys(("RegistryBackbone", "PaddedPyramid", "BFloat16RCNN"), "model"),
+    **dict.fromkeys(("coco_dicts", "CocoMapper"), "catalog"),
+    **dict.fromkeys(("adamw", "parameter_groups"), "optim"),
+    "ResultEvaluator": "evaluate",
+    "TrainLoader": "loader",
 }
 
 
@@ -68,9 +64,8 @@ def load_config(folder: str | Path, name: str) -> DictConfig:
     """
     path = Path(folder) / name
     if not path.is_file():
-        raise UserError(
-            f"{folder}: no {name}; it is no folder of a Detectron2 run, or the run has not come far enough"
-        )
+        told = "it is no folder of a Detectron2 run, or the run has not come far enough"
+        raise UserError(f"{folder}: no {name}; {told}")
     cfg = LazyConfig.load(str(path))
     _rename_targets(cfg)
     evaluator = cfg.dataloader.evaluator
@@ -86,7 +81,8 @@ def _rename_targets(cfg: DictConfig) -> None:
             _rename_targets(value)
         elif key == "_target_" and isinstance(value, str):
             module, _, name = value.rpartition(".")
-            cfg[key] = f"{MOVED.get(module, module)}.{name}"
+            if module.startswith("det_plugin.") and name in MOVED:
+                cfg[key] = f"{__package__}.{MOVED[name]}.{name}"
 
 
 def protocol_in(cfg: DictConfig) -> DetectionProtocol:
@@ -105,7 +101,7 @@ def model_kwargs_in(cfg: DictConfig) -> dict[str, Any]:
 
 
 def origin_in(cfg: DictConfig) -> dict[str, Any] | None:
-    """What :data:`det_plugin.detectron2_engine.backbone.ORIGINS` says of a run's weights; none for random initialization.
+    """What :data:`model.ORIGINS` says of a run's weights; none for random initialization.
 
     Of a config that is not resolved, the backbone must have been built in this process.
     """
@@ -124,15 +120,13 @@ def classes_in(cfg: DictConfig) -> dict[int, str]:
     """
     classes = cfg.dataloader.evaluator.get("classes")
     if not classes:
-        raise UserError(
-            f"{RESOLVED}: dataloader.evaluator.classes is missing; the run is of an older version of this package"
-        )
+        told = "the run is of an older version of this package"
+        raise UserError(f"{RESOLVED}: dataloader.evaluator.classes is missing; {told}")
     return {int(id): str(name) for id, name in sorted(classes.items())}
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
-    """The config of a training that needs no pre-training file, no detector's checkpoint, and no data to name
-    the classes.
+    """The config of a training that needs neither the pre-training file nor a checkpoint nor the data.
 
     Raises:
         UserError: the validation data are not there.

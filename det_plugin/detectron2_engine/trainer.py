@@ -8,31 +8,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import instantiate
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.utils.events import CommonMetricPrinter, EventStorage
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.data import DataLoader
 
 from det_plugin.detectron2_engine.checkpoint import Checkpoints, WholeCheckpointer, last_whole
-from det_plugin.detectron2_engine.requires import detectron2_installed
+from det_plugin.detectron2_engine.evaluate import evaluate
 from det_plugin.detectron2_engine.saved_config import ASKED
 from det_plugin.step import averaging, mean_losses
-from det_plugin.torchvision_engine.loader import batches
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
 from pretrain.metrics_log import MetricsLog, is_logged, peak_memory_gb
 from pretrain.signals import StopSignals
-
-with detectron2_installed():
-    from detectron2.config import instantiate
-    from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
-    from detectron2.evaluation import inference_on_dataset
-    from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
 # Detectron2's names of what metrics.jsonl holds besides the loss_* terms.
 LOGGED = {
@@ -73,8 +68,7 @@ class AccumulatingTrainer(SimpleTrainer):
         """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
 
         Args:
-            makes_up: first evaluate and log the iteration before ``start_iter``: its process was killed
-                before it could.
+            makes_up: first evaluate and log the iteration before, whose process was killed.
 
         Raises:
             Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
@@ -94,9 +88,8 @@ class AccumulatingTrainer(SimpleTrainer):
                         self._stop(signals)
                 self.iter = max_iter
             except BaseException:
-                self._hooks[:] = [
-                    hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)
-                ]  # nothing to evaluate
+                # Nothing to evaluate
+                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
                 raise
             finally:
                 self.after_train()
@@ -114,9 +107,8 @@ class AccumulatingTrainer(SimpleTrainer):
             if isinstance(hook, Checkpoints):
                 hook.save()
         distributed.barrier()  # if another rank ended first, the launcher would end this process, too
-        raise Interrupted(
-            f"{signals.received or 'another rank was signalled'}; saved at iteration {self.iter + 1}"
-        )
+        reason = signals.received or "another rank was signalled"
+        raise Interrupted(f"{reason}; saved at iteration {self.iter + 1}")
 
     def run_step(self) -> None:
         """One update.
@@ -145,27 +137,20 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
-        own = {
-            "grad_scaler": self.scaler.state_dict(),
-            "last": self.last,
-            "wall_time_s": time.time() - self.started,
-        }
-        return {**super().state_dict(), **own}
+        own = {"last": self.last, "wall_time_s": time.time() - self.started}
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it. States of Detectron2's own trainers load, too."""
         super().load_state_dict(state_dict)
-        self.last, self.started = (
-            state_dict.get("last", {}),
-            self.started - state_dict.get("wall_time_s", 0.0),
-        )
+        self.last = state_dict.get("last", {})
+        self.started -= state_dict.get("wall_time_s", 0.0)
         if state_dict.get("grad_scaler"):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 class MetricsLines(HookBase):
-    """Writes ``metrics.jsonl`` (iteration, loss and its terms, lr, AP where it was evaluated) and
-    ``speed.jsonl``.
+    """Writes ``metrics.jsonl`` (iteration, losses, lr, AP where it was evaluated) and ``speed.jsonl``.
 
     Args:
         start_it: the first iteration of this process. Lines from it on are dropped.
@@ -193,9 +178,7 @@ class MetricsLines(HookBase):
 
     def _write(self) -> None:
         storage = self.trainer.storage
-        found = {
-            key: value for key, (value, iteration) in storage.latest().items() if iteration == storage.iter
-        }
+        found = {key: value for key, (value, it) in storage.latest().items() if it == storage.iter}
         values = {
             LOGGED.get(key, key): float(value)
             for key, value in found.items()
@@ -204,40 +187,10 @@ class MetricsLines(HookBase):
         if values:
             self.log.write("metrics", storage.iter, values)
         if found.get("time"):  # seconds an iteration, by Detectron2's timer
-            speed = {
-                "img_per_s": self.batch_size / found["time"],
-                "peak_memory_gb": peak_memory_gb(self.device),
-            }
+            speed = {"img_per_s": self.batch_size / found["time"]}
+            speed["peak_memory_gb"] = peak_memory_gb(self.device)
             self.log.write("speed", storage.iter, speed)
         self.log.flush()
-
-
-class TestBatches:
-    """The batches of Detectron2's test loader, from workers that ignore group signals and whose errors are
-    one line."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        loader: Any = self.loader
-        return batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
-
-
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Run the config's evaluator on its test loader.
-
-    Raises:
-        UserError: an image cannot be used, also where a worker process meets it.
-    """
-    results = inference_on_dataset(
-        model, TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
-    )
-    distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
-    return results
 
 
 def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> None:
@@ -246,8 +199,7 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
         accumulate: parts of a rank's batch.
-        resume: continue from the last checkpoint of ``train.output_dir``, if there is one. On the CPU a
-            resumed run is bit-exact.
+        resume: continue from the last checkpoint of ``train.output_dir``, if there is one.
 
     Raises:
         UserError: ranks and parts cannot share the batch; bad data; not all machines see the folder.
@@ -260,13 +212,11 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
     parts = instantiate(cfg.dataloader.train).parts(accumulate)
     trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
-    trainer.register_hooks(
-        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    )
+    scheduler = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
+    trainer.register_hooks([hooks.IterationTimer(), scheduler])
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
-    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[
-        0
-    ]  # the same for all ranks
+    # The same for all ranks
+    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]
     start_it, makes_up = 0, False
     if last is not None:
         if distributed.any_over_ranks(not last.is_file()):
@@ -276,15 +226,13 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
         makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))
     evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))
     if distributed.is_main():
-        os.utime(
-            folder / ASKED, (trainer.started, trainer.started)
-        )  # the evaluator counts the run's time from here
+        # The evaluator counts the run's time from here
+        os.utime(folder / ASKED, (trainer.started, trainer.started))
         periods_it = cfg.train.log_period, cfg.train.eval_period
         lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
         printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
-        trainer.register_hooks(
-            [Checkpoints(checkpointer, start_it, **cfg.train.checkpointer), evaluation, lines, printer]
-        )
+        saver = Checkpoints(checkpointer, start_it, **cfg.train.checkpointer)
+        trainer.register_hooks([saver, evaluation, lines, printer])
     else:
         trainer.register_hooks([evaluation])
     with closing(parts):  # ends its workers; they would keep a stopped process alive

@@ -6,7 +6,6 @@ read, as tensors and plain values, and never written.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 
 from det_plugin.coco.annotations import CocoSplit
 from det_plugin.protocol import DetectionProtocol, with_overrides
-from det_plugin.run import DetectionRun
+from det_plugin.run import CONFIGS, DetectionRun
 from pretrain import checkpoints
 from pretrain.backbones.vit import ViT
-from pretrain.build import build_backbone
 from pretrain.distributed import log
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
@@ -26,7 +24,7 @@ from pretrain.results.runs import holds_result
 from pretrain.settings import compared, upgraded
 
 ENGINE = "torchvision"
-CONFIG, PREDICTIONS = "config.json", "predictions.json"
+CONFIG, PREDICTIONS = CONFIGS[ENGINE], "predictions.json"
 OLD_CHECKPOINT = "checkpoint.pt"
 KEEP = 2  # where the newest checkpoint is damaged, the one before is used
 
@@ -54,20 +52,11 @@ def resolved_config(run: DetectionRun, vit: ViT, train: CocoSplit) -> dict[str, 
 
 
 def is_over(folder: Path, config: Mapping[str, Any], resume: bool) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of a run with these settings. It may go on with fewer GPUs,
-    in more parts."""
+    """:func:`holds_result` of a run with these settings. It may go on with fewer GPUs, in more parts."""
     changed = None
     if (folder / CONFIG).is_file():
         changed = compared({**read_config(folder), "accumulate": config["accumulate"]}, config)
     return holds_result(folder, changed, has_checkpoint(folder), resume)
-
-
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(temporary, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -80,19 +69,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(
-            f"output: {folder} holds no run of the {ENGINE} engine ({CONFIG}: {error.strerror})"
-        ) from error
+        reason = f"{CONFIG}: {error.strerror}"
+        raise UserError(f"output: {folder} holds no run of the {ENGINE} engine ({reason})") from error
     except ValueError as error:
         raise UserError(f"output: {path} is no JSON ({error})") from error
     if not isinstance(config, dict) or config.get("engine") != ENGINE:
         raise UserError(f"output: {path} is not of the {ENGINE} engine")
     config["protocol"] = upgraded(DetectionProtocol, config["protocol"])
     if "backbone_flags" in config:
-        config |= {
-            "model_kwargs": config.pop("backbone_flags"),
-            "given_kwargs": config.pop("given_flags", {}),
-        }
+        old = config.pop("backbone_flags"), config.pop("given_flags", {})
+        config["model_kwargs"], config["given_kwargs"] = old
     return config
 
 
@@ -103,11 +89,6 @@ def protocol_of(config: Mapping[str, Any]) -> DetectionProtocol:
     return with_overrides(named, fields)
 
 
-def backbone_of(config: Mapping[str, Any]) -> ViT:
-    """The backbone of a ``config.json``, its weights not yet filled in."""
-    return build_backbone(config["backbone"], None, **config["model_kwargs"])
-
-
 def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """Category id -> name, in the order of the classes.
 
@@ -116,21 +97,13 @@ def classes_of(folder: Path, config: Mapping[str, Any]) -> dict[int, str]:
     """
     ids, names = config["data"].get("category_ids"), config["data"]["class_names"]
     if ids is None:  # 1, 2, ... would be wrong for COCO
-        raise UserError(
-            f"{folder / CONFIG} holds no category_ids: it was written before they were kept; train again"
-        )
+        told = "it was written before they were kept; train again"
+        raise UserError(f"{folder / CONFIG} holds no category_ids: {told}")
     return dict(zip(ids, names))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
-    """Write ``folder/checkpoints/it_<iteration>``. Only the main process calls this.
-
-    Args:
-        state: ``iteration``, and what :func:`pretrain.checkpoints.save_state` takes.
-
-    Raises:
-        OSError: the folder cannot be written; names it. Earlier checkpoints stay whole.
-    """
+    """:func:`pretrain.checkpoints.save_state` of the state's ``iteration``."""
     return checkpoints.save_state(folder, state["iteration"], state, KEEP)
 
 
@@ -157,7 +130,5 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(old, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except (
-        Exception
-    ) as error:  # on damaged bytes the unpickler may raise anything: KeyError, IndexError, struct.error
+    except Exception as error:  # on damaged bytes the unpickler may raise anything
         raise UserError(f"resume: {old} is no whole checkpoint ({type(error).__name__})") from error

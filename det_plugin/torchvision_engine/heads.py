@@ -11,22 +11,16 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.coco.masks import crop_masks
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.boxes import BoxCoder
-from det_plugin.torchvision_engine.layers import ConvNorm
-from det_plugin.torchvision_engine.pooling import RoIPooler
+from det_plugin.torchvision_engine.layers import BoxCoder, ConvNorm, RoIPooler
 
 
 class BoxHead(nn.Module):
-    """Convolutions, one linear layer, then class logits and box offsets (``FastRCNNConvFCHead``,
-    ``FastRCNNOutputLayers``)."""
+    """Convolutions, a linear layer, class logits and box offsets (Detectron2's ``FastRCNN*``)."""
 
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
-        width, side = protocol.channels, protocol.box_pool
-        self.convs = nn.Sequential(
-            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.box_convs))
-        )
-        self.fc = nn.Linear(width * side**2, protocol.box_fc)
+        self.convs = _convs(protocol, protocol.box_convs)
+        self.fc = nn.Linear(protocol.channels * protocol.box_pool**2, protocol.box_fc)
         self.cls_score = nn.Linear(protocol.box_fc, 1 + protocol.num_classes)
         self.bbox_pred = nn.Linear(protocol.box_fc, 4 * protocol.num_classes)
         _msra_fill(self.convs)
@@ -37,8 +31,7 @@ class BoxHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K], the
-        background's 0."""
+        """Pooled maps [R, C, s, s] -> logits [R, 1 + K], background first, and offsets [R, 4 + 4K]."""
         x = F.relu(self.fc(self.convs(x).flatten(1)))
         return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
 
@@ -49,9 +42,7 @@ class MaskHead(nn.Module):
     def __init__(self, protocol: DetectionProtocol) -> None:
         super().__init__()
         width = protocol.channels
-        self.convs = nn.Sequential(
-            *(ConvNorm(width, width, 3, protocol.norm, relu=True) for _ in range(protocol.mask_convs))
-        )
+        self.convs = _convs(protocol, protocol.mask_convs)
         self.deconv = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.predictor = nn.Conv2d(width, protocol.num_classes, 1)
         _msra_fill(self.convs)
@@ -64,6 +55,11 @@ class MaskHead(nn.Module):
         return self.predictor(F.relu(self.deconv(self.convs(x)))).float()
 
 
+def _convs(protocol: DetectionProtocol, number: int) -> nn.Sequential:
+    width, norm = protocol.channels, protocol.norm
+    return nn.Sequential(*(ConvNorm(width, width, 3, norm, relu=True) for _ in range(number)))
+
+
 def _msra_fill(module: nn.Module) -> None:
     """Detectron2's c2_msra_fill of every convolution in it."""
     for layer in module.modules():
@@ -74,8 +70,7 @@ def _msra_fill(module: nn.Module) -> None:
 
 
 def box_losses(logits: Tensor, offsets: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and L1 of the objects' offsets, both divided by the number of **all** sampled boxes
-    (Detectron2); 0 for none.
+    """Cross-entropy, and L1 of the offsets, both over the number of **all** sampled boxes (Detectron2).
 
     Args:
         logits: [R, 1 + K], class 0 is background.
@@ -139,9 +134,8 @@ class DetectionHeads(RoIHeads):
         """Losses in training, detections in tests. The other one is empty.
 
         Args:
-            features: the pyramid's maps. Only proposals use the last, max-pooled level.
-            proposals: [R_i, 4] pixels.
-            image_shapes: (height, width) without padding.
+            features: the pyramid's maps; the last, max-pooled level is not used.
+            proposals, image_shapes: [R_i, 4] pixels; (height, width) without padding.
             targets: ``boxes`` [M, 4] float, ``labels`` [M] in 1 ... K, ``masks``, [M, h, w] uint8 or
                 :class:`masks.Polygons`.
 
@@ -168,14 +162,14 @@ class DetectionHeads(RoIHeads):
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Boxes [N, 4], scores [N] and labels [N] in 1 ... K of each image: clipped, above the score
-        threshold, the best after an NMS within the class.
+        """Boxes [N, 4], scores [N], labels [N] in 1 ... K by image: clipped, above the threshold, after NMS.
 
         Boxes without extent stay until they are in the image's pixels again; torchvision drops them here.
         """
         counts = [len(own) for own in proposals]
-        all_boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)
-        all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)  # without the background
+        decoded = self.box_coder.decode(box_regression, proposals).reshape(*class_logits.shape, 4)
+        all_boxes = decoded[:, 1:].split(counts)  # without the background
+        all_scores = F.softmax(class_logits, -1)[:, 1:].split(counts)
         boxes, scores, labels = [], [], []
         for own_boxes, own_scores, shape in zip(all_boxes, all_scores, image_shapes):
             row, kind = torch.where(own_scores > self.score_thresh)
@@ -202,8 +196,5 @@ class DetectionHeads(RoIHeads):
             for target, index, box, o in zip(targets, matched, boxes, objects)
         ]
         classes = torch.cat([label[o] for label, o in zip(labels, objects)])
-        return {
-            "loss_cls": loss_cls,
-            "loss_box_reg": loss_box,
-            "loss_mask": mask_loss(mask_logits, classes, torch.cat(wanted)),
-        }
+        loss_mask = mask_loss(mask_logits, classes, torch.cat(wanted))
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box, "loss_mask": loss_mask}

@@ -3,8 +3,8 @@
 Where torchvision differs from Detectron2, this engine follows Detectron2:
 
 * RoIAlign is half-pixel aligned with adaptive sampling (``aligned=True, sampling_ratio=0``), and strides are
-  given, not inferred from image sizes (:mod:`pooling`);
-* anchors are not rounded (:mod:`proposals`); box offsets are decoded in float32 (:mod:`boxes`);
+  given, not inferred from image sizes (:mod:`layers`);
+* anchors are not rounded (:mod:`proposals`); box offsets are decoded in float32 (:mod:`layers`);
 * all box losses are L1; both RPN losses are divided by ``rpn_batch_per_image * images`` (:mod:`proposals`,
   :mod:`heads`);
 * heads: four convolutions without bias, each with LayerNorm; no box offsets or mask for the background;
@@ -12,7 +12,7 @@ Where torchvision differs from Detectron2, this engine follows Detectron2:
 * ground-truth masks are polygons, cut at the crop's edges and filled at the mask head's resolution under each
   sampled box; bitmaps where an image has an RLE (:mod:`masks`);
 * tests drop boxes without extent after the NMS, and sample predicted masks at sub-pixel positions
-  (:mod:`heads`, :mod:`evaluate`);
+  (:mod:`heads`, :mod:`predict`);
 * pixels are padded with zeros after normalization, to a square of whole strides of the coarsest map
   (:class:`SquarePad`).
 
@@ -27,16 +27,87 @@ What still differs from Detectron2's ViTDet configuration:
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from det_plugin.features import FeatureOptions
+from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.torchvision_engine.heads import DetectionHeads
+from det_plugin.torchvision_engine.layers import ConvNorm, get_norm
 from det_plugin.torchvision_engine.proposals import ProposalNetwork
-from det_plugin.torchvision_engine.pyramid import PyramidBackbone, SimpleFeaturePyramid
 from pretrain.backbones.vit import ViT
+from pretrain.errors import UserError
+
+
+def pyramid_strides(patch_size: int, scales: tuple[float, ...]) -> list[int]:
+    """Strides of the levels and the max-pooled one, in pixels: (4, 2, 1, .5) of 16 give 4, 8, 16, 32, 64.
+
+    Raises:
+        UserError: the strides are no powers of two.
+    """
+    strides = [patch_size / scale for scale in scales]
+    if any(stride < 1 or not math.log2(stride).is_integer() for stride in strides):
+        given = f"patch_size {patch_size} and scales {scales}"
+        raise UserError(f"pyramid: {given} give strides {strides}, not powers of two")
+    return [int(stride) for stride in (*strides, 2 * strides[-1])]
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """ViTDet's (Li et al., 2022, section 3): levels from a plain ViT's last map, and a max-pooled one.
+
+    Keys are Detectron2's (``simfp_2`` ... ``simfp_5``, by the logarithm of the stride), so weights can be
+    exchanged.
+
+    Args:
+        dim: D, of the ViT.
+        patch_size: its stride in pixels.
+        scales: 4, 2, 1, 0.5, or the end of it.
+    """
+
+    def __init__(
+        self, dim: int, patch_size: int, channels: int, scales: tuple[float, ...], norm: str
+    ) -> None:
+        super().__init__()
+        self.strides = pyramid_strides(patch_size, scales)
+        self.levels = [int(math.log2(stride)) for stride in self.strides]
+        for scale, level in zip(scales, self.levels):
+            resize, width = _resize(dim, scale, norm)
+            project = [ConvNorm(width, channels, 1, norm), ConvNorm(channels, channels, 3, norm)]
+            self.add_module(f"simfp_{level}", nn.Sequential(*resize, *project))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, D, h, w] -> ``{"p2": [B, C, 4h, 4w], ..., "p6": [B, C, h / 4, w / 4]}``, finest first."""
+        maps = {f"p{level}": self.get_submodule(f"simfp_{level}")(x) for level in self.levels[:-1]}
+        last = maps[f"p{self.levels[-2]}"]
+        maps[f"p{self.levels[-1]}"] = F.max_pool2d(last, kernel_size=1, stride=2)
+        return maps
+
+
+def _resize(dim: int, scale: float, norm: str) -> tuple[list[nn.Module], int]:
+    """The layers that change the resolution by ``scale``, and the width after them."""
+    if scale == 4.0:
+        first = nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)
+        second = nn.ConvTranspose2d(dim // 2, dim // 4, 2, stride=2)
+        return [first, get_norm(norm, dim // 2), nn.GELU(), second], dim // 4
+    if scale == 2.0:
+        return [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)], dim // 2
+    return [nn.MaxPool2d(2, stride=2)] if scale == 0.5 else [], dim
+
+
+class PyramidBackbone(nn.Module):
+    """The ViT (key ``vit``) under its pyramid (key ``pyramid``)."""
+
+    def __init__(self, vit: ViT, pyramid: SimpleFeaturePyramid, options: FeatureOptions) -> None:
+        super().__init__()
+        self.vit, self.pyramid, self.options = vit, pyramid, options
+        prepare(vit, options)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[B, 3, S, S] normalized pixels -> the pyramid's maps."""
+        features = detection_features(self.vit, x, self.options)  # [B, D, S / p, S / p]
+        return self.pyramid(features.contiguous(memory_format=torch.channels_last))
 
 
 class SquarePad(nn.Module):
@@ -59,8 +130,7 @@ class SquarePad(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """uint8 RGB [3, h_i, w_i], no side above the square's -> float [B, 3, S, S] and the sizes (h_i,
-        w_i)."""
+        """uint8 RGB [3, h_i, w_i], at most the square's -> float [B, 3, S, S] and the sizes (h_i, w_i)."""
         batch = self.mean.new_zeros(len(images), 3, self.size, self.size)
         for row, image in zip(batch, images):
             row[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
@@ -72,8 +142,7 @@ class SquarePad(nn.Module):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Detections as they are. Pasting masks needs the image's own size, which only the evaluation
-        knows."""
+        """Detections as they are: pasting masks needs the image's own size."""
         return result
 
 
@@ -92,14 +161,10 @@ def build_model(
     Raises:
         UserError: the patch size gives strides that are no powers of two, or the engine has no such norm.
     """
-    pyramid = SimpleFeaturePyramid(
-        vit.embed_dim, vit.patch_size, protocol.channels, protocol.pyramid_scales, protocol.norm
-    )
-    options = FeatureOptions.of(protocol, checkpointing=checkpointing, compile=compile)
+    p, options = protocol, FeatureOptions.of(protocol, checkpointing, compile)
+    pyramid = SimpleFeaturePyramid(vit.embed_dim, vit.patch_size, p.channels, p.pyramid_scales, p.norm)
     backbone = PyramidBackbone(vit, pyramid, options)
     rpn = ProposalNetwork(protocol, pyramid.strides)
-    heads, coarsest = (
-        DetectionHeads(protocol, pyramid.strides[:-1]),
-        pyramid.strides[-2],
-    )  # what comes after it is max-pooled
-    return GeneralizedRCNN(backbone, rpn, heads, SquarePad(protocol, coarsest))
+    *strides, _ = pyramid.strides  # the last level is max-pooled
+    heads = DetectionHeads(protocol, strides)
+    return GeneralizedRCNN(backbone, rpn, heads, SquarePad(protocol, strides[-1]))

@@ -13,8 +13,7 @@ VIT = "backbone.vit."
 
 
 def lr_at(it: int, protocol: DetectionProtocol) -> float:
-    """The base learning rate of iteration ``it`` (from 0): linear warm-up, then a step at each milestone
-    (Detectron2)."""
+    """The base lr of iteration ``it`` (from 0): linear warm-up, then steps at milestones (Detectron2)."""
 
     def steps(at: int) -> float:
         return protocol.lr * protocol.lr_gamma ** bisect.bisect_right(protocol.milestones, at)

@@ -11,12 +11,11 @@ from torchvision.models.detection.rpn import RPNHead as TorchvisionHead
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.torchvision_engine.boxes import BoxCoder
+from det_plugin.torchvision_engine.layers import BoxCoder
 
 
 class Anchors(nn.Module):
-    """Anchors of every level, one size a level, not rounded. The first is centered on the image's corner
-    (offset 0)."""
+    """Anchors, one size a level, not rounded; the first is centered on the image's corner."""
 
     def __init__(self, sizes_px: tuple[int, ...], ratios: tuple[float, ...], strides: list[int]) -> None:
         super().__init__()
@@ -74,37 +73,23 @@ class ProposalNetwork(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The best boxes of each level, clipped to the image, after an NMS within the level; then the best of
-        all levels.
+        """The best boxes of each level, clipped, after NMS within the level; then the best of all.
 
         They are sorted by logit. torchvision sorts by probability, and those near 1 tie in float32.
 
-        Args:
-            proposals: [B, A, 4] pixels.
-            objectness: [B * A, 1] logits.
-            image_shapes: (height, width) without padding.
-            num_anchors_per_level: their sum is A.
-
-        Returns:
-            [R_i, 4] and the logits [R_i] of each image, best first.
+        Proposals [B, A, 4] pixels, objectness [B * A, 1] logits, shapes (height, width) without padding ->
+        boxes [R_i, 4] and logits [R_i] of each image, best first.
         """
-        chosen, levels, start = [], [], 0
-        logits = objectness.detach().view(len(image_shapes), -1)
-        for level, number in enumerate(num_anchors_per_level):
-            best = (
-                logits[:, start : start + number].topk(min(number, self.pre_nms_top_n()), dim=1).indices
-                + start
-            )
-            chosen.append(best)
-            levels.append(torch.full_like(best[0], level))
-            start += number
-        index, level_of = torch.cat(chosen, dim=1), torch.cat(levels)
-        found = []
-        for boxes, scores, own, shape in zip(proposals, logits, index, image_shapes):
-            boxes, scores = clip_boxes_to_image(boxes[own], shape), scores[own]
+        logits, found = objectness.detach().view(len(image_shapes), -1), []
+        best = self._get_top_n_idx(logits, num_anchors_per_level)  # [B, n]
+        numbers = torch.tensor(num_anchors_per_level, device=logits.device)
+        level_of = torch.arange(len(numbers), device=logits.device).repeat_interleave(numbers)  # [A]
+        for boxes, scores, own, shape in zip(proposals, logits, best, image_shapes):
+            boxes = clip_boxes_to_image(boxes[own], shape)
             solid = torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0]
-            boxes, scores = boxes[solid], scores[solid]
-            kept = batched_nms(boxes, scores, level_of[solid], self.nms_thresh)[: self.post_nms_top_n()]
+            boxes, own = boxes[solid], own[solid]
+            scores = scores[own]
+            kept = batched_nms(boxes, scores, level_of[own], self.nms_thresh)[: self.post_nms_top_n()]
             found.append((boxes[kept], scores[kept]))
         return [boxes for boxes, _ in found], [scores for _, scores in found]
 
@@ -115,8 +100,7 @@ class ProposalNetwork(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the sampled anchors, L1 of the positive ones, both divided by
-        ``rpn_batch_per_image * images``.
+        """Cross-entropy of sampled anchors, L1 of positive ones, both over ``rpn_batch_per_image * images``.
 
         Args:
             objectness: [B * A, 1] logits.
@@ -138,8 +122,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Boxes [R_i, 4] (pixels, best first) of each image, and the losses under Detectron2's names (none at
-        test time)."""
+        """Boxes [R_i, 4] (pixels, best first), and the losses by Detectron2's names (none in tests)."""
         boxes, losses = super().forward(images, features, targets)
         names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc"}
         return boxes, {names[key]: value for key, value in losses.items()}

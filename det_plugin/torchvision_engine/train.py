@@ -1,32 +1,29 @@
 """One detection fine-tuning from start to ``result.json``, and the evaluation of a finished one."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-
-from det_plugin.coco.annotations import read_split
-from det_plugin.run import DetectionRun, leave_result, run_deviations
-from det_plugin.torchvision_engine.evaluate import in_words
-from det_plugin.torchvision_engine.figures import SHOWN, draw_page, spread
+from det_plugin.coco.annotations import Data, read_split
+from det_plugin.coco.metrics import in_words
+from det_plugin.figures import SHOWN, draw_page, spread
+from det_plugin.loader import batches, positions
+from det_plugin.run import DetectionRun, leave_result, run_deviations, write_json
+from det_plugin.torchvision_engine.evaluate import evaluate
 from det_plugin.torchvision_engine.folder import (
     CONFIG,
     ENGINE,
-    backbone_of,
     is_over,
     load_checkpoint,
     protocol_of,
-    read_config,
     resolved_config,
     save_checkpoint,
-    write_json,
 )
-from det_plugin.torchvision_engine.loader import Sample, TrainSamples, batches, positions
-from det_plugin.torchvision_engine.model import build_model
-from det_plugin.torchvision_engine.trainer import Data, Trainer, evaluate
+from det_plugin.torchvision_engine.loader import TrainSamples
+from det_plugin.torchvision_engine.predict import load_model
+from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain import checkpoints, distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
@@ -46,17 +43,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     ``predictions.json``, ``metrics.jsonl``, ``speed.jsonl``, ``tensorboard/`` and ``figures/``. A finished
     run is left as it is.
 
-    Args:
-        resume: continue from the folder's checkpoint, if there is one. On the CPU a resumed run is bit-exact.
-        stop_after_it: save and return after so many iterations, as if interrupted.
-
-    Returns:
-        path of ``result.json``.
-
-    Raises:
-        UserError: bad settings or data; the folder holds another run.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
-        FloatingPointError: a loss is not finite; names the iteration and the losses.
+    Arguments, result and errors are those of :func:`det_plugin.train.finetune`. On the CPU a resumed run is
+    bit-exact. After ``stop_after_it`` iterations it saves and returns, as if interrupted.
     """
     started = time.time()
     device = choose_device(run.device)
@@ -68,9 +56,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     is_done = is_over(run.output, config, resume)
     state = load_checkpoint(run.output) if resume and not is_done else None
     if len(set(gather_objects((is_done, state and state["iteration"])))) > 1:
-        raise UserError(
-            f"output: not every process finds the same run in {run.output}; all machines must see one folder"
-        )
+        told = f"not every process finds the same run in {run.output}"
+        raise UserError(f"output: {told}; all machines must see one folder")
     if is_done:
         distributed.log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
@@ -84,10 +71,8 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         started, terms = started - state["wall_time_s"], state["terms"]
         del state  # gigabytes
     end_iter = min(run.protocol.max_iters, stop_after_it or run.protocol.max_iters)
-    with (
-        deterministic(device.type == "cpu"),
-        StopSignals() as signals,
-    ):  # up to here a signal simply ends the process
+    # Up to here a signal simply ends the process
+    with deterministic(device.type == "cpu"), StopSignals() as signals:
         metrics = _loop(trainer, data, terms, started, end_iter, signals)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
@@ -110,37 +95,17 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
-    total, line = (
-        len(split.pictures),
-        ProgressLine("evaluation", len(split.pictures), 0) if distributed.is_main() else None,
-    )
-    progress = (
-        _progress(lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
-    )
+    total = len(split.pictures)
+    line = ProgressLine("evaluation", total, 0) if distributed.is_main() else None
+    show = (lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
     try:
-        metrics, _ = evaluate(
-            model.to(on), split, protocol, workers=workers, device=on, output=output, progress=progress
-        )
+        where = dict[str, Any](workers=workers, device=on, output=output)
+        metrics, _ = evaluate(model.to(on), split, protocol, **where, show=show)
     finally:
         if line:
             line.close()
     distributed.log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
-
-
-def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
-    """A run folder's last checkpoint as a detector on the CPU, its ``config.json``, and the iterations it was
-    trained for.
-
-    Raises:
-        UserError: no run, or no checkpoint.
-    """
-    config, state = read_config(output), load_checkpoint(output)
-    if state is None:
-        raise UserError(f"output: {output} holds no checkpoint")
-    model = build_model(backbone_of(config), protocol_of(config))
-    model.load_state_dict(state["model"])
-    return model, config, state["iteration"]
 
 
 def _loop(
@@ -151,8 +116,7 @@ def _loop(
     end_iter: int,
     signals: StopSignals,
 ) -> dict[str, Any]:
-    """Iterate up to ``end_iter``, with logs, checkpoints and evaluations. Returns the last evaluation's
-    metrics.
+    """Iterate up to ``end_iter``. Returns the last evaluation's metrics.
 
     Args:
         terms: the logs of a resumed run's last step; None at the start.
@@ -169,7 +133,9 @@ def _loop(
         rank, world = distributed.rank(), distributed.world_size()
         indices = (list(positions(it, p.batch_size, rank, world)) for it in range(first_it, end_iter))
         samples = TrainSamples(data.train, p, trainer.run.seed)
-        for batch, waited_s in _timed(batches(samples, indices, trainer.run.workers, trainer.device)):
+        asked = time.perf_counter()
+        for batch in batches(samples, indices, trainer.run.workers, trainer.device):
+            waited_s = time.perf_counter() - asked
             it, terms, metrics = trainer.iteration, trainer.step(batch), {}
             is_due, stopping = _is_due(trainer), signals.on_any_rank()
             if log:
@@ -180,69 +146,44 @@ def _loop(
                     log.save_checkpoint(terms)
             if stopping:  # an evaluation that is due can wait for the resumed run
                 distributed.barrier()
-                raise Interrupted(
-                    f"{signals.received or 'another rank was signalled'}; saved at iteration {trainer.iteration}"
-                )
+                reason = signals.received or "another rank was signalled"
+                raise Interrupted(f"{reason}; saved at iteration {trainer.iteration}")
             if is_due:
                 with log.speed.paused() if log else nullcontext():
                     metrics = _evaluate(trainer, data, log)
                 if log:
                     log.write(it, terms, metrics)
+            asked = time.perf_counter()
     finally:
         if log:
             log.close()
     return metrics
 
 
-def _timed(loader: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], float]]:
-    """Each batch, with the seconds spent waiting for it."""
-    asked = time.perf_counter()
-    for batch in loader:
-        yield batch, time.perf_counter() - asked
-        asked = time.perf_counter()
-
-
 def _is_due(trainer: Trainer) -> bool:
     """Whether an evaluation follows the last iteration."""
-    return (
-        trainer.iteration % trainer.protocol.eval_every == 0
-        or trainer.iteration == trainer.protocol.max_iters
-    )
+    done, p = trainer.iteration, trainer.protocol
+    return done % p.eval_every == 0 or done == p.max_iters
+
+
+def _lacks_evaluation(trainer: Trainer) -> bool:
+    """Whether a checkpoint was interrupted before its evaluation, or is the last, whose result is due."""
+    is_written = is_logged(trainer.run.output, trainer.iteration - 1)
+    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
 
 
 def _evaluate(trainer: Trainer, data: Data, log: "Log | None") -> dict[str, Any]:
-    run, progress = trainer.run, _progress(log.evaluated) if log else None
-    metrics, predictions = evaluate(
-        trainer.model,
-        data.val,
-        trainer.protocol,
-        workers=run.workers,
-        device=trainer.device,
-        output=run.output,
-        progress=progress,
-    )
+    run, show = trainer.run, log.evaluated if log else None
+    where = dict[str, Any](workers=run.workers, device=trainer.device, output=run.output)
+    metrics, predictions = evaluate(trainer.model, data.val, trainer.protocol, **where, show=show)
     if distributed.is_main():
         draw_page(data.val, spread(data.val, SHOWN), predictions, run.output / "figures" / "detections.png")
         distributed.log(f"iteration {trainer.iteration}: {in_words(metrics)}")
     return metrics
 
 
-def _progress(show: Callable[[float, float], None]) -> Callable[[int, int], None]:
-    """For :func:`evaluate`: calls ``show`` with the share of images done and the seconds left."""
-    started = time.monotonic()
-    return lambda done, own: show(done / own, (time.monotonic() - started) / done * (own - done))
-
-
-def _lacks_evaluation(trainer: Trainer) -> bool:
-    """Whether a checkpoint still needs its evaluation: it was interrupted, or it is the last, which
-    ``result.json`` needs."""
-    is_written = is_logged(trainer.run.output, trainer.iteration - 1)
-    return _is_due(trainer) and (not is_written or trainer.iteration == trainer.protocol.max_iters)
-
-
 class Log:
-    """What the main process writes: metrics, speed, progress, checkpoints. Lines start at iteration
-    ``first_line_it``."""
+    """What the main process writes, from iteration ``first_line_it`` on."""
 
     def __init__(self, trainer: Trainer, started: float, first_line_it: int) -> None:
         self.folder, self.trainer, self.started = trainer.run.output, trainer, started
@@ -259,25 +200,19 @@ class Log:
     def step(self, terms: Mapping[str, float], waited_s: float) -> None:
         """After an iteration: update speed and progress."""
         self.speed.tick(waited_s)
-        trainer, speed = self.trainer, self.speed
+        done, speed = self.trainer.iteration, self.speed
         note = f"loss {terms['loss']:.3f}  {speed.img_per_s:.1f} img/s  data wait {speed.data_wait:.0%}"
-        memory = f"{peak_memory_gb(trainer.device):.1f} GB"
-        self.line.update(
-            trainer.iteration,
-            f"{note}  {memory}",
-            speed.eta_s(trainer.protocol.max_iters - trainer.iteration),
-        )
+        note += f"  {peak_memory_gb(self.trainer.device):.1f} GB"
+        self.line.update(done, note, speed.eta_s(self.trainer.protocol.max_iters - done))
 
     def evaluated(self, share: float, left_s: float) -> None:
         """During an evaluation: a ``share`` of the images is done."""
         self.line.update(self.trainer.iteration - 1, f"evaluation {share:.0%}", left_s)
 
     def write(self, it: int, terms: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
-        """Write an iteration's lines: losses, lr and an evaluation's headline; images a second, share of time
-        spent waiting for data, peak memory."""
-        self.metrics.write(
-            "metrics", it, {**terms, **{key: metrics[key] for key in HEADLINE if key in metrics}}
-        )
+        """Write an iteration's lines: losses, lr and an evaluation's headline; speed and peak memory."""
+        headline = {key: metrics[key] for key in HEADLINE if key in metrics}
+        self.metrics.write("metrics", it, {**terms, **headline})
         if self.speed.done:
             speed = {"img_per_s": self.speed.img_per_s, "data_wait": self.speed.data_wait}
             self.metrics.write("speed", it, {**speed, "peak_memory_gb": peak_memory_gb(self.trainer.device)})
@@ -286,10 +221,8 @@ class Log:
         """Write a checkpoint, once the lines of earlier iterations are on disk."""
         self.metrics.flush()
         with self.speed.paused():
-            save_checkpoint(
-                self.folder,
-                {**self.trainer.state(), "terms": dict(terms), "wall_time_s": time.time() - self.started},
-            )
+            own = {"terms": dict(terms), "wall_time_s": time.time() - self.started}
+            save_checkpoint(self.folder, {**self.trainer.state(), **own})
         self.saved_s = time.monotonic()
 
     def close(self) -> None:

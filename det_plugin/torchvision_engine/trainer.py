@@ -1,52 +1,19 @@
-"""A fine-tuning's state, one step, and its evaluation."""
+"""A fine-tuning's state, and one step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from det_plugin.coco.annotations import CocoSplit, read_split
-from det_plugin.protocol import DetectionProtocol
+from det_plugin.loader import Sample
 from det_plugin.run import DetectionRun
 from det_plugin.step import averaging, mean_losses, micro_batch_size
-from det_plugin.torchvision_engine.evaluate import Prediction, coco_metrics, predict
-from det_plugin.torchvision_engine.folder import PREDICTIONS, write_json
-from det_plugin.torchvision_engine.loader import Sample, to_device
+from det_plugin.torchvision_engine.loader import to_device
 from det_plugin.torchvision_engine.model import build_model
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
-from pretrain.errors import UserError
-
-EVAL_BATCH = 8  # images at a time in evaluation; the outcome does not depend on it
-
-
-@dataclass(frozen=True)
-class Data:
-    """Both splits. They have the same classes."""
-
-    train: CocoSplit
-    val: CocoSplit
-
-    @staticmethod
-    def read(data: Path, protocol: DetectionProtocol) -> "Data":
-        """Read and check both annotation files and, by their headers, all images.
-
-        Raises:
-            UserError: a file is damaged, or the splits have different classes; names the file.
-        """
-        classes = protocol.num_classes
-        train = read_split(data, "train", num_classes=classes, training=True, share=protocol.train_share)
-        val = read_split(data, "val", num_classes=classes, training=False)
-        if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
-            raise UserError(f"data: {train.file} and {val.file} have different categories")
-        for split in (train, val):
-            split.check_headers()
-        return Data(train, val)
 
 
 class Trainer:
@@ -65,16 +32,13 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(protocol.batch_size, run.accumulate)
         self.run, self.protocol, self.device, self.iteration = run, protocol, device, 0
         torch.manual_seed(run.seed)
-        self.vit = build_for_fine_tuning(
-            run.backbone, run.weights, **{"drop_path": protocol.drop_path, **run.model_kwargs}
-        )
-        self.model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile).to(
-            device
-        )
+        model_kwargs = {"drop_path": protocol.drop_path, **run.model_kwargs}
+        self.vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
+        model = build_model(self.vit, protocol, checkpointing=run.checkpointing, compile=run.compile)
+        self.model = model.to(device)
         self.optimizer = build_optimizer(self.model, protocol)
-        self.amp_dtype = (
-            getattr(torch, protocol.amp_dtype) if protocol.amp and device.type == "cuda" else None
-        )
+        has_amp = protocol.amp and device.type == "cuda"
+        self.amp_dtype = getattr(torch, protocol.amp_dtype) if has_amp else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
         self.ranks: nn.Module = self.model
         if distributed.world_size() > 1:
@@ -82,8 +46,7 @@ class Trainer:
             self.ranks = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def step(self, samples: list[Sample]) -> dict[str, float]:
-        """One iteration on this rank's share of the batch. Returns the losses, averaged over micro-batches
-        and ranks, and lr.
+        """One iteration on this rank's share. Returns the losses, means over micro-batches and ranks, and lr.
 
         Raises:
             FloatingPointError: a loss is not finite. The weights are those before the step.
@@ -122,31 +85,3 @@ class Trainer:
         if state["scaler"] and self.scaler.is_enabled():  # empty where the checkpoint is from a CPU
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
-
-
-def evaluate(
-    model: nn.Module,
-    split: CocoSplit,
-    protocol: DetectionProtocol,
-    *,
-    workers: int,
-    device: torch.device,
-    output: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """COCO metrics of a split (only on the main process) and its predictions. Writes
-    ``output/predictions.json``."""
-    size = protocol.image_size_px
-    predictions = predict(
-        model,
-        split,
-        image_size_px=size,
-        batch_size=EVAL_BATCH,
-        workers=workers,
-        device=device,
-        progress=progress,
-    )
-    if not distributed.is_main():
-        return {}, predictions
-    write_json(output / PREDICTIONS, predictions)
-    return coco_metrics(split.file, predictions), predictions

@@ -29,7 +29,7 @@ COMMANDS = {
     "export": ("posfield.cli.export", "write a backbone as ONNX, timm, Hugging Face, torchvision, ..."),
     "table": ("pretrain.cli.table", "result.json of many runs -> a table, beside published results"),
     "report": ("pretrain.cli.report", "result.json of many runs -> one HTML page"),
-    "submit": ("pretrain.cli.submit", "start a command as a SLURM job that comes back until it is done"),
+    "submit": ("posfield.cli.submit", "start a command as a SLURM job that comes back until it is done"),
     "benchmark": ("posfield.cli.benchmark", "time and memory, as ratios measured side by side"),
     "config": ("pretrain.cli.config", "print a config: every value, its meaning, its source"),
     "toy-data": ("pretrain.cli.toy_data", "write the photographs and labels of the demo"),

@@ -13,9 +13,11 @@ file.
 """
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
+from det_plugin.run import engine_of
 from pretrain.backbones.vit import ViT
 from pretrain.errors import UserError
 from pretrain.export import FORMATS, export, model_card
@@ -35,14 +37,9 @@ def backbone_of_run(folder: Path) -> ViT:
         UserError: there is no run; the detector does not run its backbone as a plain ViT, so that it is
             another function.
     """
-    if (folder / "config.json").is_file():
-        from det_plugin.torchvision_engine.train import load_model
-
-        adapter: Any = load_model(folder)[0].backbone
-    elif (folder / "config_resolved.yaml").is_file():
-        from det_plugin.predict import load_detectron2
-
-        adapter = load_detectron2(folder)[0].backbone.net
+    if engine := engine_of(folder):
+        model: Any = importlib.import_module(f"det_plugin.{engine}_engine.predict").load_model(folder)[0]
+        adapter: Any = model.backbone.net if engine == "detectron2" else model.backbone
     elif list(folder.glob("*.py")):
         from seg_plugin.predict import load_run
 

@@ -14,15 +14,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from det_plugin.coco.api import coco_api
-from det_plugin.predict import Detector, load_detector
-from det_plugin.torchvision_engine.evaluate import Prediction
-from det_plugin.torchvision_engine.figures import draw_prediction
-from pretrain.data.decode import BrokenImage, decode
-from pretrain.data.sources.files import is_image, read_file
+from det_plugin.coco.masks import coco_api
+from det_plugin.figures import draw_prediction
+from det_plugin.predict import Detections, Detector, load_detector
+from pretrain.data.sources.files import is_image
 from pretrain.errors import UserError
 from pretrain.metrics_log import ProgressLine
 
@@ -35,15 +34,9 @@ def listed(given: list[Path], output: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
     for root in given:
         if root.is_dir():
-            inside = sorted(
-                Path(folder) / name
-                for folder, _, names in os.walk(root)
-                for name in names
-                if is_image(os.fsencode(name))
-            )
-            found += [
-                (path, (path.relative_to(root) if len(given) == 1 else path).as_posix()) for path in inside
-            ]
+            inside = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+            for path in sorted(path for path in inside if is_image(os.fsencode(path.name))):
+                found.append((path, (path.relative_to(root) if len(given) == 1 else path).as_posix()))
         elif root.is_file():
             found.append((root, root.name if len(given) == 1 else root.as_posix()))
         else:
@@ -65,29 +58,21 @@ class Results:
         self.file = open(self.partial, "w")
         self.file.write('{"annotations": [')
 
-    def add(self, name: str, size: tuple[int, int], predictions: list[Prediction]) -> None:
-        """Add an image's predictions. ``size`` is its height and width."""
-        self.images.append(
-            {"id": len(self.images) + 1, "file_name": name, "height": size[0], "width": size[1]}
-        )
-        for prediction in predictions:
-            area = int(coco_api().mask.area(prediction["segmentation"]))
-            whole = {
-                "id": self.annotations + 1,
-                "image_id": len(self.images),
-                **prediction,
-                "area": area,
-                "iscrowd": 0,
-            }
+    def add(self, name: str, found: Detections) -> None:
+        """Add what was found in an image."""
+        number, (height, width, _) = len(self.images) + 1, found.image.shape
+        self.images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for prediction in found.results:
+            whole = {"id": self.annotations + 1, "image_id": number, **prediction}
+            whole |= {"area": int(coco_api().mask.area(prediction["segmentation"])), "iscrowd": 0}
             self.file.write((",\n" if self.annotations else "\n") + json.dumps(whole))
             self.annotations += 1
 
     def close(self) -> None:
         """Write the rest and give the file its name. Without an image nothing stays."""
-        categories = [{"id": id, "name": name} for id, name in self.classes.items()]
-        self.file.write(
-            f'\n], "images": {json.dumps(self.images)}, "categories": {json.dumps(categories)}}}\n'
-        )
+        images = json.dumps(self.images)
+        categories = json.dumps([{"id": id, "name": name} for id, name in self.classes.items()])
+        self.file.write(f'\n], "images": {images}, "categories": {categories}}}\n')
         self.file.close()
         if self.images:
             os.replace(self.partial, self.path)
@@ -116,20 +101,17 @@ def predict(
     try:
         for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
             try:
-                image = decode(read_file(os.fsencode(path)))
-            except BrokenImage as error:
-                line.console.print(
-                    f"skipped: {path}: {error}", style=None, markup=False, highlight=False, soft_wrap=True
-                )
+                found = detector.predict(path, min_score)
+            except UserError as error:
+                plain = dict[str, Any](style=None, markup=False, highlight=False, soft_wrap=True)
+                line.console.print(f"skipped: {error}", **plain)
                 broken += 1
                 continue
-            found = [
-                prediction for prediction in detector.detect([image])[0] if prediction["score"] >= min_score
-            ]
-            results.add(name, image.shape[:2], found)
+            results.add(name, found)
             if pictures:
                 picture.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(draw_prediction(image, found, detector.classes)).save(picture, quality=92)
+                drawn = draw_prediction(found.image, found.results, detector.classes)
+                Image.fromarray(drawn).save(picture, quality=92)
             left_s = (time.monotonic() - started) / done * (len(images) - done)
             line.update(done, f"{results.annotations} objects", left_s)
     finally:
@@ -142,25 +124,15 @@ def predict(
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
-    parser.add_argument(
-        "--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/"
-    )
-    parser.add_argument(
-        "--min-score",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="leave out less certain objects (%(default)s)",
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
-    parser.add_argument("--no-pictures", action="store_true", help="predictions.json alone")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="run folder of a fine-tuning")
+    add("--images", type=Path, required=True, nargs="+", metavar="PATH", help="images, or folders of them")
+    add("--output", type=Path, required=True, metavar="DIR", help="predictions.json and pictures/")
+    add("--min-score", type=float, default=0.5, metavar="S", help="of an object, at least (%(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    add("--no-pictures", action="store_true", help="predictions.json alone")
     options = parser.parse_args(arguments)
     images = listed(options.images, options.output)
     detector = load_detector(options.run, options.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.analysis import figures as drawn
 from pretrain.analysis.attention_study import METRICS, Measured
 from pretrain.analysis.figures import Shown, bare, displayable, grid_of_axes, heat_map, plain
-from pretrain.analysis.similarity import Place
+from pretrain.analysis.pca import Place
 from pretrain.results.curves import style_of
 from pretrain.results.pages import from_template
 from pretrain.results.schema import Result

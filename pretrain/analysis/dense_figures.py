@@ -31,6 +31,10 @@ Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Colors = Mapping[int, tuple[float, float, float]]
 OUTLINED = "clustering"  # the map over which the labels' outlines are drawn: it was made without labels
+OUTLINED_CAPTION = (
+    " Clustering: patches by K-means without labels, each cluster in the color of the class that it was matched to; "
+    "lines are the labels' outlines."
+)
 MOST_IN_LEGEND = 32
 COLUMN_IN, SIDE_PX = 2.6, 360  # of an image: width in inches; longer side in pixels
 SHARE = 0.75  # of the colors over the gray image
@@ -50,13 +54,8 @@ class Features(Protocol):
     """:class:`pretrain.evaluation.features.Features`, held frozen by the caller."""
 
     @property
-    def backbone(self) -> ViT:
-        """Whose features these are."""
-        ...
-
-    def __call__(self, images: Tensor) -> Iterator[Tokens]:
-        """Tokens of uint8 squares [n, 3, S, S], some at a time."""
-        ...
+    def backbone(self) -> ViT: ...
+    def __call__(self, images: Tensor) -> Iterator[Tokens]: ...
 
 
 def write(
@@ -87,25 +86,16 @@ def write(
     if images and shown:
         caption = "Images of the validation part, their labels, and what was predicted from frozen features."
         if OUTLINED in shown:
-            caption += (
-                " Clustering: patches by K-means without labels, each cluster in the color of the class that it was matched to; "
-                "lines are the labels' outlines."
-            )
+            caption += OUTLINED_CAPTION
         if any((part == 0).any() for part in labels):
             caption += " Hatched gray: not counted."
-        save(
-            labels_figure(images, labels, shown, classes),
-            figures,
-            "segmentation.png",
-            "Segmentation and clusters",
-            caption,
-        )
+        figure = labels_figure(images, labels, shown, classes)
+        save(figure, figures, "segmentation.png", "Segmentation and clusters", caption)
     if images and features:
         caption = "The first three principal components of the patches of all images together, as red, green and blue."
         if len(features) > 1:
-            caption += (
-                f" Each row has its own, turned so that the colors come nearest to those of {features[0][0]}."
-            )
+            turned = "turned so that the colors come nearest to those of"
+            caption += f" Each row has its own, {turned} {features[0][0]}."
         pictures = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
         figure = pca_figure(pictures, components(images, features, image_px))
         save(figure, figures, "components.png", "Principal components of the patches", caption)
@@ -114,12 +104,8 @@ def write(
 def components(
     images: Sequence[Pixels], features: Sequence[tuple[str, Features]], image_px: int
 ) -> dict[str, list[Tensor]]:
-    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each.
-
-    Args:
-        images: [H, W, 3] each, squeezed to squares of ``image_px``, rounded to whole patches.
-        features: (name, features).
-    """
+    """The colors of the patches of every image by checkpoint, [h, w, 3] in [0, 1] each. The images [H, W, 3] are
+    squeezed to squares of ``image_px``, rounded to whole patches."""
     first: Tensor | None = None
     found: dict[str, list[Tensor]] = {}
     for name, seen in features:
@@ -143,26 +129,20 @@ def labels_figure(
     maps: Mapping[str, Sequence[Labels]],
     classes: Sequence[str],
 ) -> Figure:
-    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur.
-
-    Args:
-        as of :func:`write`.
-    """
+    """One row an image: the image, its labels over it, and each map over it; below, the classes that occur. The
+    arguments are those of :func:`write`."""
     in_labels, in_maps = _shares(labels), _shares([part for found in maps.values() for part in found])
     # Classes of the labels come first, so that their colors do not depend on what was predicted.
     present = [*sorted(in_labels), *sorted(in_maps.keys() - in_labels.keys())]
     colors = dict(zip(present, distinct_colors(len(present))))
     columns = ["image", "labels", *maps]
     width = COLUMN_IN * len(columns)
-    names = [
-        Patch(facecolor=colors[k], label=plain(classes[k - 1], 28))
-        for k, _ in (in_labels + in_maps).most_common()
-    ]
+    often = [k for k, _ in (in_labels + in_maps).most_common()]
+    names = [Patch(facecolor=colors[k], label=plain(classes[k - 1], 28)) for k in often]
     if len(names) > MOST_IN_LEGEND:
         names[MOST_IN_LEGEND:] = [Patch(alpha=0, label=f"and {len(names) - MOST_IN_LEGEND} more")]
-    n_columns = max(
-        1, int(width / (0.5 + 0.075 * max((len(str(patch.get_label())) for patch in names), default=0)))
-    )
+    longest = max((len(str(patch.get_label())) for patch in names), default=0)
+    n_columns = max(1, int(width / (0.5 + 0.075 * longest)))
     ratios = [min(image.shape[0] / image.shape[1], 1.0) for image in images]
     size = (width, COLUMN_IN * sum(ratios) + 0.3 + 0.1 * len(images) + 0.2 * -(-len(names) // n_columns))
     figure, axes = plt.subplots(
@@ -209,24 +189,17 @@ def painted(
     rows, columns = np.indices(size)
     hatch = np.where((rows + columns) // 5 % 2, *HATCHED)
     colored = np.where((here == 0)[..., None], hatch[..., None], table[here])
-    mixed = SHARE * colored + (1 - SHARE) * (
-        0.3 + 0.7 * pixels.mean(-1, keepdims=True)
-    )  # black would darken the colors
+    gray = 0.3 + 0.7 * pixels.mean(-1, keepdims=True)  # black would darken the colors
+    mixed = SHARE * colored + (1 - SHARE) * gray
     if outlined is not None:
-        edges = _edges(nearest(outlined, *size).numpy())
-        mixed[cv2.dilate(edges.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > 0] = (
-            1.0
-        )
+        truth = nearest(outlined, *size).numpy()
+        edges = np.zeros(size, bool)  # whose neighbor to the right or below has another label
+        edges[:, :-1] |= truth[:, 1:] != truth[:, :-1]
+        edges[:-1] |= truth[1:] != truth[:-1]
+        cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+        mixed[cv2.dilate(edges.astype(np.uint8), cross) > 0] = 1.0
         mixed[edges] = 0.0
     return mixed
-
-
-def _edges(labels: Labels) -> NDArray[np.bool_]:
-    """Pixels whose neighbor to the right or below has another label."""
-    edges = np.zeros(labels.shape, bool)
-    edges[:, :-1] |= labels[:, 1:] != labels[:, :-1]
-    edges[:-1] |= labels[1:] != labels[:-1]
-    return edges
 
 
 # --- colors -----------------------------------------------------------------------------------------------
@@ -266,13 +239,4 @@ def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     """sRGB [M, 3] as CIE Lab (D65) for four eyes, [4, M, 3]."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     eyes = np.stack([linear, *(np.clip(linear @ matrix.T, 0, 1) for matrix in DEFICIENT)])
-    to_xyz = np.array(
-        [
-            [0.4124564, 0.3575761, 0.1804375],
-            [0.2126729, 0.7151522, 0.0721750],
-            [0.0193339, 0.1191920, 0.9503041],
-        ]
-    )
-    xyz = eyes @ to_xyz.T / to_xyz.sum(1)
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+    return cv2.cvtColor(eyes.astype(np.float32), cv2.COLOR_LRGB2Lab).astype(np.float64)

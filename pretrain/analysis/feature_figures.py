@@ -15,12 +15,13 @@ from torch import Tensor
 
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.figures import bare, plain
-from pretrain.analysis.similarity import Place
+from pretrain.analysis.pca import Place
 from pretrain.results.curves import style_of
 from pretrain.results.pages import from_template
 from pretrain.results.runs import Figure as Shown
 
 TRUE_COLOR, FOUND_COLORS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
+RED_DOT: dict[str, Any] = dict(marker="o", color="red", ms=5, mec="white", mew=0.6)
 MAX_WIDTH_IN = 24.0
 
 
@@ -79,31 +80,16 @@ def similarity_figure(
     extent = (0, width, height, 0)
     for axis, (x, y) in zip(axes[0], queries):
         axis.imshow(image.permute(1, 2, 0).numpy(), extent=extent)
-        axis.plot(
-            x * width,
-            y * height,
-            "o",
-            color="red",
-            markersize=5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-        )
+        axis.plot(x * width, y * height, **RED_DOT)
     for row, (label, cosines) in zip(axes[1:], maps.items()):
         row[0].set_ylabel(plain(label, 28), fontsize=9)
         low = min(float(cosine.min()) for cosine in cosines)
         for axis, query, cosine in zip(row, queries, cosines):
             rows, columns = cosine.shape
-            shown = axis.imshow(
-                cosine.numpy(),
-                extent=extent,
-                interpolation="nearest",
-                cmap="viridis",
-                vmin=min(low, 0.99),
-                vmax=1,
-            )
+            drawn = {"extent": extent, "interpolation": "nearest", "vmin": min(low, 0.99), "vmax": 1}
+            shown = axis.imshow(cosine.numpy(), cmap="viridis", **drawn)
             i, j = patch_at(query, (rows, columns))
-            center = ((j + 0.5) / columns * width, (i + 0.5) / rows * height)
-            axis.plot(*center, "o", color="red", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+            axis.plot((j + 0.5) / columns * width, (i + 0.5) / rows * height, **RED_DOT)
         figure.colorbar(shown, ax=row.tolist(), shrink=0.85, pad=0.01, aspect=14).ax.tick_params(labelsize=7)
     return figure
 
@@ -134,23 +120,23 @@ def layers_figure(rows: Sequence[Mapping[str, str]]) -> Figure:
         axis.set_xlabel("layer (0: embedding; k: after block k; square: after the final norm)", fontsize=9)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    for patches, dash in (
-        ("hidden", "--"),
-        ("given", ":"),
-    ):  # they lie elsewhere, so that their guesses differ, too
+    # The patches lie elsewhere, so that their constant guesses differ, too
+    for patches, dash in (("hidden", "--"), ("given", ":")):
         for level in {round(float(row["chance"]), 3) for row in rows if row["patches"] == patches}:
             axes[0].axhline(level, color="gray", linestyle=dash, linewidth=1)
     axes[1].axhline(0, color="gray", linestyle="--", linewidth=1)
     axes[0].set(ylabel="mean distance from the true center (sides are 1)", ylim=(0, None))
     axes[1].set(ylabel="$R^2$", ylim=(min(-0.1, axes[1].get_ylim()[0]), 1.03))
-    axes[0].plot([], [], "-", color="black", label="position hidden")
-    axes[0].plot([], [], ":", color="black", label="position given")
-    axes[0].plot([], [], "--", color="gray", label="hidden: constant guess")
-    axes[0].plot([], [], ":", color="gray", label="given: constant guess")
+    for dash, color, name in (
+        ("-", "black", "position hidden"),
+        (":", "black", "position given"),
+        ("--", "gray", "hidden: constant guess"),
+        (":", "gray", "given: constant guess"),
+    ):
+        axes[0].plot([], [], dash, color=color, label=name)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9
-    )
+    n_columns = min(4, len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9)
     return figure
 
 
@@ -176,11 +162,8 @@ def boxes_figure(pictures: Sequence[Boxed], columns: int = 4) -> Figure:
         boxes = [(box, TRUE_COLOR, "-") for box in one.truth]
         boxes += [(box, FOUND_COLORS[method], "--") for method, (box, _) in one.found.items()]
         for (x0, y0, x1, y1), color, dash in boxes:
-            axis.add_patch(
-                Rectangle(
-                    (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle=dash, linewidth=1.8
-                )
-            )
+            line: dict[str, Any] = {"fill": False, "edgecolor": color, "linestyle": dash, "linewidth": 1.8}
+            axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **line))
         words = ", ".join(f"{method} {'hit' if hit else 'miss'}" for method, (_, hit) in one.found.items())
         axis.set_title(f"{plain(one.name, 24)}: {words}", fontsize=8)
     return figure

@@ -24,8 +24,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from pretrain.analysis.attention import last_layer, patch_at
-from pretrain.analysis.pca import pca_colors
-from pretrain.analysis.similarity import Place
+from pretrain.analysis.pca import Place, pca_colors
 from pretrain.backbones.vit import ViT
 from pretrain.files import read_json, write_json
 from pretrain.results.runs import Figure as Shown

@@ -1,15 +1,17 @@
-"""Principal components of patch features as colors: what belongs together gets the same color, across
-images."""
+"""What patch features look like: their principal components as colors, so that what belongs together gets the
+same color across images; and the cosine similarity of one patch to all patches of its image."""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-PERCENTILES = (
-    0.02,
-    0.98,
-)  # what lies beyond is clipped: a few outlying patches must not take all the contrast
+from pretrain.errors import UserError
+
+# What lies beyond is clipped: a few outlying patches must not take all the contrast
+PERCENTILES = (0.02, 0.98)
+Place = tuple[float, float]
 
 
 def principal_components(features: Tensor, n: int = 3) -> Tensor:
@@ -45,9 +47,9 @@ def pca_colors(features: Sequence[Tensor], background: Sequence[Tensor] | None =
         [N, 3] float32 in [0, 1] on the CPU an image; each channel runs from its 2nd to its 98th percentile.
     """
     rows = torch.cat([part.detach().cpu() for part in features])  # [sum of N, D]
-    kept = (
-        torch.ones(len(rows), dtype=torch.bool) if background is None else ~torch.cat(list(background)).cpu()
-    )
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    if background is not None:
+        kept = ~torch.cat(list(background)).cpu()
     rgb = torch.zeros(len(rows), 3)
     rgb[kept] = as_colors(principal_components(rows[kept]))
     return list(rgb.split([len(part) for part in features]))
@@ -86,13 +88,30 @@ def background_by_pca(features: Sequence[Tensor], grids: Sequence[tuple[int, int
     """
     scores = principal_components(torch.cat([part.detach().cpu() for part in features]), 1)[:, 0]
     above = scores > 0
-    border = torch.cat([_border(grid) for grid in grids])
+    border = torch.ones(len(above), dtype=torch.bool)
+    for own, grid in zip(border.split([len(part) for part in features]), grids):
+        own.view(grid)[1:-1, 1:-1] = False
     is_background = above if above[border].double().mean() > 0.5 else ~above
     return list(is_background.split([len(part) for part in features]))
 
 
-def _border(grid: tuple[int, int]) -> Tensor:
-    """[N] bool, the patches along the four sides."""
-    inner = torch.zeros(grid, dtype=torch.bool)
-    inner[1:-1, 1:-1] = True
-    return ~inner.flatten()
+def similarity_to(features: Tensor, query: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Cosine of the patch at ``query`` (row, column) with every patch: [N, D] -> [h, w] float32 on the
+    CPU."""
+    x = F.normalize(features.detach().float(), dim=1)
+    return (x @ x[query[0] * grid[1] + query[1]]).unflatten(0, grid).cpu()
+
+
+def read_place(text: str) -> Place:
+    """``0.25,0.5``: x and y in image units.
+
+    Raises:
+        UserError: not two numbers in [0, 1].
+    """
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"query {text!r} is not x,y in image units, such as 0.25,0.5") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):  # nan is refused, too
+        raise UserError(f"query {text!r} lies outside the image: x and y are from 0 to 1")
+    return x, y

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import Interrupted, UserError
 from pretrain.settings import plain, split_words
+
+if TYPE_CHECKING:
+    from pretrain.eval_model import EvalModel
 
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
@@ -27,10 +30,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     show_traceback = "--traceback" in arguments or os.environ.get("POSFIELD_TRACEBACK") == "1"
     try:
         main([a for a in arguments if a != "--traceback"])
-    except (
-        UserError,
-        OSError,
-    ) as error:  # OSError names the file: a folder that cannot be written, a full disk
+    except (UserError, OSError) as error:  # OSError names the file: one that cannot be written, a full disk
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -87,37 +87,76 @@ def fields_and_kwargs(words: Sequence[str]) -> tuple[dict[str, str], dict[str, A
             continue
         if name in ("name", "weights"):
             raise UserError(f"{key}: give it as --{'backbone' if name == 'name' else 'weights'}")
-        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(
-            text
-        )  # the setting, the ViT's argument
+        # the setting, the ViT's argument
+        model_kwargs[{"layer_scale_init": "layerscale"}.get(name, name)] = plain(text)
     return {key: text for key, text in given.items() if not key.startswith("backbone.")}, model_kwargs
 
 
 def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that both kinds of fine-tuning have."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="registry name, vit_base_patch16, ...; a file of ours says it itself",
-    )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    parser = _parser(description)
+    add = parser.add_argument
+    add("--backbone", metavar="NAME", help="vit_base_patch16, ...; a file of ours says it itself")
+    add("--weights", type=Path, metavar="FILE", help="its checkpoint; none: random initialization")
+    add("--output", type=Path, required=True, metavar="DIR", help="run folder")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     cores = min(4, os.cpu_count() or 1)
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE"
-    )
+    add("--workers", type=int, default=cores, help="data-loading processes of each rank (%(default)s)")
+    add("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    add("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     return parser
+
+
+def evaluation_parser(
+    description: str | None,
+    several: bool = True,
+    weights_required: bool = True,
+    images: bool = False,
+    output: bool = True,
+    bf16: bool = True,
+) -> argparse.ArgumentParser:
+    """A parser with the options that evaluations share: which weights (:func:`models_of`), images and device,
+    and where to."""
+    from pretrain.device import DEVICES  # loads torch, which other commands do without
+
+    parser = _parser(description)
+    add = parser.add_argument
+    if several:
+        need: dict[str, Any] = {
+            "required": weights_required,
+            "default": [],
+            "help": "any checkpoints, or run folders",
+        }
+        add("--weights", type=Path, nargs="+", metavar="FILE", **need)
+        add("--names", nargs="+", default=[], metavar="NAME", help="of their methods; else the files'")
+    else:
+        add("--weights", type=Path, required=True, metavar="FILE", help="any checkpoint, or run folder")
+    add("--source", metavar="NAME", help="whose files they are (dino, mae, ...); else found out from each")
+    add("--backbone", metavar="NAME", help="of all, where the files do not say it: vit_small_patch16, ...")
+    add("--patch-size", type=int, metavar="PX", help="resample all patch projections to this size")
+    if images:
+        add("--images", required=True, metavar="PATH", help="anything that data.root may be")
+    if output:
+        add("--output", type=Path, required=True, metavar="DIR")
+    add("--device", default="auto", choices=DEVICES, help="%(default)s")
+    if bf16:
+        add("--bf16", action="store_true", help="bfloat16 forward passes")
+    return parser
+
+
+def models_of(options: argparse.Namespace) -> "list[EvalModel]":
+    """:func:`pretrain.eval_model.open_models` for the options of :func:`evaluation_parser`."""
+    from pretrain.eval_model import open_models  # loads torch
+
+    paths = options.weights if isinstance(options.weights, list) else [options.weights]
+    names = getattr(options, "names", ())
+    return open_models(paths, names, options.source, options.backbone, options.patch_size)
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    as_written = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=as_written)
 
 
 def say(line: str) -> None:

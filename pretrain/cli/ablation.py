@@ -5,8 +5,7 @@ posfield ablation --output runs/ablation --jobs 4 --max-minutes 9      (exit cod
 
 A job is a toy pre-training (configs/pretrain/toy.yaml with what the row's config changes) and a detection
 fine-tuning on toy data. What is finished is not run again, a job that fails does not stop the others; a
-SIGTERM is passed on to all that runs. It ends in a
-table: ablation.md and .csv.
+SIGTERM is passed on to all that runs. It ends in a table: ablation.md and .csv.
 """
 
 import argparse
@@ -14,15 +13,17 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from pretrain.cli import command
 from pretrain.config import RECIPES
-from pretrain.errors import Interrupted, UserError
-from pretrain.jobs import GRACE_S, Stage, interruptible, run_jobs
+from pretrain.errors import UserError
+from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
 from pretrain.results import read_result, renamed
 from pretrain.results.ablation import Trial, ablation_table
 from pretrain.results.render import render
 from pretrain.settings import flat, read_yaml
+from pretrain.signals import interruptible
 
 # In the table's order; each but the method itself is pretrain/recipes/ablation/NAME.yaml.
 ROWS = ("table3_none", "table3_sampling", "table3_lpos", "method", "reference_image")
@@ -47,92 +48,66 @@ def row_overrides(row: str) -> list[str]:
 def last(*settings: list[str]) -> list[str]:
     """key=value words, of each key the last one, whether by its name or by the one that it had before."""
     parts = [word.partition("=") for words in settings for word in words]
-    return list(
-        {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}.values()
-    )
+    words = {renamed.DETECTION.get(key, key): f"{key}{rest}{value}" for key, rest, value in parts}
+    return list(words.values())
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
     """The stages of every job, seed by seed, so that an unfinished ablation has all rows of its first
     seeds."""
     jobs, data, quick = {}, options.output / "data", options.quick
+    protocol = last(DETECTION, QUICK_DETECTION if quick else [], options.detection)
     for seed in range(options.seeds):
         for row in ROWS:
             folder = options.output / row / f"seed_{seed}"
             where = [f"data.root={data / 'images'}", f"run.output={folder / 'pretrain'}", f"run.seed={seed}"]
             changed = last(row_overrides(row), QUICK_PRETRAIN if quick else [], options.pretrain)
             first = command("pretrain", "--resume", "--config", "toy", *where, *changed)
-            protocol = last(DETECTION, QUICK_DETECTION if quick else [], options.detection)
-            weights = [
-                "--weights",
-                folder / "pretrain" / "backbone.safetensors",
-                "--data",
-                data / "coco",
-                "--seed",
-                seed,
-            ]
-            second = command(
-                "detect",
-                "--engine",
-                "torchvision",
-                *weights,
-                "--output",
-                folder / "det",
-                "--resume",
-                *protocol,
-            )
+            words = ["--engine", "torchvision", "--weights", folder / "pretrain" / "backbone.safetensors"]
+            words += ["--data", data / "coco", "--seed", seed, "--output", folder / "det", "--resume"]
+            second = command("detect", *words, *protocol)
             stages = [Stage("pretrain", folder / "pretrain", first), Stage("det", folder / "det", second)]
             jobs[f"{row}/seed_{seed}"] = stages
     return jobs
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="at a time; one GPU holds several (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-minutes",
-        type=float,
-        default=float("inf"),
-        metavar="M",
-        help="of this call; then start it again",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few steps of everything: to see it run on a CPU"
-    )
-    parser.add_argument(
-        "--pretrain", nargs="+", default=[], metavar="key=value", help="settings of every pre-training"
-    )
-    parser.add_argument(
-        "--detection", nargs="+", default=[], metavar="key=value", help="fields of the detection protocol"
-    )
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("runs/ablation"), help="folder of all jobs (%(default)s)")
+    add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
+    jobs, limit = "at a time; one GPU holds several (%(default)s)", "of this call; then start it again"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add("--max-minutes", type=float, default=float("inf"), metavar="M", help=limit)
+    add("--quick", action="store_true", help="a few steps of everything: to see it run on a CPU")
+    words: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "key=value"}
+    add("--pretrain", help="settings of every pre-training", **words)
+    add("--detection", help="fields of the detection protocol", **words)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
         raise UserError(f"--seeds and --jobs are at least 1, --max-minutes is more than {GRACE_S / 60:g}")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Plan, run, and write the table of what is done."""
+    options = parse(arguments)
     begun = time.monotonic()
     data = command("toy-data", "--output", options.output / "data", *(QUICK_DATA if options.quick else DATA))
     jobs = plan(options)
     with interruptible():
         if subprocess.run(data).returncode:
             raise UserError(f"failed: {shlex.join(data)}")
-        ended = run_jobs(jobs, options.jobs, begun + 60 * options.max_minutes - GRACE_S - time.monotonic())
-    finished = [
-        [read_result(stage.folder) for stage in jobs[name]] for name, how in ended.items() if how == "done"
-    ]
-    table = ablation_table([Trial(*results) for results in finished], "intertwined", "Ablation at toy scale")
+    seconds = begun + 60 * options.max_minutes - GRACE_S - time.monotonic()
+    ended = Runner(options.jobs, seconds).run(jobs)
+    done, failed, left = ([n for n, how in ended.items() if how == which] for which in (DONE, FAILED, LEFT))
+    trials = [Trial(*(read_result(stage.folder) for stage in jobs[name])) for name in done]
+    table = ablation_table(trials, "intertwined", "Ablation at toy scale")
     for suffix, style in ((".md", "md"), (".csv", "csv")):
         (options.output / f"ablation{suffix}").write_text(render(table, style))
     print(render(table, "md"))
-    if failed := [name for name, how in ended.items() if how == "failed"]:
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (logs in {options.output}/JOB/*.log)"
-        )
-    if left := [name for name, how in ended.items() if how == "left"]:
-        raise Interrupted(f"{len(left)} of {len(jobs)} jobs are left: start it again")
+    logs = f"(logs in {options.output}/JOB/*.log)"
+    told = f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} {logs}"
+    raise_for(told if failed else "", left, f"{len(jobs)} jobs")

@@ -25,13 +25,13 @@ import torch
 from pretrain.analysis.attention import BLOCK
 from pretrain.analysis.attention_report import build_page, draw
 from pretrain.analysis.attention_study import Study, check_masks, check_size, write_statistics, write_summary
-from pretrain.analysis.similarity import read_place
-from pretrain.cli import at_least
+from pretrain.analysis.pca import read_place
+from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, square
 from pretrain.data.sources import DataSettings
-from pretrain.device import DEVICES, choose_device
+from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, add_options, models_of, named_apart, open_models
+from pretrain.eval_model import EvalModel, named_apart, open_models
 from pretrain.files import write_text
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
@@ -87,24 +87,17 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, required=False)
-    add, mask_runs = parser.add_argument, ("BOX", "CROSS")
+    parser = evaluation_parser(__doc__, weights_required=False, images=True)
+    add = parser.add_argument
+    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
     side = "side of the images (%(default)s, as in the paper)"
-    add("--compare-masks", type=Path, nargs=2, metavar=mask_runs, help="two runs, for Fig. 7")
-    add("--images", required=True, metavar="DIR", help="anything that data.root may be")
     add("--size", type=int, default=480, metavar="PX", help=side)
     add("--crop", action="store_true", help="central squares; else the images are squeezed")
     add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
     add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    add("--shown", type=int, default=3, help="images whose attention is drawn, the first ones (%(default)s)")
-    add("--device", default="auto", choices=DEVICES, help="%(default)s")
+    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
     add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
     add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    add("--bf16", action="store_true", help="bfloat16 forward passes; the statistics stay float32")
-    add("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     return options

@@ -13,7 +13,6 @@ checkpoints/NAME/ of each with result.json, boxes.csv (one row an image) and ima
 import argparse
 import json
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ import torch
 
 from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
-from pretrain.cli import at_least
+from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.box_sets import BoxedImage, read_boxes
 from pretrain.data.images import read_picture, spread
-from pretrain.device import DEVICES, choose_device
-from pretrain.eval_model import EvalModel, add_options, models_of
+from pretrain.device import choose_device
+from pretrain.eval_model import EvalModel
 from pretrain.evaluation.discovery import METHODS, discover
-from pretrain.evaluation.features import Features, frozen
+from pretrain.evaluation.features import frozen_features
 from pretrain.files import write_csv
 from pretrain.progress import Progress
 from pretrain.results.provenance import config_hash, file_hash
@@ -39,29 +38,17 @@ CAPTION = "Green: true boxes. Dashed: what was found, red by LOST, blue by Token
 
 def main(arguments: list[str]) -> None:
     """Parse, find, count, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root"
-    )
-    parser.add_argument("--split", default="", help="of the set (VOC: trainval; COCO: val2017)")
-    parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="use the images alone that this file names, one a line"
-    )
-    parser.add_argument("--no-hard", action="store_true", help="VOC: without difficult and truncated objects")
-    parser.add_argument("--method", default="both", choices=(*METHODS, "both"), help="%(default)s")
-    parser.add_argument(
-        "--features", default="keys", choices=("keys", "tokens"), help="of the last layer (%(default)s)"
-    )
-    parser.add_argument(
-        "--size", type=int, default=0, metavar="PX", help="shorter side; 0: as the image is (%(default)s)"
-    )
-    parser.add_argument("--max-images", type=int, default=0, help="at equal steps; 0: all (%(default)s)")
-    parser.add_argument("--show", type=int, default=16, help="images in the picture (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
+    parser = evaluation_parser(__doc__, bf16=False)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="VOC2007, VOC2012 or a COCO root")
+    add("--split", default="", help="of the set (VOC: trainval; COCO: val2017)")
+    add("--list", type=Path, metavar="FILE", help="use the images alone that this file names, one a line")
+    add("--no-hard", action="store_true", help="VOC: without difficult and truncated objects")
+    add("--method", default="both", choices=(*METHODS, "both"), help="%(default)s")
+    add("--features", default="keys", choices=("keys", "tokens"), help="of the last layer (%(default)s)")
+    add("--size", type=int, default=0, metavar="PX", help="shorter side; 0: as the image is (%(default)s)")
+    add("--max-images", type=int, default=0, help="at equal steps; 0: all (%(default)s)")
+    add("--show", type=int, default=16, help="images in the picture (%(default)s)")
     options = parser.parse_args(arguments)
     at_least(options, size=0, max_images=0, show=0)
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
@@ -97,13 +84,11 @@ def measure(
     if before:
         print(f"{subject.label}: measured before", flush=True)
         return {name: value for name, value in before.metrics.items() if name.startswith("corloc_")}
-    backbone = subject.build().to(device)
-    features = Features(backbone, device, nullcontext())
     kind = subject.settings_hash("object-discovery", settings)
     part = folder / f".boxes-{kind}-{file_hash(subject.path)}.part"
     rows, shown, chosen, done = [], [], set(spread(range(len(images)), options.show)), read_part(part)
     tell = Progress(subject.label, len(images), signals)
-    with frozen(backbone), open(part, "a", encoding="utf-8") as file:
+    with frozen_features(subject.build(), device) as features, open(part, "a", encoding="utf-8") as file:
         for number, image in enumerate(images):
             row = done.get(str(image.path))
             if row is None or number in chosen:
@@ -115,14 +100,8 @@ def measure(
                 file.write(json.dumps([str(image.path), row]) + "\n")
                 file.flush()
                 if number in chosen:
-                    shown.append(
-                        Boxed(
-                            image.path.name,
-                            pixels,
-                            image.boxes,
-                            {m: (f.box, f.hit) for m, f in found.items()},
-                        )
-                    )
+                    hits = {m: (f.box, f.hit) for m, f in found.items()}
+                    shown.append(Boxed(image.path.name, pixels, image.boxes, hits))
             rows.append(row)
             tell()
     percents = {

@@ -21,29 +21,26 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-
 from pretrain.analysis import dense_figures
-from pretrain.cli import at_least
+from pretrain.cli import at_least, evaluation_parser
+from pretrain.data.class_folders import open_class_folders
 from pretrain.data.datasets import KINDS, LabelSet, open_label_set
 from pretrain.data.datasets.maps import nearest
-from pretrain.device import DEVICES, choose_device
+from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, add_options, named_apart, open_models
-from pretrain.evaluation import run as dense
-from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.protocol import DENSE_TASKS, KNN, named_tasks, settings_of
+from pretrain.eval_model import EvalModel, named_apart, open_models
+from pretrain.evaluation import dense
+from pretrain.evaluation.dense import DENSE_TASKS, KNN, named_tasks, settings_of
+from pretrain.evaluation.features import Features, frozen_features
 from pretrain.signals import StopSignals
 
 SHOWN, SHOWN_PX = 6, 448  # images in the figures, and their side
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The options, checked."""
+    parser = evaluation_parser(__doc__, several=False)
     add = parser.add_argument
-    add_options(parser, several=False)
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
     add(
@@ -59,30 +56,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)",
     )
-    add(
-        "--tasks",
-        nargs="+",
-        default=list(DENSE_TASKS),
-        metavar="TASK",
-        help=f"on --data ({' '.join(DENSE_TASKS)})",
-    )
+    words = " ".join(DENSE_TASKS)
+    add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({words})")
     add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
-    add("--output", type=Path, required=True, metavar="DIR")
-    add(
-        "--resume",
-        action="store_true",
-        help="keep the tasks that DIR holds; the result is of those that are asked for",
-    )
+    add("--resume", action="store_true", help="keep what DIR holds; the result is of the tasks asked for")
     add("--seed", type=int, help="of all tasks; else that which FILE says of its training, or 0")
-    add(
-        "--max-images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of each part of a set, at equal steps; 0: all (%(default)s)",
-    )
-    add("--device", default="auto", choices=DEVICES, help="%(default)s")
-    add("--bf16", action="store_true", help="bfloat16 forward passes")
+    add("--max-images", type=int, default=0, metavar="N", help="of each part, at equal steps (0: all)")
     add("overrides", nargs="*", metavar="TASK.FIELD=VALUE", help="settings of the tasks")
     options = parser.parse_intermixed_args(arguments)
     # --tasks takes all the words that follow it
@@ -99,53 +78,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
+    """Parse, evaluate what is not finished yet, write, draw."""
     options = parse(arguments)
     tasks = named_tasks(options.tasks, "--tasks") if options.data else ()
     subjects, others = checkpoints(options)
-    options.seed = (
-        subjects[-1].seed if options.seed is None else options.seed
-    )  # seeds of a training are seeds of a row
+    if options.seed is None:
+        options.seed = subjects[-1].seed  # seeds of a training are seeds of a row
     settings = settings_of([*tasks, *[KNN] * bool(options.knn_root)], options.overrides, options.seed)
     device = choose_device(options.device)
     with StopSignals() as signals, ExitStack() as stack:
-        jobs = jobs_of(options, subjects[-1], settings, others, signals)
+        jobs = jobs_of(options, subjects[-1], settings, others)
         for folder, job in jobs.items():
             dense.check_folder(job, folder, options.resume)
             folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()  # an error now where nothing can be written
-        features = {}
-        for subject in subjects:
-            backbone = subject.build().to(device)
-            stack.enter_context(frozen(backbone))
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
-            features[subject.label] = Features(backbone, device, autocast)
+        features = {
+            subject.label: stack.enter_context(frozen_features(subject.build(), device, options.bf16))
+            for subject in subjects
+        }
         for folder, job in jobs.items():
             finished = dense.run(job, features[subjects[-1].label], folder, signals)
             print(f"result: {dense.write(job, finished, folder)}", flush=True)
-            if job.val is not None:
-                draw(job.val, finished, features, folder)
+            if isinstance(val := job.parts[1], LabelSet):
+                draw(val, finished, features, folder)
 
 
-def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, tuple[Any, Any]]]:
-    """The weights, after those of --before; and what of how they are used the protocol would have
-    otherwise."""
+def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, Any]]:
+    """The weights, after those of --before; (the protocol's, this run's) values of how they are used."""
     (subject,) = open_models([options.weights], (), options.source, options.backbone)
     others = {
         "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
         "precision": ("float32", "bf16" if options.bf16 else "float32"),
     }
     before = open_models([options.before], (), None, options.backbone) if options.before else []
-    return named_apart(
-        [replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]
-    ), others
+    built = [replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]
+    return named_apart(built), others
 
 
 def jobs_of(
-    options: argparse.Namespace,
-    subject: EvalModel,
-    settings: dict[str, Any],
-    others: dict[str, tuple[Any, Any]],
-    signals: StopSignals,
+    options: argparse.Namespace, subject: EvalModel, settings: dict[str, Any], others: dict[str, Any]
 ) -> dict[Path, dense.Job]:
     """What is asked for, by the folder of its result."""
     jobs, of_all = {}, (options.seed, options.max_images)
@@ -154,12 +125,11 @@ def jobs_of(
             open_label_set(options.data, part, options.set, options.classes) for part in ("train", "val")
         ]
         on_set = {task: used for task, used in settings.items() if task != KNN}
-        jobs[options.output] = dense.job_on_set(subject, *parts, on_set, others, signals, *of_all, SHOWN)
+        jobs[options.output] = dense.job_of(subject, parts, on_set, others, *of_all, SHOWN)
     if options.knn_root:
         folder = options.output / KNN if options.data else options.output
-        jobs[folder] = dense.job_on_classes(
-            subject, options.knn_root, settings[KNN], others, signals, *of_all
-        )
+        classes = open_class_folders(options.knn_root)
+        jobs[folder] = dense.job_of(subject, classes, {KNN: settings[KNN]}, others, *of_all)
     return jobs
 
 

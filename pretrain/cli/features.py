@@ -8,8 +8,6 @@ are those of all images together, for each checkpoint its own.
 """
 
 import argparse
-from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,15 +16,14 @@ from torch import Tensor
 from pretrain.analysis.attention import patch_at
 from pretrain.analysis.feature_figures import Shown, gallery, pca_figure, similarity_figure
 from pretrain.analysis.figures import forget, keep
-from pretrain.analysis.pca import background_by_pca, pca_colors
-from pretrain.analysis.similarity import Place, read_place, similarity_to
-from pretrain.cli import at_least
+from pretrain.analysis.pca import Place, background_by_pca, pca_colors, read_place, similarity_to
+from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, resized, whole
 from pretrain.data.sources import DataSettings
-from pretrain.device import DEVICES, choose_device
+from pretrain.device import choose_device
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel, add_options, models_of
-from pretrain.evaluation.features import Features, frozen, layer_names
+from pretrain.eval_model import EvalModel
+from pretrain.evaluation.features import frozen_features, layer_names
 
 QUERIES = [(0.25, 0.5), (0.5, 0.5), (0.75, 0.5)]
 Maps = dict[str, list[Tensor]]
@@ -34,26 +31,15 @@ Maps = dict[str, list[Tensor]]
 
 def main(arguments: list[str]) -> None:
     """Parse, look at one checkpoint after the other, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = evaluation_parser(__doc__, images=True, bf16=False)
+    add = parser.add_argument
+    add("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
+    add("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
+    add("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
+    add(
+        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (the default)"
     )
-    add_options(parser)
-    parser.add_argument("--images", required=True, metavar="PATH", help="anything that data.root may be")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)"
-    )
-    parser.add_argument("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
-    parser.add_argument(
-        "--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated"
-    )
-    parser.add_argument(
-        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)"
-    )
-    parser.add_argument(
-        "--foreground", action="store_true", help="PCA of the foreground alone, by the first component's sign"
-    )
-    parser.add_argument("--device", default="auto", choices=DEVICES, help="%(default)s")
+    add("--foreground", action="store_true", help="PCA of the foreground, by the first component's sign")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1)
     queries = [read_place(text) for text in options.query] or QUERIES
@@ -70,9 +56,8 @@ def main(arguments: list[str]) -> None:
         hidden = background_by_pca(features, grids) if options.foreground else None
         if hidden is not None and sum(int((~part).sum()) for part in hidden) < 3:
             raise UserError(f"{subject.label}: fewer than 3 foreground patches; leave out --foreground")
-        colors[subject.label] = [
-            rgb.unflatten(0, grid) for rgb, grid in zip(pca_colors(features, hidden), grids)
-        ]
+        rgbs = pca_colors(features, hidden)
+        colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(rgbs, grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
     images = [shown(pixels, options.size) for pixels in pictures.pixels]
@@ -97,15 +82,13 @@ def look(
     subject: EvalModel, pictures: list[np.ndarray], options: argparse.Namespace, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[Tensor]]:
     """Grids (h, w) and patch features [N, D] of each image, of the layer that is asked for."""
-    backbone = subject.build().to(device)
-    names = layer_names(backbone)
+    backbone = subject.build()
+    names, patch = layer_names(backbone), backbone.patch_size
     if not -len(names) <= options.layer < len(names):
-        raise UserError(
-            f"--layer {options.layer}: {subject.label} has layers 0 to {len(names) - 1} ({names[-1]})"
-        )
-    features, patch = Features(backbone, device, nullcontext()), backbone.patch_size
+        layers = f"layers 0 to {len(names) - 1} ({names[-1]})"
+        raise UserError(f"--layer {options.layer}: {subject.label} has {layers}")
     grids, found = [], []
-    with frozen(backbone):
+    with frozen_features(backbone, device) as features:
         for pixels in pictures:
             image = whole(pixels, options.size, patch)
             grids.append((image.shape[1] // patch, image.shape[2] // patch))
@@ -125,14 +108,11 @@ def draw(
     caption = "The first three components of the patches of all images together, as red, green and blue; one row a checkpoint."
     if options.foreground:
         caption += " Black: the background, one side of the first component of all patches."
-    forget(options.output / "figures", r"similarity-\d+")
-    found = [
-        keep(pca_figure(images, colors), options.output / "figures", "pca", "Principal components", caption)
-    ]
+    folder = options.output / "figures"
+    forget(folder, r"similarity-\d+")
+    found = [keep(pca_figure(images, colors), folder, "pca", "Principal components", caption)]
     for number, (name, image, maps) in enumerate(zip(names, images, cosines), 1):
         figure = similarity_figure(image, queries, maps)
         caption = "Cosine similarity of every patch to the one with the red dot; one row a checkpoint."
-        found.append(
-            keep(figure, options.output / "figures", f"similarity-{number}", f"Similarity: {name}", caption)
-        )
+        found.append(keep(figure, folder, f"similarity-{number}", f"Similarity: {name}", caption))
     return found

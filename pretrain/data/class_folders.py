@@ -75,7 +75,6 @@ def _list(folder: Path) -> dict[str, list[str]]:
         if files:
             found[name] = files
     if not found:
-        raise UserError(
-            f"no image CLASS/*{'|'.join(SUFFIXES)} in {folder}: a folder for each class is needed"
-        )
+        what = f"CLASS/*{'|'.join(SUFFIXES)}"
+        raise UserError(f"no image {what} in {folder}: a folder for each class is needed")
     return found

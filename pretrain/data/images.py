@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -207,6 +208,15 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     """At most ``most`` of the items, at equal steps from the first one."""
     n = min(len(items), most)
     return [items[i * len(items) // n] for i in range(n)]
+
+
+def in_batches(
+    function: Callable[[Item], Made], items: Iterable[Item], size: int
+) -> Generator[list[Made], None, None]:
+    """:func:`in_threads`, ``size`` at a time; the last batch may be smaller."""
+    with closing(in_threads(function, items)) as made:
+        while batch := list(islice(made, size)):
+            yield batch
 
 
 def in_threads(function: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:

@@ -6,11 +6,18 @@ clustered by faiss, whose defaults it keeps. **Ours**: the centers start from k-
 all seeds draw from one pool of patches; each label pixel takes the patch that its center lies in (theirs: its
 upper left corner); a class that does not occur is left out of the mean, and label 0 (ADE20K's "other") is no
 class, where theirs counts 151 with one IoU that is always 0.
+
+K-means gives the same each time on one machine: distances are of the data's dtype, of data moved to mean 0,
+sums are float64, and no step adds by scattering, the order of which a GPU leaves open. What is held beside
+the data is one chunk of distances.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,33 +26,26 @@ from torch import Tensor
 
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome
-from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
-from pretrain.evaluation.kmeans import kmeans, nearest_centers
-from pretrain.evaluation.linear import Moments, ReadOut
-from pretrain.evaluation.long_work import check_signals, steps, tell_if_long
-from pretrain.evaluation.matching import count_pairs, greedy, hungarian, mean_iou
+from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation.features import FORWARD_BATCH, Features, Moments, ReadOut, finite
+from pretrain.evaluation.miou import count_pairs, greedy, hungarian, mean_iou
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 
 PROJECTED_AT_ONCE = 2**13  # patches of the pool, in float64
 TIMED = 2**12  # patches
+CHUNK = 2**22  # distances held at a time (float32: 16 MiB, and 32 as float64 memberships)
 
 
 class ClusteringSettings(Settings):
     """The protocol."""
 
-    image_px: int = setting(
-        448, "side of an image", source="Leopart, NeCo: size_crops of their configs", ge=1
-    )
+    image_px: int = setting(448, "side of an image", source="Leopart, NeCo: size_crops", ge=1)
     label_px: int = setting(
         100, "side at which clusters and labels meet", source="Leopart, NeCo: mask_eval_size", ge=1
     )
     pca_dim: int = setting(
-        50,
-        "principal components; from the features' width on they are standardized alone",
-        source="Leopart, NeCo: pca_dim",
-        ge=1,
+        50, "components; of no more features all, standardized alone", source="Leopart, NeCo: pca_dim", ge=1
     )
     overclusters: tuple[PositiveInt, ...] = setting(
         (500,), "K beside the number of classes", source="Leopart's configs, NeCo's table"
@@ -70,23 +70,22 @@ def clustering(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """mIoU of clusters matched to classes: one to one for K = classes, many to one above.
+    """An evaluator: mIoU of clusters matched to classes: one to one for K = classes, many to one above.
 
     Two passes over the images, the labels of which serve the matching alone; ``train`` is not used. Memory:
     the pool, max_patches x D float32 (201 MB for D = 384, 537 MB for 1024) on the CPU, then its projection,
-    max_patches x pca_dim (26 MB), on the device; the patches of one batch; one chunk of distances
-    (:mod:`.kmeans`). With the set grow 8 bytes a patch, for drawing the pool. Features that are all equal are
-    one cluster: the others are empty.
+    max_patches x pca_dim (26 MB), on the device; the patches of one batch; one chunk of distances. With the
+    set grow 8 bytes a patch, for drawing the pool. Features that are all equal are one cluster: the others
+    are empty.
 
     Returns:
         ``clustering_miou``, ``clustering_k{K}_miou`` and, of several seeds, their sample deviations
-        ``..._std``; maps of the first
-        seed, [label_px, label_px]: ``clustering``, the classes 1 .. C that the clusters were matched to.
+        ``..._std``; maps ``clustering`` of the first seed, [label_px, label_px]: the classes 1 .. C that the
+        clusters were matched to.
 
     Raises:
         UserError: more clusters than patches, an overcluster number that is not above the number of classes,
-            an image size that is not whole patches, features that are not finite, a set without a labeled
-            pixel.
+            an image size that is not whole patches.
         Interrupted: there was a signal, which K-means looks at after each iteration.
     """
     n_classes = len(val.classes)
@@ -101,9 +100,8 @@ def clustering(
         projected = torch.cat([project(tokens.patches) for tokens in features(images)]).float()  # [b, N, d]
         labels = labels.to(pool.device)
         for key, own in centers.items():
-            clusters = _at_pixels(
-                nearest_centers(projected.flatten(0, 1), own).view(projected.shape[:2]), settings.label_px
-            )
+            of_patches = nearest_centers(projected.flatten(0, 1), own).view(projected.shape[:2])
+            clusters = _at_pixels(of_patches, settings.label_px)
             counts[key] += count_pairs(clusters, labels, key[0], n_classes)
             if key == (n_classes, seeds[0]) and len(shown) < n_shown:
                 shown += clusters[: n_shown - len(shown)]
@@ -117,26 +115,21 @@ def clustering(
         if len(seeds) > 1:
             metrics[f"{name}_miou_std"] = statistics.stdev(scores)
     matched = hungarian(counts[n_classes, seeds[0]])
-    return Outcome(metrics, {"clustering": [_map(matched[clusters]) for clusters in shown]})
+    maps = [(matched[clusters] + 1).cpu().numpy().astype(np.int32) for clusters in shown]
+    return Outcome(metrics, {"clustering": maps})
 
 
 def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numbers: tuple[int, ...]) -> None:
     patch_px = features.backbone.patch_size
-    if settings.image_px % patch_px:
-        raise UserError(
-            f"clustering: image_px={settings.image_px} is no multiple of the patch size {patch_px}"
-        )
-    n_patches = min(len(val) * (settings.image_px // patch_px) ** 2, settings.max_patches)
-    for n in numbers:
-        if n > n_patches:
-            raise UserError(
-                f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster"
-            )
-    for n in settings.overclusters:
-        if n <= len(val.classes):
-            raise UserError(
-                f"clustering: overclusters K={n} is not more than the {len(val.classes)} classes of {val.name}"
-            )
+    side_px, n_classes = settings.image_px, len(val.classes)
+    if side_px % patch_px:
+        raise UserError(f"clustering: image_px={side_px} is no multiple of the patch size {patch_px}")
+    n_patches = min(len(val) * (side_px // patch_px) ** 2, settings.max_patches)
+    if (n := max(numbers)) > n_patches:
+        raise UserError(f"clustering: K={n} is more than the {n_patches} patches of {val.name} to cluster")
+    if (n := min(numbers[1:], default=n_classes + 1)) <= n_classes:
+        what = f"overclusters K={n} is not more than the {n_classes} classes of {val.name}"
+        raise UserError(f"clustering: {what}")
 
 
 def _projected_pool(
@@ -146,16 +139,10 @@ def _projected_pool(
     where there are no more."""
     backbone = features.backbone
     n_patches = len(val) * (settings.image_px // backbone.patch_size) ** 2
-    drawn = (
-        torch.randperm(n_patches, generator=_generator(0, settings.seed))[: settings.max_patches]
-        .sort()
-        .values
-    )
-    moments, pool, seen = (
-        Moments(backbone.embed_dim, 0, features.device),
-        torch.empty(len(drawn), backbone.embed_dim),
-        0,
-    )
+    drawn = torch.randperm(n_patches, generator=_generator(0, settings.seed))
+    drawn = drawn[: settings.max_patches].sort().values
+    moments, seen = Moments(backbone.embed_dim, 0, features.device), 0
+    pool = torch.empty(len(drawn), backbone.embed_dim)
     for images, _ in val.squares(settings.image_px, settings.label_px, FORWARD_BATCH):
         for tokens in features(images):
             patches = tokens.patches.flatten(0, 1)
@@ -170,10 +157,8 @@ def _projected_pool(
 
 
 def principal(moments: Moments, dim: int) -> ReadOut:
-    """Standardize features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)].
-
-    A direction that does not vary gives 0.
-    """
+    """Standardize features, then keep their first ``dim`` principal components: [D] -> [min(D, dim)]. A
+    direction that does not vary gives 0."""
     mean, std, correlation = moments.standard()
     values, vectors = torch.linalg.eigh(correlation)  # ascending
     components = (vectors * (values > 1e-9))[:, -dim:] / std[:, None]
@@ -183,22 +168,25 @@ def principal(moments: Moments, dim: int) -> ReadOut:
 def _centers(
     pool: Tensor, keys: list[tuple[int, int]], settings: ClusteringSettings, signals: StopSignals | None
 ) -> dict[tuple[int, int], Tensor]:
-    """Centers [K, d] for each (K, seed)."""
+    """Of each (K, seed): [K, d]."""
+    where = "clustering, K-means"
     if signals is not None:
-        seconds = sum(_seconds(pool, n, settings) for n, _ in keys)
-        tell_if_long(
-            "clustering, K-means", seconds, "clustering.overclusters, clustering.seeds, clustering.restarts"
-        )
-    tell = steps("clustering, K-means", len(keys), signals, "fits")
+        less_by = "clustering.overclusters, clustering.seeds, clustering.restarts"
+        tell_if_long(where, sum(_seconds(pool, n, settings) for n, _ in keys), less_by)
+    tell = steps(where, len(keys), signals, "fits")
     found = {}
     for n, seed in keys:
-        found[n, seed] = _fit(pool, n, seed, settings, lambda: check_signals(signals, "clustering, K-means"))
+        generator = _generator(n, seed)  # draws the part of the pool that is clustered, too
+        rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n]
+        x, tick = pool[rows.sort().values.to(pool.device)], partial(check_signals, signals, where)
+        best = kmeans(x, n, generator, settings.restarts, settings.max_iterations, tick=tick)
+        found[n, seed] = best.centers
         tell()
     return found
 
 
 def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> float:
-    """About how long :func:`_fit` takes if no restart converges, from the distances of some patches."""
+    """About how long K-means takes if no restart converges, from the distances of some patches."""
     n_patches = min(len(pool), settings.patches_per_cluster * n_clusters)
     some = pool[: min(n_patches, TIMED)]
     started = time.perf_counter()
@@ -207,16 +195,6 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     # On one core, at K = 500, the means took 1.4 times as long as the distances; k-means++ about 0.35 times
     # as long as 100 of them.
     return 2.75 * seconds * settings.max_iterations * settings.restarts
-
-
-def _fit(
-    pool: Tensor, n_clusters: int, seed: int, settings: ClusteringSettings, tick: Callable[[], object]
-) -> Tensor:
-    """Centers [K, d] of a part of the pool that this seed draws."""
-    generator = _generator(n_clusters, seed)
-    rows = torch.randperm(len(pool), generator=generator)[: settings.patches_per_cluster * n_clusters]
-    x = pool[rows.sort().values.to(pool.device)]
-    return kmeans(x, n_clusters, generator, settings.restarts, settings.max_iterations, tick=tick).centers
 
 
 def _generator(n_clusters: int, seed: int) -> torch.Generator:
@@ -231,6 +209,125 @@ def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
     return patches.unflatten(1, (grid, grid))[:, at[:, None], at]
 
 
-def _map(numbers: Tensor) -> np.ndarray:
-    """0 .. to 1 .."""
-    return (numbers + 1).cpu().numpy().astype(np.int32)
+# --- K-means ----------------------------------------------------------------------------------------------
+
+
+class Clusters(NamedTuple):
+    """What K-means found: centers [K, D], of which some may be equal where there are fewer different rows than
+    clusters; the nearest of each row, [n] int64; the sum of the squared distances to them."""
+
+    centers: Tensor
+    labels: Tensor
+    inertia: float
+
+
+def nearest_centers(x: Tensor, centers: Tensor, chunk: int = CHUNK) -> Tensor:
+    """The nearest of ``centers`` [K, D] for each row of ``x`` [n, D], the first of equals: [n] int64."""
+    norms = centers.square().sum(1)  # |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all c
+    parts = _chunks(x, len(centers), chunk)
+    return torch.cat([torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in parts])
+
+
+def lloyd(
+    x: Tensor,
+    centers: Tensor,
+    max_iterations: int = 100,
+    chunk: int = CHUNK,
+    tick: Callable[[], object] = lambda: None,
+) -> Clusters:
+    """Lloyd's iterations of ``x`` [n, D] from given centers [K, D], until no row changes its cluster. An empty
+    cluster takes the row farthest from its center (as scikit-learn's).
+
+    Args:
+        chunk: distances held at a time, which bounds the memory.
+        tick: called after each iteration; what it raises ends them.
+    """
+    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    x, centers = x - mean, centers - mean
+    labels = nearest_centers(x, centers, chunk)
+    for _ in range(max_iterations):
+        before, centers = labels, _means(x, labels, centers, chunk)
+        labels = nearest_centers(x, centers, chunk)
+        if torch.equal(labels, before):
+            break
+        tick()
+    return Clusters(centers + mean, labels, _distances(x, labels, centers, chunk).sum().item())
+
+
+def spread_centers(
+    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None
+) -> Tensor:
+    """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
+    those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
+    scikit-learn's). [K, D]; rows are taken twice only where there are fewer different ones.
+
+    Args:
+        generator: on the CPU.
+        tick: called after each center.
+    """
+    n_drawn = 2 + int(math.log(n_clusters))
+    chosen = [int(torch.randint(len(x), (), generator=generator))]
+    nearest = _to_rows(x, chosen)  # [n, 1]
+    for _ in range(n_clusters - 1):
+        total = nearest[:, 0].cpu().cumsum(0)  # on the CPU: a GPU's scan adds in an order of its own
+        at = torch.rand(n_drawn, dtype=torch.float64, generator=generator) * total[-1]
+        # Of rows that are all equal the last one
+        rows = torch.searchsorted(total, at, right=True).clamp(max=len(x) - 1).tolist()
+        left = torch.minimum(nearest, _to_rows(x, rows))  # [n, drawn]
+        best = int(left.sum(0).argmin())
+        chosen.append(rows[best])
+        nearest = left[:, best : best + 1]
+        tick()
+    return x[chosen]
+
+
+def kmeans(
+    x: Tensor,
+    n_clusters: int,
+    generator: torch.Generator,
+    n_restarts: int = 1,
+    max_iterations: int = 100,
+    chunk: int = CHUNK,
+    tick: Callable[[], object] = lambda: None,
+) -> Clusters:
+    """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
+    arguments are theirs. A ValueError for more clusters than rows."""
+    if not 1 <= n_clusters <= len(x):
+        raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
+    firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
+    runs = (lloyd(x, first, max_iterations, chunk, tick) for first in firsts)
+    return min(runs, key=lambda run: run.inertia)
+
+
+def _means(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
+    n_clusters = len(centers)
+    counts = torch.bincount(labels, minlength=n_clusters)
+    sums = centers.new_zeros(centers.shape, dtype=torch.float64)
+    for part, own in zip(_chunks(x, n_clusters, chunk), _chunks(labels, n_clusters, chunk)):
+        members = own[:, None] == torch.arange(n_clusters, device=x.device)  # [c, K]
+        sums += members.double().T @ part.double()
+    if (empty := (counts == 0).nonzero().flatten()).numel():
+        distances = _distances(x, labels, centers, chunk)
+        far = distances.topk(min(len(empty), len(x))).indices
+        for cluster, row in zip(empty.tolist(), far[distances[far] > 0].tolist()):
+            sums[labels[row]] -= x[row].double()
+            counts[labels[row]] -= 1
+            sums[cluster], counts[cluster] = x[row].double(), 1
+    means = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
+    return torch.where(counts[:, None] > 0, means, centers)
+
+
+def _distances(x: Tensor, labels: Tensor, centers: Tensor, chunk: int) -> Tensor:
+    """Squared distance of each row to the center of its cluster; [n] float64."""
+    parts = zip(_chunks(x, x.shape[1], chunk), _chunks(labels, x.shape[1], chunk))
+    return torch.cat([(part.double() - centers[own].double()).square().sum(1) for part, own in parts])
+
+
+def _to_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Squared distance of each row of ``x`` to some of its rows, 0 of equal ones; [n, rows] float64."""
+    return torch.cdist(x, x[rows], compute_mode="donot_use_mm_for_euclid_dist").double().square()
+
+
+def _chunks(x: Tensor, width: int, chunk: int) -> tuple[Tensor, ...]:
+    """Rows of ``x``, as many at a time as make ``chunk`` values of ``width``."""
+    return x.split(max(1, chunk // width))

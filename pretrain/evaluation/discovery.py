@@ -37,8 +37,7 @@ Grid = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """What a method found: the object's patches [h, w] bool, and the patch that it started from, (row,
-    column)."""
+    """The object's patches [h, w] bool, and the patch that the method started from, (row, column)."""
 
     mask: NDArray[np.bool_]
     seed: tuple[int, int]
@@ -116,7 +115,7 @@ def discover(
     of: str = "keys",
     short_px: int = 0,
 ) -> dict[str, Judged]:
-    """One box by each method in one image, judged.
+    """One box by each method in one image, judged; a UserError for an image of too many patches.
 
     Args:
         features: of a frozen backbone.
@@ -126,15 +125,9 @@ def discover(
         of: ``keys`` of the last attention layer | ``tokens``, the last features.
         short_px: shorter side that the image is scaled to; 0: it goes in as it is, padded with zeros to whole
             patches.
-
-    Raises:
-        UserError: an image of too many patches, see :func:`pretrain.data.images.whole`.
     """
-    patch_size = features.backbone.patch_size
-    if short_px:
-        image = whole(pixels, short_px, patch_size)
-    else:
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
+    patch_size, as_is = features.backbone.patch_size, torch.from_numpy(pixels).permute(2, 0, 1)
+    image = whole(pixels, short_px, patch_size) if short_px else as_is
     height, width = image.shape[1:]
     grid = check_grid(-(-height // patch_size), -(-width // patch_size), f"an image of {width} x {height} px")
     x = features.keys(image[None]) if of == "keys" else features.layer(image[None], -1)
@@ -158,8 +151,7 @@ def _found(mask: Tensor, seed: int, grid: Grid) -> Found:
 
 
 def component(mask: NDArray[np.bool_], seed: tuple[int, int]) -> NDArray[np.bool_]:
-    """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column), which is in
-    the mask."""
+    """The part of a mask [h, w] that hangs together, by edges, with ``seed`` (row, column) in it."""
     assert mask[seed]
     labels = cv2.connectedComponents(np.ascontiguousarray(mask, np.uint8), connectivity=4)[1]
     same: NDArray[np.bool_] = labels == labels[seed]

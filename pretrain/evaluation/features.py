@@ -1,4 +1,4 @@
-"""What all probes share: the features of a frozen backbone, layer by layer, of uint8 images."""
+"""What all evaluations share: the features of a frozen backbone, layer by layer, of uint8 images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,11 +19,9 @@ LayerVisitor = Callable[[slice, int, Tensor], None]
 
 
 def layer_names(backbone: ViT) -> list[str]:
-    """What :meth:`Features.visit` counts: ``embedding``, ``block 1``, ..., and ``norm`` where there is a
-    final one."""
-    return ["embedding", *(f"block {i + 1}" for i in range(len(backbone.blocks)))] + [
-        "norm"
-    ] * backbone.model_kwargs["final_norm"]
+    """The layers of :meth:`Features.visit`: ``embedding``, ``block 1``, ..., and ``norm`` if there is one."""
+    blocks = [f"block {i + 1}" for i in range(len(backbone.blocks))]
+    return ["embedding", *blocks, *["norm"] * backbone.model_kwargs["final_norm"]]
 
 
 @contextmanager
@@ -56,15 +54,14 @@ class Features:
         """Tokens after the final norm, ``FORWARD_BATCH`` images at a time, in order.
 
         Args:
-            images: uint8 [n, 3, S, S], whole images.
+            images: uint8 [n, 3, H, W], whole images.
             position_masks: [n, N] bool, patches whose position is replaced by the position mask token.
         """
-        for part in _parts(images):
-            yield Tokens(*map(_full, self._forward(part, images, position_masks)))
+        for _, tokens in self._passes(images, position_masks):
+            yield Tokens(*map(_full, tokens))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
-        """Show the patch features of every layer to ``visitor(part, layer, patches)`` as they arise: one
-        layer at a time is held.
+        """Show the patch features of every layer to ``visitor(part, layer, patches)``, one layer at a time.
 
         The pass is the backbone's own, looked at through hooks.
 
@@ -73,34 +70,23 @@ class Features:
             visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n,
                 N, D].
         """
-        backbone = self.backbone
-        last = len(backbone.blocks)
+        backbone, start = self.backbone, 0
 
         def show(layer: int, tokens: Tensor) -> None:
-            visitor(part, layer, _full(backbone.split(tokens).patches))
+            visitor(slice(start, start + FORWARD_BATCH), layer, _full(backbone.split(tokens).patches))
 
         with ExitStack() as hooks:
-            hooks.enter_context(
-                backbone.blocks[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0]))
-            )
-            for i, block in enumerate(backbone.blocks):
-                hooks.enter_context(
-                    block.register_forward_hook(lambda _, __, out, layer=i + 1: show(layer, out))
-                )
-            if backbone.model_kwargs["final_norm"]:
-                hooks.enter_context(
-                    backbone.norm.register_forward_hook(lambda _, __, out: show(last + 1, out))
-                )
-            for part in _parts(images):
-                self._forward(part, images, position_masks)
+            layers = [*backbone.blocks, *[backbone.norm] * backbone.model_kwargs["final_norm"]]
+            hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, inputs: show(0, inputs[0])))
+            for layer, module in enumerate(layers, 1):
+                hook = lambda _, __, out, layer=layer: show(layer, out)  # noqa: E731
+                hooks.enter_context(module.register_forward_hook(hook))
+            for done, _ in self._passes(images, position_masks):
+                start = done
 
     def layer(self, images: Tensor, layer: int) -> Tensor:
         """Patch features [n, N, D] of one layer, by its number in :func:`layer_names` (negative: from the
-        end).
-
-        Raises:
-            UserError: they are not finite; so do :meth:`keys`.
-        """
+        end); a UserError where they are not finite, as of :meth:`keys`."""
         found: list[Tensor] = []
         wanted = range(len(layer_names(self.backbone)))[layer]
         self.visit(images, lambda _, number, patches: found.append(patches) if number == wanted else None)
@@ -111,23 +97,29 @@ class Features:
         found: list[Tensor] = []
         last = self.backbone.blocks[-1]
         assert isinstance(last, Block)
-        with last.attn.qkv.register_forward_hook(
-            lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))
-        ):
-            for part in _parts(images):
-                self._forward(part, images)
+        keep = lambda _, __, qkv: found.append(_full(qkv.chunk(3, dim=-1)[1]))  # noqa: E731
+        with last.attn.qkv.register_forward_hook(keep):
+            for _ in self._passes(images):
+                pass
         return finite(torch.cat(found)[:, self.backbone.n_prefix :])
 
-    def _forward(self, part: slice, images: Tensor, position_masks: Tensor | None = None) -> Tokens:
-        masks = None if position_masks is None else position_masks[part].to(self.device)
-        pixels = normalize(images[part].to(self.device)).to(self.backbone.patch_embed.proj.weight.dtype)
-        with self.autocast:
-            tokens: Tokens = self.backbone(pixels, position_mask=masks)
-        return tokens
+    def _passes(self, images: Tensor, masks: Tensor | None = None) -> Iterator[tuple[int, Tokens]]:
+        """Number of images done, and the tokens of the last of them."""
+        dtype = self.backbone.patch_embed.proj.weight.dtype
+        for start in range(0, len(images), FORWARD_BATCH):
+            part = slice(start, start + FORWARD_BATCH)
+            mask = None if masks is None else masks[part].to(self.device)
+            pixels = normalize(images[part].to(self.device)).to(dtype)
+            with self.autocast:
+                tokens: Tokens = self.backbone(pixels, position_mask=mask)
+            yield part.stop, tokens
 
 
-def _parts(images: Tensor) -> list[slice]:
-    return [slice(start, start + FORWARD_BATCH) for start in range(0, len(images), FORWARD_BATCH)]
+@contextmanager
+def frozen_features(backbone: ViT, device: torch.device, bf16: bool = False) -> Iterator[Features]:
+    """The features of a backbone, which is moved to ``device`` and held :func:`frozen`."""
+    with frozen(backbone.to(device)):
+        yield Features(backbone, device, torch.autocast(device.type, torch.bfloat16, enabled=bf16))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -135,6 +127,69 @@ def finite(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite numbers")
     return x
+
+
+def patch_maps(features: Features, images: Tensor) -> Iterator[Tensor]:
+    """Patch features [b, N, D] float32 of uint8 [n, 3, S, S], ``FORWARD_BATCH`` images at a time;
+    a UserError where they are not finite."""
+    for tokens in features(images):
+        yield finite(tokens.patches).detach().float()
+
+
+def whole_patches(image_px: int, features: Features) -> int:
+    """``image_px`` rounded down to whole patches, with a message: 512 px become 504 px with patches of 14, as
+    in open-hummingbird-eval. A UserError if it is less than a patch."""
+    patch_px = features.backbone.patch_size
+    if image_px < patch_px:
+        raise UserError(f"image_px={image_px} is less than a patch of {patch_px}")
+    side = image_px // patch_px * patch_px
+    if side < image_px:
+        print(
+            f"images of {side} px, whole patches of {patch_px}, in place of image_px={image_px}", flush=True
+        )
+    return side
+
+
+class Moments:
+    """Sums over rows of features and outputs, all that a linear fit needs, at a memory that does not grow."""
+
+    def __init__(self, dim: int, n_outputs: int, device: torch.device) -> None:
+        self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.n = 0
+        self.x, self.xx, self.y, self.xy = (
+            torch.zeros(shape, dtype=torch.float64, device=self.home)
+            for shape in ((dim,), (dim, dim), (n_outputs,), (dim, n_outputs))
+        )
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows ``x`` [n, D] and their outputs ``y`` [n, K]."""
+        x, y = x.to(self.home).double(), y.to(self.home).double()
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    def standard(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean [D] and standard deviation [D] (1 where a feature is constant) of the features, and their
+        correlation [D, D]."""
+        mean = self.x / self.n
+        covariance = self.xx / self.n - torch.outer(mean, mean)
+        variance = covariance.diagonal().clamp(min=0)
+        std = torch.where(variance > 1e-12, variance, 1.0).sqrt()
+        return mean, std, covariance / torch.outer(std, std)
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """x -> x @ weight + bias; weight [D, K], bias [K], float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., K] float64."""
+        return x.to(self.weight.device).double() @ self.weight + self.bias
 
 
 def _full(x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ they fit into half of what is free there, else on the host, from which each chun
 
 import time
 from collections.abc import Callable
-from contextlib import closing
-from itertools import islice, product
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -38,60 +38,41 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from pretrain.data.datasets import LabelSet, maps
-from pretrain.data.images import in_threads, square
+from pretrain.data.images import in_batches, square
 from pretrain.data.sampler import VIEWS, generator
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome
-from pretrain.evaluation.features import FORWARD_BATCH, Features
+from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
 from pretrain.evaluation.knn import nearest
-from pretrain.evaluation.long_work import check_signals, steps, tell_if_long
-from pretrain.evaluation.matching import class_ious, hungarian, mean_iou, named_ious
-from pretrain.evaluation.patches import confusion_of, cropped, patch_counts, patch_maps, whole_patches
+from pretrain.evaluation.linear_segmentation import cropped
+from pretrain.evaluation.miou import class_ious, confusion_of, hungarian, mean_iou, named_ious
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import ADJUST
 
 QUERIES = 8192  # patches compared at a time,
 CHUNK = 16_384  # with so many of the memory: 0.5 GiB of similarities
-TIMED_FROM = (
-    1e11  # comparisons of which it is found out before how long they take; fewer are minutes on a CPU
-)
+# Comparisons of which it is found out before how long they take; fewer are minutes on a CPU
+TIMED_FROM = 1e11
 
 
 class InContextSettings(Settings):
     """The protocol; sources are of open-hummingbird-eval."""
 
-    image_px: int = setting(
-        512,
-        "side of an image, 504 with patches of 14; ours: rounded down to whole patches",
-        source="README",
-        ge=1,
-    )
+    image_px: int = setting(512, "side, down to whole patches (ours; 504 with 14)", source="README", ge=1)
     k: int = setting(30, "nearest patches of the memory", source="hbird_eval.py: n_neighbors", ge=1)
     temperature: float = setting(0.02, "of the softmax over cosines", source="hbird_eval.py: beta", gt=0)
-    memory_size: int = setting(
-        10_240_000, "patches; the largest of the published figures", source="README", ge=1
-    )
+    memory_size: int = setting(10_240_000, "patches; the largest published", source="README", ge=1)
     passes: int = setting(2, "through all training images", source="README: augmentation epochs", ge=1)
-    augment: bool = setting(
-        True,
-        "crops and colors of the training images; false (ours): the whole images",
-        source="transforms.py",
-    )
+    augment: bool = setting(True, "crops and colors; false (ours): whole images", source="transforms.py")
     crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
-        (0.5, 2.0),
-        "share of the image's area; shares above 1 never fit and are drawn again",
-        source="transforms.py",
+        (0.5, 2.0), "share of the area; above 1 never fits and is drawn again", source="transforms.py"
     )
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = setting(
         (3 / 4, 4 / 3), "width / height of a crop", source="image_transformations.py"
     )
-    jitter: float = setting(
-        0.1,
-        "of brightness, contrast, saturation and hue, in this order, before the crop",
-        source="transforms.py",
-        ge=0,
-    )
+    # in this order, before the crop
+    jitter: float = setting(0.1, "of brightness, contrast, saturation and hue", source="transforms.py", ge=0)
     jitter_p: float = setting(0.5, "probability of each", source="transforms.py", ge=0, le=1)
     seed: int = setting(0, "of crops, colors and the choice of patches", source="ours", ge=0)
     map_px: int = setting(224, "side of the maps for figures", source="ours", ge=1)
@@ -105,22 +86,9 @@ def in_context(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before matching), in
-    percent.
-
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
-    random state.
-
-    Args:
-        features: of a frozen backbone.
-        train, val: parts of one set.
-        n_shown: of how many of the first validation images there shall be a map ``in_context`` (before
-            matching).
-
-    Raises:
-        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
-        Interrupted: there was a signal, which the search looks at after each chunk of the memory.
-    """
+    """An evaluator: ``in_context_miou``, ``in_context_hungarian_miou`` and ``in_context_class_iou`` (before
+    matching), in percent, and maps ``in_context`` (before matching). The search looks at signals after each
+    chunk of the memory."""
     side = whole_patches(settings.image_px, features)
     n_patches = (side // features.backbone.patch_size) ** 2  # of an image
     queries, held = len(val) * n_patches, min(settings.memory_size, settings.passes * len(train) * n_patches)
@@ -130,12 +98,9 @@ def in_context(
         what = f"in_context: {queries:,} patches compared with up to {held:,} ({bank_gb:.1f} GB)"
         tell_if_long(what, seconds, "in_context.memory_size")
     memory = remember(features, train, settings, side)
-    tell = steps(
-        "in_context, search", -(-len(val) // FORWARD_BATCH), signals, f"batches of {FORWARD_BATCH} images"
-    )
-
-    def check() -> None:
-        check_signals(signals, "in_context")
+    unit = f"batches of {FORWARD_BATCH} images"
+    tell = steps("in_context, search", -(-len(val) // FORWARD_BATCH), signals, unit)
+    check = partial(check_signals, signals, "in_context")
 
     def predict(patches: Tensor) -> Tensor:
         parts = patches.flatten(0, 1).split(QUERIES)
@@ -224,12 +189,11 @@ def remember(features: Features, train: LabelSet, settings: InContextSettings, s
         return square(pixels, side, crop=False), torch.from_numpy(chosen), torch.from_numpy(counts[chosen])
 
     memory = Memory(passes * len(train) * each, features.backbone.embed_dim, n_classes, features.device)
-    with closing(in_threads(item, product(range(passes), range(len(train))))) as items:
-        while batch := list(islice(items, FORWARD_BATCH)):
-            images, chosen, counts = zip(*batch)
-            for patches in patch_maps(features, torch.stack(images)):  # once
-                own = [image[places.to(image.device)] for image, places in zip(patches, chosen)]
-                memory.add(torch.cat(own), torch.cat(counts))
+    for items in in_batches(item, product(range(passes), range(len(train))), FORWARD_BATCH):
+        images, chosen, counts = zip(*items)
+        for patches in patch_maps(features, torch.stack(images)):  # once
+            own = [image[places.to(image.device)] for image, places in zip(patches, chosen)]
+            memory.add(torch.cat(own), torch.cat(counts))
     if not memory.n:
         raise UserError(f"{train.name}: no pixel of the training part is counted")
     return memory
@@ -244,6 +208,16 @@ def jittered(
         if u < p:
             pixels = adjust(pixels, middle + strength * (2 * drawn - 1))
     return pixels
+
+
+def patch_counts(labels: NDArray[np.int32], patch_px: int, n_classes: int) -> NDArray[np.int64]:
+    """Counted pixels of each class in each patch: labels [S, S] in 0 (not counted) .. C -> [N, C],
+    row-major."""
+    side, width = len(labels) // patch_px, n_classes + 1
+    place = np.arange(len(labels)) // patch_px
+    patches = place[:, None] * side + place  # [S, S]
+    counts = np.bincount((patches * width + labels).ravel(), minlength=side**2 * width)
+    return counts.reshape(-1, width)[:, 1:]
 
 
 def choose(rng: np.random.Generator, counts: NDArray[np.int64], most: int) -> NDArray[np.int64]:

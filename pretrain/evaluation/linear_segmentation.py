@@ -18,65 +18,50 @@ batch without a counted pixel has the loss 0.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from pretrain.data.datasets import LabelSet
 from pretrain.data.datasets.maps import nearest
-from pretrain.data.images import in_threads, square
+from pretrain.data.images import in_batches, square
 from pretrain.data.sampler import ORDER, VIEWS, Order, generator
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome
-from pretrain.evaluation.features import FORWARD_BATCH, Features
-from pretrain.evaluation.long_work import check_signals
-from pretrain.evaluation.matching import class_ious, mean_iou, named_ious
-from pretrain.evaluation.patches import confusion_of, cropped, patch_maps, shrink, whole_patches
+from pretrain.evaluation import Outcome, check_signals
+from pretrain.evaluation.features import FORWARD_BATCH, Features, patch_maps, whole_patches
+from pretrain.evaluation.miou import class_ious, confusion_of, mean_iou, named_ious, shrink
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
+from pretrain.views.boxes import TRIES, draw_crops
 
-HELD_BYTES = (
-    2**31
-)  # features of the training part that stay in the host's memory where they are the same in each epoch
+# Features of the training part that stay in the host's memory where they are the same in each epoch
+HELD_BYTES = 2**31
 
 
 class LinearSettings(Settings):
     """The protocol; sources are files of the two public codes."""
 
-    image_px: int = setting(
-        448, "side of an image; ours: rounded down to whole patches", source="configs: size_crops", ge=1
-    )
+    image_px: int = setting(448, "side, down to whole patches (ours)", source="configs: size_crops", ge=1)
     label_px: int = setting(
-        100,
-        "side at which logits and labels meet",
-        source="linear_finetune.py: train_mask_size, val_mask_size",
-        ge=1,
+        100, "side at which logits and labels meet", source="linear_finetune.py: {train,val}_mask_size", ge=1
     )
     epochs: int = setting(25, "through the training images", source="configs: max_epochs", ge=1)
     coco_images: int = setting(
         11_828, "a tenth of train2017, drawn at random; of other sets all", source="linear_finetune.py", ge=1
     )
-    batch_size: int = setting(
-        128,
-        "images a step, the rest of an epoch is left out; Leopart: 60 on each of 2 GPUs",
-        source="NeCo's configs",
-        ge=1,
-    )
+    # Leopart: 60 on each of 2 GPUs
+    batch_size: int = setting(128, "images; the rest of an epoch is left out", source="NeCo's configs", ge=1)
     lr: float = setting(0.01, "of SGD", source="configs", ge=0)
     momentum: float = setting(0.9, "of SGD", source="linear_finetune.py: configure_optimizers", ge=0)
     weight_decay: float = setting(1e-4, "of SGD", source="linear_finetune.py: configure_optimizers", ge=0)
     drop_at: int = setting(20, "the lr drops every so many epochs (StepLR)", source="configs", ge=1)
     drop_factor: float = setting(0.1, "factor on the lr", source="linear_finetune.py: decay_rate", ge=0)
-    augment: bool = setting(
-        True,
-        "crops and flips of the training images; false (ours): the whole images, in each epoch",
-        source="linear_finetune.py",
-    )
+    augment: bool = setting(True, "crops and flips; false (ours): whole images", source="linear_finetune.py")
     crop_scale: tuple[PositiveFloat, PositiveFloat] = setting(
         (0.8, 1.0), "share of the image's area", source="linear_finetune.py: RandomResizedCrop"
     )
@@ -84,9 +69,7 @@ class LinearSettings(Settings):
         (3 / 4, 4 / 3), "width / height of a crop", source="linear_finetuning_transforms.py"
     )
     flip_p: float = setting(0.5, "probability of a horizontal flip", source="linear_finetune.py", ge=0, le=1)
-    seed: int = setting(
-        0, "of the first weights, the order, the crops and COCO's images", source="ours", ge=0
-    )
+    seed: int = setting(0, "of first weights, order, crops and COCO's images", source="ours", ge=0)
     map_px: int = setting(224, "side of the maps for figures", source="ours", ge=1)
 
 
@@ -98,20 +81,8 @@ def linear(
     n_shown: int = 0,
     signals: StopSignals | None = None,
 ) -> Outcome:
-    """``linear_miou`` and ``linear_class_iou``, in percent, of a 1x1 convolution on frozen features.
-
-    The same numbers bit for bit for the same settings on a CPU; nothing is drawn from torch's or NumPy's own
-    random state.
-
-    Args:
-        features: of a frozen backbone.
-        train, val: parts of one set.
-        n_shown: of how many of the first validation images there shall be a map ``linear``.
-
-    Raises:
-        UserError: images that cannot be read, a part without a counted pixel, features that are not finite.
-        Interrupted: there was a signal, which is looked at before each epoch.
-    """
+    """An evaluator: ``linear_miou`` and ``linear_class_iou``, in percent, and maps ``linear``, of a 1x1
+    convolution on frozen features. Signals are looked at before each epoch."""
     side = whole_patches(settings.image_px, features)
     head = Head(features.backbone.embed_dim, len(train.classes), settings.seed).to(features.device)
     fit(head, features, drawn(train, settings), settings, side, signals)
@@ -121,8 +92,7 @@ def linear(
 
 
 def drawn(train: LabelSet, settings: LinearSettings) -> LabelSet:
-    """The training images that the head sees: of COCO ``coco_images``, in the set's order; of other sets
-    all."""
+    """The training images that the head sees: of COCO ``coco_images``, in the set's order."""
     if not train.name.startswith("coco_"):
         return train
     chosen = generator(settings.seed, ORDER, 0).permutation(len(train))[: settings.coco_images]
@@ -183,12 +153,24 @@ def backward(head: Head, patches: Iterable[Tensor], labels: Tensor) -> None:
     for part, own in zip(patches, labels.split(FORWARD_BATCH)):
         with torch.enable_grad():
             maps = head(part).transpose(1, 2).unflatten(2, (round(part.shape[1] ** 0.5), -1))  # [b, C, h, w]
-            logits = (
-                F.interpolate(maps, size=own.shape[1:], mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
-            )
+            maps = F.interpolate(maps, size=own.shape[1:], mode="bilinear")
+            logits = maps.permute(0, 2, 3, 1).flatten(0, 2)
             # As rows: torch has no deterministic cross-entropy of maps on CUDA, which a run may ask for.
             target = own.to(logits.device).long().flatten() - 1
             (F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / counted).backward()
+
+
+def cropped(
+    rng: np.random.Generator,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int32],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """A part of an image [H, W, 3] and of its labels [H, W], drawn as torchvision's RandomResizedCrop."""
+    size_px, u = np.array([labels.shape], np.float64), rng.random((1, 1, 2 * TRIES + 2))
+    left, top, right, bottom = draw_crops(size_px, np.array([scale]), ratio, u)[0, 0].astype(int)
+    return pixels[top:bottom, left:right], labels[top:bottom, left:right]
 
 
 def _batches(
@@ -219,10 +201,9 @@ def _batches(
         for batch in torch.tensor(chosen).split(settings.batch_size):
             yield (part.to(features.device) for part in held[0][batch].split(FORWARD_BATCH)), held[1][batch]
         return
-    with closing(in_threads(item, chosen)) as items:
-        while batch := list(islice(items, settings.batch_size)):
-            images, labels = (torch.stack(some) for some in zip(*batch))
-            yield patch_maps(features, images), labels
+    for items in in_batches(item, chosen, settings.batch_size):
+        images, labels = (torch.stack(some) for some in zip(*items))
+        yield patch_maps(features, images), labels
 
 
 def _held(

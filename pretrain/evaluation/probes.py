@@ -1,36 +1,35 @@
-"""The probes of a run: built once at its start from ``probes.*``, asked again and again about the teacher."""
+"""The probes of a run: the evaluators at reduced settings, built once at its start from ``probes.*``, asked
+again and again about the network that the run leaves. Tables never show these numbers."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.backbones.vit import ViT
+from pretrain.data.class_folders import open_class_folders
 from pretrain.data.datasets import LabelSet, open_label_set
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
+from pretrain.evaluation.dense import EVALUATORS, KNN, Part, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen
-from pretrain.evaluation.knn import KnnProbe
-from pretrain.evaluation.labeled import errors_of
-from pretrain.evaluation.position_probe import PositionProbe
-from pretrain.evaluation.protocol import named_tasks, settings_of
-from pretrain.evaluation.run import EVALUATORS
-from pretrain.evaluation.segmentation import SegmentationProbe
+from pretrain.evaluation.knn import KnnSettings
+from pretrain.evaluation.position import position_layers, read_squares
 from pretrain.settings import Settings, replaced, setting
 
 Probe = Callable[[Features], dict[str, float]]
-
-
-# What makes a dense evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
+# What makes an evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
 SCALED_DOWN: Mapping[str, Mapping[str, Any]] = {
     "linear": dict(augment=False, batch_size=32),  # each image goes through the backbone once
     "in_context": dict(augment=False, passes=1, memory_size=50_000),
     "clustering": dict(seeds=1, restarts=1, overclusters=()),
 }
+DENSE_METRICS = ("linear_miou", "in_context_miou", "in_context_hungarian_miou", "clustering_miou")
 
 
 class ProbeSettings(Settings):
@@ -64,56 +63,41 @@ class ProbeSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DenseProbe:
-    """Dense evaluation of a small set: ``probe/dense_linear_miou``, ...
-
-    The settings are reduced, so tables never show these numbers.
+class EvaluatorProbe:
+    """Evaluators on one small set, which is read from where it lies each time.
 
     Attributes:
-        train, val: parts of the set, which is read from where it lies each time.
+        train, val: parts of the set.
         settings: by task.
+        names: {an evaluator's metric: the log's}; other metrics are left out.
     """
 
-    train: LabelSet
-    val: LabelSet
+    train: Part
+    val: Part
     settings: Mapping[str, Any]
-
-    @staticmethod
-    def read(root: str, kind: str, tasks: str, side_px: int, max_images: int) -> "DenseProbe":
-        """The probe of ``probes.dense_root``. It reads every image and map once now: a bad one fails at the
-        start.
-
-        Raises:
-            UserError: an unknown task, a bad set (:func:`~pretrain.data.datasets.open_label_set`), an
-                unreadable file.
-        """
-        named = named_tasks(tasks.split(), "probes.dense_tasks")
-        if not named:
-            raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
-        with errors_of("probes.dense_root"):
-            train, val = (open_label_set(root, part, kind).first(max_images) for part in ("train", "val"))
-            for part in (train, val):
-                for _ in in_threads(part.read, range(len(part))):
-                    pass
-        changes = {task: dict(image_px=side_px, **SCALED_DOWN[task]) for task in named}
-        return DenseProbe(
-            train, val, {task: replaced(used, changes[task]) for task, used in settings_of(named).items()}
-        )
+    names: Mapping[str, str]
 
     def __call__(self, features: Features) -> dict[str, float]:
-        """The probe's numbers for a backbone."""
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         for task, settings in self.settings.items():
-            metrics = EVALUATORS[task](features, self.train, self.val, settings, 0).metrics
-            found |= {
-                f"probe/dense_{name}": value for name, value in metrics.items() if not isinstance(value, dict)
-            }
-        return found
+            found |= EVALUATORS[task](features, self.train, self.val, settings).metrics
+        return {told: found[name] for name, told in self.names.items() if name in found}
+
+
+@dataclass(frozen=True)
+class PositionProbe:
+    """``probe/position_error``, ``_chance`` and ``_r2``: :class:`~pretrain.evaluation.position.Score` of the
+    last layer, for one draw of crosses. ``images`` are uint8 [n, 3, S, S], whole ones squeezed to squares."""
+
+    images: Tensor
+
+    def __call__(self, features: Features) -> dict[str, float]:
+        (last,) = position_layers(features, self.images, draws=1, last_only=True)
+        return {f"probe/position_{name}": value for name, value in last.scores[0]._asdict().items()}
 
 
 class Probes:
-    """All probes that a config asks for, with their images in memory (3 * image_px^2 bytes each), but for the
-    dense one's.
+    """All probes that a config asks for. The position probe holds its images (3 * image_px^2 bytes each).
 
     No random state of torch or NumPy changes, and the same backbone on the same hardware gives the same
     numbers. So an exactly resumed run logs what an uninterrupted one does. One rank runs the probes; the
@@ -126,46 +110,40 @@ class Probes:
         reads: read the images; a rank that never asks only has to know when the probes are due.
 
     Raises:
-        UserError: data or settings that a probe cannot use; names the key and the file.
+        UserError: data or settings that a probe cannot use; names the key and the file. Every image and map
+            is read once now: a bad one fails at the start.
     """
 
     def __init__(
         self, settings: ProbeSettings, data: DataSettings, patch_size: int, reads: bool = True
     ) -> None:
-        self.every = settings.every
-        self.probes: list[Probe] = []
+        self.every, self.probes = settings.every, list[Probe]()
         wanted = bool(settings.knn_root or settings.seg_root or settings.dense_root or settings.position)
         self.is_wanted = wanted and bool(self.every)
         if reads and wanted != bool(self.every):
             nothing = "neither probes.knn_root, probes.seg_root, probes.dense_root nor probes.position is set"
             missing = "probes.every is 0" if wanted else nothing
             warnings.warn(f"config: the other probes.* keys have no effect, for {missing}", stacklevel=2)
-        k, side_px, most = settings.knn_k, settings.image_px, settings.max_images
         if not self.every or not reads:
             return
-        if side_px % patch_size:
-            raise UserError(
-                f"config: probes.image_px={side_px} is no multiple of backbone.patch_size={patch_size}"
-            )
+        if settings.image_px % patch_size:
+            what = f"probes.image_px={settings.image_px} is no multiple of backbone.patch_size={patch_size}"
+            raise UserError(f"config: {what}")
         if settings.knn_root:
-            self.probes.append(KnnProbe.read(settings.knn_root, k, side_px, most))
+            self.probes.append(_classification(settings))
         if settings.seg_root:
-            self.probes.append(
-                SegmentationProbe.read(settings.seg_root, settings.seg_classes, k, side_px, patch_size, most)
-            )
+            self.probes.append(_segmentation(settings))
         if settings.dense_root:
-            self.probes.append(
-                DenseProbe.read(settings.dense_root, settings.dense_set, settings.dense_tasks, side_px, most)
-            )
+            self.probes.append(_dense(settings))
         if settings.position:
-            self.probes.append(PositionProbe.read(data, patch_size, side_px, most))
+            images = read_squares(data, settings.image_px, settings.max_images).pixels
+            self.probes.append(PositionProbe(torch.stack(images)))
 
     def __len__(self) -> int:
         return len(self.probes)
 
     def is_due(self, done: int, total_iters: int) -> bool:
-        """Whether to run after ``done`` of ``total_iters`` iterations: every ``probes.every``, and at the
-        end."""
+        """Whether to run after ``done`` of ``total_iters`` iterations: every so many, and at the end."""
         return self.is_wanted and (done % self.every == 0 or done == total_iters)
 
     def run(
@@ -177,11 +155,78 @@ class Probes:
         Raises:
             UserError: the position probe is asked for, but the backbone holds no position mask token.
         """
-        if (
-            any(isinstance(probe, PositionProbe) for probe in self.probes)
-            and not backbone.model_kwargs["mask_tokens"]
-        ):
+        of_position = any(isinstance(probe, PositionProbe) for probe in self.probes)
+        if of_position and not backbone.model_kwargs["mask_tokens"]:
             raise UserError("probes.position: the backbone holds no position mask token")
         features = Features(backbone, device, autocast or nullcontext())
         with frozen(backbone):
             return {name: value for probe in self.probes for name, value in probe(features).items()}
+
+
+def _classification(settings: ProbeSettings) -> EvaluatorProbe:
+    """DINO's protocol, resized in proportion to its crop."""
+    side_px, k = settings.image_px, settings.knn_k
+    with _errors_of("probes.knn_root"):
+        train, val = (part.first(settings.max_images) for part in open_class_folders(settings.knn_root))
+        for part in (train, val):
+            _read_all(part)
+    if k > len(train):
+        many = f"{len(train)} training images of {settings.knn_root}"
+        raise UserError(f"probes.knn_k={k} is more than the {many}")
+    reduced = KnnSettings(resize_px=round(side_px * 256 / 224), crop_px=side_px, k=(k,))
+    return EvaluatorProbe(train, val, {KNN: reduced}, {f"knn_top1_k{k}": "probe/knn_top1"})
+
+
+def _segmentation(settings: ProbeSettings) -> EvaluatorProbe:
+    """Linear segmentation, and in-context segmentation with ``knn_k`` neighbors."""
+    root, n_classes = settings.seg_root, settings.seg_classes
+    if n_classes < 2:
+        raise UserError(f"probes.seg_classes={n_classes}: how many classes has {root}?")
+    with _errors_of(f"probes.seg_root with probes.seg_classes={n_classes}"):
+        parts = _parts(root, "folder", settings.max_images, n_classes)
+    reduced = _reduced(("linear", "in_context"), settings.image_px)
+    reduced["in_context"] = replaced(reduced["in_context"], {"k": settings.knn_k})
+    names = {"linear_miou": "probe/seg_linear_miou", "in_context_miou": "probe/seg_knn_miou"}
+    return EvaluatorProbe(*parts, reduced, names)
+
+
+def _dense(settings: ProbeSettings) -> EvaluatorProbe:
+    tasks = named_tasks(settings.dense_tasks.split(), "probes.dense_tasks")
+    if not tasks:
+        raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
+    with _errors_of("probes.dense_root"):
+        parts = _parts(settings.dense_root, settings.dense_set, settings.max_images)
+    names = {name: f"probe/dense_{name}" for name in DENSE_METRICS}
+    return EvaluatorProbe(*parts, _reduced(tasks, settings.image_px), names)
+
+
+def _reduced(tasks: Sequence[str], side_px: int) -> dict[str, Any]:
+    changes = {task: {"image_px": side_px, **SCALED_DOWN[task]} for task in tasks}
+    return {task: replaced(used, changes[task]) for task, used in settings_of(tasks).items()}
+
+
+def _parts(root: str, kind: str, most: int, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
+    train, val = (open_label_set(root, part, kind, n_classes).first(most) for part in ("train", "val"))
+    for part in (train, val):
+        if not _read_all(part):
+            raise UserError(f"{root} has no labeled pixel in {part.part}")
+    return train, val
+
+
+def _read_all(part: Part) -> bool:
+    """Read each item, so that a bad one is told now. Whether one of them has a labeled pixel."""
+
+    def read(index: int) -> bool:
+        item = part.read(index)
+        return isinstance(item, tuple) and bool(item[1].any())
+
+    return any(list(in_threads(read, range(len(part)))))
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """A :class:`UserError` raised inside begins with ``key``, the setting that names the data."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error

@@ -1,9 +1,13 @@
 """Names that settings had before: {old: new}.
 
-They stand here, not beside the settings, because a ``result.json`` is read without these.
+They stand here, not beside the settings, because a ``result.json`` is read without these. So do the names of
+our commands' files.
 """
 
 import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 PRETRAINING = {  # a group, or a key; one after the other
     "run.algorithm": "method",
@@ -28,7 +32,15 @@ DETECTION = {
 }
 SEGMENTATION = {"iterations_it": "max_iters", "warmup_it": "warmup_iters", "val_interval_it": "val_every"}
 FINE_TUNING = {**DETECTION, **SEGMENTATION, "backbone_flags": "model_kwargs"}
-_WORD = re.compile(rf"(?<![^ '])({'|'.join({**DETECTION, **SEGMENTATION})})=")
+TOOLS = {  # {file of tools/: command of posfield}
+    "train_ssl": "pretrain",
+    "pretrain": "pretrain",
+    "train_det": "detect",
+    "train_seg": "segment",
+    "evaluate": "evaluate",
+    "evaluate_dense": "evaluate dense",
+}
+_CONFIG = re.compile(r"^.*configs/pretrain/(\w+)\.yaml$")
 
 
 def deviation(key: str) -> str:
@@ -40,5 +52,23 @@ def deviation(key: str) -> str:
 
 
 def in_command(line: str) -> str:
-    """A command line whose ``key=value`` words have the new names."""
-    return _WORD.sub(lambda match: f"{FINE_TUNING[match[1]]}=", line)
+    """A command line as it is written today, wherever our files lie: ``posfield COMMAND``, configs by their
+    names, and ``key=value`` words under the new keys."""
+    words = as_posfield(shlex.split(line))
+    pairs = [_CONFIG.sub(r"\1", word).partition("=") for word in words]
+    renamed = {**DETECTION, **SEGMENTATION}
+    return shlex.join(
+        f"{renamed.get(key, key) if equals else key}{equals}{value}" for key, equals, value in pairs
+    )
+
+
+def as_posfield(words: Sequence[str]) -> list[str]:
+    """``posfield COMMAND ...`` of a command line that starts a file of ours with Python; any other as it is."""
+    file = Path(words[1] if len(words) > 1 and words[1].endswith(".py") else "")
+    if file.parts[-2:] == ("posfield", "__main__.py"):
+        return ["posfield", *words[2:]]
+    if file.stem in TOOLS:
+        return ["posfield", *TOOLS[file.stem].split(), *words[2:]]
+    if words and words[0] in TOOLS:  # the notes of earlier comparisons
+        return ["posfield", *TOOLS[words[0]].split(), *words[1:]]
+    return list(words)

@@ -11,10 +11,10 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from det_plugin.coco.annotations import CocoSplit, Picture, Segmentation
-from det_plugin.coco.api import coco_api
-from det_plugin.torchvision_engine.augment import Geometry, boxes_of, decode_rle, evaluation_geometry
-from det_plugin.torchvision_engine.evaluate import Prediction
+from det_plugin.augment import Geometry, evaluation_geometry
+from det_plugin.coco.annotations import CocoSplit, Picture
+from det_plugin.coco.masks import boxes_of
+from det_plugin.coco.metrics import Prediction
 from pretrain.results.runs import add_caption
 
 SHOWN, MIN_SCORE, SIDE_PX = 6, 0.5, 480
@@ -56,10 +56,8 @@ def draw_page(
         cells.append((f"{picture.file_name}: prediction", draw_objects(image, found)))
     path.parent.mkdir(parents=True, exist_ok=True)
     _table(cells, 2 * COLUMNS).save(path)
-    caption = (
-        f"Pictures with their annotations and, on the right, the detections of score {min_score:g} and more."
-    )
-    add_caption(path, "Detections beside ground truth", caption)
+    shows = "Pictures with their annotations and, on the right, the detections"
+    add_caption(path, "Detections beside ground truth", f"{shows} of score {min_score:g} and more.")
     return path
 
 
@@ -82,16 +80,13 @@ def shown(predictions: Sequence[Prediction], geometry: Geometry, classes: dict[i
     for p in sorted(predictions, key=lambda prediction: prediction["score"]):
         x, y, w, h = p["bbox"]
         (x0, y0), (x1, y1) = geometry.points(np.array([(x, y), (x + w, y + h)])).tolist()
-        text = f"{classes[p['category_id']]} {p['score']:.2f}"
-        found.append(
-            Shown(kinds[p["category_id"]], _mask(geometry, p["segmentation"]), (x0, y0, x1, y1), text)
-        )
+        text, mask = f"{classes[p['category_id']]} {p['score']:.2f}", geometry.mask(p["segmentation"])
+        found.append(Shown(kinds[p["category_id"]], mask.astype(bool), (x0, y0, x1, y1), text))
     return found
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
-    """A copy of the image [H, W, 3] uint8 with masks and their outlines, boxes, and labels where they hide
-    least."""
+    """A copy of the image [H, W, 3] uint8 with masks, their outlines, boxes, and labels."""
     canvas, line = image.copy(), max(round(min(image.shape[:2]) / 300), 1)
     for thing in sorted(objects, key=lambda thing: -int(thing.mask.sum())):  # small ones on top
         shade = np.array(color_of(thing.kind))
@@ -104,9 +99,8 @@ def draw_objects(image: np.ndarray, objects: Sequence[Shown]) -> np.ndarray:
         pen.rectangle(thing.box, outline=color_of(thing.kind), width=line)
     taken: list[Corners] = []
     for thing in reversed(objects):  # the last one lies on top and chooses first
-        place = _place(
-            (font.getlength(thing.text) + 6, sum(font.getmetrics())), thing.box, taken, picture.size
-        )
+        size = font.getlength(thing.text) + 6, sum(font.getmetrics())
+        place = _place(size, thing.box, taken, picture.size)
         color = color_of(thing.kind)
         pen.rectangle(place, fill=color)
         ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
@@ -125,19 +119,9 @@ def color_of(kind: int) -> Color:
 def _place(
     size: tuple[float, float], box: Corners, taken: Sequence[Corners], within: tuple[int, int]
 ) -> Corners:
-    """Where a label goes: above the box, below it, or inside at a corner, wherever it covers the least of
-    other labels."""
+    """Where a label covers the least of others: above the box, below it, or inside at a corner."""
     (w, h), (x0, y0, x1, y1) = size, box
-    corners = [
-        (x0, y0 - h),
-        (x1 - w, y0 - h),
-        (x0, y1),
-        (x1 - w, y1),
-        (x0, y0),
-        (x1 - w, y0),
-        (x0, y1 - h),
-        (x1 - w, y1 - h),
-    ]
+    corners = [(x, y) for y in (y0 - h, y1, y0, y1 - h) for x in (x0, x1 - w)]
     corners += [(x0, y0 + k * h) for k in range(1, max(int((y1 - y0) // h), 1))]
     places = []
     for x, y in corners:
@@ -147,16 +131,14 @@ def _place(
 
 
 def _shared(a: Corners, b: Corners) -> float:
-    """Area of the overlap."""
     return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
 
 
 def _truth(split: CocoSplit, picture: Picture) -> np.ndarray:
-    """An image with its annotations."""
     image, geometry = _resized(split.load(picture), SIDE_PX)
     objects = []
     for kind, segmentation in zip(picture.classes, picture.segmentations):
-        mask = _mask(geometry, segmentation)
+        mask = geometry.mask(segmentation).astype(bool)
         x0, y0, x1, y1 = boxes_of(mask[None])[0].tolist()
         objects.append(Shown(kind, mask, (x0, y0, x1, y1), split.class_names[kind]))
     return draw_objects(image, objects)
@@ -166,19 +148,6 @@ def _resized(image: np.ndarray, side_px: int) -> tuple[np.ndarray, Geometry]:
     """The image with its long edge at ``side_px``, and the map that led there."""
     geometry = evaluation_geometry((image.shape[1], image.shape[0]), side_px)
     return geometry.pixels(image), geometry
-
-
-def _mask(geometry: Geometry, segmentation: Segmentation) -> np.ndarray:
-    """An object's pixels in the drawn image. Of a large image's RLE, only the drawn pixels are read."""
-    if not isinstance(segmentation, dict):
-        return geometry.mask(segmentation, coco_api().mask).astype(bool)
-    steps = [
-        (np.arange(n) + 0.5) / scale for n, scale in zip(geometry.resized[::-1], geometry.scale[::-1])
-    ]  # rows, columns
-    whole = decode_rle(segmentation, coco_api().mask)
-    return whole[
-        np.ix_(*(step.astype(int).clip(max=length - 1) for step, length in zip(steps, whole.shape)))
-    ].astype(bool)
 
 
 def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image:
@@ -202,6 +171,4 @@ def _table(cells: Sequence[tuple[str, np.ndarray]], columns: int) -> Image.Image
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's own font: every machine has it, and it knows more than Latin letters."""
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size
-    )
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

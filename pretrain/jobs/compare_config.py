@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,54 +16,40 @@ from pretrain.settings import Layer, Settings, build, flat, read_layers, read_wo
 from pretrain.weights import source_names
 
 NONE, SWEEP, POINT = "none", "sweep", "point"
-OVERRIDES = {
-    "detection_overrides": renamed.DETECTION,
-    "segmentation_overrides": renamed.SEGMENTATION,
-}  # {group: old names}
+# {group: old names}
+OVERRIDES = {"detection_overrides": renamed.DETECTION, "segmentation_overrides": renamed.SEGMENTATION}
 OF_EVERY_ROW = ("detection", "segmentation")  # a word of the command line is for all rows
+
+
+ours = partial(setting, source="ours")
 
 
 class Entry(Settings):
     """One row of the comparison."""
 
-    method: str = setting(..., "as tables write it", source="ours")
-    backbone: str = setting(..., "registry name", source="ours")
-    file: str = setting(
-        ..., "in the folder of weights; or a folder there, as Hugging Face leaves it", source="ours"
-    )
-    name: str = setting("", "the folder of its runs; empty: made of method and backbone", source="ours")
-    effective_epochs: float | None = setting(
-        None,
-        "as tables write them; null: a file that one of our pre-trainings left says them itself",
-        source="ours",
-        ge=0,
-    )
-    source: str | None = setting(
-        None, "whose file it is, as build_backbone takes it; null: found out", source="ours"
-    )
-    subnet: Literal["teacher", "student"] | None = setting(None, "which network of the file", source="ours")
-    patch_size: int | None = setting(
-        None, "px, to which patches are resampled; null: the file's", source="ours", ge=1
-    )
-    detection: str = setting("", "this row's own protocol; empty: the comparison's", source="ours")
-    segmentation: Literal["", "sweep", "point", "none"] = setting(
-        "", "this row's own; empty: the comparison's", source="ours"
-    )
-    origin: str = setting("", "where to get the file", source="ours")
-    note: str = setting("", "for the reader of the file", source="ours")
+    method: str = ours(..., "as tables write it")
+    backbone: str = ours(..., "registry name")
+    file: str = ours(..., "in the folder of weights; or a folder there, as Hugging Face leaves it")
+    name: str = ours("", "the folder of its runs; empty: made of method and backbone")
+    effective_epochs: float | None = ours(None, "as tables write them; null: as a file of ours says", ge=0)
+    source: str | None = ours(None, "whose file it is, as build_backbone takes it; null: found out")
+    subnet: Literal["teacher", "student"] | None = ours(None, "which network of the file")
+    patch_size: int | None = ours(None, "px, to which patches are resampled; null: the file's", ge=1)
+    detection: str = ours("", "this row's own protocol; empty: the comparison's")
+    segmentation: Literal["", "sweep", "point", "none"] = ours("", "this row's own; empty: the comparison's")
+    origin: str = ours("", "where to get the file")
+    note: str = ours("", "for the reader of the file")
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "Entry":
         if not self.method.strip():
             raise ValueError("method is empty; name the row as tables should")
-        choices: dict[str, Collection[str | None]] = {
-            "backbone": backbone_names(),
-            "source": (None, *source_names()),
-        }
+        choices: Mapping[str, Collection[str | None]]
+        choices = {"backbone": backbone_names(), "source": (None, *source_names())}
         for key, known in choices.items():
             if (value := getattr(self, key)) not in known:
                 raise ValueError(f"{key}={shown(value)} is none of {', '.join(filter(None, known))}")
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name := name_of(self)) or name in ("weights", "jobs"):
+        if not re.fullmatch(r"(?!(weights|jobs)$)[A-Za-z0-9][\w-]*", name := name_of(self)):
             rule = "letters, digits, _ and -, and not weights or jobs"
             raise ValueError(f"name={name!r} is no name of a folder here: {rule}")
         return self
@@ -71,33 +58,23 @@ class Entry(Settings):
 class Comparison(Settings):
     """All that a file of ``configs/compare`` says."""
 
-    entries: tuple[Entry, ...] = setting(..., "the rows", source="ours", min_length=1)
-    tables: str = setting(
-        "1", "the published tables beside which the results stand: 1, or 1,2", source="ours"
-    )
-    weights: str = setting("weights", "folder of the files that the rows name", source="ours")
-    coco: str = setting("coco", "folder of COCO", source="ours")
-    ade: str = setting("ADEChallengeData2016", "folder of ADE20K", source="ours")
+    entries: tuple[Entry, ...] = ours(..., "the rows", min_length=1)
+    tables: str = ours("1", "the published tables beside which the results stand: 1, or 1,2")
+    weights: str = ours("weights", "folder of the files that the rows name")
+    coco: str = ours("coco", "folder of COCO")
+    ade: str = ours("ADEChallengeData2016", "folder of ADE20K")
     detection: str = setting("coco-12ep", "name of a protocol, or none", source="Table 1")
     segmentation: Literal["sweep", "point", "none"] = setting(
         SWEEP, "sweep: the best of the protocol's grid; point: its first setting alone", source="appendix B.3"
     )
-    seeds: tuple[int, ...] = setting(
-        (0,), "of a detection, and of a segmentation that is no sweep", source="ours"
-    )
-    accumulate: int = setting(
-        1, "micro-batches of a detection step on one GPU; on n GPUs an n-th of it", source="ours", ge=1
-    )
-    engine: Literal["auto", "detectron2", "torchvision"] = setting("auto", "of the detection", source="ours")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "of all runs", source="ours")
-    workers: int | None = setting(
-        None, "processes that load images, of a run; null: the tool's", source="ours", ge=0
-    )
-    checkpointing: bool = setting(False, "whether the detection computes activations twice", source="ours")
-    detection_overrides: dict[str, str] = setting(
-        dict, "{field of the protocol, or backbone.KEY: value}", source="ours"
-    )
-    segmentation_overrides: dict[str, str] = setting(dict, "the same of the segmentation", source="ours")
+    seeds: tuple[int, ...] = ours((0,), "of a detection, and of a segmentation that is no sweep")
+    accumulate: int = ours(1, "micro-batches of a detection step; on n GPUs an n-th of it", ge=1)
+    engine: Literal["auto", "detectron2", "torchvision"] = ours("auto", "of the detection")
+    device: Literal["auto", "cpu", "cuda"] = ours("auto", "of all runs")
+    workers: int | None = ours(None, "processes that load images, of a run; null: the tool's", ge=0)
+    checkpointing: bool = ours(False, "whether the detection computes activations twice")
+    detection_overrides: dict[str, str] = ours(dict, "{field of the protocol, or backbone.KEY: value}")
+    segmentation_overrides: dict[str, str] = ours(dict, "the same of the segmentation")
 
     @model_validator(mode="after")
     def _agree(self) -> "Comparison":
@@ -131,9 +108,8 @@ def load_comparison(
     """
     given = read_words(words)
     if "entries" in given.values:
-        raise UserError(
-            "entries: name the rows in a YAML file, which may have a base; --only chooses among them"
-        )
+        instead = "name the rows in a YAML file, which may have a base; --only chooses among them"
+        raise UserError(f"entries: {instead}")
     layers = [_with_texts(layer) for layer in (*read_layers(path), given)]
     comparison = build(Comparison, layers, str(path))
     of_all = {key: "" for key in OF_EVERY_ROW if key in given.values}

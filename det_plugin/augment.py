@@ -6,15 +6,13 @@ The numbers are those of Detectron2's ``RandomFlip``, ``ResizeScale``, ``FixedSi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from det_plugin.coco.annotations import Segmentation
-from det_plugin.coco.masks import Polygon, Polygons, clip, fill
+from det_plugin.coco.masks import Polygon, Polygons, Segmentation, boxes_of, clip, decode_rle, fill
 from det_plugin.protocol import DetectionProtocol
 
 MIN_SIDE_PX = 1e-5  # of an object's box in training (Detectron2's ``filter_empty_instances``)
@@ -48,49 +46,31 @@ class Geometry:
         return xy * self.scale - np.array(self.crop[:2], dtype=np.float64)
 
     def pixels(self, image: np.ndarray, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
-        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased (PIL's, as in
-        Detectron2)."""
+        """[H, W, 3] or [H, W] uint8 -> the crop. Bilinear resizing is antialiased, as in Detectron2."""
         if self.flip:
             image = image[:, ::-1]
         (x, y, width, height), (scale_x, scale_y) = self.crop, self.scale
-        window = x / scale_x, y / scale_y, (x + width) / scale_x, (y + height) / scale_y
-        window = (
-            window[0],
-            window[1],
-            min(window[2], self.source[0]),
-            min(window[3], self.source[1]),
-        )  # rounding
+        right = min((x + width) / scale_x, self.source[0])  # rounding could exceed it
+        below = min((y + height) / scale_y, self.source[1])
+        window = x / scale_x, y / scale_y, right, below
         picture = Image.fromarray(np.ascontiguousarray(image))
         return np.asarray(picture.resize((width, height), resample, box=window))
 
     def polygons(self, polygons: list[list[float]]) -> list[Polygon]:
         """Map an object's polygons (x0, y0, x1, ...). Those of fewer than three points are dropped."""
-        return [
-            self.points(np.asarray(p, np.float64).reshape(-1, 2)).ravel() for p in polygons if len(p) >= 6
-        ]
+        points = (np.asarray(p, np.float64).reshape(-1, 2) for p in polygons if len(p) >= 6)
+        return [self.points(xy).ravel() for xy in points]
 
-    def mask(self, segmentation: Segmentation, api: Any) -> np.ndarray:
-        """The object's pixels in the crop, [h, w] uint8. Polygons are mapped before they are filled.
-
-        Args:
-            api: pycocotools' ``mask`` module.
-        """
+    def mask(self, segmentation: Segmentation) -> np.ndarray:
+        """The object's pixels in the crop, [h, w] uint8. Polygons are mapped before they are filled."""
         if isinstance(segmentation, dict):
-            return self.pixels(decode_rle(segmentation, api), Image.Resampling.NEAREST)
+            return self.pixels(decode_rle(segmentation), Image.Resampling.NEAREST)
         width, height = self.crop[2:]
-        return fill(self.polygons(segmentation), height, width, api)
-
-
-def decode_rle(rle: dict[str, Any], api: Any) -> np.ndarray:
-    """A COCO RLE, compressed or a list of counts -> [H, W] uint8."""
-    if isinstance(rle["counts"], list):
-        rle = api.frPyObjects(rle, *rle["size"])
-    return api.decode(rle)
+        return fill(self.polygons(segmentation), height, width)
 
 
 def jitter(source: tuple[int, int], protocol: DetectionProtocol, rng: np.random.Generator) -> Geometry:
-    """Draw a training geometry: a flip, a uniform scale of the square that the image is fitted into, and a
-    crop."""
+    """Draw a flip, a uniform scale of the square that the image is fitted into, and a crop."""
     flip = bool(rng.random() < protocol.flip)
     target = protocol.image_size_px * rng.uniform(*protocol.jitter_scale)
     scale = min(target / source[0], target / source[1])
@@ -113,41 +93,22 @@ def evaluation_geometry(source: tuple[int, int], image_size_px: int) -> Geometry
     return Geometry(source, False, (width, height), (0, 0, width, height))
 
 
-def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Tight boxes of masks: [M, H, W] -> [M, 4] float32 (x0, y0, x1, y1 in pixels). An empty mask gives
-    zeros."""
-    boxes = np.zeros((len(masks), 4), np.float32)
-    for box, mask in zip(boxes, masks):
-        x, y = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if len(x):
-            box[:] = x[0], y[0], x[-1] + 1, y[-1] + 1
-    return boxes
-
-
 def objects_of(
-    geometry: Geometry, classes: Sequence[int], segmentations: Sequence[Segmentation], api: Any
+    geometry: Geometry, classes: Sequence[int], segmentations: Sequence[Segmentation]
 ) -> tuple[np.ndarray, np.ndarray, Polygons | Tensor]:
     """The objects in the crop: boxes [M, 4], classes [M] from 0, masks. Objects outside are dropped.
 
     The masks are polygons cut at the crop's edges, or bitmaps [M, h, w] uint8 if an object is an RLE. The
     boxes fit the masks.
     """
-    width, height = geometry.crop[2:]
-    kinds = np.asarray(classes, np.int64)
-    if any(isinstance(segmentation, dict) for segmentation in segmentations):
-        bitmaps = np.stack([geometry.mask(segmentation, api) for segmentation in segmentations])
-        boxes = boxes_of(bitmaps)
-        kept = _solid(boxes)
-        return boxes[kept], kinds[kept], torch.from_numpy(bitmaps[kept])
-    drawn: Sequence[Any] = segmentations  # lists of polygons alone: an RLE would be a dict
-    polygons = Polygons(
-        [[part for p in geometry.polygons(s) for part in clip(p, width, height)] for s in drawn]
-    )
-    boxes = polygons.boxes()
-    kept = _solid(boxes)
-    return boxes[kept], kinds[kept], polygons.where(kept)
-
-
-def _solid(boxes: np.ndarray) -> np.ndarray:
-    """Which boxes [M, 4] have an extent."""
-    return (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)
+    masks: Polygons | np.ndarray
+    if any(isinstance(s, dict) for s in segmentations):
+        masks = np.stack([geometry.mask(s) for s in segmentations])
+        boxes = boxes_of(masks)
+    else:
+        size, drawn = geometry.crop[2:], [geometry.polygons(s) for s in segmentations]  # type: ignore[arg-type]
+        masks = Polygons([[part for polygon in own for part in clip(polygon, *size)] for own in drawn])
+        boxes = masks.boxes()
+    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_SIDE_PX).all(axis=1)
+    left = masks.where(kept) if isinstance(masks, Polygons) else torch.from_numpy(masks[kept])
+    return boxes[kept], np.asarray(classes, np.int64)[kept], left

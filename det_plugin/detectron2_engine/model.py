@@ -1,22 +1,21 @@
-"""The registry's ViT as a Detectron2 backbone, and the pyramid around it.
+"""The registry's ViT as a Detectron2 backbone, the pyramid around it, and the detector under bfloat16.
 
 Parameters keep timm's names: ``backbone.net.vit.<name>`` inside a detector.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from detectron2.modeling import Backbone, GeneralizedRCNN, SimpleFeaturePyramid
 from torch import Tensor
 
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from pretrain.build import PROTOCOL_PATCH_PX, build_for_fine_tuning
 from pretrain.errors import UserError
 from pretrain.weights import check_fit, origin_of
-
-with detectron2_installed():
-    from detectron2.modeling import Backbone, SimpleFeaturePyramid
 
 FEATURE = "last_feat"
 
@@ -34,41 +33,26 @@ class RegistryBackbone(Backbone):
     loaded later must hold every tensor of the backbone; Detectron2 alone only warns.
 
     Args:
-        name, weights, model_kwargs: those of :func:`pretrain.build.build_for_fine_tuning`.
-        final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile: those of
-            :class:`det_plugin.features.FeatureOptions`.
+        name, weights: those of :func:`pretrain.build.build_for_fine_tuning`.
+        options: fields of :class:`det_plugin.features.FeatureOptions`, and ``model_kwargs``.
 
     Raises:
         UserError: as ``build_backbone``; a ``patch_size`` other than 16; a detector's checkpoint that does
             not fit, by tensor.
     """
 
-    def __init__(
-        self,
-        name: str,
-        weights: str | Path | None = None,
-        *,
-        final_norm: bool,
-        keep_special_tokens: bool,
-        window_size: int = 0,
-        global_blocks: int = 4,
-        freeze: bool = False,
-        checkpointing: bool = False,
-        compile: bool = False,
-        **model_kwargs: Any,
-    ) -> None:
+    def __init__(self, name: str, weights: str | Path | None = None, **options: Any) -> None:
         super().__init__()
+        known = {field.name for field in fields(FeatureOptions)}
+        model_kwargs = {key: value for key, value in options.items() if key not in known}
         self.vit = build_for_fine_tuning(name, weights, **model_kwargs)
         if self.vit.patch_size != PROTOCOL_PATCH_PX:
-            raise UserError(
-                f"backbone: patch_size={self.vit.patch_size}, but the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
-            )
+            told = f"the pyramid's levels are made of {PROTOCOL_PATCH_PX} px patches"
+            raise UserError(f"backbone: patch_size={self.vit.patch_size}, but {told}")
         if weights is not None:
             origin = origin_of(weights, model_kwargs.get("source"))
             ORIGINS[str(weights)] = {"model_kwargs": dict(self.vit.model_kwargs), **origin}
-        self.options = FeatureOptions(
-            final_norm, keep_special_tokens, window_size, global_blocks, freeze, checkpointing, compile
-        )
+        self.options = FeatureOptions(**{key: options[key] for key in known & options.keys()})
         prepare(self.vit, self.options)
         self._out_features = [FEATURE]
         self._out_feature_channels = {FEATURE: self.vit.embed_dim}
@@ -97,8 +81,18 @@ class PaddedPyramid(SimpleFeaturePyramid):
 def _require_every_tensor(
     module: RegistryBackbone, state: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Runs between two steps of fvcore's checkpointer: it drops what does not fit, then loads with
-    ``strict=False``."""
+    """Called before fvcore's checkpointer loads with ``strict=False`` what fits."""
     wanted = {prefix + key: value for key, value in module.state_dict().items()}
     given = {key: value for key, value in state.items() if key.startswith(prefix)}
     check_fit(f"checkpoint: it does not fit the backbone {prefix.rstrip('.')}", wanted, given)
+
+
+class BFloat16RCNN(GeneralizedRCNN):
+    """Detectron2's detector, trained under bfloat16 autocast on CUDA by any launcher: AMPTrainer only knows
+    float16. It needs no loss scaling. Evaluation stays in float32, as Detectron2's does."""
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """As in ``GeneralizedRCNN``."""
+        enabled = self.training and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            return super().forward(batched_inputs)

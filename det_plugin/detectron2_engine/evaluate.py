@@ -1,19 +1,25 @@
 """COCO evaluation that writes ``result.json``. It is part of the config, so stock launchers write it too."""
 
-import contextlib
-import io
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
 
-from det_plugin.coco.annotations import read_truth
-from det_plugin.detectron2_engine.catalog import coco_root, dataset_name, train_images
+from det_plugin.coco.annotations import read_classes, read_json
+from det_plugin.coco.layout import locate
+from det_plugin.coco.metrics import KINDS, SUMMARY, Prediction, coco_metrics, in_words
+from det_plugin.detectron2_engine.catalog import coco_root, train_images
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.requires import detectron2_installed
 from det_plugin.detectron2_engine.saved_config import (
     ASKED,
     NET_KEYS,
@@ -26,34 +32,22 @@ from det_plugin.detectron2_engine.saved_config import (
     protocol_in,
     resolved,
 )
+from det_plugin.loader import batches
 from det_plugin.protocol import deviations, other_images, protocol
-from det_plugin.run import DetectionRun, leave_result
-from det_plugin.torchvision_engine.evaluate import coco_metrics
+from det_plugin.run import DetectionRun, leave_result, write_json
+from pretrain import distributed
 from pretrain.build import network_kwargs
 from pretrain.settings import compared
 from pretrain.weights import origin_of
 
-with detectron2_installed():
-    from detectron2.config import LazyConfig
-    from detectron2.evaluation import COCOEvaluator
-    from detectron2.utils import comm
-    from detectron2.utils.events import get_event_storage, has_event_storage
-
-TASKS = {"bbox": "box", "segm": "mask"}
-METRICS = {
-    "AP": "ap",
-    "AP50": "ap50",
-    "AP75": "ap75",
-    "APs": "ap_small",
-    "APm": "ap_medium",
-    "APl": "ap_large",
-}
+PREDICTIONS = "coco_instances_results.json"
+NAMES = dict(zip(SUMMARY, ("AP", "AP50", "AP75", "APs", "APm", "APl")))  # ours, and Detectron2's
 # Keys of a config that are no part of its recipe.
 NO_RECIPE = (*SURROUNDINGS, "train.seed", "dataloader.evaluator.")
 
 
-class ResultEvaluator(COCOEvaluator):
-    """Box and mask AP of the validation split, by pycocotools.
+class ResultEvaluator(DatasetEvaluator):
+    """Box and mask AP of the validation split, as the torchvision engine computes it.
 
     In training, only the evaluation after the last iteration writes ``result.json``. ``--eval-only`` writes
     it for the checkpoint that it was given. The wall time is the process's; in our loop it is the whole
@@ -63,9 +57,12 @@ class ResultEvaluator(COCOEvaluator):
     Args:
         root: data of any layout; None: ``$DETECTRON2_DATASETS/coco``.
         output_dir: run folder. The launcher wrote ``config.yaml`` there.
-        protocol, overrides: what the config was made from (:func:`det_plugin.detectron2_engine.saved_config.protocol_in`).
+        protocol, overrides: what the config was made from (:func:`saved_config.protocol_in`).
         accumulate: micro-batches a step. It is only recorded.
         origin, classes: of a resolved config: what the backbone's file said; category id -> name.
+
+    Raises:
+        UserError: a file of the data is missing or damaged; names it.
     """
 
     def __init__(
@@ -79,57 +76,45 @@ class ResultEvaluator(COCOEvaluator):
         origin: Mapping[str, Any] | None = None,
         classes: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(dataset_name(root, "val"), tasks=tuple(TASKS), use_fast_impl=False)
-        self._coco_api.dataset = read_truth(
-            Path(self._metadata.json_file)
-        )  # other data than COCO's may lack a field
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api.createIndex()
-        self.folder = Path(output_dir)
+        self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
+        self.category_ids = list(read_classes(coco_root(root), "val"))
+        self.found: list[Prediction] = []
 
-    def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
-        """Detectron2's results, ``{"bbox": {"AP": ...}, "segm": ...}``."""
-        results = super().evaluate(img_ids)
+    def reset(self) -> None:
+        """Forget the detections."""
+        self.found = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Take the detections of some images."""
+        for image, output in zip(inputs, outputs):
+            for own in instances_to_coco_json(output["instances"].to("cpu"), image["image_id"]):
+                self.found.append({**own, "category_id": self.category_ids[own["category_id"]]})
+
+    def evaluate(self) -> dict[str, Any]:
+        """Detectron2's results, ``{"bbox": {"AP": ...}, "segm": ...}``; {} on all ranks but the first."""
+        found = [prediction for part in comm.gather(self.found) for prediction in part]
         if not comm.is_main_process():
-            return results
+            return {}
+        write_json(self.folder / PREDICTIONS, found)
+        metrics = coco_metrics(self.file, found)
         cfg = load_config(self.folder, ASKED)
         if has_event_storage():
             LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
         if not has_event_storage() or get_event_storage().iter >= cfg.train.max_iter:
-            # Where nothing was detected, Detectron2 says NaN; COCO's AP is 0.
-            metrics = percentages(results) or coco_metrics(Path(self._metadata.json_file), [])
             share = cfg.dataloader.train.dataset.get("share", 1.0)
             trained_on = train_images(cfg.dataloader.root, cfg.model.roi_heads.num_classes, share)
-            _leave_result(cfg, metrics, (trained_on, len(self._coco_api.getImgIds())), self.folder)
+            images = trained_on, len(read_json(self.file)["images"])
+            _leave_result(cfg, metrics, images, self.folder)
+        distributed.log(in_words(metrics))
+        results: dict[str, Any] = {task: {} for task in KINDS.values()}
+        for (kind, task), (name, key) in product(KINDS.items(), NAMES.items()):
+            if f"{kind}_{name}" in metrics:
+                results[task][key] = metrics[f"{kind}_{name}"]
         return results
-
-    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        # Given the folder in the constructor, the base class would write the detections a second time, as a
-        # pickle.
-        self._output_dir: str | None = str(self.folder)
-        super()._eval_predictions(predictions, img_ids)
-        self._output_dir = None
-
-
-def percentages(results: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Detectron2's results under our names, in percent: ``box_ap``, ``box_ap50``, ..., ``box_ap_classes``;
-    the same for masks.
-
-    Metrics without ground truth (NaN) are left out.
-    """
-    metrics: dict[str, Any] = {}
-    for task, name in TASKS.items():
-        known = {key: value for key, value in results.get(task, {}).items() if math.isfinite(value)}
-        metrics |= {f"{name}_{METRICS[key]}": value for key, value in known.items() if key in METRICS}
-        classes = {key.removeprefix("AP-"): value for key, value in known.items() if key.startswith("AP-")}
-        if classes:
-            metrics[f"{name}_ap_classes"] = classes
-    return metrics
 
 
 def config_deviations(cfg: DictConfig) -> dict[str, list[Any]]:
-    """``{key: [the protocol's value, the run's]}``. A key is a protocol's field, "model_kwargs" or a config's
-    key; absent: None.
+    """``{key: [the protocol's value, the run's]}``, by fields of the protocol and keys of the config.
 
     Args:
         cfg: a whole config as :func:`det_plugin.detectron2_engine.lazy.config` makes it, perhaps edited.
@@ -181,8 +166,7 @@ def _leave_result(
 
 
 def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
-    """The config that ``train.init_checkpoint`` was trained with, and the deviations that its checkpoint
-    shows."""
+    """The config that trained ``train.init_checkpoint``, and the deviations that the checkpoint shows."""
     planned = protocol(cfg.dataloader.evaluator.protocol, cfg.model.backbone.net.name).max_iters
     if not cfg.train.init_checkpoint:
         return cfg, {"max_iters": [planned, 0]}
@@ -193,3 +177,29 @@ def _training_of(cfg: DictConfig) -> tuple[DictConfig, dict[str, list[Any]]]:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     done = state.get("iteration", -1) + 1
     return trained, {} if done == trained.train.max_iter else {"max_iters": [planned, done]}
+
+
+class TestBatches:
+    """Detectron2's test loader, with workers that ignore group signals and whose errors are one line."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader: Any = self.loader
+        return batches(loader.dataset, loader.batch_sampler, loader.num_workers, torch.device("cpu"))
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Run the config's evaluator on its test loader.
+
+    Raises:
+        UserError: an image cannot be used, also where a worker process meets it.
+    """
+    data, evaluator = TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, data, evaluator)
+    distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
+    return results

@@ -1,0 +1,131 @@
+"""From images to detections in COCO's result format, in the images' own pixels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from det_plugin.augment import evaluation_geometry
+from det_plugin.coco.masks import encode_mask
+from det_plugin.coco.metrics import Prediction
+from det_plugin.loader import to_tensor
+from det_plugin.torchvision_engine.folder import (
+    classes_of,
+    load_checkpoint,
+    protocol_of,
+    read_config,
+)
+from det_plugin.torchvision_engine.model import build_model
+from pretrain.build import build_backbone
+from pretrain.errors import UserError
+
+
+def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
+    """A run's last checkpoint as a detector on the CPU, its ``config.json``, and its iterations.
+
+    Raises:
+        UserError: no run, or no checkpoint.
+    """
+    config, state = read_config(output), load_checkpoint(output)
+    if state is None:
+        raise UserError(f"output: {output} holds no checkpoint")
+    vit = build_backbone(config["backbone"], None, **config["model_kwargs"])  # its weights come next
+    model = build_model(vit, protocol_of(config))
+    model.load_state_dict(state["model"])
+    return model, config, state["iteration"]
+
+
+def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
+    """The parts of a :class:`det_plugin.predict.Detector`."""
+    model, config, _ = load_model(run)
+    model.to(device).eval()
+    protocol, classes = protocol_of(config), classes_of(run, config)
+
+    def batch(images: Sequence[np.ndarray]) -> list[list[Prediction]]:
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        maps = [evaluation_geometry(size[::-1], protocol.image_size_px) for size in sizes]
+        resized = [to_tensor(geometry.pixels(image)) for geometry, image in zip(maps, images)]
+        return detect(model, resized, sizes, list(classes), device)
+
+    return classes, protocol, batch
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    category_ids: Sequence[int],
+    device: torch.device,
+) -> list[list[Prediction]]:
+    """Detections of some images, best first, as COCO results without ``image_id``.
+
+    Args:
+        model: detector of :func:`build_model` in evaluation mode.
+        images: uint8 [3, h_i, w_i], resized for the detector.
+        sizes: height, width of each original image. The results are in its pixels.
+    """
+    found = model([image.to(device, non_blocking=True) for image in images])
+    results = []
+    for image, size, detection in zip(images, sizes, found):
+        own = {key: value.cpu() for key, value in detection.items()}
+        results.append(as_coco(own, (image.shape[1], image.shape[2]), size, category_ids))
+    return results
+
+
+def as_coco(
+    detection: Mapping[str, Tensor],
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    category_ids: Sequence[int],
+) -> list[Prediction]:
+    """One image's output -> COCO results in its own pixels (Detectron2's ``detector_postprocess``).
+
+    Args:
+        detection: ``boxes`` [N, 4] in pixels of the resized image, ``labels`` [N] from 1, ``scores`` [N],
+            ``masks`` [N, 1, s, s] probabilities under the boxes; on the CPU.
+        resized, size: height, width of what the detector saw (without padding), and of the image.
+    """
+    scale = torch.tensor([size[1] / resized[1], size[0] / resized[0]]).repeat(2)
+    limit = torch.tensor([size[1], size[0]], dtype=torch.float32).repeat(2)
+    boxes = (detection["boxes"] * scale).clamp(min=0).minimum(limit)
+    results = []
+    for i in torch.where((boxes[:, 2:] > boxes[:, :2]).all(dim=1))[0].tolist():
+        rows, columns, chances = paste_mask(detection["masks"][i, 0], boxes[i], size)
+        mask = np.zeros(size, np.uint8, order="F")  # one by one: 100 large ones would not fit into memory
+        mask[rows, columns] = (chances >= 0.5).numpy()
+        results.append(
+            {
+                "category_id": category_ids[int(detection["labels"][i]) - 1],
+                "bbox": [*boxes[i, :2].tolist(), *(boxes[i, 2:] - boxes[i, :2]).tolist()],
+                "score": float(detection["scores"][i]),
+                "segmentation": encode_mask(mask),
+            }
+        )
+    return results
+
+
+def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice, slice, Tensor]:
+    """Paste a box's probabilities [s, s] into its image (Detectron2's ``paste_masks_in_image``).
+
+    Args:
+        size: height, width of the image.
+
+    Returns:
+        rows and columns of the image, and the probabilities there, bilinear at the pixels' centers. Elsewhere
+        they are 0.
+    """
+    sides = []
+    for low, high, length in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
+        # A pixel around the box is enough
+        first, last = max(int(low.floor()) - 1, 0), min(int(high.ceil()) + 1, length)
+        centers = torch.arange(first, last, dtype=torch.float32) + 0.5
+        sides.append((slice(first, last), (centers - low) / (high - low) * 2 - 1))
+    (rows, y), (columns, x) = sides
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # [h, w, 2], x first
+    return rows, columns, F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]

@@ -1,0 +1,126 @@
+"""Fine-tune a detector, or evaluate one, with either engine."""
+
+import importlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from det_plugin.coco.annotations import read_classes
+from det_plugin.protocol import protocol, with_overrides
+from det_plugin.run import DetectionRun, engine_of
+from pretrain import distributed
+from pretrain.cli import say
+from pretrain.weights import backbone_name
+
+
+def finetune(
+    data: str | Path,
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    backbone: str | None = None,
+    protocol: str = "coco-12ep",
+    engine: str = "auto",
+    resume: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int = 2,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    compile: bool = False,
+    **fields: Any,
+) -> Path:
+    """Fine-tune a backbone for detection and evaluate it, on all processes of torchrun together.
+
+    Args:
+        data: root of COCO, or of data in its format (:mod:`det_plugin.coco.layout`), or a .yaml file.
+        output: run folder.
+        weights: the backbone's checkpoint; None: random initialization.
+        backbone: registry name; a file of ours says it itself.
+        protocol: a key of :data:`det_plugin.protocol.PROTOCOLS`.
+        engine: ``auto`` | ``detectron2`` | ``torchvision``.
+        resume: continue from the folder's last checkpoint, if there is one.
+        model_kwargs, seed, device, workers, accumulate, checkpointing, compile: as in
+            :class:`det_plugin.run.DetectionRun`.
+        fields: of the protocol, changed; values may be text. The number of classes is the data's, if not given.
+
+    Returns:
+        path of ``result.json``. A finished run is left as it is.
+
+    Raises:
+        UserError: bad settings or data; the folder holds another run.
+        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        FloatingPointError: a loss is not finite; names the iteration and the losses.
+    """
+    try:
+        module = engine_module(engine, Path(output))
+        how = dict[str, Any](seed=seed, device=device, workers=workers, accumulate=accumulate)
+        how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
+        name = backbone_name(backbone, None if weights is None else Path(weights))
+        run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
+        return module.train(run, resume=resume)  # type: ignore[no-any-return]
+    finally:
+        distributed.stop()
+
+
+def settings_of(
+    backbone: str,
+    weights: str | Path | None,
+    data: Path,
+    output: Path,
+    name: str,
+    fields: Mapping[str, Any],
+    **how: Any,
+) -> DetectionRun:
+    """The run that :func:`finetune` is asked for.
+
+    Raises:
+        UserError: no such protocol, or a field's value is bad; the data's categories are damaged.
+    """
+    recipe = with_overrides(protocol(name, backbone), fields)
+    if "num_classes" not in fields:
+        n_classes = len(read_classes(data, "val"))
+        if n_classes != recipe.num_classes:
+            told = f"the protocol's is {recipe.num_classes}, so the result is marked"
+            say(f"num_classes={n_classes}, as in {data}; {told}")
+        recipe = with_overrides(recipe, {"num_classes": n_classes})
+    return DetectionRun(backbone, None if weights is None else Path(weights), data, output, recipe, **how)
+
+
+def evaluate(
+    data: str | Path, output: str | Path, *, engine: str = "auto", device: str = "auto", workers: int = 2
+) -> dict[str, Any]:
+    """COCO metrics of a run folder's last checkpoint, in percent; {} on all ranks but the first.
+
+    Raises:
+        UserError: no run, no checkpoint, or the data do not fit.
+    """
+    try:
+        module = engine_module(engine, Path(output))
+        return module.evaluate_folder(Path(output), Path(data), device=device, workers=workers)  # type: ignore
+    finally:
+        distributed.stop()
+
+
+def engine_module(name: str, output: Path) -> Any:
+    """``train.py`` of the engine that :func:`choose_engine` chooses, which is said."""
+    engine, reason = choose_engine(name, output)
+    say(f"engine: {engine} ({reason})")
+    return importlib.import_module(f"det_plugin.{engine}_engine.train")
+
+
+def choose_engine(name: str, output: Path) -> tuple[str, str]:
+    """The engine and the reason. ``auto``: that of the run in ``output``, else Detectron2 if it has a GPU."""
+    if name != "auto":
+        return name, "as asked for"
+    if engine := engine_of(output):
+        return engine, f"it trained {output}"
+    if find_spec("detectron2") is None:
+        return "torchvision", "Detectron2 is not installed"
+    if not torch.cuda.is_available():
+        return "torchvision", "Detectron2 is installed, but there is no CUDA device"
+    return "detectron2", "it is installed, and there is a CUDA device"

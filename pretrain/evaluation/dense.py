@@ -1,0 +1,353 @@
+"""Dense evaluation of one checkpoint on one set, task by task: the protocols and a run's deviations from them;
+what is finished is kept, and leaves one ``result.json``.
+
+``FOLDER/tasks/TASK.json`` holds a finished task with all that its numbers depend on, ``TASK.npz`` its maps
+for figures.
+"""
+
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+
+from pretrain.data.class_folders import ClassFolder
+from pretrain.data.datasets import LabelSet
+from pretrain.errors import UserError
+from pretrain.eval_model import EvalModel
+from pretrain.evaluation import Outcome, check_signals
+from pretrain.evaluation.clustering import ClusteringSettings, clustering
+from pretrain.evaluation.features import Features
+from pretrain.evaluation.in_context import InContextSettings, in_context
+from pretrain.evaluation.knn import KnnSettings, knn_classification
+from pretrain.evaluation.linear_segmentation import LinearSettings, linear
+from pretrain.progress import Progress
+from pretrain.results.provenance import config_hash, file_hash, peak_memory_mib
+from pretrain.results.schema import FILE_NAME, Protocol, read_result
+from pretrain.settings import (
+    Settings,
+    as_dict,
+    build,
+    compared,
+    differences,
+    read_words,
+    replaced,
+    split_words,
+)
+from pretrain.signals import StopSignals
+
+VERSION = 1
+KNN = "knn"  # on a labeled folder; all others are on a set with a label a pixel
+TASKS_FOLDER = "tasks"
+KIND: Final = "dense"
+SEED = "seed"  # a field of some settings; another seed is the same protocol
+NO_DEVIATION = (SEED, "map_px")  # and so is another size of the figures
+
+Part = LabelSet | ClassFolder
+Evaluator = Callable[..., Outcome]  # (features, train, val, settings, n_shown=0, signals=None)
+EVALUATORS: dict[str, Evaluator] = {
+    "linear": linear,
+    "in_context": in_context,
+    "clustering": clustering,
+    KNN: knn_classification,
+}
+
+
+class DenseSettings(Settings):
+    """The settings of every task; a field is a task's name."""
+
+    linear: LinearSettings = LinearSettings()
+    in_context: InContextSettings = InContextSettings()
+    clustering: ClusteringSettings = ClusteringSettings()
+    knn: KnnSettings = KnnSettings()
+
+
+TASKS = tuple(DenseSettings.model_fields)
+DENSE_TASKS = tuple(name for name in TASKS if name != KNN)
+# Training and validation images of the public protocols. Other sets have no such number.
+N_IMAGES = {
+    "voc2012": (10_582, 1_449),  # "trainaug": with the masks of SBD
+    "ade20k": (20_210, 2_000),
+    "coco_things": (118_287, 5_000),  # of which the linear layer sees a tenth: linear.coco_images
+    "coco_stuff": (118_287, 5_000),
+    KNN: (1_281_167, 50_000),  # ImageNet-1K
+}
+
+
+# --- protocols --------------------------------------------------------------------------------------------
+
+
+def named_tasks(words: Iterable[str], what: str) -> tuple[str, ...]:
+    """Tasks on a set with pixel labels, in the order of :data:`DENSE_TASKS`. A UserError for a word that is
+    none, with ``what``: where the words stand."""
+    words = list(words)
+    for word in words:
+        if word not in DENSE_TASKS:
+            raise UserError(f"{what}: {word!r} is none of {', '.join(DENSE_TASKS)}")
+    return tuple(task for task in DENSE_TASKS if task in words)
+
+
+def settings_of(tasks: Sequence[str], words: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+    """The settings of some tasks, by their names.
+
+    Args:
+        words: ``TASK.FIELD=VALUE``, changes of the defaults.
+        seed: of everything that a task draws.
+
+    Raises:
+        UserError: an unknown task or field, a value of another type or out of range, a change of a task that
+            is not among ``tasks``.
+    """
+    for key, value in split_words(words).items():
+        task, dot, field = key.partition(".")
+        if not dot or task not in TASKS:
+            raise UserError(f"{key}={value}: should be TASK.FIELD=VALUE, TASK one of {', '.join(TASKS)}")
+        if field == SEED:
+            raise UserError(f"{key}={value}: give it as --seed, which all tasks share")
+        if task not in tasks:
+            raise UserError(f"{key}={value} has no effect: {task} is not asked for")
+    settings = build(DenseSettings, [read_words(words)], "settings")
+    found = {task: getattr(settings, task) for task in tasks}
+    return {t: replaced(used, {SEED: seed}) if hasattr(used, SEED) else used for t, used in found.items()}
+
+
+def deviations_of_data(
+    set_name: str, n_images: tuple[int, int], max_images: int
+) -> dict[str, tuple[Any, Any]]:
+    """(The protocol's, the run's) numbers of images.
+
+    Args:
+        set_name: one of :data:`N_IMAGES`, or any other, of which there is no public number.
+        n_images: that the training and the validation part hold.
+        max_images: that are used of each; 0: all.
+    """
+    train, val = zip(N_IMAGES.get(set_name, n_images), n_images)
+    used = max_images if 0 < max_images < max(n_images) else "all"
+    return {"train_images": train, "val_images": val, "max_images": ("all", used)}
+
+
+def protocol_of(set_name: str, settings: Mapping[str, Any], others: Mapping[str, Sequence[Any]]) -> Protocol:
+    """Protocol ``dense-SET``, and every deviation from it; the arguments are those of :class:`Job`. A task
+    that was left out is none: it has no metric."""
+    changed: dict[str, list[Any]] = {name: list(pair) for name, pair in others.items() if pair[0] != pair[1]}
+    for task, used in settings.items():
+        pairs = differences(type(used)(), used)
+        changed |= {f"{task}.{field}": pair for field, pair in pairs.items() if field not in NO_DEVIATION}
+    return Protocol(name=f"{KIND}-{set_name}", version=VERSION, full=not changed, deviations=changed)
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task that was run: what it found, what it cost."""
+
+    outcome: Outcome
+    wall_time_s: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint on one labeled set.
+
+    Attributes:
+        set_name: of the set, as the protocol is named after it.
+        parts: for training and validation, of a set with a label a pixel or a folder of classes.
+        data: what else tells the set from others: the classes, and of each part its source, number of images
+            and hash of names.
+        settings: by task, of those to be run.
+        others: (the protocol's, this run's) values of what no task sets.
+        seed: of all tasks.
+        n_shown: images of the validation part that maps are kept of.
+    """
+
+    subject: EvalModel
+    set_name: str
+    parts: Sequence[Part]
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    others: Mapping[str, tuple[Any, Any]]
+    seed: int = 0
+    n_shown: int = 0
+
+    def config(self, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """All that the numbers of some tasks (none: of all) depend on, except the weights, of which it holds
+        only how they were trained: one training with several seeds is one configuration."""
+        subject = self.subject
+        return {
+            "set": self.set_name,
+            "data": dict(self.data),
+            "backbone": subject.backbone,
+            "patch_px": subject.patch_px,
+            "source": subject.source,
+            "training": subject.training,
+            **{name: pair[1] for name, pair in self.others.items()},
+            SEED: self.seed,
+            **{task: as_dict(used) for task, used in self.settings.items() if tasks is None or task in tasks},
+        }
+
+    def evaluate(self, task: str, features: Features, signals: StopSignals) -> Outcome:
+        """What a task finds. The images that it reads are counted; a signal stops it."""
+        train, val = (watched(part, task, signals) for part in self.parts)
+        return EVALUATORS[task](features, train, val, self.settings[task], self.n_shown, signals)
+
+
+def job_of(
+    subject: EvalModel,
+    parts: Sequence[Part],
+    settings: Mapping[str, Any],
+    others: Mapping[str, tuple[Any, Any]],
+    seed: int = 0,
+    max_images: int = 0,
+    n_shown: int = 0,
+) -> Job:
+    """The tasks on a set with a label a pixel, or k-NN on a folder of classes.
+
+    Args:
+        parts, settings, seed, n_shown: of :class:`Job`.
+        others: (the protocol's, this run's) values of what belongs neither to the data nor to a task.
+        max_images: of each part; 0: all.
+    """
+    name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
+    others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
+    used = [part.first(max_images or len(part)) for part in parts]
+    data: dict[str, Any] = {}
+    for whole, part in zip(parts, used):
+        if isinstance(part, LabelSet):
+            if part.departure:
+                others[f"{part.part}_set"] = ("as published", part.departure)
+            names = _hash([Path(image).name for image, _ in part.files])
+            data[part.part] = {"source": part.source, "images": len(part), "names": names}
+            data["classes"] = list(parts[0].classes)
+        elif isinstance(whole, ClassFolder):
+            data[part.folder.name] = {"images": len(whole), "names": _hash([file for _, file in whole.files])}
+            data["classes"] = {"number": len(part.classes), "names": _hash(part.classes)}
+    return Job(subject, name, used, data, settings, others, seed, n_shown)
+
+
+def check_folder(job: Job, folder: Path, resume: bool) -> None:
+    """Before anything is computed: a UserError if the folder holds another kind of run, or an evaluation that
+    nothing says to go on with."""
+    if (folder / FILE_NAME).is_file():
+        before = read_result(folder)
+        if (before.kind, before.protocol.name) != (KIND, f"{KIND}-{job.set_name}"):
+            kind = f"holds a run of another kind, {before.protocol.name}"
+            raise UserError(f"--output: {folder} {kind}; choose another folder")
+    if not resume and ((folder / FILE_NAME).is_file() or any((folder / TASKS_FOLDER).glob("*.json"))):
+        what = "already holds an evaluation; go on with --resume, or choose another folder"
+        raise UserError(f"--output: {folder} {what}")
+
+
+def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dict[str, Finished]:
+    """Run the tasks of a job that ``folder`` does not hold yet, one after the other.
+
+    Raises:
+        UserError: bad data; or the folder holds a task of the same name with other settings or weights, by
+            the names of these.
+        Interrupted: there was a signal; the tasks finished so far are kept.
+    """
+    weights, finished = file_hash(job.subject.path), {}
+    # Read before the first hour: an error now where one differs
+    before = {
+        file.stem: _read(file, _identity(job, file.stem, weights))
+        for file in sorted((folder / TASKS_FOLDER).glob("*.json"))
+    }
+    for task in before:
+        print(
+            f"{task}: evaluated before" + ("" if task in job.settings else ", not asked for now"), flush=True
+        )
+    for task in job.settings:
+        if task in before:
+            finished[task] = before[task]
+            continue
+        check_signals(signals, task)
+        started = time.perf_counter()
+        outcome = job.evaluate(task, features, signals)
+        done = finished[task] = Finished(outcome, time.perf_counter() - started, peak_memory_mib())
+        _leave(folder / TASKS_FOLDER / f"{task}.json", _identity(job, task, weights), done)
+        numbers = [
+            f"{name} {value:.2f}" for name, value in outcome.metrics.items() if isinstance(value, float)
+        ]
+        print(f"{task}: {', '.join(numbers)}, {done.wall_time_s:.0f} s", flush=True)
+    return finished
+
+
+def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
+    """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the
+    tasks."""
+    return job.subject.write_result(
+        folder,
+        KIND,
+        protocol_of(job.set_name, job.settings, job.others),
+        job.config(),
+        {name: value for task in finished.values() for name, value in task.outcome.metrics.items()},
+        seed=job.seed,
+        wall_time_s=sum(task.wall_time_s for task in finished.values()),
+        peak_memory_mib=max(task.peak_memory_mib for task in finished.values()),
+    )
+
+
+def watched(part: Part, task: str, signals: StopSignals) -> Part:
+    """A part of a set that counts the images which a task reads of it, several times maybe, and reports the
+    progress; a signal stops it. k-NN reports its progress itself."""
+    if isinstance(part, ClassFolder):
+        return part
+    label, lock, passes = f"{task}, {part.part}", Lock(), list[Progress]()
+
+    def on_read(total: int) -> None:  # after each image, from any thread
+        with lock:
+            if not passes or passes[-1].done == total:
+                passes.append(Progress(f"{label}, pass {len(passes) + 1}", total))
+            passes[-1]()
+        check_signals(signals, label)
+
+    return replace(part, on_read=on_read)
+
+
+def _hash(names: Sequence[str]) -> str:
+    return config_hash({"names": list(names)})
+
+
+def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps({**job.config([task]), "weights_hash": weights}))
+    return identity
+
+
+def _read(file: Path, identity: Mapping[str, Any]) -> Finished:
+    """A task that was finished before; a UserError if it cannot be read, or was run with another identity, of
+    which the settings of a task that is not asked for are no part."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
+            maps = {name: list(arrays[name]) for name in arrays.files}
+        before = {key: value for key, value in content["of"].items() if key in identity or key not in TASKS}
+        metrics: dict[str, Any] = content["metrics"]
+        cost = float(content["wall_time_s"]), float(content["peak_memory_mib"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        reason = f"no finished task can be read here ({type(error).__name__}: {error})"
+        raise UserError(f"{file}: {reason}; remove it") from error
+    if changed := compared(before, identity):
+        pairs = {key: f"{json.dumps(old)}, now {json.dumps(now)}" for key, (old, now) in changed.items()}
+        told = [f"{key} ({pair})" if len(pair) < 80 else key for key, pair in sorted(pairs.items())]
+        raise UserError(f"{file} is of another evaluation: {', '.join(told)}; choose another folder")
+    return Finished(Outcome(metrics, maps), *cost)
+
+
+def _leave(file: Path, identity: Mapping[str, Any], done: Finished) -> None:
+    """The json is written last and in one step: where it exists, the task is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    maps: dict[str, Any] = {name: np.stack(some) for name, some in done.outcome.maps.items() if some}
+    np.savez_compressed(file.with_suffix(".npz"), **maps)
+    cost = {"wall_time_s": done.wall_time_s, "peak_memory_mib": done.peak_memory_mib}
+    content = {"of": identity, "metrics": done.outcome.metrics, **cost}
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
