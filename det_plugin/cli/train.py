@@ -24,6 +24,7 @@ from pretrain.errors import UserError
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked."""
     parser = fine_tuning_parser(__doc__)
     add = parser.add_argument
     add("--engine", default="auto", choices=("auto", "detectron2", "torchvision"), help="(%(default)s)")

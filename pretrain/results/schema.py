@@ -35,7 +35,8 @@ PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 # Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
-NEW_KEYS = ("loss_terms", "post_training")  # not written where empty: older readers do not know them
+# Not written where empty: older readers do not know them.
+NEW_KEYS = ("loss_terms", "post_training", "labels")
 
 
 def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
@@ -124,6 +125,7 @@ class Result(_Record):
         "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
         "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out"
     )
+    labels: str = _field("of a set with a label a pixel: how many classes, who names them", "")
     seed: int = _field("of this run, not its pre-training's; of a dense evaluation that, unless told")
     config_hash: str = _field("equal for runs that differ in the seed alone: only these are averaged")
     weights_hash: str | None = _field("of the backbone's file that a pre-training left, or another run read")
