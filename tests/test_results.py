@@ -363,4 +363,4 @@ def test_the_room_is_a_leaf_and_light():
         "print(sorted(m for m in names if not m.startswith('pretrain.results')))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['pretrain', 'pretrain.errors', 'pretrain.settings']"
+    assert run.stdout.strip() == "['pretrain', 'pretrain.errors', 'pretrain.files', 'pretrain.settings']"
