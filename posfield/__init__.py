@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pretrain.build import build_backbone as build_backbone
     from pretrain.embed import embed as embed
     from pretrain.train import pretrain as pretrain
+    from seg_plugin.predict import load_segmenter as load_segmenter
+    from seg_plugin.run import finetune as finetune_segmentation
 
 __version__ = "0.2.0"
 _FUNCTIONS = {
@@ -25,8 +27,18 @@ _FUNCTIONS = {
     "pretrain": ("pretrain.train", "pretrain"),
     "finetune_detection": ("det_plugin.train", "finetune"),
     "load_detector": ("det_plugin.predict", "load_detector"),
+    "finetune_segmentation": ("seg_plugin.run", "finetune"),
+    "load_segmenter": ("seg_plugin.predict", "load_segmenter"),
 }
-__all__ = ["build_backbone", "embed", "finetune_detection", "load_detector", "pretrain"]
+__all__ = [
+    "build_backbone",
+    "embed",
+    "finetune_detection",
+    "finetune_segmentation",
+    "load_detector",
+    "load_segmenter",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ def embed(
     where = choose_device(device)
     backbone = (weights if isinstance(weights, ViT) else build_backbone(weights)).to(where)
     read: Callable[[Any], np.ndarray] = pixels_of
-    items: Iterable[Any] = images
+    items: Iterable[Any] = [] if isinstance(images, str | Path) else images
     if isinstance(images, str | Path):
         source = open_source(DataSettings(root=str(images)))
         items, read = range(len(source)), partial(_read, source)

@@ -1,11 +1,12 @@
-"""Read mappings in JSON files with one line for whatever is wrong; and give a file its name only when it is
-whole."""
+"""Small files of text, JSON and csv; and how any file gets its name only when it is whole."""
 
+import csv
 import errno
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pretrain.errors import UserError
 
 
-def read_json(path: Path, area: str) -> dict[str, Any]:
+def read_mapping(path: Path, area: str) -> dict[str, Any]:
     """The mapping in a JSON file.
 
     Args:
@@ -81,3 +82,42 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(number)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file as UTF-8 in one step, with the folders that are missing; returns its path."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UserError: no file, or no JSON; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Readable JSON, keys in their order; returns the path."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A line of names and a line a row; floats are exact."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, file.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Its rows by the names of the columns."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from pretrain import checkpoints, distributed
-from pretrain.analysis.training_images import training_images
+from pretrain.analysis.figures import training_images
 from pretrain.config import from_saved, load_config, run_protocol
 from pretrain.data.broken import BrokenFiles
 from pretrain.data.loader import AnyBatch, ViewsDataset, build_dataset, build_loader

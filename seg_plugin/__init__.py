@@ -12,13 +12,4 @@ from seg_plugin.compat import prepare
 
 prepare()  # before anything imports mmseg.models
 
-from seg_plugin import (  # noqa: E402, F401  (they register themselves)
-    backbone,
-    data,
-    hooks,
-    metric,
-    optim,
-    processes,
-    sampler,
-    transforms,
-)
+from seg_plugin import backbone, data, hooks, loop, optim  # noqa: E402, F401  (they register themselves)

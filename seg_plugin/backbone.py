@@ -50,9 +50,8 @@ class PosfieldViT(BaseModule):
         checkpointing: bool = False,
         **model_kwargs: Any,
     ) -> None:
-        super().__init__(
-            init_cfg=None
-        )  # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
+        # mmengine's Pretrained reads no safetensors, and only warns on a mismatch
+        super().__init__(init_cfg=None)
         self.weights = _one_source(weights, init_cfg)
         self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"

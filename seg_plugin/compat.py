@@ -82,10 +82,8 @@ def allow_checkpoint_classes() -> None:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    rebuild: list[Any] = [
-        np.zeros(1).__reduce__()[0],
-        np.float64(0).__reduce__()[0],
-    ]  # array, scalar; NumPy 2 moved them
+    # Array, scalar; NumPy 2 moved them
+    rebuild: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
     dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)}
     methods = (_history_method, "builtins.getattr")
     torch.serialization.add_safe_globals([HistoryBuffer, *rebuild, np.ndarray, np.dtype, *dtypes, methods])

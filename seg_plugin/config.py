@@ -1,18 +1,29 @@
-"""From the protocol to an mmengine config: every section, in MMSegmentation's words.
+"""From the protocol to an mmengine config, in MMSegmentation's words, and back: its deviations from the protocol,
+and what makes two runs the same.
 
 The files in ``configs/seg`` and :mod:`seg_plugin.run` both call :func:`segmenter_config`; nothing else writes
-a section.
+a section. A config can change after it was made (``--cfg-options``, ``--amp``), so all that is said of a run is read
+from the config that runs.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 from pretrain.backbones.vit import SIZES
+from pretrain.build import network_kwargs
+from pretrain.data.datasets import LabelSet, MaskRule
 from pretrain.errors import UserError
-from seg_plugin.datasets import SPLITS, Layout, class_names, dataset_of
-from seg_plugin.protocol import SegmentationProtocol, protocol
+from pretrain.results.provenance import config_hash
+from pretrain.settings import compared, replaced
+from seg_plugin import protocol as protocols
+from seg_plugin.data import PARTS, dataset_of, label_set, section
+from seg_plugin.protocol import SegmentationProtocol, protocol, with_overrides
 
 CHECKPOINT_EVERY = 2_000
 LOG_EVERY = 50
@@ -25,8 +36,7 @@ def segmenter_config(
     weights: str | Path | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     data_root: str | Path = "data/ade/ADEChallengeData2016",
-    classes: Sequence[str] = (),
-    layout: Layout | None = None,
+    masks: MaskRule | None = None,
     seed: int = 0,
     workers: int = 4,
 ) -> dict[str, Any]:
@@ -39,8 +49,7 @@ def segmenter_config(
             model.backbone.weights=FILE``.
         model_kwargs: further arguments of ``build_backbone``.
         data_root: folder of the protocol's data set.
-        classes: their names. Empty: the data set's, or ``class 0``, ... if it has another number of them.
-        layout: where its files are; None: as the data set is distributed (:mod:`seg_plugin.datasets`).
+        masks: how masks of your own data are read.
         workers: data-loading processes, for each process of the run.
     """
     recipe = protocol(recipe) if isinstance(recipe, str) else recipe
@@ -49,13 +58,7 @@ def segmenter_config(
         "default_scope": "mmseg",
         "model": _model(recipe, backbone, weights, dict(model_kwargs or {})),
         **_optimization(recipe),
-        **_data(
-            recipe,
-            str(data_root),
-            tuple(classes) or class_names(recipe),
-            layout or dataset_of(recipe).layout,
-            workers,
-        ),
+        **_data(recipe, data_root, masks, workers),
         **_runtime(recipe, seed),
     }
 
@@ -63,9 +66,8 @@ def segmenter_config(
 def _model(
     p: SegmentationProtocol, backbone: str, weights: str | Path | None, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    width = {**SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {}), **model_kwargs}.get(
-        "embed_dim"
-    )
+    size = SIZES.get(backbone.split("_")[1] if "_" in backbone else "", {})
+    width = {**size, **model_kwargs}.get("embed_dim")
     if width is None:
         raise UserError(f"backbone: the width of {backbone!r} is not known; give embed_dim")
     return {
@@ -144,80 +146,56 @@ def _optimization(p: SegmentationProtocol) -> dict[str, Any]:
 
 
 def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
-    labels: list[dict[str, Any]] = [
-        {"type": "PosfieldLoadLabels", "reduce_zero_label": p.reduce_zero_label},
-        {"type": "CheckLabels", "num_classes": p.num_classes, "ignore_index": p.ignore_index},
-    ]
+    labels, pack = {"type": "PosfieldLoadLabels"}, {"type": "PackSegInputs"}
+    crop = {
+        "crop_size": (p.crop_px, p.crop_px),
+        "cat_max_ratio": p.cat_max_ratio,
+        "ignore_index": p.ignore_index,
+    }
+    distortion = {
+        "brightness_delta": p.brightness,
+        "contrast_range": p.contrast,
+        "saturation_range": p.saturation,
+        "hue_delta": p.hue,
+    }
     training: list[dict[str, Any]] = [
         {"type": "SeedFromPosition"},
         {"type": "PosfieldLoadImage"},
-        *labels,
+        labels,
         {"type": "RandomResize", "scale": p.resize_px, "ratio_range": p.ratio_range, "keep_ratio": True},
-        {
-            "type": "RandomCrop",
-            "crop_size": (p.crop_px, p.crop_px),
-            "cat_max_ratio": p.cat_max_ratio,
-            "ignore_index": p.ignore_index,
-        },
+        {"type": "RandomCrop", **crop},
         {"type": "RandomFlip", "prob": p.flip},
-        {
-            "type": "PosfieldDistortion",
-            "brightness_delta": p.brightness,
-            "contrast_range": p.contrast,
-            "saturation_range": p.saturation,
-            "hue_delta": p.hue,
-        },
-        {"type": "PackSegInputs"},
+        {"type": "PosfieldDistortion", **distortion},
+        pack,
     ]
     resize: dict[str, Any] = {"type": "Resize", "scale": p.resize_px, "keep_ratio": True}
-    pack: dict[str, Any] = {"type": "PackSegInputs"}
     # Labels come after Resize: the metric compares at the mask's own size.
-    validation: list[dict[str, Any]] = [{"type": "PosfieldLoadImage"}, resize, *labels, pack]
-    # The same, by the names that MMSegmentation's own inference looks for.
-    load = {"type": "LoadImageFromFile"}
-    load_labels = {"type": "LoadAnnotations", "reduce_zero_label": p.reduce_zero_label}
-    test = [load, resize, load_labels, pack]
+    validation: list[dict[str, Any]] = [{"type": "PosfieldLoadImage"}, resize, labels, pack]
+    load = {"type": "LoadImageFromFile"}  # the name that MMSegmentation's own inference looks for
+    test = [load, resize, labels, pack]
     return {"training": training, "validation": validation, "test": test, "unlabeled": [load, resize, pack]}
 
 
-def _data(
-    p: SegmentationProtocol, root: str, classes: tuple[str, ...], layout: Layout, workers: int
-) -> dict[str, Any]:
+def _data(p: SegmentationProtocol, root: str | Path, masks: MaskRule | None, workers: int) -> dict[str, Any]:
     pipelines = _pipelines(p)
 
-    def dataset(split: str, pipeline: list[dict[str, Any]]) -> dict[str, Any]:
-        known, index = dataset_of(p), SPLITS.index(split)
-        own_names = classes != known.classes  # otherwise the data set's, with its colors
-        return {
-            "type": "BaseSegDataset" if own_names else known.kind,
-            "data_root": root,
-            "data_prefix": {"img_path": layout.images[index], "seg_map_path": layout.masks[index]},
-            "ann_file": layout.lists[index],
-            "img_suffix": layout.image_suffix,
-            "seg_map_suffix": layout.mask_suffix,
-            "reduce_zero_label": p.reduce_zero_label,
-            "ignore_index": p.ignore_index,
-            "pipeline": pipeline,
-            **({"metainfo": {"classes": classes}} if own_names else {}),
-        }
-
-    def loader(split: str, pipeline: list[dict[str, Any]], batch_size: int, sampler: str) -> dict[str, Any]:
+    def loader(split: str, pipeline: str, batch_size: int, sampler: str) -> dict[str, Any]:
         return {
             "batch_size": batch_size,
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "worker_init_fn": {"type": "posfield_worker"},
             "sampler": {"type": sampler, "shuffle": split == "training"},
-            "dataset": dataset(split, pipeline),
+            "dataset": section(p, root, PARTS[split], pipelines[pipeline], masks),
         }
 
     evaluator = {"type": "PosfieldIoU", "ignore_index": p.ignore_index, "iou_metrics": ["mIoU"]}
     return {
         "train_dataloader": loader(
-            "training", pipelines["training"], _batch_per_process(p.batch_size), "PosfieldSampler"
+            "training", "training", _batch_per_process(p.batch_size), "PosfieldSampler"
         ),
-        "val_dataloader": loader("validation", pipelines["validation"], 1, "DefaultSampler"),
-        "test_dataloader": loader("validation", pipelines["test"], 1, "DefaultSampler"),
+        "val_dataloader": loader("validation", "validation", 1, "DefaultSampler"),
+        "test_dataloader": loader("validation", "test", 1, "DefaultSampler"),
         "test_pipeline": pipelines["unlabeled"],  # of images without labels
         "val_evaluator": evaluator,
         "test_evaluator": dict(evaluator),
@@ -261,13 +239,159 @@ def _runtime(p: SegmentationProtocol, seed: int) -> dict[str, Any]:
             "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
             "dist_cfg": {"backend": "nccl"},
         },
-        "randomness": {
-            "seed": seed,
-            "deterministic": False,
-        },  # torch has no deterministic 2-D cross-entropy on CUDA
+        # torch has no deterministic 2-D cross-entropy on CUDA
+        "randomness": {"seed": seed, "deterministic": False},
         "visualizer": {"type": "SegLocalVisualizer", "vis_backends": [{"type": "LocalVisBackend"}]},
         "log_processor": {"by_epoch": False},
         "log_level": "INFO",
         "load_from": None,
         "resume": False,
+    }
+
+
+# --- what a config says -------------------------------------------------------------------------------------
+
+# The sections of a config that decide a run's outcome.
+SECTIONS = (
+    "model", "optim_wrapper", "param_scheduler", "train_cfg", "val_cfg", "train_dataloader", "val_dataloader", "val_evaluator",
+    "auto_scale_lr",
+)  # fmt: skip
+NOT_RECIPE = ("data_root", "num_workers", "persistent_workers")
+NOT_OF_THE_VIT = ("type", "name", "weights", "init_cfg", "drop_path", "freeze", "checkpointing")
+# Hooks that change no number
+ONLOOKERS = ("IterTimerHook", "LoggerHook", "CheckpointHook", "SegVisualizationHook", "PosfieldRunHook")
+OF_LABELS = ("PosfieldLoadLabels", "LoadAnnotations")
+
+
+def declared_protocol(values: Mapping[str, Any]) -> SegmentationProtocol:
+    """The protocol that a config says it follows, from the fields that its hook holds."""
+    fields = {key: value for key, value in values.items() if key not in ("name", "version")}
+    return with_overrides(protocols.protocol(values["name"]), fields)
+
+
+def given_model_kwargs(cfg: Config) -> dict[str, Any]:
+    """The arguments of the ViT that a config spells out."""
+    return {key: value for key, value in cfg.model.backbone.items() if key not in NOT_OF_THE_VIT}
+
+
+def recipe(cfg: Config, processes: int) -> dict[str, Any]:
+    """The sections as plain values, without the ViT's arguments. The batch size is that of all processes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items() if key not in NOT_RECIPE}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    sections: dict[str, Any] = {name: plain(cfg.get(name)) for name in SECTIONS}
+    kept = ("type", "name", "drop_path", "freeze")
+    sections["model"]["backbone"] = {key: cfg.model.backbone.get(key) for key in kept}
+    sections["train_dataloader"]["batch_size"] *= processes
+    # Also an EMA, early stopping, ...
+    hooks = [*cfg.get("default_hooks", {}).values(), *cfg.get("custom_hooks", [])]
+    sections["hooks"] = [plain(hook) for hook in hooks if hook and hook["type"] not in ONLOOKERS]
+    sections["load_from"] = None if cfg.get("resume") else cfg.get("load_from")
+    return sections
+
+
+def deviations(
+    cfg: Config, values: Mapping[str, Any], model_kwargs: Mapping[str, Any], processes: int
+) -> dict[str, list[Any]]:
+    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
+    value]}``.
+
+    Args:
+        values: the fields of the protocol that it says it follows.
+        model_kwargs: arguments of the ViT that were given beside the checkpoint's.
+        processes: how many share a batch.
+    """
+    cfg, declared = with_todays_data(cfg), declared_protocol(values)
+    changed = protocols.deviations(declared)
+    # Your own data may have any
+    masks = replaced(MaskRule(), cfg.train_dataloader.dataset.get("masks", {}), "masks")
+    made = segmenter_config(declared, cfg.model.backbone.name, model_kwargs=model_kwargs, masks=masks)
+    made["train_dataloader"]["batch_size"] = declared.batch_size
+    different = compared(recipe(Config(made), 1), recipe(cfg, processes))
+    changed |= {key: different[key] for key in sorted(different)}
+    for (split, found), count in zip(label_sets(cfg).items(), dataset_of(declared).counts or ()):
+        if len(found) != count:
+            changed[f"{split}_images"] = [count, len(found)]
+    if given := network_kwargs(model_kwargs):
+        changed["model_kwargs"] = [{}, given]
+    return {**changed, **protocols.not_swept(declared)}
+
+
+def label_sets(cfg: Config) -> dict[str, LabelSet]:
+    """Both parts of a config's data, by the protocol's words for them."""
+    return {split: label_set(cfg[f"{key}_dataloader"].dataset) for split, key in PARTS.items()}
+
+
+def images_of(found: LabelSet) -> list[str]:
+    """Sorted names of the images, without suffix."""
+    names = (os.path.relpath(image, found.folder) for image, _ in found.files)
+    return sorted(os.path.splitext(name)[0].removesuffix("_leftImg8bit") for name in names)
+
+
+def with_todays_data(cfg: Config) -> Config:
+    """A config of an earlier version, which names MMSegmentation's data sets, as it would be made today."""
+    if cfg.train_dataloader.dataset.type == "PosfieldLabels":
+        return cfg
+    cfg, declared = Config(cfg.to_dict()), declared_protocol(protocol_of(cfg))
+    for key, part in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
+        old = cfg[key].dataset
+        cfg[key].dataset = _as_today(old, section(declared, old.data_root, part, ()))
+    return cfg
+
+
+def protocol_of(cfg: Config) -> Mapping[str, Any]:
+    """The fields of the protocol that a config says it follows."""
+    return next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")  # type: ignore[no-any-return]
+
+
+def _as_today(old: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """A data set of an earlier version in the words of the one that is made today; its pipeline stays."""
+    steps = [
+        {"type": "PosfieldLoadLabels"} if step["type"] in OF_LABELS else step
+        for step in old["pipeline"]
+        if step["type"] != "CheckLabels"
+    ]
+    return {**made, "pipeline": steps}
+
+
+def changed_since(file: Path, ours: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """In which settings the run that saved its :func:`identity` in ``file`` differs from this one."""
+    saved, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(ours))
+    if "labels" not in saved["settings"]:  # of an earlier version
+        saved["settings"]["labels"] = now["settings"]["labels"]
+        for loader in ("train_dataloader", "val_dataloader"):
+            dataset = saved["settings"][loader]["dataset"]
+            saved["settings"][loader]["dataset"] = _as_today(dataset, now["settings"][loader]["dataset"])
+    changed = compared(saved, now)
+    changed.pop("config_hash", None)  # the settings say why
+    return changed
+
+
+def identity(
+    cfg: Config, model_kwargs: Mapping[str, Any], weights_hash: str | None, processes: int
+) -> dict[str, Any]:
+    """What makes two runs the same, as plain values to compare and to save.
+
+    Args:
+        model_kwargs: all arguments of the ViT (``ViT.model_kwargs``).
+    """
+    cfg = with_todays_data(cfg)
+    sets = label_sets(cfg)
+    names = json.dumps([images_of(found) for found in sets.values()])
+    train = sets["training"]
+    settings = {
+        **recipe(cfg, processes),
+        "labels": {"classes": train.classes, "table": hashlib.sha256(train.table.tobytes()).hexdigest()[:12]},
+        "backbone_flags": dict(model_kwargs),  # the first name of the key; another changes every hash
+        # Tells runs on other data from seeds of one.
+        "images_hash": hashlib.sha256(names.encode()).hexdigest()[:12],
+    }
+    return {
+        "config_hash": config_hash(settings),
+        "seed": cfg.randomness.get("seed"),
+        "weights_hash": weights_hash,
+        "settings": settings,
     }

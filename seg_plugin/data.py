@@ -1,57 +1,222 @@
-"""Checks of masks. A label, a size or a kind of file that does not fit is an error that names the file."""
+"""The data sets: which set and protocol each name stands for, and how MMSegmentation reads them.
 
+Images are read as MMSegmentation reads them, labels by :mod:`pretrain.data.datasets`, as everywhere. An error names
+the file.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mmseg.datasets
 import numpy as np
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
+from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
-from PIL import Image, UnidentifiedImageError
 
+from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
+from pretrain.data.datasets.public import ade_home
 from pretrain.errors import UserError
-from seg_plugin.datasets import Located
-from seg_plugin.protocol import SegmentationProtocol
+from pretrain.settings import replaced
+from seg_plugin.loop import DrawnIndex
+from seg_plugin.protocol import OF_THE_DATA, OWN, SegmentationProtocol, protocol, with_overrides
 
-MODES = ("1", "L", "P")  # Pillow's names: 1 or 8 bits a pixel; with a palette, the index is the label
-EXIF_ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # values that swap rows and columns
+PARTS = {"training": "train", "validation": "val"}  # the protocol's words, the data sets'
 
 
-def check_masks(located: Located, split: str, protocol: SegmentationProtocol) -> None:
-    """Read every mask of a split (about 3 ms each). A mask may have no labeled pixel, but not all masks of a
-    split.
+@dataclass(frozen=True)
+class Dataset:
+    """A data set by name.
+
+    Attributes:
+        protocol: the name of its protocol.
+        kind: of the set (:data:`pretrain.data.datasets.KINDS`).
+        counts: images of training and validation; None: not known.
+        colors: MMSegmentation's class, which knows the classes' colors.
+    """
+
+    protocol: str
+    kind: str
+    counts: tuple[int, int] | None = None
+    colors: str = ""
+
+
+# Counts are from MMSegmentation's configs and the data sets' own descriptions.
+DATASETS = {
+    "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000), "ADE20KDataset"),
+    "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449), "PascalVOCDataset"),
+    "voc_aug": Dataset("voc2012aug-40k", "voc2012", (10_582, 1_449), "PascalVOCDataset"),
+    "cityscapes": Dataset("cityscapes-80k", "cityscapes", (2_975, 500), "CityscapesDataset"),
+    "own": Dataset(OWN, "folder"),
+}
+_BY_KIND = {"ade20k": "ade20k", "voc2012": "voc", "cityscapes": "cityscapes", "folder": "own"}
+
+
+def dataset_of(recipe: SegmentationProtocol) -> Dataset:
+    """The data set of a protocol."""
+    return next(dataset for dataset in DATASETS.values() if dataset.protocol == recipe.name)
+
+
+def recipe_for(
+    folder: str | Path, name: str | None, overrides: Mapping[str, Any], masks: MaskRule | None = None
+) -> SegmentationProtocol:
+    """The protocol of a data set, with some fields changed.
+
+    Args:
+        folder: of the data set.
+        name: a key of :data:`DATASETS`; None: what the folder looks like.
+        overrides: field -> value, or its text.
+        masks: how masks of your own data are read; all of them are, once, to find out or check the classes.
 
     Raises:
-        UserError: names the first file that cannot be read or is cut off, has another size than its image,
-            has more than one channel of 8 bits, or holds a label out of range.
+        UserError: an unknown name or field, as :func:`pretrain.data.datasets.open_label_sets`.
     """
-    first = int(protocol.reduce_zero_label)  # how class 0 is stored
-    labeled = False
-    for image, path in located.pairs(split):
+    if name is None:
+        kind = kind_of(folder)
+        if kind not in _BY_KIND:
+            raise UserError(
+                f"data: {folder} holds {kind}, which has no protocol; --dataset is one of {', '.join(DATASETS)}"
+            )
+        name = _BY_KIND[kind]
+    if name not in DATASETS:
+        raise UserError(f"dataset: {name!r} is none of {', '.join(DATASETS)}")
+    base = protocol(DATASETS[name].protocol)
+    if name != "own":
+        return with_overrides(base, overrides)
+    recipe = with_overrides(base, {"num_classes": "2", **overrides})  # any: it is known below
+    n_classes = recipe.num_classes if "num_classes" in overrides else 0
+    train, _ = open_label_sets(folder, "folder", n_classes, rule_of(recipe, masks))
+    return with_overrides(recipe, {"num_classes": len(train.classes)})
+
+
+def rule_of(recipe: SegmentationProtocol, masks: MaskRule | None = None) -> MaskRule:
+    """How masks are read that a protocol says something of: what is not counted, if nothing else says it."""
+    masks = masks or MaskRule()
+    is_default = not recipe.reduce_zero_label and recipe.ignore_index == 255
+    void = ("0",) * recipe.reduce_zero_label + (str(recipe.ignore_index),)
+    return masks if masks.void or is_default else masks.model_copy(update={"void": void})
+
+
+def section(
+    recipe: SegmentationProtocol, root: str | Path, part: str, pipeline: Any, masks: MaskRule | None = None
+) -> dict[str, Any]:
+    """A data set in MMSegmentation's config: :class:`PosfieldLabels`.
+
+    ADE20K's folders with another number of classes, or with label 0 as one, are read as masks of one's own.
+
+    Raises:
+        UserError: another set has another number of classes than the protocol says.
+    """
+    kind, full, home = dataset_of(recipe).kind, protocol(recipe.name), str(root)
+    same = all(getattr(recipe, key) == getattr(full, key) for key in OF_THE_DATA)
+    if kind == "ade20k" and not same:
+        kind, home = "folder", str(ade_home(Path(root)))
+    elif kind != "folder" and not same:
+        told = f"num_classes={recipe.num_classes}, reduce_zero_label={recipe.reduce_zero_label}"
+        raise UserError(
+            f"protocol: {told} are not those of {recipe.name}; for other masks give --dataset own"
+        )
+    return {
+        "type": "PosfieldLabels",
+        "data_root": home,
+        "part": part,
+        "kind": kind,
+        "n_classes": recipe.num_classes,
+        "masks": rule_of(recipe, masks).model_dump(exclude_defaults=True) if kind == "folder" else {},
+        "reduce_zero_label": recipe.reduce_zero_label,
+        "ignore_index": recipe.ignore_index,
+        "pipeline": pipeline,
+    }
+
+
+def label_set(values: Mapping[str, Any]) -> LabelSet:
+    """The set of a :func:`section`; errors are :func:`pretrain.data.datasets.open_label_set`'s."""
+    root, rule = values["data_root"], replaced(MaskRule(), values["masks"] or {}, "masks")
+    found = open_label_set(root, values["part"], values["kind"], values["n_classes"], rule)
+    if values["kind"] == "voc2012" and found.departure:
+        raise UserError(f"data: {root} has no trainaug.txt and SegmentationClassAug, for voc_aug")
+    return found
+
+
+@REGISTRY.register_module()
+class PosfieldLabels(BaseSegDataset):
+    """A part of a labeled set (:class:`pretrain.data.datasets.LabelSet`) as MMSegmentation's data set.
+
+    Class k of the network is label k + 1 of the set, and what does not count is ``ignore_index``.
+    """
+
+    def __init__(
+        self, data_root: str, part: str, kind: str, n_classes: int, masks: Any = None, **options: Any
+    ) -> None:
+        self.labels = label_set(
+            dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks)
+        )
+        known = next((d.colors for d in DATASETS.values() if d.kind == kind and d.colors), "")
+        palette = getattr(mmseg.datasets, known).METAINFO["palette"] if known else []
+        metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
+        prefix = {"img_path": self.labels.folder, "seg_map_path": ""}
+        # With data_root it would join both
+        super().__init__(data_prefix=prefix, metainfo=metainfo, **options)
+        self.data_root = data_root
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """One entry an image, in the set's order."""
+        common = {"label_map": None, "reduce_zero_label": self.reduce_zero_label}
+        return [
+            {"img_path": image, "seg_map_path": mask, **common, "seg_fields": []}
+            for image, mask in self.labels.files
+        ]
+
+    def prepare_data(self, index: int) -> Any:
+        """A sample, for which the pipeline also gets the set and the number of what is ignored."""
+        extra = {"label_set": self.labels, "ignore_index": self.ignore_index}
+        return self.pipeline({**self.get_data_info(index), **extra})
+
+
+@TRANSFORMS.register_module()
+class SeedFromPosition(BaseTransform):
+    """First of a training pipeline: what the next transforms draw only depends on (seed, position in the
+    run).
+
+    So any number of data-loading and training processes augments images alike, and so does a resumed run. It
+    seeds ``random`` and ``numpy.random``; mmcv's and MMSegmentation's transforms draw from nothing else. It
+    does nothing without :class:`seg_plugin.loop.PosfieldSampler`, or if a wrapper of the data set has
+    changed the index.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Reads ``sample_idx``, changes nothing."""
+        drawn = results.get("sample_idx")
+        if isinstance(drawn, DrawnIndex):
+            word = int(np.random.SeedSequence((drawn.seed, drawn.position)).generate_state(1)[0])
+            random.seed(word)
+            np.random.seed(word)
+        return results
+
+
+@TRANSFORMS.register_module()
+class PosfieldLoadImage(LoadImageFromFile):
+    """mmcv's ``LoadImageFromFile``, whose error names the file.
+
+    The rest is mmcv's: 8-bit BGR, a gray image gets three equal channels, transparency is dropped, 16 bits
+    become 8, and a photograph is turned by its EXIF orientation. Its mask has none, so it must be stored
+    turned.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """Adds ``img`` [H, W, 3], ``img_shape``, ``ori_shape``."""
         try:
-            with Image.open(path) as mask:
-                labels, mode = np.asarray(mask), mask.mode
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"data: {path} is no readable mask ({error})") from error
-        _check_mode(mode, path)
-        _check_labels(labels, path, protocol.num_classes, first, protocol.ignore_index)
-        if labels.shape != (size := _size(image)):
-            raise UserError(f"data: {path} is {labels.shape}, but its image is {size} (height, width)")
-        check_whole(image)
-        labeled |= bool(((labels >= first) & (labels != protocol.ignore_index)).any())
-    if not labeled:
-        raise UserError(f"data: no pixel of the {split} masks in {located.root} has a class")
-
-
-def _size(image: Path) -> tuple[int, int]:
-    """Height and width in pixels of an image as mmcv reads it, turned by its EXIF orientation. Pixels are not
-    decoded."""
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(EXIF_ORIENTATION) in TURNED
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"data: {image} is no readable image ({error})") from error
-    return (width, height) if turned else (height, width)
+            check_whole(results["img_path"])
+            return super().transform(results)  # type: ignore[no-any-return]
+        except UserError:
+            raise
+        except Exception as error:  # cv2.error, OSError, AssertionError, ...
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"data: {results['img_path']} is no readable image ({told})") from error
 
 
 def check_whole(image: str | Path) -> None:
@@ -63,61 +228,55 @@ def check_whole(image: str | Path) -> None:
     data, at = Path(image).read_bytes(), 2
     if not data.startswith(b"\xff\xd8"):
         return  # OpenCV refuses other kinds of files that are cut off
-    while (
-        data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda"
-    ):  # a segment may hold a preview, with its end
-        at += (
-            1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        )  # a fill byte | a segment
+    # A segment may hold a preview, with its end
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != b"\xda":
+        # A fill byte | a segment
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if data.find(b"\xff\xd9", at) < 0:
         raise UserError(f"data: {image} is no readable image (JPEG without an end)")
 
 
-def _check_mode(mode: str, path: str | Path) -> None:
-    if mode not in MODES:
-        raise UserError(
-            f"data: {path} is of Pillow's mode {mode}; a mask has one channel of at most 8 bits, the class of each pixel"
-        )
+@TRANSFORMS.register_module()
+class PosfieldLoadLabels(LoadAnnotations):
+    """The labels of a :class:`PosfieldLabels`; an error names the file. Without it, as in configs of earlier
+    versions, MMSegmentation's."""
 
-
-def _check_labels(
-    labels: np.ndarray, path: str | Path, num_classes: int, first: int, ignore_index: int
-) -> None:
-    """``labels`` [H, W] are as stored: ``first`` is class 0, and anything below it is ignored."""
-    out_of_range = labels[(labels.astype(np.int64) >= first + num_classes) & (labels != ignore_index)]
-    if out_of_range.size:
-        hint = "" if first else "; if 0 stands for no class: reduce_zero_label=true"
-        raise UserError(
-            f"data: {path} holds label {int(out_of_range.min())}, but {num_classes} classes are stored as {first} to "
-            f"{first + num_classes - 1} (ignored: {'0 and ' * first}{ignore_index}){hint}"
-        )
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds ``gt_seg_map`` [H, W] uint8; nothing where there is no mask."""
+        if "seg_map_path" not in results:
+            return results
+        path, known, shape = results["seg_map_path"], results.get("label_set"), results["ori_shape"]
+        if known is None:
+            return super().transform(results)  # type: ignore[no-any-return]
+        labels = known.read_labels(Path(path))
+        if labels.shape != shape:
+            raise UserError(f"data: {path} is {labels.shape}, but its image is {shape} (height, width)")
+        results["gt_seg_map"] = np.where(labels == 0, results["ignore_index"], labels - 1).astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
+        return results
 
 
 @TRANSFORMS.register_module()
 class CheckLabels(BaseTransform):
-    """Follows ``LoadAnnotations``: the mask fits its image and the classes, or an error names the file.
-
-    Without it, a label out of range stops a GPU by a device-side assert that names nothing, the metric drops
-    the label silently, and MMSegmentation keeps the lower byte of a 16-bit mask.
-    """
+    """In configs of earlier versions: whether the labels are classes."""
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Check ``gt_seg_map`` [H, W] uint8. It is reduced already if zero labels are ignored."""
-        labels, path, first = (
-            results["gt_seg_map"],
-            results["seg_map_path"],
-            int(results["reduce_zero_label"]),
-        )
-        with Image.open(path) as mask:  # its header alone
-            _check_mode(mask.mode, path)
-        if labels.shape != results["ori_shape"]:
-            raise UserError(
-                f"data: {path} is {labels.shape}, but its image is {results['ori_shape']} (height, width)"
-            )
-        stored = np.where(labels == self.ignore_index, self.ignore_index, labels.astype(np.int64) + first)
-        _check_labels(stored, path, self.num_classes, first, self.ignore_index)
+        """Changes nothing."""
+        labels = results["gt_seg_map"]
+        if (bad := labels[(labels >= self.num_classes) & (labels != self.ignore_index)]).size:
+            told = f"class {bad.min()}, but there are {self.num_classes}"
+            raise UserError(f"data: {results['seg_map_path']} holds {told}")
         return results
+
+
+@TRANSFORMS.register_module()
+class PosfieldDistortion(PhotoMetricDistortion):
+    """MMSegmentation's ``PhotoMetricDistortion``, which fails at ``hue_delta=0``. Here the hue then stays as
+    it is."""
+
+    def hue(self, img: np.ndarray) -> np.ndarray:
+        """[H, W, 3] uint8 BGR."""
+        return super().hue(img) if self.hue_delta else img  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from pretrain.results.runs import add_caption
-from seg_plugin.predict import Segmented, segment_dataset, spread
+from seg_plugin.predict import Segmented
 
 IGNORED_COLOR = (225, 225, 225)
 MAX_LEGEND = 24  # classes, the largest ones; nobody would read more
@@ -22,28 +22,13 @@ OVERLAY = 0.55  # the colors' share
 COLUMN_IN = 2.7  # width of an image, in inches
 
 
-def leave_figure(model: Any, dataset: Any, folder: Path, count: int = 4) -> Path:
-    """Segment ``count`` images of a data set, evenly spaced, and draw them as
-    ``folder/segmentations.png``."""
-    rows = list(segment_dataset(model, dataset, spread(count, len(dataset))))
-    caption = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
-    return leave_page(
-        folder / "segmentations.png",
-        rows,
-        dataset.metainfo,
-        title="Segmentation of validation images",
-        caption=caption + "evenly spaced in the list; light gray: not labeled.",
-    )
-
-
-def leave_page(
+def draw_page(
     path: Path, rows: Sequence[Segmented], metainfo: Any, *, title: str, caption: str, overlay: bool = False
-) -> Path:
+) -> None:
     """Draw a page and enter it into ``captions.json`` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, rows, palette_of(metainfo), metainfo["classes"], overlay=overlay)
     add_caption(path, title, caption)
-    return path
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
@@ -84,11 +69,8 @@ def draw(
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": aspects})
     for line, row in zip(axes, rows):
-        predicted = colored(row.predicted, palette)
-        pictures = {"image": row.pixels, "prediction": predicted}
-        pictures["prediction over the image"] = (OVERLAY * predicted + (1 - OVERLAY) * row.pixels).astype(
-            np.uint8
-        )
+        pictures = {"image": row.pixels, "prediction": colored(row.predicted, palette)}
+        pictures["prediction over the image"] = blended(row.pixels, row.predicted, palette)
         if row.truth is not None:
             pictures["ground truth"] = colored(row.truth, palette)
         for axis, title in zip(line, titles):
@@ -99,32 +81,40 @@ def draw(
         axis.set_title(title, fontsize=10)
     patches = [Patch(facecolor=palette[k] / 255, edgecolor="0.6", label=names[k]) for k in shown]
     more = f"and {len(pixels) - len(shown)} smaller classes" if len(pixels) > len(shown) else None
-    figure.legend(
-        handles=patches,
-        loc="outside lower center",
-        ncols=2 * len(titles),
-        fontsize=8,
-        frameon=False,
-        title=more,
-    )
+    place: dict[str, Any] = {
+        "loc": "outside lower center",
+        "ncols": 2 * len(titles),
+        "fontsize": 8,
+        "frameon": False,
+    }
+    figure.legend(handles=patches, title=more, **place)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
 def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """[H, W] -> [H, W, 3] uint8. Ignored pixels are light gray."""
-    colors = np.full((256, 3), IGNORED_COLOR, np.uint8)
-    colors[: len(palette)] = palette
-    return colors[labels.astype(np.uint8)]
+    colors = np.concatenate([palette, np.array([IGNORED_COLOR], np.uint8)])
+    return colors[np.minimum(labels, len(palette))]
 
 
-def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, *, first: int) -> None:
-    """Write a label map as a PNG with a palette.
+def blended(pixels: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """A prediction over its image, [H, W, 3] uint8."""
+    return (OVERLAY * colored(labels, palette) + (1 - OVERLAY) * pixels).astype(np.uint8)
+
+
+def save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, values: Sequence[Any]) -> None:
+    """Write a label map as a PNG, as the data's masks store it.
 
     Args:
         labels: [H, W].
-        first: the label of class 0: 1 if the data set's masks use 0 for pixels without a class.
+        values: what the masks store for each class: a value, of a palette if all are of 8 bits, or a color.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray((labels + first).astype(np.uint8))
-    image.putpalette(np.concatenate([np.zeros((first, 3), np.uint8), palette]).tobytes())
+    stored = np.array(values)
+    has_palette = stored.ndim == 1 and stored.max() < 256
+    image = Image.fromarray(stored.astype(np.uint8 if has_palette or stored.ndim > 1 else np.uint16)[labels])
+    if has_palette:
+        colors = np.zeros((256, 3), np.uint8)
+        colors[stored] = palette
+        image.putpalette(colors[: stored.max() + 1].tobytes())
     image.save(path)

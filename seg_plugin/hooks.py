@@ -2,7 +2,8 @@
 
 ``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``,
 ``settings.json`` (the run's identity), and the saved config. It holds all arguments of the backbone, so it
-tests and resumes without the pre-training file.
+tests and resumes without the pre-training file. The metric is MMSegmentation's mIoU, but unrounded, and with each
+class's IoU.
 """
 
 import json
@@ -17,7 +18,10 @@ import torch
 from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
+from mmseg.evaluation import IoUMetric
 from mmseg.registry import HOOKS
+from mmseg.registry import METRICS as METRIC_KINDS
+from torch import Tensor
 
 from pretrain import distributed
 from pretrain.errors import Interrupted, UserError
@@ -26,10 +30,13 @@ from pretrain.results.provenance import provenance
 from pretrain.results.schema import Protocol, Result, write_result
 from pretrain.signals import StopSignals
 from pretrain.weights import check_fit, origin_of
-from seg_plugin.identity import deviations, given_model_kwargs, identity
+from seg_plugin.config import deviations, given_model_kwargs, identity, label_sets, with_todays_data
+from seg_plugin.figures import draw_page
+from seg_plugin.predict import segment_dataset, spread
 
 METRICS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 SETTINGS_FILE = "settings.json"
+N_DRAWN = 4  # validation images in the figure
 
 
 @HOOKS.register_module()
@@ -80,15 +87,15 @@ class PosfieldRunHook(Hook):
         self.identity = identity(
             runner.cfg, backbone.vit.model_kwargs, self.origin["weights_hash"], get_world_size()
         )
+        self.labels = label_sets(with_todays_data(runner.cfg))["training"].description
         self.deviations = deviations(runner.cfg, self.protocol, self.origin["model_kwargs"], get_world_size())
         if is_main_process():
             self.folder = Path(runner.work_dir)
             (self.folder / SETTINGS_FILE).write_text(
                 json.dumps(self.identity, indent=2, sort_keys=True) + "\n"
             )
-            truncate_lines(
-                self.folder / "metrics.jsonl", before_iter=runner.iter + 1
-            )  # their iterations will run again
+            # Their iterations will run again
+            truncate_lines(self.folder / "metrics.jsonl", before_iter=runner.iter + 1)
             self._save_config(runner, backbone)
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -111,15 +118,9 @@ class PosfieldRunHook(Hook):
     def _save_config(self, runner: Any, backbone: Any) -> None:
         """Save the config again, with the checkpoint's arguments instead of the checkpoint."""
         old = runner.cfg.model.backbone
-        kept = {
-            key: old[key] for key in ("type", "name", "drop_path", "freeze", "checkpointing") if key in old
-        }
-        runner.cfg.model.backbone = {
-            **given_model_kwargs(runner.cfg),
-            **backbone.vit.model_kwargs,
-            **kept,
-            "weights": None,
-        }
+        names = ("type", "name", "drop_path", "freeze", "checkpointing")
+        kept = {key: old[key] for key in names if key in old} | {"weights": None}
+        runner.cfg.model.backbone = {**given_model_kwargs(runner.cfg), **backbone.vit.model_kwargs, **kept}
         for hook in runner.cfg.custom_hooks:
             if hook.type == type(self).__name__:
                 hook.origin = self.origin
@@ -160,9 +161,7 @@ class PosfieldRunHook(Hook):
         """Write result.json and the figure."""
         if not is_main_process() or not self.metrics:
             return
-        from seg_plugin.figures import leave_figure
-
-        leave_figure(_model(runner), runner.val_dataloader.dataset, self.folder / "figures")
+        self._draw(_model(runner), runner.val_dataloader.dataset)
         evaluators = runner.val_loop.evaluator.metrics
         per_class: dict[str, float] = next(
             (metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {}
@@ -180,11 +179,21 @@ class PosfieldRunHook(Hook):
                 deviations=self.deviations,
             ),
             metrics={**self.metrics, "iou": per_class},
+            labels=self.labels,
             seed=runner.seed,
             wall_time_s=self._elapsed_s(),
             **{**provenance(self.identity["settings"]), "weights_hash": self.origin["weights_hash"]},
         )
         write_result(result, self.folder)
+
+    def _draw(self, model: Any, dataset: Any) -> None:
+        rows = list(segment_dataset(model, dataset, spread(N_DRAWN, len(dataset))))
+        what = f"Each row: image, ground truth, prediction of the linear decoder. {len(rows)} of {len(dataset)} validation images, "
+        draw_page(
+            self.folder / "figures" / "segmentations.png", rows, dataset.metainfo,
+            title="Segmentation of validation images",
+            caption=what + "evenly spaced in the list; light gray: not labeled.",
+        )  # fmt: skip
 
     def _elapsed_s(self) -> float:
         return self.earlier_s + time.time() - self.started
@@ -192,6 +201,50 @@ class PosfieldRunHook(Hook):
     def _log(self, line: Mapping[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+@METRIC_KINDS.register_module()
+class PosfieldIoU(IoUMetric):
+    """Adds up each class's intersection and union over the whole data set, then divides.
+
+    Attributes:
+        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
+            present nor predicted.
+    """
+
+    per_class: dict[str, float] = {}
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """The metrics of ``size`` images, on every process. The processes took the images in turns; each
+        image counts once.
+
+        mmengine exchanges results by files in the working directory, which machines may not share.
+        """
+        shares = distributed.gather_objects(self.results)
+        # All have one length: if the images do not divide, the sampler starts over after the last image.
+        metrics = self.compute_metrics([counts for turn in zip(*shares) for counts in turn][:size])
+        self.results.clear()
+        return {f"{self.prefix}/{name}": value for name, value in metrics.items()} if self.prefix else metrics
+
+    def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
+        """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
+        [classes].
+
+        The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc).
+        """
+        if self.format_only:
+            return super().compute_metrics(results)
+        # Each [classes]
+        intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
+        iou, accuracy = 100 * intersect / union, 100 * intersect / label  # nan where a class has no pixel
+        names = self.dataset_meta["classes"]
+        self.per_class = {name: value for name, value in zip(names, iou.tolist()) if value == value}
+        metrics: dict[str, Any] = {
+            "mIoU": iou.nanmean(),
+            "mAcc": accuracy.nanmean(),
+            "aAcc": 100 * intersect.sum() / label.sum(),
+        }
+        return {name: float(value) for name, value in metrics.items()}
 
 
 class StopHook(Hook):
@@ -216,9 +269,8 @@ class StopHook(Hook):
             return
         saver = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
         if saver.filename_tmpl.format(iteration) != Path(saver.last_ckpt or "").name:
-            saver._save_checkpoint_with_step(
-                runner, iteration, meta={"epoch": runner.epoch, "iter": iteration}
-            )
+            meta = {"epoch": runner.epoch, "iter": iteration}
+            saver._save_checkpoint_with_step(runner, iteration, meta=meta)
         raise Interrupted(
             f"{self.signals.received or 'another rank was signalled'}; saved at iteration {iteration}"
         )

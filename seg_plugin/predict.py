@@ -1,44 +1,94 @@
-"""A finished run as a model: label maps of a data set's images, or of any others."""
+"""A finished run as a model: label maps of images, and of a data set's beside the truth."""
 
+import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS
-from torch import nn
+from PIL import Image, ImageOps
 
+from pretrain.data.datasets import MaskRule
+from pretrain.data.datasets.listing import IMAGE_SUFFIXES
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.log import log
 from pretrain.results.runs import POINTS
-from seg_plugin.datasets import IMAGE_SUFFIXES, SPLITS, locate
-from seg_plugin.identity import declared_protocol
-from seg_plugin.run import newest_checkpoint
+from pretrain.settings import replaced
+from seg_plugin.config import declared_protocol, protocol_of, with_todays_data
+from seg_plugin.data import PARTS, PosfieldLoadImage, section
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """An image and its label maps, all of the image's own size."""
+    """An image and its label maps, all of the image's own size.
+
+    Attributes:
+        pixels: [H, W, 3] uint8, RGB, turned as its EXIF orientation says.
+        predicted: [H, W] int64, the number of the class.
+        truth: the same, if it is known; 255 (or the protocol's ``ignore_index``): not counted.
+    """
 
     path: Path
-    pixels: np.ndarray  # [H, W, 3] uint8, RGB, turned as its EXIF orientation says
-    predicted: np.ndarray  # [H, W]
-    truth: np.ndarray | None = None  # [H, W]
+    pixels: np.ndarray
+    predicted: np.ndarray
+    truth: np.ndarray | None = None
 
 
-def load_run(folder: Path, device: str = "auto") -> nn.Module:
-    """Load a run's newest checkpoint, in evaluation mode. The model's ``cfg`` is the saved config; no other
-    file is needed.
+@dataclass(frozen=True)
+class Segmentation:
+    """What a segmenter sees in an image: ``labels`` [H, W] int64, of which label k is ``classes[k]``."""
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A trained segmenter.
+
+    Attributes:
+        model: MMSegmentation's, in evaluation mode; its ``cfg`` is the saved config.
+        classes: their names.
+        metainfo: MMSegmentation's words for the classes, with their colors and ``values``: what the masks of the
+            run's data store for each.
+    """
+
+    model: Any
+    classes: tuple[str, ...]
+    metainfo: dict[str, Any]
+
+    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Segmentation:
+        """Segment an image.
+
+        Args:
+            image: a file, or an image of PIL; either is turned as its EXIF orientation says. Or uint8 RGB [H, W, 3].
+
+        Raises:
+            UserError: the file cannot be read; an array of another shape or type.
+        """
+        bgr = np.ascontiguousarray(read_rgb(image)[..., ::-1])
+        labels = inference_model(self.model, bgr).pred_sem_seg.data.squeeze(0).cpu().numpy()
+        return Segmentation(labels, self.classes)
+
+
+def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
+    """Load a run's newest checkpoint; beside its config no other file is needed.
+
+    Args:
+        device: ``auto`` | ``cpu`` | ``cuda``.
 
     Raises:
         UserError: the folder holds no run.
     """
+    folder = Path(run)
     if (folder / POINTS).is_dir():
         raise UserError(
             f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N"
@@ -49,10 +99,34 @@ def load_run(folder: Path, device: str = "auto") -> nn.Module:
     if len(configs) != 1:
         found = ", ".join(path.name for path in configs) or "none"
         raise UserError(f"run: {folder} must hold one config, *.py; found: {found}")
-    cfg = Config.fromfile(configs[0])
-    cfg.test_pipeline[0].type = "PosfieldLoadImage"  # its errors name the file
-    model: nn.Module = init_model(cfg, str(checkpoint), device=str(choose_device(device)))
-    return model
+    model: Any = init_model(Config.fromfile(configs[0]), str(checkpoint), device=str(choose_device(device)))
+    metainfo = dict(model.dataset_meta)
+    first = int(metainfo.get("reduce_zero_label", False))  # of runs before version 0.2, which say no values
+    metainfo.setdefault("values", range(first, first + len(metainfo["classes"])))
+    return Segmenter(model, tuple(metainfo["classes"]), metainfo)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """A run's newest whole checkpoint. mmengine writes in place, so a killed run can leave a part of a file.
+
+    Raises:
+        UserError: none is whole; names the newest.
+    """
+    found = {
+        int(name[1]): path
+        for path in folder.glob("iter_*.pth")
+        if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))
+    }
+    paths = [found[iteration] for iteration in sorted(found, reverse=True)]
+    for path in paths:
+        if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
+            return path
+        log(f"passed over: {path} was not written to its end")
+    if paths:
+        raise UserError(
+            f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew"
+        )
+    return None
 
 
 def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
@@ -61,18 +135,13 @@ def dataset_of_run(model: Any, split: str, folder: Path | None = None) -> Any:
     Raises:
         UserError: no such split, or the folder is incomplete.
     """
-    if split not in SPLITS:
-        raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}")
-    cfg = model.cfg
-    values = dict(cfg.val_dataloader.dataset)
-    recipe = declared_protocol(
-        next(hook.protocol for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
+    if split not in PARTS:
+        raise UserError(f"split: {split!r} is none of {', '.join(PARTS)}")
+    values = with_todays_data(model.cfg).val_dataloader.dataset
+    recipe, masks = declared_protocol(protocol_of(model.cfg)), replaced(MaskRule(), values["masks"], "masks")
+    return DATASETS.build(
+        section(recipe, folder or values["data_root"], PARTS[split], values["pipeline"], masks)
     )
-    data, index = locate(folder or values["data_root"], recipe), SPLITS.index(split)
-    values["data_root"] = str(data.root)
-    values["data_prefix"] = {"img_path": data.layout.images[index], "seg_map_path": data.layout.masks[index]}
-    values |= {"ann_file": data.layout.lists[index], "img_suffix": data.layout.image_suffix}
-    return DATASETS.build(values)
 
 
 def spread(count: int, size: int) -> list[int]:
@@ -92,7 +161,7 @@ def segment_dataset(model: Any, dataset: Any, indices: list[int]) -> Iterator[Se
         yield Segmented(Path(sample.img_path), read_rgb(sample.img_path), predicted, truth)
 
 
-def segment_folder(model: Any, folder: Path) -> Iterator[Segmented]:
+def segment_folder(segmenter: Segmenter, folder: Path) -> Iterator[Segmented]:
     """All images in a folder and below.
 
     Raises:
@@ -102,11 +171,18 @@ def segment_folder(model: Any, folder: Path) -> Iterator[Segmented]:
     if not paths:
         raise UserError(f"images: no {', '.join(IMAGE_SUFFIXES)} in {folder}")
     for path in paths:
-        predicted = inference_model(model, str(path)).pred_sem_seg.data.squeeze(0).cpu().numpy()
-        yield Segmented(path, read_rgb(path), predicted)
+        pixels = read_rgb(path)
+        yield Segmented(path, pixels, segmenter.predict(pixels).labels)
 
 
-def read_rgb(path: str | Path) -> np.ndarray:
-    """[H, W, 3] uint8, the pixels that the model sees."""
-    pixels: np.ndarray = mmcv.imread(str(path))
-    return pixels[..., ::-1]
+def read_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8, the pixels that the model sees; errors are :meth:`Segmenter.predict`'s."""
+    if isinstance(image, str | Path):
+        read: np.ndarray = PosfieldLoadImage()({"img_path": str(image)})["img"]
+        return read[..., ::-1]
+    pixels = np.asarray(
+        ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image
+    )
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(f"image: {pixels.dtype} {list(pixels.shape)} is not uint8 [H, W, 3]")
+    return pixels

@@ -131,9 +131,8 @@ class SegmentationProtocol(Settings):
 
 # Only ADE20K's is the paper's (B.3). The others are ours: its recipe with the lengths and sizes that are
 # usual for each data set.
-_VOC = dict(
-    max_iters=40_000, val_every=4_000, num_classes=21, reduce_zero_label=False
-)  # MMSegmentation: schedule_40k
+# MMSegmentation: schedule_40k
+_VOC = dict(max_iters=40_000, val_every=4_000, num_classes=21, reduce_zero_label=False)
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "ade20k-160k": {},
     "voc2012-40k": _VOC,
@@ -151,10 +150,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     ),
     "own-160k": dict(num_classes=0, reduce_zero_label=False),  # 0: the folder or the user says how many
 }
-OF_THE_DATA = (
-    "num_classes",
-    "reduce_zero_label",
-)  # of your own data these describe the masks and are no deviation
+# Of your own data these describe the masks and are no deviation
+OF_THE_DATA = ("num_classes", "reduce_zero_label")
 SWEEP = "sweep"
 
 

@@ -1,9 +1,6 @@
 """One segmentation fine-tuning: its inputs, its mmengine config, and its training."""
 
-import json
 import os
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +12,21 @@ from mmengine.runner import Runner
 
 from pretrain import distributed
 from pretrain.build import build_for_fine_tuning
+from pretrain.data.datasets import MaskRule
 from pretrain.errors import Interrupted, UserError
-from pretrain.log import log, say
+from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
-from pretrain.settings import compared
 from pretrain.signals import StopSignals
+from pretrain.weights import backbone_name
 from seg_plugin.backbone import OF_THE_RUN
 from seg_plugin.compat import on_device
-from seg_plugin.config import processes, segmenter_config
-from seg_plugin.data import check_masks
-from seg_plugin.datasets import Located, locate
+from seg_plugin.config import changed_since, identity, label_sets, processes, segmenter_config
+from seg_plugin.data import recipe_for
 from seg_plugin.hooks import SETTINGS_FILE, StopHook
-from seg_plugin.identity import identity
-from seg_plugin.processes import end_workers
+from seg_plugin.loop import end_workers
+from seg_plugin.predict import newest_checkpoint
 from seg_plugin.protocol import SegmentationProtocol
 
 CONFIG_FILE = "config.py"
@@ -42,12 +39,13 @@ class SegmentationRun:
     Attributes:
         backbone: registry name.
         weights: the backbone's checkpoint; None: random initialization.
-        data: folder of the protocol's data set (:mod:`seg_plugin.datasets`), or the folder around it.
+        data: folder of the protocol's data set (:mod:`pretrain.data.datasets`), or the folder around it.
         output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
         workers: data-loading processes.
         model_kwargs: further arguments of ``build_backbone``.
+        masks: how masks of your own data are read.
     """
 
     backbone: str
@@ -59,10 +57,59 @@ class SegmentationRun:
     device: str = "auto"
     workers: int = 4
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    masks: MaskRule = MaskRule()
 
 
-def config(run: SegmentationRun, data: Located) -> Config:
-    """The mmengine config of a run on located data. MMSegmentation's own launchers can run it too.
+def prepare(
+    data: str | Path,
+    *,
+    output: str | Path,
+    weights: str | Path | None = None,
+    backbone: str | None = None,
+    dataset: str | None = None,
+    masks: MaskRule | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int = 4,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> SegmentationRun:
+    """A run on a data set, with what is left out found in the files.
+
+    Args:
+        data: folder of the data set: ADE20K, Pascal VOC, Cityscapes, or your own (:mod:`pretrain.data.datasets`).
+        weights: the backbone's checkpoint; None: random initialization.
+        backbone: registry name; a file of ours says it itself.
+        dataset: a key of :data:`seg_plugin.data.DATASETS`; None: what the folder looks like.
+        masks, device, workers, model_kwargs: as :class:`SegmentationRun`.
+        fields: of the protocol (:class:`seg_plugin.protocol.SegmentationProtocol`), as values or text.
+
+    Raises:
+        UserError: nothing says the backbone's name; as :func:`seg_plugin.data.recipe_for`.
+    """
+    weights, masks = None if weights is None else Path(weights), masks or MaskRule()
+    name, recipe = backbone_name(backbone, weights), recipe_for(data, dataset, fields, masks)
+    return SegmentationRun(
+        name,
+        weights,
+        Path(data),
+        Path(output),
+        recipe,
+        seed,
+        device,
+        workers,
+        dict(model_kwargs or {}),
+        masks,
+    )
+
+
+def finetune(data: str | Path, *, output: str | Path, resume: bool = False, **options: Any) -> Path:
+    """Fine-tune a segmenter; the arguments are :func:`prepare`'s, the rest :func:`train`'s."""
+    return train(prepare(data, output=output, **options), resume)
+
+
+def config(run: SegmentationRun) -> Config:
+    """The mmengine config of a run. MMSegmentation's own launchers can run it too.
 
     Raises:
         UserError: the processes cannot share the batch; the backbone's width is not known.
@@ -72,9 +119,8 @@ def config(run: SegmentationRun, data: Located) -> Config:
         run.backbone,
         weights=run.weights,
         model_kwargs=run.model_kwargs,
-        data_root=data.root,
-        classes=data.classes,
-        layout=data.layout,
+        data_root=run.data,
+        masks=run.masks,
         seed=run.seed,
         workers=run.workers,
     )
@@ -100,8 +146,7 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         FloatingPointError: a loss is not finite.
         Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
     """
-    data, output = locate(run.data, run.protocol), Path(run.output)
-    cfg = config(run, data)
+    cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"
         raise UserError(
@@ -112,9 +157,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         return output / FILE_NAME
     if run.protocol.amp and (run.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("protocol: amp=True needs a CUDA device")
-    # The run would meet a bad validation mask only after hours. CheckLabels meets a bad training mask in the
-    # first epoch.
-    check_masks(data, "validation", run.protocol)
+    # The run would meet a bad validation mask only after hours, and meets a bad training mask in the first epoch.
+    label_sets(cfg)["validation"].check()
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         if not resume:
@@ -124,9 +168,8 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
         with on_device(run.device) as device, StopSignals() as signals:
-            distributed.start(
-                device.type
-            )  # before mmengine, which knows neither gloo nor a task with one GPU
+            # Before mmengine, which knows neither gloo nor a task with one GPU
+            distributed.start(device.type)
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:
@@ -147,29 +190,6 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
     return output / FILE_NAME
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """A run's newest whole checkpoint. mmengine writes in place, so a killed run can leave a part of a file.
-
-    Raises:
-        UserError: none is whole; names the newest.
-    """
-    found = {
-        int(name[1]): path
-        for path in folder.glob("iter_*.pth")
-        if (name := re.fullmatch(r"iter_(\d+)\.pth", path.name))
-    }
-    paths = [found[iteration] for iteration in sorted(found, reverse=True)]
-    for path in paths:
-        if zipfile.is_zipfile(path):  # torch's format ends with its table of contents
-            return path
-        log(f"passed over: {path} was not written to its end")
-    if paths:
-        raise UserError(
-            f"checkpoint: {paths[0]} was not written to its end, and there is no other; remove it to begin anew"
-        )
-    return None
-
-
 def _is_over(run: SegmentationRun, cfg: Config) -> bool:
     """:func:`pretrain.results.runs.holds_result` of the run's folder, whatever checkpoints it has."""
     saved, changed = Path(run.output) / SETTINGS_FILE, None
@@ -177,7 +197,5 @@ def _is_over(run: SegmentationRun, cfg: Config) -> bool:
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
         vit = build_for_fine_tuning(run.backbone, run.weights, **model_kwargs)
         weights_hash = file_hash(run.weights) if run.weights else None
-        ours = identity(cfg, vit.model_kwargs, weights_hash, processes())
-        changed = compared(json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(ours)))
-        changed.pop("config_hash", None)  # the settings say why
+        changed = changed_since(saved, identity(cfg, vit.model_kwargs, weights_hash, processes()))
     return holds_result(Path(run.output), changed, has_checkpoint=False, resume=False)

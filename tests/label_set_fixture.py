@@ -10,7 +10,7 @@ classes that occur:
 * ``write_ade``: wall, building, sky, floor (of 150).
 * ``write_coco``: sky, tree, grass (stuff) and person, dog, car (things), in ``stuffthingmaps``; for both
   kinds.
-* ``write_folder``: 1 .. 4; flat with lists if ``flat``; stored as ``values``.
+* ``write_folder``: four, stored as ``values``, by default 0 .. 3; flat with lists if ``flat``.
 """
 
 import struct
@@ -139,8 +139,9 @@ def write_coco(
 
 
 def write_folder(
-    root: Path, n_train: int = 6, n_val: int = 3, flat: bool = False, values: Sequence[int] = (1, 2, 3, 4)
-) -> Path:
+    root: Path, n_train: int = 6, n_val: int = 3, flat: bool = False, values: Sequence[int] = (0, 1, 2, 3),
+    void: int = 255,
+) -> Path:  # fmt: skip
     """``root/{images,masks}/{train,val}``; ``flat``: ``root/{images,masks}`` and the lists ``train.txt``
     and ``val.txt``."""
     for part, index in _parts(n_train, n_val):
@@ -150,7 +151,7 @@ def write_folder(
             root / "images" / within / f"{index}.jpg",
             root / "masks" / within / f"{index}.png",
             values,
-            0,
+            void,
         )
         if flat:
             with (root / f"{part}.txt").open("a") as file:

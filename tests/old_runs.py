@@ -211,9 +211,9 @@ def resume_segmentation(folder: Path) -> Path:
 
 def segmented(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """What a segmentation run's last checkpoint sees in its validation images, and the truth."""
-    from seg_plugin.predict import dataset_of_run, load_run, segment_dataset
+    from seg_plugin.predict import dataset_of_run, load_segmenter, segment_dataset
 
-    model = load_run(folder, device="cpu")
+    model = load_segmenter(folder, device="cpu").model
     dataset = dataset_of_run(model, "validation")
     found = segment_dataset(model, dataset, list(range(len(dataset))))
     return [(item.predicted, item.truth) for item in found if item.truth is not None]

@@ -259,8 +259,8 @@ def result_of(**fields: Any) -> Any:
 
 def rendered(results: Sequence[Any], layout: str, published: str, format: str, against: str = "") -> str:
     """All tables of some results."""
-    from pretrain.results.choose import tables_of
     from pretrain.results.render import render_all
+    from pretrain.results.report import tables_of
 
     return render_all(tables_of(results, layout, published, against), format)
 
@@ -275,7 +275,7 @@ def ablation_rendered(pairs: Sequence[tuple[Any, Any]], reference: str, format: 
 
 def merged(results: Sequence[Any]) -> list[list[Any]]:
     """Method, seeds, and number of scaled-down protocols of each row that the results make."""
-    from pretrain.results.merge import merge
+    from pretrain.results.rows import merge
 
     return [[row.run.method, row.seeds, len(row.scaled)] for row in merge(results)]
 

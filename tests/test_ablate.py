@@ -18,8 +18,9 @@ from pretrain.cli import REQUEUE_CODE, command, fields_and_kwargs
 from pretrain.config import load_config, run_protocol
 from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import Runner, Stage, runner
-from pretrain.results import Protocol, Result, render, write_result
+from pretrain.results import Protocol, Result, write_result
 from pretrain.results.ablation import Trial, ablation_table, changes
+from pretrain.results.render import render
 from pretrain.settings import flat
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from tool_fixture import ended
 
-from pretrain.analysis.attention import last_layer, last_layer_attention
+from pretrain.analysis.attention import last_layer
+from pretrain.analysis.figures import training_images
 from pretrain.analysis.pca import pca_colors, principal_components
-from pretrain.analysis.training_images import training_images
 from pretrain.backbones.vit import ViT
 from pretrain.config import load_config
 from pretrain.evaluation.knn import knn_predict
@@ -33,7 +33,7 @@ def test_last_layer_attention_by_hand():
         q, k, _ = model.blocks[1].attn.heads(model.blocks[1].norm1(model.blocks[0](tokens)))
         scores = (q[0] @ k[0].transpose(-2, -1) / 2)[:, 3:, 3:]  # [heads, 6, 6]; sqrt(12 / 3) = 2
     expected = scores.softmax(-1).mean(0)  # cutting rows and renormalizing is a softmax over what is left
-    got = last_layer_attention(model, x)
+    got = last_layer(model, x).patches
     assert got.shape == (2, 6, 6)
     torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
     seen = last_layer(model, x)
@@ -98,7 +98,7 @@ def test_pictures_of_positions_that_are_not_tied_to_crops(has_cls, monkeypatch):
     show; or no [CLS]."""
     shown = []
     monkeypatch.setattr(
-        "pretrain.analysis.training_images.as_array", lambda figure: shown.append(figure) or np.zeros(1)
+        "pretrain.analysis.figures.as_array", lambda figure: shown.append(figure) or np.zeros(1)
     )
     boxes, flips = torch.tensor([0.0, 0, 1, 1]).expand(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     nothing = draw_masks(1, 2, (2, 2), MaskSettings(content_share=0.0, position_share=0.0), (0,))

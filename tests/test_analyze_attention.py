@@ -16,9 +16,8 @@ from PIL import Image
 from tool_fixture import load_tool
 
 from pretrain.analysis import attention_study
-from pretrain.analysis.attention_statistics import attention_statistics
-from pretrain.analysis.attention_study import check_masks
-from pretrain.analysis.attention_tables import Measured, read_statistics
+from pretrain.analysis.attention import attention_statistics
+from pretrain.analysis.attention_study import Measured, check_masks, read_statistics
 from pretrain.build import build_backbone
 from pretrain.cli import REQUEUE_CODE, run
 from pretrain.data.decode import decode

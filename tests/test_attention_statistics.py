@@ -11,12 +11,28 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.analysis.attention import last_layer_attention, over_patches, patch_at, query_attention
-from pretrain.analysis.attention_statistics import attention_statistics, distances_px, entropy, mad_px, nmi
+from pretrain.analysis.attention import (
+    attention_statistics,
+    distances_px,
+    entropy,
+    last_layer,
+    over_patches,
+    patch_at,
+    query_attention,
+    streamed_statistics,
+)
 from pretrain.backbones.vit import ViT
 
 GRID = (3, 5)
 N = GRID[0] * GRID[1]
+
+
+def nmi(attention):
+    return streamed_statistics([attention.clone()], (1, attention.shape[-1]), 1)[0]
+
+
+def mad_px(attention, grid, patch_px):
+    return streamed_statistics([attention.clone()], grid, patch_px)[1]
 
 
 def plain_distances(grid, patch_px):
@@ -232,6 +248,6 @@ def test_query_attention_is_rows_of_the_last_layers(kind):
     model, x = tiny(**VITS[kind]), pixels(2, 3, 40, 24)
     got = query_attention(model, x, [(0.0, 0.0), (0.5, 0.3), (1.0, 1.0)])
     assert got.shape == (2, 3, 5, 3)
-    rows = last_layer_attention(model, x)[:, [0, 4, 14]]
+    rows = last_layer(model, x).patches[:, [0, 4, 14]]
     torch.testing.assert_close(got.flatten(2), rows.float(), atol=1e-6, rtol=1e-5)
     assert patch_at((0.5, 0.3), (5, 3)) == (1, 1) and patch_at((1.0, 1.0), (5, 3)) == (4, 2)

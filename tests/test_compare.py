@@ -27,9 +27,9 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.jobs import compare
 from pretrain.jobs.compare_config import Comparison, Entry, load_comparison, name_of
 from pretrain.jobs.runner import gpu_groups
-from pretrain.results.merge import backbone_family
 from pretrain.results.provenance import file_hash
 from pretrain.results.published import published_rows, rows_of_tables
+from pretrain.results.rows import backbone_family
 from pretrain.results.schema import Protocol, Result, read_result, to_json, write_result
 from pretrain.settings import replaced
 from pretrain.weights import read_checkpoint, save_backbone

@@ -50,7 +50,10 @@ RUNS = {
 }
 # Read where a probe's folder is given, which these runs do not: tests/test_probes.py,
 # tests/test_dense_probes.py.
-OF_PROBES = {"probes.seg_classes", "probes.dense_set", "probes.dense_tasks"}
+OF_PROBES = {
+    f"probes.{key}"
+    for key in "seg_classes dense_set dense_tasks void map mask_name knn_k image_px max_images".split()
+}
 # Keys of groups that all methods share, of which one has no use for some.
 UNREAD = {
     "intertwined": set(),

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from label_set_fixture import save_map, write_folder, write_voc
+from label_set_fixture import write_folder, write_voc
 from photos import TINY, last, write_photos
 
 from pretrain.build import build_backbone
@@ -103,12 +103,13 @@ def test_the_kind_of_a_set_may_be_named(sets):
     [
         (None, ["probes.dense_root=/nowhere"], r"probes\.dense_root: no folder /nowhere"),
         (None, ["probes.dense_set=ade20k"], r"probes\.dense_root: .*toy"),
-        (None, ["probes.dense_set=cityscapes"], r"probes\.dense_root: kind 'cityscapes'"),
+        (None, ["probes.dense_set=cityscape"], r"probes\.dense_root: kind 'cityscape'"),
         (None, ["probes.dense_tasks=linear knn"], r"probes\.dense_tasks: 'knn' is none of linear, in_context, clustering"),
         (None, ["probes.dense_tasks="], r"probes\.dense_tasks is empty"),
         (None, ["probes.image_px=40"], r"probes\.image_px=40 is no multiple"),
         (lambda f: next(f.glob("toy/images/val/*")).write_bytes(b"no"), [], r"probes\.dense_root: .*/val/.* cannot be read"),
-        (lambda f: save_map(next(f.glob("toy/masks/val/*")), np.full((64, 80), 9)), [], r"probes\.dense_root: .*value 9"),
+        (lambda f: (f / "toy/classes.txt").write_text("a\nb\nc\n"), [], r"probes\.dense_root: .*names 3 labels, .* holds 3"),
+        (None, ["probes.void=0,x"], r"probes\.dense_root: --void: 'x' is no value"),
     ],
 )  # fmt: skip
 def test_bad_sets_are_told_at_the_start(sets, spoil, extra, said):

@@ -11,11 +11,10 @@ from test_results import DEVIATIONS, protocol, result
 from tool_fixture import load_tool
 
 from pretrain.errors import UserError
-from pretrain.results.choose import tables_of
 from pretrain.results.dense import METRICS, SETS, dense_table
 from pretrain.results.published import PublishedDense, published_dense
 from pretrain.results.render import FORMATS, render
-from pretrain.results.report import build_report
+from pretrain.results.report import build_report, tables_of
 from pretrain.results.runs import Run
 from pretrain.results.schema import read_result, write_result
 from pretrain.results.tables import posttraining_table, pretraining_table

@@ -467,7 +467,7 @@ def test_a_folder_that_nothing_can_be_written_into_is_told_before_the_first_task
         (["--tasks", "clustering", "clustering.image_px=40"], "image_px=40"),
         (["--set", "ade20k"], "toy"),
         (["--set", "voc2012"], "toy is no Pascal VOC 2012"),
-        (["--classes", "3"], "holds the value 4"),
+        (["--classes", "3"], "holds the value 3"),
         (["--max-images", "-1"], "--max-images: -1 is less than 0"),
         (["--patch-size", "0"], "--patch-size: 0 is less than 1"),
         (["--knn-root", "/nowhere"], "/nowhere"),

@@ -12,7 +12,7 @@ from ade_fixture import write_ade
 from test_dense_linear import CPU, PATCH, SIDE, Colors, blocks_set, features_of, held, random_set, tiny_vit
 from test_dense_linear import WHOLE as WHOLE_LINEAR
 
-from pretrain.data.datasets import open_label_set
+from pretrain.data.datasets import MaskRule, open_label_set
 from pretrain.errors import Interrupted, UserError
 from pretrain.evaluation import check_signals
 from pretrain.evaluation import in_context as in_context_module
@@ -283,7 +283,9 @@ def test_jitter_is_torchvisions():
 
 def test_a_folder_of_images_as_they_come(tmp_path):
     write_ade(tmp_path, n_train=8, n_val=4)
-    train, val = (open_label_set(tmp_path, part, "folder", 4) for part in ("train", "val"))
+    train, val = (
+        open_label_set(tmp_path, part, "folder", 4, MaskRule(void=("0", "255"))) for part in ("train", "val")
+    )
     found = in_context(features_of(Colors()), train, val, replaced(WHOLE, dict(augment=True, passes=2)), 1)
     assert found.metrics["in_context_miou"] > 60 and found.maps["in_context"][0].max() <= 4
     settings = LinearSettings(image_px=SIDE, label_px=20, batch_size=4, lr=0.5)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ade_fixture import write_cityscapes
 from label_set_fixture import SIZE, gray_png, save_map, scene, write_ade, write_coco, write_folder, write_voc
 from PIL import Image
 
@@ -243,35 +244,10 @@ def test_coco_as_mmsegmentation_has_it(tmp_path):
 # --- one's own folders ------------------------------------------------------------------------------------
 
 
-def test_other_names_of_ones_own_folders(tmp_path):
-    for maps in ("masks", "annotations", "labels"):
-        root = write_folder(tmp_path / maps)
-        (root / "masks").rename(root / maps)
-        (root / "images" / "train").rename(root / "images" / "training")
-        (root / maps / "val").rename(root / maps / "validation")
-        assert [len(open_label_set(root, part)) for part in ("train", "val")] == [6, 3]
-
-
-def test_how_many_classes_a_folder_has(tmp_path):
-    root = write_folder(tmp_path / "set", values=(1, 2, 7, 255))
-    found = open_label_set(root, "val")
-    assert found.classes == tuple("1234567") and found.table[255] == 0
-    np.testing.assert_array_equal(found.read(0)[1], classes_of(found, 0, 1000, (1, 2, 7, 0)))
-    assert open_label_set(root, "val", n_classes=255).table[255] == 255
-    (root / "classes.txt").write_text("".join(f"class {k}\n" for k in range(9)))
-    assert open_label_set(root, "val").classes[8] == "class 8"
-
-
 @pytest.mark.parametrize("name", ["voc2012", "coco_stuff", "knn"])
 def test_a_folder_with_the_name_of_a_public_set_is_told_from_it(tmp_path, name):
     found = open_label_set(write_folder(tmp_path / name), "train", n_classes=4)
     assert found.name == f"folder-{name}" and len(found) == 6 and found.read(0)[1].max() <= 4
-
-
-def test_a_folder_of_more_classes_than_a_byte_holds(tmp_path):
-    found = open_label_set(write_folder(tmp_path, values=(1, 255, 256, 1000)), "train", "folder")
-    assert len(found.classes) == 1000
-    np.testing.assert_array_equal(found.read(2)[1], classes_of(found, 2, 2, (1, 255, 256, 1000)))
 
 
 # --- maps, squares ----------------------------------------------------------------------------------------
@@ -351,7 +327,9 @@ def test_a_set_is_opened_without_a_look_at_its_files(tmp_path, monkeypatch):
 def test_every_kind_can_be_named(tmp_path):
     roots = {
         "voc2012": write_voc,
+        "voc2012_train": write_voc,
         "ade20k": write_ade,
+        "cityscapes": write_cityscapes,
         "coco_things": write_coco,
         "coco_stuff": write_coco,
         "folder": write_folder,

@@ -13,7 +13,7 @@ from torch import nn
 from det_plugin import features as det
 from det_plugin.features import FeatureOptions, detection_features, prepare
 from det_plugin.windows import Windows, windowed_attention
-from pretrain.analysis.attention import last_layer_attention
+from pretrain.analysis.attention import last_layer
 from pretrain.backbones.relative import relative_buckets
 from pretrain.backbones.vit import ViewGroup
 from pretrain.build import build_backbone
@@ -348,7 +348,7 @@ def test_attention_maps_are_what_attention_does():
             attention.proj(values), attention(tokens, None, buckets), rtol=0, atol=1e-5
         )
         assert torch.equal(attention.attention_map(tokens, slice(4, 9), buckets), maps[:, :, 4:9])
-        torch.testing.assert_close(last_layer_attention(vit, x).sum(-1), torch.ones(2, 15))
+        torch.testing.assert_close(last_layer(vit, x).patches.sum(-1), torch.ones(2, 15))
     for call in (vit.blocks[0], attention, attention.attention_map):
         with pytest.raises(ValueError, match=r"relative positions; .* ViT\.buckets\(grid\)"):
             call(tokens)

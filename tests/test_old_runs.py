@@ -9,8 +9,8 @@ import pytest
 import safety_net
 
 from pretrain.build import build_backbone
-from pretrain.results.choose import tables_of
 from pretrain.results.render import FORMATS, render_all
+from pretrain.results.report import tables_of
 from pretrain.results.schema import read_result
 
 

@@ -17,9 +17,8 @@ from tool_fixture import load_tool
 
 from pretrain.config import run_protocol
 from pretrain.errors import UserError
-from pretrain.results.layouts import LAYOUTS
 from pretrain.results.matching import METHOD, changed_settings, varied_keys
-from pretrain.results.paper import paper_tables
+from pretrain.results.paper import LAYOUTS, paper_tables
 from pretrain.results.published import published_rows
 from pretrain.results.render import _LATEX, FORMATS, latex_text, render_all
 from pretrain.results.schema import write_result

@@ -20,7 +20,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
 from pretrain.config import load_config
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import open_label_set
+from pretrain.data.datasets import mask_rule, open_label_sets
 from pretrain.data.datasets.maps import nearest
 from pretrain.data.images import spread, square
 from pretrain.errors import UserError
@@ -79,6 +79,7 @@ def config_of(folder, *extra):
     ]
     rest = [
         "probes.seg_classes=4",
+        "probes.void=0,255",
         "probes.position=true",
         "probes.image_px=64",
         "probes.knn_k=3",
@@ -241,7 +242,7 @@ def test_the_probes_are_the_evaluators_at_small_settings(sets):
     config = config_of(sets, "probes.position=false", "probes.image_px=32", "probes.max_images=6")
     found = probes_of(config).run(backbone, CPU)
     classes = [part.first(6) for part in open_class_folders(sets / "knn")]
-    pixels = [open_label_set(sets / "ade", part, "folder", 4).first(6) for part in ("train", "val")]
+    pixels = [part.first(6) for part in open_label_sets(sets / "ade", "folder", 4, mask_rule("0,255"))]
     small = InContextSettings(image_px=32, augment=False, passes=1, memory_size=50_000, k=3)
     with frozen(backbone):
         features = features_of(backbone)
@@ -314,6 +315,8 @@ def test_the_tool_gives_the_same_numbers(sets, capsys):
     numbers = [
         "--knn-k",
         3,
+        "--void",
+        "0,255",
         "--seg-classes",
         4,
         "--image-px",

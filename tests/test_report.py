@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from pretrain.errors import UserError
-from pretrain.results import report
+from pretrain.results import pages
 from pretrain.results.curves import MOST_POINTS, Curve, _thinned, panel, style_of, terms_of
 from pretrain.results.report import build_report
-from pretrain.results.runs import Figure, Run, find_results, read_figures, read_log, read_run, run_names
+from pretrain.results.runs import Run, find_results, read_figures, read_log, read_run, run_names
 from pretrain.results.schema import Protocol, Result, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,9 +166,9 @@ def test_a_large_photograph_is_a_webp_and_a_large_drawing_is_not(tmp_path, monke
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         for least, shown_as in ((1, kind), (10**9, "png")):
-            monkeypatch.setattr(report, "LARGE_BYTES", least)
-            shown = report.picture(Figure("a", "", file.getvalue()))
-            held = base64.b64decode(re.search(rf'src="data:image/{shown_as};base64,([^"]+)"', shown)[1])
+            monkeypatch.setattr(pages, "LARGE_BYTES", least)
+            uri = pages.data_uri(file.getvalue())
+            held = base64.b64decode(uri.removeprefix(f"data:image/{shown_as};base64,"), validate=True)
             again = np.asarray(Image.open(io.BytesIO(held)).convert("RGB")).astype(float)
             assert again.shape == pixels.shape and np.abs(again - pixels).mean() < 3
 

@@ -1,5 +1,4 @@
-"""Data sets other than ADE20K and one's own folders, each in its very layout; and what is wrong with
-masks, said by name."""
+"""The data sets of the segmentation plug-in: each layout trained through the tool, in MMSegmentation's words."""
 
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,23 @@ pytest.importorskip("seg_plugin")
 import mmseg.datasets
 from ade_fixture import write_ade, write_cityscapes, write_own, write_voc
 from mmengine.config import Config
+from mmseg.registry import DATASETS as REGISTRY
 from seg_fixture import ROOT
 
+from pretrain.data.datasets import open_label_set
 from pretrain.errors import UserError
 from pretrain.results.schema import read_result
 from seg_plugin.config import segmenter_config
-from seg_plugin.data import CheckLabels, check_masks, check_whole
-from seg_plugin.datasets import DATASETS, class_names, dataset_of, find_root, locate, own_layout, recipe_for
+from seg_plugin.data import (
+    DATASETS,
+    CheckLabels,
+    PosfieldLoadImage,
+    check_whole,
+    dataset_of,
+    recipe_for,
+    section,
+)
 from seg_plugin.protocol import protocol, with_overrides
-from seg_plugin.transforms import PosfieldLoadImage
 
 SHIPPED = Path(mmseg.datasets.__file__).parents[1] / ".mim" / "configs" / "_base_" / "datasets"
 WRITERS = {
@@ -35,14 +42,11 @@ WRITERS = {
 SMALL = "max_iters=2 val_every=2 batch_size=2 resize_px=64,32 crop_px=32 slide_crop_px=32 slide_stride_px=32".split()
 
 
-def ade(folder, **overrides):
-    """A located data set in ADE20K's layout, with four classes, and its protocol."""
+def validation(folder, **overrides):
+    """The validation part of a folder in ADE20K's layout, with four classes, as MMSegmentation's data set."""
     recipe = with_overrides(protocol(), {"num_classes": 4, **overrides})
-    return locate(folder, recipe), recipe
-
-
-def spoil(path, labels, **save):
-    Image.fromarray(labels).save(path, **save)
+    made = segmenter_config(recipe, "vit_tiny_patch16", data_root=folder)
+    return REGISTRY.build(made["val_dataloader"]["dataset"])
 
 
 # --- each layout, trained through the tool
@@ -67,35 +71,42 @@ def test_the_tool_trains_on_every_layout(name, tmp_path):
             dataset.counts[1],
             2,
         ]
-    names = ("red", "green", "blue", "yellow") if name == "own" else dataset.classes
+    names = open_label_set(data, "val", dataset.kind).classes
+    assert name != "own" or names == ("red", "green", "blue", "yellow")
     assert set(result.metrics["iou"]) <= set(names) and set(names[:4]) <= set(result.metrics["iou"])
-    kind = Config.fromfile(tmp_path / "run" / "config.py").val_dataloader.dataset.type
+    kind = Config.fromfile(tmp_path / "run" / "config.py").val_dataloader.dataset.kind
     assert kind == dataset.kind
 
 
 @pytest.mark.parametrize(
-    "name, shipped", [("ade20k", "ade20k"), ("voc", "pascal_voc12"), ("cityscapes", "cityscapes")]
+    "name, shipped, files",
+    [
+        ("ade20k", "ade20k", write_ade),
+        ("voc", "pascal_voc12", write_voc),
+        ("cityscapes", "cityscapes", write_cityscapes),
+    ],
 )
-def test_layout_and_classes_are_mmsegs(name, shipped):
-    """Of MMSegmentation's own configs: folders, lists, and which labels are ignored; suffixes are its
-    classes' defaults."""
-    theirs = Config.fromfile(SHIPPED / f"{shipped}.py")
+def test_images_labels_and_classes_are_mmsegs(name, shipped, files, tmp_path):
+    """Of MMSegmentation's own configs: its data set gives the same files, in its order, and the same labels."""
+    root, theirs = files(tmp_path / "data"), Config.fromfile(SHIPPED / f"{shipped}.py")
     recipe = protocol(DATASETS[name].protocol)
-    ours = Config(segmenter_config(recipe, "vit_small_patch16"))
-    for loader in ("train_dataloader", "val_dataloader"):
-        one, other = ours[loader].dataset, theirs[loader].dataset
-        assert (one.type, dict(one.data_prefix)) == (other.type, dict(other.data_prefix))
-        assert one.ann_file == other.get("ann_file", "")
-    assert (
-        recipe.num_classes == len(DATASETS[name].classes) and "metainfo" not in ours.train_dataloader.dataset
-    )
-    lists = {"ann_file": ""} if name == "voc" else {}
-    kind = getattr(mmseg.datasets, DATASETS[name].kind)
-    if name != "voc":  # whose class looks for its files at once
-        default = kind(lazy_init=True, **lists)
-        assert (default.img_suffix, default.seg_map_suffix) == (
-            ours.train_dataloader.dataset.img_suffix, ours.train_dataloader.dataset.seg_map_suffix)  # fmt: skip
-        assert default.reduce_zero_label == recipe.reduce_zero_label
+    for part, loader in (("train", "train_dataloader"), ("val", "val_dataloader")):
+        labels = [{"type": "LoadAnnotations"}]
+        cfg = {**theirs[loader].dataset, "data_root": str(root), "pipeline": labels}
+        if name == "ade20k":
+            labels[0]["reduce_zero_label"] = True
+        other = REGISTRY.build(cfg)
+        one = REGISTRY.build(section(recipe, root, part, [{"type": "PosfieldLoadLabels"}]))
+        assert len(one) == len(other) and one.metainfo["palette"] == other.metainfo["palette"]
+        assert one.metainfo["classes"] == tuple(word.strip() for word in other.metainfo["classes"])
+        for i in range(len(one)):
+            info, found = other.get_data_info(i), one.get_data_info(i)
+            same = ("img_path", "seg_map_path")
+            assert all(Path(info[key]).samefile(found[key]) for key in same)
+            expected = other.pipeline(info)["gt_seg_map"]
+            found |= {"label_set": one.labels, "ignore_index": 255, "ori_shape": expected.shape}
+            np.testing.assert_array_equal(one.pipeline(found)["gt_seg_map"], expected)
+    assert recipe.num_classes == len(one.metainfo["classes"])
     resize = next(step for step in theirs.train_pipeline if step.type == "RandomResize")
     assert tuple(resize.scale) == recipe.resize_px and tuple(resize.ratio_range) == recipe.ratio_range
     assert next(step for step in theirs.test_pipeline if step.type == "Resize").scale == recipe.resize_px
@@ -108,7 +119,7 @@ def test_configs_for_mmsegs_launchers(name, monkeypatch):
     cfg = Config.fromfile(ROOT / "configs" / "seg" / f"segmenter_linear_{name}.py")
     recipe = protocol(cfg.custom_hooks[0].protocol.name)
     assert recipe.name.split("-")[0] in name.replace("_", "-") and cfg.train_cfg.max_iters == recipe.max_iters
-    assert cfg.train_dataloader.dataset.type == dataset_of(recipe).kind
+    assert cfg.train_dataloader.dataset.kind == dataset_of(recipe).kind
     assert {loader.dataset.data_root for loader in (cfg.train_dataloader, cfg.val_dataloader)} == {
         "somewhere"
     }
@@ -126,186 +137,108 @@ def test_every_data_set_has_a_name_of_its_own():
 def test_the_folder_says_which_it_is(tmp_path):
     for name, writer in WRITERS.items():
         if name != "voc_aug":
-            folder = writer(tmp_path / name, n_train=1, n_val=1)
+            folder = writer(tmp_path / name, n_train=4, n_val=1)
             assert recipe_for(folder, None, {}).name == DATASETS[name].protocol
-    devkit = write_voc(tmp_path / "around" / "VOCdevkit" / "VOC2012", n_train=1, n_val=1)
+    write_voc(tmp_path / "around" / "VOCdevkit" / "VOC2012", n_train=1, n_val=1)
     assert recipe_for(tmp_path / "around", None, {}).name == "voc2012-40k"
-    assert find_root(tmp_path / "around", DATASETS["voc"]) == devkit
-    folder = write_ade(tmp_path / "ade" / "ADEChallengeData2016", n_train=1, n_val=1)
-    assert (
-        recipe_for(tmp_path / "ade", None, {"num_classes": "4"}).name == "own-160k"
-    )  # of other names than ADE20K's
-    for path in folder.rglob("0000.*"):
-        path.rename(path.with_stem("ADE_train_00000001"))
+    folder = write_ade(tmp_path / "ade" / "sets", n_train=4, n_val=1)
+    assert recipe_for(folder, None, {}).name == "own-160k"  # of other names than ADE20K's
+    folder.rename(tmp_path / "ade" / "ADEChallengeData2016")
     assert recipe_for(tmp_path / "ade", None, {}).name == "ade20k-160k"
     with pytest.raises(UserError, match="dataset: 'coco' is none of ade20k, voc, voc_aug, cityscapes, own"):
         recipe_for(tmp_path, "coco", {})
+    with pytest.raises(UserError, match="no folder .*nowhere"):
+        recipe_for(tmp_path / "nowhere", None, {"num_classes": "4"})
+    with pytest.raises(UserError, match="holds no labeled set that is known: looked for"):
+        recipe_for(tmp_path, None, {})
 
 
 def test_the_number_of_ones_own_classes(tmp_path):
-    root = write_own(tmp_path / "own", n_train=1, n_val=1)
+    root = write_own(tmp_path / "own", n_train=4, n_val=1)
     assert recipe_for(root, None, {}).num_classes == 4
-    assert class_names(recipe_for(root, None, {}), root) == ("red", "green", "blue", "yellow")
-    with pytest.raises(UserError, match="classes.txt has 4 different names, but num_classes is 5"):
-        locate(root, recipe_for(root, None, {"num_classes": "5"}))
+    with pytest.raises(UserError, match="classes.txt names 4 that count, not 5 classes"):
+        recipe_for(root, None, {"num_classes": "5"})
     (root / "classes.txt").unlink()
-    with pytest.raises(UserError, match="how many classes has .*own.*num_classes=N.*classes.txt"):
-        recipe_for(root, None, {})
-    recipe = recipe_for(root, None, {"num_classes": "4"})
-    assert locate(root, recipe).classes == ("class 0", "class 1", "class 2", "class 3")
-    assert class_names(protocol())[0] == "wall" and class_names(protocol("voc2012-40k"))[0] == "background"
+    assert recipe_for(root, None, {}).num_classes == 4  # found out
+    assert recipe_for(root, None, {"num_classes": "6"}).num_classes == 6
+    assert recipe_for(root, None, {"reduce_zero_label": "true"}).num_classes == 3  # as --void 0,255
+    with pytest.raises(UserError, match="num_classes=20, .* are not those of voc2012-40k; .*--dataset own"):
+        section(with_overrides(protocol("voc2012-40k"), {"num_classes": "20"}), root, "train", [])
 
 
-def test_ones_own_folders(tmp_path):
-    root = write_own(tmp_path / "own", n_train=2, n_val=1)
-    layout = own_layout(root)
-    assert layout.images == ("images/train", "images/val") and layout.masks == ("masks/train", "masks/val")
-    (root / "annotations").mkdir()
-    with pytest.raises(UserError, match="must hold a folder annotations or masks; there are both"):
-        own_layout(root)
-    (root / "annotations").rmdir()
-    Image.new("RGB", (4, 4)).save(root / "images" / "train" / "more.png")
-    with pytest.raises(UserError, match="images must have one suffix; there are .*0000.jpg and .*more.png"):
-        own_layout(root)
-    (root / "images" / "train" / "more.png").unlink()
-    (root / "images" / "val").rename(root / "images" / "test")
-    with pytest.raises(UserError, match="images must hold a folder validation or val; there is none"):
-        own_layout(root)
+def test_trainaug_is_asked_for_by_name(tmp_path):
+    root = write_voc(tmp_path, n_train=2, n_val=1)
+    made = section(protocol("voc2012aug-40k"), root, "train", [])
+    with pytest.raises(UserError, match="has no trainaug.txt and SegmentationClassAug"):
+        REGISTRY.build(made)
 
 
-# --- what is missing
-
-
-def test_an_image_and_its_mask_need_each_other(tmp_path):
-    root = write_ade(tmp_path / "ade", n_train=2, n_val=2)
-    mask = root / "annotations" / "training" / "0001.png"
-    kept = mask.read_bytes()
-    mask.unlink()
-    with pytest.raises(UserError, match=r"training/0001.jpg has no mask .*annotations/training/0001.png"):
-        ade(root)
-    mask.write_bytes(kept)
-    (root / "images" / "validation" / "0000.jpg").unlink()
-    with pytest.raises(
-        UserError, match=r"annotations/validation/0000.png has no image in .*images/validation"
-    ):
-        ade(root)
-    (root / "images" / "validation" / "0001.jpg").unlink()
-    with pytest.raises(UserError, match=r"no \*.jpg in .*images/validation"):
-        ade(root)
-    (root / "images" / "validation").rmdir()
-    with pytest.raises(UserError, match="no .*images/validation"):
-        ade(root)
-
-
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="data: there is no folder .*nowhere"):
-        recipe_for(tmp_path / "nowhere", None, {"num_classes": "4"})
-
-
-def test_lists_of_names(tmp_path):
-    root, recipe = write_voc(tmp_path, n_train=2, n_val=1), protocol("voc2012-40k")
-    (root / "SegmentationClass" / "more.png").write_bytes(b"of another list")
-    assert len(locate(root, recipe).pairs("training")) == 2
-    lists = root / "ImageSets" / "Segmentation"
-    (lists / "val.txt").write_text("absent\n")
-    with pytest.raises(UserError, match="no image .*JPEGImages/absent.jpg, which .*val.txt lists"):
-        locate(root, recipe)
-    (lists / "val.txt").unlink()
-    with pytest.raises(UserError, match="data: no .*val.txt"):
-        locate(root, recipe)
+def test_ade20k_with_fewer_classes_is_read_as_ones_own_masks(tmp_path):
+    """Label 0 stays what is not counted."""
+    around = write_ade(tmp_path / "ade" / "ADEChallengeData2016").parent
+    found = validation(around)
+    assert found.metainfo["classes"] == ("class 1", "class 2", "class 3", "class 4")
+    assert found.metainfo["values"] == (1, 2, 3, 4) and found.labels.table[0] == found.labels.table[255] == 0
+    assert validation(around, reduce_zero_label=False, num_classes=5).metainfo["values"] == (0, 1, 2, 3, 4)
 
 
 # --- what the masks hold
 
 
-def test_labels_beyond_the_classes_are_named(tmp_path):
+def test_what_the_check_of_a_validation_part_finds(tmp_path):
     root = write_ade(tmp_path / "ade", n_train=2, n_val=2)
-    path = root / "annotations" / "validation" / "0001.png"
-    labels = np.array(Image.open(path))
-    labels[5, 7], labels[5, 8] = 9, 255
-    spoil(path, labels)
-    located, recipe = ade(root)
-    check_masks(located, "training", recipe)
-    with pytest.raises(
-        UserError, match=r"0001.png holds label 9, but 4 classes are stored as 1 to 4 \(ignored: 0 and 255\)$"
+    image, mask = root / "images/validation/0001.jpg", root / "annotations/validation/0001.png"
+    labels, kept = np.array(Image.open(mask)), mask.read_bytes()
+    validation(root).labels.check()
+    for changed, told in (
+        (np.where(labels == 1, 9, labels), "0001.png holds the value 9, which is none of ade .4 classes."),
+        (labels[:, :-1], "0001.png has 39 x 56 pixels, its image .*0001.jpg 40 x 56"),
     ):
-        check_masks(located, "validation", recipe)
-    check_masks(located, "validation", with_overrides(recipe, dict(num_classes=9)))
+        Image.fromarray(changed).save(mask)
+        with pytest.raises(UserError, match=told):
+            validation(root).labels.check()
+    mask.write_bytes(kept)
+    photo = image.read_bytes()
+    image.write_bytes(photo[: len(photo) // 2])
+    with pytest.raises(UserError, match="0001.jpg cannot be read"):
+        validation(root).labels.check()
+    image.write_bytes(photo)
+    for path in sorted((root / "annotations/validation").iterdir()):
+        validation(root).labels.check()  # one without a class is fine
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
     with pytest.raises(
-        UserError,
-        match=r"label 9, but 9 classes are stored as 0 to 8 \(ignored: 255\); .*reduce_zero_label=true",
+        UserError, match="no pixel of the 2 val masks in .*annotations/validation has a class"
     ):
-        check_masks(
-            located, "validation", with_overrides(recipe, dict(num_classes=9, reduce_zero_label=False))
-        )
-    results = dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=False)
-    with pytest.raises(UserError, match=r"0001.png holds label 9, but 9 classes are stored as 0 to 8"):
-        CheckLabels(num_classes=9)(results)
-    assert CheckLabels(num_classes=10)(results) is results
+        validation(root).labels.check()
 
 
-def test_masks_of_another_size_are_named_and_turned_photographs_fit(tmp_path):
-    root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
-    image, path = (
-        root / "images" / "validation" / "0000.jpg",
-        root / "annotations" / "validation" / "0000.png",
-    )
-    labels = np.array(Image.open(path))
-    located, recipe = ade(root)
-    spoil(path, labels[:, :-1])
-    with pytest.raises(UserError, match=r"0000.png is \(40, 55\), but its image is \(40, 56\)"):
-        check_masks(located, "validation", recipe)
-    results = dict(gt_seg_map=labels, seg_map_path=path, ori_shape=(3, 3), reduce_zero_label=True)
+def test_a_mask_of_another_size_is_named(tmp_path):
+    found = validation(write_ade(tmp_path / "ade", n_train=1, n_val=1))
+    results = {**found.get_data_info(0), "label_set": found.labels, "ignore_index": 255, "ori_shape": (3, 3)}
     with pytest.raises(UserError, match=r"0000.png is \(40, 56\), but its image is \(3, 3\)"):
-        CheckLabels(num_classes=4)(results)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    with Image.open(image) as picture:
-        picture.save(image, exif=turned)
-    spoil(path, labels.T.copy())
-    check_masks(located, "validation", recipe)  # as mmcv reads it
+        found.pipeline.transforms[2](results)
 
 
-@pytest.mark.parametrize("kind", ["I;16", "RGB", "RGBA", "LA"])
-def test_masks_of_several_channels_or_16_bits_are_named(kind, tmp_path):
-    root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
-    path = root / "annotations" / "validation" / "0000.png"
-    labels = np.array(Image.open(path))
-    if kind == "I;16":
-        spoil(path, labels.astype(np.uint16) + 256)  # whose lower byte is a class
-    else:
-        Image.open(path).convert(kind).save(path)
-    located, recipe = ade(root)
-    with pytest.raises(
-        UserError,
-        match=f"validation/0000.png is of Pillow's mode {kind}; a mask has one channel of at most 8",
-    ):
-        check_masks(located, "validation", recipe)
-    with pytest.raises(UserError, match=f"validation/0000.png is of Pillow's mode {kind}"):
-        CheckLabels(num_classes=4)(
-            dict(gt_seg_map=labels, seg_map_path=path, ori_shape=labels.shape, reduce_zero_label=True)
-        )
+def test_the_check_that_earlier_configs_name():
+    results = dict(gt_seg_map=np.array([[0, 9, 255]]), seg_map_path="a.png")
+    assert CheckLabels(num_classes=10)(results) is results
+    with pytest.raises(UserError, match="a.png holds class 9, but there are 9"):
+        CheckLabels(num_classes=9)(results)
 
 
-def test_masks_without_a_label_are_fine_unless_all_are(tmp_path):
-    root = write_ade(tmp_path / "ade", n_train=1, n_val=2)
-    located, recipe = ade(root)
-    for name, fine in (("0000", True), ("0001", False)):
-        path = root / "annotations" / "validation" / f"{name}.png"
-        spoil(path, np.zeros_like(np.array(Image.open(path))))
-        if fine:
-            check_masks(located, "validation", recipe)
-    with pytest.raises(UserError, match="no pixel of the validation masks in .* has a class"):
-        check_masks(located, "validation", recipe)
-
-
-def test_a_damaged_mask_is_named(tmp_path):
-    root = write_ade(tmp_path / "ade", n_train=1, n_val=1)
-    path = root / "annotations" / "validation" / "0000.png"
-    path.write_bytes(path.read_bytes()[:-30])
-    located, recipe = ade(root)
-    with pytest.raises(UserError, match="validation/0000.png is no readable mask"):
-        check_masks(located, "validation", recipe)
+def test_an_ignored_number_of_ones_own_network(tmp_path):
+    root = write_own(tmp_path / "own", n_train=4, n_val=1)
+    recipe = with_overrides(protocol("own-160k"), {"num_classes": "4", "ignore_index": "4"})
+    for path in (root / "masks").rglob("*.png"):
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels == 255, 4, labels).astype(np.uint8)).save(path)
+    found = REGISTRY.build(section(recipe, root, "val", [{"type": "PosfieldLoadLabels"}]))
+    info = {**found.get_data_info(0), "label_set": found.labels, "ignore_index": 4}
+    with Image.open(info["seg_map_path"]) as mask:
+        stored = np.array(mask)
+    assert 4 in stored and np.array_equal(
+        found.pipeline({**info, "ori_shape": stored.shape})["gt_seg_map"], stored
+    )
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -320,19 +253,11 @@ def test_a_photograph_that_is_cut_off_is_named(progressive, tmp_path):
     segment = b"\xff\xe1" + (2 + len(preview)).to_bytes(2, "big") + preview
     whole = plain[:2] + segment + b"\xff" + plain[2:] + b"and what a camera adds"  # and a fill byte
     path.write_bytes(whole)
-    located, recipe = ade(root)
-    check_masks(located, "validation", recipe)
     loaded = PosfieldLoadImage()({"img_path": str(path)})["img"]
     assert loaded.shape == (40, 56, 3)
     path.write_bytes(whole[: len(whole) - 60])
-    for read in (
-        partial(check_masks, located, "validation", recipe),
-        partial(PosfieldLoadImage(), {"img_path": str(path)}),
-    ):
-        with pytest.raises(
-            UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"
-        ):
-            read()
+    with pytest.raises(UserError, match=r"validation/0000.jpg is no readable image \(JPEG without an end\)$"):
+        PosfieldLoadImage()({"img_path": str(path)})
     for content in (b"", b"\xff\xd8", b"\x89PNG"):
         path.write_bytes(content)
         if content == b"\xff\xd8":

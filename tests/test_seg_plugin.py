@@ -20,7 +20,7 @@ from mmseg.utils import register_all_modules
 from seg_fixture import ROOT
 
 from seg_plugin import compat
-from seg_plugin.metric import PosfieldIoU
+from seg_plugin.hooks import PosfieldIoU
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +87,7 @@ def test_toy_config_fits_the_toy_data(tmp_path, monkeypatch):
     monkeypatch.setenv("TOY_ADE", str(tmp_path))
     cfg = Config.fromfile(ROOT / "configs" / "seg" / "toy.py")
     assert cfg.model.decode_head.num_classes == 1 + len(CLASSES) and cfg.train_cfg.max_iters == 20
-    assert cfg.train_dataloader.dataset.metainfo.classes == ("background", *CLASSES)
+    assert cfg.train_dataloader.dataset.n_classes == 1 + len(CLASSES)
+    assert cfg.train_dataloader.dataset.masks.void == ("0", "255")  # the rim
     assert cfg.train_dataloader.dataset.data_root == str(tmp_path) and "CLASSES" not in cfg
     assert MODELS.build(cfg.model).backbone.vit.model_kwargs["depth"] == 4

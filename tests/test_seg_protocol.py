@@ -18,14 +18,14 @@ from ade_fixture import write_ade
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, PolyLR
 from mmengine.runner import Runner
-from mmseg.datasets import ADE20KDataset
 from mmseg.datasets.transforms import PhotoMetricDistortion
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS, TRANSFORMS
 
 from pretrain.errors import UserError
+from seg_plugin.config import deviations as config_deviations
 from seg_plugin.config import segmenter_config
-from seg_plugin.identity import deviations as config_deviations
+from seg_plugin.data import PosfieldLabels
 from seg_plugin.optim import PosfieldPolyLR
 from seg_plugin.protocol import PROTOCOLS, SegmentationProtocol, deviations, protocol, with_overrides
 
@@ -257,29 +257,24 @@ def test_training_data(runner):
     )
     dataset = loader.dataset
     assert (
-        type(dataset) is ADE20KDataset
+        type(dataset) is PosfieldLabels
         and dataset.reduce_zero_label
         and dataset.ignore_index == 255
         and not dataset.test_mode
     )
-    assert (
-        dataset.img_suffix == ".jpg"
-        and dataset.seg_map_suffix == ".png"
-        and len(dataset.metainfo["classes"]) == 150
-    )
+    assert (dataset.labels.name, len(dataset.metainfo["classes"])) == ("ade20k", 150)
     root = Path(dataset.data_root)
     assert root.name == "ADEChallengeData2016"
-    assert Path(dataset.data_prefix["img_path"]) == root / "images" / "training"
-    assert Path(dataset.data_prefix["seg_map_path"]) == root / "annotations" / "training"
+    first = dataset[0]["data_samples"]
+    assert Path(first.img_path) == root / "images" / "training" / "0000.jpg"
+    assert Path(first.seg_map_path) == root / "annotations" / "training" / "0000.png"
     found = steps(loader)
     drawn = ["RandomResize", "RandomCrop", "RandomFlip", "PosfieldDistortion", "PackSegInputs"]
     assert (
         list(found)[-5:] == drawn
-        and list(found)[-6] == "CheckLabels"
+        and list(found)[-6] == "PosfieldLoadLabels"
         and not set(drawn) & set(list(found)[:-5])
     )
-    (labels,) = [step for name, step in found.items() if "Label" in name and name != "CheckLabels"]
-    assert labels.reduce_zero_label is True and found["CheckLabels"].num_classes == 150
     resize, crop, flip, distort = (found[name] for name in drawn[:4])
     assert (resize.scale, resize.ratio_range, resize.resize.keep_ratio) == ((2048, 512), (0.5, 2.0), True)
     assert (crop.crop_size, crop.cat_max_ratio, crop.ignore_index) == ((512, 512), 0.75, 255)
@@ -294,18 +289,15 @@ def test_validation_data_and_metric(runner, loop):
     loop = getattr(runner, loop)
     dataset = loop.dataloader.dataset
     assert loop.dataloader.batch_size == 1 and not loop.dataloader.sampler.shuffle
-    assert type(dataset) is ADE20KDataset and dataset.reduce_zero_label
-    root = Path(dataset.data_root)
-    assert Path(dataset.data_prefix["img_path"]) == root / "images" / "validation"
-    assert Path(dataset.data_prefix["seg_map_path"]) == root / "annotations" / "validation"
+    assert type(dataset) is PosfieldLabels and dataset.reduce_zero_label
+    first, root = dataset[0]["data_samples"], Path(dataset.data_root)
+    assert Path(first.img_path) == root / "images" / "validation" / "0000.jpg"
+    assert Path(first.seg_map_path) == root / "annotations" / "validation" / "0000.png"
     found = steps(loop.dataloader)
     assert (found["Resize"].scale, found["Resize"].keep_ratio) == ((2048, 512), True)
     assert not any(name.startswith("Random") or "Distortion" in name for name in found)
     names = list(found)
-    (labels,) = [name for name in names if name in ("LoadAnnotations", "PosfieldLoadLabels")]
-    assert (
-        names.index("Resize") < names.index(labels) and found[labels].reduce_zero_label is True
-    )  # masks keep their own size
+    assert names.index("Resize") < names.index("PosfieldLoadLabels")  # masks keep their own size
     (metric,) = loop.evaluator.metrics
     assert (metric.metrics, metric.ignore_index) == (["mIoU"], 255)
 

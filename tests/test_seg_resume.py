@@ -20,19 +20,18 @@ pytest.importorskip("seg_plugin")  # before anything imports mmseg's models
 from ade_fixture import write_ade
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from mmseg.datasets import BaseSegDataset
 from seg_fixture import FLAGS, TOOL, command_line, launch, stock_tool, tiny, tiny_run, write_config
 
 from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.schema import read_result
+from seg_plugin.config import deviations
+from seg_plugin.data import PosfieldLabels, SeedFromPosition
 from seg_plugin.hooks import PosfieldRunHook
-from seg_plugin.identity import deviations
-from seg_plugin.predict import dataset_of_run, load_run
+from seg_plugin.loop import DrawnIndex, PosfieldSampler
+from seg_plugin.predict import dataset_of_run, load_segmenter
 from seg_plugin.run import train
-from seg_plugin.sampler import DrawnIndex, PosfieldSampler
-from seg_plugin.transforms import SeedFromPosition
 
 KILLED_IN = 3  # checkpoints are at 2 and 4
 NUMBERS = dict(max_iters=4, val_every=2)
@@ -147,7 +146,7 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
     run = tiny_run(ade, tmp_path / "run", protocol=tiny(val_every=2))
     seen = []
     read = []
-    original, prepare = PosfieldRunHook.after_train_iter, BaseSegDataset.prepare_data
+    original, prepare = PosfieldRunHook.after_train_iter, PosfieldLabels.prepare_data
 
     def spy(hook, runner, batch_idx, data_batch=None, outputs=None):
         seen.append((batch_idx, [Path(sample.img_path).name for sample in data_batch["data_samples"]]))
@@ -156,11 +155,11 @@ def test_interrupted_run_resumes_with_the_images_that_come_next(ade, tmp_path, m
             raise KeyboardInterrupt
 
     def count(dataset, index):
-        read.extend([] if dataset.test_mode or "training" not in dataset.data_prefix["img_path"] else [index])
+        read.extend([index] if dataset.labels.part == "train" else [])
         return prepare(dataset, index)
 
     monkeypatch.setattr(PosfieldRunHook, "after_train_iter", spy)
-    monkeypatch.setattr(BaseSegDataset, "prepare_data", count)
+    monkeypatch.setattr(PosfieldLabels, "prepare_data", count)
     stop_in = None
     train(tiny_run(ade, run.output.with_name("whole"), protocol=tiny(val_every=2)))
     whole, seen = seen, []
@@ -217,7 +216,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
         "iterations_it" in hook.protocol
         and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
     )
-    assert len(dataset_of_run(load_run(folder, "cpu"), "validation")) == 3
+    assert len(dataset_of_run(load_segmenter(folder, "cpu").model, "validation")) == 3
     train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
     assert_equal(folder, whole)
     one, two = read_result(folder), read_result(whole)
@@ -296,7 +295,7 @@ def test_two_processes_on_the_cpu_equal_one(ade, tmp_path):
 def test_each_image_counts_once_over_processes(monkeypatch):
     """Two processes, three images: the sampler gives the first one again to fill the second process's
     share."""
-    from seg_plugin import metric as module
+    from seg_plugin import hooks as module
 
     images = [[torch.tensor([float(k), 0.0])] * 4 for k in (1, 2, 3)]
     shares = [[images[0], images[2]], [images[1], images[0]]]

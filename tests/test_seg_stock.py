@@ -148,7 +148,7 @@ def test_mmsegs_inference_gives_the_labels_of_the_runs_model(stock, ade):
         model, mmcv.imread(images[1])
     )  # from now on this model takes arrays alone (mmseg changes its config)
     assert np.array_equal(array.pred_sem_seg.data[0].numpy() + 1, written[1])
-    assert model.dataset_meta["classes"] == ("class 0", "class 1", "class 2", "class 3")
+    assert model.dataset_meta["classes"] == ("class 1", "class 2", "class 3", "class 4")
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
     inferred = MMSegInferencer(config, checkpoint, device="cpu")(images[0], show=False)["predictions"]
     assert np.array_equal(inferred + 1, written[0])

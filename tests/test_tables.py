@@ -13,9 +13,9 @@ import pytest
 from test_results import DEVIATIONS, PROTOCOLS, protocol, result
 
 from pretrain.errors import UserError
-from pretrain.results.merge import Score, backbone_label, merge
 from pretrain.results.published import published_rows, rows_of_tables
 from pretrain.results.render import FORMATS, latex_text, markdown_text, render, render_all
+from pretrain.results.rows import Score, backbone_label, merge
 from pretrain.results.runs import find_results
 from pretrain.results.schema import write_result
 from pretrain.results.tables import (

@@ -14,8 +14,15 @@ from ade_fixture import write_ade
 from seg_fixture import tiny, tiny_run
 
 from pretrain.errors import UserError
-from seg_plugin.figures import colored, leave_page, palette_of, save_labels
-from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
+from seg_plugin.figures import colored, draw_page, palette_of, save_labels
+from seg_plugin.predict import (
+    Segmented,
+    dataset_of_run,
+    load_segmenter,
+    segment_dataset,
+    segment_folder,
+    spread,
+)
 from seg_plugin.run import train
 
 
@@ -48,13 +55,13 @@ def test_pages_of_the_validation_images_and_their_label_maps(run, tool, tmp_path
 
 def test_own_images_get_the_labels_that_validation_gives(run, tool, tmp_path):
     """Also gray ones, in folders; without ground truth the page has two columns."""
-    model = load_run(run.output, "cpu")
+    segmenter = load_segmenter(run.output, "cpu")
     images = run.data / "images" / "validation"
     (tmp_path / "own" / "inner").mkdir(parents=True)
     (tmp_path / "own" / "inner" / "a.jpg").write_bytes((images / "0000.jpg").read_bytes())
     Image.open(images / "0001.jpg").convert("L").save(tmp_path / "own" / "gray.png")
-    (validated,) = segment_dataset(model, dataset_of_run(model, "validation"), [0])
-    gray, copied = segment_folder(model, tmp_path / "own")
+    (validated,) = segment_dataset(segmenter.model, dataset_of_run(segmenter.model, "validation"), [0])
+    gray, copied = segment_folder(segmenter, tmp_path / "own")
     assert (
         np.array_equal(copied.predicted, validated.predicted)
         and copied.truth is None
@@ -92,7 +99,7 @@ def test_what_cannot_be_drawn_is_named(run, tool, tmp_path):
         tool(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="split: 'test' is none of training, validation"):
         tool(["--run", str(run.output), "--split", "test", "--device", "cpu"])
-    with pytest.raises(UserError, match="images: no .jpg, .jpeg, .png in"):
+    with pytest.raises(UserError, match="images: no .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff in"):
         tool(["--run", str(run.output), "--images", str(tmp_path), "--device", "cpu"])
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match="bad.jpg is no readable image"):
@@ -103,7 +110,7 @@ def test_a_label_that_is_no_class_is_not_in_the_legend(tmp_path):
     """Whichever number ``ignore_index`` gives it."""
     labels = np.array([[0, 1], [200, 255]])
     row = Segmented(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), labels)
-    leave_page(tmp_path / "page.png", [row], {"classes": ("a", "b")}, title="t", caption="c")
+    draw_page(tmp_path / "page.png", [row], {"classes": ("a", "b")}, title="t", caption="c")
     assert Image.open(tmp_path / "page.png").width > 500
 
 
@@ -111,7 +118,7 @@ def test_colors(tmp_path):
     palette = palette_of({"classes": ("a", "b")})
     labels = np.array([[0, 1, 255]])
     assert colored(labels, palette).tolist() == [[palette[0].tolist(), palette[1].tolist(), [225, 225, 225]]]
-    save_labels(tmp_path / "x.png", labels[:, :2], palette, first=1)
+    save_labels(tmp_path / "x.png", labels[:, :2], palette, (1, 2))
     saved = Image.open(tmp_path / "x.png")
     assert np.array(saved).tolist() == [[1, 2]]
     assert np.array(saved.convert("RGB"))[0].tolist() == palette.tolist()

@@ -7,7 +7,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pretrain", "det_plugin", "seg_plugin", "posfield", "configs")
@@ -69,6 +71,12 @@ def test_the_demo_and_what_follows_it(home):
     posfield(home, "predict", "--run", "demo/detect_intertwined", "--images", "demo/data/coco/val2017",
              "--output", "found")  # fmt: skip
     assert (home / "empty" / "found" / "predictions.json").is_file()
+    posfield(home, "predict", "--run", "demo/segment_dinov2", "--images", "demo/data/coco/val2017",
+             "--output", "labels")  # fmt: skip
+    maps = sorted((home / "empty" / "labels" / "labels").iterdir())
+    assert len(maps) == 12 and len(list((home / "empty" / "labels" / "pictures").iterdir())) == 12
+    assert set(np.unique(Image.open(maps[0]))) <= set(range(7))
+    assert len((home / "empty" / "labels" / "classes.txt").read_text().splitlines()) == 6
     posfield(home, "export", "--weights", backbone, "--format", "safetensors", "--output", "out.safetensors")
     words = ["linear.epochs=1", "linear.batch_size=4", "linear.image_px=64", "in_context.image_px=64"]
     posfield(home, "evaluate", "dense", "--weights", backbone, "--data", "demo/data/ade", "--output",
@@ -78,5 +86,5 @@ def test_the_demo_and_what_follows_it(home):
     posfield(home, "embed", "--weights", backbone, "--images", "demo/data/images", "--output", "e.npz",
              "--size", 112)  # fmt: skip
     assert sorted(path.name for path in (home / "empty").iterdir()) == [
-        "demo", "dense", "e.npz", "found", "out.safetensors", "report.html",
+        "demo", "dense", "e.npz", "found", "labels", "out.safetensors", "report.html",
     ]  # fmt: skip

@@ -13,8 +13,6 @@ from seg_plugin.config import segmenter_config  # noqa: E402
 
 globals().update(
     segmenter_config(
-        "ade20k-160k",
-        backbone="vit_small_patch16",
-        data_root="{{$ADE20K:data/ade/ADEChallengeData2016}}",
+        "ade20k-160k", backbone="vit_small_patch16", data_root="{{$ADE20K:data/ade/ADEChallengeData2016}}"
     )
 )

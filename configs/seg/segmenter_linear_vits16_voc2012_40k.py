@@ -4,7 +4,7 @@ grid point.
 python MMSEG/tools/train.py THIS --work-dir DIR --cfg-options model.backbone.weights=run/backbone.safetensors
 
 The data lie in $VOC2012, or in data/VOCdevkit/VOC2012. Every number is in seg_plugin/protocol.py, the folders
-are in seg_plugin/datasets.py. The masks of SBD too (trainaug.txt): the name "voc2012aug-40k" in place of this
+are in pretrain/data/datasets/public.py. The masks of SBD too (trainaug.txt): the name "voc2012aug-40k" in place of this
 one.
 """
 
@@ -14,8 +14,6 @@ from seg_plugin.config import segmenter_config  # noqa: E402
 
 globals().update(
     segmenter_config(
-        "voc2012-40k",
-        backbone="vit_small_patch16",
-        data_root="{{$VOC2012:data/VOCdevkit/VOC2012}}",
+        "voc2012-40k", backbone="vit_small_patch16", data_root="{{$VOC2012:data/VOCdevkit/VOC2012}}"
     )
 )

@@ -30,7 +30,6 @@ globals().update(
         backbone="vit_tiny_patch16",
         model_kwargs=dict(depth=4, pos_grid=8),
         data_root="{{$TOY_ADE:toy/ade/ADEChallengeData2016}}",
-        classes=("background", *CLASSES),
         workers=0,
     )
 )

@@ -41,9 +41,9 @@ def backbone_of_run(folder: Path) -> ViT:
         model: Any = importlib.import_module(f"det_plugin.{engine}_engine.predict").load_model(folder)[0]
         adapter: Any = model.backbone.net if engine == "detectron2" else model.backbone
     elif list(folder.glob("*.py")):
-        from seg_plugin.predict import load_run
+        from seg_plugin.predict import load_segmenter
 
-        return load_run(folder, "cpu").backbone.vit
+        return load_segmenter(folder, "cpu").model.backbone.vit
     else:
         raise UserError(
             f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"

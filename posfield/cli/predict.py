@@ -1,18 +1,19 @@
-"""Detect objects in your own images with a fine-tuned detector (a run of posfield detect, either engine).
+"""Detect objects in your own images, or segment them, with a run of posfield detect or posfield segment.
 
 posfield predict --run runs/det --images photos/ --output found
 
 OUTPUT/predictions.json is one COCO file: images (id, file_name, width, height), categories (id, name), and
 annotations with image_id, category_id, bbox, area, segmentation (RLE), iscrowd 0 and score; pycocotools reads
-it as it is. OUTPUT/images/ holds the images with masks, boxes, names and scores. Images that cannot be read
-are named and skipped.
+it as it is. OUTPUT/pictures/ holds the images with masks, boxes, names and scores. Of a segmenter, OUTPUT/labels/
+holds a PNG an image, stored as the masks of its training data are, and OUTPUT/classes.txt says what the values
+mean. Images that cannot be read are named and skipped.
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from det_plugin.coco.masks import coco_api
 from det_plugin.figures import draw_prediction
 from det_plugin.predict import Detections, Detector, load_detector
+from det_plugin.run import engine_of
 from pretrain.data.sources.files import is_image
 from pretrain.errors import UserError
 from pretrain.files import put_in_place
@@ -81,47 +83,102 @@ class Results:
             self.partial.unlink()
 
 
-def picture_paths(names: list[str], folder: Path) -> Iterator[Path]:
-    """A JPEG's path for each image: always below ``folder``, and no two are the same."""
+def picture_paths(names: list[str], folder: Path, suffix: str = ".jpg") -> Iterator[Path]:
+    """A path for a picture of each image: always below ``folder``, and no two are the same."""
     taken = set()
     for number, name in enumerate(names, 1):
         parts = [part for part in Path(name).parts if part not in ("..", Path(name).anchor)]
         path = folder.joinpath(*parts)
-        path = path if path.suffix.lower() in (".jpg", ".jpeg") else path.with_name(f"{path.name}.jpg")
-        path = path if path not in taken else path.with_name(f"{path.stem}_{number}.jpg")
+        kept = path.suffix.lower() in {suffix, ".jpeg" if suffix == ".jpg" else suffix}
+        path = path if kept else path.with_name(f"{path.name}{suffix}")
+        path = path if path not in taken else path.with_name(f"{path.stem}_{number}{suffix}")
         taken.add(path)
         yield path
 
 
-def predict(
+def detected(
     detector: Detector, images: list[tuple[Path, str]], output: Path, min_score: float, pictures: bool
 ) -> str:
-    """Predict one image after another. Returns what to say at the end."""
-    results, broken, line = Results(output, detector.classes), 0, ProgressLine("predict", len(images), 0)
-    paths, started = picture_paths([name for _, name in images], output / "pictures"), time.monotonic()
+    """Detect in one image after another. Returns what to say at the end."""
+    results = Results(output, detector.classes)
+
+    def detect(path: Path, name: str, picture: Path | None) -> None:
+        found = detector.predict(path, min_score)
+        results.add(name, found)
+        if picture:
+            Image.fromarray(draw_prediction(found.image, found.results, detector.classes)).save(
+                picture, quality=92
+            )
+
+    try:
+        told = over_images(detect, images, output / "pictures" if pictures else None)
+    except UserError:
+        results.close()
+        raise
+    results.close()
+    return f"{results.annotations} objects in {told}: {results.path}"
+
+
+def segmented(run: Path, device: str, images: list[tuple[Path, str]], output: Path, pictures: bool) -> str:
+    """Segment one image after another. Returns what to say at the end."""
+    from seg_plugin.figures import blended, palette_of, save_labels
+    from seg_plugin.predict import load_segmenter, read_rgb
+
+    segmenter = load_segmenter(run, device)
+    palette, values = palette_of(segmenter.metainfo), segmenter.metainfo["values"]
+    names = [name for _, name in images]
+    maps = dict(
+        zip(
+            names,
+            picture_paths([str(Path(name).with_suffix(".png")) for name in names], output / "labels", ".png"),
+        )
+    )
+
+    def segment(path: Path, name: str, picture: Path | None) -> None:
+        pixels = read_rgb(path)
+        labels = segmenter.predict(pixels).labels
+        save_labels(maps[name], labels, palette, values)
+        if picture:
+            Image.fromarray(blended(pixels, labels, palette)).save(picture, quality=92)
+
+    told = over_images(segment, images, output / "pictures" if pictures else None)
+    (output / "classes.txt").write_text(
+        "".join(f"{value}: {name}\n" for value, name in zip(values, segmenter.classes))
+    )
+    return f"label maps of {told}: {output / 'labels'}"
+
+
+def over_images(
+    predict: Callable[[Path, str, Path | None], None], images: list[tuple[Path, str]], pictures: Path | None
+) -> str:
+    """Call ``predict(path, name, picture's path)`` for each image; one that cannot be read is named and skipped.
+
+    Returns:
+        ``N images, K skipped``.
+
+    Raises:
+        UserError: none can be read.
+    """
+    skipped, line, started = 0, ProgressLine("predict", len(images), 0), time.monotonic()
+    paths = picture_paths([name for _, name in images], pictures or Path())
     try:
         for done, ((path, name), picture) in enumerate(zip(images, paths), 1):
+            if pictures:
+                picture.parent.mkdir(parents=True, exist_ok=True)
             try:
-                found = detector.predict(path, min_score)
+                predict(path, name, picture if pictures else None)
             except UserError as error:
                 plain = dict[str, Any](style=None, markup=False, highlight=False, soft_wrap=True)
                 line.console.print(f"skipped: {error}", **plain)
-                broken += 1
+                skipped += 1
                 continue
-            results.add(name, found)
-            if pictures:
-                picture.parent.mkdir(parents=True, exist_ok=True)
-                drawn = draw_prediction(found.image, found.results, detector.classes)
-                Image.fromarray(drawn).save(picture, quality=92)
             left_s = (time.monotonic() - started) / done * (len(images) - done)
-            line.update(done, f"{results.annotations} objects", left_s)
+            line.update(done, f"{done - skipped} images", left_s)
     finally:
         line.close()
-    results.close()
-    if not results.images:
+    if skipped == len(images):
         raise UserError(f"--images: none of {len(images)} files could be read as an image")
-    skipped = f", {broken} skipped" if broken else ""
-    return f"{results.annotations} objects in {len(results.images)} images{skipped}: {results.path}"
+    return f"{len(images) - skipped} images" + (f", {skipped} skipped" if skipped else "")
 
 
 def main(arguments: list[str]) -> None:
@@ -136,5 +193,9 @@ def main(arguments: list[str]) -> None:
     add("--no-pictures", action="store_true", help="predictions.json alone")
     options = parser.parse_args(arguments)
     images = listed(options.images, options.output)
+    pictures = not options.no_pictures
+    if engine_of(options.run) is None and list(options.run.glob("*.py")):
+        print(segmented(options.run, options.device, images, options.output, pictures))
+        return
     detector = load_detector(options.run, options.device)
-    print(predict(detector, images, options.output, options.min_score, not options.no_pictures))
+    print(detected(detector, images, options.output, options.min_score, pictures))

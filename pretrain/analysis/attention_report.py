@@ -1,35 +1,155 @@
-"""One self-contained html page of an attention analysis: the numbers by checkpoint and layer, the figures,
-what was left out."""
+"""The paper's figures of attention, for any number of checkpoints, and one self-contained html page: NMI and
+MAD by layer (Fig. 5), what query patches attend to (Fig. 6), box-wise beside cross-wise position masks
+(Fig. 7)."""
 
-import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from pretrain.analysis.attention_figures import (
-    Place,
-    heads_figure,
-    masks_comparison_figure,
-    queries_figure,
-    statistics_figure,
-)
-from pretrain.analysis.attention_tables import METRICS, Measured
-from pretrain.analysis.figures import Shown, forget, keep, scales_figure
-from pretrain.results.report import html_table, page, picture
+from pretrain.analysis import figures as drawn
+from pretrain.analysis.attention_study import METRICS, Measured
+from pretrain.analysis.figures import Shown, bare, displayable, grid_of_axes, heat_map, plain
+from pretrain.analysis.pca import Place
+from pretrain.results.curves import style_of
+from pretrain.results.pages import from_template
 from pretrain.results.schema import Result
 from pretrain.views.boxes import PositionSettings
 
+PANELS_A_ROW = 4
+LONGEST_NAME = 28
+
+
+def statistics_figure(measured: Sequence[Measured]) -> Figure:
+    """NMI and MAD by layer, all checkpoints overlaid; the bands are one standard deviation over the images
+    (paper Fig. 5)."""
+    figure, axes = grid_of_axes(1, 2, (9, 3.4))
+    names = [m.name for m in measured]
+    for axis, (metric, label) in zip(axes[0], METRICS.items()):
+        for i, m in enumerate(measured):
+            color, dash = style_of(m.name, names, i // 8)
+            mean, std = m.by_layer(metric)
+            layers = np.arange(1, len(mean) + 1)
+            line = dict(color=color, linestyle=dash, marker="o", markersize=3.5)
+            axis.plot(layers, mean, label=plain(m.name), **line)
+            axis.fill_between(layers, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+        _layer_axis(axis, label)
+        from_zero(axis)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def heads_figure(measured: Sequence[Measured], metric: str) -> Figure:
+    """One panel a checkpoint: each head a dot (mean over the images) at its layer, and the mean of the heads
+    as a line.
+
+    Args:
+        metric: a key of :data:`METRICS`.
+    """
+    columns = min(PANELS_A_ROW, len(measured))
+    rows = math.ceil(len(measured) / columns)
+    figure, axes = grid_of_axes(rows, columns, (2.9 * columns + 0.5, 2.5 * rows), sharey=True)
+    names = [m.name for m in measured]
+    for axis in axes.flat[len(measured) :]:
+        axis.set_axis_off()
+    for axis, m in zip(axes.flat, measured):
+        color, _ = style_of(m.name, names, 0)
+        heads = getattr(m, metric).mean(0)  # [L, heads]
+        layers = np.arange(1, len(heads) + 1)
+        axis.plot(layers, heads.mean(1), color=color, linewidth=1.2)
+        x = layers.repeat(heads.shape[1])
+        axis.scatter(x, heads.flatten(), s=12, color=color, alpha=0.55, linewidths=0)
+        _layer_axis(axis, METRICS[metric] if axis in axes[:, 0] else "")
+        axis.set_title(plain(m.name, LONGEST_NAME), fontsize=8)
+    from_zero(axes[0, 0], *axes.flat)  # of all, now that all is drawn
+    return figure
+
+
+def _layer_axis(axis: Any, label: str) -> None:
+    axis.set(xlabel="layer", ylabel=label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def queries_figure(image: Tensor, maps: Sequence[tuple[str, Tensor]], queries: Sequence[Place]) -> Figure:
+    """A column a query patch, marked with a red dot: the image, and below it a row a checkpoint (paper Fig.
+    6).
+
+    Args:
+        image: uint8 or normalized [3, H, W].
+        maps: names, and what the Q queries attend to, [Q, h, w]
+            (:func:`pretrain.analysis.attention.query_attention`).
+        queries: Q places (x, y) in image units.
+    """
+    height, width = image.shape[1:]
+    rows, columns = 1 + len(maps), len(queries)
+    size = (1.9 * columns + 0.4, 1.9 * rows * height / width)
+    figure, axes = grid_of_axes(rows, columns, size)
+    for axis, query in zip(axes[0], queries):
+        bare(axis).imshow(displayable(image), extent=(0, width, height, 0))
+        axis.plot(query[0] * width, query[1] * height, "o", color="red", markersize=5)
+    axes[0, 0].set_ylabel("image", fontsize=8)
+    for row, (name, heats) in zip(axes[1:], maps):
+        row[0].set_ylabel(plain(name, LONGEST_NAME), fontsize=7)
+        for axis, query, heat in zip(row, queries, heats):
+            heat_map(bare(axis), heat, query, (height, width))
+    return figure
+
+
+def masks_comparison_figure(
+    images: Tensor, boxwise: Tensor, crosswise: Tensor, queries: Sequence[Place]
+) -> Figure:
+    """One row an image: the query, what it attends to after training with box-wise and with cross-wise
+    position masks, and the share of each column of patches, in which vertical lines are spikes (paper Fig. 7,
+    appendix C). The queries take turns.
+
+    Args:
+        images: [n, 3, H, W]; boxwise, crosswise: [n, Q, h, w], of two checkpoints; queries: Q places.
+    """
+    height, width = images.shape[2:]
+    rows = len(images)
+    figure, axes = grid_of_axes(rows, 4, (8.6, 2.1 * rows), width_ratios=(1, 1, 1, 1.35))
+    for i, (row, image) in enumerate(zip(axes, images)):
+        query = queries[i % len(queries)]
+        bare(row[0], "image and query").imshow(displayable(image), extent=(0, width, height, 0))
+        kinds = (
+            (row[1], boxwise, "box-wise", drawn.GLOBAL_COLOR),
+            (row[2], crosswise, "cross-wise", drawn.LOCAL_COLOR),
+        )
+        for axis, maps, name, color in kinds:
+            heat = maps[i, i % len(queries)]
+            heat_map(bare(axis, name), heat, query, (height, width))
+            share = heat.sum(0) * heat.shape[1]  # [w]
+            x = (np.arange(len(share)) + 0.5) / len(share)
+            row[3].plot(x, share, color=color, linewidth=1.2, label=name)
+        drawn.query_dot(row[0], query, (boxwise.shape[2], boxwise.shape[3]), (height, width))
+        row[3].set_title("attention to each column, left to right (1: even)", fontsize=8)
+        row[3].set_xlim(0, 1)
+        row[3].tick_params(labelsize=7)
+        from_zero(row[3])
+        row[3].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def from_zero(axis: Any, *sharing: Any) -> None:
+    """The y axis from 0 to a little above all that is drawn, on it and on those that share it: an even
+    curve is not at the edge."""
+    axis.set_ylim(0, 1.1 * max(each.dataLim.y1 for each in (axis, *sharing)) or 1)
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
 
 def draw(
-    folder: Path,
-    measured: Sequence[Measured],
-    names: Sequence[str],
-    pictures: Tensor,
-    maps: Mapping[str, Tensor],
-    queries: Sequence[Place],
-    compared: tuple[str, str] | None = None,
-) -> list[Shown]:
+    folder: Path, measured: Sequence[Measured], names: Sequence[str], images: Tensor,
+    maps: Mapping[str, Tensor], queries: Sequence[Place], compared: tuple[str, str] | None = None,
+) -> list[Shown]:  # fmt: skip
     """All figures as PNG and SVG, with their captions; those of an earlier analysis are removed.
 
     Args:
@@ -37,37 +157,35 @@ def draw(
         maps: {checkpoint: [n, Q, h, w]} of the Q queries.
         compared: the checkpoints trained with box-wise and with cross-wise position masks, for Fig. 7.
     """
-    forget(folder, r"queries_\d+|masks")
-    heads = "Each dot is a head, mean over the images; the line is the mean of the heads."
-    figures = {
-        "statistics": (
-            statistics_figure(measured),
-            "Attention by layer",
-            "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
-            "of the heads; bands: one standard deviation over the images (paper Fig. 5).",
-        ),
-        "heads_nmi": (heads_figure(measured, "nmi"), "NMI of every head", heads),
-        "heads_mad": (heads_figure(measured, "mad_px"), "Attention distance of every head", heads),
-    }
-    for i, (name, picture_) in enumerate(zip(names, pictures)):
-        figures[f"queries_{i + 1:02}"] = (
-            queries_figure(picture_, [(who, of_all[i]) for who, of_all in maps.items()], queries),
-            f"What query patches attend to: {name}",
-            "Last-layer attention of the patch under the red dot, mean of the heads; each map has its own scale (paper Fig. 6).",
-        )
-    if compared:
-        figures["masks"] = (
-            masks_comparison_figure(pictures, maps[compared[0]], maps[compared[1]], queries),
-            "Position masks: box-wise and cross-wise",
-            "Last-layer attention of the patch under the red dot after training with either; vertical lines in a map are spikes on "
-            "the right (paper Fig. 7).",
-        )
-    figures["scales"] = (
-        scales_figure(PositionSettings()),
-        "Scale s",
-        "Distributions of s as drawn in training with the default settings (paper Fig. 3).",
+    drawn.forget(folder, r"queries_\d+|masks")
+    shown = []
+
+    def add(stem: str, figure: Figure, title: str, caption: str) -> None:
+        shown.append(drawn.keep(figure, folder, stem, title, caption))
+
+    about = (
+        "Normalized mutual information (diversity) and mean attention distance (reach) of the patch-to-patch attention, mean "
+        "of the heads; bands: one standard deviation over the images (paper Fig. 5)."
     )
-    return [keep(figure, folder, name, title, caption) for name, (figure, title, caption) in figures.items()]
+    add("statistics", statistics_figure(measured), "Attention by layer", about)
+    for metric, title in (("nmi", "NMI of every head"), ("mad_px", "Attention distance of every head")):
+        about = "Each dot is a head, mean over the images; the line is the mean of the heads."
+        add(f"heads_{metric.removesuffix('_px')}", heads_figure(measured, metric), title, about)
+    about = "Last-layer attention of the patch under the red dot"
+    for i, (name, image) in enumerate(zip(names, images)):
+        figure = queries_figure(image, [(who, of_all[i]) for who, of_all in maps.items()], queries)
+        title = f"What query patches attend to: {name}"
+        own_scale = ", mean of the heads; each map has its own scale (paper Fig. 6)."
+        add(f"queries_{i + 1:02}", figure, title, about + own_scale)
+    if compared:
+        figure = masks_comparison_figure(images, maps[compared[0]], maps[compared[1]], queries)
+        spikes = (
+            " after training with either; vertical lines in a map are spikes on the right (paper Fig. 7)."
+        )
+        add("masks", figure, "Position masks: box-wise and cross-wise", about + spikes)
+    about = "Distributions of s as drawn in training with the default settings (paper Fig. 3)."
+    add("scales", drawn.scales_figure(PositionSettings()), "Scale s", about)
+    return shown
 
 
 def build_page(
@@ -80,80 +198,19 @@ def build_page(
         figures: as :func:`draw` gives them.
         broken: images that could not be read, with the reason.
     """
-    pictures = "".join(map(picture, figures))
-    sections = {
-        "Summary": _summary(measured, results, broken),
-        "Figures": f'<div class="pictures">{pictures}</div>',
-        "Layers": "\n".join(_layers(m) for m in measured),
-        "Reproducibility": _reproducibility(measured, results),
-    }
-    return page("Attention analysis", sections)
-
-
-def _summary(measured: Sequence[Measured], results: Sequence[Result], broken: Sequence[str]) -> str:
-    rows = []
-    for m, result in zip(measured, results):
-        (nmi, _), (mad, _) = m.by_layer("nmi"), m.by_layer("mad_px")
+    scaled = (result.protocol.changes for result in results if result.protocol.deviations)
+    means, by_layer, origins = [], [], []
+    for m, r in zip(measured, results):
+        (nmi, nmi_std), (mad, mad_std) = m.by_layer("nmi"), m.by_layer("mad_px")
         numbers = [f"{nmi.mean():.4f}", f"{nmi[-1]:.4f}", f"{mad.mean():.1f}", f"{mad[-1]:.1f}"]
-        rows.append(
-            [m.name, result.method, result.backbone, str(len(m.nmi)), *numbers, result.protocol.label]
-        )
-    heads = [
-        "weights",
-        "method",
-        "backbone",
-        "images",
-        "NMI",
-        "last layer",
-        "MAD (px)",
-        "last layer",
-        "protocol",
-    ]
-    parts = [
-        html_table(
-            "Patch-to-patch attention, means over images, heads and layers", heads, rows, {3, 4, 5, 6, 7}
-        )
-    ]
-    parts.append(
-        '<p class="soft">NMI: normalized mutual information of query and key; 0: all queries look at the same keys. MAD: mean '
-        "distance from a query to its keys. Every number: statistics.csv and summary.csv beside this page.</p>"
-    )
-    scaled = next((result.protocol for result in results if result.protocol.deviations), None)
-    if scaled:
-        parts.insert(0, f'<p class="warn">Departs from the protocol: {html.escape(scaled.changes)}.</p>')
-    if broken:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in broken)
-        parts.append(
-            f"<details><summary>Images that could not be read: {len(broken)}</summary><ul>{items}</ul></details>"
-        )
-    return "\n".join(parts)
-
-
-def _layers(m: Measured) -> str:
-    (nmi, nmi_std), (mad, mad_std) = m.by_layer("nmi"), m.by_layer("mad_px")
-    rows = [
-        [str(i + 1), f"{nmi[i]:.4f} ± {nmi_std[i]:.4f}", f"{mad[i]:.1f} ± {mad_std[i]:.1f}"]
-        for i in range(len(nmi))
-    ]
-    caption = "Mean of the heads: its mean and standard deviation over the images"
-    table = html_table(caption, ["layer", *METRICS.values()], rows, {0, 1, 2})
-    return f"<details><summary>{html.escape(m.name)}</summary>\n{table}</details>"
-
-
-def _reproducibility(measured: Sequence[Measured], results: Sequence[Result]) -> str:
-    rows = [
-        [m.name, r.weights_hash or "–", r.config_hash, (r.git_commit or "–")[:12], str(r.packages.get("torch", "–")),
-         f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}", r.created[:19].replace("T", " ")]
-        for m, r in zip(measured, results)
-    ]  # fmt: skip
-    heads = [
-        "weights",
-        "weights hash",
-        "config hash",
-        "commit",
-        "torch",
-        "time (s)",
-        "peak memory (MiB)",
-        "created (UTC)",
-    ]
-    return html_table("The first 12 digits of each hash", heads, rows, {5, 6})
+        means.append([m.name, r.method, r.backbone, len(m.nmi), *numbers, r.protocol.label])
+        layers = enumerate(zip(nmi, nmi_std, mad, mad_std), 1)
+        rows = [[i, f"{a:.4f} ± {a_std:.4f}", f"{b:.1f} ± {b_std:.1f}"] for i, (a, a_std, b, b_std) in layers]
+        by_layer.append((m.name, rows))
+        origin = [r.weights_hash or "–", r.config_hash, (r.git_commit or "–")[:12]]
+        origin.append(str(r.packages.get("torch", "–")))
+        cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}"]
+        origins.append([m.name, *origin, *cost, r.created[:19].replace("T", " ")])
+    lists = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
+    about = dict(deviations=next(scaled, ""), figures=figures, broken=broken)
+    return from_template("attention.html", title="Attention analysis", **lists, **about)

@@ -5,36 +5,108 @@ latter is written last, so that an interrupted study resumes after the last comp
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.analysis.attention import query_attention
-from pretrain.analysis.attention_statistics import BLOCK, attention_statistics
-from pretrain.analysis.attention_tables import Measured, metrics_of, read_statistics, write_statistics
+from pretrain.analysis.attention import attention_statistics, query_attention
 from pretrain.backbones.vit import ViT
-from pretrain.data.images import check_grid, content_hash
+from pretrain.data.images import Images, check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
+from pretrain.files import read_csv, write_csv
 from pretrain.log import Progress, say
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
 from pretrain.signals import StopSignals
 from pretrain.views.pixels import normalize
 
-PROTOCOL = {
-    "size_px": 480,
-    "patch_px": 16,
-    "images": 100,
-    "crop": False,
-    "bf16": False,
-}  # appendix A; number of images: ours
+# Appendix A; the number of images is ours.
+PROTOCOL = {"size_px": 480, "patch_px": 16, "images": 100, "crop": False, "bf16": False}
 STATISTICS = "statistics.csv"
+METRICS = {"nmi": "NMI", "mad_px": "MAD (px)"}
+COLUMNS = ("weights", "image", "layer", "head", *METRICS)
+
+
+# --- the numbers, on disk and for `result.json` -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint's statistics over n images.
+
+    Attributes:
+        nmi, mad_px: [n, L, heads] float64.
+    """
+
+    name: str
+    nmi: np.ndarray
+    mad_px: np.ndarray
+
+    def by_layer(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of the heads (as the paper plots it) by layer: its mean and standard deviation over the
+        images, [L] each; of one image the deviation is 0."""
+        values = getattr(self, metric).mean(2)  # [n, L]
+        return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+
+
+def metrics_of(measured: Measured) -> dict[str, Any]:
+    """For ``result.json``: both metrics by layer (mean of heads and images), and their means over the
+    layers."""
+    metrics: dict[str, Any] = {}
+    for metric in METRICS:
+        mean, _ = measured.by_layer(metric)
+        metrics[metric] = float(mean.mean())
+        metrics[f"{metric}_by_layer"] = {f"layer_{i:02}": float(value) for i, value in enumerate(mean, 1)}
+    return metrics
+
+
+def write_statistics(path: Path, measured: Iterable[Measured], images: Sequence[str]) -> None:
+    """One row for each checkpoint, image, layer and head; layers and heads count from 1, numbers are
+    exact."""
+    rows = (
+        (m.name, images[i], layer + 1, head + 1, float(nmi), float(m.mad_px[i, layer, head]))
+        for m in measured
+        for (i, layer, head), nmi in np.ndenumerate(m.nmi)
+    )
+    write_csv(path, COLUMNS, rows)
+
+
+def read_statistics(path: Path, name: str) -> Measured:
+    """The statistics of the one checkpoint in a file of :func:`write_statistics`, under a name.
+
+    Raises:
+        UserError: the file is of another kind, or incomplete.
+    """
+    try:
+        rows = read_csv(path)
+        n_layers, n_heads = (max(int(row[column]) for row in rows) for column in ("layer", "head"))
+        columns = ([float(row[metric]) for row in rows] for metric in METRICS)
+        nmi, mad_px = (np.array(column).reshape(-1, n_layers, n_heads) for column in columns)
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"{path}: no statistics of this tool, or not whole; delete it and they are made again"
+        raise UserError(told) from error
+    return Measured(name, nmi, mad_px)
+
+
+def write_summary(path: Path, measured: Iterable[Measured]) -> None:
+    """One row for each checkpoint and layer: mean of the heads, its mean and standard deviation over the
+    images."""
+    rows = (
+        (m.name, layer, len(m.nmi), *map(float, values))
+        for m in measured
+        for layer, values in enumerate(zip(*m.by_layer("nmi"), *m.by_layer("mad_px")), 1)
+    )
+    write_csv(path, ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std"), rows)
+
+
+# --- how they are measured ---------------------------------------------------------------------------------
 
 
 def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
@@ -47,9 +119,8 @@ def check_size(subjects: Sequence[EvalModel], size_px: int) -> None:
     for side, path in ((subject.patch_px, subject.path) for subject in subjects):
         if size_px % side:
             near = " or ".join(str(side * n) for n in (size_px // side, size_px // side + 1) if n)
-            raise UserError(
-                f"--size {size_px}: {path} has patches of {side} px; take {near} px, or --patch-size for all"
-            )
+            told = f"{path} has patches of {side} px; take {near} px, or --patch-size for all"
+            raise UserError(f"--size {size_px}: {told}")
         check_grid(size_px // side, size_px // side, f"--size {size_px}: an image")
 
 
@@ -73,23 +144,19 @@ class Study:
     """What all checkpoints of a study share.
 
     Attributes:
-        names: of n images; broken: those that could not be read.
-        images: uint8 [n, 3, S, S].
-        crop: they are central squares; else they were squeezed.
+        pictures: n images, uint8 [3, S, S] each; with ``crop`` central squares, else squeezed.
+        bf16: forward passes in bfloat16.
+        batch, block: images, and queries, at a time.
         signals: by which the process is asked to stop, looked at after every batch.
-        autocast: context of the forward passes, entered again for each.
     """
 
-    names: Sequence[str]
-    images: Tensor
-    broken: Sequence[str]
+    pictures: Images[Tensor]
     crop: bool
     bf16: bool
     device: torch.device
-    autocast: AbstractContextManager[Any]
-    batch: int = 1
-    block: int = BLOCK
-    signals: StopSignals | None = None
+    batch: int
+    block: int
+    signals: StopSignals
 
     def measure(self, subject: EvalModel, backbone: ViT, folder: Path) -> Measured:
         """The statistics of a checkpoint, from its folder where they are there for the same file, images and
@@ -98,26 +165,32 @@ class Study:
         Raises:
             Interrupted: asked to stop; what was measured of this checkpoint is lost.
         """
+        names, images = self.pictures.names, torch.stack(self.pictures.pixels)
         used = {
-            "size_px": self.images.shape[-1],
+            "size_px": images.shape[-1],
             "patch_px": subject.patch_px,
-            "images": min(len(self.names), PROTOCOL["images"]),
             "crop": self.crop,
             "bf16": self.bf16,
         }
-        seen = {"names": list(self.names), "pixels": content_hash(self.images)}
-        settings = {name: (PROTOCOL[name], value) for name, value in used.items()} | {
-            name: (v, v) for name, v in seen.items()
-        }
+        used["images"] = min(len(names), PROTOCOL["images"])
+        seen = {"names": names, "pixels": content_hash(images)}
+        settings: dict[str, Any] = {name: (value, used[name]) for name, value in PROTOCOL.items()}
+        settings |= {name: (value, value) for name, value in seen.items()}
         if (folder / STATISTICS).is_file() and subject.found(folder, "attention", settings):
             say(f"{subject.label}: measured before")
             return read_statistics(folder / STATISTICS, subject.label)
         started = time.perf_counter()
-        measured = self._measure(subject.label, backbone)
+        parts, tell = [], Progress(subject.label, len(images), self.signals)
+        for batch in images.split(self.batch):
+            with self._autocast():
+                pixels = normalize(batch.to(self.device))
+                parts.append(attention_statistics(backbone, pixels, self.block))
+            tell(len(batch))
+        measured = Measured(subject.label, *(torch.cat(values).numpy() for values in zip(*parts)))
         (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for statistics that are about to be replaced
-        write_statistics(folder / STATISTICS, [measured], self.names)
-        metrics = metrics_of(measured) | {"images": len(self.names), "broken_images": len(self.broken)}
-        subject.write(folder, "attention", settings, metrics, started)
+        write_statistics(folder / STATISTICS, [measured], names)
+        counts = {"images": len(names), "broken_images": len(self.pictures.broken)}
+        subject.write(folder, "attention", settings, metrics_of(measured) | counts, started)
         return measured
 
     def maps(self, backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Tensor:
@@ -125,14 +198,9 @@ class Study:
         time."""
         maps = []
         for image in images.split(1):
-            with self.autocast:
+            with self._autocast():
                 maps.append(query_attention(backbone, normalize(image.to(self.device)), queries).cpu())
         return torch.cat(maps)
 
-    def _measure(self, label: str, backbone: ViT) -> Measured:
-        parts, tell = [], Progress(label, len(self.images), self.signals)
-        for images in self.images.split(self.batch):
-            with self.autocast:
-                parts.append(attention_statistics(backbone, normalize(images.to(self.device)), self.block))
-            tell(len(images))
-        return Measured(label, *(torch.cat(values).numpy() for values in zip(*parts)))
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -4,7 +4,6 @@ found; and a page.
 Each function draws one matplotlib figure. :func:`gallery` puts several into one html page.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from pretrain.analysis.attention import patch_at
 from pretrain.analysis.figures import bare, plain
 from pretrain.analysis.pca import Place
 from pretrain.results.curves import style_of
-from pretrain.results.report import page, picture
+from pretrain.results.pages import from_template
 from pretrain.results.runs import Figure as Shown
 
 TRUE_COLOR, FOUND_COLORS = "#35d04f", {"lost": "#ff3b30", "tokencut": "#37a7ff"}
@@ -29,10 +28,7 @@ MAX_WIDTH_IN = 24.0
 def gallery(title: str, about: Mapping[str, Sequence[str]], figures: Sequence[Shown]) -> str:
     """One self-contained html page: lists of texts about the figures, and the figures; every text is
     escaped."""
-    listed = {html.escape(key): "<br>".join(map(html.escape, texts)) for key, texts in about.items()}
-    items = "".join(f"<dt>{key}</dt><dd>{texts}</dd>" for key, texts in listed.items())
-    pictures = f'<div class="pictures">{"".join(map(picture, figures))}</div>'
-    return page(title, {"Settings": f"<dl>{items}</dl>", "Figures": pictures})
+    return from_template("gallery.html", title=title, about=about, figures=figures)
 
 
 def _panels(

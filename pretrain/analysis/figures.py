@@ -2,13 +2,13 @@
 patches.
 
 Each function draws one matplotlib figure. :func:`save` writes it into a run's ``figures/`` with its title and
-caption, where the report finds it; :func:`as_array` gives its pixels. The images of a running training are in
-:mod:`pretrain.analysis.training_images`.
+caption, where the report finds it; :func:`training_images` gives the pixels of those of a running training,
+for TensorBoard: its views, its masks, and what the teacher makes of them.
 """
 
-import json
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from pretrain.analysis.attention import last_layer_attention, patch_at
+from pretrain.analysis.attention import last_layer, patch_at
+from pretrain.analysis.pca import Place, pca_colors
 from pretrain.backbones.vit import ViT
+from pretrain.files import read_json, write_json
 from pretrain.results.runs import Figure as Shown
 from pretrain.results.runs import add_caption
 from pretrain.settings import replaced
@@ -33,6 +35,13 @@ from pretrain.views.masks import Masks
 from pretrain.views.pixels import MEAN, STD
 
 GLOBAL_COLOR, LOCAL_COLOR = "#d1495b", "#00798c"
+LOCALS_SHOWN = 4  # in a running training
+QUERIES = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))
+
+
+def grid_of_axes(rows: int, columns: int, size_in: tuple[float, float], **more: Any) -> tuple[Figure, Any]:
+    """A figure of this width and height in inches, and its axes [rows, columns]."""
+    return plt.subplots(rows, columns, figsize=size_in, squeeze=False, layout="constrained", **more)
 
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg: bool = False) -> Path:
@@ -41,9 +50,8 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str, svg:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / name, dpi=110, bbox_inches="tight")
     if svg:
-        with matplotlib.rc_context(
-            {"svg.hashsalt": name, "svg.fonttype": "none"}
-        ):  # the same bytes each time; text stays text
+        # The same bytes each time; text stays text.
+        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             figure.savefig((folder / name).with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     add_caption(folder / name, title, caption)
@@ -59,13 +67,14 @@ def forget(folder: Path, pattern: str) -> None:
     """Remove the kept figures whose stem is like ``pattern`` (a regular expression): those of an earlier
     analysis, no others."""
     captions = folder / "captions.json"
-    entries: dict[str, Any] = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
+    if not captions.is_file():
+        return
+    entries = read_json(captions)
     for name in [name for name in entries if re.fullmatch(rf"({pattern})\.png", name)]:
         del entries[name]
         for path in (folder / name, (folder / name).with_suffix(".svg")):
             path.unlink(missing_ok=True)
-    if captions.is_file():
-        captions.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    write_json(captions, entries)
 
 
 def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
@@ -103,10 +112,7 @@ def rectangles(axis: Any, boxes: Tensor, n_global: int, width: float = 1, height
 
 
 def views_figure(
-    images: Sequence[Tensor],
-    views: Sequence[Views],
-    crops: Sequence[Sequence[Tensor]],
-    has_field: bool = True,
+    images: Sequence[Tensor], views: Sequence[Views], crops: Sequence[Sequence[Tensor]], has_field: bool
 ) -> Figure:
     """One row an image: its boxes, its position boxes in the field (where there is one), its crops.
 
@@ -114,14 +120,9 @@ def views_figure(
         images: uint8 [3, H, W] each; views: of one image each; crops: [3, s, s] each, levels or normalized, a
             list an image.
     """
-    n_crops, n_boxes = len(crops[0]), 1 + has_field
-    figure, axes = plt.subplots(
-        len(images),
-        n_boxes + n_crops,
-        figsize=(1.5 * (n_boxes + n_crops), 1.6 * len(images)),
-        squeeze=False,
-        layout="constrained",
-    )
+    n_boxes = 1 + has_field
+    columns = n_boxes + len(crops[0])
+    figure, axes = grid_of_axes(len(images), columns, (1.5 * columns, 1.6 * len(images)))
     for row, image, view, pixels in zip(axes, images, views, crops):
         bare(row[0], "boxes in the image").imshow(displayable(image))
         rectangles(row[0], view.boxes[0], view.n_global, image.shape[2], image.shape[1])
@@ -144,13 +145,8 @@ def masks_figure(crops: Tensor, masks: Masks, grid: tuple[int, int], n_each: int
     """
     rows = [("content", masks.content, "white"), ("position", masks.position, GLOBAL_COLOR)]
     rows = [row for row in rows if row[1].any()]
-    figure, axes = plt.subplots(
-        max(len(rows), 1),
-        n_each,
-        figsize=(1.9 * n_each, 2.1 * max(len(rows), 1)),
-        squeeze=False,
-        layout="constrained",
-    )
+    n_rows = max(len(rows), 1)
+    figure, axes = grid_of_axes(n_rows, n_each, (1.9 * n_each, 2.1 * n_rows))
     for axis in axes.flat:
         axis.set_axis_off()
     for row, (kind, mask, color) in zip(axes, rows):
@@ -185,56 +181,41 @@ def scales_figure(rule: PositionSettings, n: int = 20_000) -> Figure:
     return figure
 
 
-def attention_figure(backbone: ViT, images: Tensor, queries: Sequence[tuple[float, float]]) -> Figure:
-    """Last-layer attention of query patches over each image, the query marked with a red dot (paper Fig. 6).
+def attention_figure(
+    images: Tensor, maps: Tensor, queries: Sequence[Place], whole: Tensor | None = None,
+    titles: tuple[str, str, str] = ("", "", ""),
+) -> Figure:  # fmt: skip
+    """One row an image: last-layer attention of query patches, marked with a red dot (paper Fig. 6).
 
     Args:
-        images: [B, 3, H, W] normalized, H and W multiples of the patch size.
-        queries: places (x, y) in image units.
+        images: [B, 3, H, W], levels or normalized; maps: [B, Q, h, w] of Q queries.
+        whole: [B, h, w], a map before these that belongs to no patch.
+        titles: of the columns of images, of this map, and of the queries.
     """
-    backbone.eval()
-    attention = last_layer_attention(backbone, images).cpu()  # [B, N, N]
-    figure, axes = plt.subplots(
-        len(images),
-        1 + len(queries),
-        figsize=(1.8 * (1 + len(queries)), 1.9 * len(images)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, image, weights in zip(axes, images, attention):
-        bare(row[0]).imshow(displayable(image))
-        for axis, query in zip(row[1:], queries):
-            attention_of_query(bare(axis), weights, query, image.shape[1:], backbone.patch_size)
+    columns = 1 + (whole is not None) + len(queries)
+    figure, axes = grid_of_axes(len(images), columns, (2 * columns, 2.2 * len(images)))
+    height, width = images.shape[2:]
+    for i, (row, image) in enumerate(zip(axes, images)):
+        bare(row[0], titles[0]).imshow(displayable(image))
+        if whole is not None:
+            bare(row[1], titles[1]).imshow(whole[i], extent=(0, width, height, 0), cmap="viridis")
+        for axis, query, heat in zip(row[-len(queries) :], queries, maps[i]):
+            heat_map(bare(axis, titles[2]), heat, query, (height, width))
     return figure
 
 
-def attention_of_query(
-    axis: Any, weights: Tensor, query: tuple[float, float], size_px: Sequence[int], patch_size: int
-) -> None:
-    """The row of ``weights`` [N, N] of the patch at ``query`` (x, y in image units) as a map, and a red
-    dot on that patch."""
-    grid = (size_px[0] // patch_size, size_px[1] // patch_size)
-    row, column = patch_at(query, grid)
-    heat_map(axis, weights[row * grid[1] + column].unflatten(0, grid), query, size_px)
-
-
-def heat_map(axis: Any, heat: Tensor, query: tuple[float, float], size_px: Sequence[int]) -> None:
+def heat_map(axis: Any, heat: Tensor, query: Place, size_px: Sequence[int]) -> None:
     """A map [h, w] over the place of an image (height, width), and a red dot on the patch at ``query`` (x,
     y in image units)."""
     axis.imshow(heat, extent=(0, size_px[1], size_px[0], 0), cmap="viridis")
     query_dot(axis, query, (heat.shape[0], heat.shape[1]), size_px)
 
 
-def query_dot(axis: Any, query: tuple[float, float], grid: tuple[int, int], size_px: Sequence[int]) -> None:
+def query_dot(axis: Any, query: Place, grid: tuple[int, int], size_px: Sequence[int]) -> None:
     """A red dot at the center of the patch at ``query`` (x, y in image units)."""
     row, column = patch_at(query, grid)
-    axis.plot(
-        (column + 0.5) / grid[1] * size_px[1],
-        (row + 0.5) / grid[0] * size_px[0],
-        "o",
-        color="red",
-        markersize=5,
-    )
+    x, y = (column + 0.5) / grid[1] * size_px[1], (row + 0.5) / grid[0] * size_px[0]
+    axis.plot(x, y, "o", color="red", markersize=5)
 
 
 def plain(text: str, most: int = 40) -> str:
@@ -244,3 +225,100 @@ def plain(text: str, most: int = 40) -> str:
     text = text if len(text) <= most else f"{text[: most // 2 - 1]}...{text[-most // 2 + 2 :]}"
     text = text.replace("$", r"\$")
     return " " + text if text.startswith("_") else text
+
+
+# --- of a running training ----------------------------------------------------------------------------------
+
+
+def training_images(
+    teacher: ViT, global_crops: Tensor, local_crops: Tensor, views: Views, masks: Masks | None, *,
+    n_images: int = 3, autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Images of the first images of a batch, each uint8 [H, W, 3]: ``views``, ``attention``, ``pca``, and
+    ``masks`` if any.
+
+    The teacher sees ``n_images`` pairs of crops once, in evaluation mode, which it leaves again; no random
+    number is drawn.
+
+    Args:
+        teacher: on the device of the crops.
+        global_crops: [G * B, 3, S, S] normalized, view-major; local_crops: [L * B, 3, s, s]; L may be 0.
+        views, masks: of the same batch.
+    """
+    batch_size = len(views.boxes)
+    n = min(n_images, batch_size)
+    big, small = (crops.unflatten(0, (-1, batch_size))[:, :n] for crops in (global_crops, local_crops))
+    # [G, n, 3, S, S]
+    of_globals = (t.unflatten(0, (-1, batch_size))[:2, :n].flatten(0, 1) for t in views.globals)
+    boxes, flips = (t.to(big.device) for t in of_globals)
+    was_training = teacher.training
+    teacher.eval()
+    with autocast or nullcontext():
+        seen = last_layer(teacher, big[:2].flatten(0, 1), boxes, flips)
+    teacher.train(was_training)
+    grid = (big.shape[3] // teacher.patch_size, big.shape[4] // teacher.patch_size)
+    is_tied = teacher.pos_encoding == "field" and views.tied
+    places = [row * grid[1] + column for row, column in (patch_at(query, grid) for query in QUERIES)]
+    maps = seen.patches[:n, places].float().cpu().unflatten(2, grid)
+    cls = seen.cls[:n].float().cpu().unflatten(1, grid)
+    of_cls = "attention of [CLS]" if teacher.has_cls else "mean attention"
+    titles = ("global 1", of_cls, "attention of the red patch")
+    colors = torch.stack(pca_colors(list(seen.features))).unflatten(1, grid).unflatten(0, (-1, n))
+    figures = {
+        "views": crops_figure(big, small[:LOCALS_SHOWN], views, is_tied),
+        "attention": attention_figure(big[0], maps, QUERIES, cls, titles),
+        "pca": pca_figure(big[:2], colors),
+    }
+    if masks is not None and (masks.content.any() or masks.position.any()):  # a post-training masks nothing
+        figures["masks"] = masks_figure(global_crops, masks.to(torch.device("cpu")), grid)
+    return {name: as_array(figure) for name, figure in figures.items()}
+
+
+def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tied: bool) -> Figure:
+    """One row an image: crops at their boxes, crops at their position boxes in the field (where they are tied
+    to it), single crops.
+
+    Args:
+        global_crops: [G, n, 3, S, S]; local_crops: [l, n, 3, s, s], the first local views.
+        views: of n images or more.
+    """
+    n_global, n = global_crops.shape[:2]
+    shown = [*range(n_global), *range(n_global, n_global + len(local_crops))]
+    boxes = {"crops at their boxes in the image": views.boxes}
+    if is_tied:
+        boxes["crops at their position boxes in P"] = views.position_boxes
+    widths = [1.6] * len(boxes) + [1.0] * len(shown)
+    figure, axes = grid_of_axes(n, len(widths), (1.5 * sum(widths), 2.6 * n), width_ratios=widths)
+    for image, row in enumerate(axes):
+        crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
+        flips = views.flips[image].tolist()
+        for axis, (title, places) in zip(row, boxes.items()):
+            _paste(bare(axis, title), crops, flips, places[image, shown].cpu(), n_global)
+        for view, axis, crop in zip(shown, row[len(boxes) :], crops):
+            number = f"global {view + 1}" if view < n_global else f"local {view - n_global + 1}"
+            bare(axis, number + (", flipped" if flips[view] else "")).imshow(crop)
+    return figure
+
+
+def _paste(axis: Any, crops: list[np.ndarray], flips: list[bool], boxes: Tensor, n_global: int) -> None:
+    """Crops, turned back where they were flipped, at their boxes in the unit square."""
+    for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, boxes.tolist()):
+        axis.imshow(crop[:, ::-1] if flip else crop, extent=(x0, x1, y1, y0), interpolation="bilinear")
+    axis.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
+    rectangles(axis, boxes, n_global)
+
+
+def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:
+    """One row an image: its global crops, each with the colors of its patches; one PCA over all of them.
+
+    Args:
+        crops: [v, n, 3, S, S]; rgb: [v, n, h, w, 3] in [0, 1].
+    """
+    n_views, n = crops.shape[:2]
+    figure, axes = grid_of_axes(n, 2 * n_views, (4 * n_views, 2.2 * n))
+    for image, row in enumerate(axes):
+        for view in range(n_views):
+            bare(row[2 * view], f"global {view + 1}").imshow(displayable(crops[view, image]))
+            colors = rgb[view, image].numpy()
+            bare(row[2 * view + 1], "PCA of its patches").imshow(colors, interpolation="nearest")
+    return figure

@@ -12,7 +12,7 @@ from pretrain import distributed
 from pretrain.checkpoints.store import MANIFEST, META, Record, directory, verify, whole_directories
 from pretrain.checkpoints.tensors import INDEX, STATE, Entry, contents, read_pieces
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_mapping
 
 LAYOUTS = {"single": STATE, "sharded": INDEX}
 
@@ -55,7 +55,7 @@ def open_checkpoint(path: Path) -> Found:
             f"checkpoint: {path} is no directory with a {MANIFEST}; files of other kinds are not read"
         )
     records = verify(path)
-    meta = read_json(path / META, "checkpoint")
+    meta = read_mapping(path / META, "checkpoint")
     iteration, layout = meta.get("iteration"), meta.get("layout")
     if not isinstance(iteration, int) or not isinstance(layout, str) or LAYOUTS.get(layout) not in records:
         raise UserError(f"checkpoint: {path / META} names no iteration, or no layout whose files are there")

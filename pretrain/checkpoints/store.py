@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import read_json, sync
+from pretrain.files import read_mapping, sync
 
 FORMAT = 1
 META, MANIFEST = "meta.json", "manifest.json"
@@ -124,7 +124,7 @@ def verify(path: Path) -> dict[str, Record]:
     """
     if path.suffix == ".tmp":
         raise UserError(f"checkpoint: {path} was never finished")
-    manifest = read_json(path / MANIFEST, "checkpoint")
+    manifest = read_mapping(path / MANIFEST, "checkpoint")
     records = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(records, dict) or META not in records:
         raise UserError(f"checkpoint: {path / MANIFEST} is no manifest of format {FORMAT}")

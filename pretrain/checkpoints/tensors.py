@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from pretrain.checkpoints.store import Record, record_of
 from pretrain.errors import UserError
-from pretrain.files import read_json, sync
+from pretrain.files import read_mapping, sync
 
 STATE, INDEX = "state.safetensors", "index.json"
 # Names of the safetensors format.
@@ -141,7 +141,7 @@ def contents(path: Path, layout: str, records: Mapping[str, Record]) -> dict[str
 def _index(path: Path, records: Mapping[str, Record]) -> dict[str, Entry]:
     """``index.json`` of a sharded checkpoint. It is not trusted: inconsistent entries are rejected."""
     n_bytes, entries = sum(record["size"] for record in records.values()), {}
-    for name, values in read_json(path / INDEX, "checkpoint").items():
+    for name, values in read_mapping(path / INDEX, "checkpoint").items():
         try:
             pieces = tuple(
                 Piece(p["file"], str(p["key"]), _ints(p["offsets"]), _ints(p["shape"]))

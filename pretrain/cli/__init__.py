@@ -13,6 +13,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.settings import plain, split_words
 
 if TYPE_CHECKING:
+    from pretrain.data.datasets import MaskRule
     from pretrain.eval_model import EvalModel
 
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
@@ -106,6 +107,21 @@ def fine_tuning_parser(description: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the folder's last checkpoint")
     add("overrides", nargs="*", metavar="key=value", help="fields of the protocol; backbone.KEY=VALUE")
     return parser
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """How masks of one's own are read, for every tool that reads them."""
+    add = parser.add_argument
+    add("--void", default="", metavar="VALUES", help="of your own masks: what is not counted, 0,255 (255)")
+    add("--map", default="", metavar="VALUE=LABEL,...", help="labels of stored values, 255=1")
+    add("--mask-name", default="", metavar="NAME", help="of an image's mask, '{stem}_seg.png'")
+
+
+def masks_of(options: argparse.Namespace) -> "MaskRule":
+    """What :func:`add_mask_options` read."""
+    from pretrain.data.datasets import mask_rule  # takes seconds: torch
+
+    return mask_rule(options.void, options.map, options.mask_name)
 
 
 def evaluation_parser(

@@ -19,8 +19,9 @@ from pretrain.cli import command
 from pretrain.config import RECIPES
 from pretrain.errors import UserError
 from pretrain.jobs import DONE, FAILED, GRACE_S, LEFT, Runner, Stage, raise_for
-from pretrain.results import read_result, renamed, render
+from pretrain.results import read_result, renamed
 from pretrain.results.ablation import Trial, ablation_table
+from pretrain.results.render import render
 from pretrain.settings import flat, read_yaml
 from pretrain.signals import interruptible
 

@@ -1,9 +1,8 @@
 """Attention of any checkpoints over any images: NMI and MAD by layer and head, and what query patches attend
 to (appendix A).
 
-    posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output
-    attention posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017
-    --output masks
+    posfield analyze attention --weights dino.pth mae.pth runs/ours --images coco/val2017 --output attention
+    posfield analyze attention --compare-masks runs/box runs/cross --images coco/val2017 --output masks
 
 writes to the output folder:
     statistics.csv        every checkpoint, image, layer and head
@@ -14,9 +13,8 @@ writes to the output folder:
 
 One checkpoint is in memory at a time. Beside its forward pass the statistics take 12 bytes * batch * heads *
 block * tokens (ViT-B/16 at 480 px, block 64: 8 MB an image), and the images 3 * size^2 bytes each. ViT-B/16
-at 480 px takes twice its forward
-pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with 1.3 GiB in all. Give a GPU --batch 8
-    or more.
+at 480 px takes twice its forward pass: 2.2 s an image on one idle CPU core, 100 images in 4 minutes, with
+1.3 GiB in all. Give a GPU --batch 8 or more.
 """
 
 import argparse
@@ -24,10 +22,9 @@ from pathlib import Path
 
 import torch
 
+from pretrain.analysis.attention import BLOCK
 from pretrain.analysis.attention_report import build_page, draw
-from pretrain.analysis.attention_statistics import BLOCK
-from pretrain.analysis.attention_study import Study, check_masks, check_size
-from pretrain.analysis.attention_tables import write_statistics, write_summary
+from pretrain.analysis.attention_study import Study, check_masks, check_size, write_statistics, write_summary
 from pretrain.analysis.pca import read_place
 from pretrain.cli import at_least, evaluation_parser, models_of
 from pretrain.data.images import read_images, square
@@ -35,6 +32,7 @@ from pretrain.data.sources import DataSettings
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, named_apart, open_models
+from pretrain.files import write_text
 from pretrain.results import read_result
 from pretrain.signals import StopSignals
 
@@ -54,22 +52,11 @@ def main(arguments: list[str]) -> None:
     )
     for line in pictures.broken:
         print(f"left out: {line}", flush=True)
-    images = torch.stack(pictures.pixels)
-    shown = images[: options.shown]
+    shown = torch.stack(pictures.pixels[: options.shown])
     measured, maps = [], {}
     with StopSignals() as signals:
-        study = Study(
-            pictures.names,
-            images,
-            pictures.broken,
-            crop=options.crop,
-            bf16=options.bf16,
-            device=device,
-            autocast=torch.autocast(device.type, torch.bfloat16, enabled=options.bf16),
-            batch=options.batch,
-            block=options.block,
-            signals=signals,
-        )
+        how = (options.crop, options.bf16, device, options.batch, options.block)
+        study = Study(pictures, *how, signals)
         for subject in subjects:
             backbone = subject.build().to(device)
             measured.append(study.measure(subject, backbone, output / subject.folder))
@@ -78,10 +65,8 @@ def main(arguments: list[str]) -> None:
     write_summary(output / "summary.csv", measured)
     compared = (subjects[-2].label, subjects[-1].label) if options.compare_masks else None
     figures = draw(output / "figures", measured, pictures.names, shown, maps, queries, compared)
-    page = build_page(
-        measured, [read_result(output / subject.folder) for subject in subjects], figures, pictures.broken
-    )
-    (output / "report.html").write_text(page, encoding="utf-8")
+    results = [read_result(output / subject.folder) for subject in subjects]
+    write_text(output / "report.html", build_page(measured, results, figures, pictures.broken))
     print(f"{output / 'report.html'}: {len(measured)} checkpoints, {len(pictures.names)} images")
 
 
@@ -91,9 +76,8 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
     subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
-        two = open_models(
-            options.compare_masks, [BOX, CROSS], options.source, options.backbone, options.patch_size
-        )
+        how = (options.source, options.backbone, options.patch_size)
+        two = open_models(options.compare_masks, [BOX, CROSS], *how)
         subjects = named_apart([*subjects, *two])
     if not subjects:
         raise UserError("nothing to analyze: give --weights or --compare-masks")
@@ -106,13 +90,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = evaluation_parser(__doc__, weights_required=False, images=True)
     add = parser.add_argument
     add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
-    add(
-        "--size",
-        type=int,
-        default=480,
-        metavar="PX",
-        help="side of the images (%(default)s, as in the paper)",
-    )
+    side = "side of the images (%(default)s, as in the paper)"
+    add("--size", type=int, default=480, metavar="PX", help=side)
     add("--crop", action="store_true", help="central squares; else the images are squeezed")
     add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
     add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")

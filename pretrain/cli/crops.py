@@ -7,8 +7,10 @@ posfield analyze crops runs/toy            (writes runs/toy/figures/)
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from pretrain.analysis.attention import query_attention
 from pretrain.analysis.figures import attention_figure, masks_figure, save, scales_figure, views_figure
 from pretrain.build import build_backbone
 from pretrain.config import load_config
@@ -29,9 +31,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} is no folder of a pre-training run: no config.yaml")
-    config = load_config(
-        options.run / "config.yaml", ["data.workers=0", "data.path=cpu"]
-    )  # both paths make the same crops
+    # Both paths make the same crops.
+    config = load_config(options.run / "config.yaml", ["data.workers=0", "data.path=cpu"])
     draw(options.run, config, options.images)
     print(f"figures in {options.run / 'figures'}")
 
@@ -44,50 +45,26 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     crops = [[*normalize(s.global_crops), *normalize(s.local_crops)] for s in samples]
     rules = dataset.rules
     has_field = rules.positions is not None and rules.positions.encoding == "field"
-    in_field = (
-        ", the position boxes after shift and scale in the field P"
-        if has_field
-        else "; every view has the same positions"
-    )
-    save(
-        views_figure(
-            [torch.from_numpy(i).permute(2, 0, 1) for i in images],
-            [s.views for s in samples],
-            crops,
-            has_field,
-        ),
-        figures,
-        "views.png",
-        "Views and their positions",
-        f"Global (red) and local (blue) boxes in the image{in_field}, and the crops.",
-    )
+    in_field = ", the position boxes after shift and scale in the field P"
+    places = in_field if has_field else "; every view has the same positions"
+    pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    figure = views_figure(pixels, [s.views for s in samples], crops, has_field)
+    caption = f"Global (red) and local (blue) boxes in the image{places}, and the crops."
+    save(figure, figures, "views.png", "Views and their positions", caption)
     batch = Collate(rules, n_images, config.run.seed).crops(samples).to(torch.device("cpu"))
     if batch.masks is not None:
-        save(
-            masks_figure(batch.global_crops, batch.masks, rules.grid),
-            figures,
-            "masks.png",
-            "Masks",
-            "Patches of the student's global crops whose content (white) or position (red) is replaced by a mask token.",
-        )
+        figure = masks_figure(batch.global_crops, batch.masks, rules.grid)
+        caption = "Patches of the student's global crops whose content (white) or position (red) is replaced by a mask token."
+        save(figure, figures, "masks.png", "Masks", caption)
     if rules.positions is not None and rules.positions.is_augmented:
-        save(
-            scales_figure(rules.positions),
-            figures,
-            "scales.png",
-            "Scale s",
-            f"Distributions of s as drawn (paper Fig. 3); the run uses {rules.positions.scale}.",
-        )
+        caption = f"Distributions of s as drawn (paper Fig. 3); the run uses {rules.positions.scale}."
+        save(scales_figure(rules.positions), figures, "scales.png", "Scale s", caption)
     if (folder / "backbone.safetensors").is_file():
         side = 2 * rules.crops.global_px
-        whole = [
-            torch.from_numpy(crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side)) for i in images
-        ]
+        whole = [crop_resize(i, (0, 0, i.shape[1], i.shape[0]), False, side) for i in images]
+        batch_of_whole = normalize(torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2))
         backbone = build_backbone(config.backbone.name, weights=folder / "backbone.safetensors")
-        save(
-            attention_figure(backbone, normalize(torch.stack(whole).permute(0, 3, 1, 2)), QUERIES),
-            figures,
-            "attention.png",
-            "Last-layer attention",
-            "Attention of the query patch (red dot) over the image, mean of the heads.",
-        )
+        caption = "Attention of the query patch (red dot) over the image, mean of the heads."
+        maps = query_attention(backbone.eval(), batch_of_whole, QUERIES)
+        figure = attention_figure(batch_of_whole, maps, QUERIES)
+        save(figure, figures, "attention.png", "Last-layer attention", caption)

@@ -27,8 +27,8 @@ from pretrain.device import choose_device
 from pretrain.eval_model import EvalModel
 from pretrain.evaluation.discovery import METHODS, discover
 from pretrain.evaluation.features import frozen_features
+from pretrain.files import write_csv
 from pretrain.log import Progress
-from pretrain.results.csv_file import write_csv
 from pretrain.results.provenance import config_hash, file_hash
 from pretrain.signals import StopSignals
 

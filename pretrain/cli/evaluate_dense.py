@@ -5,12 +5,14 @@ posfield evaluate dense --weights dinov2_vits14_reg4_pretrain.pth --data ADEChal
     --output ade linear.epochs=2 clustering.overclusters=300
 posfield evaluate dense --weights dino_deitsmall16_pretrain.pth --knn-root IMAGENET --output knn
 
---data is Pascal VOC 2012, ADE20K, a COCO root (--set coco_things | coco_stuff), or a folder of images and masks. --knn-root
-holds train/CLASS/* and val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation
-from the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed alone; tasks that
-share a folder stand in one row.
-Leaves result.json (k-NN beside --data: knn/result.json), tasks/ (what is finished; after an interruption
-the same command with --resume goes on) and figures/, which posfield report shows; --before draws other weights beside these.
+--data is Pascal VOC 2012, ADE20K, Cityscapes, a COCO root (--set coco_things | coco_stuff), or a folder of
+images and masks, as posfield segment takes it: labels are what the file says, 255 is not counted, line k of
+classes.txt names label k (pretrain/data/datasets/folder.py). --knn-root holds train/CLASS/* and
+val/CLASS/*. Further words change a task's settings, TASK.FIELD=VALUE; the result names every deviation from
+the public protocol. Tables average trainings of one recipe, and evaluations, that differ in their seed
+alone; tasks that share a folder stand in one row. Leaves result.json (k-NN beside --data: knn/result.json),
+tasks/ (what is finished; after an interruption the same command with --resume goes on) and figures/, which
+posfield report shows; --before draws other weights beside these.
 """
 
 import argparse
@@ -22,9 +24,9 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from pretrain.analysis import dense_figures
-from pretrain.cli import at_least, evaluation_parser
+from pretrain.cli import add_mask_options, at_least, evaluation_parser, masks_of
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import KINDS, LabelSet, open_label_set
+from pretrain.data.datasets import KINDS, LabelSet, open_label_sets
 from pretrain.data.datasets.maps import nearest
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -54,8 +56,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="of a folder: labels 1 .. N; 0: found out from the masks (%(default)s)",
+        help="of a folder: how many count; 0: found out from names and masks (%(default)s)",
     )
+    add_mask_options(parser)
     words = " ".join(DENSE_TASKS)
     add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({words})")
     add("--knn-root", type=Path, metavar="DIR", help="labeled folder for k-NN classification: ImageNet")
@@ -121,9 +124,7 @@ def jobs_of(
     """What is asked for, by the folder of its result."""
     jobs, of_all = {}, (options.seed, options.max_images)
     if options.data:
-        parts = [
-            open_label_set(options.data, part, options.set, options.classes) for part in ("train", "val")
-        ]
+        parts = open_label_sets(options.data, options.set, options.classes, masks_of(options))
         on_set = {task: used for task, used in settings.items() if task != KNN}
         jobs[options.output] = dense.job_of(subject, parts, on_set, others, *of_all, SHOWN)
     if options.knn_root:

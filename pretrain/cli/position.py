@@ -25,8 +25,8 @@ from pretrain.eval_model import EvalModel
 from pretrain.evaluation import position as layers
 from pretrain.evaluation.features import frozen_features
 from pretrain.evaluation.position import HIDDEN_BY, hide_with, read_squares
+from pretrain.files import read_csv, write_csv
 from pretrain.log import Progress
-from pretrain.results.csv_file import read_csv, write_csv
 from pretrain.results.schema import FILE_NAME
 from pretrain.signals import StopSignals
 from pretrain.views.masks import SHAPES

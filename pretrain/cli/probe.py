@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.cli import evaluation_parser, models_of
+from pretrain.cli import add_mask_options, evaluation_parser, models_of
 from pretrain.data.sources import DataSettings
 from pretrain.device import choose_device
 from pretrain.errors import UserError
@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--knn-root", default="", metavar="DIR", help="train/CLASS/*, val/CLASS/*")
     add("--knn-k", type=int, default=defaults.knn_k, help="neighbors (%(default)s)")
-    add("--seg-root", default="", metavar="DIR", help="images/ and annotations/{training,validation}")
-    add("--seg-classes", type=int, default=0, help="labels 1 .. n; 0 is not labeled")
+    add("--seg-root", default="", metavar="DIR", help="images/{train,val}, masks/{train,val}; ADE20K")
+    add("--seg-classes", type=int, default=0, help="how many labels of it count")
+    add_mask_options(parser)
     add("--position-root", default="", metavar="PATH", help="images: anything that data.root may be")
     add("--image-px", type=int, default=defaults.image_px, help="side of an image (%(default)s)")
     add("--max-images", type=int, default=defaults.max_images, help="of each part of a set (%(default)s)")
@@ -40,7 +41,17 @@ def main(arguments: list[str]) -> None:
     (model,) = models_of(options)
     backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
-    keys = ("knn_root", "knn_k", "seg_root", "seg_classes", "image_px", "max_images")
+    keys = (
+        "knn_root",
+        "knn_k",
+        "seg_root",
+        "seg_classes",
+        "void",
+        "map",
+        "mask_name",
+        "image_px",
+        "max_images",
+    )
     values = {key: getattr(options, key) for key in keys}
     values |= {"position": bool(options.position_root), "every": 1}
     settings = build(ProbeSettings, [Layer("command line", values)], "probes")

@@ -1,7 +1,6 @@
 """One self-contained html page of the given runs: summary, curves, tables, figures, hashes.
 
-    posfield report RUNS... --output report.html [--title TITLE] [--layout list|paper|dense]
-    [--tables 1]
+    posfield report RUNS... --output report.html [--title TITLE] [--layout list|paper|dense] [--tables 1]
 
 RUNS are run folders, result.json files, or folders above them. A run folder holds result.json and,
 optionally, metrics.jsonl, probes.jsonl and figures/*.png with figures/captions.json.
@@ -10,8 +9,8 @@ optionally, metrics.jsonl, probes.jsonl and figures/*.png with figures/captions.
 import argparse
 from pathlib import Path
 
-from pretrain.results.choose import LAYOUTS
-from pretrain.results.report import build_report
+from pretrain.files import write_text
+from pretrain.results.report import LAYOUTS, build_report
 from pretrain.results.runs import find_results, read_run
 
 
@@ -23,16 +22,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--title", default="Results")
     parser.add_argument("--layout", choices=LAYOUTS, default="list", help="of the tables: see make_table.py")
-    parser.add_argument(
-        "--tables",
-        default="",
-        help='published tables: a comma list such as "1,2,7", or "all"; 1 when left out',
-    )
+    tables = 'published tables: a comma list such as "1,2,7", or "all"; 1 when left out'
+    parser.add_argument("--tables", default="", help=tables)
     parser.add_argument("--against", default="", metavar="METHOD", help="see make_table.py")
     options = parser.parse_args(arguments)
 
     runs = [read_run(path) for path in find_results(options.runs)]
     page = build_report(runs, options.title, options.tables, options.layout, options.against)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page, encoding="utf-8")
+    write_text(options.output, page)
     print(f"{options.output}: {len(runs)} runs")

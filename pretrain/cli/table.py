@@ -1,7 +1,8 @@
 """Published numbers, and beside them what the given runs measured.
 
-    posfield table RUNS... --format md|csv|latex|html [--layout list|paper|dense] [--tables
-    1,2,3,4,5,7] [--output FILE] posfield table RUNS... --against dinov2r
+    posfield table RUNS... --format md|csv|latex|html [--layout list|paper|dense] [--tables 1,2,3,4,5,7]
+        [--output FILE]
+    posfield table RUNS... --against dinov2r
 
 RUNS are run folders, result.json files, or folders above them. Without any, the published numbers alone. The
 layout "list" has a row for each method and source. "paper" is that of the paper's tables: mean over seeds,
@@ -14,9 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain.results.choose import LAYOUTS, tables_of
+from pretrain.files import write_text
+from pretrain.results.pages import page
 from pretrain.results.render import FORMATS, render_all
-from pretrain.results.report import page
+from pretrain.results.report import LAYOUTS, tables_of
 from pretrain.results.runs import find_results
 from pretrain.results.schema import read_result
 
@@ -28,20 +30,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUNS")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--layout", choices=LAYOUTS, default="list")
-    parser.add_argument(
-        "--tables", help='published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
-    )
-    parser.add_argument(
-        "--against",
-        default="",
-        metavar="METHOD",
-        help="dense: differences to this one, before a post-training",
-    )
+    published = 'published tables: a comma list such as "1,2,7", or "all" (list: 1; paper: all)'
+    parser.add_argument("--tables", default="", help=published)
+    against = "dense: differences to this one, before a post-training"
+    parser.add_argument("--against", default="", metavar="METHOD", help=against)
     parser.add_argument("--output", type=Path, help="file to write; standard output when left out")
     options = parser.parse_args(arguments)
 
     results = [read_result(path) for path in find_results(options.runs)]
-    tables = tables_of(results, options.layout, options.tables or "", options.against)
+    tables = tables_of(results, options.layout, options.tables, options.against)
     if options.format == "csv":  # one table a file: their columns differ
         written, *others = [table for table in tables if table.records]
         left_out = [table.title for table in others if table.records[0].keys() != written.records[0].keys()]
@@ -53,5 +50,4 @@ def main(arguments: list[str]) -> None:
     if options.output is None:
         sys.stdout.write(text)
     else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        write_text(options.output, text)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.datasets.listing import listed_stems
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_mapping
 
 MAX_XML_BYTES = 2**22
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -159,7 +159,7 @@ def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[Bo
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content = read_json(file, "data")
+    content = read_mapping(file, "data")
     for key in ("images", "annotations"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -195,8 +195,9 @@ def _write_labeled(folder: Path, split: str, n: int, seed: int, size_px: int) ->
         _write_jpeg(targets[0] / f"{image_id:012d}.jpg", picture.image)
         _write_jpeg(targets[1] / f"ADE_{split}_{index + 1:08d}.jpg", picture.image)
         _write_encoded(targets[2] / f"ADE_{split}_{index + 1:08d}.png", ade_labels(picture), [])
-    # without it, a reader has but numbers
-    (ade / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
+    # Without these, a reader has but numbers, and the rim is a class
+    (ade / "classes.txt").write_text("\n".join(("rim", "background", *CLASSES)) + "\n")
+    (ade / "labels.yaml").write_text(f"void: [{ADE_RIM}, 255]\n")
     categories = [{"id": k, "name": name, "supercategory": "shape"} for name, k in zip(CLASSES, CATEGORY_IDS)]
     content = {"info": {"description": "posfield toy data", "version": str(GENERATOR_VERSION)},
                "licenses": [{"id": 1, "name": "as the photographs in scikit-image and scikit-learn", "url": ""}],

@@ -283,12 +283,14 @@ def run(job: Job, features: Features, folder: Path, signals: StopSignals) -> dic
 def write(job: Job, finished: Mapping[str, Finished], folder: Path) -> Path:
     """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the
     tasks."""
+    part = job.parts[-1]
     return job.subject.write_result(
         folder,
         KIND,
         protocol_of(job.set_name, job.settings, job.others),
         job.config(),
         {name: value for task in finished.values() for name, value in task.outcome.metrics.items()},
+        labels=part.description if isinstance(part, LabelSet) else "",
         seed=job.seed,
         wall_time_s=sum(task.wall_time_s for task in finished.values()),
         peak_memory_mib=max(task.peak_memory_mib for task in finished.values()),

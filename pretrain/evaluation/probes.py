@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from pretrain.backbones.vit import ViT
 from pretrain.data.class_folders import open_class_folders
-from pretrain.data.datasets import LabelSet, open_label_set
+from pretrain.data.datasets import LabelSet, mask_rule, open_label_sets
+from pretrain.data.datasets.public import is_ade
 from pretrain.data.images import in_threads
 from pretrain.data.sources import DataSettings
 from pretrain.errors import UserError
@@ -41,9 +43,9 @@ class ProbeSettings(Settings):
     knn_root: str = setting("", "labeled folder: train/CLASS/*, val/CLASS/*", source="ours")
     knn_k: int = setting(20, "neighbors", source="DINO", ge=1)
     seg_root: str = setting(
-        "", "ADE20K's layout: images/{training,validation}, annotations/{training,validation}", source="ours"
+        "", "a folder of masks: images/{train,val}, masks/{train,val}; or ADE20K", source="ours"
     )
-    seg_classes: int = setting(0, "labels 1 .. n; 0 is not labeled", source="ours", ge=0, le=65535)
+    seg_classes: int = setting(0, "how many labels of seg_root count", source="ours", ge=0, le=65535)
     dense_root: str = setting(
         "", "a set with a label a pixel: anything that posfield evaluate dense takes as --data", source="ours"
     )
@@ -57,6 +59,9 @@ class ProbeSettings(Settings):
         "measured there: some of linear, in_context, clustering, a space between them",
         source="ours",
     )
+    void: str = setting("", "values of masks that do not count, 0,255; without: 255", source="ours")
+    map: str = setting("", "labels of values of masks, 255=1,7=2", source="ours")
+    mask_name: str = setting("", "of an image's mask, {stem}_seg.png", source="ours")
     position: bool = setting(False, "the position probe, on the images of data.root", source="ours")
     image_px: int = setting(224, "side of an image in pixels", source="ours", ge=1, le=65536)
     max_images: int = setting(2000, "of each part of a probe's data", source="ours", ge=1)
@@ -183,7 +188,8 @@ def _segmentation(settings: ProbeSettings) -> EvaluatorProbe:
     if n_classes < 2:
         raise UserError(f"probes.seg_classes={n_classes}: how many classes has {root}?")
     with _errors_of(f"probes.seg_root with probes.seg_classes={n_classes}"):
-        parts = _parts(root, "folder", settings.max_images, n_classes)
+        kind = "ade20k" if n_classes == 150 and is_ade(Path(root)) else "folder"
+        parts = _parts(root, kind, settings, n_classes)
     reduced = _reduced(("linear", "in_context"), settings.image_px)
     reduced["in_context"] = replaced(reduced["in_context"], {"k": settings.knn_k})
     names = {"linear_miou": "probe/seg_linear_miou", "in_context_miou": "probe/seg_knn_miou"}
@@ -195,7 +201,7 @@ def _dense(settings: ProbeSettings) -> EvaluatorProbe:
     if not tasks:
         raise UserError("probes.dense_tasks is empty, but probes.dense_root is set")
     with _errors_of("probes.dense_root"):
-        parts = _parts(settings.dense_root, settings.dense_set, settings.max_images)
+        parts = _parts(settings.dense_root, settings.dense_set, settings)
     names = {name: f"probe/dense_{name}" for name in DENSE_METRICS}
     return EvaluatorProbe(*parts, _reduced(tasks, settings.image_px), names)
 
@@ -205,8 +211,9 @@ def _reduced(tasks: Sequence[str], side_px: int) -> dict[str, Any]:
     return {task: replaced(used, changes[task]) for task, used in settings_of(tasks).items()}
 
 
-def _parts(root: str, kind: str, most: int, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
-    train, val = (open_label_set(root, part, kind, n_classes).first(most) for part in ("train", "val"))
+def _parts(root: str, kind: str, settings: ProbeSettings, n_classes: int = 0) -> tuple[LabelSet, LabelSet]:
+    masks, most = mask_rule(settings.void, settings.map, settings.mask_name), settings.max_images
+    train, val = (part.first(most) for part in open_label_sets(root, kind, n_classes, masks))
     for part in (train, val):
         if not _read_all(part):
             raise UserError(f"{root} has no labeled pixel in {part.part}")

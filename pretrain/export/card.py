@@ -10,8 +10,8 @@ from pretrain.errors import UserError
 from pretrain.export.checked import FORMATS
 from pretrain.export.fixed_size import Size, Usage, positions_note
 from pretrain.results.dense import dense_table
-from pretrain.results.merge import backbone_label
 from pretrain.results.render import markdown_text, render
+from pretrain.results.rows import backbone_label
 from pretrain.results.runs import find_results
 from pretrain.results.schema import Result, read_result
 from pretrain.results.tables import (

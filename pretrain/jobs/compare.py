@@ -18,13 +18,14 @@ from pretrain.build import PROTOCOL_PATCH_PX
 from pretrain.cli import command
 from pretrain.errors import UserError
 from pretrain.export.converted import convert
+from pretrain.files import write_text
 from pretrain.jobs.compare_config import NONE, SWEEP, Comparison, Entry, name_of, words_of
 from pretrain.jobs.slurm import INDEX
 from pretrain.jobs.stage import Stage
+from pretrain.results.pages import page
 from pretrain.results.paper import paper_tables
 from pretrain.results.provenance import file_hash
 from pretrain.results.render import render_all
-from pretrain.results.report import page
 from pretrain.results.schema import FILE_NAME, Result, read_result
 from pretrain.results.tables import Line, Table
 from pretrain.weights.sources.posfield import FORMAT
@@ -248,7 +249,6 @@ def write_tables(
     shown = [*paper_tables(results(done, weights), tables), *([weights_table(done, weights)] if done else [])]
     texts = {suffix: render_all(shown, style) for suffix, style in TABLES.items()}
     texts["html"] = page(name, {"Results": texts["html"]})
-    output.mkdir(parents=True, exist_ok=True)
     for suffix, text in texts.items():
-        (output / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+        write_text(output / f"{name}.{suffix}", text)
     return texts["md"]

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.results.merge import Score, backbone_label
+from pretrain.results.rows import Score, backbone_label
 from pretrain.results.schema import Protocol, Result
-from pretrain.results.tables import MEASURED, NONE, FootNotes, Line, Table
+from pretrain.results.tables import MEASURED, NONE, FootNotes, Line, Table, record, score_values
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}
+KEYS = [
+    "method",
+    "changed",
+    *(f"{name}{end}" for name in (*METRICS, "box_ap_gain") for end in ("", "_std")),
+    "seeds",
+]
 
 
 @dataclass(frozen=True)
@@ -40,36 +46,25 @@ def ablation_table(trials: Sequence[Trial], reference: str, title: str = "Ablati
     _check_alike(rows)
     notes, lines, records = FootNotes(), [], []
     base = rows.get(reference, {})
+    start = next((trial.pretraining.protocol for trial in base.values()), None)
     for method, by_seed in rows.items():
         some = next(iter(by_seed.values()))
         scores = {name: Score.of([trial.finetuning for trial in by_seed.values()], name) for name in METRICS}
         gain = None if method == reference else _gain(by_seed, base, "box_ap")
-        changed = (
-            changes(next(iter(base.values())).pretraining.protocol, some.pretraining.protocol)
-            if base
-            else NONE
-        )
-        mark = notes.mark(some.finetuning.protocol)
-        cells = [f"{score}{mark}" if score else NONE for score in scores.values()]
-        seeds = ", ".join(str(seed) for seed in sorted(by_seed))
-        lines.append(
-            Line(
-                "measured",
-                bool(mark),
-                (f"measured {MEASURED}", method, changed or NONE, *cells, _signed(gain), seeds),
-            )
-        )
-        records.append(_record(method, changed, scores, gain, seeds))
+        changed = NONE if start is None else changes(start, some.pretraining.protocol)
+        cells = [f"measured {MEASURED}", method, changed or NONE]
+        cells += [notes.score(score, some.finetuning.protocol) for score in scores.values()]
+        sign = "" if gain is None or gain.mean < 0 else "+"
+        cells += [NONE if gain is None else f"{sign}{gain}", ", ".join(map(str, sorted(by_seed)))]
+        lines.append(Line("measured", bool(some.finetuning.protocol.deviations), tuple(cells)))
+        row = {"method": method, "changed": changed, "seeds": cells[-1]}
+        for name, score in {**scores, "box_ap_gain": gain}.items():
+            row |= score_values(name, score)
+        records.append(record(KEYS, row))
+    changed_head, gain_head = f"changed from {reference!r}", "box AP against it"
     return Table(
         title=title,
-        columns=(
-            "source",
-            "method",
-            f"changed from {reference!r}",
-            *METRICS.values(),
-            "box AP against it",
-            "seeds",
-        ),
+        columns=("source", "method", changed_head, *METRICS.values(), gain_head, "seeds"),
         groups=(tuple(lines),),
         notes=tuple(_notes(rows, reference, notes)),
         numeric=frozenset({3, 4, 5, 6}),
@@ -104,50 +99,29 @@ def _check_alike(rows: dict[str, dict[int, Trial]]) -> None:
             runs = [getattr(trial, what) for trial in by_seed.values()]
             if len({(run.protocol.identity, run.config_hash) for run in runs}) > 1:
                 raise UserError(f"ablation: the {what} runs of {method!r} differ in more than their seed")
-    protocols = {
-        trial.finetuning.protocol.identity for by_seed in rows.values() for trial in by_seed.values()
-    }
+    protocols = {trial.finetuning.protocol.identity for trials in rows.values() for trial in trials.values()}
     if len(protocols) > 1:
         raise UserError(f"ablation: {len(protocols)} fine-tuning protocols in one table")
 
 
 def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Score | None:
     """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
+    seeds = sorted(by_seed.keys() & base.keys())
+    pairs = [(by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics) for seed in seeds]
     return Score.over(
-        [
-            by_seed[seed].finetuning.metrics[metric] - base[seed].finetuning.metrics[metric]
-            for seed in sorted(set(by_seed) & set(base))
-            if metric in by_seed[seed].finetuning.metrics and metric in base[seed].finetuning.metrics
-        ]
+        [own[metric] - other[metric] for own, other in pairs if metric in own and metric in other]
     )
-
-
-def _signed(score: Score | None) -> str:
-    return NONE if score is None else ("+" if score.mean >= 0 else "") + str(score)
 
 
 def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) -> list[str]:
     texts = [
-        "AP in percent; a ± b (n=c): mean and sample standard deviation over c seeds, of pre-training and fine-tuning alike."
+        "AP in percent; a ± b (n=c): mean and sample standard deviation over c seeds, of pre-training and fine-tuning alike.",
+        f"{MEASURED} Measured with this code.",
     ]
-    texts.append(f"{MEASURED} Measured with this code.")
     if reference in rows:
         run = next(iter(rows[reference].values())).pretraining
         epochs = "" if run.effective_epochs is None else f", {run.effective_epochs:g} effective epochs"
-        texts.append(
-            f"Pre-training of {reference!r}: {backbone_label(run.backbone)}{epochs}, {run.protocol.label}."
-        )
-        if run.protocol.deviations:
-            texts[-1] += f" It departs in: {run.protocol.changes}."
-    return texts + notes.texts("Not comparable with the published numbers.")
-
-
-def _record(
-    method: str, changed: str, scores: dict[str, Score | None], gain: Score | None, seeds: str
-) -> dict[str, str]:
-    """Of the csv: numbers that are not rounded to a decimal."""
-    row = {"method": method, "changed": changed}
-    for name, score in {**scores, "box_ap_gain": gain}.items():
-        row[name] = "" if score is None else repr(round(score.mean, 6))
-        row[f"{name}_std"] = "" if score is None or score.std is None else repr(round(score.std, 6))
-    return {**row, "seeds": seeds}
+        of_run = f"{backbone_label(run.backbone)}{epochs}, {run.protocol.label}."
+        departs = f" It departs in: {run.protocol.changes}." if run.protocol.deviations else ""
+        texts.append(f"Pre-training of {reference!r}: {of_run}{departs}")
+    return texts + notes.texts()

@@ -15,6 +15,7 @@ from pretrain.results.schema import Result, ordered_terms
 SCORES = ("box_ap", "mask_ap", "miou", "lr")  # after the losses
 MOST_POINTS = 300
 _INK = "#010203"  # stands for currentColor until the SVG is written
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _COLORS = ("#2f7fd1", "#e07b00", "#1a9e77", "#c9499b", "#8b6fd6", "#a5831a", "#d1495b", "#5b8a9a")
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
@@ -45,11 +46,8 @@ def terms_of(curves: Sequence[Curve]) -> tuple[list[str], list[str]]:
     losses = ordered_terms([curve.result for curve in curves], present)
     first = [*losses, *(term for term in SCORES if term in present and term not in losses)]
     rest = sorted(present - set(first))
-    shown = [
-        term
-        for term in rest
-        if re.search(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", term, re.I)
-    ]
+    scores = re.compile(r"loss|^probe/|(^|[_/])(ap|ap50|ap75|acc|top1|miou|knn)($|[_/])", re.I)
+    shown = [term for term in rest if scores.search(term)]
     return first + shown, [term for term in rest if term not in shown]
 
 
@@ -62,15 +60,9 @@ def panel(term: str, curves: Sequence[Curve], name: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 9,
-        "font.family": "sans-serif",
-    }
-    settings |= dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK
-    )
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
+    settings |= {"font.size": 9, "font.family": "sans-serif"}
+    settings |= dict.fromkeys(_INKED, _INK)
     with rc_context(settings):
         figure = Figure(figsize=(4.2, 2.7), layout="constrained")
         axes = figure.add_subplot()

@@ -4,27 +4,15 @@ The rules of :mod:`pretrain.results.tables` hold: a measured row has a †, a sc
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pretrain.errors import UserError
-from pretrain.results.merge import Measured, Score, alike, backbone_label, ranked
+from pretrain.results import tables
 from pretrain.results.published import PublishedDense, published_dense
+from pretrain.results.rows import Measured, alike, ranked
 from pretrain.results.schema import Result
-from pretrain.results.tables import (
-    MEASURED,
-    NONE,
-    SCALED,
-    SEEDS,
-    FootNotes,
-    Line,
-    Table,
-    epochs_text,
-    method_fields,
-    numbers_of,
-    signed,
-)
+from pretrain.results.tables import ABOUT, DIFFERENCE, FootNotes, Line, Table
 
-DIFFERENCE = "Δ"
 PREFIX = "dense-"  # of the protocols' names, before the set's
 SETS = {
     "voc2012": "Pascal VOC 2012",
@@ -40,7 +28,7 @@ METRICS = {
     "clustering_miou": "clustering mIoU",
     "knn_top1": "k-NN top-1",
 }
-OVERCLUSTERED = re.compile(r"clustering_k(\d+)_miou")
+MORE_CLUSTERS = re.compile(r"clustering_k(\d+)_miou")
 
 
 def dense_table(
@@ -56,49 +44,46 @@ def dense_table(
     Raises:
         UserError: no result is of the method ``against``.
     """
-    rows = [
-        Measured((runs,), before)
-        for part, before in alike(results, "dense")
-        for runs in ranked(part, "linear_miou")
-    ]
+    parts = alike(results, "dense")
+    rows = [Measured((runs,), before) for part, before in parts for runs in ranked(part, "linear_miou")]
     rows.sort(key=lambda row: row.run.method != against)  # stable
     methods = {row.run.method for row in rows}
     if against and against not in methods:
         there = ", ".join(sorted(methods)) or "none at all"
         raise UserError(f"no dense result is of the method {against!r}; there are {there}")
+    sets = _sets(rows)
     printed = [
-        row
-        for row in (published_dense() if published is None else published)
-        if not rows or row.set in _sets(rows)
+        row for row in (published_dense() if published is None else published) if not rows or row.set in sets
     ]
     if not rows and not printed:
         return None
     heads = _heads(rows, printed)
-    columns = ["source", "method", "backbone", "eff. epochs"]
+    columns = [*ABOUT]
     for head in heads.values():
         columns += [head, *[DIFFERENCE] * bool(against)]
     numeric = frozenset(range(3, len(columns)))
     columns += ["protocol", "seeds", "note"]
+    keys = ["source", "mark", "protocol_is_full", "set", *tables.METHOD_FIELDS, *tables.score_keys(heads)]
+    keys += [f"{name}_difference" for name in heads if against]
+    keys += ["pretraining_protocol", "protocol", "deviations", "seeds", "config", "note"]
     notes, groups, records = FootNotes(), [], []
-    for name in _sets(rows) or dict.fromkeys(row.set for row in printed):
+    for name in sets or dict.fromkeys(row.set for row in printed):
         lines = [Line("heading", False, (SETS.get(name, name), *[""] * (len(columns) - 1)))]
         for row in (row for row in printed if row.set == name):
-            lines.append(_published_line(row, heads, bool(against)))
-            records.append(_published_record(row, heads, bool(against)))
+            lines.append(tables.published_line(row, heads, [""], row.note, has_gains=bool(against)))
+            records.append(tables.record(keys, tables.published_values(row) | {"set": name}))
         for found in (row for row in rows if _set(row) == name):
             gains = _gains(found, rows, heads, against)
-            alone = [other.identity for other in rows].count(found.identity) == 1
-            lines.append(_measured_line(found, heads, gains, notes, alone))
-            records.append(_measured_record(found, heads, gains))
+            lines.append(tables.measured_line(found, heads, notes, rows, gains if against else None))
+            differences = {f"{score}_difference": tables.number_text(gain) for score, gain in gains.items()}
+            values = tables.measured_values(found, heads) | differences | {"set": name}
+            records.append(tables.record(keys, values))
         groups.append(tuple(lines))
     return Table(
         title="Dense evaluation without fine-tuning",
         columns=tuple(columns),
         groups=tuple(groups),
-        notes=(
-            *_notes(rows, printed, heads, against),
-            *notes.texts("Not comparable with the published numbers."),
-        ),
+        notes=(*_notes(rows, printed, heads, against), *notes.texts()),
         numeric=numeric,
         records=tuple(records),
     )
@@ -106,10 +91,6 @@ def dense_table(
 
 def _set(row: Measured) -> str:
     return row.run.protocol.name.removeprefix(PREFIX)
-
-
-def _scores(row: Measured, heads: Iterable[str]) -> dict[str, Score | None]:
-    return {name: Score.of(row.runs, name) for name in heads}
 
 
 def _sets(rows: Sequence[Measured]) -> list[str]:
@@ -120,140 +101,50 @@ def _sets(rows: Sequence[Measured]) -> list[str]:
 
 def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:
     """{metric: column} of those that any row has; after clustering its versions with more clusters."""
-    present = {name for row in rows for run in row.runs for name in run.metrics} | {
-        name for row in printed for name in row.scores
-    }
-    more = sorted(int(match[1]) for match in map(OVERCLUSTERED.fullmatch, present) if match)
+    present = {name for row in rows for run in row.runs for name in run.metrics}
+    present |= {name for row in printed for name in row.scores}
+    more = sorted(int(match[1]) for match in map(MORE_CLUSTERS.fullmatch, present) if match)
     heads: dict[str, str] = {}
     for name, head in METRICS.items():
         heads |= {name: head} if name in present else {}
-        heads |= (
-            {f"clustering_k{k}_miou": f"clustering mIoU, K = {k}" for k in more}
-            if name == "clustering_miou"
-            else {}
-        )
+        if name == "clustering_miou":
+            heads |= {f"clustering_k{k}_miou": f"clustering mIoU, K = {k}" for k in more}
     return heads
 
 
 def _gains(
     row: Measured, rows: Sequence[Measured], heads: Mapping[str, str], against: str
-) -> dict[str, float | None] | None:
-    """Differences of the means to those of the method ``against``, in points; None in a table without it."""
-    if not against:
-        return None
-    like = (
-        row.run.backbone,
-        row.run.protocol.identity,
-    )  # the config also says from which kind of file, which may differ
-    bases = [
-        other
-        for other in rows
-        if other.run.method == against and (other.run.backbone, other.run.protocol.identity) == like
-    ]
-    before = (
-        _scores(bases[0], heads) if len(bases) == 1 and row.run.method != against else dict.fromkeys(heads)
-    )
-    pairs = {name: (after, before[name]) for name, after in _scores(row, heads).items()}
-    return {name: after.mean - base.mean if after and base else None for name, (after, base) in pairs.items()}
-
-
-# --- cells: what md, latex and html show ------------------------------------------------------------------
-
-
-def _published_line(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> Line:
-    scores: list[str] = []
+) -> dict[str, float | None]:
+    """Differences of the means to those of the method ``against``, in points; None without one to compare."""
+    # The config also says from which kind of file, which may differ.
+    like = (row.run.backbone, row.run.protocol.identity)
+    bases = [base for base in rows if base.run.method == against]
+    bases = [base for base in bases if (base.run.backbone, base.run.protocol.identity) == like]
+    is_compared = len(bases) == 1 and row.run.method != against
+    gains: dict[str, float | None] = {}
     for name in heads:
-        scores += [f"{row.scores[name]:.1f}" if name in row.scores else NONE, *[""] * has_gains]
-    return Line(
-        "published", False, ("published", row.method, row.backbone, NONE, *scores, NONE, NONE, row.note)
-    )
-
-
-def _measured_line(
-    row: Measured,
-    heads: Mapping[str, str],
-    gains: Mapping[str, float | None] | None,
-    notes: FootNotes,
-    alone: bool,
-) -> Line:
-    run, scores = row.run, list[str]()
-    epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
-    for name, score in _scores(row, heads).items():
-        scores += [NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"]
-        scores += [] if gains is None else ["" if (gain := gains[name]) is None else signed(gain)]
-    who = (f"measured {MEASURED}", run.method, backbone_label(run.backbone), epochs)
-    about = (notes.label(run.protocol), row.seeds, "" if alone else f"config {row.configs}")
-    return Line("measured", bool(row.scaled), (*who, *scores, *about))
+        after, before = row.score(name), bases[0].score(name) if is_compared else None
+        gains[name] = after.mean - before.mean if after and before else None
+    return gains
 
 
 def _notes(
     rows: Sequence[Measured], printed: Sequence[PublishedDense], heads: Mapping[str, str], against: str
 ) -> list[str]:
-    texts = ["mIoU and accuracy in percent, of features that were not fine-tuned."]
-    if "in_context_hungarian_miou" in heads:
-        texts.append(
-            "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best."
-        )
-    if "clustering_miou" in heads:
-        texts.append("Clustering: as many clusters as classes, matched one to one (Hungarian).")
-    if any(map(OVERCLUSTERED.fullmatch, heads)):
-        texts.append("K clusters, more than classes: each counts as the class that it fits best.")
-    if printed:
-        texts.append(
-            "Published: as the methods' authors or later comparisons report; in-context mIoU stands under "
-            "Hungarian, for the public Hummingbird evaluation matches classes before it counts."
-        )
-    if rows:
-        others = "; every other row is published" if printed else ""
-        texts.append(f"{MEASURED} Measured with this code, by the runs given{others}.")
-    if any(score is not None and score.n > 1 for row in rows for score in _scores(row, heads).values()):
-        texts.append(SEEDS)
-    if against:
-        alike_alone = "where backbone and evaluation are the same"
-        texts.append(f"{DIFFERENCE}: mean minus that of {against}, in points, {alike_alone}.")
-    if len({row.identity for row in rows}) < len(rows):
-        texts.append(
-            "Rows with a config in their note differ in their configuration or weights and are not averaged."
-        )
-    return texts
-
-
-# --- records: what csv holds ------------------------------------------------------------------------------
-
-
-def _published_record(row: PublishedDense, heads: Mapping[str, str], has_gains: bool) -> dict[str, str]:
-    scores = {name: Score(row.scores[name], None, 1) if name in row.scores else None for name in heads}
-    return (
-        {"source": "published", "mark": "", "protocol_is_full": "true", "set": row.set}
-        | method_fields(row.method, row.backbone, None)
-        | numbers_of(scores, counted=False)
-        | ({f"{name}_difference": "" for name in heads} if has_gains else {})
-        | dict.fromkeys(("pretraining_protocol", "protocol", "deviations", "seeds", "config"), "")
-        | {"note": row.note}
+    more_clusters = any(map(MORE_CLUSTERS.fullmatch, heads))
+    kinds = {
+        "In-context mIoU: of the classes as retrieved; Hungarian: after the one-to-one matching that suits it best.":
+            "in_context_hungarian_miou" in heads,
+        "Clustering: as many clusters as classes, matched one to one (Hungarian).": "clustering_miou" in heads,
+        "K clusters, more than classes: each counts as the class that it fits best.": more_clusters,
+        "Published: as the methods' authors or later comparisons report; in-context mIoU stands under Hungarian, "
+        "for the public Hummingbird evaluation matches classes before it counts.": bool(printed),
+    }  # fmt: skip
+    gains = (
+        f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same."
     )
-
-
-def _measured_record(
-    row: Measured, heads: Mapping[str, str], gains: Mapping[str, float | None] | None
-) -> dict[str, str]:
-    run, scaled = row.run, {protocol.identity: protocol.text for protocol in row.scaled}
-    differences = {
-        f"{name}_difference": "" if gain is None else repr(round(gain, 6))
-        for name, gain in (gains or {}).items()
-    }
-    return (
-        {
-            "source": "measured",
-            "mark": MEASURED + SCALED * bool(scaled),
-            "protocol_is_full": str(not scaled).lower(),
-            "set": _set(row),
-        }
-        | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
-        | numbers_of(_scores(row, heads), counted=True)
-        | differences
-        | {
-            "pretraining_protocol": "" if row.pretraining is None else row.pretraining.label,
-            "protocol": run.protocol.label,
-        }
-        | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs, "note": ""}
-    )
+    return [
+        "mIoU and accuracy in percent, of features that were not fine-tuned.",
+        *(text for text, is_shown in kinds.items() if is_shown),
+        *tables.source_notes(printed, rows, heads, "configuration or weights", [gains] if against else []),
+    ]

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.results.merge import Measured, backbone_label
 from pretrain.results.published import PublishedRow, published_rows
+from pretrain.results.rows import Measured, backbone_label
 from pretrain.results.schema import Protocol, Result
 from pretrain.settings import flat, plain, read_yaml
 
@@ -43,22 +43,22 @@ def belongs(measured: Measured, pretraining: Protocol | None, row: PublishedRow)
         pretraining: the protocol of the pre-training, where it is known.
     """
     run = measured.run
-    if not _same_backbone(run.backbone, row):
+    registers = f", {row.registers} registers" if row.registers else ""
+    if backbone_label(run.backbone) not in (row.backbone, row.backbone + registers):
         return False
     if pretraining is None:
         return _is_named(run, row)
     varied = {key: pair[1] for key, pair in pretraining.deviations.items() if key in varied_keys()}
     if pretraining.name != row.recipe or varied != changed_settings(row.changes):
         return False
-    return _is_ours(run.method) or further_deviations(pretraining) is None
+    return _folded(run.method) in _our_names() or further_deviations(pretraining) is None
 
 
 def further_deviations(pretraining: Protocol | None) -> Protocol | None:
     """In what a pre-training deviates beside what the paper's rows vary; None: in nothing, or unknown."""
-    if pretraining is None:
-        return None
-    rest = {key: pair for key, pair in pretraining.deviations.items() if key not in varied_keys()}
-    if not rest:
+    pairs = {} if pretraining is None else pretraining.deviations
+    rest = {key: pair for key, pair in pairs.items() if key not in varied_keys()}
+    if pretraining is None or not rest:
         return None
     return Protocol(name=pretraining.name, version=pretraining.version, full=False, deviations=rest)
 
@@ -72,12 +72,8 @@ def changed_settings(ablation: str) -> Mapping[str, Any]:
     if not ablation:
         return {}
     values = read_yaml(Path(__file__).parents[1] / "recipes" / "ablation" / f"{ablation}.yaml").values
-    return {
-        key: plain(value) if isinstance(value, str) else [plain(item) for item in value]
-        for key, value in flat(
-            {group: value for group, value in values.items() if group not in ("base", "run")}
-        ).items()
-    }
+    changed = flat({group: value for group, value in values.items() if group not in ("base", "run")})
+    return {key: plain(v) if isinstance(v, str) else [*map(plain, v)] for key, v in changed.items()}
 
 
 @functools.cache
@@ -88,23 +84,13 @@ def varied_keys() -> frozenset[str]:
 
 @functools.cache
 def _our_names() -> frozenset[str]:
-    return frozenset(
-        _folded(name) for row in published_rows() if row.recipe for name in (row.method, *row.names)
-    )
-
-
-def _is_ours(name: str) -> bool:
-    """Whether it is a recipe's: such a run may fall short of it. Any other name is a method of its own."""
-    return _folded(name) in _our_names()
+    """Those of recipes: such a run may fall short of it. Any other name is a method of its own."""
+    ours = [row for row in published_rows() if row.recipe]
+    return frozenset(_folded(name) for row in ours for name in (row.method, *row.names))
 
 
 def _folded(name: str) -> str:
     return name.strip().casefold().replace("_", "-")
-
-
-def _same_backbone(name: str, row: PublishedRow) -> bool:
-    suffix = f", {row.registers} registers" if row.registers else ""
-    return backbone_label(name) in (row.backbone, row.backbone + suffix)
 
 
 def _is_named(run: Result, row: PublishedRow) -> bool:

@@ -10,30 +10,90 @@ compare. A published row stands once for each configuration of the runs that bel
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from pretrain.results.layouts import ADE20K, LAYOUTS, SCORES, Layout
+from pretrain.results import tables
 from pretrain.results.matching import belongs, further_deviations, is_method, same_name
-from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
+from pretrain.results.rows import Measured, backbone_family, backbone_label, merge
 from pretrain.results.schema import Protocol, Result, to_json
-from pretrain.results.tables import (
-    MEASURED,
-    NONE,
-    PROTOCOL_FIELDS,
-    FootNotes,
-    Line,
-    Table,
-    comparison_table,
-    epochs_text,
-    is_elsewhere,
-    method_fields,
-    scores_of,
-    seeds_note,
-    signed,
-)
+from pretrain.results.tables import DIFFERENCE, MEASURED, NONE, FootNotes, Line, Table
 
-DIFFERENCE = "Δ"
+COCO, ADE20K = "coco-12ep", "ade20k-160k"  # the protocols of all tables but the second
+SCORES = {"box_ap": "AP box", "mask_ap": "AP mask", "ade20k_miou": "mIoU"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One of the paper's tables.
+
+    Attributes:
+        title: what it shows.
+        protocols: the fine-tunings whose scores it holds.
+        keys: the columns that say what a row is.
+        parts: (heading, table of the csv) of its groups of rows; none: one, of the table itself.
+        cells: {method in the csv: what stands under ``keys``}; of any other, its name and its effective
+            epochs.
+        own_rows: whether measured rows without a published one stand in it.
+    """
+
+    title: str
+    protocols: tuple[str, ...] = (COCO,)
+    keys: tuple[str, ...] = ("Method", "Eff. Ep.")
+    parts: tuple[tuple[str, str], ...] = ()
+    cells: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_rows: bool = False
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """{name in the csv: column}."""
+        has_miou = ADE20K in self.protocols
+        return {name: head for name, head in SCORES.items() if name != "ade20k_miou" or has_miou}
+
+
+def _ablation(title: str, key: str, cells: Mapping[str, str]) -> Layout:
+    return Layout(title, keys=(key,), cells={method: (cell,) for method, cell in cells.items()})
+
+
+LAYOUTS = {
+    "1": Layout("COCO and ADE20K", (COCO, ADE20K), own_rows=True),
+    "2": Layout("COCO after 50 epochs of fine-tuning", ("coco-50ep",), own_rows=True),
+    "3": Layout(
+        "what the two parts bring", keys=("Pos. enc. sampling", "L_pos"),
+        cells={
+            "no position sampling no L_pos": ("", ""), "position sampling": ("✓", ""),
+            "L_pos": ("", "✓"), "position sampling + L_pos": ("✓", "✓"),
+        },
+    ),
+    "4a": _ablation(
+        "distribution of s", "Dist.",
+        {"s constant": "Const.", "s uniform": "Uniform", "s Beta(2,5)": "Beta(2, 5)"},
+    ),
+    "4b": _ablation("resolution of P", "Pos. size", {"P 19x19": "19 × 19", "P 50x50": "50 × 50"}),
+    "5a": _ablation(
+        "shape of the position masks", "Pos. mask",
+        {"box-wise position mask": "Box-wise", "cross-wise position mask": "Cross-wise"},
+    ),
+    "5b": _ablation(
+        "share of the images with either mask", "Content vs. pos.",
+        {"100% content": "100% content masks", "100% position": "100% position masks"},
+    ),
+    "7": Layout(
+        "COCO and ADE20K, with the official DINOv2", (COCO, ADE20K), parts=(("", "1"), ("On 142M dataset", "7")),
+        own_rows=True,
+    ),
+}  # fmt: skip
+KEYS = [
+    *("table", "source", *tables.METHOD_FIELDS),
+    *(f"{name}_{end}" for name in SCORES for end in ("published", "measured", "std", "n", "difference")),
+    *("protocol_is_full", *(f"run_{key}" for key in tables.METHOD_FIELDS)),
+    *("detection_protocol", "segmentation_protocol", "deviations", "seeds", "config", "note"),
+]
+ABOUT_METHODS = {
+    "Intertwined": "Intertwined is the paper's method.",
+    "DINOv2 (ImageNet-1K)": "DINOv2 (ImageNet-1K) is the paper's own baseline.",
+    "DINOv2": "On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.",
+}
 OWN_ROWS = "Not in the paper's table"
 NOT_COMPARABLE = "Not comparable with the published numbers, so there is no difference."
 
@@ -60,52 +120,41 @@ class TableRow:
     def scaled(self, score: str) -> tuple[Protocol, ...]:
         """The protocols from which a measured score deviates; none: it may be compared."""
         assert self.measured is not None
-        _, detection, segmentation = self.measured.protocols
-        tuning = segmentation if score == "ade20k_miou" else detection
-        return tuple(
-            protocol
-            for protocol in (self.pretraining, tuning)
-            if protocol is not None and protocol.deviations
-        )
+        protocols = (self.pretraining, self.measured.protocol(score))
+        return tuple(protocol for protocol in protocols if protocol is not None and protocol.deviations)
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
         printed = getattr(self.row, score, None)
-        measured = None if self.measured is None else scores_of(self.measured)[score]
+        measured = None if self.measured is None else self.measured.score(score)
         return None if printed is None or measured is None or self.scaled(score) else measured.mean - printed
 
 
-def paper_tables(results: Sequence[Result], tables: str = "all") -> list[Table]:
+def paper_tables(results: Sequence[Result], published: str = "all") -> list[Table]:
     """The tables one after the other, one a backbone; runs that have no place in them are in a last one.
 
     The records of all have the same keys, so that they make one csv.
 
     Args:
-        tables: "1", "1,2,4a" or "all".
+        published: "1", "1,2,4a" or "all".
 
     Raises:
         UserError: an unknown table.
     """
     printed = published_rows()
-    wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, tables))
+    wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, published))
     placed: set[str] = set()
     made = []
     for number in wanted:
-        entries = _table_rows(LAYOUTS[number], results, printed)
-        for entry in entries:
-            if entry.measured is not None:
-                placed |= {to_json(run) for run in entry.measured.runs}
+        entries = _table_rows(number, results, printed)
+        placed |= {to_json(run) for entry in entries if entry.measured for run in entry.measured.runs}
         made += _panels(number, entries)
-    return [
-        *made,
-        *_further(
-            [result for result in results if result.kind == "pretrain" or to_json(result) not in placed]
-        ),
-    ]
+    return [*made, *_further([r for r in results if r.kind == "pretrain" or to_json(r) not in placed])]
 
 
-def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
+def _table_rows(number: str, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
     """The published rows in their order, each with the measured ones that belong to it; then the others."""
+    layout = LAYOUTS[number]
     known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
     known.pop(None, None)
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
@@ -114,24 +163,18 @@ def _table_rows(layout: Layout, results: Sequence[Result], printed: Sequence[Pub
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
             continue
-        fitting = [
-            i
-            for i, measured in enumerate(found)
-            if len(before[i]) == 1 and belongs(measured, before[i][0], row)
-        ]
+        ours = [i for i, known_before in enumerate(before) if len(known_before) == 1]
+        fitting = [i for i in ours if belongs(found[i], before[i][0], row)]
         matched |= set(fitting)
         own = [i for i in fitting if same_name(found[i].run.method, row.method)]
         if is_method(row) and own:  # the method's own run stands in for an ablation's last row
             fitting = own
-        if row.table in dict(layout.parts).values():
+        if row.table in dict(layout.parts or [("", number)]).values():
             beside = [TableRow(row, found[i], further_deviations(before[i][0])) for i in fitting]
             entries += beside or [TableRow(row, None)]
     if layout.own_rows:
-        entries += [
-            TableRow(None, measured, measured.pretraining)
-            for i, measured in enumerate(found)
-            if i not in matched
-        ]
+        others = [measured for i, measured in enumerate(found) if i not in matched]
+        entries += [TableRow(None, measured, measured.pretraining) for measured in others]
     return entries
 
 
@@ -146,17 +189,14 @@ def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     layout = LAYOUTS[number]
     families = list(dict.fromkeys(entry.family for entry in entries))
     printed = list(dict.fromkeys(entry.family for entry in entries if entry.row is not None))
-    tables = []
+    panels = []
     for family in families:
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        where = (
-            f"Table {number}{letter} of the paper"
-            if family in printed
-            else f"Beside the paper's Table {number}"
-        )
+        number_of_paper = f"Table {number}{letter} of the paper"
+        where = number_of_paper if family in printed else f"Beside the paper's Table {number}"
         title = f"{where}: {layout.title}, {family}"
-        tables.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
-    return tables
+        panels.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
+    return panels
 
 
 def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
@@ -167,18 +207,14 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     for head in layout.scores.values():
         columns += [head, f"measured {MEASURED}", DIFFERENCE][:width]
     columns += ["runs"] * beside
-    for heading, table in (*layout.parts, (OWN_ROWS, "")):
+    for heading, table in (*(layout.parts or [("", number)]), (OWN_ROWS, "")):
         part = [entry for entry in entries if (entry.row.table if entry.row is not None else "") == table]
         lines = [_line(layout, entry, entries, notes, beside) for entry in part]
         if lines and heading and len(lines) < len(entries):
             lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
         groups += [tuple(lines)] if lines else []
-    heads = [
-        ("", n_keys),
-        ("COCO", 2 * width),
-        ("ADE20K", width * (len(layout.scores) - 2)),
-        ("", int(beside)),
-    ]
+    heads = [("", n_keys), ("COCO", 2 * width)]
+    heads += [("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
     scores = range(n_keys, n_keys + width * len(layout.scores))
     return Table(
         title=title,
@@ -196,48 +232,33 @@ def _line(
     layout: Layout, entry: TableRow, entries: Sequence[TableRow], notes: FootNotes, beside: bool
 ) -> Line:
     row, measured = entry.row, entry.measured
-    scores = {} if measured is None else scores_of(measured)
     if row is not None:
-        cells = [
-            *layout.cells.get(row.method, (row.method, epochs_text(row.effective_epochs))[: len(layout.keys)])
-        ]
+        usual = (row.method, tables.epochs_text(row.effective_epochs))[: len(layout.keys)]
+        cells = [*layout.cells.get(row.method, usual)]
     else:
         assert measured is not None
-        epochs = epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
-        cells = [f"{_who(measured)} {MEASURED}", epochs]
+        epochs = tables.epochs_text(measured.run.effective_epochs) + notes.mark(entry.pretraining)
+        # The registers, too, which the family in the title does not tell.
+        registers = backbone_label(measured.run.backbone).removeprefix(entry.family)
+        cells = [f"{measured.run.method}{registers} {MEASURED}", epochs]
+    scaled = False
     for name in layout.scores:
-        printed, score = getattr(row, name, None), scores.get(name)
-        text = "" if score is None else f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
-        shown = [
-            NONE if printed is None else f"{printed:.1f}",
-            text,
-            _signed(entry.difference(name), printed, score),
-        ]
+        printed, text, difference = getattr(row, name, None), "", ""
+        if measured is not None and (score := measured.score(name)) is not None:
+            scaled |= bool(entry.scaled(name))
+            text = f"{score} {MEASURED}{notes.mark(*entry.scaled(name))}"
+            if printed is not None and not entry.scaled(name):
+                # Of the numbers as shown, so that a reader finds the same.
+                difference = tables.signed(round(float(f"{score.mean:.1f}") - printed, 1))
+        shown = [NONE if printed is None else f"{printed:.1f}", text, difference]
         cells += shown if beside else shown[:1]
     cells += [_runs(entry, alone=[_place(other) for other in entries].count(_place(entry)) == 1)] * beside
-    scaled = any(entry.scaled(name) for name, score in scores.items() if score is not None)
     return Line("measured" if row is None else "published", scaled, tuple(cells))
 
 
 def _place(entry: TableRow) -> object:
     """Equal for entries that only the configs of their runs set apart."""
-    if entry.row is not None:
-        return entry.row
-    assert entry.measured is not None
-    return entry.measured.identity
-
-
-def _who(measured: Measured) -> str:
-    """The method; with the registers, which the family in the title does not tell."""
-    label, family = backbone_label(measured.run.backbone), backbone_family(measured.run.backbone)
-    return measured.run.method + label.removeprefix(family)
-
-
-def _signed(difference: float | None, printed: float | None, score: Score | None) -> str:
-    """Of the numbers as shown, so that a reader finds the same."""
-    if difference is None or printed is None or score is None:
-        return ""
-    return signed(round(float(f"{score.mean:.1f}") - printed, 1))
+    return entry.row if entry.row is not None else entry.measured and entry.measured.identity
 
 
 def _runs(entry: TableRow, alone: bool) -> str:
@@ -247,34 +268,28 @@ def _runs(entry: TableRow, alone: bool) -> str:
     run, seeds = entry.measured.run, entry.measured.seeds
     name = "" if entry.row is None or same_name(run.method, entry.row.method) else run.method
     word = "" if ";" in seeds else "seeds " if "," in seeds else "seed "
-    return "; ".join(
-        text for text in (name, word + seeds, "" if alone else f"config {entry.measured.configs}") if text
-    )
+    config = "" if alone else f"config {entry.measured.configs}"
+    return "; ".join(text for text in (name, word + seeds, config) if text)
 
 
 def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
-    texts = ["AP and mIoU in percent."] if ADE20K in layout.protocols else ["AP in percent."]
     measured = [entry.measured for entry in entries if entry.measured is not None]
     shown = {entry.row.method for entry in entries if entry.row is not None}
-    if "Intertwined" in shown:
-        texts.append("Intertwined is the paper's method.")
-    if "DINOv2 (ImageNet-1K)" in shown:
-        texts.append("DINOv2 (ImageNet-1K) is the paper's own baseline.")
-    if "DINOv2" in shown:
-        texts.append("On 142M dataset (LVD-142M): the official weights, patch 14 resampled to 16.")
+    texts = ["AP and mIoU in percent." if ADE20K in layout.protocols else "AP in percent."]
+    texts += [text for method, text in ABOUT_METHODS.items() if method in shown]
     if measured:
         others = "every score without it is published, as printed in the paper"
         texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
-    return texts + seeds_note(measured)
+    return texts + tables.seeds_note(measured, SCORES)
 
 
 def _further(results: Sequence[Result]) -> list[Table]:
     """What has no place in the tables asked for."""
-    table = comparison_table(results, [], "all")
+    table = tables.comparison_table(results, [], "all")
     if not table.records:
         return []
-    rows = merge([result for result in results if not is_elsewhere(result)])
+    rows = merge([result for result in results if not tables.is_elsewhere(result)])
     records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
     return [replace(table, title="Runs that have no row in these tables", records=records)]
 
@@ -282,47 +297,23 @@ def _further(results: Sequence[Result]) -> list[Table]:
 def _record(number: str, entry: TableRow) -> dict[str, str]:
     """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
-    scores = {} if measured is None else scores_of(measured)
-    record = {"table": number, "source": "measured" if row is None else "published"}
+    values = {"table": number, "source": "measured" if row is None else "published"}
+    if measured is not None:
+        run = measured.run
+        fields = tables.method_fields(run.method, run.backbone, run.effective_epochs)
+        values |= {f"run_{key}": text for key, text in fields.items()}
+        values |= fields | {"backbone": backbone_label(run.backbone)}
+        protocols = ["" if protocol is None else protocol.label for protocol in measured.protocols[1:]]
+        values |= dict(zip(("detection_protocol", "segmentation_protocol"), protocols))
+        found = {name: score for name in SCORES if (score := measured.score(name)) is not None}
+        scaled = {p.identity: p for name in found for p in entry.scaled(name)}
+        values |= {"protocol_is_full": str(not scaled).lower(), "config": measured.configs}
+        values |= {"deviations": " | ".join(p.text for p in scaled.values()), "seeds": measured.seeds}
+        for name, score in found.items():
+            values |= tables.score_values(name, score, "_measured")
     if row is not None:
-        record |= method_fields(row.method, row.backbone, row.effective_epochs)
-    else:
-        assert measured is not None
-        record |= method_fields(
-            measured.run.method, backbone_label(measured.run.backbone), measured.run.effective_epochs
-        )
+        values |= tables.method_fields(row.method, row.backbone, row.effective_epochs) | {"note": row.note}
     for name in SCORES:
-        score = scores.get(name)
-        record[f"{name}_published"] = _number(getattr(row, name, None))
-        record[f"{name}_measured"] = _number(None if score is None else score.mean)
-        record[f"{name}_std"] = _number(None if score is None else score.std)
-        record[f"{name}_n"] = "" if score is None else str(score.n)
-        record[f"{name}_difference"] = _number(entry.difference(name))
-    return record | _origin(entry, scores) | {"note": "" if row is None else row.note}
-
-
-def _origin(entry: TableRow, scores: Mapping[str, Score | None]) -> dict[str, str]:
-    """The part of a record that says what was measured; empty for a published row alone."""
-    names = ("protocol_is_full", "run_method", "run_backbone", "run_effective_epochs", *PROTOCOL_FIELDS[1:])
-    if entry.measured is None:
-        return dict.fromkeys((*names, "deviations", "seeds", "config"), "")
-    run = entry.measured.run
-    scaled = {
-        p.identity: p for name, score in scores.items() if score is not None for p in entry.scaled(name)
-    }
-    protocols = ["" if protocol is None else protocol.label for protocol in entry.measured.protocols[1:]]
-    values = (
-        str(not scaled).lower(),
-        *method_fields(run.method, run.backbone, run.effective_epochs).values(),
-        *protocols,
-    )
-    return dict(zip(names, values)) | {
-        "deviations": " | ".join(p.text for p in scaled.values()),
-        "seeds": entry.measured.seeds,
-        "config": entry.measured.configs,
-    }
-
-
-def _number(value: float | None) -> str:
-    """Not rounded to a decimal; "" for None."""
-    return "" if value is None else repr(round(value, 6) + 0.0)
+        values[f"{name}_published"] = tables.number_text(getattr(row, name, None))
+        values[f"{name}_difference"] = tables.number_text(entry.difference(name))
+    return tables.record(KEYS, values)

@@ -1,11 +1,12 @@
 """Where a number comes from: versions, hardware, commit and hashes. Nothing here names a host, a user or a
 path."""
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -16,31 +17,20 @@ from typing import Any
 
 from pretrain.errors import UserError
 
-# (module, distribution that may provide it) of what can change a number
-_PACKAGES = (
-    ("cv2", "opencv-python"),
-    ("cv2", "opencv-python-headless"),
-    ("detectron2", "detectron2"),
-    ("faster_coco_eval", "faster-coco-eval"),
-    ("fvcore", "fvcore"),
-    ("mmcv", "mmcv"),
-    ("mmcv", "mmcv-lite"),
-    ("mmengine", "mmengine"),
-    ("mmseg", "mmsegmentation"),
-    ("numpy", "numpy"),
-    ("omegaconf", "omegaconf"),
-    ("PIL", "pillow"),
-    ("pretrain", "posfield"),
-    ("pycocotools", "pycocotools"),
-    ("safetensors", "safetensors"),
-    ("scipy", "scipy"),
-    ("timm", "timm"),
-    ("torch", "torch"),
-    ("torchvision", "torchvision"),
-    ("xformers", "xformers"),
-)
-# What says where a run reads and writes, or repeats it; `weights_hash` and `seed` say it better.
+# {module: distributions that may provide it} of what can change a number
+_PACKAGES = {
+    "cv2": ("opencv-python", "opencv-python-headless"),
+    "mmcv": ("mmcv", "mmcv-lite"),
+    "mmseg": ("mmsegmentation",),
+    "PIL": ("pillow",),
+    "pretrain": ("posfield",),
+} | {
+    name: (name.replace("_", "-"),)
+    for name in """detectron2 faster_coco_eval fvcore mmengine numpy omegaconf pycocotools safetensors scipy
+        timm torch torchvision xformers""".split()
+}
 _OF_A_NETWORK = (".safetensors", ".bin", ".json")  # in a folder; all else there is about it
+# What says where a run reads and writes, or repeats it; `weights_hash` and `seed` say it better.
 NOT_HASHED = ("seed", "weights", "output", "output_dir", "work_dir")
 
 
@@ -64,12 +54,9 @@ def provenance(config: Mapping[str, Any], weights: str | Path | None = None) -> 
 def packages_in_use() -> dict[str, str]:
     """{distribution: version} of Python and of the imported packages that can change a number."""
     versions = {"python": platform.python_version()}
-    for module, name in _PACKAGES:
-        if module in sys.modules:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
+    for name in (name for module, names in _PACKAGES.items() if module in sys.modules for name in names):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions
 
 
@@ -91,12 +78,10 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if match := re.search(r"^model name\s*:(.*)", told, re.M):
+            return match[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -152,17 +137,15 @@ def file_hash(path: str | Path) -> str:
 
     Raises UserError when it cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, path = hashlib.sha256(), Path(path)
     try:
-        files = [Path(path)]
-        if files[0].is_dir():
-            files = sorted(
-                file for file in files[0].iterdir() if file.suffix in _OF_A_NETWORK and file.is_file()
-            )
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in _OF_A_NETWORK and file.is_file())
             digest.update(json.dumps([file.name for file in files]).encode())
         for each in files:
             with open(each, "rb") as file:
-                for block in iter(functools.partial(file.read, 1 << 20), b""):
+                while block := file.read(1 << 20):
                     digest.update(block)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

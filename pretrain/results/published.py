@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.results.csv_file import read_csv
+from pretrain.files import read_csv
 
 HERE = Path(__file__).parent
+NUMBERS = ("effective_epochs", "box_ap", "mask_ap", "ade20k_miou")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class PublishedRow:
     names: tuple[str, ...] = ()
     registers: int = 0
 
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """By the names of the csv."""
+        return {name: getattr(self, name) for name in NUMBERS[1:]}
+
 
 @dataclass(frozen=True)
 class PublishedDense:
@@ -54,37 +61,22 @@ class PublishedDense:
 
 def published_dense() -> list[PublishedDense]:
     """Every row of `published_dense.csv`, in its order; its further columns are metrics."""
-    return [
-        PublishedDense(
-            set=row.pop("set"),
-            method=row.pop("method"),
-            backbone=row.pop("backbone"),
-            note=row.pop("note"),
-            scores={name: float(text) for name, text in row.items() if text},
-        )
-        for row in read_csv(HERE / "published_dense.csv")
-    ]
+    rows = []
+    for row in read_csv(HERE / "published_dense.csv"):
+        words = {key: row.pop(key) for key in ("set", "method", "backbone", "note")}
+        scores = {name: float(text) for name, text in row.items() if text}
+        rows.append(PublishedDense(**words, scores=scores))
+    return rows
 
 
 def published_rows() -> list[PublishedRow]:
     """Every row of `published_results.csv`, in its order."""
-    return [
-        PublishedRow(
-            table=row["table"],
-            method=row["method"],
-            backbone=row["backbone"],
-            effective_epochs=_number(row["effective_epochs"]),
-            box_ap=_number(row["box_ap"]),
-            mask_ap=_number(row["mask_ap"]),
-            ade20k_miou=_number(row["ade20k_miou"]),
-            note=row["note"],
-            recipe=row["recipe"],
-            changes=row["changes"],
-            names=tuple(name.strip() for name in row["names"].split(";") if name),
-            registers=int(row["registers"] or 0),
-        )
-        for row in read_csv(HERE / "published_results.csv")
-    ]
+    rows = []
+    for row in read_csv(HERE / "published_results.csv"):
+        typed: dict[str, Any] = {key: float(row[key]) if row[key] else None for key in NUMBERS}
+        typed["names"] = tuple(name.strip() for name in row["names"].split(";") if name)
+        rows.append(PublishedRow(**{**row, **typed, "registers": int(row["registers"] or 0)}))
+    return rows
 
 
 def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:
@@ -97,7 +89,3 @@ def rows_of_tables(rows: list[PublishedRow], tables: str) -> list[PublishedRow]:
         if name not in {t for table in known for t in (table, table.rstrip("abc"))}:
             raise UserError(f"no published table {name!r}: there are {', '.join(known)}, or all")
     return [row for row in rows if row.table in wanted or row.table.rstrip("abc") in wanted]
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.results.merge import backbone_label
+from pretrain.files import read_json, write_json
+from pretrain.results.rows import backbone_label
 from pretrain.results.schema import FILE_NAME, Result, read_result
 
 POINTS = "points"  # in a sweep's folder, the folder of its runs
@@ -29,8 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run left: its result, its log (empty without metrics.jsonl and probes.jsonl) and its
-    figures (possibly none)."""
+    """All that a run left; without metrics.jsonl and probes.jsonl its log is empty."""
 
     result: Result
     log: Log
@@ -48,11 +48,9 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = (
-            [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
-            if path.is_dir()
-            else [path]
-        )
+        files = [path]
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob(FILE_NAME)) if not _is_swept(file, path)]
         if not files:
             raise UserError(f"{path}: no {FILE_NAME} in this folder or below")
         for file in files:
@@ -61,8 +59,7 @@ def find_results(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _is_swept(file: Path, above: Path) -> bool:
-    """Whether a result between the file and the folder `above` is that of a sweep to which the file
-    belongs."""
+    """Whether the file belongs to a sweep whose result lies between it and the folder `above`."""
     folders = [folder for folder in file.parents if folder != above and above in folder.parents]
     return any(folder.name == POINTS and (folder.parent / FILE_NAME).is_file() for folder in folders)
 
@@ -147,27 +144,22 @@ def holds_result(
         told = "; ".join(f"{key} {changed[key][0]!r} -> {changed[key][1]!r}" for key in sorted(changed)[:3])
         raise UserError(f"output: {folder} holds a run with other settings ({told}); choose another folder")
     if has_checkpoint and not is_over and not resume:
-        raise UserError(
-            f"output: {folder} holds an unfinished run; go on with --resume, or choose another folder"
-        )
+        told = "holds an unfinished run; go on with --resume, or choose another folder"
+        raise UserError(f"output: {folder} {told}")
     return is_over
 
 
 def add_caption(figure: Path, title: str, caption: str) -> None:
     """Enter a figure into the ``captions.json`` beside it."""
     captions = figure.with_name("captions.json")
-    entries = json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {}
-    entries[figure.name] = {"title": title, "caption": caption}
-    captions.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    entries = read_json(captions) if captions.is_file() else {}
+    write_json(captions, entries | {figure.name: {"title": title, "caption": caption}})
 
 
 def _read_captions(path: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    captions = read_json(path)
     if not isinstance(captions, dict):
         raise UserError(f"{path}: must hold an object of the form {{file: {{title, caption}}}}")
     for name, words in captions.items():
@@ -185,14 +177,9 @@ def run_names(results: Sequence[Result]) -> list[str]:
     "intertwined" alone; "intertwined, seed 0" and "intertwined, seed 1" for two runs that differ in the seed.
     """
     names = [result.method for result in results]
-    apart = (
-        [backbone_label(result.backbone) for result in results],
-        [result.protocol.label for result in results],
-        [f"seed {result.seed}" for result in results],
-        [f"config {result.config_hash}" for result in results],
-        [f"run {i}" for i in range(1, len(results) + 1)],
-    )
-    for parts in apart:
+    own = [(r.protocol.label, f"seed {r.seed}", f"config {r.config_hash}") for r in results]
+    backbones = [backbone_label(result.backbone) for result in results]
+    for parts in (backbones, *zip(*own), [f"run {i}" for i in range(1, len(results) + 1)]):
         full = [(result.kind, name) for result, name in zip(results, names)]
         like = [{part for part, other in zip(parts, full) if other == this} for this in full]
         names = [f"{name}, {part}" if len(same) > 1 else name for name, part, same in zip(names, parts, like)]

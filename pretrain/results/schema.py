@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from pretrain.errors import UserError
-from pretrain.files import replacing
+from pretrain.files import read_json, write_text
 from pretrain.results import renamed
 from pretrain.settings import Settings, problem, setting, validated
 
@@ -35,15 +35,16 @@ PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 # Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
-NEW_KEYS = ("loss_terms", "post_training")  # not written where empty: older readers do not know them
+# Not written where empty: older readers do not know them.
+NEW_KEYS = ("loss_terms", "post_training", "labels")
+
+
+def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
+    return setting(default, text, source=source, **limits)
 
 
 class _Record(Settings):
-    """Settings that are made by keyword: what is wrong is a UserError of one line.
-
-    Class attributes:
-        what: where an error says it is.
-    """
+    """Settings that are made by keyword: what is wrong is a UserError of one line, which begins with `what`."""
 
     what: ClassVar[str] = ""
 
@@ -58,22 +59,17 @@ class Protocol(_Record):
     """The recipe that a run followed, and every field in which it did not."""
 
     what = "protocol: "
-    name: str = setting(..., 'the recipe, such as "coco-12ep"', source="ours")
-    version: int = setting(..., "of the recipe, from 1 on", source="ours")
-    full: bool = setting(..., "true exactly when `deviations` is empty", source="ours")
-    deviations: dict[str, list[Any]] = setting(
-        ..., "{field: [value in the protocol, value in the run]}", source="ours"
-    )
+    name: str = _field('the recipe, such as "coco-12ep"')
+    version: int = _field("of the recipe, from 1 on")
+    full: bool = _field("true exactly when `deviations` is empty")
+    deviations: dict[str, list[Any]] = _field("{field: [value in the protocol, value in the run]}")
 
     @field_validator("deviations", mode="before")
     @classmethod
     def _as_json(cls, value: Any) -> Any:
         pairs = _plain(value, "deviations")
-        return (
-            {renamed.deviation(key): pair for key, pair in pairs.items()}
-            if isinstance(pairs, dict)
-            else pairs
-        )
+        is_dict = isinstance(pairs, dict)
+        return {renamed.deviation(key): pair for key, pair in pairs.items()} if is_dict else pairs
 
     @model_validator(mode="after")
     def _agree(self) -> "Protocol":
@@ -81,9 +77,8 @@ class Protocol(_Record):
             raise ValueError("name is empty; name the recipe")
         for key, pair in self.deviations.items():
             if len(pair) != 2 or pair[0] == pair[1]:
-                raise ValueError(
-                    f"deviations.{key} should be [protocol value, other run value], not {pair!r}"
-                )
+                told = f"deviations.{key} should be [protocol value, other run value]"
+                raise ValueError(f"{told}, not {pair!r}")
         if self.full != (not self.deviations):
             raise ValueError(f"full is {self.full}, but {self.name!r} has {len(self.deviations)} deviations")
         return self
@@ -93,16 +88,14 @@ class Protocol(_Record):
         """The name under which the protocol may be shown: the bare one only for the full protocol."""
         name = self.name if self.version == 1 else f"{self.name} v{self.version}"
         count = len(self.deviations)  # beside `full`, for a dict can be changed after construction
-        return (
-            name if self.full and not count else f"{name}, scaled down ({count} change{'s' * (count != 1)})"
-        )
+        scaled = f", scaled down ({count} change{'s' * (count != 1)})"
+        return name if self.full and not count else name + scaled
 
     @property
     def changes(self) -> str:
         """The deviations on one line: "batch_size 64 → 2; iterations 22128 → 200"."""
-        return "; ".join(
-            f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in sorted(self.deviations.items())
-        )
+        pairs = sorted(self.deviations.items())
+        return "; ".join(f"{key} {_short(a)} → {_short(b)}" for key, (a, b) in pairs)
 
     @property
     def text(self) -> str:
@@ -121,58 +114,34 @@ class Protocol(_Record):
 class Result(_Record):
     """One run."""
 
-    kind: Kind = setting(..., "what the run did", source="ours")
-    method: str = setting(..., "of the pre-training, as tables show it", source="ours")
-    backbone: str = setting(..., "registry name", source="ours")
-    effective_epochs: float | None = setting(
-        ...,
-        "of the pre-training, in epochs of two crops of 224 px; null: unknown",
-        source="paper, Table 1",
-        ge=0,
+    kind: Kind = _field("what the run did")
+    method: str = _field("of the pre-training, as tables show it")
+    backbone: str = _field("registry name")
+    effective_epochs: float | None = _field(
+        "of the pre-training, in epochs of two crops of 224 px; null: unknown", ge=0, source="paper, Table 1"
     )
-    protocol: Protocol = setting(..., "the recipe, and how the run deviates from it", source="ours")
-    metrics: dict[str, Any] = setting(
-        ...,
+    protocol: Protocol = _field("the recipe, and how the run deviates from it")
+    metrics: dict[str, Any] = _field(
         "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
-        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
-        source="ours",
+        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out"
     )
-    seed: int = setting(
-        ...,
-        "of this run, not of its pre-training; of a dense evaluation the pre-training's, unless told",
-        source="ours",
+    labels: str = _field("of a set with a label a pixel: how many classes, who names them", "")
+    seed: int = _field("of this run, not its pre-training's; of a dense evaluation that, unless told")
+    config_hash: str = _field("equal for runs that differ in the seed alone: only these are averaged")
+    weights_hash: str | None = _field("of the backbone's file that a pre-training left, or another run read")
+    git_commit: str | None = _field("of this code, with +dirty where files differ from it")
+    packages: dict[str, Any] = _field("{distribution: version}")
+    hardware: dict[str, Any] = _field("cpu, cores, memory_gib, gpus, processes")
+    wall_time_s: float = _field("seconds", ge=0)
+    peak_memory_mib: float | None = _field("MiB of the GPU used, else of the process; null: unknown", ge=0)
+    loss_terms: tuple[str, ...] = _field(
+        "names of the logged addends of the loss, in order", (), strict=False
     )
-    config_hash: str = setting(
-        ...,
-        "provenance.config_hash; equal for runs that differ in the seed alone: only these are averaged",
-        source="ours",
+    post_training: bool = _field("whether it trained a backbone that was pre-trained before", False)
+    created: str = _field(
+        "end of the run, UTC, ISO 8601", lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
-    weights_hash: str | None = setting(
-        ...,
-        "provenance.file_hash of the backbone's file that a pre-training left, or that another run read",
-        source="ours",
-    )
-    git_commit: str | None = setting(
-        ..., "of this code, with +dirty where files differ from it", source="ours"
-    )
-    packages: dict[str, Any] = setting(..., "{distribution: version}", source="ours")
-    hardware: dict[str, Any] = setting(..., "cpu, cores, memory_gib, gpus, processes", source="ours")
-    wall_time_s: float = setting(..., "seconds", source="ours", ge=0)
-    peak_memory_mib: float | None = setting(
-        ..., "MiB of the GPU where one was used, else of the process; null: unknown", source="ours", ge=0
-    )
-    loss_terms: tuple[str, ...] = setting(
-        (), "names under which the run logged the addends of its loss, in order", source="ours", strict=False
-    )
-    post_training: bool = setting(
-        False, "whether it trained a backbone that was pre-trained before", source="ours"
-    )
-    created: str = setting(
-        lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "end of the run, UTC, ISO 8601",
-        source="ours",
-    )
-    schema_version: Literal[1] = setting(SCHEMA_VERSION, "of this file", source="ours")
+    schema_version: Literal[1] = _field("of this file", SCHEMA_VERSION)
 
     @field_validator(
         *("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib"),
@@ -186,12 +155,18 @@ class Result(_Record):
         return value
 
     @model_validator(mode="after")
-    def _hold_numbers(self) -> "Result":
+    def _agree(self) -> "Result":
         _check_metrics(self.metrics, "metrics")
         for name, value in self.metrics.items():
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
                 raise ValueError(f"metrics.{name} is {value}, not a percentage")
-        _check_utc(self.created)
+        try:
+            offset = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset()
+        except ValueError:
+            offset = None
+        if offset != timedelta(0):
+            told = "should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
+            raise ValueError(f"created={self.created!r} {told}")
         return self
 
     def with_changes(self, **changes: Any) -> "Result":
@@ -224,10 +199,7 @@ def to_json(result: Result) -> str:
 
 def write_result(result: Result, folder: str | Path) -> Path:
     """Write `folder/result.json` in one step (no reader ever sees half of it) and return its path."""
-    path = Path(folder) / FILE_NAME
-    with replacing(path) as partial:
-        partial.write_text(to_json(result), encoding="utf-8")
-    return path
+    return write_text(Path(folder) / FILE_NAME, to_json(result))
 
 
 def read_result(path: str | Path) -> Result:
@@ -238,13 +210,7 @@ def read_result(path: str | Path) -> Result:
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not JSON ({error})") from error
-    return validated(Result, content, str(path))
+    return validated(Result, read_json(path), str(path))
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -273,17 +239,6 @@ def _check_metrics(metrics: dict[str, Any], key: str) -> None:
             _check_metrics(value, f"{key}.{name}")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}.{name} should be a number, not {value!r}")
-
-
-def _check_utc(text: str) -> None:
-    try:
-        offset = datetime.fromisoformat(text.replace("Z", "+00:00")).utcoffset()
-    except ValueError:
-        offset = None
-    if offset != timedelta(0):
-        raise ValueError(
-            f"created={text!r} should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
-        )
 
 
 def _short(value: Any) -> str:

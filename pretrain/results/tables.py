@@ -5,22 +5,21 @@ the column `source`). A run that was scaled down, or whose pre-training was, nev
 of its protocol: the label says so, its numbers carry a ‡, and a foot note lists every deviation.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pretrain.results.merge import Measured, Score, backbone_family, backbone_label, merge
-from pretrain.results.published import PublishedRow, published_rows, rows_of_tables
+from pretrain.results.published import PublishedDense, PublishedRow, published_rows, rows_of_tables
+from pretrain.results.rows import Measured, Score, backbone_family, backbone_label, merge
 from pretrain.results.schema import Protocol, Result, ordered_terms
 
-NONE, MEASURED, SCALED = "–", "†", "‡"
-COLUMNS = (
-    *("source", "method", "backbone", "eff. epochs", "box AP", "mask AP", "ADE20K mIoU"),
-    *("detection protocol", "segmentation protocol", "seeds", "note"),
-)
+NONE, MEASURED, SCALED, DIFFERENCE = "–", "†", "‡", "Δ"
+ABOUT = ("source", "method", "backbone", "eff. epochs")
+SCORES = {"box_ap": "box AP", "mask_ap": "mask AP", "ade20k_miou": "ADE20K mIoU"}
 PROTOCOL_FIELDS = ("pretraining_protocol", "detection_protocol", "segmentation_protocol")
 ADE20K = "ade20k"  # how the names of its protocols begin: other data sets' mIoU has a table of its own
 SEEDS = "a ± b (n=c): mean and sample standard deviation over c runs that differ in their seed."
+NOT_COMPARABLE = "Not comparable with the published numbers."
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,10 @@ class Line:
     source: str
     scaled: bool
     cells: tuple[str, ...]
+
+    def is_bold(self, i: int) -> bool:
+        """Whether a cell is bold in md, latex and html: the first two of a measured row."""
+        return self.source == "measured" and i < 2 and bool(self.cells[i])
 
 
 @dataclass(frozen=True)
@@ -70,102 +73,119 @@ class FootNotes:
         """The only way in which a protocol's name enters a table."""
         return NONE if protocol is None else protocol.label + self.mark(protocol)
 
-    def texts(self, consequence: str) -> list[str]:
+    def score(self, score: Score | None, *protocols: Protocol | None) -> str:
+        """A measured score, marked where one of its protocols is scaled down."""
+        return NONE if score is None else f"{score}{self.mark(*protocols)}"
+
+    def texts(self, consequence: str = NOT_COMPARABLE) -> list[str]:
         """One note a scaled-down protocol: its deviations, and what follows from them."""
         return [f"{SCALED}{i} {p.text}. {consequence}" for i, p in enumerate(self.scaled.values(), 1)]
 
 
-def comparison_table(
-    results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
-) -> Table:
-    """The published rows beside the measured detections and segmentations of ADE20K, grouped by backbone.
-
-    published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
-    Raises UserError for an unknown table.
-    """
-    printed = rows_of_tables(published_rows() if published is None else list(published), table)
-    measured = merge([r for r in results if not is_elsewhere(r)])
-    twins = [row.identity for row in measured]
-    families = dict.fromkeys([row.backbone for row in printed])
-    families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
-    notes, groups, records = FootNotes(), [], []
-    for family in families:
-        lines = [_published_line(row) for row in printed if row.backbone == family]
-        records += [_published_record(row) for row in printed if row.backbone == family]
-        for row in measured:
-            if backbone_family(row.run.backbone) == family:
-                lines.append(_measured_line(row, notes, alone=twins.count(row.identity) == 1))
-                records.append(_measured_record(row))
-        groups.append(tuple(lines))
-    return Table(
-        title="COCO and ADE20K",
-        columns=COLUMNS,
-        groups=tuple(groups),
-        notes=tuple(_notes(printed, measured) + notes.texts("Not comparable with the published numbers.")),
-        numeric=frozenset({3, 4, 5, 6}),
-        records=tuple(records),
-    )
+# --- cells and records that several tables have -----------------------------------------------------------
 
 
-def _notes(printed: list[PublishedRow], measured: list[Measured]) -> list[str]:
-    texts = ["AP and mIoU in percent."]
-    if printed:
-        texts.append("Published: as printed in the paper, in the table that the note names.")
-    if measured:
-        others = "; every other row is published" if printed else ""
-        texts.append(f"{MEASURED} Measured with this code, by the runs given{others}.")
-    texts += seeds_note(measured)
-    if len({row.identity for row in measured}) < len(measured):
-        texts.append("Rows with a config in their note differ in their configuration and are not averaged.")
+def published_line(
+    row: PublishedRow | PublishedDense, scores: Iterable[str], protocols: Iterable[str], note: str,
+    epochs: float | None = None, has_gains: bool = False,
+) -> Line:  # fmt: skip
+    """What md, latex and html show of a published row: :data:`ABOUT`, scores, protocols, no seeds, note."""
+    cells = [*("published", row.method, row.backbone, epochs_text(epochs))]
+    for value in map(row.scores.get, scores):
+        cells += [NONE if value is None else f"{value:.1f}", *[""] * has_gains]
+    return Line("published", False, (*cells, *(text or NONE for text in protocols), NONE, note))
+
+
+def measured_line(
+    row: Measured, scores: Iterable[str], notes: FootNotes, rows: Sequence[Measured],
+    gains: Mapping[str, float | None] | None = None,
+) -> Line:  # fmt: skip
+    """The same of a measured one; the note names the config where only this sets it apart from other rows."""
+    epochs = epochs_text(row.run.effective_epochs) + notes.mark(row.pretraining)
+    cells = [f"measured {MEASURED}", row.run.method, backbone_label(row.run.backbone), epochs]
+    for name in scores:
+        cells.append(notes.score(row.score(name), row.pretraining, row.protocol(name)))
+        if gains is not None:
+            cells.append("" if (gain := gains[name]) is None else signed(gain))
+    cells += [notes.label(protocol) for protocol in row.protocols[1:]]
+    is_alone = [other.identity for other in rows].count(row.identity) == 1
+    cells += [row.seeds, "" if is_alone else f"config {row.configs}"]
+    return Line("measured", bool(row.scaled), tuple(cells))
+
+
+def record(keys: Iterable[str], values: Mapping[str, str]) -> dict[str, str]:
+    """A row of a csv; "" for what it does not have."""
+    return {key: values.get(key, "") for key in keys}
+
+
+def score_keys(scores: Iterable[str]) -> list[str]:
+    """Keys of a record: mean, standard deviation and count of each score."""
+    return [f"{name}{end}" for name in scores for end in ("", "_std", "_n")]
+
+
+def published_values(row: PublishedRow | PublishedDense, epochs: float | None = None) -> dict[str, str]:
+    """What a record may say of a published row."""
+    values = {"source": "published", "protocol_is_full": "true", "note": row.note}
+    values |= {name: number_text(value) for name, value in row.scores.items()}
+    return values | method_fields(row.method, row.backbone, epochs)
+
+
+def measured_values(row: Measured, scores: Iterable[str]) -> dict[str, str]:
+    """What a record may say of a measured row; of a dense evaluation or a segmentation alone, by `protocol`,
+    too."""
+    scaled = {protocol.identity: protocol.text for protocol in row.scaled}
+    labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
+    values = {"source": "measured", "mark": MEASURED + SCALED * bool(scaled), "seeds": row.seeds}
+    values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
+    values |= method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
+    values |= {"config": row.configs, "protocol": row.run.protocol.label} | dict(zip(PROTOCOL_FIELDS, labels))
+    for name in scores:
+        values |= score_values(name, row.score(name))
+    return values
+
+
+def score_values(name: str, score: Score | None, mean: str = "") -> dict[str, str]:
+    """Of a record: mean (under ``name + mean``), standard deviation and count."""
+    if score is None:
+        return {}
+    ends = {mean: number_text(score.mean), "_std": number_text(score.std), "_n": str(score.n)}
+    return {name + end: text for end, text in ends.items()}
+
+
+def method_fields(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
+    """Of a record: what was pre-trained, and for how long."""
+    epochs_exact = "" if epochs is None else f"{epochs:g}"
+    return {"method": method, "backbone": backbone, "effective_epochs": epochs_exact}
+
+
+METHOD_FIELDS = tuple(method_fields("", "", None))
+
+
+def source_notes(
+    printed: Sequence[Any],
+    rows: Sequence[Measured],
+    scores: Iterable[str],
+    what: str,
+    more: Iterable[str] = (),
+) -> list[str]:
+    """What † and a ± b (n=c) mean, ``more``, and in ``what`` rows differ that look alike."""
+    others = "; every other row is published" if printed else ""
+    texts = [f"{MEASURED} Measured with this code, by the runs given{others}."] if rows else []
+    texts += [*seeds_note(rows, scores), *more]
+    if len({row.identity for row in rows}) < len(rows):
+        texts.append(f"Rows with a config in their note differ in their {what} and are not averaged.")
     return texts
 
 
-def seeds_note(measured: Sequence[Measured]) -> list[str]:
+def seeds_note(rows: Sequence[Measured], scores: Iterable[str]) -> list[str]:
     """What a ± b (n=c) means, where any of the rows has it."""
-    several = any(score is not None and score.n > 1 for row in measured for score in scores_of(row).values())
-    return [SEEDS] if several else []
+    found = [row.score(name) for row in rows for name in scores]
+    return [SEEDS] if any(score is not None and score.n > 1 for score in found) else []
 
 
-# --- cells: what md, latex and html show ------------------------------------------------------------------
-
-
-def _published_line(row: PublishedRow) -> Line:
-    scores = [
-        NONE if value is None else f"{value:.1f}" for value in (row.box_ap, row.mask_ap, row.ade20k_miou)
-    ]
-    protocols = [text or NONE for text in _published_protocols(row)]
-    note = f"Table {row.table}" + (f": {row.note}" if row.note else "")
-    cells = (row.method, row.backbone, epochs_text(row.effective_epochs), *scores, *protocols, NONE, note)
-    return Line("published", False, ("published", *cells))
-
-
-def _published_protocols(row: PublishedRow) -> tuple[str, str]:
-    """By the paper's own schedules (appendix B), not by our protocols' names: ours are a reading of them."""
-    detection = f"{50 if row.table == '2' else 12} epochs" if row.box_ap is not None else ""
-    return detection, "160k iterations" if row.ade20k_miou is not None else ""
-
-
-def _measured_line(row: Measured, notes: FootNotes, alone: bool) -> Line:
-    pretraining, detection, segmentation = row.protocols
-    epochs = epochs_text(row.run.effective_epochs) + notes.mark(pretraining)
-    scores = []
-    for score, protocol in zip(scores_of(row).values(), (detection, detection, segmentation)):
-        scores.append(NONE if score is None else f"{score}{notes.mark(pretraining, protocol)}")
-    method = (row.run.method, backbone_label(row.run.backbone), epochs)
-    protocols = (notes.label(detection), notes.label(segmentation))
-    note = "" if alone else f"config {row.configs}"
-    return Line(
-        "measured", bool(row.scaled), (f"measured {MEASURED}", *method, *scores, *protocols, row.seeds, note)
-    )
-
-
-def scores_of(row: Measured) -> dict[str, Score | None]:
-    """The scores of a measured row by the published csv's names."""
-    return {
-        "box_ap": Score.of(row.groups[0], "box_ap"),
-        "mask_ap": Score.of(row.groups[0], "mask_ap"),
-        "ade20k_miou": Score.of(row.groups[1], "miou"),
-    }
+def number_text(value: float | None) -> str:
+    """Not rounded to a decimal; "" for None."""
+    return "" if value is None else repr(round(value, 6) + 0.0)
 
 
 def signed(difference: float) -> str:
@@ -178,58 +198,70 @@ def epochs_text(epochs: float | None) -> str:
     return NONE if epochs is None else f"{epochs:.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
-# --- records: what csv holds ------------------------------------------------------------------------------
+def memory_text(mib: float | None, unit: str = "") -> str:
+    """ "1,234"; a dash for None."""
+    return NONE if mib is None else f"{mib:,.0f}{unit}"
 
 
-def _published_record(row: PublishedRow) -> dict[str, str]:
-    scores = {
-        name: None if value is None else Score(value, None, 1)
-        for name, value in (
-            ("box_ap", row.box_ap),
-            ("mask_ap", row.mask_ap),
-            ("ade20k_miou", row.ade20k_miou),
-        )
-    }
-    return (
-        {"source": "published", "mark": "", "protocol_is_full": "true"}
-        | method_fields(row.method, row.backbone, row.effective_epochs)
-        | numbers_of(scores, counted=False)
-        | dict(zip(PROTOCOL_FIELDS, ("", *_published_protocols(row))))
-        | {"deviations": "", "seeds": "", "config": "", "table": row.table, "note": row.note}
+def duration_text(seconds: float) -> str:
+    """ "42 s", "3 min 20 s", "5 h 03 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# --- detection, and segmentation of ADE20K ----------------------------------------------------------------
+
+
+def comparison_table(
+    results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
+) -> Table:
+    """The published rows beside the measured detections and segmentations of ADE20K, grouped by backbone.
+
+    published  the rows to choose from; None: the package's own. `table`: "1", "1,2,7" or "all".
+    Raises UserError for an unknown table.
+    """
+    printed = rows_of_tables(published_rows() if published is None else list(published), table)
+    measured = merge([r for r in results if not is_elsewhere(r)])
+    families = dict.fromkeys([row.backbone for row in printed])
+    families |= dict.fromkeys(sorted(backbone_family(row.run.backbone) for row in measured))
+    keys = ["source", "mark", "protocol_is_full", *METHOD_FIELDS, *score_keys(SCORES), *PROTOCOL_FIELDS]
+    keys += ["deviations", "seeds", "config", "table", "note"]
+    notes, groups, records = FootNotes(), [], []
+    for family in families:
+        lines = []
+        for row in printed:
+            if row.backbone == family:
+                protocols = _published_protocols(row)
+                note = f"Table {row.table}" + (f": {row.note}" if row.note else "")
+                lines.append(published_line(row, SCORES, protocols, note, row.effective_epochs))
+                values = published_values(row, row.effective_epochs) | {"table": row.table}
+                records.append(record(keys, values | dict(zip(PROTOCOL_FIELDS[1:], protocols))))
+        found = [row for row in measured if backbone_family(row.run.backbone) == family]
+        lines += [measured_line(row, SCORES, notes, measured) for row in found]
+        records += [record(keys, measured_values(row, SCORES)) for row in found]
+        groups.append(tuple(lines))
+    texts = ["AP and mIoU in percent."]
+    if printed:
+        texts.append("Published: as printed in the paper, in the table that the note names.")
+    texts += source_notes(printed, measured, SCORES, "configuration")
+    return Table(
+        title="COCO and ADE20K",
+        columns=(*ABOUT, *SCORES.values(), "detection protocol", "segmentation protocol", "seeds", "note"),
+        groups=tuple(groups),
+        notes=(*texts, *notes.texts()),
+        numeric=frozenset({3, 4, 5, 6}),
+        records=tuple(records),
     )
 
 
-def _measured_record(row: Measured) -> dict[str, str]:
-    labels = ["" if protocol is None else protocol.label for protocol in row.protocols]
-    scaled = {protocol.identity: protocol.text for protocol in row.scaled}
-    mark = MEASURED + (SCALED if scaled else "")
-    return (
-        {"source": "measured", "mark": mark, "protocol_is_full": "false" if scaled else "true"}
-        | method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
-        | numbers_of(scores_of(row), counted=True)
-        | dict(zip(PROTOCOL_FIELDS, labels))
-        | {"deviations": " | ".join(scaled.values()), "seeds": row.seeds, "config": row.configs}
-        | {"table": "", "note": ""}
-    )
-
-
-def method_fields(method: str, backbone: str, epochs: float | None) -> dict[str, str]:
-    """Of a record: what was pre-trained, and for how long."""
-    return {
-        "method": method,
-        "backbone": backbone,
-        "effective_epochs": "" if epochs is None else f"{epochs:g}",
-    }
-
-
-def numbers_of(scores: dict[str, Score | None], counted: bool) -> dict[str, str]:
-    """Mean, standard deviation and count of each score; the count only where we know it."""
-    row = {}
-    for name, score in scores.items():
-        row[name] = "" if score is None else repr(round(score.mean, 6))
-        row[f"{name}_std"] = "" if score is None or score.std is None else repr(round(score.std, 6))
-        row[f"{name}_n"] = str(score.n) if score is not None and counted else ""
-    return row
+def _published_protocols(row: PublishedRow) -> tuple[str, str]:
+    """By the paper's own schedules (appendix B), not by our protocols' names: ours are a reading of them."""
+    detection = f"{50 if row.table == '2' else 12} epochs" if row.box_ap is not None else ""
+    return detection, "160k iterations" if row.ade20k_miou is not None else ""
 
 
 # --- segmentation on other data sets ----------------------------------------------------------------------
@@ -245,30 +277,18 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
 
     No published number stands beside them: the published mIoU is ADE20K's.
     """
-    pretraining = [
-        result for result in results if result.kind == "pretrain"
-    ]  # they say which weights are of a scaled-down one
-    rows = merge([*pretraining, *(result for result in results if is_elsewhere(result))])
+    # Pre-trainings say which weights are of a scaled-down one.
+    rows = merge([result for result in results if result.kind == "pretrain" or is_elsewhere(result)])
     if not rows:
         return None
     rows.sort(key=lambda row: row.run.protocol.name)  # stable: within one as merged
-    notes, lines, records = FootNotes(), [], []
+    keys = ("protocol", "protocol_is_full", *METHOD_FIELDS, *score_keys(["miou"]), "seeds", "config")
+    notes, lines = FootNotes(), []
     for row in rows:
-        run, score = row.run, Score.of(row.runs, "miou")
-        miou = NONE if score is None else f"{score}{notes.mark(row.pretraining, run.protocol)}"
-        epochs = epochs_text(run.effective_epochs) + notes.mark(row.pretraining)
-        who = (run.method, backbone_label(run.backbone), epochs)
-        lines.append(
-            Line(
-                "measured", bool(row.scaled), (notes.label(run.protocol), *who, miou, row.seeds, row.configs)
-            )
-        )
-        records.append(
-            {"protocol": run.protocol.label, "protocol_is_full": str(not row.scaled).lower()}
-            | method_fields(run.method, backbone_label(run.backbone), run.effective_epochs)
-            | numbers_of({"miou": score}, counted=True)
-            | {"seeds": row.seeds, "config": row.configs}
-        )
+        line = measured_line(row, ["miou"], notes, rows)
+        _, method, backbone, epochs, miou, _, label, seeds, _ = line.cells
+        cells = (label, method, backbone, epochs, miou, seeds, row.configs)
+        lines.append(replace(line, cells=cells))
     return Table(
         title="Segmentation on other data sets",
         columns=("protocol", "method", "backbone", "eff. epochs", "mIoU", "seeds", "config"),
@@ -278,7 +298,7 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
             *notes.texts("Not comparable with the full protocol's numbers."),
         ),
         numeric=frozenset({3, 4}),
-        records=tuple(records),
+        records=tuple(record(keys, measured_values(row, ["miou"])) for row in rows),
     )
 
 
@@ -302,41 +322,25 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
     if not runs:
         return None
     names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
-    if all(run.stage == "posttrain" and _is_one_term(run) for run in runs if "loss" in run.metrics):
+    summed = [run for run in runs if "loss" in run.metrics]
+    # Of a post-training with one term of the loss: the loss is this term.
+    if all(r.stage == "posttrain" and r.metrics["loss"] in map(r.metrics.get, r.terms) for r in summed):
         names.discard("loss")
     losses = ordered_terms(runs, names)
     metrics = losses + sorted(names - set(losses))
     notes, lines, records = FootNotes(), [], []
     for run in runs:
         values: list[Any] = [run.metrics.get(name) for name in metrics]
-        who = (
-            run.method,
-            backbone_label(run.backbone),
-            epochs_text(run.effective_epochs),
-            notes.label(run.protocol),
-        )
-        cost = (
-            duration_text(run.wall_time_s),
-            NONE if run.peak_memory_mib is None else f"{run.peak_memory_mib:,.0f}",
-        )
-        numbers = tuple(NONE if value is None else f"{value:.4g}" for value in values)
-        lines.append(Line("measured", bool(run.protocol.deviations), (*who, str(run.seed), *numbers, *cost)))
-        records.append(
-            method_fields(run.method, run.backbone, run.effective_epochs)
-            | {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
-            | {"seed": str(run.seed)}
-            | {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
-        )
-    columns = (
-        "method",
-        "backbone",
-        "eff. epochs",
-        "protocol",
-        "seed",
-        *metrics,
-        "wall time",
-        "peak memory (MiB)",
-    )
+        cells = [run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs)]
+        cells += [notes.label(run.protocol), str(run.seed)]
+        cells += [NONE if value is None else f"{value:.4g}" for value in values]
+        cells += [duration_text(run.wall_time_s), memory_text(run.peak_memory_mib)]
+        lines.append(Line("measured", bool(run.protocol.deviations), tuple(cells)))
+        about = {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
+        exact = {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
+        fields = method_fields(run.method, run.backbone, run.effective_epochs)
+        records.append(fields | about | {"seed": str(run.seed)} | exact)
+    columns = (*ABOUT[1:], "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
     return Table(
         title=title,
         columns=columns,
@@ -345,18 +349,3 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
         numeric=frozenset({2, *range(4, len(columns))}),
         records=tuple(records),
     )
-
-
-def _is_one_term(run: Result) -> bool:
-    """Whether one term of the loss equals the loss: the only one."""
-    return run.metrics["loss"] in [run.metrics.get(term) for term in run.terms]
-
-
-def duration_text(seconds: float) -> str:
-    """ "42 s", "3 min 20 s", "5 h 03 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_mapping
 from pretrain.weights import flax_file, torch_file
 from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regular, check_tensors
 
@@ -124,7 +124,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     if check_regular(path) > MAX_JSON_BYTES:
         raise UserError(f"weights: {path} has more than {MAX_JSON_BYTES} bytes, no description of a network")
-    return read_json(path, "weights")
+    return read_mapping(path, "weights")
 
 
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

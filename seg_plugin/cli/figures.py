@@ -10,8 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.errors import UserError
-from seg_plugin.figures import leave_page, palette_of, save_labels
-from seg_plugin.predict import Segmented, dataset_of_run, load_run, segment_dataset, segment_folder, spread
+from seg_plugin.figures import draw_page, palette_of, save_labels
+from seg_plugin.predict import (
+    Segmented,
+    dataset_of_run,
+    load_segmenter,
+    segment_dataset,
+    segment_folder,
+    spread,
+)
 
 ROWS = 4  # images a page
 
@@ -45,32 +52,27 @@ def main(arguments: list[str]) -> None:
     if options.count < 1:
         raise UserError(f"--count: {options.count} is less than 1")
 
-    model = load_run(options.run, options.device)
+    segmenter = load_segmenter(options.run, options.device)
+    metainfo = segmenter.metainfo
     if options.images:
-        samples: Iterator[Segmented] = segment_folder(model, options.images)
+        samples: Iterator[Segmented] = segment_folder(segmenter, options.images)
         root, what, name = options.images, f"Predictions for images of {options.images.name}", "predictions"
-        metainfo = model.dataset_meta
     else:
-        dataset = dataset_of_run(model, options.split, options.data)
-        chosen = spread(options.count, len(dataset))
-        samples, metainfo = segment_dataset(model, dataset, chosen), dataset.metainfo
-        root = Path(dataset.data_prefix["img_path"])
-        what, name = f"Segmentation of {options.split} images", options.split
+        dataset = dataset_of_run(segmenter.model, options.split, options.data)
+        samples = segment_dataset(segmenter.model, dataset, spread(options.count, len(dataset)))
+        root, what, name = (
+            Path(dataset.labels.folder),
+            f"Segmentation of {options.split} images",
+            options.split,
+        )
     folder, drawn = options.output or options.run / "figures", 0
     for page, rows in enumerate(iter(lambda: list(itertools.islice(samples, ROWS)), []), start=1):
-        caption = (
-            ", ".join(row.path.stem for row in rows)
-            + ("" if options.images else "; light gray: not labeled")
-            + "."
-        )
-        path = folder / f"{name}_{page:03d}.png"
-        leave_page(
-            path, rows, metainfo, title=f"{what}, page {page}", caption=caption, overlay=options.overlay
-        )
+        caption = ", ".join(row.path.stem for row in rows)
+        caption += "." if options.images else "; light gray: not labeled."
+        path, title = folder / f"{name}_{page:03d}.png", f"{what}, page {page}"
+        draw_page(path, rows, metainfo, title=title, caption=caption, overlay=options.overlay)
         drawn += len(rows)
-        if options.labels:
-            first = int(model.cfg.val_dataloader.dataset.reduce_zero_label)
-            for row in rows:
-                target = folder / "labels" / row.path.relative_to(root).with_suffix(".png")
-                save_labels(target, row.predicted, palette_of(metainfo), first=first)
+        for row in rows if options.labels else ():
+            target = folder / "labels" / row.path.relative_to(root).with_suffix(".png")
+            save_labels(target, row.predicted, palette_of(metainfo), metainfo["values"])
     print(f"{drawn} images drawn in {folder}")

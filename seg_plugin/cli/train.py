@@ -2,11 +2,11 @@
 
 posfield segment --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg python
 posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
-posfield segment --weights run/backbone.safetensors --data FOLDER --output mine num_classes=7
+posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255
 
-FOLDER holds images/ and annotations/ (or masks/), each with training/ and validation/ (or train/ and val/);
-see seg_plugin/datasets.py. More words set fields of the protocol, lr=3e-5, or arguments of the backbone,
-backbone.depth=4.
+FOLDER holds images/ and masks/, each with train/ and val/, and perhaps classes.txt or labels.yaml: what posfield
+evaluate dense takes (pretrain/data/datasets/folder.py). More words set fields of the protocol, lr=3e-5, or
+arguments of the backbone, backbone.depth=4.
 
 The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
 
@@ -16,13 +16,13 @@ posfield submit --gpus 1 --array 16 -- posfield segment --sweep {index} --weight
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from pretrain.cli import command, fields_and_kwargs, fine_tuning_parser
+from pretrain.cli import add_mask_options, command, fields_and_kwargs, fine_tuning_parser, masks_of
 from pretrain.errors import UserError
 from pretrain.log import say
-from pretrain.weights import backbone_name
-from seg_plugin.datasets import DATASETS, recipe_for
-from seg_plugin.run import SegmentationRun, train
+from seg_plugin.data import DATASETS
+from seg_plugin.run import prepare, train
 from seg_plugin.sweep import run_point, status, sweep
 
 
@@ -34,13 +34,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sweep", nargs="?", const="all", metavar="N", help="the whole grid, or its run N alone (an array job); "
                         "status: what is done")  # fmt: skip
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs of the sweep at a time, each on a GPU (%(default)s)",
-    )
+    jobs = "runs of the sweep at a time, each on a GPU (%(default)s)"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add_mask_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.sweep not in (None, "all", "status") and not options.sweep.isdigit():
         raise UserError(f"--sweep: {options.sweep!r} is no number of a run")
@@ -65,17 +61,9 @@ def command_of_a_run(arguments: list[str]) -> list[str]:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     fields, model_kwargs = fields_and_kwargs(options.overrides)
-    one = SegmentationRun(
-        backbone=backbone_name(options.backbone, options.weights),
-        weights=options.weights,
-        data=options.data,
-        output=options.output,
-        protocol=recipe_for(options.data, options.dataset, fields),
-        seed=options.seed,
-        device=options.device,
-        workers=options.workers,
-        model_kwargs=model_kwargs,
-    )
+    named = ("output", "weights", "backbone", "dataset", "seed", "device", "workers")
+    given: dict[str, Any] = {name: getattr(options, name) for name in named} | fields
+    one = prepare(options.data, masks=masks_of(options), model_kwargs=model_kwargs, **given)
     if options.sweep is None:
         say(f"result: {train(one, options.resume)}")
         return

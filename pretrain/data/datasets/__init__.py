@@ -1,5 +1,5 @@
-"""Images with a label for each pixel, read in place: Pascal VOC, ADE20K, COCO-Things and -Stuff, pairs of
-folders.
+"""Images with a label for each pixel, read in place: ADE20K, Pascal VOC, Cityscapes, COCO-Things and -Stuff, and
+folders of one's own.
 
 Labels are 1 .. C, and 0 for pixels that do not count, whatever the files store. Each data set has its own
 module.
@@ -7,72 +7,102 @@ module.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from pretrain.data.datasets import ade20k, coco, folder, voc2012
+from pretrain.data.datasets import coco, folder, public
+from pretrain.data.datasets.folder import MaskRule, mask_rule
 from pretrain.data.datasets.label_set import LabelSet
 from pretrain.errors import UserError
 
-__all__ = ["KINDS", "LabelSet", "open_label_set"]
+__all__ = ["KINDS", "LabelSet", "MaskRule", "mask_rule", "open_label_set", "open_label_sets"]
 
-# Of each kind: what it looks for, whether it is there, and how its parts are opened.
-_KINDS: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
-    "voc2012": (voc2012.LAYOUT, lambda root: voc2012.find(root) is not None, voc2012.open_part),
-    "ade20k": (ade20k.LAYOUT, ade20k.is_named, ade20k.open_part),
-    "coco_things": (
-        coco.LAYOUT,
-        lambda root: coco.has(root, "coco_things"),
-        lambda r, p: coco.open_part(r, p, "coco_things"),
+# Of each public kind: what it looks for, whether it is there, and how its parts are opened.
+_PUBLIC: dict[str, tuple[str, Callable[[Path], bool], Callable[[Path, str], LabelSet]]] = {
+    "voc2012": (public.VOC_LAYOUT, lambda root: public.voc_home(root) is not None, public.open_voc),
+    "voc2012_train": (public.VOC_LAYOUT, lambda root: False, partial(public.open_voc, own_train=True)),
+    "ade20k": (public.ADE_LAYOUT, public.is_ade, public.open_ade),
+    "cityscapes": (
+        public.CITYSCAPES_LAYOUT, lambda root: (root / "leftImg8bit").is_dir(), public.open_cityscapes,
     ),
-    "coco_stuff": (
-        coco.LAYOUT,
-        lambda root: coco.has(root, "coco_stuff"),
-        lambda r, p: coco.open_part(r, p, "coco_stuff"),
-    ),
-    "folder": (folder.LAYOUT, folder.has, folder.open_part),
-}
-KINDS = tuple(_KINDS)
+    **{
+        kind: (coco.LAYOUT, partial(coco.has, kind=kind), partial(coco.open_part, kind=kind))
+        for kind in ("coco_things", "coco_stuff")
+    },
+}  # fmt: skip
+KINDS = (*_PUBLIC, "folder")
 RESERVED = (*KINDS, "knn")  # names of public protocols, which a user's folder must not take
 
 
-def open_label_set(root: str | Path, part: str, kind: str = "auto", n_classes: int = 0) -> LabelSet:
+def open_label_set(
+    root: str | Path, part: str, kind: str = "auto", n_classes: int = 0, masks: MaskRule | None = None
+) -> LabelSet:
     """The ``train`` or ``val`` part of a set. Files are listed but not read, except for ``n_classes=0`` of a
-    ``folder``.
+    ``folder`` without names.
 
     Args:
         root: the set's folder, or the one that usually contains it.
         kind: one of :data:`KINDS`; ``auto``: the layout tells it, pairs of folders last.
-        n_classes: of a ``folder``: labels 1 .. n; 0: as many as ``classes.txt`` names, or else the largest
-            label in the maps of the training part (each is read). For other kinds 0 or their number.
+        n_classes: of a ``folder``: how many classes count; 0: as many as are named, or else as the masks of both
+            parts hold (each is read). For other kinds 0 or their number.
+        masks: how masks of a ``folder`` are read.
 
     Raises:
         UserError: names the missing folder, list, map of an image or image of a map.
     """
-    root = Path(root)
-    if part not in ("train", "val"):
+    if part not in folder.PARTS:
         raise UserError(f"part {part!r} of {root}: it is train or val")
-    if not root.is_dir():
-        raise UserError(f"no folder {root}")
-    if kind == "auto":
-        kind = _kind_of(root)
+    root, kind = Path(root), kind_of(root, kind)
     if kind == "folder":
-        own = folder.open_part(root, part, n_classes)
-        return replace(own, name=f"folder-{own.name}") if own.name in RESERVED else own
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
-    found = _KINDS[kind][2](root, part)
+        return _own_name(folder.open_part(root, part, n_classes, masks or MaskRule()))
+    if (masks and masks != MaskRule()) or (root / folder.LABELS).is_file():
+        what = f"{root / folder.LABELS}" if not masks or masks == MaskRule() else "a rule for masks"
+        raise UserError(
+            f"{what} has no effect on {kind}; if {root} holds masks of your own, the set is folder"
+        )
+    found = _PUBLIC[kind][2](root, part)
     if n_classes not in (0, len(found.classes)):
         raise UserError(f"n_classes={n_classes}: {kind} in {root} has {len(found.classes)}")
     return found
 
 
-def _kind_of(root: Path) -> str:
-    found = [kind for kind, (_, is_there, _) in _KINDS.items() if is_there(root)]
-    if len(found) > 1 and "folder" in found:
-        found.remove("folder")
+def open_label_sets(
+    root: str | Path, kind: str = "auto", n_classes: int = 0, masks: MaskRule | None = None
+) -> tuple[LabelSet, LabelSet]:
+    """Both parts, as :func:`open_label_set`. Of a ``folder`` every mask is read, and checked.
+
+    Raises:
+        UserError: as :func:`open_label_set`, and :func:`pretrain.data.datasets.folder.open_parts`.
+    """
+    if kind_of(root, kind) != "folder":
+        train, val = (open_label_set(root, part, kind, n_classes, masks) for part in folder.PARTS)
+        return train, val
+    train, val = folder.open_parts(Path(root), n_classes, masks or MaskRule())
+    return _own_name(train), _own_name(val)
+
+
+def kind_of(root: str | Path, kind: str = "auto") -> str:
+    """A kind, or for ``auto`` the one whose layout a folder has.
+
+    Raises:
+        UserError: no such folder or kind; the layout is none that is known, or of several.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}")
+    if kind != "auto":
+        if kind not in KINDS:
+            raise UserError(f"kind {kind!r} of {root}: it is auto or one of {', '.join(KINDS)}")
+        return kind
+    found = [kind for kind, (_, is_there, _) in _PUBLIC.items() if is_there(root)]
+    found = found or ["folder"] * folder.has(root)
     if not found:
-        layouts = "; ".join(dict.fromkeys(f"{layout}" for layout, _, _ in _KINDS.values()))
+        layouts = "; ".join(dict.fromkeys([*(layout for layout, _, _ in _PUBLIC.values()), folder.LAYOUT]))
         raise UserError(f"{root} holds no labeled set that is known: looked for {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} holds several labeled sets: say which kind, {' or '.join(found)}")
     return found[0]
+
+
+def _own_name(found: LabelSet) -> LabelSet:
+    return replace(found, name=f"folder-{found.name}") if found.name in RESERVED else found

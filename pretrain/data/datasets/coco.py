@@ -53,10 +53,8 @@ SUPERCATEGORIES: dict[str, dict[str, tuple[int, ...]]] = {
         "vehicle": (2, 3, 4, 5, 6, 7, 8, 9),
     },
 }
-LAST_STUFF, LAST_MERGED = (
-    182,
-    200,
-)  # ids; 183: "other" of the stuff annotations, 184 .. 200: merged classes of the panoptic ones
+# Ids; 183: "other" of the stuff annotations, 184 .. 200: merged classes of the panoptic ones
+LAST_STUFF, LAST_MERGED = 182, 200
 VOID = 255
 
 IMAGES = ("{}2017", "images/{}2017", "coco/images/{}2017")
@@ -105,16 +103,14 @@ def open_part(root: Path, part: str, kind: str) -> LabelSet:
             f"{root} has no maps of {kind}: none of {_any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)}"
         )
     maps = maps_by_stem(folder)
-    if converted := [
-        stem for stem in maps if stem.endswith("_labelTrainIds")
-    ]:  # MMSegmentation's, beside what they are made of
+    # MMSegmentation's, beside what they are made of
+    if converted := [stem for stem in maps if stem.endswith("_labelTrainIds")]:
         maps = {stem: file for stem, file in maps.items() if not stem.endswith("_labelTrainIds")}
         if not maps:
-            raise UserError(
-                f"{folder} holds only maps of train ids ({converted[0]}.png): the original ones are needed"
-            )
+            told = f"holds only maps of train ids ({converted[0]}.png): the original ones are needed"
+            raise UserError(f"{folder} {told}")
     files = paired(by_stem(images), maps)
-    return LabelSet(kind, part, classes, files, label_table(kind, shift), source, departure)
+    return LabelSet(kind, part, classes, files, label_table(kind, shift), source, departure, str(images))
 
 
 def label_table(kind: str, shift: int) -> NDArray[np.int32]:

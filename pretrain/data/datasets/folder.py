@@ -1,86 +1,313 @@
-"""Any images with label maps. Values 1 .. n are classes; 0 does not count, nor does 255 if n is below 255.
+"""Images with masks of one's own. One rule for training, evaluation, probes and pictures: labels are what the
+file says.
 
-The layout is ``images/{train,val}`` and ``masks/{train,val}`` (or ``training``, ``validation``;
-``annotations``, ``labels``), or all images and all maps in one folder each with the lists ``train.txt`` and
-``val.txt``. A map is a PNG with the name of its image. An optional ``classes.txt`` names the classes 1 .. n,
-one a line. (MMSegmentation's own folders store the first class as 0, which does not count here.)
+Folders: ``images|img|JPEGImages`` with ``annotations|masks|labels|SegmentationClass``, in or around
+``train|training`` and ``val|validation|valid|test``; or both without parts, and the lists ``train.txt`` and
+``val.txt``. A mask is a PNG of 8 or 16 bits or with a palette, called ``NAME.png``, ``NAME_mask.png``,
+``NAME_L.png`` or by ``mask_name``.
+
+Line k of an optional ``classes.txt`` names label k, from 0. An optional ``labels.yaml`` holds a
+:class:`MaskRule`, to merge, rename or ignore::
+
+    classes: [road, car]              # in their order; left out: as map names them first
+    map: {0: road, 7: car, 8: car}    # any other value is an error; a color is '#804080' or '128,64,128'
+    void: [255]                       # not counted
+    mask_name: '{stem}_seg.png'
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import Pairs, by_stem, first_folder, listed_stems, maps_by_stem, paired
+from pretrain.data.datasets.listing import Pairs, by_stem, listed_stems, maps_by_stem, named, paired
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
+from pretrain.settings import Settings, build, read_yaml, replaced, setting, split_words
 
-LAYOUT = "images/{train,val} with {masks,annotations,labels}/{train,val}; images/, masks/ and the lists train.txt, val.txt"
-MAPS = ("masks", "annotations", "labels")
-PARTS = {"train": ("train", "training"), "val": ("val", "validation")}
-VOID = 255
+IMAGES = ("images", "img", "JPEGImages")
+MAPS = ("masks", "annotations", "labels", "SegmentationClass")
+PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+LAYOUT = (
+    "images/{train,val} with {masks,annotations,labels,SegmentationClass}/{train,val}; images/, masks/ and the lists "
+    "train.txt, val.txt"
+)
+MASK_NAMES = ("{stem}", "{stem}_mask", "{stem}_L")
+CLASSES, LABELS, NUMBERS = "classes.txt", "labels.yaml", "their numbers"
+VOID, NO_CLASS = 255, "void"
+MAX_VALUE, COLOR = 2**16 - 1, 1 << 24  # a color 0xRRGGBB is told from a value by the bit above
+HINT = f"; give --map VALUE=LABEL or --void VALUE, or say what it means in {LABELS}"
+
+
+class MaskRule(Settings):
+    """How masks of one's own are read. What options say goes before what ``labels.yaml`` says."""
+
+    classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...", source="ours")
+    map: dict[str, str] = setting(
+        dict, "{value or color in the mask: label, or its name, or void}", source="ours"
+    )
+    void: tuple[str, ...] = setting((), "values that do not count; none given: 255", source="ours")
+    mask_name: str = setting(
+        "", "of an image's mask, {stem}_seg.png", source="ours", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
+    )
+
+
+def mask_rule(void: str = "", map: str = "", mask_name: str = "") -> MaskRule:
+    """A rule from words: ``0,255``, ``255=1,7=2`` and ``{stem}_seg.png``. Raises UserError, which names the word."""
+    pairs = split_words([word for word in map.split(",") if word])
+    return replaced(MaskRule(), {"void": void, "map": pairs, "mask_name": mask_name}, "masks")
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What the values of a folder's masks mean.
+
+    Attributes:
+        map: value -> label; ``is_closed``: there are no values but those of ``map`` and ``void``, otherwise any
+            other is its own label.
+        names: of the labels 0, 1, ..., if anyone says them.
+        colors: of masks whose colors are labels; a value is a place among them.
+    """
+
+    map: Mapping[int, int]
+    void: tuple[int, ...]
+    is_closed: bool
+    names: tuple[str, ...]
+    named_by: str
+    mask_name: str
+    colors: tuple[int, ...]
+
+    def counted(self, n_labels: int) -> list[int]:
+        """Those of the labels 0 .. n - 1 that count."""
+        targets = set(self.map.values())
+        return [k for k in range(n_labels) if self.is_closed or k not in self.void or k in targets]
+
+    def labels(self, seen: Mapping[int, str]) -> dict[int, int]:
+        """{value: label} of those values that count."""
+        return {
+            v: self.map.get(v, v) for v in seen if v in self.map or not (self.is_closed or v in self.void)
+        }
+
+    def table(self, n_labels: int) -> np.ndarray:
+        """[V] int32, as :class:`LabelSet` has it."""
+        number = {k: i for i, k in enumerate(self.counted(n_labels), 1)}
+        table = np.full(max(n_labels, VOID, *self.map, *self.void) + 1, UNKNOWN, np.int32)
+        if not self.is_closed:
+            table[list(number)] = list(number.values())
+        table[list(self.void)] = 0
+        for value, label in self.map.items():
+            table[value] = number[label]
+        return table
 
 
 def has(root: Path) -> bool:
     """Whether the folder has a training part."""
-    maps = first_folder(root, MAPS)
-    if maps is None or not (root / "images").is_dir():
-        return False
-    return first_folder(root / "images", PARTS["train"]) is not None or (root / "train.txt").is_file()
+    if (root / "train.txt").is_file():
+        return bool(_places(root, IMAGES) and _places(root, MAPS))
+    return bool(_places(root, IMAGES, "train") and _places(root, MAPS, "train"))
 
 
-def open_part(root: Path, part: str, n_classes: int = 0) -> LabelSet:
-    """One part, sorted by name or in the order of its list; ``n_classes`` and errors as for
-    ``open_label_set``."""
-    names = _names(root)
-    if n_classes and names and n_classes != len(names):
-        raise UserError(f"n_classes={n_classes}: {root / 'classes.txt'} names {len(names)} classes")
-    n_classes = n_classes or len(names) or _largest(_files(root, "train"), root)
-    table = np.full(max(n_classes, VOID) + 1, UNKNOWN, np.int32)
-    table[VOID] = 0
-    table[: n_classes + 1] = np.arange(n_classes + 1)
-    classes = names or tuple(map(str, range(1, n_classes + 1)))
-    return LabelSet(root.resolve().name, part, classes, _files(root, part), table, part)
+def open_part(root: Path, part: str, n_classes: int, rule: MaskRule) -> LabelSet:
+    """One part, sorted by name or in the order of its list; errors as for ``open_label_set``.
+
+    Args:
+        n_classes: how many classes count; 0: as many as are named, or else as the masks of both parts hold
+            (all are read).
+    """
+    meaning = _meaning(root, rule, n_classes)
+    if not (n_labels := _n_labels(root, meaning, n_classes)):
+        seen = _seen([*_pairs(root, "train", meaning), *_pairs(root, "val", meaning)], meaning)
+        n_labels = 1 + max(meaning.labels(seen).values(), default=0)
+    return _label_set(root, part, meaning, n_labels, _pairs(root, part, meaning))
 
 
-def _files(root: Path, part: str) -> Pairs:
-    maps = first_folder(root, MAPS)
-    if maps is None:
-        raise UserError(f"{root} has no folder {', '.join(MAPS)}")
-    images = root / "images"
-    if (within := first_folder(images, PARTS[part])) is not None:
-        maps_within = first_folder(maps, PARTS[part])
-        if maps_within is None:
-            raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images} has")
-        return paired(by_stem(within), maps_by_stem(maps_within))
-    file = root / f"{part}.txt"
-    if not file.is_file():
-        raise UserError(f"{root} has neither images/{' or images/'.join(PARTS[part])} nor {file.name}")
-    return paired(by_stem(images), maps_by_stem(maps), listed_stems(file), file)
+def open_parts(root: Path, n_classes: int, rule: MaskRule) -> tuple[LabelSet, LabelSet]:
+    """Both parts. Every mask is read, and what they hold is compared with what is said of them.
+
+    Raises:
+        UserError: fewer than two classes are ever seen; a label without a name, or names without a label.
+    """
+    meaning = _meaning(root, rule, n_classes)
+    n_labels = _n_labels(root, meaning, n_classes)
+    train, val = (_pairs(root, part, meaning) for part in PARTS)
+    seen = _seen([*train, *val], meaning)
+    labels, n_masks = meaning.labels(seen), len(train) + len(val)
+    if unknown := seen.keys() - labels.keys() - set(meaning.void):
+        value = min(unknown)
+        raise UserError(f"{seen[value]} holds the value {value}, which {LABELS} does not name{HINT}")
+    if len(set(labels.values())) < 2:
+        if set(seen) == {0, VOID} and VOID not in labels:
+            told = "its masks hold 0 and 255 alone, and 255 is not counted"
+            raise UserError(f"{root}: {told}; if 255 is the foreground, it must be 1: give --map 255=1")
+        told = f"fewer than two classes are ever seen in its {n_masks} masks, which hold {sorted(seen)[:9]}"
+        raise UserError(f"{root}: {told}; say what they mean by --map VALUE=LABEL, --void VALUE or {LABELS}")
+    largest, n_names, named_by = max(labels.values()), len(meaning.names), root / meaning.named_by
+    if n_names and largest >= n_names:
+        value = next(value for value, label in labels.items() if label == largest)
+        told = f"{named_by} names {n_names} labels, 0 to {n_names - 1}, but {seen[value]} holds {value}"
+        raise UserError(f"{told}: name it (line k names label k, from 0){HINT}")
+    if not n_classes and not meaning.is_closed and max(meaning.counted(n_names), default=0) > largest:
+        n = len(meaning.counted(n_names))
+        told = (
+            f"{named_by} names the labels 0 to {n_names - 1}, but the largest in {n_masks} masks is {largest}"
+        )
+        way = f"if that is right, say so by --classes {n} (posfield segment: num_classes={n})"
+        raise UserError(f"{told}; take out the names that are too much, or {way}")
+    if VOID in seen and largest > VOID and not (n_labels or rule.void):
+        raise UserError(
+            f"{root}: is 255 a label, as its masks hold {largest}, too? Give --void 255 or --void 65535"
+        )
+    n_labels = n_labels or largest + 1
+    return _label_set(root, "train", meaning, n_labels, train), _label_set(
+        root, "val", meaning, n_labels, val
+    )
 
 
-def _names(root: Path) -> tuple[str, ...]:
-    file = root / "classes.txt"
+def _label_set(root: Path, part: str, meaning: _Meaning, n_labels: int, files: Pairs) -> LabelSet:
+    names, said = meaning.names or [f"class {k}" for k in range(n_labels)], [part]
+    void = [
+        f"#{meaning.colors[value]:06x}" if meaning.colors else str(value) for value in sorted(meaning.void)
+    ]
+    said += [f"not counted: {void}"] * (void != [str(VOID)]) + [f"map: {meaning.map}"] * bool(meaning.map)
+    return LabelSet(
+        root.resolve().name, part, tuple(names[k] for k in meaning.counted(n_labels)), files,
+        meaning.table(n_labels), source=", ".join(said), folder=str(_only(root, IMAGES, part)),
+        named_by=meaning.named_by, void=", ".join(void), colors=meaning.colors, hint=HINT,
+    )  # fmt: skip
+
+
+def _n_labels(root: Path, meaning: _Meaning, n_classes: int) -> int:
+    """0: only the masks say it."""
+    if not meaning.names:
+        return next(n for n in range(n_classes, 2 * MAX_VALUE) if len(meaning.counted(n)) == n_classes)
+    if n_classes not in (0, n := len(meaning.counted(len(meaning.names)))):
+        told = f"{root / meaning.named_by} names {n} that count"
+        raise UserError(f"{told}, not {n_classes} classes, as is asked for; change one of them")
+    return len(meaning.names)
+
+
+def _seen(files: Pairs, meaning: _Meaning) -> dict[int, str]:
+    """{value: the first file that holds it}."""
+    found: dict[int, str] = {}
+    values = in_threads(lambda pair: np.unique(read_map(Path(pair[1]), meaning.colors)).tolist(), files)
+    for of_file, (_, file) in zip(values, files):
+        found = dict.fromkeys(of_file, file) | found
+    return found
+
+
+# --- where the files are ----------------------------------------------------------------------------------
+
+
+def _places(root: Path, kinds: tuple[str, ...], part: str = "") -> list[Path]:
+    """Folders of a part, or of all; ``test`` is that of ``val`` only where no other is."""
+    parts: list[tuple[str, ...]] = [
+        (f"{k}/{name}", f"{name}/{k}") for k in kinds for name in PARTS.get(part, ())
+    ]
+    found = [root / place for places in parts or [kinds] for place in places if (root / place).is_dir()]
+    return [place for place in found if "test" not in place.relative_to(root).parts] or found
+
+
+def _only(root: Path, kinds: tuple[str, ...], part: str) -> Path:
+    """The folder of a part's images or masks; of all, where a list says the part."""
+    found = _places(root, kinds, part) or _places(root, kinds)
+    if len(found) > 1:
+        told = " and ".join(str(place.relative_to(root)) for place in found)
+        raise UserError(f"{root} has {told}: take one away, so that it is clear which is meant")
+    if not found:
+        raise UserError(f"{root} has no folder {', '.join(kinds)}")
+    return found[0]
+
+
+def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
+    maps, images, file = _only(root, MAPS, part), _only(root, IMAGES, part), root / f"{part}.txt"
+    stems = None
+    if not _places(root, IMAGES, part):
+        if not file.is_file():
+            raise UserError(f"{root} has neither images/{' or images/'.join(PARTS[part])} nor {file.name}")
+        stems = listed_stems(file)
+    elif not _places(root, MAPS, part):
+        raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
+    found, masks = by_stem(images), maps_by_stem(maps)
+    rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
+    by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
+    best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))
+    if not best:
+        raise UserError(f"no mask is called {meaning.mask_name}; one is {next(iter(masks.values()))}")
+    return paired(found, best, stems, file if stems else "")
+
+
+# --- what their values mean -------------------------------------------------------------------------------
+
+
+def _meaning(root: Path, rule: MaskRule, n_classes: int) -> _Meaning:
+    file = root / LABELS
+    said = build(MaskRule, [read_yaml(file)], str(file)) if file.is_file() else MaskRule()
+    pairs = {_value(v, file): target for v, target in said.map.items()}
+    pairs |= {_value(v, "--map"): target for v, target in rule.map.items()}
+    void = {_value(v, "--void" if rule.void else file): NO_CLASS for v in rule.void or said.void}
+    if twice := [v for v in rule.map if rule.void and v in rule.void]:
+        raise UserError(f"{twice[0]} stands in --map and in --void; take it out of one of them")
+    pairs = {**void, **pairs}
+    targets = list(dict.fromkeys(target for target in said.map.values() if target != NO_CLASS))
+    by_name = bool(targets) and not all(target.isdecimal() for target in targets)
+    names, named_by = said.classes or (tuple(targets) if by_name else ()), LABELS
+    if not names:
+        names, named_by = _names(root / CLASSES), CLASSES
+    elif said.map and (
+        absent := [k for k, n in enumerate(names) if n not in targets and str(k) not in targets]
+    ):
+        raise UserError(
+            f"{file}: no value of map is class {names[absent[0]]!r}; name one, or take the class out"
+        )
+    if said.map and not names:
+        names, named_by = tuple(f"class {k}" for k in range(1 + max(map(int, targets), default=0))), NUMBERS
+    labels = {v: _label(target, names, v) for v, target in pairs.items() if target != NO_CLASS}
+    not_counted = [v for v, target in pairs.items() if target == NO_CLASS]
+    colors = tuple(sorted(v - COLOR for v in pairs if v >= COLOR))
+    if colors and len(colors) < len(pairs):
+        raise UserError(f"{file}: values and colors are both named; the masks hold one of them")
+    if not (not_counted or colors or VOID in labels or max(len(names), n_classes) > VOID):
+        not_counted = [VOID]
+    place = {color + COLOR: i for i, color in enumerate(colors)}
+    labels = {place.get(v, v): label for v, label in labels.items()}
+    return _Meaning(
+        labels, tuple(place.get(v, v) for v in not_counted), bool(said.map or colors), names,
+        named_by if names else NUMBERS, rule.mask_name or said.mask_name, colors,
+    )  # fmt: skip
+
+
+def _value(text: str, where: object) -> int:
+    """A stored value, or a color with the bit ``COLOR``."""
+    try:
+        if text.startswith("#") and len(text) == 7:
+            return COLOR + int(text[1:], 16)
+        numbers = [int(part) for part in text.split(",")]
+        if len(numbers) == 1 and 0 <= numbers[0] <= MAX_VALUE:
+            return numbers[0]
+        return COLOR + int.from_bytes(bytes(numbers), "big") if len(numbers) == 3 else int("")
+    except ValueError as error:
+        told = f"{text!r} is no value from 0 to {MAX_VALUE}, and no color such as '#804080'"
+        raise UserError(f"{where}: {told}") from error
+
+
+def _label(target: str, names: tuple[str, ...], value: int) -> int:
+    label = names.index(target) if target in names else int(target) if target.isdecimal() else MAX_VALUE
+    if label >= (len(names) or MAX_VALUE):
+        known = f"0 to {len(names) - 1}, {', '.join(names)}" if names else "0, 1, ..."
+        raise UserError(f"map: value {value} has the label {target!r}; there are {known}, and {NO_CLASS}")
+    return label
+
+
+def _names(file: Path) -> tuple[str, ...]:
     if not file.is_file():
         return ()
     try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no readable list of classes ({error})") from error
-    if len(set(names)) < len(names) or not names:
-        raise UserError(f"{file} names {len(set(names))} different classes in {len(names)} lines")
+    if len(set(names)) < len(names) or not all(names):
+        raise UserError(f"{file} names {len(set(names) - {''})} different classes in {len(names)} lines")
     return names
-
-
-def _largest(files: Pairs, root: Path) -> int:
-    """The largest value in the maps other than 255."""
-
-    def largest(pair: tuple[str, str]) -> int:
-        values = read_map(Path(pair[1]))
-        return int(values[values != VOID].max(initial=0))
-
-    most = max(in_threads(largest, files))
-    if most == 0:
-        raise UserError(f"no pixel of the {len(files)} training maps of {root} has a class")
-    return most

@@ -5,7 +5,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +33,11 @@ class LabelSet:
         source: what of the set was taken: its list of images (``trainaug``), its kind of maps
             (``stuffthingmaps``).
         departure: in what it is not the set of the published figures; empty: in nothing.
+        folder: of the images; all lie in it or below.
+        named_by: who names the classes: ``classes.txt``, ``labels.yaml``, their numbers, or the set itself.
+        void: the raw values that one's own masks do not count, as text.
+        colors: of maps whose colors are labels, :func:`~pretrain.data.datasets.maps.read_map`.
+        hint: what to do about an unknown value.
         on_read: is called after each item that was read, in its thread, with the number of all items.
     """
 
@@ -41,6 +48,11 @@ class LabelSet:
     table: NDArray[np.int32]
     source: str = ""
     departure: str = ""
+    folder: str = ""
+    named_by: str = "the set"
+    void: str = ""
+    colors: tuple[int, ...] = ()
+    hint: str = ""
     on_read: Callable[[int], object] = lambda n_items: None
 
     def __len__(self) -> int:
@@ -54,31 +66,53 @@ class LabelSet:
                 not know.
         """
         image, label_map = map(Path, self.files[index])
-        pixels = read_picture(image)
-        labels = self.labels_of(read_map(label_map), label_map)
+        pixels, labels = _read_image(image), self.read_labels(label_map)
         if labels.shape != pixels.shape[:2]:
-            sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its image {image} {pixels.shape[1]} x {pixels.shape[0]}"
-            raise UserError(
-                f"{label_map} has {sizes}"
-                + (" (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else "")
-            )
+            sizes = [f"{shape[1]} x {shape[0]}" for shape in (labels.shape, pixels.shape)]
+            turned = " (as EXIF turns it)" if labels.T.shape == pixels.shape[:2] else ""
+            raise UserError(f"{label_map} has {sizes[0]} pixels, its image {image} {sizes[1]}{turned}")
         self.on_read(len(self))
         return pixels, labels
 
-    def labels_of(self, values: NDArray[np.integer], file: Path) -> NDArray[np.int32]:
-        """The labels of raw values [H, W].
+    def read_labels(self, file: Path) -> NDArray[np.int32]:
+        """The labels [H, W] of a map.
 
         Raises:
-            UserError: names ``file`` and the value that the table does not hold.
+            UserError: the file cannot be read, or holds a value that the set does not know; names both.
         """
+        values = read_map(file, self.colors)
         if values.max() < len(self.table):
             labels = np.take(self.table, values)
             if labels.min() != UNKNOWN:
                 return labels
-        known = np.flatnonzero(self.table != UNKNOWN)
-        unknown = np.setdiff1d(values, known)[0]
-        raise UserError(
-            f"{file} holds the value {unknown}, which is none of {self.name} ({len(self.classes)} classes)"
+        unknown = np.setdiff1d(values, np.flatnonzero(self.table != UNKNOWN))[0]
+        told = f"{file} holds the value {unknown}, which is none of {self.name} ({len(self.classes)} classes)"
+        raise UserError(told + self.hint)
+
+    def check(self) -> None:
+        """Read all images and maps.
+
+        Raises:
+            UserError: names the first that is bad, as :meth:`read`; no pixel has a class.
+        """
+        if not any(list(in_threads(lambda index: bool(self.read(index)[1].any()), range(len(self))))):
+            where = Path(self.files[0][1]).parent
+            raise UserError(f"no pixel of the {len(self)} {self.part} masks in {where} has a class")
+
+    @property
+    def description(self) -> str:
+        """What ``result.json`` says of the labels: how many classes, who names them, what does not count."""
+        void = f", not counted: {self.void}" if self.void else ""
+        return f"{len(self.classes)} classes, named by {self.named_by}{void}"
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """What the maps store for each class: a value, or with ``colors`` red, green and blue; of several the last.
+        -1: nothing."""
+        stored = [np.flatnonzero(self.table == label) for label in range(1, len(self.classes) + 1)]
+        values = [int(of[-1]) if len(of) else -1 for of in stored]
+        return (
+            tuple(tuple(self.colors[v].to_bytes(3, "big")) for v in values) if self.colors else tuple(values)
         )
 
     def first(self, most: int) -> "LabelSet":
@@ -100,3 +134,13 @@ class LabelSet:
             while batch := list(islice(items, batch_size)):
                 images, labels = zip(*batch)
                 yield torch.stack(images), torch.stack(labels)  # [b, 3, side, side], [b, label, label]
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    """:func:`read_picture`, and TIFF, which images for pre-training are not."""
+    if file.suffix.lower() not in (".tif", ".tiff"):
+        return read_picture(file)
+    bgr = cv2.imread(str(file), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise UserError(f"{file} cannot be read (no such TIFF)")
+    return np.ascontiguousarray(bgr[..., ::-1])

@@ -1,4 +1,4 @@
-"""Pair images with label maps: folders are listed once, and no file is opened."""
+"""Pair images with label maps: folders are listed once, with all below them, and no file is opened."""
 
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 from pretrain.data.sources.files import SUFFIXES
 from pretrain.errors import UserError
 
-Pairs = Sequence[
-    tuple[str, str]
-]  # paths of image and label map of each item; as text, 118,287 pairs take half a second
+# Paths of image and label map of each item; as text, 118,287 pairs take half a second
+Pairs = Sequence[tuple[str, str]]
+IMAGE_SUFFIXES = (*SUFFIXES, ".tif", ".tiff")
 
 
 def first_folder(root: Path, names: Iterable[str]) -> Path | None:
@@ -17,24 +17,27 @@ def first_folder(root: Path, names: Iterable[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def by_stem(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
-    """{stem: path} of the files in a folder with one of these suffixes, without hidden ones.
+def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, str]:
+    """{stem: path} of the files in a folder and below with one of these suffixes, without hidden ones.
+
+    A stem has the folders in it: ``city/0001``.
 
     Raises:
         UserError: there is no such folder or file; two files differ only in their suffix.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder} cannot be listed (no such folder)")
     found: dict[str, str] = {}
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes and not name.startswith("."):
-            if stem in found:
-                twice = sorted((name, os.path.basename(found[stem])))
-                raise UserError(f"{folder} has two files {stem}: {' and '.join(twice)}")
-            found[stem] = os.path.join(folder, name)
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = "" if at == str(folder) else os.path.relpath(at, folder).replace(os.sep, "/") + "/"
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes and not name.startswith("."):
+                if inside + stem in found:
+                    twice = sorted((name, os.path.basename(found[inside + stem])))
+                    raise UserError(f"{folder} has two files {inside}{stem}: {' and '.join(twice)}")
+                found[inside + stem] = os.path.join(at, name)
     if not found:
         raise UserError(f"no {' or '.join('*' + suffix for suffix in suffixes)} in {folder}")
     return found
@@ -43,6 +46,17 @@ def by_stem(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
 def maps_by_stem(folder: Path) -> dict[str, str]:
     """The label maps of a folder, as :func:`by_stem`."""
     return by_stem(folder, (".png",))
+
+
+def named(files: dict[str, str], name: str) -> dict[str, str]:
+    """Those files whose name, without suffix, is of the form ``{stem}_mask``, by what ``{stem}`` stands for."""
+    before, after = name.split("{stem}")
+    parts = {file: os.path.split(file) for file in files}
+    return {
+        os.path.join(at, base[len(before) : len(base) - len(after)]): files[file]
+        for file, (at, base) in parts.items()
+        if len(base) > len(before) + len(after) and base.startswith(before) and base.endswith(after)
+    }
 
 
 def paired(
@@ -59,16 +73,11 @@ def paired(
         UserError: names the first image without a map, or map without an image, and their number.
     """
     wanted = sorted(images.keys() | maps.keys()) if stems is None else stems
-    some_image, some_map = next(iter(images.values())), next(iter(maps.values()))
-    named = f" of {listed}" if listed else ""
-    if alone := [stem for stem in wanted if stem not in images]:
-        raise UserError(
-            f"{len(alone)} label maps{named} have no image in {os.path.dirname(some_image)}; the first: {alone[0]}"
-        )
-    if alone := [stem for stem in wanted if stem not in maps]:
-        raise UserError(
-            f"{len(alone)} images{named} have no label map in {os.path.dirname(some_map)}; the first: {alone[0]}"
-        )
+    of = f" of {listed}" if listed else ""
+    for there, what, missing in ((images, "label maps", "image"), (maps, "images", "label map")):
+        if alone := [stem for stem in wanted if stem not in there]:
+            place = os.path.dirname(next(iter(there.values())))
+            raise UserError(f"{len(alone)} {what}{of} have no {missing} in {place}; the first: {alone[0]}")
     return [(images[stem], maps[stem]) for stem in wanted]
 
 
@@ -97,4 +106,4 @@ def listed_stems(file: Path) -> list[str]:
 def _stem(word: str) -> str:
     name = word.rpartition("/")[2]
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name

@@ -1,7 +1,8 @@
-"""Label maps: PNG files whose values (not colors) are labels."""
+"""Label maps: PNG files whose values are labels, or whose colors are."""
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,14 @@ MAX_MPX = 200.0  # million pixels, as of images
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # PIL spreads gray of 2 and 4 bits over 0 .. 255
 
 
-def read_map(file: Path) -> NDArray[np.integer]:
+def read_map(file: Path, colors: Sequence[int] = ()) -> NDArray[np.integer]:
     """The stored values [H, W] of a label map: gray levels (1 to 16 bits), or indices of a palette.
 
+    Args:
+        colors: of a map whose colors are labels, sorted, each as ``0xRRGGBB``: a value is a place among them.
+
     Raises:
-        UserError: names a file that is missing, broken, no PNG, or of several channels.
+        UserError: names a file that is missing, broken, no PNG, or of several channels or another color.
     """
     if not file.exists():
         raise UserError(f"no label map {file}")
@@ -36,14 +40,24 @@ def read_map(file: Path) -> NDArray[np.integer]:
                 )
             step = GRAY_STEPS.get(str(image.tile[0][3]), 1)
             check_png(data)
-            values = np.array(image)
+            values = np.array(image.convert("RGB") if colors else image)
     except Exception as error:  # PIL raises many kinds
-        raise UserError(
-            f"{file} cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({told})") from error
+    if colors:
+        return _places(values, np.array(colors), file)
     if values.ndim != 2:
-        raise UserError(f"{file} is no label map: it has {values.shape[-1]} channels")
+        told = f"it has {values.shape[-1]} channels; say in labels.yaml what its colors mean"
+        raise UserError(f"{file} is no label map: {told}")
     return values.astype(np.uint8) if values.dtype == bool else values // step if step > 1 else values
+
+
+def _places(pixels: NDArray[np.uint8], colors: NDArray[np.int64], file: Path) -> NDArray[np.integer]:
+    packed = pixels.astype(np.int64) @ [1 << 16, 1 << 8, 1]  # [H, W]
+    places = np.searchsorted(colors, packed).clip(max=len(colors) - 1)
+    if (unknown := packed[colors[places] != packed]).size:
+        raise UserError(f"{file} holds the color #{unknown[0]:06x}, which labels.yaml does not name")
+    return places
 
 
 def nearest(labels: NDArray[np.int32], rows_px: int, columns_px: int | None = None) -> Tensor:

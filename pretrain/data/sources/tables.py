@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pretrain.data.decode import BrokenImage
 from pretrain.data.sources.files import Handles, read_file, whole_files
 from pretrain.errors import UserError
-from pretrain.files import read_json
+from pretrain.files import read_mapping
 
 MAX_OPEN = 16  # parquet files a process
 MAX_GROUPS = 2  # row groups a process
@@ -199,11 +199,11 @@ def _folders(root: Path, split: str) -> list[Path]:
             raise UserError(
                 f"data.root: {root} holds neither state.json nor dataset_dict.json, so save_to_disk did not write it"
             )
-        own = read_json(root / "state.json", "data.root").get("_split")
+        own = read_mapping(root / "state.json", "data.root").get("_split")
         if split and split != own:
             raise UserError(f"data.split={split}: {root} is the data set of one split, {own}")
         return [root]
-    there = [str(name) for name in read_json(root / "dataset_dict.json", "data.root").get("splits", [])]
+    there = [str(name) for name in read_mapping(root / "dataset_dict.json", "data.root").get("splits", [])]
     wanted = split.split("+") if split else there
     if not set(wanted) <= set(there) or len(wanted) > 1 and not split:
         raise UserError(
@@ -214,7 +214,7 @@ def _folders(root: Path, split: str) -> list[Path]:
 
 def _data_files(folder: Path) -> list[Path]:
     """The arrow files of a data set, in their order."""
-    state = read_json(folder / "state.json", "data.root")
+    state = read_mapping(folder / "state.json", "data.root")
     if state.get("_indices_data_files"):
         said = "holds a selection of rows (_indices_data_files), which is not applied here"
         raise UserError(f"data.root: {folder / 'state.json'} {said}: save it again with flatten_indices()")

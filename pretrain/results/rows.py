@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from pretrain.results.schema import Protocol, Result, to_json
 
@@ -30,9 +31,8 @@ class Score:
         """The score over some values; None without any."""
         if not values:
             return None
-        return cls(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-        )
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, len(values))
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f} (n={self.n})")
@@ -87,6 +87,18 @@ class Measured:
         texts = [seeds_of(runs) for runs in self.groups if runs]
         return texts[0] if len(set(texts)) == 1 else "detection {}; segmentation {}".format(*texts)
 
+    def score(self, name: str) -> Score | None:
+        """A score by the name that the published csv has for it."""
+        return Score.of(self.groups[_group(name)], name.removeprefix("ade20k_"))
+
+    def protocol(self, name: str) -> Protocol | None:
+        """The protocol that a score was measured by."""
+        return self.protocols[1 + _group(name)]
+
+
+def _group(score: str) -> int:
+    return int(score in ("miou", "ade20k_miou"))
+
 
 def by_seed(run: Result, metric: str) -> dict[str, float]:
     """{seed: value} of a sweep's best setting, else of the run's own seed; nothing without the metric."""
@@ -111,10 +123,8 @@ def merge(results: Sequence[Result]) -> list[Measured]:
     for runs, before in alike(results, "detection", "segmentation"):
         detections = ranked([run for run in runs if run.kind == "detection"], "box_ap")
         segmentations = ranked([run for run in runs if run.kind == "segmentation"], "miou")
-        for i in range(max(len(detections), len(segmentations))):
-            detection = detections[i] if i < len(detections) else []
-            segmentation = segmentations[i] if i < len(segmentations) else []
-            merged.append(Measured((detection, segmentation), before))
+        pairs = zip_longest(detections, segmentations, fillvalue=list[Result]())
+        merged += [Measured(pair, before) for pair in pairs]
     return merged
 
 
@@ -130,9 +140,8 @@ def alike(results: Sequence[Result], *kinds: str) -> list[tuple[list[Result], Pr
         each group, with the protocol of its pre-training where that is known to have been scaled down.
     """
     results = list({to_json(result): result for result in results}.values())
-    pretraining = {
-        r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.protocol.deviations
-    }
+    scaled_down = (r for r in results if r.kind == "pretrain" and r.protocol.deviations)
+    pretraining: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in scaled_down}
     pretraining.pop(None, None)
     together: dict[tuple, list[Result]] = {}
     for r in sorted(results, key=lambda r: (r.seed, to_json(r))):
@@ -151,10 +160,8 @@ def _apart(runs: list[Result]) -> list[list[Result]]:
     seen = Counter((r.kind, r.protocol.identity, r.config_hash, r.seed) for r in runs)
     if max(seen.values()) == 1:
         return [runs]
-    return [
-        [r for r in runs if r.weights_hash == weights]
-        for weights in dict.fromkeys(r.weights_hash for r in runs)
-    ]
+    hashes = dict.fromkeys(r.weights_hash for r in runs)
+    return [[r for r in runs if r.weights_hash == weights] for weights in hashes]
 
 
 def ranked(runs: Sequence[Result], metric: str) -> list[list[Result]]:
