@@ -1,7 +1,7 @@
 """Fine-tune a backbone for detection, with Mask R-CNN, on COCO or on your own data in COCO's format.
 
 The protocol, on 8 GPUs or on one (the batch is 64 on both, and the schedule does not change):
-torchrun --nproc-per-node 8 posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 2
+torchrun --nproc-per-node 8 -m posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 2
 posfield detect --weights run/backbone.safetensors --data coco --output det --accumulate 16 --checkpointing
 
 To compare backbones at a tenth of the cost (or less, with the backbone frozen: coco10pct-frozen-12ep):

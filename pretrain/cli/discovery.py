@@ -2,8 +2,8 @@
 share of images it hits.
 
 posfield evaluate discovery --weights runs/x/backbone.safetensors --data sets/VOC2007 --output analysis/voc07
-posfield evaluate discovery --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt --method
-lost --output D
+posfield evaluate discovery --weights A.pth B.pth --data sets/coco --split train2014 --list coco_20k.txt \\
+    --method lost --output D
 
 --data is a Pascal VOC folder (trainval) or a COCO root. Images go in at their own size, padded to whole
 patches, as in the public code of both; --size scales their shorter side. Leaves corloc.csv and

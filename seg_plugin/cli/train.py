@@ -1,6 +1,6 @@
 """Fine-tune a backbone for segmentation with a linear decoder: ADE20K, another data set, or your own masks.
 
-posfield segment --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg python
+posfield segment --weights run/backbone.safetensors --data ADEChallengeData2016 --output seg
 posfield segment --weights run/backbone.safetensors --data VOCdevkit/VOC2012 --dataset voc_aug --output voc
 posfield segment --weights run/backbone.safetensors --data FOLDER --output mine --void 0,255
 
@@ -11,7 +11,7 @@ arguments of the backbone, backbone.depth=4.
 The protocol's result is the best of its grid of lr and weight decay, with several seeds for each setting:
 
 posfield segment --sweep --jobs 8 --weights W --data ADE --output sweep        (exit code 85: start it again)
-posfield submit --gpus 1 --array 16 -- posfield segment --sweep {index} --weights W --data ADE --output sweep --resume
+posfield submit --gpus 1 --array 16 -- segment --sweep {index} --weights W --data ADE --output sweep --resume
 """
 
 import argparse
@@ -27,6 +27,7 @@ from seg_plugin.sweep import run_point, status, sweep
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked."""
     parser = fine_tuning_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set")
     parser.add_argument(
