@@ -115,10 +115,8 @@ def _merge(name: str, checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict
         raise UserError(
             f"weights: {checkpoint.path} is {width} wide, but {name} is {usual['embed_dim']} wide"
         )
-    named, registers = (
-        re.search(r"_reg(\d+)$", name),
-        model_kwargs.get("n_registers", 0),
-    )  # a plain name allows any number
+    # a plain name allows any number
+    named, registers = (re.search(r"_reg(\d+)$", name), model_kwargs.get("n_registers", 0))
     if named and "n_registers" not in overrides and int(named[1]) != registers:
         raise UserError(f"weights: {checkpoint.path} has {registers} registers, but {name} has {named[1]}")
     if checkpoint.depth_is_counted and "depth" not in overrides and depth != usual["depth"]:

@@ -335,9 +335,8 @@ def _deviations(settings: TrainSettings, recipe: str) -> dict[str, list[Any]]:
     info = _info(recipe)
     said = [Layer("run", {"backbone": as_dict(settings.backbone)})]
     layers = [*_recipe(recipe), *_variants(model, said, info)]
-    own = Layer(
-        "run", {"backbone": {"weights": settings.backbone.weights}}
-    )  # a post-training is none without
+    # a post-training is none without
+    own = Layer("run", {"backbone": {"weights": settings.backbone.weights}})
     reference = build(model, [*layers, own])
     no_part = {*keys_where(model, "in_recipe", False), *info.free, "method"}
     found = {key: pair for key, pair in differences(reference, settings).items() if key not in no_part}

@@ -26,9 +26,8 @@ def choose_device(name: str) -> torch.device:
     if not has[name]:
         raise UserError(f"device: {name!r} is asked for, but torch sees none")
     if name == "cuda":
-        device = torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        )  # a task may see its own alone
+        # a task may see its own alone
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
@@ -39,9 +38,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
     """torch's deterministic algorithms, on or off: with them a resumed run equals an uninterrupted one."""
     switch: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # CUDA's matrix products need it before the first of them
+    # CUDA's matrix products need it before the first of them
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
     switch.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:

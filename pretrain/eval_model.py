@@ -75,12 +75,7 @@ class EvalModel:
         return before if (before.config_hash, before.weights_hash) == asked else None
 
     def write(
-        self,
-        folder: Path,
-        protocol: str,
-        settings: UsedSettings,
-        metrics: Mapping[str, Any],
-        started: float,
+        self, folder: Path, protocol: str, settings: UsedSettings, metrics: Mapping[str, Any], started: float
     ) -> None:
         """Leave ``folder/result.json``, of kind ``analysis``.
 

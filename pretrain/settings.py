@@ -597,9 +597,8 @@ def printed(settings: Settings, layers: Sequence[Layer] = ()) -> str:
             said = layer.comments.get(key, "")
             origins[key] = f"{layer.name}{': ' if said else ''}{said}"
     values, lines, group = flat(settings), list[str](), ""
-    for key, info, _ in sorted(
-        fields(type(settings)), key=lambda item: "." in item[0]
-    ):  # keys without a group first
+    # keys without a group first
+    for key, info, _ in sorted(fields(type(settings)), key=lambda item: "." in item[0]):
         parent, _, name = key.rpartition(".")
         if parent != group:
             depth = parent.count(".")
@@ -636,7 +635,6 @@ def _without_marks(schema: Any) -> Any:
     if isinstance(schema, dict):
         marks = {"title", "source", "in_recipe", "fixed", "settable"}
         kept = {k: v for k, v in schema.items() if k not in marks or isinstance(v, dict)}
-        return {
-            k: v if k == "default" else _without_marks(v) for k, v in kept.items()
-        }  # a default may hold such a key
+        # a default may hold such a key
+        return {k: v if k == "default" else _without_marks(v) for k, v in kept.items()}
     return [_without_marks(item) for item in schema] if isinstance(schema, list) else schema

@@ -59,9 +59,8 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         if trainer.iteration >= total_iters and (folder / "result.json").is_file():
             log(f"{folder} is finished ({read_result(folder).created})")
             return folder
-        with (
-            StopSignals() as signals
-        ):  # until here a signal simply ends the process: there is nothing to save
+        # until here a signal simply ends the process: there is nothing to save
+        with StopSignals() as signals:
             run = Run(trainer, dataset, before, signals)
             run.loop(min(total_iters, stop_after or total_iters))
         if trainer.iteration == total_iters:
@@ -222,13 +221,10 @@ class Run:
             signals,
         )
         self.now, self.started, self.folder = before, time.time(), Path(config.run.output)
-        self.broken, self.read = (
-            BrokenFiles(**before.broken),
-            BrokenFiles(),
-        )  # of the whole run; of this rank since the last look
-        self.pending: list[
-            tuple[int, dict[str, Tensor]]
-        ] = []  # losses not looked at yet, still on the device
+        # of the whole run; of this rank since the last look
+        self.broken, self.read = (BrokenFiles(**before.broken), BrokenFiles())
+        # losses not looked at yet, still on the device
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.probes = Probes(
             config.probes, config.data, config.backbone.patch_size, reads=distributed.is_main()
         )
@@ -236,9 +232,8 @@ class Run:
             never = f"method={config.method} as it is set never learns a position mask token"
             raise UserError(f"probes.position=true, but {never}; set probes.position=false")
         weights = config.backbone.weights if distributed.is_main() else ""
-        self.started_from = (
-            metadata(weights) if weights else {}
-        )  # looked at now: at the end of the run the file may be gone
+        # looked at now: at the end of the run the file may be gone
+        self.started_from = metadata(weights) if weights else {}
         self.folder.mkdir(parents=True, exist_ok=True)
         log = config.log
         self.writer = checkpoints.Writer(

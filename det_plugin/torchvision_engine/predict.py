@@ -14,12 +14,7 @@ from det_plugin.augment import evaluation_geometry
 from det_plugin.coco.masks import encode_mask
 from det_plugin.coco.metrics import Prediction
 from det_plugin.loader import to_tensor
-from det_plugin.torchvision_engine.folder import (
-    classes_of,
-    load_checkpoint,
-    protocol_of,
-    read_config,
-)
+from det_plugin.torchvision_engine.folder import classes_of, load_checkpoint, protocol_of, read_config
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
 from pretrain.errors import UserError

@@ -12,9 +12,8 @@ posfield benchmark seg       time_ratio, memory_ratio: our ViT over mmseg's
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+# read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import json
@@ -27,9 +26,8 @@ from pretrain.cli import fields_and_kwargs
 from pretrain.device import choose_device
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
 
-BOUNDS: dict[
-    str, dict[str, tuple[str, Any]]
-] = {  # what the project promises: at most, or for the data path at least
+# what the project promises: at most, or for the data path at least
+BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
     "data": {"cpu_ratio": ("at least", 3.5), "device_worker_ratio": ("at most", 1.3)},
     "step": {"method_over_baseline": ("at most", {"small": 1.10, "base": 1.05})},
     "heads": {"memory_ratio": ("at most", 0.5)},

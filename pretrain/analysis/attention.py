@@ -199,9 +199,8 @@ def row_blocks(
     for start in range(n_prefix, x.shape[1], block):
         queries = slice(start, start + block)
         of_block = None if buckets is None else buckets[queries]
-        yield over_patches(
-            attention.weights(q[:, :, queries], k, of_block).to(exact), n_prefix
-        )  # kept by no name
+        # kept by no name
+        yield over_patches(attention.weights(q[:, :, queries], k, of_block).to(exact), n_prefix)
 
 
 def streamed_statistics(

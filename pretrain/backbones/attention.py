@@ -12,9 +12,8 @@ from pretrain.backbones.relative import RelativePositions
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
 Shapes = Sequence[tuple[int, int]]  # of packed sequences: (how many, how long) for each length
-Buckets = (
-    Tensor | Sequence[Tensor | None] | None
-)  # of relative positions, [N, N]; of packed sequences one for each length
+# of relative positions, [N, N]; of packed sequences one for each length
+Buckets = Tensor | Sequence[Tensor | None] | None
 
 
 def choose_attention(name: str, relative_positions: bool = False) -> str:

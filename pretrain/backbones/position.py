@@ -37,9 +37,8 @@ def axis_weights(points: Tensor, n_samples: int, interpolation: str = "bicubic")
     distance = at - samples
     # Keys' cubic kernel with a = -1/2 is the only one that reproduces quadratics, hence linear fields,
     # exactly.
-    weights = (
-        keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)
-    )  # [..., L, n_samples + 4]
+    # [..., L, n_samples + 4]
+    weights = keys(distance) if interpolation == "bicubic" else (1 - distance.abs()).clamp(min=0)
     first, last = weights[..., :2].sum(-1, keepdim=True), weights[..., -2:].sum(-1, keepdim=True)
     return weights[..., 2:-2] + F.pad(first, (0, n_samples - 1)) + F.pad(last, (n_samples - 1, 0))
 
@@ -83,17 +82,15 @@ def sample_field(
     flips = None if flips is None else flips.to(field.device)
     x = patch_centers(boxes[:, 0], boxes[:, 2], width, flips)
     y = patch_centers(boxes[:, 1], boxes[:, 3], height)
-    with torch.autocast(
-        device_type=field.device.type, enabled=False
-    ):  # half a patch is 1% of an axis: keep float32
+    # half a patch is 1% of an axis: keep float32
+    with torch.autocast(device_type=field.device.type, enabled=False):
         r_x = axis_weights(x, field.shape[3], interpolation).to(field.dtype)  # [V, w, w_p]
         r_y = axis_weights(y, field.shape[2], interpolation).to(field.dtype)  # [V, h, h_p]
         # Two plain products with D innermost, so that nothing large is ever transposed.
         samples = field[0].permute(1, 2, 0)  # [h_p, w_p, D]
         rows = r_y.flatten(0, 1) @ samples.flatten(1)  # [V * h, w_p * D]
-        sampled = r_x.unsqueeze(1) @ rows.view(
-            len(boxes), height, *samples.shape[1:]
-        )  # [V, 1, w, w_p] @ [V, h, w_p, D]
+        # [V, 1, w, w_p] @ [V, h, w_p, D]
+        sampled = r_x.unsqueeze(1) @ rows.view(len(boxes), height, *samples.shape[1:])
     return sampled.flatten(1, 2)
 
 
@@ -138,10 +135,8 @@ def sincos_table(side: int, width: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64).unsqueeze(1) * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    columns, rows = (
-        axis.expand(side, -1, -1),
-        axis.unsqueeze(1).expand(-1, side, -1),
-    )  # [side, side, width / 2]
+    # [side, side, width / 2]
+    columns, rows = (axis.expand(side, -1, -1), axis.unsqueeze(1).expand(-1, side, -1))
     return torch.cat([columns, rows], dim=2).flatten(0, 1)
 
 

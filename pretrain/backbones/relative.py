@@ -23,9 +23,8 @@ RATIO = 1.9
 ALPHA, BETA, GAMMA = RATIO, 2 * RATIO, 8 * RATIO
 REACH = int(BETA)  # of the buckets along one side: -3 ... 3
 SIDE = 2 * REACH + 1
-SPECIAL = (
-    SIDE**2
-)  # the bucket of pairs with a special token; LoMaR has one such token, [CLS], and registers join it (ours)
+# the bucket of pairs with a special token; LoMaR has one such token, [CLS], and registers join it (ours)
+SPECIAL = SIDE**2
 N_BUCKETS = SPECIAL + 1
 
 

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from pretrain.backbones.attention import Shapes, choose_attention
 from pretrain.backbones.block import GELUS, Block
 from pretrain.backbones.checkpointing import run_block
-from pretrain.backbones.position import (
-    FIELD_INTERPOLATIONS,
-    GRID_INTERPOLATIONS,
-    resample_grid,
-    sample_field,
-)
+from pretrain.backbones.position import FIELD_INTERPOLATIONS, GRID_INTERPOLATIONS, resample_grid, sample_field
 from pretrain.backbones.relative import relative_buckets
 from pretrain.registry import BACKBONES
 
@@ -370,9 +365,8 @@ class ViT(nn.Module):
         if not self.training or self.drop_path == 0:
             return None
         depth = len(self.blocks)
-        keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(
-            -1, 1, 1
-        )  # filled there: no copy to wait for
+        # filled there: no copy to wait for
+        keep = 1 - torch.linspace(0, self.drop_path, depth, device=device).view(-1, 1, 1)
         factors = [(torch.rand(depth, 2, b, device=device) < keep) / keep for b, _ in shapes]
         return torch.cat(
             [f.unsqueeze(-1).expand(-1, -1, -1, n).flatten(2) for f, (_, n) in zip(factors, shapes)], 2

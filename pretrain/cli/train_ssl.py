@@ -3,9 +3,8 @@ run.output=runs/toy``."""
 
 import os
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+# read when torch starts: large pages on Linux, a twentieth of a step on the CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 

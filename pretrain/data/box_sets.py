@@ -104,9 +104,8 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
     """
     try:
         content = file.read_bytes()
-        if (
-            len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content
-        ):  # entities can expand without end
+        # entities can expand without end
+        if len(content) > MAX_XML_BYTES or b"<!DOCTYPE" in content or b"<!ENTITY" in content:
             raise UserError(f"{file}: an annotation has no document type, and at most {MAX_XML_BYTES} bytes")
         tree = ElementTree.fromstring(content)
     except (OSError, ElementTree.ParseError, ValueError) as error:

@@ -64,12 +64,10 @@ def centered_kernel(
     k = centered @ centered.mT  # [R, n, n]
     if kernel == "rbf":
         square = k.diagonal(dim1=1, dim2=2)  # [R, n]
-        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(
-            min=0
-        )  # squared, in units of the size
-        k = torch.expm1(
-            -distance * (x.shape[1] / (4 * bandwidth**2))
-        )  # K - 1: the centering does not see the 1, float32 does
+        # squared, in units of the size
+        distance = (square.unsqueeze(2) + square.unsqueeze(1) - 2 * k).clamp(min=0)
+        # K - 1: the centering does not see the 1, float32 does
+        k = torch.expm1(-distance * (x.shape[1] / (4 * bandwidth**2)))
     k = k - k.mean(1, keepdim=True)
     return k - k.mean(2, keepdim=True)
 

@@ -28,11 +28,7 @@ def normalized(patches: Tensor) -> Tensor:
 
 
 def masked_pixel_loss(
-    predictions: Tensor,
-    images: Tensor,
-    masked: Tensor,
-    patch_size: int,
-    normalize: bool = True,
+    predictions: Tensor, images: Tensor, masked: Tensor, patch_size: int, normalize: bool = True
 ) -> Tensor:
     """Mean squared error of the masked patches' pixels, a scalar; visible ones do not count (MAE, section 3).
 

@@ -41,9 +41,8 @@ from pretrain.views import ColorSettings, CropSettings, MaskSettings, PositionSe
 from pretrain.views.batch import Batch
 
 KINDS = ("content", "position")
-Targets = dict[
-    str, HeadOutput
-]  # head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+# head -> the teacher's output: ``image`` [G, B, d], ``content`` and ``position`` [M, d]
+Targets = dict[str, HeadOutput]
 Centers = dict[str, Tensor]  # head -> [1, K]
 
 
@@ -93,9 +92,8 @@ class Prepared:
 
     targets: list[Targets]  # of each micro-batch
     centers: Centers
-    neighbors: (
-        list[Tensor] | None
-    )  # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
+    # each micro-batch's global [CLS] of the student, [G, b, D], for KoLeo over several
+    neighbors: list[Tensor] | None
 
 
 class Intertwined(EMATeacher):

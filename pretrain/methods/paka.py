@@ -195,12 +195,10 @@ class PaKA(EMATeacher):
         views, alignment = batch.views, self.settings.alignment
         n_local = views.boxes.shape[1] - views.n_global
         device = views.boxes.device
-        own = (
-            parents(views.n_global, n_local, device) == torch.arange(views.n_global, device=device)[:, None]
-        )  # [G, L]
-        if (
-            self.settings.crops.local_rule == "same"
-        ):  # the crop itself: with a bin a patch and one point a bin, its very patches
+        # [G, L]
+        own = parents(views.n_global, n_local, device) == torch.arange(views.n_global, device=device)[:, None]
+        # the crop itself: with a bin a patch and one point a bin, its very patches
+        if self.settings.crops.local_rule == "same":
             whole = views.boxes[:, None, views.n_global :].expand(-1, views.n_global, -1, -1)
             return whole, own.expand(len(whole), -1, -1)
         regions, are = overlaps(

@@ -221,9 +221,8 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
     area = parent.prod(-1) * share
     size = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)
     size = np.rint(size).clip(1, parent)
-    slack = np.floor(
-        size * (1 - math.sqrt(rule.local_inside))
-    )  # sticking out by it on both axes leaves local_inside
+    # sticking out by it on both axes leaves local_inside
+    slack = np.floor(size * (1 - math.sqrt(rule.local_inside)))
     low = np.maximum(corner - slack, 0)
     high = np.minimum(corner + parent + slack, sizes_px[:, None, ::-1]) - size
     place = low + np.floor(u[..., -2:] * (high - low + 1))
@@ -269,9 +268,8 @@ def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves
         around = corners if rule.surround == "all" else corners[:, :n_global]
         corner = around[:, :, 0].min(1)
         size = around[:, :, 1].max(1) - corner  # [B, 2]
-    factor = np.minimum(
-        np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True)
-    )  # [B, 1]
+    # [B, 1]
+    factor = np.minimum(np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True))
     place = moves[:, 1:] * np.maximum(1 - factor * size, 0)
     moved: Array = (corners - corner[:, None, None]) * factor[:, None, None] + place[:, None, None]
     return moved.reshape(boxes.shape)

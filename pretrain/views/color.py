@@ -60,9 +60,8 @@ class ColorSettings(Settings):
         return self
 
 
-NO_COLOR = dict(
-    jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0)
-)  # pixels as they are
+# pixels as they are
+NO_COLOR = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0))
 
 
 class Color(NamedTuple):

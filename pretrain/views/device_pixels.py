@@ -74,9 +74,8 @@ class CanvasBatch(Record):
         if not boxes.shape[1]:
             return torch.zeros(0, 3, size_px, size_px, device=image.device)
         boxes_px = pixel_boxes(boxes, *self.sizes[:, :, None].unbind(1))
-        pixels = apply_colors(
-            crop_resize(image, boxes_px, flips, size_px), colors, self.rule
-        )  # [B, n, y, 3, x]
+        # [B, n, y, 3, x]
+        pixels = apply_colors(crop_resize(image, boxes_px, flips, size_px), colors, self.rule)
         return normalize(pixels.permute(1, 0, 3, 2, 4).flatten(0, 1))
 
 
@@ -125,9 +124,8 @@ def jitter(pixels: Tensor, colors: Colors) -> Tensor:
     hue: seven operations, not 4 x 4.
     """
     place_of_hue = (colors.order == HUE).int().argmax(-1)
-    blends = colors.order.gather(-1, torch.argsort((colors.order == HUE).int(), dim=-1, stable=True))[
-        ..., :3
-    ]  # in drawn order
+    # in drawn order
+    blends = colors.order.gather(-1, torch.argsort((colors.order == HUE).int(), dim=-1, stable=True))[..., :3]
     factors = torch.where(colors.jitter[..., None], colors.factors.gather(-1, blends), 1.0)
     for place in range(3):
         here = torch.where(place < place_of_hue, factors[..., place], 1.0)

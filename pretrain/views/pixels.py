@@ -30,9 +30,8 @@ def crop_resize(image: Pixels, box: tuple[int, int, int, int], flip: bool, size_
     asked."""
     left, top, right, bottom = box
     crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)[None]
-    crop = crop.contiguous(
-        memory_format=torch.channels_last
-    )  # torch's fast uint8 kernel needs this layout and keeps it
+    # torch's fast uint8 kernel needs this layout and keeps it
+    crop = crop.contiguous(memory_format=torch.channels_last)
     resized = F.interpolate(crop, (size_px, size_px), mode="bicubic", antialias=True)
     pixels: Pixels = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
     return cv2.flip(pixels, 1) if flip else pixels  # type: ignore[return-value]
@@ -57,9 +56,8 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
     """Turn the hue by ``shift`` of a full circle, in HSV and float32: eight bits a channel would cost several
     levels."""
-    hsv: NDArray[Any] = cv2.cvtColor(
-        image.astype(np.float32), cv2.COLOR_RGB2HSV
-    )  # value in levels, as it is linear
+    # value in levels, as it is linear
+    hsv: NDArray[Any] = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
     hsv[..., 0] += 360 * (shift % 1)  # degrees; the way back takes angles above 360, none below 0
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))  # type: ignore[return-value]
 
@@ -86,12 +84,8 @@ def _solarized(threshold: int) -> Pixels:
     return np.where(values < threshold, values, 255 - values)
 
 
-ADJUST = (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-    adjust_hue,
-)  # in the order of color.OPERATIONS
+# in the order of color.OPERATIONS
+ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 assert ADJUST[HUE] is adjust_hue
 
 

@@ -33,9 +33,8 @@ class Record:
 
     def to(self: R, device: torch.device) -> R:
         """The same record on another device, without waiting for the copies."""
-        return self.map(
-            lambda tensor: tensor.to(device, non_blocking=device.type != "cpu")
-        )  # the host would read too early
+        # the host would read too early
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors become arrays. A worker sends each tensor as a shared file, and a process can open

@@ -43,13 +43,10 @@ def overlaps(views: Views, global_grid: Grid, local_grid: Grid, min_patches: flo
         overlaps, [B, G, L] bool.
     """
     boxes = views.boxes
-    first, second = (
-        boxes[:, : views.n_global].unsqueeze(2),
-        boxes[:, views.n_global :].unsqueeze(1),
-    )  # [B, G, 1, 4], [B, 1, L, 4]
-    patch = torch.maximum(
-        _patch(first, global_grid), _patch(second, local_grid)
-    )  # [B, G, L, 2], the larger of the two
+    # [B, G, 1, 4], [B, 1, L, 4]
+    first, second = (boxes[:, : views.n_global].unsqueeze(2), boxes[:, views.n_global :].unsqueeze(1))
+    # [B, G, L, 2], the larger of the two
+    patch = torch.maximum(_patch(first, global_grid), _patch(second, local_grid))
     first, second = inset(first, global_grid), inset(second, local_grid)
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     are = ((high - low) >= (min_patches - TOLERANCE) * patch).all(-1)
@@ -77,9 +74,10 @@ def read_regions(
     Returns:
         [V, K, n_bins^2, D], in the dtype of ``patches``.
     """
+    # [V, K, n, h]
     rows = _bin_weights(
         boxes[:, 1], boxes[:, 3], regions[..., 1], regions[..., 3], grid[0], n_bins, n_samples
-    )  # [V, K, n, h]
+    )
     columns = _bin_weights(
         boxes[:, 0], boxes[:, 2], regions[..., 0], regions[..., 2], grid[1], n_bins, n_samples
     )

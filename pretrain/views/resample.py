@@ -27,9 +27,8 @@ def resize_weights(start: Tensor, size: Tensor, length: int, out: int, flip: Ten
     if flip is not None:
         target = torch.where(flip[..., None], out - target, target)
     scale = (size / out)[..., None, None]
-    sample = (
-        torch.arange(length, device=size.device, dtype=size.dtype) + 0.5 - start[..., None, None]
-    )  # [..., 1, length]
+    # [..., 1, length]
+    sample = torch.arange(length, device=size.device, dtype=size.dtype) + 0.5 - start[..., None, None]
     distance = (sample - target[..., None] * scale) / scale.clamp(min=1)  # [..., out, length]
     inside = (sample > 0) & (sample < size[..., None, None])
     weights = torch.where(inside, keys(distance), 0.0)
@@ -55,16 +54,14 @@ def blur_weights(sigma: Tensor, kernel_px: int, length: int) -> Tensor:
         [..., length, length].
     """
     offsets = torch.arange(kernel_px, device=sigma.device) - kernel_px // 2
-    kernel = torch.exp(
-        -0.5 * (offsets / sigma.clamp(min=1e-3)[..., None]) ** 2
-    )  # sigma 0: exp(-huge) = 0 but at the center
+    # sigma 0: exp(-huge) = 0 but at the center
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[..., None]) ** 2)
     kernel = kernel / kernel.sum(-1, keepdim=True)  # [..., kernel_px]
     places = torch.arange(length, device=sigma.device)[:, None] + offsets  # [length, kernel_px]
     places = places.abs()
     places = length - 1 - (length - 1 - places).abs()
-    taps = (places[..., None] == torch.arange(length, device=sigma.device)).to(
-        sigma.dtype
-    )  # [length, kernel_px, length]
+    # [length, kernel_px, length]
+    taps = (places[..., None] == torch.arange(length, device=sigma.device)).to(sigma.dtype)
     return (kernel @ taps.transpose(0, 1).flatten(1)).unflatten(-1, (length, length))
 
 
@@ -81,9 +78,8 @@ def sandwich(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
     n_images, n_views, height, _ = left.shape
     left, right = left.to(image.dtype), right.to(image.dtype)
     if image.dim() == 4:
-        half = torch.bmm(
-            left.flatten(1, 2), image.flatten(-2)
-        )  # [B, V y, 3 W]: one product for all views of an image
+        # [B, V y, 3 W]: one product for all views of an image
+        half = torch.bmm(left.flatten(1, 2), image.flatten(-2))
     else:
         half = torch.bmm(left.flatten(0, 1), image.flatten(0, 1).flatten(-2))  # [B V, y, 3 W]
     half = half.reshape(n_images * n_views, height * 3, -1)  # [B V, 3 y, W]
