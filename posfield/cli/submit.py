@@ -9,7 +9,7 @@ the number of the job.
 posfield submit --gpus 1 --array 16 -- segment --sweep {index} --weights W --data ADE --output seg --resume
 
 --dry-run shows the job where there is no SLURM; --local runs it on this machine. How it works:
-pretrain/jobs/slurm.py. Its path was tested against stand-ins of SLURM's commands, not on a cluster.
+pretrain/jobs/slurm.py.
 """
 
 import argparse

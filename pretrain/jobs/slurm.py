@@ -10,8 +10,7 @@ on to the command. A tool that listens (:mod:`pretrain.signals`) saves at its ne
 changes the job's command to one that resumes and puts the job back into the queue, where it keeps its number,
 its place and its folder. After a failed node SLURM itself restarts the job.
 
-Tested against stand-ins of sbatch, srun and scontrol, and with submitit's local executor; not on a cluster
-(there was none).
+Tested on a SLURM of two nodes on one machine (tests/test_slurm.py), and with submitit's local executor.
 """
 
 import os
@@ -127,9 +126,23 @@ class ToolJob:
             if task.global_rank > 0:
                 # no result, and no failure for which srun would kill the first task before it is done
                 sys.exit(0)
+            if is_ended(task.raw_job_id):
+                sys.exit(REQUEUE_CODE)
             requeue(notice, None)  # ends the first task
         elif code:
             raise RuntimeError(f"{' '.join(self.words[:2])} ended with exit code {code}")
+
+
+def is_ended(job_id: str) -> bool:
+    """Whether SLURM ends the job of this task for good, or puts it back itself: scancel, scontrol requeue, a
+    preemption without grace. scontrol requeue would bring a canceled job back. Not for its time limit, after
+    which the job still has KillWait to save in."""
+    asked = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T %r"]
+    try:
+        state, _, reason = subprocess.run(asked, capture_output=True, text=True).stdout.strip().partition(" ")
+    except OSError:  # no SLURM here
+        return False
+    return state not in ("", "RUNNING") and reason != "TimeLimit"
 
 
 def rank_environment(task: submitit.JobEnvironment) -> dict[str, str]:
@@ -214,7 +227,11 @@ def submit(jobs: Sequence[ToolJob], resources: Resources, folder: Path) -> list[
             instead = "--dry-run shows what would be submitted, --local runs it here"
             raise UserError(f"{program} is not on the PATH: {instead}")
     executor = slurm_executor(resources, folder)
+    # Where SLURM is, and outside of a job what its user says by SBATCH_ACCOUNT and the like.
+    names = ("SLURM_CONF",) if "SLURM_JOB_ID" in os.environ else ("SLURM_", "SBATCH_")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(names)}
     with submitit.helpers.clean_env():  # from within an interactive job: its variables are not the new job's
+        os.environ.update(kept)
         try:
             return [job.job_id for job in executor.submit_array(list(jobs))]
         except FailedJobError as error:

@@ -1,0 +1,187 @@
+"""posfield submit on a SLURM of two nodes: however a job is stopped, it ends in the files of a run that was left
+alone. See tests/slurm_cluster.py."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from photos import TINY, last, write_photos
+from slurm_cluster import NODES, Cluster, until, why_not
+from soak import bits, differences
+
+from pretrain.cli import command
+from runs_fixture import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is SLURM")]
+N_IT, AT_IT = 60, 15  # iterations of a run, and about when it is stopped
+WORDS = ["optim.batch_size=4", f"optim.epoch_iters={N_IT // 2}", "optim.epochs=2", "log.checkpoint_every=10"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder, Cluster(Path(folder)) as running:
+        yield running
+
+
+class Work:
+    """A folder of runs, and how they are submitted."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder = cluster, folder
+        self.photos = write_photos(folder / "photos")
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+
+    def words(self, name, *more):
+        words = last([*TINY, f"data.root={self.photos}", *WORDS, *more])
+        return ["pretrain", *words, f"run.output={self.folder / name}"]
+
+    def call(self, *line):
+        done = subprocess.run(line, env=self.environment, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def alone(self, name, *more, ranks=1):
+        """A run without SLURM that nothing happens to; its folder."""
+        if not (self.folder / name).exists():
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            python, *line = command(*self.words(name, *more))
+            self.call(*([python] if ranks == 1 else launcher), *line)
+        return self.folder / name
+
+    def submit(self, name, *more, start=(), options=()):
+        """The numbers of the jobs that were submitted."""
+        options = ["--gpus", "0", "--cpus", "1", "--hours", "1", "--folder", f"{self.folder}/jobs/%j", *options]
+        return re.search("submitted (.*);", self.call(*command("submit", *options, "--", *self.words(name, *start, *more))))[1].split(", ")
+
+    def n_lines(self, name):
+        path = self.folder / name / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def until_iteration(self, name, n=AT_IT):
+        until(lambda: self.n_lines(name) >= n, 90, f"iteration {n} of {name}: {self.said()}")
+
+    def processes(self, name):
+        """Numbers of the processes of a run."""
+        word, found = f"run.output={self.folder / name}".encode(), []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                if word in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+    def until_state(self, job, state, seconds=180):
+        until(lambda: self.cluster.state(job) == state, seconds, f"job {job} {state}")
+
+    def done(self, job, seconds=180):
+        """Return when a job has ended well; what it said."""
+        try:
+            until(lambda: self.cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds, job)
+        finally:
+            told = self.said(job)
+        assert self.cluster.state(job) == "COMPLETED", f"{self.cluster.state(job)}: {told}"
+        return told
+
+    def said(self, job=""):
+        """The logs of a job."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"jobs/*/{job}*.err")))[-9000:]
+
+    def equals(self, name, alone):
+        """The same files: log, last checkpoint, weights."""
+        ours = self.folder / name
+        assert differences(ours, alone) == []
+        assert contents(ours / "backbone.safetensors") == contents(alone / "backbone.safetensors")
+
+
+def contents(path):
+    """What a safetensors file says of itself, and the bits of its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {name: bits(file.get_tensor(name)) for name in file.keys()}
+
+
+@pytest.fixture(scope="module")
+def work(cluster, tmp_path_factory):
+    return Work(cluster, tmp_path_factory.mktemp("slurm"))
+
+
+def test_two_nodes(work):
+    (job,) = work.submit("nodes", options=["--nodes", "2"])
+    work.done(job)
+    work.equals("nodes", work.alone("alone2", ranks=2))
+
+
+def test_an_array(work):
+    jobs = work.submit("array{index}", "run.seed={index}", options=["--array", "2"])
+    for job, i in zip(jobs, range(2)):
+        work.done(job)
+        work.equals(f"array{i}", work.alone(f"alone_seed{i}", f"run.seed={i}"))
+
+
+def test_scontrol_requeue(work):
+    (job,) = work.submit("requeued")
+    work.until_iteration("requeued")
+    work.call("scontrol", "requeue", job)
+    said = work.done(job)
+    assert "going on from" in said and "Traceback" not in said
+    work.equals("requeued", work.alone("alone"))
+
+
+def test_scancel(work):
+    """It saves, and stays canceled."""
+    (job,) = work.submit("canceled")
+    work.until_iteration("canceled")
+    work.call("scancel", job)
+    work.until_state(job, "CANCELLED", 60)
+    assert "stopped: SIGTERM; saved at iteration" in work.said(job)
+    (job,) = work.submit("canceled", start=["--resume"])
+    assert "going on from" in work.done(job)
+    work.equals("canceled", work.alone("alone"))
+
+
+@pytest.mark.parametrize("partition", ["low", "patient"])
+def test_preemption(work, partition):
+    (job,) = work.submit(partition, options=["--partition", partition])
+    work.until_iteration(partition)
+    other = work.call("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 3").strip()
+    work.until_state(other, "COMPLETED")
+    said = work.done(job)
+    assert "going on from" in said and "Traceback" not in said
+    work.equals(partition, work.alone("alone"))
+
+
+def test_a_node_that_goes_down(work):
+    (job,) = work.submit("down", options=["--nodes", "2"])
+    work.until_iteration("down")
+    dead = list(NODES)[1]
+    work.cluster.kill_node(dead)
+    until(lambda: work.cluster.state(job) != "RUNNING", 120, "the job's end")
+    work.cluster.start_node(dead)
+    assert "going on from" in work.done(job)
+    work.equals("down", work.alone("alone2", ranks=2))
+
+
+def test_the_time_limit(work):
+    """A minute, with notice. The run is held still until the notice has come: however fast this machine is, it
+    is not done before."""
+    (job,) = work.submit("late", options=["--hours", str(1 / 60), "--notice-s", "10"])
+    work.until_iteration("late")
+    (pid,) = work.processes("late")
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: is_pending(pid, signal.SIGUSR1), 90, "the notice")
+    os.kill(pid, signal.SIGCONT)
+    said = work.done(job)
+    assert "stopped: SIGUSR1; saved at iteration" in said and "going on from" in said
+    work.equals("late", work.alone("alone"))
+
+
+def is_pending(pid, number):
+    """Whether a signal waits for a process."""
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
