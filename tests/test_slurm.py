@@ -167,18 +167,20 @@ def test_a_node_that_goes_down(work):
     work.equals("down", work.alone("alone2", ranks=2))
 
 
-def test_the_time_limit(work):
-    """A minute, with notice. The run is held still until the notice has come: however fast this machine is, it
-    is not done before."""
-    (job,) = work.submit("late", options=["--hours", str(1 / 60), "--notice-s", "10"])
-    work.until_iteration("late")
-    (pid,) = work.processes("late")
+@pytest.mark.parametrize("notice_s, number", [(10, signal.SIGUSR1), (0, signal.SIGTERM)])
+def test_the_time_limit(work, notice_s, number):
+    """With notice, and with the SIGTERM of its end alone. The run is held still until the signal has come:
+    however fast this machine is, it is not done before."""
+    name = f"late{notice_s}"
+    (job,) = work.submit(name, options=["--hours", str(2 / 60), "--notice-s", str(notice_s)])
+    work.until_iteration(name)
+    (pid,) = work.processes(name)
     os.kill(pid, signal.SIGSTOP)
-    until(lambda: is_pending(pid, signal.SIGUSR1), 90, "the notice")
+    until(lambda: is_pending(pid, number), 180, number.name)
     os.kill(pid, signal.SIGCONT)
     said = work.done(job)
-    assert "stopped: SIGUSR1; saved at iteration" in said and "going on from" in said
-    work.equals("late", work.alone("alone"))
+    assert f"stopped: {number.name}; saved at iteration" in said and "going on from" in said
+    work.equals(name, work.alone("alone"))
 
 
 def is_pending(pid, number):
