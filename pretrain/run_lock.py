@@ -1,4 +1,4 @@
-"""One process at a time works in a run's folder."""
+"""One process at a time works in a run's folder, and all of its ranks in the same one."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pretrain import distributed
 from pretrain.errors import UserError
 from pretrain.log import log
 
@@ -40,8 +41,41 @@ def run_lock(folder: str | Path) -> Iterator[None]:
                     "folder"
                 ) from error
             log(f"{folder}: this file system has no locks; let one process at a time work there")
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        file.truncate(0)
+        file.write(_me())
+        file.flush()
+        os.fsync(file.fileno())
         yield
+
+
+def check_seen(folder: str | Path) -> None:
+    """Every rank calls this under :func:`run_lock`, once the ranks have met: they must see one folder, not each
+    its own machine's of that name.
+
+    Raises:
+        UserError: on every rank, where one does not see the first rank's file; names the folder.
+    """
+    path = Path(folder) / NAME
+    first = distributed.gather_objects(_me())[0]
+    told = f"{path.absolute().parent} on {socket.gethostname()}"
+    # The first rank must not open the file again: closing it would set the lock free.
+    seen = distributed.is_main() or _content(path) == first
+    blind = [where for where in distributed.gather_objects(None if seen else told) if where]
+    if blind:
+        raise UserError(
+            f"{folder}: {blind[0]} is not the folder of the first process; all machines must see one folder"
+        )
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _content(path: Path) -> str:
+    """Of a file; nothing where there is none."""
+    try:
+        for folder in (path.parent.parent, path.parent):  # a look at them makes NFS ask its server anew
+            next(os.scandir(folder), None)
+        return path.read_text()
+    except OSError:
+        return ""

@@ -25,7 +25,7 @@ from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
-from pretrain.run_lock import run_lock
+from pretrain.run_lock import check_seen, run_lock
 from pretrain.schedules import effective_epochs
 from pretrain.settings import as_dict, compared, flat, keys_where
 from pretrain.signals import StopSignals
@@ -54,6 +54,7 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
     calm = deterministic(rule == "always" or rule == "cpu" and device.type == "cpu")
     with run_lock(config.run.output), calm:
         distributed.start(device.type)
+        check_seen(config.run.output)
         dataset = build_dataset(config)
         trainer = Trainer(config, Length.of(config, len(dataset)))
         before = prepare(trainer, len(dataset), resume)

@@ -18,7 +18,7 @@ from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
-from pretrain.run_lock import run_lock
+from pretrain.run_lock import check_seen, run_lock
 from pretrain.signals import StopSignals
 from pretrain.weights import backbone_name
 from seg_plugin.backbone import OF_THE_RUN
@@ -176,6 +176,7 @@ def _train(run: SegmentationRun, resume: bool) -> Path:
         with on_device(run.device) as device, StopSignals() as signals:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
+            check_seen(output)
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
             try:

@@ -31,6 +31,7 @@ from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
 from pretrain.log import log
 from pretrain.results.schema import FILE_NAME, read_result
+from pretrain.run_lock import check_seen
 
 
 def train(run: DetectionRun, resume: bool = False) -> Path:
@@ -43,6 +44,7 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     """
     device, recipe = choose_device(run.device).type, run.protocol
     distributed.start(device)
+    check_seen(run.output)
     seed_all_rng(run.seed)
     if recipe.amp and device != "cuda":
         log("warning: amp needs CUDA; the run is in float32")

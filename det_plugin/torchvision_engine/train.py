@@ -31,6 +31,7 @@ from pretrain.errors import Interrupted, UserError
 from pretrain.log import ProgressLine, log
 from pretrain.metrics_log import MetricsLog, Speed, is_logged, peak_memory_gb
 from pretrain.results.schema import FILE_NAME
+from pretrain.run_lock import check_seen
 from pretrain.signals import StopSignals
 from pretrain.weights import origin_of
 
@@ -50,6 +51,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     started = time.time()
     device = choose_device(run.device)
     distributed.start(device.type)
+    check_seen(run.output)
     trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
     config = resolved_config(run, trainer.vit, data.train)
