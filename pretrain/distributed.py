@@ -2,11 +2,13 @@
 machine and on many."""
 
 import os
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 _host: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on without waiting for their devices
 
@@ -16,21 +18,33 @@ def start(device: str) -> None:
     global _host
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
+        store, rank_, size = _rendezvous()
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and restarts != "0":
             # The agent's store outlives the ranks that it starts again, with the addresses of the dead in it.
             # (On several machines agents count apart: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for
             # torchrun, gives each attempt a new store.)
-            store, rank_, size = next(dist.rendezvous("env://"))
-            dist.init_process_group(
-                backend, store=dist.PrefixStore(f"restart_{restarts}", store), rank=rank_, world_size=size
-            )
-        else:
-            dist.init_process_group(backend)
+            store = dist.PrefixStore(f"restart_{restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=size)
     if dist.is_initialized():
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         _host = group
+
+
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Where the ranks meet, this rank, and how many there are. ``torchrun``'s own store serves every address of the
+    machine, as torch's does; one that the first rank serves on the loopback is there for this machine alone."""
+    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_agents or host != "localhost" and not host.startswith("127."):
+        return next(dist.rendezvous("env://"))
+    rank_, size, listener = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None
+    if rank_ == 0:
+        with socket.create_server((host, port), backlog=size) as server:
+            listener = server.detach()
+    store = dist.TCPStore(host, port, size, rank_ == 0, default_pg_timeout, master_listen_fd=listener)
+    return store, rank_, size
 
 
 def stop() -> None:

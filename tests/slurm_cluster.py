@@ -123,7 +123,9 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """Switch a node on."""
-        begin = f"hostname {name} && mount --bind {self.folder / 'hosts'} /etc/hosts && slurmd -D -N {name}; true"
+        begin = (
+            f"hostname {name} && mount --bind {self.folder / 'hosts'} /etc/hosts && slurmd -D -N {name}; true"
+        )
         own = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
         self._daemon(name, "unshare", *own, "bash", "-c", begin)
 
@@ -134,7 +136,11 @@ class Cluster:
 
     def wait_for_nodes(self) -> None:
         """Return when all nodes are idle."""
-        until(lambda: self.told("sinfo", "-hN", "-p", "low", "-o", "%T").split() == ["idle"] * len(NODES), 60, "nodes")
+        until(
+            lambda: self.told("sinfo", "-hN", "-p", "low", "-o", "%T").split() == ["idle"] * len(NODES),
+            60,
+            "nodes",
+        )
 
     def told(self, *command: str) -> str:
         """What one of SLURM's commands prints; empty where it fails."""

@@ -1,13 +1,18 @@
 """Several processes: they equal one, however the work is shared out, and come back when one dies."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from photos import TINY, last, write_photos
 from runs_fixture import ROOT, differences, torchrun
+from slurm_cluster import free_port, until
 
 from pretrain.config import load_config
+from pretrain.jobs.compare import TORCHRUN
 from pretrain.train import train
 from pretrain.weights import read_checkpoint
 
@@ -70,6 +75,60 @@ def test_fsdp2_equals_ddp_and_its_checkpoint_goes_on_anywhere(tmp_path, photos):
     # from the shards of iteration 2, on one process without shards
     train(load_config(None, last([*TINY, *sharded, f"run.output={tmp_path / 'fsdp'}"])), resume="2")
     assert differences(tmp_path / "ddp", tmp_path / "fsdp", 5) == []
+
+
+def listening():
+    """{port: addresses, as the system writes them} of all sockets that listen."""
+    found = {}
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(path).read_text().splitlines()[1:]:
+            (address, port), state = line.split()[1].split(":"), line.split()[3]
+            if state == "0A":
+                found.setdefault(int(port, 16), []).append(address)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="Linux says who listens")
+@pytest.mark.parametrize("how", ["a task of SLURM", "compare"])
+def test_ranks_of_one_machine_meet_on_the_loopback(tmp_path, how):
+    """No store serves any other address."""
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    words = [sys.executable, str(script), str(tmp_path / "port")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if how == "compare":
+        words[1:1] = TORCHRUN
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    else:
+        environment |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+    before = listening()
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE) as process:
+        until((tmp_path / "port").exists, 60, "the ranks")
+        now = {port: where for port, where in listening().items() if port not in before}
+        process.communicate(b"end")
+    port = int((tmp_path / "port").read_text())
+    assert now[port] == ["0100007F"] and not {"0" * 8, "0" * 32} & {
+        x for where in now.values() for x in where
+    }
+    assert process.returncode == 0
+
+
+MEET = """
+import os, sys
+from pathlib import Path
+from pretrain import distributed
+distributed.start("cpu")
+part = Path(sys.argv[1]).with_name("part")
+part.write_text(os.environ["MASTER_PORT"])
+part.rename(sys.argv[1])
+sys.stdin.read() if "TORCHELASTIC_RUN_ID" not in os.environ else __import__("time").sleep(3)
+distributed.stop()
+"""
 
 
 def test_another_number_of_ranks_goes_on_without_repeats(tmp_path, photos):

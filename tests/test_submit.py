@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -320,6 +320,20 @@ def test_only_the_requeue_code_of_the_first_rank_puts_the_job_back(task):
     assert end.value.code == 0 and calls == [signal.SIGUSR2]
 
 
+@pytest.mark.parametrize(
+    "said, is_put_back", [("RUNNING None", True), ("COMPLETING TimeLimit", True), ("COMPLETING None", False)]
+)
+def test_a_job_that_slurm_ends_stays_ended(tmp_path, task, monkeypatch, said, is_put_back):
+    """After scancel a job saves and leaves with the requeue code, too: it must not come back."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {said}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    calls = task(0, 1)
+    with nullcontext() if is_put_back else pytest.raises(SystemExit, match="85"):
+        python_job("raise SystemExit(85)")()
+    assert calls == [signal.SIGUSR2] * is_put_back
+
+
 NOTICE = (
     "import os, signal, time; os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getppid(), signal.SIGUSR2);"
 )
@@ -411,6 +425,22 @@ def test_the_whole_way_through_sbatch(submit, cluster, work, tmp_path, capsys):
     }
     results = {path.name for path in (work / "runs/jobs/4242").glob("*_result.pkl")}
     assert results == {"4242_0_result.pkl", "4242_1_result.pkl"}
+
+
+@pytest.mark.parametrize("job, kept", [("", {"SLURM_CONF", "SBATCH_ACCOUNT"}), ("7", {"SLURM_CONF"})])
+def test_sbatch_is_told_where_slurm_is(submit, cluster, tmp_path, monkeypatch, job, kept):
+    """From within a job too, whose other variables are not those of the new one."""
+    (cluster.parent / "bin" / "sbatch").write_text(
+        "#!/bin/sh\nenv > $RECORD/env; echo Submitted batch job 4242\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "a")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    submit(["--", str(write_tool(tmp_path))])
+    told = {line.partition("=")[0] for line in (cluster / "env").read_text().splitlines()}
+    assert {name for name in told if name.startswith(("SLURM_", "SBATCH_"))} == kept
 
 
 def test_the_script_of_an_array_is_shown_to_the_letter(submit, cluster, work, tmp_path, capsys):

@@ -26,13 +26,25 @@ class Machines:
 
     def start(self, words):
         """An agent on each."""
-        port, python_path = free_port(), os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        port, python_path = (
+            free_port(),
+            os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        )
         for i, folder in enumerate(self.folders):
-            line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={i}"]
+            line = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc-per-node=1",
+                f"--node-rank={i}",
+            ]
             line += ["--master-addr=127.0.0.1", f"--master-port={port}", f"--local-addr=127.0.0.{2 + i}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
             with open(folder / "said", "ab") as said:
-                agent = subprocess.Popen([*line, TOOL, *words], stdout=said, stderr=said, cwd=folder, env=environment)
+                agent = subprocess.Popen(
+                    [*line, TOOL, *words], stdout=said, stderr=said, cwd=folder, env=environment
+                )
             self.agents.append(agent)
         return self
 
@@ -46,7 +58,9 @@ class Machines:
     def kill(self, i):
         """A machine is gone: its agent, and the process that it started."""
         agent = self.agents[i]
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
+        )
         for pid in [agent.pid, *map(int, children.stdout.split())]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -31,6 +31,10 @@ from pretrain.results.tables import Line, Table
 from pretrain.weights.sources.posfield import FORMAT
 
 TABLES = {"csv": "csv", "tex": "latex", "html": "html", "md": "md"}  # {suffix: format}
+# torchrun for one machine: its agent needs a file alone, and the ranks meet on the loopback. (--standalone serves
+# every address of the machine, without a password.)
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+TORCHRUN += ["--local-addr=127.0.0.1"]
 
 # --- the weights -------------------------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ def plan(
             rest += ["--sweep", *(["--jobs", str(n_gpus)] if sweep_jobs is None else [INDEX])]
         line = command(name, *changed, *recipe, *rest)
         if n_gpus > 1 and sweep_jobs is None and not is_sweep:
-            line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_gpus)]
+            line[1:1] = [*TORCHRUN, "--nproc-per-node", str(n_gpus)]
         kept = [name, *recipe, *["--sweep"] * is_sweep, *changed, *of_entry.identity]
         identity, array = shlex.join(["posfield", *kept]), (sweep_jobs or 0) * is_sweep
         return FineTuning(name, folder, line, identity, array, entry=entry)

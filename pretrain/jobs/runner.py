@@ -126,7 +126,10 @@ class Runner:
                 if not locked(file, fcntl.LOCK_EX):
                     print(f"{log.with_suffix('')}: another process runs it", flush=True)
                     return REQUEUE_CODE
-                environment = None if gpus is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
+                # else torchrun's agent serves a store for its ranks, on every address of the machine
+                environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+                if gpus is not None:
+                    environment["CUDA_VISIBLE_DEVICES"] = gpus
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
                 self._running.add(process)
             try:
