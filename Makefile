@@ -2,7 +2,7 @@
 # make demo    photographs -> pre-training -> detection and segmentation fine-tuning -> table and report
 # make test    lint, types, import contracts, tests
 # make test-slow  the slow ones
-# make soak    a pre-training killed twenty times equals one that was not
+# make soak    a pre-training killed twenty times equals one that was not; SLURM (apt-get install slurm-wlm munge), two machines
 PYTHON ?= python3
 VENV ?= .venv
 WHEELHOUSE ?= $(HOME)/wheels
@@ -55,6 +55,7 @@ test-slow: setup
 
 soak: setup
 	$(BIN)/python tests/soak.py
+	$(BIN)/python -m pytest tests/test_slurm.py tests/test_two_agents.py
 
 # What make made, and nothing else that lies there
 clean:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from slurm_cluster import NODES, Cluster, until, why_not
 from soak import bits, differences
 
 from pretrain.cli import command
+from pretrain.results.schema import read_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is SLURM")]
 N_IT, AT_IT = 60, 15  # iterations of a run, and about when it is stopped
@@ -51,33 +51,19 @@ class Work:
     def alone(self, name, *more, ranks=1):
         """A run without SLURM that nothing happens to; its folder."""
         if not (self.folder / name).exists():
-            launcher = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={ranks}",
-            ]
+            several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             python, *line = command(*self.words(name, *more))
-            self.call(*([python] if ranks == 1 else launcher), *line)
+            self.call(python, *several * (ranks > 1), *line)
         return self.folder / name
 
     def submit(self, name, *more, start=(), options=()):
-        """The numbers of the jobs that were submitted."""
-        options = [
-            "--gpus",
-            "0",
-            "--cpus",
-            "1",
-            "--hours",
-            "1",
-            "--folder",
-            f"{self.folder}/jobs/%j",
-            *options,
-        ]
-        return re.search(
-            "submitted (.*);", self.call(*command("submit", *options, "--", *self.words(name, *start, *more)))
-        )[1].split(", ")
+        """Submit a pre-training; the numbers of its jobs."""
+        return self.submit_line(*options, "--", *self.words(name, *start, *more))
+
+    def submit_line(self, *line):
+        options = "--gpus 0 --cpus 1 --hours 1 --folder jobs/%j".split()
+        said = self.call(*command("submit", *options, *line))
+        return re.search("submitted (.*);", said)[1].split(", ")
 
     def n_lines(self, name):
         path = self.folder / name / "metrics.jsonl"
@@ -146,6 +132,25 @@ def test_an_array(work):
     for job, i in zip(jobs, range(2)):
         work.done(job)
         work.equals(f"array{i}", work.alone(f"alone_seed{i}", f"run.seed={i}"))
+
+
+def test_a_sweep_of_segmentation(work):
+    """An array whose jobs are the runs of its grid; the one that ends last writes the sweep's result."""
+    pytest.importorskip("mmseg")
+    from ade_fixture import write_ade
+    from test_seg_sweep import toy
+
+    data = write_ade(work.folder / "ade", n_train=2, n_val=2)
+    many, one = [
+        ["segment", *toy(work.folder / name, data, lr_grid="1e-3"), "--resume", "--sweep"]
+        for name in ("many", "one")
+    ]
+    for job in work.submit_line("--array", "2", "--", *many, "{index}"):
+        work.done(job)
+    work.call(*command(*one))
+    results = [read_result(work.folder / name / "out") for name in ("many", "one")]
+    assert results[0].metrics == results[1].metrics and results[0].metrics["seeds"] == 2
+    assert results[0].protocol == results[1].protocol
 
 
 def test_scontrol_requeue(work):
