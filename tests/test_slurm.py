@@ -17,6 +17,7 @@ from slurm_cluster import NODES, Cluster, until, why_not
 from soak import bits, differences
 
 from pretrain.cli import command
+from pretrain.jobs.stage import Stage
 from pretrain.results.schema import read_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "there is SLURM")]
@@ -162,12 +163,17 @@ def test_scontrol_requeue(work):
     work.equals("requeued", work.alone("alone"))
 
 
-def test_scancel(work):
-    """It saves, and stays canceled."""
+def test_scancel(work, monkeypatch):
+    """It saves, and stays canceled; a comparison sees by its number that it may be begun again."""
+    monkeypatch.setenv("SLURM_CONF", work.environment["SLURM_CONF"])
     (job,) = work.submit("canceled")
+    stage = Stage("pretrain", work.folder / "canceled", ["posfield"])
+    stage.note("job").write_text(job)
     work.until_iteration("canceled")
+    assert stage.state == f"in the queue (job {job})"
     work.call("scancel", job)
     work.until_state(job, "CANCELLED", 60)
+    assert stage.state == "begun"
     assert "stopped: SIGTERM; saved at iteration" in work.said(job)
     (job,) = work.submit("canceled", start=["--resume"])
     assert "going on from" in work.done(job)

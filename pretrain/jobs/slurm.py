@@ -8,7 +8,7 @@ Near the time limit, or when SLURM takes the nodes for someone else, the tasks g
 on to the command. A tool that listens (:mod:`pretrain.signals`) saves at its next step and leaves with
 :data:`pretrain.cli.REQUEUE_CODE`; a command that does not listen ends at once. In both cases the first task
 changes the job's command to one that resumes and puts the job back into the queue, where it keeps its number,
-its place and its folder. After a failed node SLURM itself restarts the job.
+its place and its folder; a canceled job stays canceled. After a failed node SLURM itself restarts the job.
 
 Tested on a SLURM of two nodes on one machine (tests/test_slurm.py), and with submitit's local executor.
 """
