@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import Any
 
@@ -32,22 +32,6 @@ def prepare() -> None:
     allow_checkpoint_classes()
 
 
-class _NoExtension(types.ModuleType):
-    """Stands in for ``mmcv._ext`` while ``mmcv.ops`` is imported. It has every function, and each says what
-    is missing."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def missing(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError(
-                f"mmcv.ops: {name} is compiled code, which mmcv-lite does not have; install the full mmcv"
-            )
-
-        return missing
-
-
 def import_ops_without_extension() -> None:
     """Import ``mmcv.ops`` if ``mmcv._ext`` is absent. Afterwards ``mmcv._ext`` is still absent.
 
@@ -55,20 +39,27 @@ def import_ops_without_extension() -> None:
     when called. mmengine and mmcv recognize the full mmcv by ``mmcv._ext``, so the stand-in must not outlive
     the import.
     """
-    if (
-        "mmcv.ops" in sys.modules
-        or importlib.util.find_spec("mmcv") is None
-        or importlib.util.find_spec(EXTENSION) is not None
-    ):
+    if "mmcv.ops" in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
-    package, name = importlib.import_module("mmcv"), EXTENSION.rpartition(".")[2]
+
     sys.modules[EXTENSION] = _NoExtension(EXTENSION)
     try:
         importlib.import_module("mmcv.ops")
     finally:
-        sys.modules.pop(EXTENSION, None)
-        if isinstance(vars(package).get(name), _NoExtension):
-            delattr(package, name)
+        del sys.modules[EXTENSION]
+
+
+class _NoExtension(types.ModuleType):
+    """Has every function, and each says what is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        def missing(*_: Any, **__: Any) -> Any:
+            told = "is compiled code, which mmcv-lite does not have; install the full mmcv"
+            raise RuntimeError(f"mmcv.ops: {name} {told}")
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return missing
 
 
 def allow_checkpoint_classes() -> None:

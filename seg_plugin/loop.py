@@ -17,7 +17,8 @@ from pretrain.signals import SIGNALS
 
 
 class DrawnIndex(int):
-    """The index of an image in its data set, and where in the run it was drawn.
+    """The index of an image in its data set, and where in the run it was drawn. It travels by pickle to the
+    data-loading processes.
 
     Attributes:
         seed: the run's.
@@ -32,20 +33,18 @@ class DrawnIndex(int):
         drawn.seed, drawn.position = seed, position
         return drawn
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle: it travels to the data-loading processes."""
-        return DrawnIndex, (int(self), self.seed, self.position)
+    def __getnewargs__(self) -> tuple[int, int, int]:
+        return int(self), self.seed, self.position
 
 
 @DATA_SAMPLERS.register_module()
 class PosfieldSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, the same images in the same order, as :class:`DrawnIndex`.
 
-    Attributes:
-        start: how many images of this process's share to skip: those that a resumed run has seen.
+    ``start`` images of this process's share are skipped: those that a resumed run has seen.
     """
 
-    start: int = 0
+    start = 0
 
     def __iter__(self) -> Iterator[DrawnIndex]:
         """From ``start`` on, without end. Process r of W has positions r, r + W, r + 2 W, ..."""
@@ -81,18 +80,15 @@ class PosfieldDataParallel(MMDistributedDataParallel):
     """
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
-        device = next(module.parameters()).device
-        ids = [device.index] if device.type == "cuda" else None
-        super().__init__(module, device_ids=ids, broadcast_buffers=False, **options)
+        super().__init__(module, broadcast_buffers=False, **options)
 
 
 @FUNCTIONS.register_module()
 def posfield_worker(number: int) -> None:
-    """Start of a data-loading process.
+    """Start of a data-loading process, which leaves signals to a training that listens to them
+    (:class:`pretrain.signals.StopSignals`).
 
-    A signal often goes to all processes of a job. If the training listens to it
-    (:class:`pretrain.signals.StopSignals`), the training decides when to stop, and a worker that dies would
-    end it before it has saved.
+    They often go to all processes of a job, and a worker that dies would end the training before it has saved.
     """
     if callable(signal.getsignal(signal.SIGTERM)):  # the parent's handler; torch's own are not Python's
         for name in (*SIGNALS, signal.SIGINT):
@@ -102,6 +98,5 @@ def posfield_worker(number: int) -> None:
 def end_workers(runner: Any) -> None:
     """End the data-loading processes. At exit Python would send them a signal that they ignore."""
     for loop in (runner._train_loop, runner._val_loop):
-        iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
-        if iterator is not None:
+        if iterator := getattr(getattr(loop, "dataloader", None), "_iterator", None):
             iterator._shutdown_workers()

@@ -206,7 +206,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
     old = {new: old for old, new in renamed.SEGMENTATION.items()}
     cfg = Config.fromfile(folder / "config.py")
     saved = next(hook for hook in cfg.custom_hooks if hook.type == "PosfieldRunHook")
-    before = deviations(cfg, saved.protocol, saved.origin.model_kwargs, 1)
+    before = deviations(cfg, saved.origin.model_kwargs, 1)
     saved.protocol = {old.get(key, key): value for key, value in saved.protocol.items()}
     saved.origin["backbone_flags"] = saved.origin.pop("model_kwargs")
     cfg.dump(folder / "config.py")
@@ -214,7 +214,7 @@ def test_a_run_saved_under_old_names_goes_on_and_is_read(ade, whole, tmp_path):
     hook = PosfieldRunHook(**{key: value for key, value in cfg.custom_hooks[0].items() if key != "type"})
     assert (
         "iterations_it" in hook.protocol
-        and deviations(cfg, hook.protocol, hook.origin["model_kwargs"], 1) == before
+        and deviations(cfg, hook.origin["model_kwargs"], 1) == before
     )
     assert len(dataset_of_run(load_segmenter(folder, "cpu").model, "validation")) == 3
     train(tiny_run(ade, folder, protocol=tiny(**NUMBERS)), resume=True)
