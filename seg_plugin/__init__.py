@@ -4,9 +4,8 @@ registers it."""
 from importlib.util import find_spec
 
 if absent := [name for name in ("mmengine", "mmcv", "mmseg") if find_spec(name) is None]:
-    raise ModuleNotFoundError(
-        f"seg_plugin needs {', '.join(absent)}: pip install 'posfield[seg]'", name=absent[0]
-    )
+    told = f"seg_plugin needs {', '.join(absent)}: pip install 'posfield[seg]'"
+    raise ModuleNotFoundError(told, name=absent[0])
 
 from seg_plugin.compat import prepare
 

@@ -74,8 +74,8 @@ def _model(
         ),
         backbone=dict(
             type="PosfieldViT", name=backbone, weights=None if weights is None else str(weights),
-            drop_path=p.drop_path, freeze=p.freeze_backbone, **model_kwargs,
-        ),
+            drop_path=p.drop_path, freeze=p.freeze_backbone,
+        ) | model_kwargs,
         decode_head=dict(  # without convolutions and concatenation it is one 1x1 convolution
             type="FCNHead", in_channels=width, channels=width, num_convs=0, concat_input=False, dropout_ratio=0.0,
             num_classes=p.num_classes, align_corners=False, ignore_index=p.ignore_index,
