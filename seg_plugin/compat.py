@@ -26,12 +26,6 @@ from pretrain.device import choose_device
 EXTENSION = "mmcv._ext"
 
 
-def prepare() -> None:
-    """Apply all of it. Idempotent."""
-    import_ops_without_extension()
-    allow_checkpoint_classes()
-
-
 def import_ops_without_extension() -> None:
     """Import ``mmcv.ops`` if ``mmcv._ext`` is absent. Afterwards ``mmcv._ext`` is still absent.
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmseg.datasets
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PhotoMetricDistortion
 from mmseg.registry import DATASETS as REGISTRY
 from mmseg.registry import TRANSFORMS
+from mmseg.utils import get_palette
 
 from pretrain.data.datasets import LabelSet, MaskRule, kind_of, open_label_set, open_label_sets
 from pretrain.data.datasets.public import ade_home
@@ -34,21 +34,19 @@ class Dataset(NamedTuple):
         protocol: the name of its protocol.
         kind: of the set (:data:`pretrain.data.datasets.KINDS`).
         counts: images of training and validation; None: not known.
-        colors: MMSegmentation's class, which knows the classes' colors.
     """
 
     protocol: str
     kind: str
     counts: tuple[int, int] | None = None
-    colors: str = ""
 
 
 # Counts are from MMSegmentation's configs and the data sets' own descriptions.
 DATASETS = {
-    "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000), "ADE20KDataset"),
-    "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449), "PascalVOCDataset"),
-    "voc_aug": Dataset("voc2012aug-40k", "voc2012", (10_582, 1_449), "PascalVOCDataset"),
-    "cityscapes": Dataset("cityscapes-80k", "cityscapes", (2_975, 500), "CityscapesDataset"),
+    "ade20k": Dataset("ade20k-160k", "ade20k", (20_210, 2_000)),
+    "voc": Dataset("voc2012-40k", "voc2012_train", (1_464, 1_449)),
+    "voc_aug": Dataset("voc2012aug-40k", "voc2012", (10_582, 1_449)),
+    "cityscapes": Dataset("cityscapes-80k", "cityscapes", (2_975, 500)),
     "own": Dataset(OWN, "folder"),
 }
 _BY_KIND = {"ade20k": "ade20k", "voc2012": "voc", "cityscapes": "cityscapes", "folder": "own"}
@@ -148,8 +146,7 @@ class PosfieldLabels(BaseSegDataset):
         self.labels = label_set(
             dict(data_root=data_root, part=part, kind=kind, n_classes=n_classes, masks=masks)
         )
-        known = next((d.colors for d in DATASETS.values() if d.kind == kind and d.colors), "")
-        palette = getattr(mmseg.datasets, known).METAINFO["palette"] if known else []
+        palette = get_palette(kind.partition("2012")[0]) if kind != "folder" else []
         metainfo = {"classes": self.labels.classes, "palette": palette, "values": self.labels.values}
         # With data_root it would join both
         prefix = {"img_path": self.labels.folder, "seg_map_path": ""}

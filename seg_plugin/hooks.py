@@ -189,7 +189,8 @@ class PosfieldRunHook(Hook):
 
 @METRIC_KINDS.register_module()
 class PosfieldIoU(IoUMetric):
-    """Adds up each class's intersection and union over the whole data set, then divides.
+    """Adds up each class's intersection and union over the whole data set, then divides. Processes take the
+    images in turns; each image counts once.
 
     Attributes:
         per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
@@ -198,17 +199,9 @@ class PosfieldIoU(IoUMetric):
 
     per_class: dict[str, float] = {}
 
-    def evaluate(self, size: int) -> dict[str, float]:
-        """The metrics of ``size`` images, on every process. The processes took the images in turns; each
-        image counts once.
-
-        mmengine exchanges results by files in the working directory, which machines may not share.
-        """
-        shares = distributed.gather_objects(self.results)
-        # All have one length: if the images do not divide, the sampler starts over after the last image.
-        metrics = self.compute_metrics([counts for turn in zip(*shares) for counts in turn][:size])
-        self.results.clear()
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()} if self.prefix else metrics
+    def __init__(self, **options: Any) -> None:
+        # The other way, "cpu", is files in the working directory, which machines may not share.
+        super().__init__(collect_device="gpu", **options)
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
