@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ class SegmentationRun:
         backbone: registry name.
         weights: the backbone's checkpoint; None: random initialization.
         data: folder of the protocol's data set (:mod:`pretrain.data.datasets`), or the folder around it.
-        output: run folder.
         protocol: the recipe (full or scaled down).
         device: ``auto`` | ``cpu`` | ``cuda``.
         workers: data-loading processes.
@@ -143,15 +143,13 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
             raise UserError(f"output: {output} {told}")
         cfg.resume, cfg.load_from = True, str(checkpoint)
     try:
-        with on_device(run.device) as device, StopSignals() as signals:
+        with on_device(run.device) as device, StopSignals() as signals, ExitStack() as at_end:
             # Before mmengine, which knows neither gloo nor a task with one GPU
             distributed.start(device.type)
             runner = Runner.from_cfg(cfg)
             runner.register_hook(StopHook(signals))
-            try:
-                runner.train()
-            finally:
-                end_workers(runner)
+            at_end.callback(end_workers, runner)
+            runner.train()
         distributed.barrier()  # until the main process has written the result
         distributed.stop()
     except Interrupted:
@@ -166,7 +164,6 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
 
 
 def _is_over(run: SegmentationRun, cfg: Config) -> bool:
-    """:func:`pretrain.results.runs.holds_result` of the run's folder, whatever checkpoints it has."""
     saved, changed = Path(run.output) / SETTINGS_FILE, None
     if saved.is_file():
         model_kwargs = {key: value for key, value in run.model_kwargs.items() if key not in OF_THE_RUN}
