@@ -1,5 +1,4 @@
-"""The registry's ViT as a backbone of MMSegmentation, ``PosfieldViT`` (our own name: mmseg has a
-``VisionTransformer`` too)."""
+"""The registry's ViT as a backbone of MMSegmentation (which has a ``VisionTransformer`` too): ``PosfieldViT``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,11 @@ class PosfieldViT(BaseModule):
 
     Args:
         name: registry name, ``vit_{tiny,small,base,large}_patch16``, ``..._reg4``.
-        weights: any checkpoint that ``build_for_fine_tuning`` reads. The constructor reads it, and mmengine's
-            ``init_weights`` changes nothing in this module.
+        weights: any checkpoint that ``build_for_fine_tuning`` reads, here; ``init_weights`` changes nothing.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, mmengine's way to say ``weights=FILE``.
         freeze: the ViT does not learn, drops no path, and makes no graph.
         checkpointing: recompute the blocks in the backward pass: less memory, the same numbers.
-        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``patch_size``,
-            ``pos_encoding``, ...).
+        model_kwargs: further arguments of ``build_for_fine_tuning`` (``drop_path``, ``pos_encoding``, ...).
 
     Attributes:
         vit: the :class:`pretrain.backbones.vit.ViT`.
@@ -56,11 +53,10 @@ class PosfieldViT(BaseModule):
             if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}:
                 told = "init_cfg can only be dict(type='Pretrained', checkpoint=FILE)"
                 raise UserError(f"backbone: {told}, not {dict(init_cfg)}")
-            file = init_cfg["checkpoint"]
             if weights is not None:
-                told = f"weights={str(weights)!r} and init_cfg's {file!r}"
-                raise UserError(f"backbone: {told} are both given; give one of them")
-            weights = file
+                told = f"weights={str(weights)!r} and init_cfg's {init_cfg['checkpoint']!r}"
+                raise UserError(f"backbone: {told} are both given")
+            weights = init_cfg["checkpoint"]
         self.weights = None if weights is None else str(weights)
         self.vit = build_for_fine_tuning(name, self.weights, **model_kwargs)
         self.vit.checkpointing = "full" if checkpointing else "none"

@@ -1,13 +1,10 @@
 """What MMSegmentation 1.2.2 needs to run on mmcv-lite and on today's torch. ``import seg_plugin`` applies it.
 
-* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext``. So importing ``mmcv.ops``,
-  and with it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >=
-  2.12.)
-* torch >= 2.6 reads checkpoints with ``weights_only=True``, and mmengine's hold a few objects besides
-  tensors.
+* mmcv-lite has the Python side of ``mmcv.ops`` but not the compiled ``mmcv._ext``, so importing ``mmcv.ops``, and with
+  it ``mmseg.models``, fails. (mmcv itself is source-only and does not compile against torch >= 2.12.)
+* torch >= 2.6 reads checkpoints with ``weights_only=True``, and mmengine's hold a few objects besides tensors.
 
-A full mmcv stays as it is, and so do the maintained forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation
-(same import names).
+A full mmcv stays as it is, as do the forks onedl-mmcv, onedl-mmengine, onedl-mmsegmentation (same import names).
 """
 
 import contextlib
@@ -29,9 +26,8 @@ EXTENSION = "mmcv._ext"
 def import_ops_without_extension() -> None:
     """Import ``mmcv.ops`` if ``mmcv._ext`` is absent. Afterwards ``mmcv._ext`` is still absent.
 
-    The pure Python operators (``point_sample``, ...) work. A compiled one raises a RuntimeError that names it
-    when called. mmengine and mmcv recognize the full mmcv by ``mmcv._ext``, so the stand-in must not outlive
-    the import.
+    The pure Python operators (``point_sample``, ...) work. A compiled one raises a RuntimeError that names it when
+    called. The stand-in must not outlive the import: mmengine and mmcv recognize the full mmcv by ``mmcv._ext``.
     """
     if "mmcv.ops" in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
@@ -57,12 +53,10 @@ class _NoExtension(types.ModuleType):
 
 
 def allow_checkpoint_classes() -> None:
-    """Allow what mmengine's own checkpoints hold besides tensors: the logged scalars, as NumPy arrays in
-    HistoryBuffers.
+    """Allow what mmengine's own checkpoints hold besides tensors: logged scalars, NumPy arrays in HistoryBuffers.
 
-    A HistoryBuffer refers to its own methods, which pickle writes as ``getattr(HistoryBuffer, "min")``. With
-    an open getattr a file could reach anything, so the name means :func:`_history_method` only.
-    ``weights_only`` stays on.
+    A HistoryBuffer refers to its own methods, which pickle writes as ``getattr(HistoryBuffer, "min")``. With an open
+    getattr a file could reach anything, so the name means :func:`_history_method` only. ``weights_only`` stays on.
     """
     import numpy as np
     from mmengine.logging import HistoryBuffer

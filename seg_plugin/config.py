@@ -151,8 +151,7 @@ def _data(p: SegmentationProtocol, root: str | Path, masks: MaskRule | None, wor
 
 
 def processes() -> int:
-    """How many processes share the batch, by torchrun or Slurm. mmengine's batch size is that of one
-    process."""
+    """How many processes share the batch, by torchrun or Slurm; mmengine's batch size is that of one."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
@@ -227,8 +226,7 @@ def _recipe(cfg: Config, processes: int) -> dict[str, Any]:
 
 
 def deviations(cfg: Config, model_kwargs: Mapping[str, Any], processes: int) -> dict[str, list[Any]]:
-    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's value, run's
-    value]}``.
+    """Where a config deviates from the protocol that it is named after: ``{field: [protocol's, run's]}``.
 
     Args:
         model_kwargs: arguments of the ViT that were given beside the checkpoint's.

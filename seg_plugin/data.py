@@ -28,17 +28,11 @@ PARTS = {"training": "train", "validation": "val"}  # the protocol's words, the 
 
 
 class Dataset(NamedTuple):
-    """A data set by name.
-
-    Attributes:
-        protocol: the name of its protocol.
-        kind: of the set (:data:`pretrain.data.datasets.KINDS`).
-        counts: images of training and validation; None: not known.
-    """
+    """A data set: the name of its protocol, and its kind (:data:`pretrain.data.datasets.KINDS`)."""
 
     protocol: str
     kind: str
-    counts: tuple[int, int] | None = None
+    counts: tuple[int, int] | None = None  # images of training and validation, where they are known
 
 
 # Counts are from MMSegmentation's configs and the data sets' own descriptions.
@@ -135,10 +129,8 @@ def label_set(values: Mapping[str, Any]) -> LabelSet:
 
 @REGISTRY.register_module()
 class PosfieldLabels(BaseSegDataset):
-    """A part of a labeled set (:class:`pretrain.data.datasets.LabelSet`) as MMSegmentation's data set.
-
-    Class k of the network is label k + 1 of the set, and what does not count is ``ignore_index``.
-    """
+    """A part of a labeled set (:class:`pretrain.data.datasets.LabelSet`) as MMSegmentation's data set: class k of the
+    network is label k + 1 of the set, and what does not count is ``ignore_index``."""
 
     def __init__(
         self, data_root: str, part: str, kind: str, n_classes: int, masks: Any = None, **options: Any
@@ -161,8 +153,8 @@ class PosfieldLabels(BaseSegDataset):
 
     def prepare_data(self, index: int) -> Any:
         """A sample, for which the pipeline also gets the set and the number of what is ignored."""
-        extra = {"label_set": self.labels, "ignore_index": self.ignore_index}
-        return self.pipeline({**self.get_data_info(index), **extra})
+        info = self.get_data_info(index)
+        return self.pipeline({**info, "label_set": self.labels, "ignore_index": self.ignore_index})
 
 
 @TRANSFORMS.register_module()

@@ -1,5 +1,4 @@
-"""Images of segmentations: image, ground truth, prediction, and the prediction over the image, with the
-classes' colors."""
+"""Images of segmentations: image, ground truth, prediction, and prediction over image, in the classes' colors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +30,8 @@ def draw_page(
 
 
 def palette_of(metainfo: Any) -> np.ndarray:
-    """Colors of the classes, [classes, 3] uint8.
-
-    Few classes get colors that are easy to tell apart; MMSegmentation may have drawn its own at random.
-    """
+    """Colors of the classes, [classes, 3] uint8: easy to tell apart if there are few. MMSegmentation may have drawn
+    its own at random."""
     count = len(metainfo["classes"])
     if count > 20:
         return np.array(metainfo["palette"], np.uint8)
@@ -45,8 +42,7 @@ def palette_of(metainfo: Any) -> np.ndarray:
 def draw(
     path: Path, rows: Sequence[Segmented], palette: np.ndarray, names: Sequence[str], *, overlay: bool = False
 ) -> None:
-    """Draw one row an image, with ground truth if there is any, and below a legend of the classes, the
-    largest first.
+    """Draw one row an image, with the truth if there is any, and below a legend of the classes, the largest first.
 
     Args:
         palette: [classes, 3] uint8.

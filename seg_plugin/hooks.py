@@ -1,9 +1,8 @@
 """What a run leaves in its folder. The config names the hook, so MMSegmentation's own launchers leave it too.
 
-``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``,
-``settings.json`` (the run's identity), and the saved config. It holds all arguments of the backbone, so it
-tests and resumes without the pre-training file. The metric is MMSegmentation's mIoU, but unrounded, and with each
-class's IoU.
+``metrics.jsonl`` (iteration, loss, lr; mIoU at each validation), ``result.json``, ``figures/``, ``settings.json`` (the
+run's identity), and the saved config, with all arguments of the backbone: it tests and resumes without the pre-training
+file. The metric is MMSegmentation's mIoU, but unrounded, and with each class's IoU.
 """
 
 import json
@@ -108,8 +107,7 @@ class PosfieldRunHook(Hook):
         runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed torch: what it draws in an iteration (dropped paths) only depends on (seed, iteration,
-        process)."""
+        """Seed torch: what it draws (dropped paths) only depends on (seed, iteration, process)."""
         word = np.random.SeedSequence((runner.seed, batch_idx, get_rank())).generate_state(1, np.uint64)
         torch.manual_seed(int(word[0]))
 
@@ -193,8 +191,7 @@ class PosfieldIoU(IoUMetric):
     images in turns; each image counts once.
 
     Attributes:
-        per_class: {class name: IoU in percent} of the last evaluation, without classes that are neither
-            present nor predicted.
+        per_class: {class name: IoU in percent} of the last evaluation, of classes that are present or predicted.
     """
 
     per_class: dict[str, float] = {}
@@ -205,10 +202,7 @@ class PosfieldIoU(IoUMetric):
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, float]:
         """mIoU, mAcc, aAcc in percent, from each image's (intersect, union, prediction, label) pixel counts
-        [classes].
-
-        The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc).
-        """
+        [classes]. The means leave out classes without a pixel (IoU) or without a labeled pixel (Acc)."""
         if self.format_only:
             return super().compute_metrics(results)
         intersect, union, _, label = (torch.stack(counts).double().sum(0) for counts in zip(*results))
@@ -220,8 +214,7 @@ class PosfieldIoU(IoUMetric):
 
 
 class StopHook(Hook):
-    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's
-    launchers."""
+    """Saves and stops on a signal. Only :func:`seg_plugin.run.train` adds it, not MMSegmentation's launchers."""
 
     priority = "LOWEST"  # after the schedules have stepped and CheckpointHook has saved, if it does
 

@@ -1,5 +1,4 @@
-"""The endless stream of training images, in which every image knows its place; the processes that share it; and
-the loop that resumes within it."""
+"""The endless stream of training images, each of which knows its place; who shares it; the loop that resumes in it."""
 
 import itertools
 import signal
@@ -55,11 +54,8 @@ class PosfieldSampler(InfiniteSampler):
 
 @LOOPS.register_module()
 class PosfieldTrainLoop(IterBasedTrainLoop):
-    """mmengine's loop, but resuming is fast. At iteration k mmengine loads and drops k batches: hours at k =
-    80,000.
-
-    Here only the sampler's indices are drawn. The images that follow are those of an uninterrupted run.
-    """
+    """mmengine's loop, which at iteration k loads and drops k batches, hours at k = 80,000. Here only the sampler's
+    indices are drawn. The images that follow are those of an uninterrupted run."""
 
     def run(self) -> Any:
         """Train from the current iteration to the last. Returns the model."""
@@ -74,10 +70,8 @@ class PosfieldTrainLoop(IterBasedTrainLoop):
 
 @MODEL_WRAPPERS.register_module()
 class PosfieldDataParallel(MMDistributedDataParallel):
-    """mmengine's, on the model's own device.
-
-    mmengine takes CUDA device number LOCAL_RANK, even if the process runs on the CPU or only sees one device.
-    """
+    """mmengine's, on the model's own device, not on CUDA device LOCAL_RANK: the process may run on the CPU or see
+    only one device."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
         super().__init__(module, broadcast_buffers=False, **options)

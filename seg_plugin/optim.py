@@ -40,8 +40,7 @@ def param_groups(
 class PosfieldOptimConstructor(DefaultOptimWrapperConstructor):
     """:func:`param_groups` for mmengine: ``paramwise_cfg=dict(layer_decay=1.0, decay_all=False)``.
 
-    mmengine's own rules (``norm_decay_mult``, ``custom_keys``) make a group for each tensor, so AdamW cannot
-    fuse its loops.
+    mmengine's own rules (``norm_decay_mult``, ...) make a group for each tensor: AdamW cannot fuse its loops.
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:

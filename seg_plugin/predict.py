@@ -89,9 +89,8 @@ def load_segmenter(run: str | Path, device: str = "auto") -> Segmenter:
     """
     folder = Path(run)
     if (folder / POINTS).is_dir():
-        raise UserError(
-            f"run: {folder} is a sweep; give one of its runs, {folder / POINTS}/lr_LR_wd_WD/seed_N"
-        )
+        one = folder / POINTS / "lr_LR_wd_WD" / "seed_N"
+        raise UserError(f"run: {folder} is a sweep; give one of its runs, {one}")
     configs, checkpoint = sorted(folder.glob("*.py")), newest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"run: {folder} holds no segmentation run: there is no checkpoint iter_N.pth")

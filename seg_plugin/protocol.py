@@ -150,11 +150,8 @@ def with_overrides(base: SegmentationProtocol, overrides: Mapping[str, Any]) -> 
 
 
 def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's,
-    run's]}``.
-
-    Any point of the protocol's grid is within the protocol.
-    """
+    """Fields in which a run differs from the protocol that it is named after: ``{field: [protocol's, run's]}``. Any
+    point of the protocol's grid is within the protocol."""
     full = protocol(run.name)
     within = {"lr": run.lr in full.lr_grid, "weight_decay": run.weight_decay in full.weight_decay_grid}
     within |= dict.fromkeys(OF_THE_DATA, run.name == OWN)
@@ -162,8 +159,7 @@ def deviations(run: SegmentationProtocol) -> dict[str, list[Any]]:
 
 
 def not_swept(run: SegmentationProtocol) -> dict[str, list[Any]]:
-    """The deviation that every single run has: the protocol's result is the best of its grid
-    (:mod:`seg_plugin.sweep`)."""
+    """The deviation of every single run: the protocol's result is its grid's best (:mod:`seg_plugin.sweep`)."""
     full = protocol(run.name)
     n_settings = len(full.lr_grid) * len(full.weight_decay_grid)
     return {SWEEP: [f"the best of {n_settings} settings x {full.seeds} seeds", "one setting, one seed"]}

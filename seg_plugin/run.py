@@ -105,10 +105,10 @@ def config(run: SegmentationRun) -> Config:
     values = segmenter_config(run.protocol, run.backbone, data_root=run.data, **how)
     # "pytorch" means several processes: torchrun or posfield submit set their ranks.
     launcher = "pytorch" if "RANK" in os.environ else "none"
-    wrapper = {"type": "PosfieldDataParallel"}
-    values |= dict(work_dir=str(run.output), launcher=launcher, model_wrapper_cfg=wrapper)
-    # The file name of the saved copy.
-    return Config(values, cfg_text="made by seg_plugin.run\n", filename="config.py")
+    values |= dict(
+        work_dir=str(run.output), launcher=launcher, model_wrapper_cfg={"type": "PosfieldDataParallel"}
+    )
+    return Config(values, cfg_text="made by seg_plugin.run\n", filename="config.py")  # of the saved copy
 
 
 def train(run: SegmentationRun, resume: bool = False) -> Path:

@@ -1,9 +1,8 @@
-"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean
-mIoU is its result.
+"""The protocol's sweep (B.3): every lr and weight decay of the grid, with several seeds each. The best mean mIoU is
+its result.
 
-Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines.
-The last one to end finds the results of all others and writes ``output/result.json``. Two that end at once
-write the same bytes.
+Each run has a folder, ``output/points/lr_LR_wd_WD/seed_N``. They can run in any order and on any machines. The last to
+end finds the results of all others and writes ``output/result.json``; two that end at once write the same bytes.
 """
 
 import os
@@ -64,8 +63,7 @@ def run_point(run: SegmentationRun, index: int) -> Path:
 
 
 def sweep(run: SegmentationRun, command: Sequence[str], n_at_once: int = 1) -> Path:
-    """Run what is left of the grid, ``n_at_once`` at a time, each in a process of its own. One that fails
-    stops no other.
+    """Run what is left of the grid, ``n_at_once`` at a time, each in its own process. A failure stops no other.
 
     Args:
         command: runs :func:`run_point`; the index is appended as a word.
@@ -102,12 +100,9 @@ def _check_folder(run: SegmentationRun) -> None:
 
 def status(run: SegmentationRun) -> str:
     """One line a run: its index, its folder, and its mIoU if it is finished."""
-    lines = []
-    for index, point in enumerate(points(run)):
-        is_done = (point.output / FILE_NAME).is_file()
-        miou = f"{read_result(point.output).metrics['miou']:.2f}" if is_done else "-"
-        lines.append(f"{index:3d}  {point.output}  {miou}")
-    return "\n".join(lines)
+    found = [point.output for point in points(run)]
+    done = [(at / FILE_NAME).is_file() and f"{read_result(at).metrics['miou']:.2f}" for at in found]
+    return "\n".join(f"{i:3d}  {at}  {miou or '-'}" for i, (at, miou) in enumerate(zip(found, done)))
 
 
 def conclude(run: SegmentationRun) -> Path | None:
@@ -134,8 +129,8 @@ def conclude(run: SegmentationRun) -> Path | None:
 
 def _deviations(result: Result) -> dict[str, list[Any]]:
     """A run's deviations, without its place in the grid. A changed grid shows in ``lr_grid``."""
-    own, all_ = (SWEEP, "lr", "weight_decay"), result.protocol.deviations
-    return {key: pair for key, pair in all_.items() if key not in own}
+    changed = result.protocol.deviations.items()
+    return {key: pair for key, pair in changed if key not in (SWEEP, "lr", "weight_decay")}
 
 
 def _summary(runs: list[SegmentationRun], results: list[Result]) -> Result:
