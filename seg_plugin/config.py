@@ -123,7 +123,7 @@ def _pipelines(p: SegmentationProtocol) -> dict[str, list[dict[str, Any]]]:
     resize = dict(type="Resize", scale=p.resize_px, keep_ratio=True)
     load = {"type": "LoadImageFromFile"}  # the name that MMSegmentation's own inference looks for
     # Labels come after Resize: the metric compares at the mask's own size.
-    parts = {"training": training, "validation": [image, resize, labels, pack]}
+    parts: dict[str, Any] = {"training": training, "validation": [image, resize, labels, pack]}
     return {**parts, "test": [load, resize, labels, pack], "unlabeled": [load, resize, pack]}
 
 

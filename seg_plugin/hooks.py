@@ -161,7 +161,7 @@ class PosfieldRunHook(Hook):
         file, title = self.folder / "figures" / "segmentations.png", "Segmentation of validation images"
         draw_page(file, rows, dataset.metainfo, title=title, caption=caption)
         evaluators = runner.val_loop.evaluator.metrics
-        per_class = next((metric.per_class for metric in evaluators if hasattr(metric, "per_class")), {})
+        per_class = next((metric.per_class for metric in evaluators if isinstance(metric, PosfieldIoU)), {})
         assert self.origin is not None
         name, version, changed = self.protocol["name"], self.protocol["version"], self.deviations
         whence = {key: self.origin[key] for key in ("method", "effective_epochs", "weights_hash")}

@@ -32,7 +32,7 @@ class DrawnIndex(int):
         drawn.seed, drawn.position = seed, position
         return drawn
 
-    def __getnewargs__(self) -> tuple[int, int, int]:
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
         return int(self), self.seed, self.position
 
 
