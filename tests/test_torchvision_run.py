@@ -375,7 +375,7 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
         lambda folder, state: saved.append(state["iteration"]),
     )
     train(make("seldom", eval_every=4))
-    monkeypatch.setattr("det_plugin.torchvision_engine.train.SAVE_PERIOD_S", -1)
+    monkeypatch.setattr("det_plugin.loop.SAVE_PERIOD_S", -1)
     train(make("often", eval_every=4))
     assert saved == [4, 1, 2, 3, 4]
 

@@ -5,20 +5,17 @@ The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_c
 can resume from them.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import HookBase
 
 from pretrain.errors import UserError
 from pretrain.files import replacing
 from pretrain.log import log
 
 LAST = "last_checkpoint"
-SAVE_PERIOD_S = 900  # the most that a killed process loses
 
 
 class WholeCheckpointer(DetectionCheckpointer):
@@ -33,40 +30,6 @@ class WholeCheckpointer(DetectionCheckpointer):
                 torch.save(state, file)
             with replacing(Path(self.save_dir) / LAST) as partial:
                 partial.write_text(f"{name}.pth")
-
-
-class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, every 15 minutes and at the end; keeps ``max_to_keep`` and the last.
-
-    Args:
-        start_iter: where this process begins. Files of earlier iterations count toward ``max_to_keep``.
-    """
-
-    def __init__(
-        self, checkpointer: WholeCheckpointer, start_iter: int, *, period: int, max_to_keep: int
-    ) -> None:
-        self.checkpointer, self.period, self.max_to_keep = checkpointer, period, max_to_keep
-        self.saved_s = time.monotonic()
-        files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
-        self.files = [file for file in files if file.stem < f"model_{start_iter:07d}"]
-
-    def after_step(self) -> None:
-        """Called by the trainer."""
-        it: int = self.trainer.iter
-        if (it + 1) % self.period == 0 or time.monotonic() - self.saved_s > SAVE_PERIOD_S:
-            self.save()
-        if it + 1 == self.trainer.max_iter:
-            self.checkpointer.save("model_final", iteration=it)
-
-    def save(self) -> None:
-        """Save the state after the trainer's current iteration."""
-        name = f"model_{self.trainer.iter:07d}"
-        self.checkpointer.save(name, iteration=self.trainer.iter)
-        file = Path(self.checkpointer.save_dir) / f"{name}.pth"
-        self.files = [*(f for f in self.files if f != file), file]
-        for old in self.files[: -self.max_to_keep]:
-            old.unlink(missing_ok=True)
-        self.files, self.saved_s = self.files[-self.max_to_keep :], time.monotonic()
 
 
 def last_whole(folder: Path) -> Path | None:

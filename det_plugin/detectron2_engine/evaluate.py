@@ -80,6 +80,7 @@ class ResultEvaluator(DatasetEvaluator):
         self.file, self.folder = locate(coco_root(root), "val").annotations, Path(output_dir)
         self.category_ids = list(read_classes(coco_root(root), "val"))
         self.found: list[Prediction] = []
+        self.metrics: dict[str, Any] = {}  # of the last evaluation, by our names
 
     def reset(self) -> None:
         """Forget the detections."""
@@ -97,7 +98,7 @@ class ResultEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         write_json(self.folder / PREDICTIONS, found)
-        metrics = coco_metrics(self.file, found)
+        metrics = self.metrics = coco_metrics(self.file, found)
         cfg = load_config(self.folder, ASKED)
         if has_event_storage():
             LazyConfig.save(resolved(cfg), str(self.folder / RESOLVED))
@@ -195,12 +196,12 @@ class TestBatches:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Run the config's evaluator on its test loader.
+    """Run the config's evaluator on its test loader; COCO's metrics, {} on all ranks but the first.
 
     Raises:
         UserError: an image cannot be used, also where a worker process meets it.
     """
     data, evaluator = TestBatches(instantiate(cfg.dataloader.test)), instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, data, evaluator)
+    inference_on_dataset(model, data, evaluator)
     distributed.barrier()  # of the hosts: in Detectron2's own barrier, NCCL would give up after ten minutes
-    return results
+    return evaluator.metrics  # type: ignore[no-any-return]

@@ -23,14 +23,14 @@ from det_plugin.detectron2_engine.saved_config import (
     resolved,
 )
 from det_plugin.detectron2_engine.trainer import fit
+from det_plugin.loop import micro_batch_size
 from det_plugin.protocol import with_overrides
 from det_plugin.run import DetectionRun
-from det_plugin.step import micro_batch_size
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.errors import UserError
 from pretrain.log import log
-from pretrain.results.schema import FILE_NAME, read_result
+from pretrain.results.schema import FILE_NAME
 
 
 def train(run: DetectionRun, resume: bool = False) -> Path:
@@ -73,7 +73,7 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
         LazyConfig.save(cfg, str(run.output / ASKED))
         LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
     with deterministic(device == "cpu"):
-        fit(cfg, model, accumulate=run.accumulate, resume=resume)
+        fit(cfg, model, run, resume=resume)
     return run.output / FILE_NAME
 
 
@@ -101,8 +101,7 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
         # The evaluator counts from the file's time
         started -= rest.get("trainer", {}).get("wall_time_s", 0.0)
         os.utime(output / ASKED, (started, started))
-    evaluate(cfg, model)
-    return read_result(output).metrics if distributed.is_main() else {}
+    return evaluate(cfg, model)
 
 
 def _start_logs(folder: Path) -> None:

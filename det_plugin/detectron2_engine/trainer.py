@@ -5,39 +5,29 @@ not been interrupted.
 """
 
 import logging
-import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
-from detectron2.utils.events import CommonMetricPrinter, EventStorage
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from omegaconf import DictConfig
 from torch import nn
 
-from det_plugin.detectron2_engine.checkpoint import Checkpoints, WholeCheckpointer, last_whole
+from det_plugin import loop
+from det_plugin.detectron2_engine.checkpoint import WholeCheckpointer, last_whole
 from det_plugin.detectron2_engine.evaluate import evaluate
 from det_plugin.detectron2_engine.saved_config import ASKED
-from det_plugin.step import averaging, mean_losses
+from det_plugin.loop import Show, averaging, mean_losses
+from det_plugin.run import DetectionRun
 from pretrain import distributed
-from pretrain.errors import Interrupted, UserError
-from pretrain.metrics_log import MetricsLog, is_logged, peak_memory_gb
-from pretrain.signals import StopSignals
-
-# Detectron2's names of what metrics.jsonl holds besides the loss_* terms.
-LOGGED = {
-    "total_loss": "loss",
-    "lr": "lr",
-    "bbox/AP": "box_ap",
-    "segm/AP": "mask_ap",
-    "bbox/AP50": "box_ap50",
-    "segm/AP50": "mask_ap50",
-}
+from pretrain.errors import UserError
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -64,52 +54,6 @@ class AccumulatingTrainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp)
         self.last: dict[str, float] = {}  # losses and learning rate of the last step, by Detectron2's names
 
-    def train(self, start_iter: int, max_iter: int, makes_up: bool = False) -> None:
-        """Iterations ``start_iter`` ... ``max_iter - 1``, then the evaluation.
-
-        Args:
-            makes_up: first evaluate and log the iteration before, whose process was killed.
-
-        Raises:
-            Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
-        """
-        logging.getLogger("detectron2").info(f"Starting training from iteration {start_iter}")
-        self.iter, self.start_iter, self.max_iter = start_iter, start_iter, max_iter
-        with EventStorage(start_iter) as self.storage, StopSignals() as signals:
-            try:
-                self.before_train()
-                if makes_up:
-                    self._end_of_step(start_iter - 1)
-                for self.iter in range(start_iter, max_iter):
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
-                    if signals.on_any_rank() and self.iter + 1 < max_iter:
-                        self._stop(signals)
-                self.iter = max_iter
-            except BaseException:
-                # Nothing to evaluate
-                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
-                raise
-            finally:
-                self.after_train()
-
-    def _end_of_step(self, it: int) -> None:
-        self.iter = self.storage.iter = it
-        for name, value in self.last.items():
-            self.storage.put_scalar(name, value, smoothing_hint=name != "lr")  # as in its own step
-        for hook in self._hooks:
-            if isinstance(hook, (hooks.EvalHook, MetricsLines)):
-                hook.after_step()
-
-    def _stop(self, signals: StopSignals) -> None:
-        for hook in self._hooks:
-            if isinstance(hook, Checkpoints):
-                hook.save()
-        distributed.barrier()  # if another rank ended first, the launcher would end this process, too
-        reason = signals.received or "another rank was signalled"
-        raise Interrupted(f"{reason}; saved at iteration {self.iter + 1}")
-
     def run_step(self) -> None:
         """One update.
 
@@ -118,11 +62,11 @@ class AccumulatingTrainer(SimpleTrainer):
                 those before the step.
         """
         self.optimizer.zero_grad()
-        waited_s, terms = 0.0, []
+        self.waited_s, terms = 0.0, []
         for part in range(self.accumulate):
             start = time.perf_counter()
             samples = next(self._data_loader_iter)
-            waited_s += time.perf_counter() - start
+            self.waited_s += time.perf_counter() - start
             with averaging(self.model, now=part + 1 == self.accumulate):
                 with torch.autocast("cuda", torch.float16, enabled=self.amp):
                     losses = self.model(samples)
@@ -131,9 +75,13 @@ class AccumulatingTrainer(SimpleTrainer):
         values = mean_losses(terms, self.iter)
         losses = {"total_loss": sum(values.values()), **values}
         self.last = {**losses, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
-        self.storage.put_scalars(data_time=waited_s, **losses)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The last losses and learning rate by the log's names; {} after another trainer's checkpoint."""
+        return {"loss" if name == "total_loss" else name: value for name, value in self.last.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of Detectron2's AMPTrainer, with the last losses and the time so far."""
@@ -149,56 +97,44 @@ class AccumulatingTrainer(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class MetricsLines(HookBase):
-    """Writes ``metrics.jsonl`` (iteration, losses, lr, AP where it was evaluated) and ``speed.jsonl``.
+class _Engine:
+    """:class:`det_plugin.loop.Engine` of Detectron2's trainer, from its ``start_iter`` on."""
 
-    Args:
-        start_it: the first iteration of this process. Lines from it on are dropped.
-        periods_it: of the lines and of the evaluations.
-        batch_size: images an iteration, over all ranks.
-    """
+    splits_last = True
 
     def __init__(
-        self, folder: Path, start_it: int, periods_it: tuple[int, int], batch_size: int, device: torch.device
+        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, trainer: AccumulatingTrainer
     ) -> None:
-        self.log = MetricsLog(folder, start_it, tensorboard=True)
-        self.periods_it, self.batch_size, self.device = periods_it, batch_size, device
+        self.cfg, self.model, self.trainer, self.log_period = cfg, model, trainer, cfg.train.log_period
+        self.iteration, how = trainer.start_iter, (1, trainer.max_iter, cfg.train.checkpointer.max_to_keep)
+        self.saver = PeriodicCheckpointer(checkpointer, *how)
+        files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
+        before = (file for file in files if file.stem < f"model_{self.iteration:07d}")
+        self.saver.recent_checkpoints = list(map(str, before))
+        trainer.before_train()
 
-    def after_step(self) -> None:
-        """Called by the trainer."""
-        done = self.trainer.iter + 1
-        if any(done % period == 0 for period in self.periods_it) or done == self.trainer.max_iter:
-            self._write()
+    def step(self) -> tuple[dict[str, float], float]:
+        self.trainer.iter = self.iteration
+        self.trainer.before_step()
+        self.trainer.run_step()
+        self.trainer.after_step()
+        self.iteration += 1
+        return self.trainer.terms, self.trainer.waited_s
 
-    def after_train(self) -> None:
-        """Write the last evaluation's line, and everything to disk."""
-        if self.trainer.iter == self.trainer.max_iter:
-            self._write()
-        self.log.close()
+    def evaluate(self, show: Show | None) -> dict[str, Any]:
+        self.trainer.storage.iter = self.iteration
+        return evaluate(self.cfg, self.model)
 
-    def _write(self) -> None:
-        storage = self.trainer.storage
-        found = {key: value for key, (value, it) in storage.latest().items() if it == storage.iter}
-        values = {
-            LOGGED.get(key, key): float(value)
-            for key, value in found.items()
-            if (key in LOGGED or key.startswith("loss_")) and math.isfinite(value)
-        }
-        if values:
-            self.log.write("metrics", storage.iter, values)
-        if found.get("time"):  # seconds an iteration, by Detectron2's timer
-            speed = {"img_per_s": self.batch_size / found["time"]}
-            speed["peak_memory_gb"] = peak_memory_gb(self.device)
-            self.log.write("speed", storage.iter, speed)
-        self.log.flush()
+    def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
+        self.saver.step(self.trainer.iter)  # the trainer's state holds both
 
 
-def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> None:
+def fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, *, resume: bool) -> None:
     """Train a detector by its config, on all ranks, and evaluate it.
 
     Args:
         model: ``instantiate(cfg.model)`` on its device.
-        accumulate: parts of a rank's batch.
+        run: what the config was made from.
         resume: continue from the last checkpoint of ``train.output_dir``, if there is one.
 
     Raises:
@@ -210,30 +146,23 @@ def fit(cfg: DictConfig, model: nn.Module, *, accumulate: int, resume: bool) -> 
     optimizer = instantiate(cfg.optimizer)
     ids = [device.index] if device.type == "cuda" else None
     ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
-    parts = instantiate(cfg.dataloader.train).parts(accumulate)
-    trainer = AccumulatingTrainer(ranks, parts, optimizer, accumulate=accumulate, amp=cfg.train.amp.enabled)
-    scheduler = hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))
-    trainer.register_hooks([hooks.IterationTimer(), scheduler])
+    parts = instantiate(cfg.dataloader.train).parts(run.accumulate)
+    how = dict[str, Any](accumulate=run.accumulate, amp=cfg.train.amp.enabled)
+    trainer = AccumulatingTrainer(ranks, parts, optimizer, **how)
+    trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
     checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
     # The same for all ranks
     last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]
-    start_it, makes_up = 0, False
     if last is not None:
         if distributed.any_over_ranks(not last.is_file()):
             raise UserError(f"output: not every process finds {last}; all machines must see one folder")
         checkpointer.load(str(last))
-        start_it = trainer.iter + 1
-        makes_up = distributed.any_over_ranks(distributed.is_main() and not is_logged(folder, start_it - 1))
-    evaluation = hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))
-    if distributed.is_main():
-        # The evaluator counts the run's time from here
+    start_it = 0 if last is None else trainer.iter + 1
+    trainer.iter, trainer.start_iter, trainer.max_iter = start_it, start_it, run.protocol.max_iters
+    logging.getLogger("detectron2").info(f"Starting training from iteration {start_it}")
+    if distributed.is_main():  # the evaluator counts the run's time from here
         os.utime(folder / ASKED, (trainer.started, trainer.started))
-        periods_it = cfg.train.log_period, cfg.train.eval_period
-        lines = MetricsLines(folder, start_it, periods_it, cfg.dataloader.train.total_batch_size, device)
-        printer = hooks.PeriodicWriter([CommonMetricPrinter(cfg.train.max_iter)], cfg.train.log_period)
-        saver = Checkpoints(checkpointer, start_it, **cfg.train.checkpointer)
-        trainer.register_hooks([saver, evaluation, lines, printer])
-    else:
-        trainer.register_hooks([evaluation])
-    with closing(parts):  # ends its workers; they would keep a stopped process alive
-        trainer.train(start_it, cfg.train.max_iter, makes_up)
+    # Ends its workers, too; they would keep a stopped process alive
+    with EventStorage(start_it) as trainer.storage, closing(parts):
+        engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
+        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter)

@@ -1,7 +1,6 @@
 """The evaluation of a split: predictions of all ranks, and COCO's metrics of them."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from det_plugin.coco.annotations import CocoSplit
 from det_plugin.coco.metrics import Prediction, coco_metrics
 from det_plugin.loader import batches
+from det_plugin.loop import Show
 from det_plugin.protocol import DetectionProtocol
 from det_plugin.run import write_json
 from det_plugin.torchvision_engine.folder import PREDICTIONS
@@ -19,7 +19,6 @@ from det_plugin.torchvision_engine.predict import detect
 from pretrain.distributed import gather_objects, is_main, rank, world_size
 
 EVAL_BATCH = 8  # images at a time; the outcome does not depend on it
-Show = Callable[[float, float], None]  # called with the share that is done, and the seconds left
 
 
 def predict_split(
