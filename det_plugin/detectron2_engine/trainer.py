@@ -1,33 +1,25 @@
-"""Our loop on Detectron2's trainer and hooks.
+"""A step of our loop on Detectron2's trainer, with gradient accumulation, also on the CPU; and the checkpoints.
 
-It does what the stock launcher does, with gradient accumulation, also on the CPU, and resumes as if it had
-not been interrupted.
+The files are Detectron2's (``model_0004999.pth``, ``model_final.pth``, ``last_checkpoint``), so its launcher
+can resume from them. Each is whole or absent, and a damaged last one does not lose the run.
 """
 
-import logging
-import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
-from detectron2.utils.events import EventStorage
-from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
-from omegaconf import DictConfig
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import SimpleTrainer
 from torch import nn
 
-from det_plugin import loop
-from det_plugin.detectron2_engine.checkpoint import WholeCheckpointer, last_whole
-from det_plugin.detectron2_engine.evaluate import evaluate
-from det_plugin.detectron2_engine.saved_config import ASKED
-from det_plugin.loop import Show, averaging, mean_losses
-from det_plugin.run import DetectionRun
-from pretrain import distributed
+from det_plugin.loop import averaging, mean_losses
 from pretrain.errors import UserError
+from pretrain.files import replacing
+from pretrain.log import log
+
+LAST = "last_checkpoint"
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -97,72 +89,35 @@ class AccumulatingTrainer(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-class _Engine:
-    """:class:`det_plugin.loop.Engine` of Detectron2's trainer, from its ``start_iter`` on."""
+class WholeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer. A file appears under its name once all of it is on disk."""
 
-    splits_last = True
-
-    def __init__(
-        self, cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, trainer: AccumulatingTrainer
-    ) -> None:
-        self.cfg, self.model, self.trainer, self.log_period = cfg, model, trainer, cfg.train.log_period
-        self.iteration, how = trainer.start_iter, (1, trainer.max_iter, cfg.train.checkpointer.max_to_keep)
-        self.saver = PeriodicCheckpointer(checkpointer, *how)
-        files = sorted(Path(checkpointer.save_dir).glob("model_[0-9]*.pth"))
-        before = (file for file in files if file.stem < f"model_{self.iteration:07d}")
-        self.saver.recent_checkpoints = list(map(str, before))
-        trainer.before_train()
-
-    def step(self) -> tuple[dict[str, float], float]:
-        self.trainer.iter = self.iteration
-        self.trainer.before_step()
-        self.trainer.run_step()
-        self.trainer.after_step()
-        self.iteration += 1
-        return self.trainer.terms, self.trainer.waited_s
-
-    def evaluate(self, show: Show | None) -> dict[str, Any]:
-        self.trainer.storage.iter = self.iteration
-        return evaluate(self.cfg, self.model)
-
-    def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
-        self.saver.step(self.trainer.iter)  # the trainer's state holds both
+    def save(self, name: str, **extra: Any) -> None:
+        """Write ``name.pth``, then its name into ``last_checkpoint``."""
+        if self.save_to_disk:
+            parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+            state = {"model": self.model.state_dict(), **parts, **extra}
+            with replacing(Path(self.save_dir) / f"{name}.pth") as partial, open(partial, "wb") as file:
+                torch.save(state, file)
+            with replacing(Path(self.save_dir) / LAST) as partial:
+                partial.write_text(f"{name}.pth")
 
 
-def fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, *, resume: bool) -> None:
-    """Train a detector by its config, on all ranks, and evaluate it.
-
-    Args:
-        model: ``instantiate(cfg.model)`` on its device.
-        run: what the config was made from.
-        resume: continue from the last checkpoint of ``train.output_dir``, if there is one.
+def last_whole(folder: Path) -> Path | None:
+    """A run's last checkpoint, or None. One that cannot be read is skipped and named on stderr.
 
     Raises:
-        UserError: ranks and parts cannot share the batch; bad data; not all machines see the folder.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        UserError: there are checkpoints, but none can be read.
     """
-    folder, device = Path(cfg.train.output_dir), next(model.parameters()).device
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    ids = [device.index] if device.type == "cuda" else None
-    ranks = create_ddp_model(model, **{**cfg.train.ddp, "device_ids": ids})
-    parts = instantiate(cfg.dataloader.train).parts(run.accumulate)
-    how = dict[str, Any](accumulate=run.accumulate, amp=cfg.train.amp.enabled)
-    trainer = AccumulatingTrainer(ranks, parts, optimizer, **how)
-    trainer.register_hooks([hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
-    checkpointer = WholeCheckpointer(model, str(folder), trainer=trainer)
-    # The same for all ranks
-    last = distributed.gather_objects(last_whole(folder) if resume and distributed.is_main() else None)[0]
-    if last is not None:
-        if distributed.any_over_ranks(not last.is_file()):
-            raise UserError(f"output: not every process finds {last}; all machines must see one folder")
-        checkpointer.load(str(last))
-    start_it = 0 if last is None else trainer.iter + 1
-    trainer.iter, trainer.start_iter, trainer.max_iter = start_it, start_it, run.protocol.max_iters
-    logging.getLogger("detectron2").info(f"Starting training from iteration {start_it}")
-    if distributed.is_main():  # the evaluator counts the run's time from here
-        os.utime(folder / ASKED, (trainer.started, trainer.started))
-    # Ends its workers, too; they would keep a stopped process alive
-    with EventStorage(start_it) as trainer.storage, closing(parts):
-        engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms
-        loop.fit(engine, run, device, terms, trainer.started, trainer.max_iter)
+    if not (folder / LAST).is_file():
+        return None
+    last = folder / (folder / LAST).read_text().strip()
+    files = sorted(folder.glob("model_*.pth"), reverse=True)
+    for file in dict.fromkeys([last, *files]):
+        try:
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
+            return file
+        except Exception as error:  # on damaged bytes the unpickler may raise anything
+            reason = f"is no whole checkpoint ({type(error).__name__})"
+            log(f"warning: {file} {reason}; looking for the one before")
+    raise UserError(f"output: {folder} has no whole checkpoint to go on from; the last is {last}")

@@ -1,5 +1,6 @@
-"""From images to detections in COCO's result format, in the images' own pixels."""
+"""From images to detections in COCO's result format, in the images' own pixels; the evaluation of a split."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,21 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from det_plugin.augment import evaluation_geometry
+from det_plugin.coco.annotations import CocoSplit
 from det_plugin.coco.masks import encode_mask
-from det_plugin.coco.metrics import Prediction
-from det_plugin.loader import to_tensor
-from det_plugin.torchvision_engine.folder import classes_of, load_checkpoint, protocol_of, read_config
+from det_plugin.coco.metrics import Prediction, coco_metrics
+from det_plugin.loader import batches, to_tensor
+from det_plugin.loop import Show
+from det_plugin.protocol import DetectionProtocol
+from det_plugin.run import write_json
+from det_plugin.torchvision_engine import folder
+from det_plugin.torchvision_engine.loader import EvalSamples
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
+from pretrain.distributed import gather_objects, is_main, rank, world_size
 from pretrain.errors import UserError
+
+EVAL_BATCH = 8  # images at a time; the outcome does not depend on it
 
 
 def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
@@ -26,11 +35,11 @@ def load_model(output: Path) -> tuple[GeneralizedRCNN, dict[str, Any], int]:
     Raises:
         UserError: no run, or no checkpoint.
     """
-    config, state = read_config(output), load_checkpoint(output)
+    config, state = folder.read_config(output), folder.load_checkpoint(output)
     if state is None:
         raise UserError(f"output: {output} holds no checkpoint")
     vit = build_backbone(config["backbone"], None, **config["model_kwargs"])  # its weights come next
-    model = build_model(vit, protocol_of(config))
+    model = build_model(vit, folder.protocol_of(config))
     model.load_state_dict(state["model"])
     return model, config, state["iteration"]
 
@@ -39,7 +48,7 @@ def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
     """The parts of a :class:`det_plugin.predict.Detector`."""
     model, config, _ = load_model(run)
     model.to(device).eval()
-    protocol, classes = protocol_of(config), classes_of(run, config)
+    protocol, classes = folder.protocol_of(config), folder.classes_of(run, config)
 
     def batch(images: Sequence[np.ndarray]) -> list[list[Prediction]]:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
@@ -124,3 +133,53 @@ def paste_mask(mask: Tensor, box: Tensor, size: tuple[int, int]) -> tuple[slice,
     (rows, y), (columns, x) = sides
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)  # [h, w, 2], x first
     return rows, columns, F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+
+
+def predict_split(
+    model: nn.Module,
+    split: CocoSplit,
+    image_size_px: int,
+    *,
+    workers: int,
+    device: torch.device,
+    show: Show | None = None,
+) -> list[Prediction]:
+    """All detections of a split, in the order of the images. Each rank does its share and gets the whole.
+
+    Args:
+        model: detector of :func:`build_model`. It is in evaluation mode afterwards.
+    """
+    model.eval()
+    started, mine = time.monotonic(), range(rank(), len(split.pictures), world_size())
+    steps = [list(mine[i : i + EVAL_BATCH]) for i in range(0, len(mine), EVAL_BATCH)]
+    found: dict[int, list[Prediction]] = {}
+    for samples in batches(EvalSamples(split, image_size_px), steps, workers, device):
+        pictures = [split.pictures[sample["index"]] for sample in samples]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        detections = detect(model, [sample["image"] for sample in samples], sizes, split.category_ids, device)
+        for sample, picture, own in zip(samples, pictures, detections):
+            found[sample["index"]] = [{"image_id": picture.id, **prediction} for prediction in own]
+        if show is not None:
+            share = len(found) / len(mine)
+            show(share, (time.monotonic() - started) * (1 / share - 1))
+    found = {index: own for part in gather_objects(found) for index, own in part.items()}
+    return [prediction for index in sorted(found) for prediction in found[index]]
+
+
+def evaluate(
+    model: nn.Module,
+    split: CocoSplit,
+    protocol: DetectionProtocol,
+    *,
+    workers: int,
+    device: torch.device,
+    output: Path,
+    show: Show | None = None,
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """COCO metrics (only on the main process) and predictions, which ``output/predictions.json`` gets."""
+    size = protocol.image_size_px
+    predictions = predict_split(model, split, size, workers=workers, device=device, show=show)
+    if not is_main():
+        return {}, predictions
+    write_json(output / folder.PREDICTIONS, predictions)
+    return coco_metrics(split.file, predictions), predictions

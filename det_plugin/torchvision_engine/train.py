@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
 from det_plugin.run import DetectionRun, leave_result, run_deviations, write_json
-from det_plugin.torchvision_engine.evaluate import evaluate
 from det_plugin.torchvision_engine.folder import (
     CONFIG,
     ENGINE,
@@ -23,7 +22,7 @@ from det_plugin.torchvision_engine.folder import (
     save_checkpoint,
 )
 from det_plugin.torchvision_engine.loader import TrainSamples
-from det_plugin.torchvision_engine.predict import load_model
+from det_plugin.torchvision_engine.predict import evaluate, load_model
 from det_plugin.torchvision_engine.trainer import Trainer
 from pretrain import distributed
 from pretrain.device import choose_device, deterministic
@@ -95,14 +94,11 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
     total = len(split.pictures)
-    line = ProgressLine("evaluation", total, 0) if distributed.is_main() else None
+    line = ProgressLine("evaluation", total) if distributed.is_main() else None
     show = (lambda share, left_s: line.update(round(share * total), "", left_s)) if line else None
-    try:
-        where = dict[str, Any](workers=workers, device=on, output=output)
+    where = dict[str, Any](workers=workers, device=on, output=output)
+    with closing(line) if line else nullcontext():
         metrics, _ = evaluate(model.to(on), split, protocol, **where, show=show)
-    finally:
-        if line:
-            line.close()
     log(f"{output}, iteration {iteration}: {in_words(metrics)}")
     return metrics
 
