@@ -371,7 +371,7 @@ def test_checkpoints_between_evaluations(make, monkeypatch):
     """A long way from one evaluation to the next, a killed process loses minutes, not hours."""
     saved = []
     monkeypatch.setattr(
-        "det_plugin.torchvision_engine.train.save_checkpoint",
+        "det_plugin.torchvision_engine.folder.save_checkpoint",
         lambda folder, state: saved.append(state["iteration"]),
     )
     train(make("seldom", eval_every=4))

@@ -20,16 +20,9 @@ from torch import nn
 
 from det_plugin import loop
 from det_plugin.coco.annotations import Data, read_classes
+from det_plugin.detectron2_engine import saved_config as saved
 from det_plugin.detectron2_engine.evaluate import evaluate
 from det_plugin.detectron2_engine.lazy import config
-from det_plugin.detectron2_engine.saved_config import (
-    ASKED,
-    RESOLVED,
-    classes_in,
-    is_over,
-    load_config,
-    resolved,
-)
 from det_plugin.detectron2_engine.trainer import AccumulatingTrainer, WholeCheckpointer, last_whole
 from det_plugin.loop import Show, micro_batch_size
 from det_plugin.protocol import with_overrides
@@ -63,13 +56,13 @@ def train(run: DetectionRun, resume: bool = False) -> Path:
     model = instantiate(cfg.model).to(device)  # checks settings and weights in seconds; the data take minutes
     Data.read(run.data, recipe)  # finds damage before the first iteration
     # All ranks look before a file is written; one decides
-    if distributed.gather_objects(is_over(cfg, run.output, resume))[0]:
+    if distributed.gather_objects(saved.is_over(cfg, run.output, resume))[0]:
         log(f"{run.output / FILE_NAME} is there already, of the same settings: nothing to do")
         return run.output / FILE_NAME
     if distributed.is_main():
         _start_logs(run.output)
-        LazyConfig.save(cfg, str(run.output / ASKED))
-        LazyConfig.save(resolved(cfg), str(run.output / RESOLVED))
+        LazyConfig.save(cfg, str(run.output / saved.ASKED))
+        LazyConfig.save(saved.resolved(cfg), str(run.output / saved.RESOLVED))
     with deterministic(device == "cpu"):
         _fit(cfg, model, run, resume)
     return run.output / FILE_NAME
@@ -83,10 +76,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     """
     on = choose_device(device).type
     distributed.start(on)
-    cfg, last = load_config(output, RESOLVED), last_whole(output)
+    cfg, last = saved.load_config(output, saved.RESOLVED), last_whole(output)
     if last is None:
         raise UserError(f"{output}: no checkpoint to evaluate")
-    if classes_in(cfg) != read_classes(data, "val"):
+    if saved.classes_in(cfg) != read_classes(data, "val"):
         raise UserError(f"data: {data} has other categories than those that {output} was trained on")
     cfg.dataloader.root, cfg.train.output_dir, cfg.train.device = str(data), str(output), on
     cfg.dataloader.test.num_workers = workers
@@ -95,10 +88,10 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     rest = DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
     if distributed.is_main():
         _start_logs(output)
-        LazyConfig.save(cfg, str(output / ASKED))
+        LazyConfig.save(cfg, str(output / saved.ASKED))
         # The evaluator counts from the file's time
         started -= rest.get("trainer", {}).get("wall_time_s", 0.0)
-        os.utime(output / ASKED, (started, started))
+        os.utime(output / saved.ASKED, (started, started))
     return evaluate(cfg, model)
 
 
@@ -161,7 +154,7 @@ def _fit(cfg: DictConfig, model: nn.Module, run: DetectionRun, resume: bool) -> 
     trainer.iter, trainer.start_iter, trainer.max_iter = start_it, start_it, run.protocol.max_iters
     logging.getLogger("detectron2").info(f"Starting training from iteration {start_it}")
     if distributed.is_main():  # the evaluator counts the run's time from here
-        os.utime(folder / ASKED, (trainer.started, trainer.started))
+        os.utime(folder / saved.ASKED, (trainer.started, trainer.started))
     # Ends its workers, too; they would keep a stopped process alive
     with EventStorage(start_it) as trainer.storage, closing(parts):
         engine, terms = _Engine(cfg, model, checkpointer, trainer), None if last is None else trainer.terms

@@ -1,5 +1,6 @@
 """From images to detections in COCO's result format, in the images' own pixels; the evaluation of a split."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,15 @@ from det_plugin.coco.metrics import Prediction, coco_metrics
 from det_plugin.loader import batches, to_tensor
 from det_plugin.loop import Show
 from det_plugin.protocol import DetectionProtocol
-from det_plugin.run import write_json
 from det_plugin.torchvision_engine import folder
 from det_plugin.torchvision_engine.loader import EvalSamples
 from det_plugin.torchvision_engine.model import build_model
 from pretrain.build import build_backbone
 from pretrain.distributed import gather_objects, is_main, rank, world_size
 from pretrain.errors import UserError
+from pretrain.files import write_text
 
+Size = tuple[int, int]  # height, width in pixels
 EVAL_BATCH = 8  # images at a time; the outcome does not depend on it
 
 
@@ -63,7 +65,7 @@ def detector(run: Path, device: torch.device) -> tuple[Any, ...]:
 def detect(
     model: nn.Module,
     images: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     category_ids: Sequence[int],
     device: torch.device,
 ) -> list[list[Prediction]]:
@@ -75,18 +77,13 @@ def detect(
         sizes: height, width of each original image. The results are in its pixels.
     """
     found = model([image.to(device, non_blocking=True) for image in images])
-    results = []
-    for image, size, detection in zip(images, sizes, found):
-        own = {key: value.cpu() for key, value in detection.items()}
-        results.append(as_coco(own, (image.shape[1], image.shape[2]), size, category_ids))
-    return results
+    on_cpu = ({key: value.cpu() for key, value in own.items()} for own in found)
+    seen = ((image.shape[1], image.shape[2]) for image in images)
+    return [as_coco(own, a, b, category_ids) for own, a, b in zip(on_cpu, seen, sizes)]
 
 
 def as_coco(
-    detection: Mapping[str, Tensor],
-    resized: tuple[int, int],
-    size: tuple[int, int],
-    category_ids: Sequence[int],
+    detection: Mapping[str, Tensor], resized: Size, size: Size, category_ids: Sequence[int]
 ) -> list[Prediction]:
     """One image's output -> COCO results in its own pixels (Detectron2's ``detector_postprocess``).
 
@@ -181,5 +178,5 @@ def evaluate(
     predictions = predict_split(model, split, size, workers=workers, device=device, show=show)
     if not is_main():
         return {}, predictions
-    write_json(output / folder.PREDICTIONS, predictions)
+    write_text(output / folder.PREDICTIONS, json.dumps(predictions) + "\n")
     return coco_metrics(split.file, predictions), predictions

@@ -11,16 +11,8 @@ from det_plugin.coco.metrics import in_words
 from det_plugin.figures import SHOWN, draw_page, spread
 from det_plugin.loader import batches, positions
 from det_plugin.loop import Show, fit
-from det_plugin.run import DetectionRun, leave_result, run_deviations, write_json
-from det_plugin.torchvision_engine.folder import (
-    CONFIG,
-    ENGINE,
-    is_over,
-    load_checkpoint,
-    protocol_of,
-    resolved_config,
-    save_checkpoint,
-)
+from det_plugin.run import DetectionRun, leave_result, run_deviations
+from det_plugin.torchvision_engine import folder
 from det_plugin.torchvision_engine.loader import TrainSamples
 from det_plugin.torchvision_engine.predict import evaluate, load_model
 from det_plugin.torchvision_engine.trainer import Trainer
@@ -28,6 +20,7 @@ from pretrain import distributed
 from pretrain.device import choose_device, deterministic
 from pretrain.distributed import gather_objects
 from pretrain.errors import UserError
+from pretrain.files import write_json
 from pretrain.log import ProgressLine, log
 from pretrain.results.schema import FILE_NAME
 from pretrain.weights import origin_of
@@ -48,10 +41,10 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     distributed.start(device.type)
     trainer = Trainer(run, device)  # first: it checks settings in seconds; the data take minutes
     data = Data.read(run.data, run.protocol)
-    config = resolved_config(run, trainer.vit, data.train)
+    config = folder.resolved_config(run, trainer.vit, data.train)
     origin = origin_of(run.weights, run.model_kwargs.get("source")) if distributed.is_main() else {}
-    is_done = is_over(run.output, config, resume)
-    state = load_checkpoint(run.output) if resume and not is_done else None
+    is_done = folder.is_over(run.output, config, resume)
+    state = folder.load_checkpoint(run.output) if resume and not is_done else None
     if len(set(gather_objects((is_done, state and state["iteration"])))) > 1:
         told = f"not every process finds the same run in {run.output}"
         raise UserError(f"output: {told}; all machines must see one folder")
@@ -61,7 +54,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
     if run.protocol.amp and trainer.amp_dtype is None:
         log(f"warning: amp has no effect on {device.type}; the run is in float32")
     if distributed.is_main():
-        write_json(run.output / CONFIG, config, indent=2)
+        write_json(run.output / folder.CONFIG, config)
     terms = None
     if state is not None:
         trainer.restore(state)
@@ -74,7 +67,7 @@ def train(run: DetectionRun, resume: bool = False, stop_after_it: int | None = N
         metrics = fit(engine, run, device, terms, started, end_iter)
     if trainer.iteration == run.protocol.max_iters and distributed.is_main():
         changed = run_deviations(run, (len(data.train.pictures), len(data.val.pictures)))
-        leave_result(run, metrics, changed, origin=origin, started=started, hashed={"engine": ENGINE})
+        leave_result(run, metrics, changed, origin=origin, started=started, hashed={"engine": folder.ENGINE})
     return run.output / FILE_NAME
 
 
@@ -89,7 +82,7 @@ def evaluate_folder(output: Path, data: Path, *, device: str = "auto", workers: 
     on = choose_device(device)
     distributed.start(on.type)
     model, config, iteration = load_model(output)
-    protocol = protocol_of(config)
+    protocol = folder.protocol_of(config)
     split = read_split(data, "val", num_classes=protocol.num_classes, training=False)
     if list(split.class_names) != config["data"]["class_names"]:
         raise UserError(f"data: {split.file} has other categories than those that {output} was trained on")
@@ -136,4 +129,4 @@ class _Engine:
 
     def save(self, terms: Mapping[str, float], wall_time_s: float) -> None:
         own = {"terms": dict(terms), "wall_time_s": wall_time_s}
-        save_checkpoint(self.trainer.run.output, {**self.trainer.state(), **own})
+        folder.save_checkpoint(self.trainer.run.output, {**self.trainer.state(), **own})
