@@ -17,7 +17,7 @@ from det_plugin.coco.masks import Polygons, crop_masks
 from det_plugin.features import FeatureOptions, detection_features
 from det_plugin.protocol import DetectionProtocol, protocol, with_overrides
 from det_plugin.torchvision_engine.heads import DetectionHeads, box_losses, mask_loss
-from det_plugin.torchvision_engine.layers import BoxCoder, RoIPooler, assign_levels, get_norm
+from det_plugin.torchvision_engine.layers import BoxCoder, LayerNorm2d, RoIPooler, assign_levels
 from det_plugin.torchvision_engine.loader import TrainSamples, to_device
 from det_plugin.torchvision_engine.model import SimpleFeaturePyramid, SquarePad, build_model, pyramid_strides
 from det_plugin.torchvision_engine.optim import build_optimizer, lr_at, set_lr
@@ -107,7 +107,7 @@ def test_pyramid_strides():
 
 
 def test_layer_norm_2d_is_layer_norm_over_channels():
-    norm, x = get_norm("LN", 6), torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+    norm, x = LayerNorm2d(6), torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1.0, 7))
         norm.bias.fill_(0.5)

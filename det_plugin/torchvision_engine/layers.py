@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 import torchvision.models.detection._utils as torchvision_detection
 from torch import Tensor, nn
-from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import roi_align
 
 from pretrain.errors import UserError
@@ -13,6 +12,21 @@ from pretrain.errors import UserError
 NORMS = ("LN", "")
 Sizes = list[tuple[int, int]]  # height, width of each image
 CANONICAL_SIZE_PX, CANONICAL_LEVEL = 224, 4  # FPN (Lin et al., 2017), equation 1
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of a map, at each position (Detectron2's ``LN``)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        x = x.permute(0, 2, 3, 1)  # free if x is channels-last, as all maps of this engine are
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Conv2d):
@@ -43,7 +57,7 @@ def get_norm(name: str, channels: int) -> nn.Module:
     """
     if name not in NORMS:
         raise UserError(f"protocol: norm={name!r} is none of {NORMS}")
-    return LayerNorm2d(channels, eps=1e-6) if name else nn.Identity()
+    return LayerNorm2d(channels) if name else nn.Identity()
 
 
 class BoxCoder(torchvision_detection.BoxCoder):
