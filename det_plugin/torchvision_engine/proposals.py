@@ -63,7 +63,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=dict(zip(("training", "testing"), protocol.rpn_post_nms)),
             nms_thresh=protocol.rpn_nms,
         )
-        self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.box_coder, self.batch_per_image = BoxCoder((1.0, 1.0, 1.0, 1.0)), protocol.rpn_batch_per_image
 
     def filter_proposals(
         self, proposals: Tensor, objectness: Tensor, image_shapes: Sizes, num_anchors_per_level: list[int]
@@ -106,7 +106,7 @@ class ProposalNetwork(RegionProposalNetwork):
         positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
         sampled = torch.where(positive | negative)[0]
         positive = torch.where(positive)[0]
-        normalizer, target = self.fg_bg_sampler.batch_size_per_image * len(labels), torch.cat(labels)[sampled]
+        normalizer, target = self.batch_per_image * len(labels), torch.cat(labels)[sampled]
         loss_cls = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], target, reduction="sum")
         wanted = torch.cat(regression_targets)[positive]
         loss_loc = F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum")
