@@ -20,7 +20,7 @@ from pretrain.backbones.vit import ViT
 from pretrain.data.images import Images, check_grid, content_hash
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel
-from pretrain.files import read_csv, write_csv
+from pretrain.files import csv_text, read_csv, write_text
 from pretrain.log import Progress, say
 from pretrain.results.schema import FILE_NAME
 from pretrain.settings import read_yaml
@@ -75,7 +75,7 @@ def write_statistics(path: Path, measured: Iterable[Measured], images: Sequence[
         for m in measured
         for (i, layer, head), nmi in np.ndenumerate(m.nmi)
     )
-    write_csv(path, COLUMNS, rows)
+    write_text(path, csv_text(dict(zip(COLUMNS, row)) for row in rows))
 
 
 def read_statistics(path: Path, name: str) -> Measured:
@@ -103,7 +103,8 @@ def write_summary(path: Path, measured: Iterable[Measured]) -> None:
         for m in measured
         for layer, values in enumerate(zip(*m.by_layer("nmi"), *m.by_layer("mad_px")), 1)
     )
-    write_csv(path, ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std"), rows)
+    columns = ("weights", "layer", "images", "nmi_mean", "nmi_std", "mad_px_mean", "mad_px_std")
+    write_text(path, csv_text(dict(zip(columns, row)) for row in rows))
 
 
 # --- how they are measured ---------------------------------------------------------------------------------

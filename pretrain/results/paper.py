@@ -211,21 +211,19 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
         part = [entry for entry in entries if (entry.row.table if entry.row is not None else "") == table]
         lines = [_line(layout, entry, entries, notes, beside) for entry in part]
         if lines and heading and len(lines) < len(entries):
-            lines.insert(0, Line("heading", False, (heading, *[""] * (len(columns) - 1))))
-        groups += [tuple(lines)] if lines else []
+            lines.insert(0, tables.heading_line(heading, columns))
+        groups += [lines] * bool(lines)
     heads = [("", n_keys), ("COCO", 2 * width)]
     heads += [("ADE20K", width * (len(layout.scores) - 2)), ("", int(beside))]
     scores = range(n_keys, n_keys + width * len(layout.scores))
-    return Table(
-        title=title,
-        columns=tuple(columns),
-        groups=tuple(groups),
-        notes=(*_notes(layout, entries), *notes.texts(NOT_COMPARABLE)),
-        numeric=frozenset([*scores, *([1] if "Eff. Ep." in layout.keys else [])]),
-        records=tuple(_record(number, entry) for entry in entries),
-        heads=tuple((text, span) for text, span in heads if span),
-        measured=frozenset(i for i in scores if (i - n_keys) % 3) if beside else frozenset(),
+    measured = frozenset(i for i in scores if (i - n_keys) % width)
+    numeric = [*scores, *[1] * ("Eff. Ep." in layout.keys)]
+    texts, records = (
+        _notes(layout, entries) + notes.texts(NOT_COMPARABLE),
+        [_record(number, e) for e in entries],
     )
+    spans = tuple((text, span) for text, span in heads if span)
+    return Table.of(title, columns, groups, texts, numeric, records, heads=spans, measured=measured)
 
 
 def _line(
@@ -297,18 +295,14 @@ def _further(results: Sequence[Result]) -> list[Table]:
 def _record(number: str, entry: TableRow) -> dict[str, str]:
     """Of the csv. ``source`` is the row's: measured numbers beside published ones have their own columns."""
     row, measured = entry.row, entry.measured
-    values = {"table": number, "source": "measured" if row is None else "published"}
+    values: dict[str, str] = {}
     if measured is not None:
         run = measured.run
         fields = tables.method_fields(run.method, run.backbone, run.effective_epochs)
-        values |= {f"run_{key}": text for key, text in fields.items()}
-        values |= fields | {"backbone": backbone_label(run.backbone)}
-        protocols = ["" if protocol is None else protocol.label for protocol in measured.protocols[1:]]
-        values |= dict(zip(("detection_protocol", "segmentation_protocol"), protocols))
+        values = tables.measured_values(measured, ()) | {f"run_{key}": text for key, text in fields.items()}
         found = {name: score for name in SCORES if (score := measured.score(name)) is not None}
-        scaled = {p.identity: p for name in found for p in entry.scaled(name)}
-        values |= {"protocol_is_full": str(not scaled).lower(), "config": measured.configs}
-        values |= {"deviations": " | ".join(p.text for p in scaled.values()), "seeds": measured.seeds}
+        scaled = {p.identity: p.text for name in found for p in entry.scaled(name)}
+        values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
         for name, score in found.items():
             values |= tables.score_values(name, score, "_measured")
     if row is not None:
@@ -316,4 +310,5 @@ def _record(number: str, entry: TableRow) -> dict[str, str]:
     for name in SCORES:
         values[f"{name}_published"] = tables.number_text(getattr(row, name, None))
         values[f"{name}_difference"] = tables.number_text(entry.difference(name))
-    return tables.record(KEYS, values)
+    source = "measured" if row is None else "published"
+    return tables.record(KEYS, values | {"table": number, "source": source})
