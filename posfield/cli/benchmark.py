@@ -17,7 +17,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import importlib
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.device import choose_device
 from pretrain.files import write_json
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
+from pretrain.results.schema import now
 
 # What the project promises: at most, or for the data path at least.
 BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -52,9 +52,8 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that it starts
     found = measured(options)
-    found |= {"what": options.what, "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    found |= {"what": options.what, "created": now(), "git_commit": git_commit(Path(__file__).parent)}
     found |= {"packages": packages_in_use(), "hardware": hardware()}
-    found["git_commit"] = git_commit(Path(__file__).parent)
     show(found)
     if options.json:
         write_json(options.json, found)

@@ -36,8 +36,7 @@ BLOCK = 64  # queries: on a CPU the fastest of 64, 128, 256 and all, for it stay
 
 
 class LastLayer(NamedTuple):
-    """What the last layer attends to and gives. Rows of attention are over the patches alone and sum to 1;
-    mean of the heads."""
+    """What the last layer attends to (mean of the heads, over the patches alone, rows sum to 1) and gives."""
 
     cls: Tensor  # [B, N (key)]; of a ViT without [CLS] the mean over the patches
     patches: Tensor  # [B, N (query), N (key)]
@@ -63,12 +62,10 @@ def over_patches(weights: Tensor, n_prefix: int) -> Tensor:
 
 
 def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Iterator[tuple[Block, Tensor]]:
-    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one makes of them is not
-    computed.
+    """Each block in turn, with the tokens [B, T, D] that enter it; what the last one gives is not computed.
 
     Args:
-        tokens: of ``backbone.embed``.
-        buckets: of ``backbone.buckets``.
+        tokens, buckets: of ``backbone.embed`` and ``backbone.buckets``.
     """
     previous: Block | None = None
     for block in backbone.blocks:
@@ -82,8 +79,7 @@ def layer_inputs(backbone: ViT, tokens: Tensor, buckets: Tensor | None) -> Itera
 def last_layer(
     backbone: ViT, x: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None
 ) -> LastLayer:
-    """Attention of the last layer, special tokens cut off and rows renormalized, and the patch features, in
-    one pass.
+    """Attention of the last layer, and the patch features, in one pass.
 
     Args:
         x: [B, 3, H, W] normalized pixels.
@@ -107,8 +103,7 @@ def patch_at(place: tuple[float, float], grid: tuple[int, int]) -> tuple[int, in
 
 @torch.no_grad()
 def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, float]]) -> Tensor:
-    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), without the rows
-    of all others.
+    """What some query patches attend to in the last layer, mean of the heads (paper Fig. 6), and no others.
 
     Args:
         x: [B, 3, H, W] normalized pixels.

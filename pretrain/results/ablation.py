@@ -96,7 +96,7 @@ def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Sco
     seeds = sorted(by_seed.keys() & base.keys())
     pairs = [(by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics) for seed in seeds]
     return Score.over(
-        [own[metric] - other[metric] for own, other in pairs if metric in own and metric in other]
+        [own[metric] - other[metric] for own, other in pairs if metric in own.keys() & other.keys()]
     )
 
 

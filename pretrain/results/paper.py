@@ -144,21 +144,29 @@ def paper_tables(results: Sequence[Result], published: str = "all") -> list[Tabl
     printed = published_rows()
     wanted = dict.fromkeys(row.table for row in rows_of_tables(printed, published))
     placed: set[str] = set()
-    made = []
+    made: list[Table] = []
     for number in wanted:
         entries = _table_rows(number, results, printed)
         placed |= {to_json(run) for entry in entries if entry.measured for run in entry.measured.runs}
         made += _panels(number, entries)
-    return [*made, *_further([r for r in results if r.kind == "pretrain" or to_json(r) not in placed])]
+    others = [r for r in results if r.kind == "pretrain" or to_json(r) not in placed]
+    further = tables.comparison_table(others, [], "all")
+    if further.records:
+        rows = merge([result for result in others if not tables.is_elsewhere(result)])
+        records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
+        made.append(replace(further, title="Runs that have no row in these tables", records=records))
+    return made
 
 
 def _table_rows(number: str, results: Sequence[Result], printed: Sequence[PublishedRow]) -> list[TableRow]:
     """The published rows in their order, each with the measured ones that belong to it; then the others."""
     layout = LAYOUTS[number]
-    known: dict[str | None, Protocol] = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain"}
-    known.pop(None, None)
+    known = {r.weights_hash: r.protocol for r in results if r.kind == "pretrain" and r.weights_hash}
     found = merge([r for r in results if r.kind == "pretrain" or r.protocol.name in layout.protocols])
-    before = [_pretrainings(measured, known) for measured in found]
+    # Of each: the known protocols of its pre-trainings, each once; [None] where none is known.
+    hashes = [[run.weights_hash for run in measured.runs] for measured in found]
+    told = [{known[h].identity: known[h] for h in each if h in known} for each in hashes]
+    before: list[list[Protocol | None]] = [[*each.values()] or [None] for each in told]
     entries, matched = [], set()
     for row in printed:
         if not set(LAYOUTS[row.table].protocols) & set(layout.protocols):
@@ -178,23 +186,15 @@ def _table_rows(number: str, results: Sequence[Result], printed: Sequence[Publis
     return entries
 
 
-def _pretrainings(measured: Measured, known: Mapping[str | None, Protocol]) -> list[Protocol | None]:
-    """The known protocols of the pre-trainings of a measured row, each once; [None] where none is known."""
-    hashes = [run.weights_hash for run in measured.runs]
-    return [*{known[name].identity: known[name] for name in hashes if name in known}.values()] or [None]
-
-
 def _panels(number: str, entries: Sequence[TableRow]) -> list[Table]:
     """A table a backbone."""
-    layout = LAYOUTS[number]
-    families = list(dict.fromkeys(entry.family for entry in entries))
     printed = list(dict.fromkeys(entry.family for entry in entries if entry.row is not None))
     panels = []
-    for family in families:
+    for family in dict.fromkeys(entry.family for entry in entries):
         letter = "ab"[printed.index(family)] if len(printed) > 1 and family in printed else ""
-        number_of_paper = f"Table {number}{letter} of the paper"
-        where = number_of_paper if family in printed else f"Beside the paper's Table {number}"
-        title = f"{where}: {layout.title}, {family}"
+        of_paper = f"Table {number}{letter} of the paper"
+        where = of_paper if family in printed else f"Beside the paper's Table {number}"
+        title = f"{where}: {LAYOUTS[number].title}, {family}"
         panels.append(_panel(number, title, [entry for entry in entries if entry.family == family]))
     return panels
 
@@ -280,16 +280,6 @@ def _notes(layout: Layout, entries: Sequence[TableRow]) -> list[str]:
         texts.append(f"{MEASURED} Measured with this code; {others}.")
         texts.append(f"{DIFFERENCE}: measured minus published, in points.")
     return texts + tables.seeds_note(measured, SCORES)
-
-
-def _further(results: Sequence[Result]) -> list[Table]:
-    """What has no place in the tables asked for."""
-    table = tables.comparison_table(results, [], "all")
-    if not table.records:
-        return []
-    rows = merge([result for result in results if not tables.is_elsewhere(result)])
-    records = tuple(_record("", TableRow(None, row, row.pretraining)) for row in rows)
-    return [replace(table, title="Runs that have no row in these tables", records=records)]
 
 
 def _record(number: str, entry: TableRow) -> dict[str, str]:

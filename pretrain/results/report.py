@@ -46,11 +46,10 @@ def tables_of(
     dense = dense_table(results, against=against) if "dense" in kinds or layout == "dense" else None
     has_others = bool(kinds & {"detection", "segmentation"})
     comparisons: list[Table] = []
-    if has_others or published or dense is None:
-        if layout == "paper":
-            comparisons = paper_tables(results, published or "all")
-        elif layout == "list" or has_others:
-            comparisons = [tables.comparison_table(results, table=published or "1")]
+    if layout == "paper" and (has_others or published or dense is None):
+        comparisons = paper_tables(results, published or "all")
+    elif has_others or layout == "list" and (published or dense is None):
+        comparisons = [tables.comparison_table(results, table=published or "1")]
     first = [dense, *comparisons] if layout == "dense" else [*comparisons, dense]
     others = (tables.segmentation_table, tables.posttraining_table, tables.pretraining_table)
     return [table for table in (*first, *(make(results) for make in others)) if table is not None]
@@ -59,8 +58,7 @@ def tables_of(
 def build_report(
     runs: Sequence[Run], title: str = "Results", table: str = "", layout: str = "list", against: str = ""
 ) -> str:
-    """The page: summary, curves, tables, figures and what is needed to repeat the runs; the same bytes each
-    time.
+    """The page: summary, curves, tables, figures, and what repeats the runs; the same bytes each time.
 
     Args:
         runs: in any order: they are sorted by kind, method, backbone and seed.
@@ -72,8 +70,8 @@ def build_report(
     """
 
     def order(run: Run) -> tuple:
-        r, stages = run.result, list(STAGES)
-        key = (stages.index(r.stage), r.method, r.backbone, r.protocol.label)
+        r = run.result
+        key = (list(STAGES).index(r.stage), r.method, r.backbone, r.protocol.label)
         return *key, r.seed, r.created, r.config_hash
 
     runs = sorted(runs, key=order)
@@ -106,12 +104,8 @@ def _overview(r: Result, name: str) -> list[str]:
 
 
 def _times(results: Sequence[Result]) -> list[list[str]]:
-    kinds = [*(kind for kind in KINDS if kind in {result.kind for result in results}), "all"]
-    rows = []
-    for kind in kinds:
-        times = [result.wall_time_s for result in results if kind in (result.kind, "all")]
-        rows.append([kind, str(len(times)), duration_text(sum(times))])
-    return rows
+    times = {kind: [r.wall_time_s for r in results if kind in (r.kind, "all")] for kind in (*KINDS, "all")}
+    return [[kind, str(len(each)), duration_text(sum(each))] for kind, each in times.items() if each]
 
 
 def _distinct(
@@ -127,8 +121,7 @@ def _distinct(
 def _curves(
     runs: Sequence[Run], names: Sequence[str]
 ) -> list[tuple[str, list[Curve], list[Markup], list[Markup], bool]]:
-    """By stage: its head, the curves, panels of the terms to show and of the others, and whether a curve is
-    long."""
+    """By stage: its head, curves, panels of the terms to show and of the others, whether a curve is long."""
     methods = list(dict.fromkeys(sorted(run.result.method for run in runs)))
     found = []
     for stage, head in STAGES.items():

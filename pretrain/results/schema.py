@@ -8,19 +8,13 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from pretrain.errors import UserError
 from pretrain.files import read_json, write_text
@@ -35,8 +29,14 @@ PERCENT_METRICS = re.compile(r"box_ap|mask_ap|(\w+_)?miou|knn_top1(_k\d+)?")
 # Of files without `loss_terms` (commit 2c21771): the names of the losses, and those of post-training.
 FORMER_TERMS = ("image", "content", "position", "koleo", "cka", "frobenius", "gram", "overlaps")
 FORMER_POST_TRAINING = frozenset({"cka", "frobenius", "gram"})
+OF_NUMBERS = ("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib")
 # Not written where empty: older readers do not know them.
 NEW_KEYS = ("loss_terms", "post_training", "labels")
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
@@ -134,21 +134,14 @@ class Result(_Record):
     hardware: dict[str, Any] = _field("cpu, cores, memory_gib, gpus, processes")
     wall_time_s: float = _field("seconds", ge=0)
     peak_memory_mib: float | None = _field("MiB of the GPU used, else of the process; null: unknown", ge=0)
-    loss_terms: tuple[str, ...] = _field(
-        "names of the logged addends of the loss, in order", (), strict=False
-    )
+    loss_terms: tuple[str, ...] = _field("of the logged addends of the loss, in order", (), strict=False)
     post_training: bool = _field("whether it trained a backbone that was pre-trained before", False)
-    created: str = _field(
-        "end of the run, UTC, ISO 8601", lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
-    )
+    created: str = _field("end of the run, UTC, ISO 8601", now)
     schema_version: Literal[1] = _field("of this file", SCHEMA_VERSION)
 
-    @field_validator(
-        *("effective_epochs", "metrics", "packages", "hardware", "wall_time_s", "peak_memory_mib"),
-        mode="wrap",
-    )
+    @field_validator(*OF_NUMBERS, mode="wrap")
     @classmethod
-    def _as_json(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _as_json(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
         """Whole numbers stay whole, and NumPy's become Python's."""
         value = _plain(value, str(info.field_name))
         check(value)
@@ -161,10 +154,10 @@ class Result(_Record):
             if PERCENT_METRICS.fullmatch(name) and not 0 <= value <= 100:
                 raise ValueError(f"metrics.{name} is {value}, not a percentage")
         try:
-            offset = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset()
+            is_utc = datetime.fromisoformat(self.created.replace("Z", "+00:00")).utcoffset() == timedelta(0)
         except ValueError:
-            offset = None
-        if offset != timedelta(0):
+            is_utc = False
+        if not is_utc:
             told = "should be a UTC time in ISO 8601, such as 2026-01-31T12:00:00+00:00"
             raise ValueError(f"created={self.created!r} {told}")
         return self
