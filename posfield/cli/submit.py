@@ -90,10 +90,9 @@ def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
     lines = [
         sbatch_script(resources, folder, len(jobs)),
         f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:",
-        ranks + shlex.join(jobs[0].words),
-        "# and after a preemption or the time limit:",
-        ranks + shlex.join(jobs[0].resumed().words),
     ]
+    lines += [ranks + shlex.join(jobs[0].words), "# and after a preemption or the time limit:"]
+    lines.append(ranks + shlex.join(jobs[0].resumed().words))
     if len(jobs) > 1:
         told = f"job {len(jobs) - 1}: {shlex.join(jobs[-1].words)}"
         lines.append(f"# this is job 0 of the array of {len(jobs)}; {told}")

@@ -45,8 +45,7 @@ class Stage:
         return self.note("log")
 
     def note(self, kind: str) -> Path:
-        """A file beside the folder. ``command``: whose it is; ``run``: the last exit code; ``job``: its number on
-        SLURM."""
+        """A file beside the folder. ``command``: whose it is; ``run``: the last exit code; ``job``: on SLURM."""
         return self.folder.with_suffix(f".{kind}")
 
     @property
