@@ -54,9 +54,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options.overrides += [word for word in options.only if "=" in word]
     options.only = [word for word in options.only if "=" not in word]
     if min(options.jobs, options.gpus_per_run) < 1 or options.max_minutes * 60 <= GRACE_S:
-        raise UserError(
-            f"--jobs and --gpus-per-run are at least 1, --max-minutes is more than {GRACE_S / 60:g}"
-        )
+        minutes = f"--max-minutes is more than {GRACE_S / 60:g}"
+        raise UserError(f"--jobs and --gpus-per-run are at least 1, {minutes}")
     if arguments[end + 1 :] and not options.submit:
         raise UserError("--: what stands behind it is for --submit")
     return options, arguments[end + 1 :]

@@ -87,16 +87,12 @@ def describe(jobs: list[ToolJob], resources: Resources, folder: Path) -> str:
     """The script for sbatch, what each task of it does, and what it does when it comes back."""
     n_tasks, n_here = resources.nodes * resources.ranks_per_node, resources.ranks_per_node
     ranks = f"RANK=0..{n_tasks - 1} WORLD_SIZE={n_tasks} LOCAL_RANK=0..{n_here - 1} " if n_tasks > 1 else ""
-    lines = [
-        sbatch_script(resources, folder, len(jobs)),
-        f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:",
-    ]
-    lines += [ranks + shlex.join(jobs[0].words), "# and after a preemption or the time limit:"]
-    lines.append(ranks + shlex.join(jobs[0].resumed().words))
+    lines = [f"# {n_tasks} task{'s' * (n_tasks > 1)}, one a rank:", ranks + shlex.join(jobs[0].words)]
+    lines += ["# and after a preemption or the time limit:", ranks + shlex.join(jobs[0].resumed().words)]
     if len(jobs) > 1:
         told = f"job {len(jobs) - 1}: {shlex.join(jobs[-1].words)}"
         lines.append(f"# this is job 0 of the array of {len(jobs)}; {told}")
-    return "\n".join(lines)
+    return "\n".join([sbatch_script(resources, folder, len(jobs)), *lines])
 
 
 def main(arguments: list[str]) -> None:

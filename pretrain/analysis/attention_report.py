@@ -164,10 +164,9 @@ def draw(
         add(f"queries_{i + 1:02}", figure, title, about + own_scale)
     if compared:
         figure = masks_comparison_figure(images, maps[compared[0]], maps[compared[1]], queries)
-        about += (
-            " after training with either; vertical lines in a map are spikes on the right (paper Fig. 7)."
-        )
-        add("masks", figure, "Position masks: box-wise and cross-wise", about)
+        spikes = "vertical lines in a map are spikes on the right (paper Fig. 7)."
+        told = f"{about} after training with either; {spikes}"
+        add("masks", figure, "Position masks: box-wise and cross-wise", told)
     about = "Distributions of s as drawn in training with the default settings (paper Fig. 3)."
     add("scales", drawn.scales_figure(PositionSettings()), "Scale s", about)
     return shown
@@ -195,7 +194,6 @@ def build_page(
         versions = [(r.git_commit or "–")[:12], r.packages.get("torch", "–")]
         cost = [f"{r.wall_time_s:.0f}", f"{r.peak_memory_mib or 0:,.0f}", r.created[:19].replace("T", " ")]
         origins.append([m.name, r.weights_hash or "–", r.config_hash, *versions, *cost])
-    lists = dict(
-        means=means, by_layer=by_layer, origins=origins, metrics=METRICS, figures=figures, broken=broken
-    )
-    return from_template("attention.html", title="Attention analysis", deviations=next(scaled, ""), **lists)
+    lists = dict(means=means, by_layer=by_layer, origins=origins, metrics=METRICS)
+    about = dict(deviations=next(scaled, ""), figures=figures, broken=broken)
+    return from_template("attention.html", title="Attention analysis", **lists, **about)

@@ -78,10 +78,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     limit = "of this call; then start it again"
     add("--max-minutes", type=float, default=float("inf"), metavar="M", help=limit)
     add("--quick", action="store_true", help="a few steps of everything: to see it run on a CPU")
-    for name, told in (
-        ("pretrain", "settings of every pre-training"),
-        ("detection", "fields of its protocol"),
-    ):
+    for name, told in (("pretrain", "settings of every one"), ("detection", "fields of the protocol")):
         add(f"--{name}", nargs="+", default=[], metavar="key=value", help=told)
     options = parser.parse_args(arguments)
     if min(options.seeds, options.jobs) < 1 or options.max_minutes * 60 <= GRACE_S:
@@ -106,7 +103,5 @@ def main(arguments: list[str]) -> None:
     for style in ("md", "csv"):
         (options.output / f"ablation.{style}").write_text(render(table, style))
     print(render(table, "md"))
-    told = (
-        f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (logs in {options.output}/JOB/*.log)"
-    )
-    raise_for(told if failed else "", left, f"{len(jobs)} jobs")
+    logs = f"{', '.join(failed)} (logs in {options.output}/JOB/*.log)"
+    raise_for(f"{len(failed)} of {len(jobs)} jobs failed: {logs}" * bool(failed), left, f"{len(jobs)} jobs")

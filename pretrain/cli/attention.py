@@ -82,13 +82,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = evaluation_parser(__doc__, need_weights=False)
     add = parser.add_argument
     add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
-    add(
-        "--size",
-        type=int,
-        default=480,
-        metavar="PX",
-        help="side of the images (%(default)s, as in the paper)",
-    )
+    add("--size", type=int, default=480, metavar="PX", help="side of the images (%(default)s: the paper's)")
     add("--crop", action="store_true", help="central squares; else the images are squeezed")
     add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
     add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")

@@ -42,15 +42,11 @@ def draw(folder: Path, config, n_images: int) -> None:  # type: ignore[no-untype
     crops = [[*normalize(s.global_crops), *normalize(s.local_crops)] for s in samples]
     rules = dataset.rules
     has_field = rules.positions is not None and rules.positions.encoding == "field"
-    in_field, same = (
-        ", the position boxes after shift and scale in the field P",
-        "; every view has the same positions",
-    )
+    in_field = ", the position boxes after shift and scale in the field P"
+    places = in_field if has_field else "; every view has the same positions"
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     figure = views_figure(pixels, [s.views for s in samples], crops, has_field)
-    caption = (
-        f"Global (red) and local (blue) boxes in the image{in_field if has_field else same}, and the crops."
-    )
+    caption = f"Global (red) and local (blue) boxes in the image{places}, and the crops."
     save(figure, figures, "views.png", "Views and their positions", caption)
     batch = Collate(rules, n_images, config.run.seed).crops(samples).to(torch.device("cpu"))
     if batch.masks is not None:

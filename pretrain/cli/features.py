@@ -36,9 +36,7 @@ def main(arguments: list[str]) -> None:
     add("--size", type=int, default=448, metavar="PX", help="shorter side, to whole patches (%(default)s)")
     add("--max-images", type=int, default=6, help="at equal steps (%(default)s)")
     add("--query", action="append", default=[], metavar="X,Y", help="in image units; may be repeated")
-    add(
-        "--layer", type=int, default=-1, help="0: embedding, k: after block k; -1: last, normed (%(default)s)"
-    )
+    add("--layer", type=int, default=-1, help="0: embedding, k: after block k, %(default)s: last, normed")
     add("--foreground", action="store_true", help="PCA of the foreground, by the first component's sign")
     options = parser.parse_args(arguments)
     at_least(options, size=1, max_images=1)
@@ -57,11 +55,10 @@ def main(arguments: list[str]) -> None:
         colors[subject.label] = [rgb.unflatten(0, grid) for rgb, grid in zip(rgbs, grids)]
         for maps, x, grid in zip(cosines, features, grids):
             maps[subject.label] = [similarity_to(x, patch_at(query, grid), grid) for query in queries]
-    scales = [
-        options.size / min(pixels.shape[:2]) for pixels in pictures.pixels
-    ]  # as shown, for any patch size
-    sizes = [[round(side * by) for side in x.shape[:2]] for x, by in zip(pictures.pixels, scales)]
-    images = [resized(x, (height, width)) for x, (height, width) in zip(pictures.pixels, sizes)]
+    images = []
+    for pixels in pictures.pixels:  # as the figures show them, for any patch size
+        height, width = (round(side * (options.size / min(pixels.shape[:2]))) for side in pixels.shape[:2])
+        images.append(resized(pixels, (height, width)))
     found = draw(options, pictures.names, images, queries, colors, cosines)
     about = {
         "Images": [f"{len(images)}, shorter side {options.size} px"],

@@ -49,11 +49,8 @@ def main(arguments: list[str]) -> None:
     probes = Probes(settings, DataSettings(root=options.position_root), backbone.patch_size)
     if options.position_root and not model.has_token:
         hidden_by = hide_with(backbone, "mean", False, (options.image_px // backbone.patch_size,) * 2)
-        mean, none = (
-            "the mean of all positions stands for a hidden one",
-            "and no positions that could be hidden",
-        )
-        said = mean if hidden_by == "mean" else none
+        mean, none = "the mean of all positions stands for a hidden one", "no positions that could be hidden"
+        said = mean if hidden_by == "mean" else f"and {none}"
         print(f"note: {options.weights} holds no pos_mask_token; {said}")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
     metrics = probes.run(backbone.to(device), device, autocast)

@@ -21,11 +21,7 @@ def main(arguments: list[str]) -> None:
     add("--output", type=Path, required=True)
     add("--title", default="Results")
     add("--layout", choices=LAYOUTS, default="list", help="of the tables: see posfield table")
-    add(
-        "--tables",
-        default="",
-        help='published tables: a comma list such as "1,2,7", or "all"; 1 when left out',
-    )
+    add("--tables", default="", help='published ones: a comma list such as "1,2,7", or "all" (1)')
     add("--against", default="", metavar="METHOD", help="see posfield table")
     options = parser.parse_args(arguments)
 

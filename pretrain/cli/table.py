@@ -29,17 +29,9 @@ def main(arguments: list[str]) -> None:
     add("runs", nargs="*", metavar="RUNS")
     add("--format", choices=FORMATS, default="md")
     add("--layout", choices=LAYOUTS, default="list")
-    add(
-        "--tables",
-        default="",
-        help='a comma list such as "1,2,7", or "all": published ones (list: 1; paper: all)',
-    )
-    add(
-        "--against",
-        default="",
-        metavar="METHOD",
-        help="dense: differences to this one, before a post-training",
-    )
+    add("--tables", default="", help='published ones: "1,2,7", ... or "all" (list: 1; paper: all)')
+    against = "dense: differences to this one, before a post-training"
+    add("--against", default="", metavar="METHOD", help=against)
     add("--output", type=Path, help="file to write; standard output when left out")
     options = parser.parse_args(arguments)
 

@@ -103,9 +103,8 @@ def load_comparison(
     """
     given = read_words(words)
     if "entries" in given.values:
-        raise UserError(
-            "entries: name the rows in a YAML file, which may have a base; --only chooses among them"
-        )
+        instead = "name the rows in a YAML file, which may have a base; --only chooses among them"
+        raise UserError(f"entries: {instead}")
     layers = [_with_texts(layer) for layer in (*read_layers(path), given)]
     comparison = build(Comparison, layers, str(path))
     of_all = {key: "" for key in ("detection", "segmentation") if key in given.values}

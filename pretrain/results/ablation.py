@@ -95,9 +95,8 @@ def _gain(by_seed: dict[int, Trial], base: dict[int, Trial], metric: str) -> Sco
     """Mean difference to the reference, seed by seed: the noise that a seed brings to both is gone."""
     seeds = sorted(by_seed.keys() & base.keys())
     pairs = [(by_seed[seed].finetuning.metrics, base[seed].finetuning.metrics) for seed in seeds]
-    return Score.over(
-        [own[metric] - other[metric] for own, other in pairs if metric in own.keys() & other.keys()]
-    )
+    both = [(own[metric], other[metric]) for own, other in pairs if metric in own.keys() & other.keys()]
+    return Score.over([own - other for own, other in both])
 
 
 def _notes(rows: dict[str, dict[int, Trial]], reference: str, notes: FootNotes) -> list[str]:

@@ -51,10 +51,10 @@ def dense_table(
     if against and against not in methods:
         there = ", ".join(sorted(methods)) or "none at all"
         raise UserError(f"no dense result is of the method {against!r}; there are {there}")
-    sets = _sets(rows)
-    printed = [
-        row for row in (published_dense() if published is None else published) if not rows or row.set in sets
-    ]
+    measured = {tables.set_of(row) for row in rows}  # first the known sets in their order, then by name
+    sets = [*(name for name in SETS if name in measured), *sorted(measured - set(SETS))]
+    published = published_dense() if published is None else published
+    printed = [row for row in published if not rows or row.set in sets]
     if not rows and not printed:
         return None
     heads = _heads(rows, printed)
@@ -66,22 +66,11 @@ def dense_table(
         found = [row for row in rows if tables.set_of(row) == name]
         parts.append((SETS.get(name, name), [row for row in printed if row.set == name], found))
     gains = functools.partial(_gains, rows=rows, heads=heads, against=against) if against else None
-    differs = (
-        f"{DIFFERENCE}: mean minus that of {against}, in points, where backbone and evaluation are the same."
-    )
-    title, what, more = (
-        "Dense evaluation without fine-tuning",
-        "configuration or weights",
-        [differs] * bool(against),
-    )
+    alike_in = "in points, where backbone and evaluation are the same."
+    more = [f"{DIFFERENCE}: mean minus that of {against}, {alike_in}"] * bool(against)
+    title, what = "Dense evaluation without fine-tuning", "configuration or weights"
     texts = _notes(heads, bool(printed))
     return tables.side_by_side(title, parts, heads, ["protocol"], keys, texts, what, gains, more)
-
-
-def _sets(rows: Sequence[Measured]) -> list[str]:
-    """Of the rows: first the known sets in their order, then the others by name."""
-    names = set(map(tables.set_of, rows))
-    return [*(name for name in SETS if name in names), *sorted(names - set(SETS))]
 
 
 def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:
@@ -106,10 +95,11 @@ def _gains(
     bases = [base for base in rows if base.run.method == against]
     bases = [base for base in bases if (base.run.backbone, base.run.protocol.identity) == like]
     is_compared = len(bases) == 1 and row.run.method != against
-    scores = {name: (row.score(name), bases[0].score(name) if is_compared else None) for name in heads}
-    return {
-        k: after.mean - before.mean if after and before else None for k, (after, before) in scores.items()
-    }
+    gains: dict[str, float | None] = {}
+    for name in heads:
+        after, before = row.score(name), bases[0].score(name) if is_compared else None
+        gains[name] = after.mean - before.mean if after and before else None
+    return gains
 
 
 def _notes(heads: Mapping[str, str], has_published: bool) -> list[str]:

@@ -218,10 +218,8 @@ def _panel(number: str, title: str, entries: Sequence[TableRow]) -> Table:
     scores = range(n_keys, n_keys + width * len(layout.scores))
     measured = frozenset(i for i in scores if (i - n_keys) % width)
     numeric = [*scores, *[1] * ("Eff. Ep." in layout.keys)]
-    texts, records = (
-        _notes(layout, entries) + notes.texts(NOT_COMPARABLE),
-        [_record(number, e) for e in entries],
-    )
+    texts = [*_notes(layout, entries), *notes.texts(NOT_COMPARABLE)]
+    records = [_record(number, entry) for entry in entries]
     spans = tuple((text, span) for text, span in heads if span)
     return Table.of(title, columns, groups, texts, numeric, records, heads=spans, measured=measured)
 

@@ -55,11 +55,9 @@ def in_command(line: str) -> str:
     """A command line as it is written today, wherever our files lie: ``posfield COMMAND``, configs by their
     names, and ``key=value`` words under the new keys."""
     words = as_posfield(shlex.split(line))
+    new = {f"{old}=": f"{key}=" for old, key in (DETECTION | SEGMENTATION).items()}
     pairs = [_CONFIG.sub(r"\1", word).partition("=") for word in words]
-    new = {**DETECTION, **SEGMENTATION}
-    return shlex.join(
-        f"{new.get(key, key) if equals else key}{equals}{value}" for key, equals, value in pairs
-    )
+    return shlex.join(new.get(key + equals, key + equals) + value for key, equals, value in pairs)
 
 
 def as_posfield(words: Sequence[str]) -> list[str]:

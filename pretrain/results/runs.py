@@ -1,10 +1,10 @@
 """A run folder as the report reads it: result.json, metrics.jsonl, probes.jsonl, figures/ and captions.json."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,8 @@ def read_log(path: Path) -> Log:
         iteration = entry.get("iteration") if isinstance(entry, dict) else None
         if type(iteration) is not int:
             raise UserError(f"{path}:{number}: no whole number 'iteration' in {line.strip()[:60]!r}")
-        numbers = {
-            name: float(v) for name, v in entry.items() if type(v) in (int, float) and math.isfinite(v)
-        }
-        log[iteration] = {name: value for name, value in numbers.items() if name != "iteration"}
+        del entry["iteration"]
+        log[iteration] = {k: float(v) for k, v in entry.items() if type(v) in (int, float) and isfinite(v)}
     return dict(sorted(log.items()))
 
 

@@ -149,12 +149,10 @@ def measured_values(row: Measured, scores: Iterable[str], gains: Gains = None) -
     values |= {"protocol_is_full": str(not scaled).lower(), "deviations": " | ".join(scaled.values())}
     values |= method_fields(row.run.method, backbone_label(row.run.backbone), row.run.effective_epochs)
     values |= {"config": row.configs, "protocol": row.run.protocol.label} | dict(zip(PROTOCOL_FIELDS, labels))
-    values |= {"set": set_of(row)} | {
-        f"{name}_difference": number_text(by) for name, by in (gains or {}).items()
-    }
     for name in scores:
         values |= score_values(name, row.score(name))
-    return values
+    differences = {f"{name}_difference": number_text(gain) for name, gain in (gains or {}).items()}
+    return values | differences | {"set": set_of(row)}
 
 
 def set_of(row: Measured) -> str:
@@ -261,9 +259,6 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-# --- detection, and segmentation of ADE20K ----------------------------------------------------------------
-
-
 def comparison_table(
     results: Sequence[Result], published: Sequence[PublishedRow] | None = None, table: str = "1"
 ) -> Table:
@@ -286,9 +281,6 @@ def comparison_table(
     texts += ["Published: as printed in the paper, in the table that the note names."] * bool(printed)
     heads = ("detection protocol", "segmentation protocol")
     return side_by_side("COCO and ADE20K", parts, SCORES, heads, keys, texts, "configuration")
-
-
-# --- segmentation on other data sets ----------------------------------------------------------------------
 
 
 def is_elsewhere(result: Result) -> bool:
@@ -320,26 +312,22 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     return Table.of("Segmentation on other data sets", columns, [lines], texts, {3, 4}, records)
 
 
-# --- the pre-training runs --------------------------------------------------------------------------------
-
-
 def pretraining_table(results: Sequence[Result]) -> Table | None:
     """Every pre-training but the post-trainings: its losses, then its other plain metrics; None: no run."""
-    return _training_table("Pre-training runs", [result for result in results if result.stage == "pretrain"])
+    return _training_table("Pre-training", results, "pretrain")
 
 
 def posttraining_table(results: Sequence[Result]) -> Table | None:
     """The same for post-trainings. The total loss is left out where every run has only one term."""
-    return _training_table(
-        "Post-training runs", [result for result in results if result.stage == "posttrain"]
-    )
+    return _training_table("Post-training", results, "posttrain")
 
 
-def _training_table(title: str, runs: list[Result]) -> Table | None:
+def _training_table(name: str, results: Sequence[Result], stage: str) -> Table | None:
+    runs = [result for result in results if result.stage == stage]
     runs.sort(key=lambda r: (backbone_label(r.backbone), r.method, r.seed, r.created))
     if not runs:
         return None
-    names = {name for run in runs for name, value in run.metrics.items() if not isinstance(value, dict)}
+    names = {key for run in runs for key, value in run.metrics.items() if not isinstance(value, dict)}
     summed = [run for run in runs if "loss" in run.metrics]
     # Of a post-training with one term of the loss: the loss is this term.
     if all(r.stage == "posttrain" and r.metrics["loss"] in map(r.metrics.get, r.terms) for r in summed):
@@ -348,16 +336,16 @@ def _training_table(title: str, runs: list[Result]) -> Table | None:
     metrics = losses + sorted(names - set(losses))
     notes, lines, records = FootNotes(), [], []
     for run in runs:
-        values: list[Any] = [run.metrics.get(name) for name in metrics]
+        values: list[Any] = [run.metrics.get(key) for key in metrics]
         cells = [run.method, backbone_label(run.backbone), epochs_text(run.effective_epochs)]
         cells += [notes.label(run.protocol), str(run.seed)]
         cells += [NONE if value is None else f"{value:.4g}" for value in values]
         cells += [duration_text(run.wall_time_s), memory_text(run.peak_memory_mib)]
         lines.append(Line("measured", bool(run.protocol.deviations), tuple(cells)))
         about = {"protocol": run.protocol.label, "protocol_is_full": str(not run.protocol.deviations).lower()}
-        exact = {name: "" if value is None else repr(value) for name, value in zip(metrics, values)}
+        exact = {key: "" if value is None else repr(value) for key, value in zip(metrics, values)}
         fields = method_fields(run.method, run.backbone, run.effective_epochs)
         records.append(fields | about | {"seed": str(run.seed)} | exact)
     columns = (*ABOUT[1:], "protocol", "seed", *metrics, "wall time", "peak memory (MiB)")
-    texts = notes.texts(f"Not the full {title.split()[0].lower()}.")
-    return Table.of(title, columns, [lines], texts, {2, *range(4, len(columns))}, records)
+    texts = notes.texts(f"Not the full {name.lower()}.")
+    return Table.of(f"{name} runs", columns, [lines], texts, {2, *range(4, len(columns))}, records)
