@@ -76,13 +76,6 @@ def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     return comparison, [rows[name] for name in options.only or rows]
 
 
-def queue_of(options: argparse.Namespace, further: list[str]) -> Queue:
-    """Where --submit hands the runs to: jobs of --gpus-per-run tasks."""
-    words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
-    asked, _ = submit.parse(words)
-    return Queue(submit.resources_of(asked), asked.folder)
-
-
 def sweep_jobs(comparison: Comparison) -> int:
     """Of how many jobs the array of a sweep is; 0 where there is none, for which MMSegmentation is not needed."""
     if SWEEP not in [entry.segmentation or comparison.segmentation for entry in comparison.entries]:
@@ -120,7 +113,9 @@ def main(arguments: list[str]) -> None:
     """Plan, go on, write the tables, and say what failed and what is left."""
     options, further = parse(arguments)
     comparison, rows = read(options)
-    queue = queue_of(options, further) if options.submit else None
+    words = ["--gpus", str(options.gpus_per_run), "--folder", str(options.output / "jobs" / "%j"), *further]
+    asked = submit.parse(words)[0] if options.submit else None  # jobs of --gpus-per-run tasks
+    queue = Queue(submit.resources_of(asked), asked.folder) if asked else None
     weights = compare.find_all(comparison, options.output)
     lost = {name_of(entry): entry for entry in rows if name_of(entry) not in weights}
     for name, entry in lost.items():

@@ -125,9 +125,6 @@ def query_attention(backbone: ViT, x: Tensor, places: Sequence[tuple[float, floa
     return torch.cat(rows, dim=1).unflatten(2, grid)
 
 
-# --- NMI and MAD -------------------------------------------------------------------------------------------
-
-
 class Statistics(NamedTuple):
     """NMI and MAD of each layer and head of some images, float64 on the CPU."""
 
@@ -148,15 +145,6 @@ def distances_px(
     rows, columns = torch.meshgrid(*sides, indexing="ij")
     y, x = rows.flatten() * patch_px, columns.flatten() * patch_px  # [N]
     return ((y[queries, None] - y).square() + (x[queries, None] - x).square()).sqrt()
-
-
-def _nmi(row_entropy: Tensor, keys: Tensor, n: int) -> Tensor:
-    """From mean_q H(A_q) [...] and p(k) [..., N]."""
-    key_entropy = entropy(keys)
-    # Rounding can leave the bounds.
-    information = (key_entropy - row_entropy).clamp(min=0).minimum(key_entropy)
-    scale = (math.log(n) * key_entropy).sqrt()
-    return torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
 
 
 @torch.no_grad()
@@ -211,15 +199,16 @@ def streamed_statistics(
     done = 0
     for rows in blocks:
         here = slice(done, done + rows.shape[-2])
-        row_entropy = row_entropy.to(rows.device) + _wide(entropy(rows)).sum(-1)  # [...]
-        keys = keys.to(rows.device) + _wide(rows.sum(-2))  # [..., N]
+        wide = torch.float32 if rows.device.type == "mps" else torch.float64  # for sums over many
+        row_entropy = row_entropy.to(rows.device) + entropy(rows).to(wide).sum(-1)  # [...]
+        keys = keys.to(rows.device) + rows.sum(-2).to(wide)  # [..., N]
         rows *= distances_px(grid, patch_px, here, rows.device)
-        distance = distance.to(rows.device) + _wide(rows.sum(-1)).sum(-1)
+        distance = distance.to(rows.device) + rows.sum(-1).to(wide).sum(-1)
         done = here.stop
         del rows  # before the next are made
-    return _nmi(row_entropy / done, keys / done, done), distance / done
-
-
-def _wide(x: Tensor) -> Tensor:
-    """For sums over many: float64, but on MPS, which has none, float32."""
-    return x.float() if x.device.type == "mps" else x.double()
+    key_entropy = entropy(keys / done)
+    # Rounding can leave the bounds.
+    information = (key_entropy - row_entropy / done).clamp(min=0).minimum(key_entropy)
+    scale = (math.log(done) * key_entropy).sqrt()
+    nmi = torch.where(scale > 0, information / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0)
+    return nmi, distance / done

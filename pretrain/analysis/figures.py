@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -74,10 +73,10 @@ def forget(folder: Path, pattern: str) -> None:
     write_json(captions, entries)
 
 
-def as_array(figure: Figure, dpi: int = 100) -> np.ndarray:
+def as_array(figure: Figure) -> np.ndarray:
     """The figure as uint8 [H, W, 3]; closes it."""
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(100)
+    canvas: Any = figure.canvas
     canvas.draw()
     plt.close(figure)
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -275,19 +274,15 @@ def crops_figure(global_crops: Tensor, local_crops: Tensor, views: Views, is_tie
         crops = [displayable(crop) for crop in (*global_crops[:, image], *local_crops[:, image])]
         flips = views.flips[image].tolist()
         for axis, (title, places) in zip(row, boxes.items()):
-            _paste(bare(axis, title), crops, flips, places[image, shown].cpu(), n_global)
+            for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, places[image, shown].tolist()):
+                turned = crop[:, ::-1] if flip else crop
+                axis.imshow(turned, extent=(x0, x1, y1, y0), interpolation="bilinear")
+            bare(axis, title).set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
+            rectangles(axis, places[image, shown], n_global)
         for view, axis, crop in zip(shown, row[len(boxes) :], crops):
             number = f"global {view + 1}" if view < n_global else f"local {view - n_global + 1}"
             bare(axis, number + (", flipped" if flips[view] else "")).imshow(crop)
     return figure
-
-
-def _paste(axis: Any, crops: list[np.ndarray], flips: list[bool], boxes: Tensor, n_global: int) -> None:
-    """Crops, turned back where they were flipped, at their boxes in the unit square."""
-    for crop, flip, (x0, y0, x1, y1) in zip(crops, flips, boxes.tolist()):
-        axis.imshow(crop[:, ::-1] if flip else crop, extent=(x0, x1, y1, y0), interpolation="bilinear")
-    axis.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", facecolor="#f2f2f2")
-    rectangles(axis, boxes, n_global)
 
 
 def pca_figure(crops: Tensor, rgb: Tensor) -> Figure:

@@ -35,14 +35,6 @@ QUICK_PRETRAIN = "optim.epochs=2 optim.warmup_epochs=1 backbone.depth=2 data.wor
 QUICK_DETECTION = "max_iters=10 milestones=8,9 warmup_iters=2 eval_every=10".split()
 
 
-def row_overrides(row: str) -> list[str]:
-    """What a row's file changes, as key=value."""
-    if row == "method":
-        return []
-    values = flat(read_yaml(RECIPES / "ablation" / f"{row}.yaml").values)
-    return [f"{key}={text}" for key, text in values.items() if key not in ("base", "run.output")]
-
-
 def last(*settings: list[str]) -> list[str]:
     """key=value words, of each key the last one, whether by its name or by the one that it had before."""
     parts = [word.partition("=") for words in settings for word in words]
@@ -58,7 +50,10 @@ def plan(options: argparse.Namespace) -> dict[str, list[Stage]]:
         for row in ROWS:
             folder = options.output / row / f"seed_{seed}"
             where = [f"data.root={data / 'images'}", f"run.output={folder / 'pretrain'}", f"run.seed={seed}"]
-            changed = last(row_overrides(row), QUICK_PRETRAIN if quick else [], options.pretrain)
+            file = RECIPES / "ablation" / f"{row}.yaml"  # of the method itself there is none
+            own = flat(read_yaml(file).values) if row != "method" else {}
+            of_row = [f"{key}={text}" for key, text in own.items() if key not in ("base", "run.output")]
+            changed = last(of_row, QUICK_PRETRAIN if quick else [], options.pretrain)
             first = command("pretrain", "--resume", "--config", "toy", *where, *changed)
             words = ["--engine", "torchvision", "--weights", folder / "pretrain" / "backbone.safetensors"]
             words += ["--data", data / "coco", "--seed", seed, "--output", folder / "det", "--resume"]

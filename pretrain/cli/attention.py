@@ -40,7 +40,18 @@ BOX, CROSS = "box-wise", "cross-wise"
 
 def main(arguments: list[str]) -> None:
     """Parse, look at all files, measure one checkpoint after the other, draw."""
-    options = parse(arguments)
+    parser = evaluation_parser(__doc__, need_weights=False)
+    add = parser.add_argument
+    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
+    add("--size", type=int, default=480, metavar="PX", help="side of the images (%(default)s: the paper's)")
+    add("--crop", action="store_true", help="central squares; else the images are squeezed")
+    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
+    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
+    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
+    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
+    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
+    options = parser.parse_args(arguments)
+    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
     subjects, output = looked_at(options), options.output
     queries = list(map(read_place, options.queries))
     output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
@@ -64,8 +75,7 @@ def main(arguments: list[str]) -> None:
 
 
 def looked_at(options: argparse.Namespace) -> list[EvalModel]:
-    """The checkpoints, the two of --compare-masks last; every file is looked at before the first is
-    measured."""
+    """The checkpoints, the two of --compare-masks last; all files are looked at before one is measured."""
     subjects = models_of(options)
     if options.compare_masks:
         check_masks(*options.compare_masks)
@@ -75,20 +85,3 @@ def looked_at(options: argparse.Namespace) -> list[EvalModel]:
         raise UserError("nothing to analyze: give --weights or --compare-masks")
     check_size(subjects, options.size)
     return subjects
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options, checked."""
-    parser = evaluation_parser(__doc__, need_weights=False)
-    add = parser.add_argument
-    add("--compare-masks", type=Path, nargs=2, metavar=("BOX", "CROSS"), help="two runs, for Fig. 7")
-    add("--size", type=int, default=480, metavar="PX", help="side of the images (%(default)s: the paper's)")
-    add("--crop", action="store_true", help="central squares; else the images are squeezed")
-    add("--max-images", type=int, default=100, help="at equal steps from the first (%(default)s)")
-    add("--queries", nargs="+", default=QUERIES, metavar="X,Y", help="query patches, 0 to 1")
-    add("--shown", type=int, default=3, help="the first images, whose attention is drawn (%(default)s)")
-    add("--batch", type=int, default=1, help="images at a time; a GPU wants 8 or more (%(default)s)")
-    add("--block", type=int, default=BLOCK, help="queries at a time (%(default)s)")
-    options = parser.parse_args(arguments)
-    at_least(options, size=1, max_images=1, shown=1, batch=1, block=1)
-    return options

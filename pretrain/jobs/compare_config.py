@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +11,12 @@ from pretrain.build import backbone_names
 from pretrain.errors import UserError
 from pretrain.results import renamed
 from pretrain.results.published import published_rows, rows_of_tables
-from pretrain.settings import Layer, Settings, build, flat, read_layers, read_words, setting, shown
+from pretrain.settings import Layer, Settings, build, flat, ours, read_layers, read_words, setting, shown
 from pretrain.weights import source_names
 
 NONE, SWEEP = "none", "sweep"
 # {group: old names}
 OVERRIDES = {"detection_overrides": renamed.DETECTION, "segmentation_overrides": renamed.SEGMENTATION}
-ours = partial(setting, source="ours")
 
 
 class Entry(Settings):

@@ -22,7 +22,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import submitit
@@ -33,12 +32,11 @@ from pretrain.cli import REQUEUE_CODE
 from pretrain.errors import UserError
 from pretrain.jobs.stage import Stage
 from pretrain.results.renamed import as_posfield
-from pretrain.settings import Settings, setting
+from pretrain.settings import Settings, ours
 
 RESUMABLE = ("pretrain", "detect", "segment", "evaluate dense")  # these take --resume; others begin anew
 INDEX = "{index}"  # in a command of an array: the number of the job
 PORTS = range(20_000, 32_000)  # below those that Linux hands out by itself
-ours = partial(setting, source="ours")
 
 
 class Resources(Settings):

@@ -77,9 +77,18 @@ def build_report(
     runs = sorted(runs, key=order)
     results = [run.result for run in runs]
     names = run_names(results)
+    times = {kind: [r.wall_time_s for r in results if kind in (r.kind, "all")] for kind in (*KINDS, "all")}
     days = sorted({result.created[:10] for result in results})
     owners = [f"{result.kind}: {name}" for result, name in zip(results, names)]
     heads = [f"{STAGES[result.stage]}: {name}" for result, name in zip(results, names)]
+    overview, hashes = [], []
+    for r, name in zip(results, names):
+        cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
+        trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs), r.protocol.label]
+        overview.append([r.kind, name, *trained, *cost])
+        commit, _, dirty = (r.git_commit or NONE).partition("+")
+        digests = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
+        hashes.append([r.kind, name, seeds_of([r]), *digests, r.created[:19].replace("T", " ")])
     found = tables_of(results, layout, table or "1" * (layout == "paper"), against)
     return from_template(
         "report.html",
@@ -87,25 +96,14 @@ def build_report(
         runs=list(zip(runs, heads, [_entries(_flat(result.metrics)) for result in results])),
         dates=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
         n_scaled=sum(bool(result.protocol.deviations) for result in results),
-        overview=[_overview(result, name) for result, name in zip(results, names)],
-        times=_times(results),
+        overview=overview,
+        times=[[kind, len(each), duration_text(sum(each))] for kind, each in times.items() if each],
         hardware=_distinct([result.hardware for result in results], owners),
         versions=_distinct([result.packages for result in results], owners),
         curves=_curves(runs, names),
         tables=Markup(render_all(found, "html")),
-        hashes=[_hashes(result, name) for result, name in zip(results, names)],
+        hashes=hashes,
     )
-
-
-def _overview(r: Result, name: str) -> list[str]:
-    cost = [duration_text(r.wall_time_s), memory_text(r.peak_memory_mib, " MiB")]
-    trained = [backbone_label(r.backbone), epochs_text(r.effective_epochs)]
-    return [r.kind, name, *trained, r.protocol.label, *cost]
-
-
-def _times(results: Sequence[Result]) -> list[list[str]]:
-    times = {kind: [r.wall_time_s for r in results if kind in (r.kind, "all")] for kind in (*KINDS, "all")}
-    return [[kind, str(len(each)), duration_text(sum(each))] for kind, each in times.items() if each]
 
 
 def _distinct(
@@ -136,12 +134,6 @@ def _curves(
             is_long = max(len(curve.log) for curve in curves) > MOST_POINTS
             found.append((head, curves, panels[: len(shown)], panels[len(shown) :], is_long))
     return found
-
-
-def _hashes(r: Result, name: str) -> list[str]:
-    commit, _, dirty = (r.git_commit or NONE).partition("+")
-    hashes = [r.config_hash, r.weights_hash or NONE, commit[:12] + f"+{dirty}" * bool(dirty)]
-    return [r.kind, name, seeds_of([r]), *hashes, r.created[:19].replace("T", " ")]
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from pretrain.errors import UserError
 from pretrain.files import read_json, write_text
 from pretrain.results import renamed
-from pretrain.settings import Settings, problem, setting, validated
+from pretrain.settings import Settings, ours, problem, validated
 
 SCHEMA_VERSION = 1
 Kind = Literal["pretrain", "detection", "segmentation", "dense", "analysis"]
@@ -39,10 +39,6 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _field(text: str, default: Any = ..., source: str = "ours", **limits: Any) -> Any:
-    return setting(default, text, source=source, **limits)
-
-
 class _Record(Settings):
     """Settings that are made by keyword: what is wrong is a UserError of one line, which begins with `what`."""
 
@@ -59,10 +55,10 @@ class Protocol(_Record):
     """The recipe that a run followed, and every field in which it did not."""
 
     what = "protocol: "
-    name: str = _field('the recipe, such as "coco-12ep"')
-    version: int = _field("of the recipe, from 1 on")
-    full: bool = _field("true exactly when `deviations` is empty")
-    deviations: dict[str, list[Any]] = _field("{field: [value in the protocol, value in the run]}")
+    name: str = ours(..., 'the recipe, such as "coco-12ep"')
+    version: int = ours(..., "of the recipe, from 1 on")
+    full: bool = ours(..., "true exactly when `deviations` is empty")
+    deviations: dict[str, list[Any]] = ours(..., "{field: [value in the protocol, value in the run]}")
 
     @field_validator("deviations", mode="before")
     @classmethod
@@ -114,30 +110,36 @@ class Protocol(_Record):
 class Result(_Record):
     """One run."""
 
-    kind: Kind = _field("what the run did")
-    method: str = _field("of the pre-training, as tables show it")
-    backbone: str = _field("registry name")
-    effective_epochs: float | None = _field(
-        "of the pre-training, in epochs of two crops of 224 px; null: unknown", ge=0, source="paper, Table 1"
+    kind: Kind = ours(..., "what the run did")
+    method: str = ours(..., "of the pre-training, as tables show it")
+    backbone: str = ours(..., "registry name")
+    effective_epochs: float | None = ours(
+        ...,
+        "of the pre-training, in epochs of two crops of 224 px; null: unknown",
+        ge=0,
+        source="paper, Table 1",
     )
-    protocol: Protocol = _field("the recipe, and how the run deviates from it")
-    metrics: dict[str, Any] = _field(
+    protocol: Protocol = ours(..., "the recipe, and how the run deviates from it")
+    metrics: dict[str, Any] = ours(
+        ...,
         "{name: number or dict of these}. Detection: box_ap, mask_ap, box_ap50, ...; segmentation: miou, "
-        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out"
+        "...; dense: linear_miou, ... in percent. A metric that is undefined (no ground truth) is left out",
     )
-    labels: str = _field("of a set with a label a pixel: how many classes, who names them", "")
-    seed: int = _field("of this run, not its pre-training's; of a dense evaluation that, unless told")
-    config_hash: str = _field("equal for runs that differ in the seed alone: only these are averaged")
-    weights_hash: str | None = _field("of the backbone's file that a pre-training left, or another run read")
-    git_commit: str | None = _field("of this code, with +dirty where files differ from it")
-    packages: dict[str, Any] = _field("{distribution: version}")
-    hardware: dict[str, Any] = _field("cpu, cores, memory_gib, gpus, processes")
-    wall_time_s: float = _field("seconds", ge=0)
-    peak_memory_mib: float | None = _field("MiB of the GPU used, else of the process; null: unknown", ge=0)
-    loss_terms: tuple[str, ...] = _field("of the logged addends of the loss, in order", (), strict=False)
-    post_training: bool = _field("whether it trained a backbone that was pre-trained before", False)
-    created: str = _field("end of the run, UTC, ISO 8601", now)
-    schema_version: Literal[1] = _field("of this file", SCHEMA_VERSION)
+    labels: str = ours("", "of a set with a label a pixel: how many classes, who names them")
+    seed: int = ours(..., "of this run, not its pre-training's; of a dense evaluation that, unless told")
+    config_hash: str = ours(..., "equal for runs that differ in the seed alone: only these are averaged")
+    weights_hash: str | None = ours(
+        ..., "of the backbone's file that a pre-training left, or another run read"
+    )
+    git_commit: str | None = ours(..., "of this code, with +dirty where files differ from it")
+    packages: dict[str, Any] = ours(..., "{distribution: version}")
+    hardware: dict[str, Any] = ours(..., "cpu, cores, memory_gib, gpus, processes")
+    wall_time_s: float = ours(..., "seconds", ge=0)
+    peak_memory_mib: float | None = ours(..., "MiB of the GPU used, else of the process; null: unknown", ge=0)
+    loss_terms: tuple[str, ...] = ours((), "of the logged addends of the loss, in order", strict=False)
+    post_training: bool = ours(False, "whether it trained a backbone that was pre-trained before")
+    created: str = ours(now, "end of the run, UTC, ISO 8601")
+    schema_version: Literal[1] = ours(SCHEMA_VERSION, "of this file")
 
     @field_validator(*OF_NUMBERS, mode="wrap")
     @classmethod
