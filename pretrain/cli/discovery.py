@@ -13,6 +13,7 @@ checkpoints/NAME/ of each with result.json, boxes.csv (one row an image) and ima
 import argparse
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,6 @@ def read_part(file: Path) -> dict[str, dict[str, Any]]:
     file.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
+        with suppress(ValueError):  # a line that was cut off
             found |= [json.loads(line)]
-        except ValueError:  # a line that was cut off
-            continue
     return found

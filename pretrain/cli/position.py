@@ -50,10 +50,9 @@ def main(arguments: list[str]) -> None:
     at_least(options, draws=1, size=1, max_images=2)
     device = choose_device(options.device)
     subjects = models_of(options)
-    for subject in subjects:
-        if options.mask == "token" and not subject.has_token:
-            what = "holds no pos_mask_token that pre-training with position masks learned"
-            raise UserError(f"--mask token: {subject.path} {what}")
+    if options.mask == "token" and (without := [subject for subject in subjects if not subject.has_token]):
+        what = "holds no pos_mask_token that pre-training with position masks learned"
+        raise UserError(f"--mask token: {without[0].path} {what}")
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
@@ -85,8 +84,8 @@ def probe(
         return read_csv(folder / TABLE)
     backbone = subject.build(mask_tokens=True)
     hidden_by = hide_with(backbone, options.mask, subject.has_token, grid)
-    nothing = "no position is added to its patches, so there is none to hide; it is probed as it is"
     if hidden_by != options.mask:
+        nothing = "no position is added to its patches, so there is none to hide; it is probed as it is"
         replaced = f"hidden positions are replaced by the {hidden_by}"
         print(f"{subject.label}: {nothing if hidden_by == 'none' else replaced}")
     tell = Progress(subject.label, options.draws * len(images), signals, "images of all draws")

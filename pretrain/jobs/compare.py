@@ -80,8 +80,8 @@ def find_weights(comparison: Comparison, entry: Entry, output: Path) -> Weights 
 
 def find_all(comparison: Comparison, output: Path) -> dict[str, Weights]:
     """:func:`find_weights` of every entry of which there are weights, by name."""
-    found = {name_of(entry): find_weights(comparison, entry, output) for entry in comparison.entries}
-    return {name: weights for name, weights in found.items() if weights is not None}
+    entries = comparison.entries
+    return {name_of(e): found for e in entries if (found := find_weights(comparison, e, output)) is not None}
 
 
 def prepare(entry: Entry, weights: Weights) -> None:

@@ -1,7 +1,6 @@
 """`result.json`: what every run leaves behind, and the only thing that the tables read.
 
-This file guards one rule: a run that deviates from its protocol says so wherever it is shown.
-Its protocol carries the list of deviations, and :attr:`Protocol.label` is the only name that a table prints.
+A run that deviates from its protocol says so wherever it is shown: :attr:`Protocol.label` is all that tables print.
 """
 
 import json
@@ -221,9 +220,8 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
-        for name in value:
-            if not isinstance(name, str):
-                raise ValueError(f"{key} has the key {name!r}, which is not a string")
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise ValueError(f"{key} has the key {wrong[0]!r}, which is not a string")
         return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
     raise ValueError(f"{key} is {type(value).__name__}, which JSON cannot hold")
 

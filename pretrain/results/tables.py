@@ -251,12 +251,10 @@ def memory_text(mib: float | None, unit: str = "") -> str:
 
 def duration_text(seconds: float) -> str:
     """ "42 s", "3 min 20 s", "5 h 03 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def comparison_table(
@@ -302,9 +300,8 @@ def segmentation_table(results: Sequence[Result]) -> Table | None:
     notes, lines = FootNotes(), []
     for row in rows:
         line = measured_line(row, ["miou"], notes, rows)
-        _, method, backbone, epochs, miou, _, label, seeds, _ = line.cells
-        cells = (label, method, backbone, epochs, miou, seeds, row.configs)
-        lines.append(replace(line, cells=cells))
+        _, *about, miou, _, label, seeds, _ = line.cells
+        lines.append(replace(line, cells=(label, *about, miou, seeds, row.configs)))
     columns = ("protocol", *ABOUT[1:], "mIoU", "seeds", "config")
     texts = ["mIoU in percent, measured with this code."]
     texts += notes.texts("Not comparable with the full protocol's numbers.")
