@@ -61,16 +61,16 @@ def dense_table(
     keys = ["source", "mark", "protocol_is_full", "set", *tables.METHOD_FIELDS, *tables.score_keys(heads)]
     keys += [f"{name}_difference" for name in heads if against]
     keys += ["pretraining_protocol", "protocol", "deviations", "seeds", "config", "note"]
-    parts = []
+    groups = []
     for name in sets or dict.fromkeys(row.set for row in printed):
         found = [row for row in rows if tables.set_of(row) == name]
-        parts.append((SETS.get(name, name), [row for row in printed if row.set == name], found))
+        groups.append((SETS.get(name, name), [row for row in printed if row.set == name], found))
     gains = functools.partial(_gains, rows=rows, heads=heads, against=against) if against else None
     alike_in = "in points, where backbone and evaluation are the same."
     more = [f"{DIFFERENCE}: mean minus that of {against}, {alike_in}"] * bool(against)
     title, what = "Dense evaluation without fine-tuning", "configuration or weights"
     texts = _notes(heads, bool(printed))
-    return tables.side_by_side(title, parts, heads, ["protocol"], keys, texts, what, gains, more)
+    return tables.side_by_side(title, groups, heads, ["protocol"], keys, texts, what, gains, more)
 
 
 def _heads(rows: Sequence[Measured], printed: Sequence[PublishedDense]) -> dict[str, str]:

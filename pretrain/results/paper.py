@@ -118,12 +118,12 @@ class TableRow:
 
     def scaled(self, score: str) -> tuple[Protocol, ...]:
         """The protocols from which a measured score deviates; none: it may be compared."""
-        protocols = (self.pretraining, self.measured and self.measured.protocol(score))
+        protocols = (self.pretraining, self.measured.protocol(score) if self.measured else None)
         return tuple(protocol for protocol in protocols if protocol is not None and protocol.deviations)
 
     def difference(self, score: str) -> float | None:
         """Measured minus published, in points; None where either is absent or the run was scaled down."""
-        printed, measured = self.row.scores[score], self.measured and self.measured.score(score)
+        printed, measured = self.row.scores[score], self.measured.score(score) if self.measured else None
         return None if printed is None or measured is None or self.scaled(score) else measured.mean - printed
 
 

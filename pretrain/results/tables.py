@@ -193,7 +193,7 @@ def side_by_side(
         gains: of a measured row.
     """
     parts, has_gains = list(parts), gains is not None
-    printed, rows = ([row for part in parts for row in part[i]] for i in (1, 2))
+    printed, rows = [row for part in parts for row in part[1]], [row for part in parts for row in part[2]]
     columns = [*ABOUT]
     for head in scores.values():
         columns += [head, *[DIFFERENCE] * has_gains]
