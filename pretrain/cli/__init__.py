@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pretrain.data.images import Images, Made
     from pretrain.eval_model import EvalModel
 
+WITH_RESUME = ("posfield pretrain", "posfield detect", "posfield segment", "posfield evaluate dense")
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
 
@@ -40,11 +42,18 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)
         sys.exit(REQUEUE_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def resumed(words: Sequence[str]) -> str:
+    """The command line that goes on where this one stopped."""
+    name = Path(sys.argv[0]).name
+    asked = ["--resume"] * (name in WITH_RESUME and "--resume" not in words)
+    return f"{name} {shlex.join([*words, *asked])}"
 
 
 def command(name: str, *words: object) -> list[str]:
