@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -69,6 +70,9 @@ def setting(
     extra: dict[str, Any] = {"source": source, "in_recipe": in_recipe, "fixed": fixed, "settable": settable}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**made, description=f"{text} [{source}]", json_schema_extra=extra, **limits)
+
+
+ours = partial(setting, source="ours")
 
 
 @dataclass(frozen=True)
