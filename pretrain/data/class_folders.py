@@ -66,14 +66,9 @@ def _list(folder: Path) -> dict[str, list[str]]:
     """Names of the images by class, both sorted; classes without one are left out."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    found = {}
-    for name in classes:
-        with os.scandir(folder / name) as entries:
-            files = sorted(entry.name for entry in entries if is_image(os.fsencode(entry.name)))
-        if files:
-            found[name] = files
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    listed = {at.name: sorted(f for f in os.listdir(at) if is_image(os.fsencode(f))) for at in classes}
+    found = {name: files for name, files in listed.items() if files}
     if not found:
         what = f"CLASS/*{'|'.join(SUFFIXES)}"
         raise UserError(f"no image {what} in {folder}: a folder for each class is needed")

@@ -21,9 +21,9 @@ import warnings
 import zlib
 
 import numpy as np
-import torch
 from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
-from torch.nn import functional
+
+from pretrain.views.pixels import resize
 
 try:
     import simplejpeg
@@ -127,15 +127,10 @@ def _jpeg_pixels(image: JpegImagePlugin.JpegImageFile, data: bytes, max_side_px:
         except ValueError:
             pass  # PIL judges
     pixels = _rgb(image)
-    if _is_filled(pixels[-1, -1]) and _ends_early(data, image.layers):
+    # The luma of the last pixel may be the gray of missing data; its color may come from the block before
+    if abs(pixels[-1, -1] @ [0.299, 0.587, 0.114] - 128) < 2 and _ends_early(data, image.layers):
         raise BrokenImage("JPEG data ends before the picture")
     return pixels
-
-
-def _is_filled(pixel: np.ndarray) -> bool:
-    """Whether the luma of the last pixel may be the gray of missing data; its color may come from the block
-    before."""
-    return bool(abs(pixel @ [0.299, 0.587, 0.114] - 128) < 2)
 
 
 def _ends_early(data: bytes, n_components: int) -> bool:
@@ -189,12 +184,7 @@ def _bounded(pixels: np.ndarray, max_side_px: int) -> np.ndarray:
     scale = max_side_px / max(height, width)
     if not max_side_px or scale >= 1:
         return pixels
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    # [1, 3, H, W] with the channels last in memory: twice as fast as planes
-    stored = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    return (
-        functional.interpolate(stored, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-    )
+    return resize(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def _upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:

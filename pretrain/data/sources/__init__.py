@@ -1,5 +1,4 @@
-"""Where images come from: one interface to folders, lists, COCO, tar shards, parquet files and Hugging Face
-folders.
+"""Where images come from: folders, lists, COCO, tar shards, parquet files and Hugging Face folders.
 
 A source gives random access by index, in the same order on every machine. It goes to workers by pickle or
 fork and opens its files in each process.
@@ -17,6 +16,8 @@ from pretrain.settings import Settings, setting
 
 __all__ = ["DataSettings", "FileSource", "Source", "folder_source", "kind_of", "list_source", "open_source"]
 
+# TarSource says that a packed one must be unpacked
+ENDS = {"list": r"\.(txt|lst)$", "parquet": r"\.parquet$", "tar": r"\.(tar(\.\w+)?|tgz)$"}
 COCO_SPLIT = re.compile(r"(train|val|test|unlabeled)20\d\d")
 
 
@@ -129,39 +130,24 @@ def kind_of(root: str, split: str = "") -> str:
     """
     path = Path(root)
     if path.is_file() or not path.is_dir() and is_pattern(root):
-        return _kind_of_file(path)
+        if kind := next((kind for kind, end in ENDS.items() if re.search(end, path.name.lower())), None):
+            return kind
+        told = "is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"
+        raise UserError(f"data.root: {path} {told}")
     if not path.is_dir():
         raise UserError(f"data.root: no file or folder {root}")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return "huggingface"
     if coco_splits(path) and (path / "annotations").is_dir():
         return "coco"
-    return _kind_of_files_in(path / split if (path / split).is_dir() else path)
-
-
-def _kind_of_files_in(folder: Path) -> str:
-    """``tar`` or ``parquet`` for a folder with such files and neither images nor folders, else ``folder``."""
     kind = "folder"
-    with os.scandir(folder) as entries:
+    with os.scandir(path / split if (path / split).is_dir() else path) as entries:
         for entry in entries:
             if is_image(os.fsencode(entry.name)) or entry.is_dir() and not entry.name.startswith("."):
                 return "folder"  # the first tells, out of millions
             if entry.name.endswith((".tar", ".parquet")):
                 kind = entry.name.rpartition(".")[2]
     return kind
-
-
-def _kind_of_file(path: Path) -> str:
-    if path.suffix.lower() in (".txt", ".lst"):
-        return "list"
-    if path.suffix.lower() == ".parquet":
-        return "parquet"
-    # TarSource says that a packed one must be unpacked
-    if re.search(r"\.(tar(\.\w+)?|tgz)$", path.name.lower()):
-        return "tar"
-    raise UserError(
-        f"data.root: {path} is neither a folder nor a .txt, .lst, .tar or .parquet file; or set data.source"
-    )
 
 
 def coco_splits(root: Path) -> list[str]:
@@ -174,8 +160,6 @@ def _coco_source(root: str, split: str) -> FileSource:
     if not Path(root).is_dir():
         raise UserError(f"data.root: no folder {root}")
     if not split:  # never all: the run would silently train on the validation images
-        there = ", ".join(coco_splits(Path(root))) or "none like train2017"
-        raise UserError(
-            f"data.split: which of COCO's image folders in {root} ({there})? Several are joined with +"
-        )
+        told = f"{root} ({', '.join(coco_splits(Path(root))) or 'none like train2017'})"
+        raise UserError(f"data.split: which of COCO's image folders in {told}? Several are joined with +")
     return folder_source(root, split.split("+"))
