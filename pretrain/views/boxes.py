@@ -117,9 +117,8 @@ class PositionSettings(Settings):
         if self.s_min > self.s_max:
             raise ValueError(f"positions.s_min={self.s_min} is more than positions.s_max={self.s_max}")
         if self.augment and not self.is_augmented:
-            warnings.warn(
-                "config: positions.augment has no effect with positions.encoding=standard", stacklevel=2
-            )
+            told = "positions.augment has no effect with positions.encoding=standard"
+            warnings.warn(f"config: {told}", stacklevel=2)
         return self
 
 
@@ -143,12 +142,9 @@ class Views(Record):
     tied: bool = True
 
     def of(self, views: slice) -> tuple[Tensor, Tensor]:
-        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the
-        crops."""
-        flips = self.flips[:, views].T.flatten()
-        return self.position_boxes[:, views].transpose(0, 1).flatten(
-            0, 1
-        ), flips if self.tied else torch.zeros_like(flips)
+        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the crops."""
+        flips, boxes = (x[:, views].transpose(0, 1).flatten(0, 1) for x in (self.flips, self.position_boxes))
+        return boxes, flips if self.tied else torch.zeros_like(flips)
 
     @property
     def globals(self) -> tuple[Tensor, Tensor]:
@@ -184,20 +180,15 @@ def draw_crops(sizes_px: Array, scales: Array, ratio: tuple[float, float], u: Ar
     w, h, drawn = w[of_first], h[of_first], fits[of_first]  # [B, V]
     left, top = np.floor(u[..., -2] * (width - w + 1)), np.floor(u[..., -1] * (height - h + 1))
     crops = np.stack([left, top, left + w, top + h], -1)
-    if not drawn.all():
-        for image, view in np.argwhere(~drawn):
-            crops[image, view] = central_crop(int(sizes_px[image, 0]), int(sizes_px[image, 1]), ratio)
+    for image, view in np.argwhere(~drawn):
+        crops[image, view] = central_crop(int(sizes_px[image, 0]), int(sizes_px[image, 1]), ratio)
     return crops
 
 
 def central_crop(height_px: int, width_px: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
     """torchvision's fallback, the largest central crop of an allowed ratio: (left, top, right, bottom)."""
-    in_ratio = width_px / height_px
-    w, h = width_px, height_px
-    if in_ratio < ratio[0]:
-        h = max(1, min(round(width_px / ratio[0]), height_px))
-    elif in_ratio > ratio[1]:
-        w = max(1, min(round(height_px * ratio[1]), width_px))
+    h = max(1, min(round(width_px / ratio[0]), height_px))
+    w = max(1, min(round(height_px * ratio[1]), width_px))
     left, top = (width_px - w) // 2, (height_px - h) // 2
     return left, top, left + w, top + h
 
@@ -219,8 +210,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
     share = rule.local_scale[0] + (rule.local_scale[1] - rule.local_scale[0]) * u[..., 0]
     aspect = np.exp(math.log(rule.ratio[0]) + math.log(rule.ratio[1] / rule.ratio[0]) * u[..., TRIES])
     area = parent.prod(-1) * share
-    size = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], -1)
-    size = np.rint(size).clip(1, parent)
+    size = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], -1))).clip(1, parent)
     # sticking out by it on both axes leaves local_inside
     slack = np.floor(size * (1 - math.sqrt(rule.local_inside)))
     low = np.maximum(corner - slack, 0)
@@ -230,8 +220,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
 
 
 def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
-    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper
-    4.3)."""
+    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper 4.3)."""
     if rule.scale == "constant":
         return rule.s_max
     share = rng.uniform() if rule.scale == "uniform" else rng.beta(*rule.beta)
@@ -239,11 +228,8 @@ def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
 
 
 def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The draw of t_s for one image: the area s, and the place (x, y) of the scaled region, in [0, 1) of the
-    possible ones."""
-    s = draw_s(rule, rng)
-    x, y = rng.random(2).tolist()
-    return s, x, y
+    """The draw of t_s for one image: the area s, and the region's place (x, y) in [0, 1) of the possible ones."""
+    return draw_s(rule, rng), rng.random(), rng.random()
 
 
 def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves: Array) -> Array:
@@ -262,12 +248,11 @@ def augment_positions(boxes: Array, rule: PositionSettings, n_global: int, moves
         where the field's border is replicated.
     """
     corners = boxes.reshape(*boxes.shape[:2], 2, 2)
+    around = corners if rule.surround == "all" else corners[:, :n_global]
     if rule.reference == "image":
-        corner, size = np.zeros((len(boxes), 2)), np.ones((len(boxes), 2))
-    else:
-        around = corners if rule.surround == "all" else corners[:, :n_global]
-        corner = around[:, :, 0].min(1)
-        size = around[:, :, 1].max(1) - corner  # [B, 2]
+        around = np.broadcast_to([[0.0, 0.0], [1.0, 1.0]], corners.shape)
+    corner = around[:, :, 0].min(1)
+    size = around[:, :, 1].max(1) - corner  # [B, 2]
     # [B, 1]
     factor = np.minimum(np.sqrt(moves[:, :1] / size.prod(1, keepdims=True)), 1 / size.max(1, keepdims=True))
     place = moves[:, 1:] * np.maximum(1 - factor * size, 0)
@@ -282,8 +267,7 @@ def draw_views(
     rngs: Sequence[np.random.Generator],
     tied: bool = True,
 ) -> Views:
-    """All views of some images, each image from its own generator. Every box is a whole number of pixels of
-    its image.
+    """All views of some images, each image from its own generator, in whole pixels of the image.
 
     The augmentation of positions is drawn last, so that boxes and flips are the same with and without it.
     Every rule takes the same random numbers: a rule for local crops, or for positions, changes nothing else.
@@ -291,8 +275,7 @@ def draw_views(
     Args:
         sizes_px: [B, 2], height and width of each image.
         rngs: one for each image.
-        tied: a view reads the positions of its crop; else those of a whole image, not flipped, as at
-            inference.
+        tied: as of :class:`Views`.
     """
     n_views = crops.n_global + crops.n_local
     u = np.stack([rng.random((n_views, 2 * TRIES + 3)) for rng in rngs])  # [B, V, 23]
@@ -316,14 +299,12 @@ def draw_views(
 
 
 def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> Tensor:
-    """[L] int64: the parent of each local crop, the global crop in or on which it is drawn
-    (``local_rule``)."""
+    """[L] int64: of each local crop the global one in or on which it is drawn (``local_rule``)."""
     return torch.arange(n_local, device=device) % n_global
 
 
 def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
-    """Global crops, then local ones as ``rule.local_rule`` says, [B, V, 4] in whole pixels; ``u`` is [B, V,
-    22]."""
+    """Global crops, then local ones by ``rule.local_rule``, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
     n_global = rule.n_global
     if rule.local_rule == "image":
         scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)

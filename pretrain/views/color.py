@@ -1,9 +1,8 @@
-"""The photometric part of a view, drawn once as numbers, so that both data paths apply the same draw
-(METHOD.md 1)."""
+"""The colors of a view, drawn once as numbers: both data paths apply the same draw (METHOD.md 1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -64,15 +63,8 @@ class ColorSettings(Settings):
 NO_COLOR = dict(jitter_p=0.0, grayscale_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=(0.0, 0.0, 0.0))
 
 
-class Color(NamedTuple):
-    """One view's color; the attributes are those of :class:`Colors`."""
-
-    jitter: bool
-    order: list[int]
-    factors: list[float]
-    gray: bool
-    sigma: float
-    solarize: bool
+# One view's color, plain numbers in the order of the attributes of `Colors`
+Color = tuple[bool, list[int], list[float], bool, float, bool]
 
 
 @dataclass(frozen=True)
@@ -96,9 +88,9 @@ class Colors(Record):
     sigma: Tensor
     solarize: Tensor
 
-    def rows(self, image: int) -> list["Color"]:
+    def rows(self, image: int) -> list[Color]:
         """One image's views as plain numbers."""
-        return [Color(*row) for row in zip(*(getattr(self, name)[image].tolist() for name in Color._fields))]
+        return list(zip(*(getattr(self, field.name)[image].tolist() for field in fields(self))))
 
     def of(self, views: slice) -> "Colors":
         """The colors of some views."""
@@ -114,9 +106,9 @@ def draw_colors(
 ) -> Colors:
     """The colors of all views of some images, each image from its own generator.
 
-    Views 0, 1 and the locals differ in blur and solarize. With ``plain_globals`` the global views keep their
-    colors; the local views get the same colors as without it.
+    With ``plain_globals`` the global views keep their colors; local views are as without it.
     """
+    # views 0, 1 and the locals differ in blur and solarize
     kinds = np.array([2 if view >= n_global else min(view, 1) for view in range(n_views)])
     u = np.stack([rng.random((n_views, 13)) for rng in rngs])  # [B, V, 13]
     spread = np.array(rule.jitter)

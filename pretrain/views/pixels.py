@@ -77,13 +77,8 @@ def blur(image: Pixels, sigma: float, kernel_px: int) -> Pixels:
 
 def solarize(image: Pixels, threshold: int) -> Pixels:
     """Invert the values from ``threshold`` on."""
-    return cv2.LUT(image, _solarized(threshold))  # type: ignore[return-value]
-
-
-@cache
-def _solarized(threshold: int) -> Pixels:
     values = np.arange(256, dtype=np.uint8)
-    return np.where(values < threshold, values, 255 - values)
+    return cv2.LUT(image, np.where(values < threshold, values, 255 - values))  # type: ignore[return-value]
 
 
 # in the order of color.OPERATIONS
@@ -93,16 +88,14 @@ assert ADJUST[HUE] is adjust_hue
 
 def apply_color(image: Pixels, color: Color, rule: ColorSettings) -> Pixels:
     """The drawn color of a view on its crop, in DINOv2's order: jitter, grayscale, blur, solarize."""
-    if color.jitter:
-        for operation in color.order:
-            image = ADJUST[operation](image, color.factors[operation])
-    if color.gray:
+    jitter, order, factors, gray, sigma, solarized = color
+    for operation in order if jitter else ():
+        image = ADJUST[operation](image, factors[operation])
+    if gray:
         image = to_gray(image)
-    if color.sigma > 0:
-        image = blur(image, color.sigma, rule.blur_kernel_px)
-    if color.solarize:
-        image = solarize(image, rule.solarize_threshold)
-    return image
+    if sigma > 0:
+        image = blur(image, sigma, rule.blur_kernel_px)
+    return solarize(image, rule.solarize_threshold) if solarized else image
 
 
 def render(
