@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """One part of a folder of classes, ``PART/CLASS/*``: ImageNet's layout.
+    """One part of a folder of classes.
 
     Attributes:
         folder: of the part.
@@ -51,15 +51,16 @@ def open_class_folders(root: str | Path) -> tuple[ClassFolder, ClassFolder]:
     Raises:
         UserError: a folder that is missing or holds no image, a class of val without an image in train.
     """
-    train, val = (_list(Path(root) / part) for part in ("train", "val"))
-    classes = tuple(train)
+    folders = Path(root) / "train", Path(root) / "val"
+    train, val = map(_list, folders)
     if missing := [name for name in val if name not in train]:
         raise UserError(f"{root}: class {missing[0]!r} of val has no image in train")
-    parts = []
-    for part, found in (("train", train), ("val", val)):
-        files = [(number, file) for number, name in enumerate(classes) for file in found.get(name, ())]
-        parts.append(ClassFolder(Path(root) / part, classes, files))
-    return parts[0], parts[1]
+
+    def part(folder: Path, found: dict[str, list[str]]) -> ClassFolder:
+        files = [(number, file) for number, name in enumerate(train) for file in found.get(name, ())]
+        return ClassFolder(folder, tuple(train), files)
+
+    return part(folders[0], train), part(folders[1], val)
 
 
 def _list(folder: Path) -> dict[str, list[str]]:
@@ -70,6 +71,6 @@ def _list(folder: Path) -> dict[str, list[str]]:
     listed = {at.name: sorted(f for f in os.listdir(at) if is_image(os.fsencode(f))) for at in classes}
     found = {name: files for name, files in listed.items() if files}
     if not found:
-        what = f"CLASS/*{'|'.join(SUFFIXES)}"
-        raise UserError(f"no image {what} in {folder}: a folder for each class is needed")
+        kinds = "|".join(SUFFIXES)
+        raise UserError(f"no image CLASS/*{kinds} in {folder}: a folder for each class is needed")
     return found

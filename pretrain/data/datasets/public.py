@@ -44,10 +44,8 @@ def ade_home(root: Path) -> Path:
 def is_ade(root: Path) -> bool:
     """Whether the name of the folder or of its files says ADE20K: other sets have the same sub-folders."""
     home = ade_home(root)
-    if not (home / "annotations" / "validation").is_dir():
-        return False
-    of_files = next(home.glob("images/validation/ADE_*"), None) is not None
-    return of_files or ADE_HOME in (home.name, home.resolve().name)
+    is_named = ADE_HOME in (home.name, home.resolve().name) or any(home.glob("images/validation/ADE_*"))
+    return is_named and (home / "annotations" / "validation").is_dir()
 
 
 def open_ade(root: Path, part: str) -> LabelSet:
@@ -98,7 +96,7 @@ LISTS = ("ImageSets/Segmentation", "ImageSets/SegmentationAug", "sets")
 
 def voc_home(root: Path) -> Path | None:
     """The folder with ``SegmentationClass`` and its lists, if it exists."""
-    homes = [root / place for place in PLACES if (root / place / "SegmentationClass").is_dir()]
+    homes = (root / place for place in PLACES if (root / place / "SegmentationClass").is_dir())
     return next((home for home in homes if first_folder(home, LISTS)), None)
 
 
@@ -123,9 +121,8 @@ def open_voc(root: Path, part: str, own_train: bool = False) -> LabelSet:
         unseen = set(stems)
         stems, source = (_list(home, "train"), "train") if own_train else _training(home)
         if leaked := sorted(unseen.intersection(stems)):
-            raise UserError(
-                f"{home}: {len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
-            )
+            told = f"{len(leaked)} images of {source} are of val, too; the first: {leaked[0]}"
+            raise UserError(f"{home}: {told}")
         if source != "train":
             maps |= maps_by_stem(home / AUGMENTED)
     pairs = paired(by_stem(images, (".jpg",)), maps, stems, listed=f"the list {source}")
