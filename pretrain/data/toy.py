@@ -151,8 +151,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
-    """The objects worth drawing, back to front, each with its visible part [H, W] bool; one that is left out
-    covers none of those behind it."""
+    """The objects worth drawing, back to front, each with its part [H, W] bool that others worth it leave visible."""
     covered = np.zeros(objects[0].alpha.shape, bool)
     kept = []
     for item in reversed(objects):

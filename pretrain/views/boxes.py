@@ -37,36 +37,32 @@ class CropSettings(Settings):
     With a ``local_rule`` other than ``image``, local crop l belongs to the global crop l mod G, its parent.
     """
 
-    n_global: int = setting(2, "global crops of an image", source="sec. 4.1", ge=1, le=64)
-    n_local: int = setting(8, "local crops of an image", source="sec. 4.1", ge=0, le=1024)
-    global_px: int = setting(224, "side of a global crop in pixels", source="footnote 4", ge=1, le=65536)
-    local_px: int = setting(96, "side of a local crop in pixels", source="footnote 4", ge=1, le=65536)
+    n_global: int = setting(2, "global crops of an image", "sec. 4.1", ge=1, le=64)
+    n_local: int = setting(8, "local crops of an image", "sec. 4.1", ge=0, le=1024)
+    global_px: int = setting(224, "side of a global crop in pixels", "footnote 4", ge=1, le=65536)
+    local_px: int = setting(96, "side of a local crop in pixels", "footnote 4", ge=1, le=65536)
     global_scale: tuple[Share, Share] = setting(
-        (0.32, 1.0), "share of the image's area, from and to", source="DINOv2"
+        (0.32, 1.0), "share of the image's area, from and to", "DINOv2"
     )
     local_scale: tuple[Share, Share] = setting(
         (0.05, 0.32),
         "share of the image's area, from and to; with local_rule=inside of the parent's area",
-        source="DINOv2",
+        "DINOv2",
     )
-    ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", source="DINOv2")
-    flip_p: float = setting(0.5, "probability of a horizontal flip", source="DINOv2", ge=0, le=1)
+    ratio: tuple[Aspect, Aspect] = setting((3 / 4, 4 / 3), "aspect ratio, from and to", "DINOv2")
+    flip_p: float = setting(0.5, "probability of a horizontal flip", "DINOv2", ge=0, le=1)
     plain_globals: bool = setting(
         False,
         "global crops are not flipped and keep their colors (PaKA: the teacher sees no augmentation)",
-        source="DINOv2",
+        "DINOv2",
     )
     local_rule: Literal["image", "inside", "same"] = setting(
         "image",
         "local crops lie: image (anywhere) | inside (in a global crop each; PaKA) | same (on it; DINOv3's Gram)",
-        source="DINOv2",
+        "DINOv2",
     )
     local_inside: float = setting(
-        0.9,
-        "least share of a local crop within its parent, with local_rule=inside",
-        source="PaKA",
-        ge=0,
-        le=1,
+        0.9, "least share of a local crop within its parent, with local_rule=inside", "PaKA", ge=0, le=1
     )
 
     @model_validator(mode="after")
@@ -79,33 +75,24 @@ class PositionSettings(Settings):
     """Positions: how the backbone encodes them, and which ones a view reads (paper 3.2; METHOD.md 3)."""
 
     encoding: Literal["field", "standard"] = setting(
-        "field",
-        "field | standard (one learned grid for every view, as the DINOv2 baseline)",
-        source="sec. 3.2.1",
+        "field", "field | standard (one learned grid for every view, as the DINOv2 baseline)", "sec. 3.2.1"
     )
-    grid: int = setting(50, "side of the field, or of the learned grid", source="Table 6", ge=2, le=4096)
+    grid: int = setting(50, "side of the field, or of the learned grid", "Table 6", ge=2, le=4096)
     interpolation: Literal["bicubic", "bilinear", "dinov2", "bicubic_antialias"] = setting(
         "bicubic",
         "field: bicubic (Keys, a = -0.5) | bilinear; standard: dinov2 | bicubic | bicubic_antialias",
-        source="ours",
     )
-    augment: bool = setting(
-        True, "position and scale augmentation t_s; of a field alone", source="sec. 3.2.2"
-    )
-    scale: Literal["beta", "uniform", "constant"] = setting(
-        "beta", "distribution of the area s", source="Table 6"
-    )
-    beta: tuple[Positive, Positive] = setting(
-        (2.0, 5.0), "parameters of the beta distribution", source="Table 6"
-    )
-    s_min: float = setting(0.2, "smallest s", source="Table 6", ge=1e-6, le=1)
-    s_max: float = setting(1.0, "largest s", source="Table 6", ge=1e-6, le=1)
+    augment: bool = setting(True, "position and scale augmentation t_s; of a field alone", "sec. 3.2.2")
+    scale: Literal["beta", "uniform", "constant"] = setting("beta", "distribution of the area s", "Table 6")
+    beta: tuple[Positive, Positive] = setting((2.0, 5.0), "parameters of the beta distribution", "Table 6")
+    s_min: float = setting(0.2, "smallest s", "Table 6", ge=1e-6, le=1)
+    s_max: float = setting(1.0, "largest s", "Table 6", ge=1e-6, le=1)
     reference: Literal["crops", "image"] = setting(
         "crops",
         "what s scales: crops (the rectangle around them, as the formula) | image (as Fig. 2's caption)",
-        source="sec. 3.2.2",
+        "sec. 3.2.2",
     )
-    surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds", source="ours")
+    surround: Literal["all", "globals"] = setting("all", "which crops the rectangle surrounds")
 
     @property
     def is_augmented(self) -> bool:

@@ -25,29 +25,21 @@ class ColorSettings(Settings):
     """DINOv2's photometric augmentation; probabilities by view are (first global, second global, locals)."""
 
     jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] = setting(
-        (0.4, 0.4, 0.2, 0.1),
-        "strength of brightness, contrast, saturation and hue (in turns)",
-        source="DINOv2",
+        (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation and hue (in turns)", "DINOv2"
     )
-    jitter_p: float = setting(0.8, "probability of the jitter", source="DINOv2", ge=0, le=1)
-    grayscale_p: float = setting(0.2, "probability of gray", source="DINOv2", ge=0, le=1)
+    jitter_p: float = setting(0.8, "probability of the jitter", "DINOv2", ge=0, le=1)
+    grayscale_p: float = setting(0.2, "probability of gray", "DINOv2", ge=0, le=1)
     blur_p: tuple[Probability, Probability, Probability] = setting(
-        (1.0, 0.1, 0.5),
-        "probability of a blur: DINOv2's intention; its code really runs [0, 0.9, 0.5]",
-        source="ours",
+        (1.0, 0.1, 0.5), "probability of a blur: DINOv2's intention; its code really runs [0, 0.9, 0.5]"
     )
-    blur_kernel_px: int = setting(
-        9, "side of the blur's kernel in pixels, odd", source="DINOv2", ge=1, le=1023
-    )
+    blur_kernel_px: int = setting(9, "side of the blur's kernel in pixels, odd", "DINOv2", ge=1, le=1023)
     blur_sigma: tuple[Sigma, Sigma] = setting(
-        (0.1, 2.0), "sigma of the blur in pixels, from and to", source="DINOv2"
+        (0.1, 2.0), "sigma of the blur in pixels, from and to", "DINOv2"
     )
     solarize_p: tuple[Probability, Probability, Probability] = setting(
-        (0.0, 0.2, 0.0), "probability of solarization", source="DINOv2"
+        (0.0, 0.2, 0.0), "probability of solarization", "DINOv2"
     )
-    solarize_threshold: int = setting(
-        128, "levels from this one on are inverted", source="DINOv2", ge=0, le=256
-    )
+    solarize_threshold: int = setting(128, "levels from this one on are inverted", "DINOv2", ge=0, le=256)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -37,26 +37,20 @@ Numbers = Random | np.random.Generator  # either has random(), uniform in [0, 1)
 class MaskSettings(Settings):
     """Which global crops lose content or positions, and in which shapes (paper 3.3)."""
 
-    content_share: float = setting(
-        0.5, "share of the global crops that lose content", source="Table 6", ge=0, le=1
-    )
+    content_share: float = setting(0.5, "share of the global crops that lose content", "Table 6", ge=0, le=1)
     position_share: float = setting(
-        0.5, "share of the global crops that lose positions", source="Table 6", ge=0, le=1
+        0.5, "share of the global crops that lose positions", "Table 6", ge=0, le=1
     )
-    ratio: tuple[Ratio, Ratio] = setting(
-        (0.1, 0.5), "share of a crop's patches, from and to", source="Table 6"
-    )
+    ratio: tuple[Ratio, Ratio] = setting((0.1, 0.5), "share of a crop's patches, from and to", "Table 6")
     content_shape: Shape = setting(
-        "box", "of the content masks: box | cross | random (single patches; MAE)", source="Table 6"
+        "box", "of the content masks: box | cross | random (single patches; MAE)", "Table 6"
     )
-    position_shape: Shape = setting("cross", "of the position masks: box | cross | random", source="Table 6")
+    position_shape: Shape = setting("cross", "of the position masks: box | cross | random", "Table 6")
     kinds_over: Literal["batch", "image"] = setting(
-        "batch",
-        "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)",
-        source="ours",
+        "batch", "kinds are drawn over: batch (as DINOv2's collate) | image (its crops alike; footnote 3)"
     )
-    min_box_patches: int = setting(4, "smallest box in patches", source="DINOv2", ge=1, le=65536)
-    min_aspect: float = setting(0.3, "smallest aspect ratio of a box", source="DINOv2", ge=1e-6, le=1)
+    min_box_patches: int = setting(4, "smallest box in patches", "DINOv2", ge=1, le=65536)
+    min_aspect: float = setting(0.3, "smallest aspect ratio of a box", "DINOv2", ge=1e-6, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import by_stem, first_folder, maps_by_stem, paired
+from pretrain.data.datasets.listing import MAP_SUFFIXES, by_stem, first_folder, paired
 from pretrain.data.datasets.maps import UNKNOWN
 from pretrain.errors import UserError
 
@@ -96,7 +96,7 @@ def open_part(root: Path, part: str, kind: str) -> LabelSet:
     else:
         places = _any(PUBLISHED_MAPS[kind] + STUFF_THING_MAPS, part)
         raise UserError(f"{root} has no maps of {kind}: none of {places}")
-    found = maps_by_stem(folder)
+    found = by_stem(folder, MAP_SUFFIXES)
     # without MMSegmentation's, beside what they are made of
     maps = {stem: file for stem, file in found.items() if not stem.endswith("_labelTrainIds")}
     if not maps:

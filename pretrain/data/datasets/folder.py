@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.datasets.label_set import LabelSet
-from pretrain.data.datasets.listing import Pairs, by_stem, listed_stems, maps_by_stem, named, paired
+from pretrain.data.datasets.listing import MAP_SUFFIXES, Pairs, by_stem, listed_stems, named, paired
 from pretrain.data.datasets.maps import UNKNOWN, read_map
 from pretrain.data.images import in_threads
 from pretrain.errors import UserError
@@ -45,13 +45,11 @@ HINT = f"; give --map VALUE=LABEL or --void VALUE, or say what it means in {LABE
 class MaskRule(Settings):
     """How masks of one's own are read. What options say goes before what ``labels.yaml`` says."""
 
-    classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...", source="ours")
-    map: dict[str, str] = setting(
-        dict, "{value or color in the mask: label, its name, or void}", source="ours"
-    )
-    void: tuple[str, ...] = setting((), "values that do not count; none given: 255", source="ours")
+    classes: tuple[str, ...] = setting((), "names of the labels 0, 1, ...")
+    map: dict[str, str] = setting(dict, "{value or color in the mask: label, its name, or void}")
+    void: tuple[str, ...] = setting((), "values that do not count; none given: 255")
     mask_name: str = setting(
-        "", "of an image's mask, {stem}_seg.png", source="ours", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
+        "", "of an image's mask, {stem}_seg.png", pattern=r"^([^/{}]*\{stem\}[^/{}]*\.png)?$"
     )
 
 
@@ -224,7 +222,7 @@ def _pairs(root: Path, part: str, meaning: _Meaning) -> Pairs:
         stems = listed_stems(file)
     elif not _places(root, MAPS, part):
         raise UserError(f"{maps} has no folder {' or '.join(PARTS[part])}, which {images.parent} has")
-    found, masks = by_stem(images), maps_by_stem(maps)
+    found, masks = by_stem(images), by_stem(maps, MAP_SUFFIXES)
     rules = (meaning.mask_name.removesuffix(".png"),) if meaning.mask_name else MASK_NAMES
     by_rule = [named(masks, rule) for rule in rules]  # the one that fits most
     best = max(by_rule, key=lambda masks: len(masks.keys() & found.keys()))

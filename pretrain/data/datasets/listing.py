@@ -10,6 +10,7 @@ from pretrain.errors import UserError
 
 # Paths of image and label map of each item; as text, 118,287 pairs take half a second
 Pairs = Sequence[tuple[str, str]]
+MAP_SUFFIXES = (".png",)
 IMAGE_SUFFIXES = (*SUFFIXES, ".tif", ".tiff")
 
 
@@ -42,11 +43,6 @@ def by_stem(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str,
     if not found:
         raise UserError(f"no {' or '.join('*' + suffix for suffix in suffixes)} in {folder}")
     return found
-
-
-def maps_by_stem(folder: Path) -> dict[str, str]:
-    """The label maps of a folder, as :func:`by_stem`."""
-    return by_stem(folder, (".png",))
 
 
 def named(files: dict[str, str], name: str) -> dict[str, str]:

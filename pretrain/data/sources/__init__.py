@@ -27,24 +27,16 @@ class DataSettings(Settings):
     in_recipe = False
 
     root: str = setting(
-        "",
-        "folder, list file, tar shards, parquet files or Hugging Face folder; required",
-        source="ours",
-        fixed=False,
+        "", "folder, list file, tar shards, parquet files or Hugging Face folder; required", fixed=False
     )
     source: Literal["auto", "folder", "list", "coco", "tar", "parquet", "huggingface"] = setting(
-        "auto", "kind of root; auto: told from it", source="ours"
+        "auto", "kind of root; auto: told from it"
     )
-    split: str = setting(
-        "", "sub-folder (coco: train2017) or split of root; all of it without", source="ours"
-    )
-    image_column: str = setting(
-        "", "parquet, huggingface: column of the images; found by itself without", source="ours"
-    )
+    split: str = setting("", "sub-folder (coco: train2017) or split of root; all of it without")
+    image_column: str = setting("", "parquet, huggingface: column of the images; found by itself without")
     workers: int = setting(
         4,
         "decoding processes a rank; the order of the images does not depend on it",
-        source="ours",
         fixed=False,
         ge=0,
         le=1024,
@@ -52,25 +44,18 @@ class DataSettings(Settings):
     path: Literal["auto", "cpu", "device"] = setting(
         "auto",
         "views are made: cpu (in the workers) | device (batched, beside the step) | auto (device on CUDA)",
-        source="ours",
     )
     max_side_px: int = setting(
         0,
         "longer images are scaled down to this side after decoding; 0: never (device path: 512)",
-        source="ours",
         ge=0,
         le=65536,
     )
     max_mpx: float = setting(
-        200.0, "an image of more megapixels counts as broken (decompression bombs)", source="ours", ge=1e-6
+        200.0, "an image of more megapixels counts as broken (decompression bombs)", ge=1e-6
     )
     broken_share: float = setting(
-        0.1,
-        "the run stops when more than this share of the images read is broken",
-        source="ours",
-        fixed=False,
-        ge=0,
-        le=1,
+        0.1, "the run stops when more than this share of the images read is broken", fixed=False, ge=0, le=1
     )
 
 
@@ -102,10 +87,12 @@ def open_source(data: DataSettings) -> Source:
         if split:
             raise UserError(f"data.split={split}: a list has no splits ({root})")
         return list_source(root)
-    if kind == "coco":
-        return _coco_source(root, split)
-    if kind == "folder":
-        return folder_source(root, (split,))
+    if kind == "coco" and not split and os.path.isdir(root):
+        # never all: the run would silently train on the validation images
+        told = f"{root} ({', '.join(coco_splits(Path(root))) or 'none like train2017'})"
+        raise UserError(f"data.split: which of COCO's image folders in {told}? Several are joined with +")
+    if kind in ("folder", "coco"):
+        return folder_source(root, split.split("+") if kind == "coco" else [split])
     if kind == "tar":
         return TarSource(root, split)
     try:
@@ -153,13 +140,3 @@ def kind_of(root: str, split: str = "") -> str:
 def coco_splits(root: Path) -> list[str]:
     """The image folders of COCO in ``root``: train2017 and so on."""
     return sorted(name for name in os.listdir(root) if COCO_SPLIT.fullmatch(name) and (root / name).is_dir())
-
-
-def _coco_source(root: str, split: str) -> FileSource:
-    """COCO's images of one split, or of several joined with ``+``, without the annotations."""
-    if not Path(root).is_dir():
-        raise UserError(f"data.root: no folder {root}")
-    if not split:  # never all: the run would silently train on the validation images
-        told = f"{root} ({', '.join(coco_splits(Path(root))) or 'none like train2017'})"
-        raise UserError(f"data.split: which of COCO's image folders in {told}? Several are joined with +")
-    return folder_source(root, split.split("+"))

@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import stat
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -207,8 +206,7 @@ def is_pattern(root: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with ``{000..146}`` (padded like the first number) and ``{a,b}``, in a shell's
-    order; no braces within braces."""
+    """All names of a pattern with ``{000..146}`` (padded like the first) and ``{a,b}``, as a shell; not nested."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
         return [pattern]
@@ -226,20 +224,17 @@ class Handles(Generic[T]):
     """The open files of a source: the ``size`` used last. Pickles leave them out; a forked process opens its own."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
-        self._process = os.getpid()
+        self.size, self._process = size, os.getpid()
+        self._kept: dict[Hashable, T] = {}  # the last used one last
 
     def get(self, key: Hashable, open_it: Callable[[], T]) -> T:
         """The object under ``key``, opened if necessary; the least recently used one is dropped."""
         if self._process != os.getpid():
-            self._kept, self._process = OrderedDict(), os.getpid()
-        if key not in self._kept:
-            self._kept[key] = open_it()
-        self._kept.move_to_end(key)
-        while len(self._kept) > self.size:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+            self._kept, self._process = {}, os.getpid()
+        opened = self._kept[key] = self._kept.pop(key) if key in self._kept else open_it()
+        if len(self._kept) > self.size:
+            del self._kept[next(iter(self._kept))]
+        return opened
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return Handles, (self.size,)
