@@ -156,9 +156,10 @@ class Collate:
     def crops(self, samples: Sequence[Sample]) -> Batch:
         """A batch of crops that the worker made."""
         tensors = ("boxes", "flips", "position_boxes")
-        cat = {name: torch.cat([getattr(sample.views, name) for sample in samples]) for name in tensors}
-        crops = (view_major(parts) for parts in zip(*((s.global_crops, s.local_crops) for s in samples)))
-        return Batch(*crops, replace(samples[0].views, **cat), self.masks(samples))
+        boxes, flips, positions = (torch.cat([getattr(s.views, name) for s in samples]) for name in tensors)
+        views = replace(samples[0].views, boxes=boxes, flips=flips, position_boxes=positions)
+        global_crops, local_crops = ([s.global_crops for s in samples], [s.local_crops for s in samples])
+        return Batch(view_major(global_crops), view_major(local_crops), views, self.masks(samples))
 
     def canvas(self, images: Sequence[Decoded]) -> CanvasBatch:
         """A batch of images whose crops the training device will make."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Masks(Record):
     @staticmethod
     def of(content: Mask, position: Mask) -> "Masks":
         """From two arrays [n_global * B, N]."""
-        values = [content, position]
+        values: list[NDArray[Any]] = [content, position]
         for mask in (content, position):
             counts = mask.sum(1)
             weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
