@@ -6,7 +6,6 @@ workers only decode and draw; the crops are made when the batch moves to the dev
 """
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from pretrain.data.sampler import COLORS, MASKS, SUBSTITUTES, VIEWS, Order, Samp
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.signals import start_worker
 from pretrain.views import (
     Colors,
     Masks,
@@ -252,9 +252,7 @@ def build_loader(
 
 
 def _worker(number: int) -> None:
-    # Often sent to all processes of a group. The training decides when to stop; a worker's death would end it.
-    for signal_ in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(signal_, signal.SIG_IGN)
+    start_worker()
     torch.set_num_threads(1)  # there are many workers
     cv2.setNumThreads(0)
     keep_memory()
