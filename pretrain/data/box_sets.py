@@ -80,7 +80,7 @@ def _voc_root(root: Path) -> Path | None:
 def read_voc(
     root: Path, split: str, no_hard: bool = False, names: list[str] | None = None
 ) -> list[BoxedImage]:
-    """The images of ``ImageSets/Main/SPLIT.txt`` in its order, or of ``names``; errors: :func:`read_boxes`."""
+    """The images of ``ImageSets/Main/SPLIT.txt``, or of ``names``, in order; errors: :func:`read_boxes`."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
     known = listed_stems(file)
     if names is not None and (absent := set(names) - set(known)):
@@ -122,7 +122,7 @@ def read_voc_xml(file: Path, no_hard: bool = False) -> NDArray[np.float64]:
 
 
 def read_coco(root: Path, split: str, names: list[str] | None = None) -> list[BoxedImage]:
-    """The images of ``annotations/instances_SPLIT.json`` in its order, or of ``names``; errors: :func:`read_boxes`."""
+    """The images of ``annotations/instances_SPLIT.json`` or of ``names``; errors: :func:`read_boxes`."""
     file = root / "annotations" / f"instances_{split}.json"
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
     if folder is None:

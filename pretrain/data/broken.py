@@ -48,7 +48,7 @@ class BrokenFiles:
         return [counts, *(f"  {name}" for name in sorted(self.files)[:most]), *more] if n else []
 
     def write(self, folder: Path) -> None:
-        """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; no file without any."""
+        """Write all broken images to ``folder/broken_images.txt``, one a line, sorted; none: no file."""
         if self.files:
             lines = "".join(f"{name}\n" for name in sorted(self.files))
             (folder / FILE_NAME).write_text(lines, encoding="utf-8", errors="backslashreplace")

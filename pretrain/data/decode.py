@@ -43,7 +43,7 @@ MAX_SCANS = 200  # of a progressive JPEG, each a pass over all pixels; encoders 
 MAX_SIDE_PX = 2**24  # from twice this on a row is too long for PIL, which then says that there is no memory
 FILLER = bytes(16)  # what a Huffman decoder may look ahead
 
-# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines from a run's workers
+# PIL warns of bad EXIF and of palettes with transparency, once a text: thousands of lines in a run
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

@@ -1,4 +1,4 @@
-"""From image files to batches. Random numbers depend on (seed, stream, sample index), not on workers or ranks.
+"""From image files to batches. Random numbers depend on seed, stream and sample index alone.
 
 ``data.path`` chooses one of two data paths. ``cpu`` makes the crops in the workers. With ``device`` the
 workers only decode and draw; the crops are made when the batch moves to the device
@@ -211,7 +211,7 @@ def batch_memory(*shape: int) -> Tensor:
 
 
 def build_dataset(config: Any) -> ViewsDataset:
-    """The images and views of a run, from a method's ``Settings``; ``data.path=auto``: on CUDA the device's."""
+    """The images and views of a run, from a method's ``Settings``; ``data.path=auto``: device on CUDA."""
     data, path = config.data, config.data.path
     on_device = path == "device" or path == "auto" and choose_device(config.run.device).type == "cuda"
     return ViewsDataset(

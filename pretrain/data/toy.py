@@ -101,7 +101,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _crop(random: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, mildly recolored."""
+    """[height, width, 3] float32 in 0..255: a random part of a photograph, perhaps mirrored, recolored."""
     photograph = _photograph(name)
     scale = min(photograph.shape[0] / height, photograph.shape[1] / width) * random.uniform(0.4, 1.0)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -151,7 +151,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
-    """The objects worth drawing, back to front, each with its part [H, W] bool that others worth it leave visible."""
+    """The objects worth drawing, back to front, each with its visible part [H, W] bool."""
     covered = np.zeros(objects[0].alpha.shape, bool)
     kept = []
     for item in reversed(objects):
@@ -166,7 +166,7 @@ def _visible(objects: list[_Object]) -> list[tuple[_Object, np.ndarray]]:
 def _surface(
     random: np.random.Generator, item: _Object, names: list[str], light: float
 ) -> tuple[np.ndarray, str]:
-    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and the photograph behind."""
+    """The texture of an object over the whole image, [H, W, 3] float32 in 0..255, and its photograph."""
     texture = TEXTURES[item.kind if random.random() < FAVOURITE_TEXTURE else random.integers(len(TEXTURES))]
     name = str(random.choice(names))
     height, width = item.alpha.shape

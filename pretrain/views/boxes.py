@@ -129,7 +129,7 @@ class Views(Record):
     tied: bool = True
 
     def of(self, views: slice) -> tuple[Tensor, Tensor]:
-        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major like the crops."""
+        """Position boxes [n * B, 4] and flips of positions [n * B] of some views, view-major as crops."""
         flips, boxes = (x[:, views].transpose(0, 1).flatten(0, 1) for x in (self.flips, self.position_boxes))
         return boxes, flips if self.tied else torch.zeros_like(flips)
 
@@ -207,7 +207,7 @@ def draw_inside(parents: Array, sizes_px: Array, rule: CropSettings, u: Array) -
 
 
 def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
-    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) by default (paper 4.3)."""
+    """The area s of the augmented region, |P| = 1: s_min + (s_max - s_min) * Beta(2, 5) (paper 4.3)."""
     if rule.scale == "constant":
         return rule.s_max
     share = rng.uniform() if rule.scale == "uniform" else rng.beta(*rule.beta)
@@ -215,7 +215,7 @@ def draw_s(rule: PositionSettings, rng: np.random.Generator) -> float:
 
 
 def draw_move(rule: PositionSettings, rng: np.random.Generator) -> tuple[float, float, float]:
-    """The draw of t_s for one image: the area s, and the region's place (x, y) in [0, 1) of the possible ones."""
+    """The draw of t_s for one image: the area s, and the region's place (x, y), in [0, 1) of all."""
     return draw_s(rule, rng), rng.random(), rng.random()
 
 
@@ -291,7 +291,7 @@ def parents(n_global: int, n_local: int, device: torch.device | str = "cpu") -> 
 
 
 def draw_boxes(sizes_px: Array, rule: CropSettings, u: Array) -> Array:
-    """Global crops, then local ones by ``rule.local_rule``, [B, V, 4] in whole pixels; ``u`` is [B, V, 22]."""
+    """Global crops, then local ones by ``rule.local_rule``, [B, V, 4] in pixels; ``u`` is [B, V, 22]."""
     n_global = rule.n_global
     if rule.local_rule == "image":
         scales = np.array([rule.global_scale] * n_global + [rule.local_scale] * rule.n_local)

@@ -136,7 +136,7 @@ def jitter(pixels: Tensor, colors: Colors) -> Tensor:
 
 
 def blend(pixels: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation by ``operation``: a blend with black, the mean gray, or the gray image.
+    """Brightness, contrast or saturation by ``operation``: a blend with black, mean gray or the gray image.
 
     Args:
         pixels: [B, V, y, 3, x] levels; operation, factor: [B, V].

@@ -57,7 +57,7 @@ def adjust_saturation(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
-    """Turn the hue by ``shift`` of a full circle, in HSV and float32: with bytes, several levels are lost."""
+    """Turn the hue by ``shift`` of a full circle, in HSV and float32: bytes lose several levels."""
     # value in levels, as it is linear
     hsv: NDArray[Any] = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
     hsv[..., 0] += 360 * (shift % 1)  # degrees; the way back takes angles above 360, none below 0
@@ -124,7 +124,7 @@ def render(
 
 
 def normalize(image: Tensor) -> Tensor:
-    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, ImageNet mean 0 and deviation 1."""
+    """Levels in [0, 255] (uint8 or float) [..., 3, H, W] -> contiguous float32, mean 0, std 1 (ImageNet's)."""
     mean, std = _mean_and_std(image.device)
     levels = torch.empty(image.shape, dtype=torch.float32, device=image.device).copy_(image)
     return levels.sub_(mean).div_(std)

@@ -32,7 +32,7 @@ class Record:
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Small tensors become arrays: a worker sends a tensor as a shared file; a process opens about 1,000."""
+        """Small tensors become arrays: a tensor is sent as a shared file; a process opens about 1,000."""
         return {
             name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= SMALL_BYTES else value
             for name, value in self.__dict__.items()

@@ -1,4 +1,4 @@
-"""The overlap of two crops of an image, and the patch features of both in its bins: ROI-Align as two products.
+"""The overlap of two crops of an image, and the patch features of both in its bins: ROI-Align by matrices.
 
 A view's patch features are located at the centers of its patches. Between centers they are interpolated
 linearly; beyond the outermost ones there is nothing to interpolate. So the overlap of two views is that of
@@ -87,7 +87,7 @@ def read_regions(
 
 
 def _bin_weights(boxes: Tensor, regions: Tensor, n_patches: int, n_bins: int, n_samples: int) -> Tensor:
-    """Weights [V, K, n_bins, n_patches] of an axis, whose ends are ``boxes`` [V, 2] and ``regions`` [V, K, 2]:
+    """Weights [V, K, n_bins, n_patches] of an axis, whose ends are ``boxes`` [V, 2], ``regions`` [V, K, 2]:
     linear interpolation between patch centers, averaged over each bin's points."""
     (low, high), (start, end), n_points = boxes.unbind(-1), regions.unbind(-1), n_bins * n_samples
     steps = (torch.arange(n_points, device=low.device, dtype=low.dtype) + 0.5) / n_points

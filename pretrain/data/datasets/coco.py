@@ -1,4 +1,4 @@
-"""COCO 2017's pixels by supercategory: COCO-Stuff (15 classes), COCO-Things (12). The other kind does not count.
+"""COCO 2017's pixels by supercategory: COCO-Stuff (15 classes), COCO-Things (12). Others do not count.
 
 This is Leopart's evaluation, which NeCo, CrIBo and PaKA follow. *Stuff* comes from the maps of the stuff
 annotations, without the class "other"; *things* come from the panoptic annotations, drawn as category ids. If

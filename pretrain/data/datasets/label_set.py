@@ -103,7 +103,7 @@ class LabelSet:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What the maps store for each class: a value, or with ``colors`` RGB; of several the last; -1: nothing."""
+        """What maps store for each class, the last of several: a value, or RGB (``colors``); -1: nothing."""
         stored = [np.flatnonzero(self.table == label) for label in range(1, len(self.classes) + 1)]
         values = [int(of[-1]) if len(of) else -1 for of in stored]
         return tuple(tuple(self.colors[v].to_bytes(3, "big")) if self.colors else v for v in values)

@@ -76,7 +76,7 @@ def paired(
 
 
 def listed_stems(file: Path) -> list[str]:
-    """The images that a text file names, one a line: the last part of the first word, without a suffix of images.
+    """The images that a text file names, one a line: the base name of the first word, without suffix.
 
     Empty lines and lines that start with ``#`` are left out.
 

@@ -45,7 +45,7 @@ def read_file(path: bytes) -> bytes:
 
 
 class Names:
-    """Millions of byte strings in two arrays, which forked workers share; a list they would copy page by page."""
+    """Millions of byte strings in two arrays, which forked workers share (they copy a list of them)."""
 
     def __init__(self, names: Iterable[bytes]) -> None:
         names = list(names)
@@ -206,7 +206,7 @@ def is_pattern(root: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with ``{000..146}`` (padded like the first) and ``{a,b}``, as a shell; not nested."""
+    """All names of a pattern with ``{000..146}`` (padded like the first) and ``{a,b}``, not nested."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
         return [pattern]

@@ -11,6 +11,7 @@ that copy makes it once, with ``save_to_disk``; tar shards are as fast.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ MAX_GROUPS = 2  # row groups a process
 BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-class Rows:
+class Rows(ABC):
     """The rows of tables that are stored in parts, one after the other.
 
     Args:
         root: for the message that there is no row, a UserError.
-        parts: file, name in messages (``train-00000-of-00002.parquet: row group 3``) and number of rows of each.
+        parts: file, name in messages (``train-00000-of-00002.parquet: row group 3``) and number of rows.
     """
 
     def __init__(self, root: str, parts: Sequence[tuple[Path, str, int]]) -> None:
@@ -66,9 +67,9 @@ class Rows:
         except (pa.ArrowException, OSError) as error:
             raise BrokenImage(f"cannot be read: {_reason(error)}") from error
 
+    @abstractmethod
     def images(self, part: int) -> pa.ChunkedArray:
         """The column of the images in a part."""
-        raise NotImplementedError
 
 
 class ParquetSource(Rows):
