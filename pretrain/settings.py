@@ -50,8 +50,8 @@ Model = TypeVar("Model", bound=Settings)
 def setting(
     default: Any,
     text: str,
+    source: str = "ours",
     *,
-    source: str,
     in_recipe: bool = True,
     fixed: bool = True,
     settable: bool = True,
