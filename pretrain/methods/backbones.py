@@ -59,8 +59,9 @@ def started_backbone(settings: TrainSettings, drop_path: float, positions: Posit
 
 def _built(settings: TrainSettings, weights: str | Checkpoint | None, **model_kwargs: Any) -> ViT:
     """A backbone of the config's sizes; depth and registers 0: the name's, or the file's, own."""
-    own = settings.backbone.model_dump(include={"patch_size", "attention", "depth", "n_registers"})
-    model_kwargs |= {key: value for key, value in own.items() if value}
+    for key in ("patch_size", "attention", "depth", "n_registers"):
+        if value := getattr(settings.backbone, key):
+            model_kwargs[key] = value
     vit = build_backbone(settings.backbone.name, weights=weights, **model_kwargs)
     vit.checkpointing = settings.step.checkpointing
     return vit
