@@ -80,14 +80,6 @@ def resolve_positions(encoding: str, grid: int | None, interpolation: str | None
     return grid or (50 if is_field else 14), interpolation
 
 
-def check_sizes(embed_dim: int, num_heads: int, gelu: str) -> None:
-    """Raises ValueError for an unknown GELU, and for heads that do not divide the width."""
-    if gelu not in GELUS:
-        raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
-    if embed_dim % num_heads:
-        raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-
-
 class ViT(nn.Module):
     """Plain ViT: no windows, any input size.
 
@@ -138,7 +130,10 @@ class ViT(nn.Module):
         relative_positions: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(embed_dim, num_heads, gelu)
+        if gelu not in GELUS:
+            raise ValueError(f"gelu: {gelu!r} is none of {tuple(GELUS)}")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
         pos_grid, pos_interpolation = resolve_positions(pos_encoding, pos_grid, pos_interpolation)
         self.embed_dim, self.patch_size = embed_dim, patch_size
         self.n_registers, self.has_cls = n_registers, has_cls
@@ -281,7 +276,8 @@ class ViT(nn.Module):
             [B, S + N, D] and (h, w); the S = :attr:`n_prefix` special tokens stand first. With ``visible``:
             [B, S + n, D].
         """
-        assert visible is None or not self.model_kwargs["relative_positions"]
+        is_whole = visible is None or not self.model_kwargs["relative_positions"]
+        assert is_whole, "relative positions belong to whole grids"
         maps = self.patch_embed(x)  # [B, D, h, w]
         grid = (maps.shape[2], maps.shape[3])
         content = maps.flatten(2).transpose(1, 2)  # [B, N, D]
