@@ -9,5 +9,4 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop (a signal), has saved its state and ends; the tools then exit with
-    ``cli.REQUEUE_CODE``."""
+    """A run was asked to stop (a signal), has saved its state and ends; tools exit: ``cli.REQUEUE_CODE``."""

@@ -52,8 +52,7 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name. A folder with this name is moved aside first and
-    removed last."""
+    """Flush a finished file to disk and name it. A folder of that name is moved aside first, removed last."""
     if partial.is_file():
         sync(partial)
     old = path.with_name(f".replaced-{path.name}")

@@ -119,7 +119,7 @@ def shared(overrides: Sequence[str]) -> dict[str, list[str]]:
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:
     """Hours of PaKA's whole recipe at the measured seconds a step, and how they come about."""
     recipe = load_config(RECIPES["paka"], ["backbone.weights=FILE"])
-    epochs, n_images = recipe.optim.epochs, recipe_info(recipe).n_images
+    epochs, n_images = recipe.optim.epochs, recipe_info(recipe.recipe).n_images
     n_steps = epochs * (n_images // batch_size)
     hours = {name: n_steps * value / 3600 for name, value in seconds.items()}
     steps = f"{epochs} epochs * floor({n_images} images / {batch_size} images a step) = {n_steps} steps"

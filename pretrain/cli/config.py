@@ -7,7 +7,7 @@ schema of its method's settings, by which editors complete and check YAML files.
 import json
 
 from pretrain.cli import command_parser
-from pretrain.config import layers_of, load_config, model_of
+from pretrain.config import load_config, resolved
 from pretrain.settings import json_schema, printed
 
 
@@ -21,6 +21,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     config = options.name, options.words
     if options.schema:
-        print(json.dumps(json_schema(model_of(*config))))
+        print(json.dumps(json_schema(resolved(*config)[0])))
     else:
-        print(printed(load_config(*config), layers_of(*config)), end="")
+        print(printed(load_config(*config), resolved(*config)[1]), end="")
