@@ -59,6 +59,11 @@ class Container:
         """The only state dict of a file, wrapped or not; empty for any other file."""
         return self.tensors(*WRAPPERS) or {}
 
+    @property
+    def alone(self) -> dict[str, dict[str, Tensor]]:
+        """The same as the one network of a file that gives it no name: {"": ...}; empty for any other file."""
+        return {"": self.flat} if self.flat else {}
+
 
 def is_state(content: Any) -> bool:
     """Whether this is a dictionary of names and tensors that is not empty."""

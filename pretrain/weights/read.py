@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import UserError
 from pretrain.results.provenance import file_hash
-from pretrain.weights.common import Checkpoint, Match, Source
+from pretrain.weights.common import Checkpoint, Match, Misfit, Source
 from pretrain.weights.container import Container, is_state, open_container
 from pretrain.weights.limits import MAX_LABEL, MAX_SIDE, UNSTORED
 from pretrain.weights.sources import SOURCES, unsupported
@@ -41,8 +41,14 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
     if subnet not in (None, "teacher", "student"):
         raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
-    checkpoint = find_source(file, source).convert(file, subnet)
-    provenance = {**checkpoint.provenance, **_exported(file)}
+    found = find_source(file, source)
+    try:
+        checkpoint = found.convert(file, subnet)
+    except Misfit as error:
+        raise UserError(f"weights: {file.path}, read as {found.name}: {error}") from error
+    # a file of ours says itself whose it is
+    named = {"source": found.name} | ({"method": found.method} if found.name != "posfield" else {})
+    provenance = {**named, **checkpoint.provenance, **_exported(file)}
     for key, kind in TOLD.items():
         value = provenance.get(key)
         is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)

@@ -59,7 +59,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
     path, metadata = file.path, file.metadata
     if metadata.get("format") != FORMAT:
         raise UserError(f"weights: {path} is no file of posfield's: its metadata names no format {FORMAT}")
-    only_network(path, "posfield", subnet)
+    only_network(subnet)
     try:
         version = int(metadata["format_version"])
         if version > FORMAT_VERSION:
@@ -72,7 +72,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
             file.tensors() or {},
             model_kwargs,
             metadata["backbone"],
-            {"source": "posfield", **provenance},
+            {**provenance},
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"weights: {path} has damaged metadata ({error})") from error
