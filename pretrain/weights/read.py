@@ -41,6 +41,22 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
     if subnet not in (None, "teacher", "student"):
         raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
+    checkpoint = converted(file, source, subnet)
+    provenance = {**checkpoint.provenance, **_exported(file)}
+    for key, kind in TOLD.items():
+        value = provenance.get(key)
+        is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
+        if not isinstance(value, kind | None) or value != value or not is_line:
+            raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
+    return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
+
+
+def converted(file: Container, source: str | None = None, subnet: str | None = None) -> Checkpoint:
+    """An opened file under our names, as it is.
+
+    Raises:
+        UserError: no source takes it; names the file and the source.
+    """
     found = find_source(file, source)
     try:
         checkpoint = found.convert(file, subnet)
@@ -48,13 +64,7 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
         raise UserError(f"weights: {file.path}, read as {found.name}: {error}") from error
     # a file of ours says itself whose it is
     named = {"source": found.name} | ({"method": found.method} if found.name != "posfield" else {})
-    provenance = {**named, **checkpoint.provenance, **_exported(file)}
-    for key, kind in TOLD.items():
-        value = provenance.get(key)
-        is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
-        if not isinstance(value, kind | None) or value != value or not is_line:
-            raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
-    return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
+    return replace(checkpoint, provenance={**named, **checkpoint.provenance})
 
 
 def _exported(file: Container) -> dict[str, Any]:
