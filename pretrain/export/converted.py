@@ -107,26 +107,21 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     Raises:
         UserError: the grid is not square, as a ViT's learned one is; see :func:`whole_patches`.
     """
-    name = registered_name(vit)
-    height, width = whole_patches(vit, size)
-    state, model_kwargs = plain_state(vit, size), {**vit.model_kwargs, "mask_tokens": False}
-    if vit.pos_encoding == "none":
-        del state["pos_embed"]
-    elif height != width:
-        raise UserError(
-            f"size: {size[0]} x {size[1]} px: a ViT learns a square grid; give one side, or take --format timm"
-        )
-    else:
+    name, model_kwargs = registered_name(vit), {**vit.model_kwargs, "mask_tokens": False}
+    has_positions = vit.pos_encoding != "none"
+    square = "a ViT learns a square grid; give one side, or take --format timm" if has_positions else ""
+    side, state = whole_patches(vit, size, square)[0], plain_state(vit, size)
+    if has_positions:
         interpolation = "bicubic" if vit.pos_encoding == "field" else vit.pos_interpolation
-        model_kwargs |= {"pos_encoding": "standard", "pos_grid": height, "pos_interpolation": interpolation}
-    save_backbone(
-        path, state, name=name, model_kwargs=model_kwargs, provenance={"source": "posfield", **provenance}
-    )
+        model_kwargs |= {"pos_encoding": "standard", "pos_grid": side, "pos_interpolation": interpolation}
+    else:
+        del state["pos_embed"]
+    told = {"source": "posfield", **provenance}
+    save_backbone(path, state, name=name, model_kwargs=model_kwargs, provenance=told)
     return FixedSizeViT(build_backbone(name, path).eval(), size)
 
 
 def use_safetensors(vit: ViT, size: Size, path: str) -> Usage:
-    """See :class:`Usage`."""
     code = f"""from pretrain.build import build_backbone
 
 model = build_backbone({registered_name(vit)!r}, weights={path!r}).eval()

@@ -84,17 +84,22 @@ def outputs_of(tokens: Tokens, grid: tuple[int, int], cls: Tensor | None = None)
     return {**outputs, "registers": tokens.registers} if tokens.registers.shape[1] else outputs
 
 
-def whole_patches(vit: ViT, size: Size) -> tuple[int, int]:
+def whole_patches(vit: ViT, size: Size, square: str = "") -> tuple[int, int]:
     """The grid of patches (h, w) of a size. Other libraries do not pad.
 
+    Args:
+        square: why both sides have to be the same, and the way on; empty if they may differ.
+
     Raises:
-        UserError: a side is not a multiple of the patch.
+        UserError: a side is not a multiple of the patch; the sides differ.
     """
-    if any(side % vit.patch_size for side in size):
-        raise UserError(
-            f"size: {size[0]} x {size[1]} px are not whole patches of {vit.patch_size} px, and this format does not pad"
-        )
-    return size[0] // vit.patch_size, size[1] // vit.patch_size
+    height, width = size
+    if height % vit.patch_size or width % vit.patch_size:
+        whole = f"whole patches of {vit.patch_size} px, and this format does not pad"
+        raise UserError(f"size: {height} x {width} px are not {whole}")
+    if square and height != width:
+        raise UserError(f"size: {height} x {width} px: {square}")
+    return height // vit.patch_size, width // vit.patch_size
 
 
 @torch.no_grad()
@@ -139,12 +144,10 @@ def registered_name(vit: ViT) -> str:
     Raises:
         UserError: no registered backbone has this width.
     """
-    name = registry_name(vit.embed_dim, vit.n_registers)
-    if name is None:
-        raise UserError(
-            f"format: our file names the network by its width, and {vit.embed_dim} is none of the registry's"
-        )
-    return name
+    if name := registry_name(vit.embed_dim, vit.n_registers):
+        return name
+    none = f"{vit.embed_dim} is none of the registry's"
+    raise UserError(f"format: our file names the network by its width, and {none}")
 
 
 def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float | None = None) -> None:
@@ -170,21 +173,23 @@ def require(format: str, *packages: str) -> None:
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
     """What a user of the file must know, as JSON for its metadata."""
-    told: dict[str, Any] = {
-        "image_size_px": size,
-        "pixel_mean": MEAN,
-        "pixel_std": STD,
-        "channels": "RGB, 0 to 1",
-    }
-    told |= {"backbone": vit.model_kwargs, "provenance": dict(provenance)}
+    pixels = {"image_size_px": size, "pixel_mean": MEAN, "pixel_std": STD, "channels": "RGB, 0 to 1"}
+    told = {**pixels, "backbone": vit.model_kwargs, "provenance": dict(provenance)}
     return json.dumps(told, sort_keys=True)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file. Other libraries look for the ``format`` "pt"."""
-    path.write_bytes(
-        save({key: value.contiguous() for key, value in state.items()}, {"format": "pt", **metadata})
-    )
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    path.write_bytes(save(tensors, {"format": "pt", **metadata}))
+
+
+def write_folder(path: Path, state: Mapping[str, Tensor], told: str, **contents: Mapping[str, Any]) -> None:
+    """Write a folder with tensors, what :func:`description` says, and the JSON files ``contents``."""
+    path.mkdir()
+    write_tensors(path / TENSORS, state, posfield=told)
+    for name, content in contents.items():
+        (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def is_export(file: Path) -> bool:
@@ -198,13 +203,14 @@ def is_export(file: Path) -> bool:
 
 def positions_note(vit: ViT, size: Size) -> str:
     """One sentence on what the export did to the positions."""
-    grid = vit.grid_of(size)
+    grid, side = vit.grid_of(size), vit.pos_grid
     here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
-    side = vit.pos_grid
     if vit.pos_encoding == "none":
         return "The network has no positions. Where the format must hold some, they are zeros."
     if vit.pos_encoding == "field":
-        return f"Learned as a position field of {side} x {side} samples; the file holds the field's values at {here}."
+        held = f"the file holds the field's values at {here}"
+        return f"Learned as a position field of {side} x {side} samples; {held}."
     if grid == (side, side):
         return f"Learned for {side} x {side} patches, and stored as learned."
-    return f"Learned for {side} x {side} patches; the file holds them resampled ({vit.pos_interpolation}) to {here}."
+    held = f"the file holds them resampled ({vit.pos_interpolation}) to {here}"
+    return f"Learned for {side} x {side} patches; {held}."
