@@ -122,6 +122,7 @@ def export_safetensors(vit: ViT, size: Size, path: Path, provenance: Mapping[str
 
 
 def use_safetensors(vit: ViT, size: Size, path: str) -> Usage:
+    """How to use it."""
     code = f"""from pretrain.build import build_backbone
 
 model = build_backbone({registered_name(vit)!r}, weights={path!r}).eval()

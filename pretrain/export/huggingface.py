@@ -88,7 +88,11 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
     departures = {"without [CLS]": not vit.has_cls, "without a final norm": not own["final_norm"]}
     refuse("transformers", vit, departures)
     name = model_class(vit)
-    square = "" if name == "ViTModel" else f"the grid of positions of transformers' {name} is square; give one side"
+    square = (
+        ""
+        if name == "ViTModel"
+        else f"the grid of positions of transformers' {name} is square; give one side"
+    )
     grid = whole_patches(vit, size, square)
     if name != "ViTModel":
         departures = {f"with mlp_ratio {own['mlp_ratio']:g}": own["mlp_ratio"] % 1 != 0}
@@ -106,6 +110,7 @@ def export_huggingface(vit: ViT, size: Size, path: Path, provenance: Mapping[str
 
 
 def use_huggingface(vit: ViT, size: Size, path: str) -> Usage:
+    """How to use it."""
     code = f"""from transformers import AutoModel
 
 model = AutoModel.from_pretrained({path!r}).eval()

@@ -87,6 +87,7 @@ def export_timm(vit: ViT, size: Size, path: Path, provenance: Mapping[str, Any])
 
 
 def use_timm(vit: ViT, size: Size, path: str) -> Usage:
+    """How to use it."""
     code = f"""import timm
 
 model = timm.create_model({f"local-dir:{path}"!r}, pretrained=True).eval()

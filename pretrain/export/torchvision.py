@@ -83,6 +83,7 @@ def export_torchvision(vit: ViT, size: Size, path: Path, provenance: Mapping[str
 
 
 def use_torchvision(vit: ViT, size: Size, path: str) -> Usage:
+    """How to use it."""
     told = ", ".join(f"{key}={value}" for key, value in model_arguments(vit, size).items())
     code = f"""import torch
 from safetensors.torch import load_file

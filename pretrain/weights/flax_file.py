@@ -59,10 +59,8 @@ def read_flax_file(path: Path) -> dict[str, Any]:
                 raise ValueError("more bytes follow")
     # on damaged bytes msgpack raises its own, ValueError, TypeError, UnicodeDecodeError, ...
     except Exception as error:
-        reason = str(error).splitlines()[:1] or [""]
-        raise UserError(
-            f"weights: {path} is no readable Flax checkpoint ({type(error).__name__}: {reason[0][:100]})"
-        ) from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        raise UserError(f"weights: {path} is no readable Flax checkpoint ({reason})") from error
     return tree
 
 
@@ -88,9 +86,8 @@ def _extension(code: int, data: bytes) -> Any:
     name = dtype.decode("ascii")
     if name not in DTYPES:
         raise ValueError(f"an array of {name[:32]}")
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * DTYPES[name].itemsize != len(
-        buffer
-    ):
+    is_shape = all(isinstance(n, int) and n >= 0 for n in shape)
+    if not is_shape or math.prod(shape) * DTYPES[name].itemsize != len(buffer):
         raise ValueError(f"{len(buffer)} bytes for an array {tuple(shape)}")
     if not buffer:
         return torch.empty(shape, dtype=DTYPES[name])
@@ -105,12 +102,8 @@ def _whole(item: Any, depth: int = 0) -> Any:
         return item
     if CHUNKED not in item:
         return {str(key): _whole(value, depth + 1) for key, value in item.items()}
-    shape, chunks = (_sequence(item[key]) for key in ("shape", "chunks"))
+    # Flax writes a tuple as a dictionary of its places
+    shape, chunks = ([item[key][str(i)] for i in range(len(item[key]))] for key in ("shape", "chunks"))
     if not all(isinstance(chunk, Tensor) for chunk in chunks):
         raise ValueError("a chunk that is no array")
     return torch.cat(chunks).reshape(shape)
-
-
-def _sequence(numbered: Mapping[str, Any]) -> list[Any]:
-    """Flax writes a tuple as a dictionary of its places."""
-    return [numbered[str(i)] for i in range(len(numbered))]
