@@ -19,7 +19,7 @@ from typing import Any
 
 from det_plugin.run import engine_of
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.export import FORMATS, export, model_card
 from pretrain.export.card import results_of
 from pretrain.export.converted import build_whole, given, write_whole
@@ -46,23 +46,20 @@ def backbone_of_run(folder: Path) -> ViT:
 
         return load_segmenter(folder, "cpu").model.backbone.vit
     else:
-        raise UserError(
-            f"--weights: {folder} is no folder of a fine-tuning run; of a pre-training, name the file in it"
-        )
+        what = "no folder of a fine-tuning run; of a pre-training, name the file in it"
+        raise UserError(f"--weights: {folder} is {what}")
     ran = adapter.options
-    if ran.window_size or not (ran.final_norm and ran.keep_special_tokens):
-        raise UserError(
-            f"--weights: {folder} ran its backbone with windows, or without the final norm or [CLS]: no plain ViT"
-        )
+    is_plain = not ran.window_size and ran.final_norm and ran.keep_special_tokens
+    how = "with windows, or without the final norm or [CLS]: no plain ViT"
+    ensure(is_plain, f"--weights: {folder} ran its backbone {how}")
     return adapter.vit
 
 
 def of_run(options: argparse.Namespace) -> tuple[ViT, dict[str, Any], list[Result]]:
     """A run's backbone, its provenance, and the results of the run itself."""
     for name in ("backbone", "source", "subnet", "patch_size", "results"):
-        if getattr(options, name):
-            said = f"{options.weights} is a run's folder, which says all that itself"
-            raise UserError(f"--{name.replace('_', '-')}: {said}")
+        said = f"{options.weights} is a run's folder, which says all that itself"
+        ensure(not getattr(options, name), f"--{name.replace('_', '-')}: {said}")
     vit, file = backbone_of_run(options.weights), options.weights / FILE_NAME
     if not file.is_file():  # it has not ended
         return vit, {}, []
@@ -103,17 +100,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     measured = "measured with these weights, for the card"
     add("--results", type=Path, nargs="+", default=[], metavar="RUNS", help=measured)
     options = parser.parse_args(arguments)
-    if options.size is not None and len(options.size) > 2:
-        raise UserError(f"--size: one side, or height and width; not {' '.join(map(str, options.size))}")
+    said = " ".join(map(str, options.size or []))
+    ensure(len(options.size or [0]) <= 2, f"--size: one side, or height and width; not {said}")
     if options.format == "posfield":
         for name in ("size", "card", "results"):
-            if getattr(options, name):
-                raise UserError(f"--{name}: has no effect on format posfield")
-    elif options.results and options.card is None and FORMATS[options.format].suffix:
-        raise UserError("--results: they stand in the card; name its file by --card")
+            ensure(not getattr(options, name), f"--{name}: has no effect on format posfield")
+    else:
+        shown = not options.results or options.card is not None or not FORMATS[options.format].suffix
+        ensure(shown, "--results: they stand in the card; name its file by --card")
     weights = options.weights.resolve()
-    if options.output.resolve() in (weights, *weights.parents):
-        raise UserError(f"--output: {options.output} would replace the weights themselves")
+    replaces = options.output.resolve() in (weights, *weights.parents)
+    ensure(not replaces, f"--output: {options.output} would replace the weights themselves")
     side = options.size or [DEFAULT_SIZE_PX]
     options.size = (side[0], side[-1])
     return options

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.backbones.vit import ViT
-from pretrain.errors import UserError
+from pretrain.errors import ensure
 from pretrain.export.checked import FORMATS
-from pretrain.export.fixed_size import Size, positions_note
+from pretrain.export.fixed_size import Size
 from pretrain.results.dense import dense_table
 from pretrain.results.pages import from_template
 from pretrain.results.render import render
@@ -45,10 +45,8 @@ def results_of(paths: Iterable[str | Path], hashes: set[str]) -> list[Result]:
     """
     found = [read_result(path) for path in find_results(paths)]
     own = [result for result in found if result.weights_hash in hashes]
-    if not own:
-        raise UserError(
-            f"results: none of the {len(found)} there was measured with these weights ({', '.join(sorted(hashes))})"
-        )
+    said = f"none of the {len(found)} there was measured with these weights ({', '.join(sorted(hashes))})"
+    ensure(own, f"results: {said}")
     return own
 
 
@@ -79,7 +77,6 @@ def model_card(
     return from_template(
         "card.md",
         vit=vit,
-        own=vit.model_kwargs,
         told=told,
         size=size,
         difference=difference,
@@ -87,7 +84,7 @@ def model_card(
         usage=FORMATS[format].use(vit, size, file),
         epochs=UNKNOWN if epochs is None else epochs_text(float(epochs)),
         n_parameters=sum(p.numel() for p in vit.parameters()),
-        positions=positions_note(vit, size),
+        grid=vit.grid_of(size),
         mean=list(MEAN),
         std=list(STD),
         origin=_origin(told, file_hash) | {"Format": format, "posfield": _version()},

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.backbones.vit import ViT
 from pretrain.build import build_backbone
-from pretrain.errors import UserError
+from pretrain.errors import ensure
 from pretrain.export.fixed_size import (
     FixedSizeViT,
     Run,
@@ -61,8 +61,8 @@ def write_whole(vit: ViT, output: str | Path, provenance: Mapping[str, Any]) -> 
     Raises:
         UserError: the output has another suffix; no registered backbone has this width.
     """
-    if Path(output).suffix != ".safetensors":
-        raise UserError(f"output: a converted file ends in .safetensors, {output} does not")
+    is_ours = Path(output).suffix == ".safetensors"
+    ensure(is_ours, f"output: a converted file ends in .safetensors, {output} does not")
     name, own = registered_name(vit), vit.model_kwargs
     return save_backbone(output, vit.state_dict(), name=name, model_kwargs=own, provenance=provenance)
 
@@ -95,8 +95,8 @@ def given(method: str | None, effective_epochs: float | None) -> dict[str, Any]:
     Raises:
         UserError: the epochs are not a positive number.
     """
-    if effective_epochs is not None and not 0 < effective_epochs < math.inf:
-        raise UserError(f"effective_epochs: {effective_epochs} is no positive number")
+    is_positive = effective_epochs is None or 0 < effective_epochs < math.inf
+    ensure(is_positive, f"effective_epochs: {effective_epochs} is no positive number")
     told = {"method": method, "effective_epochs": effective_epochs}
     return {key: value for key, value in told.items() if value is not None}
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pretrain.backbones.vit import Tokens, ViT
-from pretrain.errors import UserError
+from pretrain.errors import UserError, ensure
 from pretrain.views.pixels import MEAN, STD
 from pretrain.weights.common import registry_name
 
@@ -93,13 +93,11 @@ def whole_patches(vit: ViT, size: Size, square: str = "") -> tuple[int, int]:
     Raises:
         UserError: a side is not a multiple of the patch; the sides differ.
     """
-    height, width = size
-    if height % vit.patch_size or width % vit.patch_size:
-        whole = f"whole patches of {vit.patch_size} px, and this format does not pad"
-        raise UserError(f"size: {height} x {width} px are not {whole}")
-    if square and height != width:
-        raise UserError(f"size: {height} x {width} px: {square}")
-    return height // vit.patch_size, width // vit.patch_size
+    (height, width), px = size, vit.patch_size
+    whole = f"size: {height} x {width} px are not whole patches of {px} px, and this format does not pad"
+    ensure(height % px == width % px == 0, whole)
+    ensure(not square or height == width, f"size: {height} x {width} px: {square}")
+    return height // px, width // px
 
 
 @torch.no_grad()
@@ -160,15 +158,14 @@ def refuse(library: str, vit: ViT, departures: Mapping[str, bool], ln_eps: float
     eps = vit.model_kwargs["ln_eps"]
     departures = {"with relative positions": vit.model_kwargs["relative_positions"], **departures}
     departures[f"with ln_eps {eps:g} (its is {ln_eps})"] = ln_eps not in (None, eps)
-    if found := [name for name, holds in departures.items() if holds]:
-        raise UserError(f"format: {library} has no ViT {', nor one '.join(found)}; take another --format")
+    found = ", nor one ".join(name for name, holds in departures.items() if holds)
+    ensure(not found, f"format: {library} has no ViT {found}; take another --format")
 
 
 def require(format: str, *packages: str) -> None:
     """Raise a UserError if a format's packages are not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"format {format} needs {', '.join(missing)}: pip install 'posfield[export]'")
+    ensure(not missing, f"format {format} needs {', '.join(missing)}: pip install 'posfield[export]'")
 
 
 def description(vit: ViT, size: Size, provenance: Mapping[str, Any]) -> str:
@@ -199,18 +196,3 @@ def is_export(file: Path) -> bool:
             return "posfield" in (opened.metadata() or {})
     except (OSError, SafetensorError):
         return False
-
-
-def positions_note(vit: ViT, size: Size) -> str:
-    """One sentence on what the export did to the positions."""
-    grid, side = vit.grid_of(size), vit.pos_grid
-    here = f"the {grid[0]} x {grid[1]} patches of a {size[0]} x {size[1]} px image"
-    if vit.pos_encoding == "none":
-        return "The network has no positions. Where the format must hold some, they are zeros."
-    if vit.pos_encoding == "field":
-        held = f"the file holds the field's values at {here}"
-        return f"Learned as a position field of {side} x {side} samples; {held}."
-    if grid == (side, side):
-        return f"Learned for {side} x {side} patches, and stored as learned."
-    held = f"the file holds them resampled ({vit.pos_interpolation}) to {here}"
-    return f"Learned for {side} x {side} patches; {held}."

@@ -158,17 +158,10 @@ def _config(vit: ViT, size: Size) -> dict[str, Any]:
 
 def _preprocessor(size: Size) -> dict[str, Any]:
     """``preprocessor_config.json``: the whole image, resized bicubically and normalized."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size[0], "width": size[1]},
-        "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
+    resize = {"do_resize": True, "size": {"height": size[0], "width": size[1]}, "resample": BICUBIC}
+    rescale = {"do_rescale": True, "rescale_factor": 1 / 255}
+    normalize = {"do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD)}
+    return {"image_processor_type": "ViTImageProcessor", **resize, **rescale, **normalize}
 
 
 def _load(path: Path) -> Any:

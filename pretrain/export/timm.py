@@ -115,24 +115,15 @@ def _embeds_patches_alone(vit: ViT) -> bool:
 def _config(vit: ViT, size: Size) -> dict[str, Any]:
     """``config.json`` as on timm's hub."""
     arguments = model_arguments(vit, size)
-    pretrained = {
-        "input_size": [3, *size],
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",  # the whole image, as in our evaluation
-        "mean": list(MEAN),
-        "std": list(STD),
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+    # the whole image, as in our evaluation
+    pixels: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    pixels |= {"mean": list(MEAN), "std": list(STD)}
+    inside = {"num_classes": 0, "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"}
     return {
         "architecture": architecture(vit),
         "num_classes": 0,
         "num_features": vit.embed_dim,
         "global_pool": arguments.get("global_pool", "token"),
         "model_args": arguments,
-        "pretrained_cfg": pretrained,
+        "pretrained_cfg": {"input_size": [3, *size], "fixed_input_size": True, **pixels, **inside},
     }

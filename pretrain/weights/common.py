@@ -245,19 +245,12 @@ def plain_vit(
     if shaped("blocks.0.mlp.fc2.weight", 2)[1] * 2 == hidden:
         raise Misfit(GATED)
     n_registers = shaped("reg_token", 3)[1] if "reg_token" in state else 0
-    found: dict[str, Any] = dict(
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // HEAD_DIM,
-        mlp_ratio=hidden / width,
-        patch_size=kernel[2],
-        n_registers=n_registers,
-        has_cls=has_cls,
-        final_norm="norm.weight" in state,
-        layerscale=1e-5 if "blocks.0.ls1.gamma" in state else None,
-        pos_encoding="standard" if "pos_embed" in state else "none",
-        mask_tokens="mask_token" in state and "pos_mask_token" in state,
-    )
+    found: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": width // HEAD_DIM}
+    found |= {"mlp_ratio": hidden / width, "patch_size": kernel[2], "n_registers": n_registers}
+    found |= {"has_cls": has_cls, "final_norm": "norm.weight" in state}
+    found["layerscale"] = 1e-5 if "blocks.0.ls1.gamma" in state else None
+    found["pos_encoding"] = "standard" if "pos_embed" in state else "none"
+    found["mask_tokens"] = "mask_token" in state and "pos_mask_token" in state
     if "pos_embed" in state:
         n_positions = shaped("pos_embed", 3)[1]
         found["pos_grid"] = grid_side(n_positions - has_cls)

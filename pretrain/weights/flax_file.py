@@ -35,17 +35,24 @@ def read_flax_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or an array is not what it declares.
     """
-    tree: dict[str, Any] = {}
+    tree, n_items = dict[str, Any](), 0
+
+    def counted(items: list[Any]) -> list[Any]:
+        nonlocal n_items
+        n_items += len(items)  # an empty dictionary takes one byte in a file and 60 in memory
+        if n_items > MAX_ITEMS:
+            raise ValueError(f"more than {MAX_ITEMS} items")
+        return items
+
     try:
         with open(path, "rb") as file:
-            items = _Items()
             unpacker = msgpack.Unpacker(
                 file,
                 raw=False,
                 strict_map_key=False,
                 ext_hook=_extension,
-                list_hook=items.counted,
-                object_pairs_hook=lambda pairs: dict(items.counted(pairs)),
+                list_hook=counted,
+                object_pairs_hook=lambda pairs: dict(counted(pairs)),
                 max_buffer_size=MAX_LEAF_BYTES,
                 **LONGEST,
             )
@@ -62,19 +69,6 @@ def read_flax_file(path: Path) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
         raise UserError(f"weights: {path} is no readable Flax checkpoint ({reason})") from error
     return tree
-
-
-class _Items:
-    """Counts the unpacked items: an empty dictionary takes one byte in a file and 60 in memory."""
-
-    def __init__(self) -> None:
-        self.n = 0
-
-    def counted(self, items: list[Any]) -> list[Any]:
-        self.n += len(items)
-        if self.n > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_ITEMS} items")
-        return items
 
 
 def _extension(code: int, data: bytes) -> Any:

@@ -38,16 +38,16 @@ def read_checkpoint(path: str | Path, source: str | None = None, subnet: str | N
         UserError: the file is missing, unreadable, of no supported layout or of an architecture that is not a
             plain ViT, or its numbers are no weights (integers, NaN, infinity).
     """
-    if subnet not in (None, "teacher", "student"):
-        raise UserError(f"weights: subnet {subnet!r} is neither teacher nor student")
+    is_known = subnet in (None, "teacher", "student")
+    ensure(is_known, f"weights: subnet {subnet!r} is neither teacher nor student")
     file = open_container(path)
     checkpoint = converted(file, source, subnet)
     provenance = {**checkpoint.provenance, **_exported(file)}
     for key, kind in TOLD.items():
         value = provenance.get(key)
         is_line = not isinstance(value, str) or (value.isprintable() and len(value) <= MAX_LABEL)
-        if not isinstance(value, kind | None) or value != value or not is_line:
-            raise UserError(f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
+        is_told = is_line and isinstance(value, kind | None) and value == value
+        ensure(is_told, f"weights: {file.path} has damaged metadata ({key} {value!r:.60})")
     return replace(checkpoint, state=sound(checkpoint), provenance=provenance)
 
 
@@ -90,11 +90,8 @@ def origin_of(weights: str | Path | None, source: str | None = None) -> dict[str
     if weights is None:
         return {"method": "from scratch", "effective_epochs": None, "weights_hash": None}
     said = read_checkpoint(weights, source).provenance
-    return {
-        "method": str(said.get("method", Path(weights).stem)),
-        "effective_epochs": said.get("effective_epochs"),
-        "weights_hash": file_hash(weights),
-    }
+    told = {"method": str(said.get("method", Path(weights).stem)), "weights_hash": file_hash(weights)}
+    return {**told, "effective_epochs": said.get("effective_epochs")}
 
 
 def source_names() -> list[str]:
