@@ -21,7 +21,7 @@ from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regu
 
 WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
-IN_FOLDER = (
+IN_FOLDER: tuple[str, ...] = (
     "model.safetensors",
     f"model.safetensors{INDEX}",
     "pytorch_model.bin",

@@ -111,8 +111,10 @@ def _zip_pickles(path: Path) -> Iterator[io.BytesIO]:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         is_once = len({record.filename for record in records}) == len(records)
         ensure(is_once, f"weights: {path} holds a record twice")
-        for end, what in NOT_WEIGHTS.items():
-            ensure(not any(record.filename.endswith(end) for record in records), f"weights: {path} is {what}")
+        for suffix, what in NOT_WEIGHTS.items():
+            ensure(
+                not any(record.filename.endswith(suffix) for record in records), f"weights: {path} is {what}"
+            )
         ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
         for record, end in zip(records, ends):
             place = f"weights: {path}: record {record.filename}"

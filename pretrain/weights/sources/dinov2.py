@@ -9,6 +9,7 @@ registers by size and antialiased (``dinov2/hub/backbones.py``).
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from pretrain.weights.common import (
     GATED,
@@ -68,7 +69,7 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
 
 def _networks(file: Container) -> dict[str, State]:
     """The networks of a training that have a backbone, under their own keys or by their prefixes."""
-    trees = {name: file.tree.get(name) for name in ("teacher", "student")}
+    trees: dict[str, Any] = {name: file.tree.get(name) for name in ("teacher", "student")}
     found = {
         name: dict(tree) if is_state(tree) else strip(file.flat, f"{name}.") for name, tree in trees.items()
     }

@@ -17,7 +17,11 @@ from pretrain.weights.container import Container
 
 NETWORKS = {"teacher": ("teacher_weights", "ema_params"), "student": ("student_weights", "params")}
 # Dropped, since only training uses them: cluster prediction, localization.
-HEADS = ("projection_head_for_clustering_prediction.", "cross_attention_block.", "final_norm.")
+HEADS: tuple[str, ...] = (
+    "projection_head_for_clustering_prediction.",
+    "cross_attention_block.",
+    "final_norm.",
+)
 HEADS += ("position_predictor.",)
 TOKENS = "ToTokenSequence_0."
 ATTENTION = "MultiHeadDotProductAttention_0."
@@ -71,7 +75,12 @@ def convert(file: Container, subnet: str | None) -> Checkpoint:
             f"blocks.{i}.{key}": value for key, value in _block(left, f"encoderblock_{i}.", n_heads).items()
         }
     state = {key: value.contiguous() for key, value in state.items()} | left  # an error by name
-    unseen = {"num_heads": n_heads, "gelu": "tanh", "ln_eps": 1e-6, "pos_interpolation": "bilinear_antialias"}
+    unseen: dict[str, Any] = {
+        "num_heads": n_heads,
+        "gelu": "tanh",
+        "ln_eps": 1e-6,
+        "pos_interpolation": "bilinear_antialias",
+    }
     return plain_vit(file, state, subnet, **unseen)
 
 
