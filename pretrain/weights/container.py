@@ -21,13 +21,8 @@ from pretrain.weights.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_regu
 
 WRAPPERS = ("state_dict", "model")  # keys of a flat state dict, in files that hold nothing else
 INDEX = ".index.json"  # of files in several parts
-IN_FOLDER: tuple[str, ...] = (
-    "model.safetensors",
-    f"model.safetensors{INDEX}",
-    "pytorch_model.bin",
-    f"pytorch_model.bin{INDEX}",
-)
-IN_FOLDER += ("backbone.safetensors",)
+_NAMES = ("model.safetensors", "pytorch_model.bin")
+IN_FOLDER = (*(name + end for name in _NAMES for end in ("", INDEX)), "backbone.safetensors")
 DESCRIBED = (".safetensors", ".bin", INDEX)  # a config.json beside them is theirs; beside a .pth it is not
 
 
