@@ -1,7 +1,6 @@
 """Our ViT in a segmentor against MMSegmentation's own: the same weights, time and memory of forward and
 backward passes."""
 
-from statistics import median
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from mmseg.models.backbones import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.backbones.vit import ViT
-from pretrain.benchmark.turns import Work, in_turns, ratio
+from pretrain.benchmark.turns import Work, in_turns, report
 from pretrain.device import choose_device
 from pretrain.registry import BACKBONES
 from seg_plugin.backbone import PosfieldViT
@@ -50,31 +49,25 @@ def measure(
     check_alike(backbone, crop_px, depth, where)
     task = backbone, crop_px, batch_size, depth, where
     found = in_turns({name: (work, (name, *task)) for name in CONTENDERS}, str(where), rounds)
-    ratios: dict[str, float] = {}
-    for suffix, name in (("", "ours"), ("_checkpointed", "ours, checkpointed")):
-        ratios |= {f"{key}_ratio{suffix}": value for key, value in ratio(found[name], found["mmseg"]).items()}
-    return {
-        **ratios,
-        "seconds": {name: round(median(figures.seconds), 4) for name, figures in found.items()},
-        "peak_mib": {name: round(figures.peak_mib, 1) for name, figures in found.items()},
-        "backbone": backbone,
-        "crop_px": crop_px,
-        "batch_size": batch_size,
-        "device": str(where),
-        "threads": torch.get_num_threads(),
-    }
+    ratios = {"{}_ratio": ("ours", "mmseg"), "{}_ratio_checkpointed": ("ours, checkpointed", "mmseg")}
+    asked = {"backbone": backbone, "crop_px": crop_px, "batch_size": batch_size, "device": str(where)}
+    return report(found, ratios) | asked
 
 
 def work(name: str, backbone: str, crop_px: int, batch_size: int, depth: int, device: torch.device) -> Work:
     """One forward and backward pass of a contender."""
-    model = contender(name, backbone, crop_px, depth).to(device)
-    x = torch.randn(batch_size, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0)).to(device)
+    model, image = contender(name, backbone, crop_px, depth).to(device), noise(batch_size, crop_px, device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        forward_backward(model, x)
+        forward_backward(model, image)
 
     return step
+
+
+def noise(n: int, px: int, device: torch.device) -> Tensor:
+    """The same [n, 3, px, px] for all."""
+    return torch.randn(n, 3, px, px, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -> None:
@@ -82,11 +75,7 @@ def check_alike(backbone: str, crop_px: int, depth: int, device: torch.device) -
     rounding."""
     expected = None
     for name in CONTENDERS:
-        image = (
-            torch.randn(1, 3, crop_px, crop_px, generator=torch.Generator().manual_seed(0))
-            .to(device)
-            .requires_grad_()
-        )
+        image = noise(1, crop_px, device).requires_grad_()
         features = forward_backward(contender(name, backbone, crop_px, depth).to(device), image)
         assert image.grad is not None
         found = features, image.grad
@@ -110,8 +99,7 @@ def contender(name: str, backbone: str, crop_px: int, depth: int) -> nn.Module:
     model_kwargs: dict[str, Any] = {"pos_grid": crop_px // 16, **({"depth": depth} if depth else {})}
     if name != "mmseg":
         return PosfieldViT(backbone, checkpointing=name.endswith("checkpointed"), **model_kwargs)
-    ours: ViT = BACKBONES.get(backbone)(**model_kwargs)
-    return mmseg_vit(ours, crop_px)
+    return mmseg_vit(BACKBONES.get(backbone)(**model_kwargs), crop_px)
 
 
 def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
