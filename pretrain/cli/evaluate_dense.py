@@ -31,7 +31,7 @@ from pretrain.data.datasets.maps import nearest
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, named_apart, open_models
-from pretrain.evaluation import dense
+from pretrain.evaluation import Outcome, dense
 from pretrain.evaluation.dense import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen_features
 from pretrain.signals import StopSignals
@@ -45,19 +45,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
-    add(
-        "--set",
-        default="auto",
-        choices=("auto", *KINDS),
-        help="which one; auto: what DIR looks like (%(default)s)",
+    kinds, number = (
+        ("auto", *KINDS),
+        "of a folder: how many count; 0: found out from names and masks (%(default)s)",
     )
-    add(
-        "--classes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of a folder: how many count; 0: found out from names and masks (%(default)s)",
-    )
+    add("--set", default="auto", choices=kinds, help="which one; auto: what DIR looks like (%(default)s)")
+    add("--classes", type=int, default=0, metavar="N", help=number)
     add_mask_options(parser)
     words = " ".join(DENSE_TASKS)
     add("--tasks", nargs="+", default=list(DENSE_TASKS), metavar="TASK", help=f"on --data ({words})")
@@ -95,10 +88,8 @@ def main(arguments: list[str]) -> None:
             dense.check_folder(job, folder, options.resume)
             folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()  # an error now where nothing can be written
-        features = {
-            subject.label: stack.enter_context(frozen_features(subject.build(), device, options.bf16))
-            for subject in subjects
-        }
+        opened = [frozen_features(subject.build(), device, options.bf16) for subject in subjects]
+        features = {subject.label: stack.enter_context(own) for subject, own in zip(subjects, opened)}
         for folder, job in jobs.items():
             finished = dense.run(job, features[subjects[-1].label], folder, signals)
             print(f"result: {dense.write(job, finished, folder)}", flush=True)
@@ -134,12 +125,10 @@ def jobs_of(
     return jobs
 
 
-def draw(
-    val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path
-) -> None:
+def draw(val: LabelSet, finished: Mapping[str, Outcome], features: dict[str, Features], folder: Path) -> None:
     """What the tasks predict for the first images, beside the truth, and the principal components of the
     images' patches."""
-    maps = {name: some for task in finished.values() for name, some in task.outcome.maps.items()}
+    maps = {name: some for task in finished.values() for name, some in task.maps.items()}
     images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
     squares = [nearest(part, SHOWN_PX).numpy() for part in labels]
     dense_figures.write(folder, images, squares, maps, val.classes, list(features.items()), SHOWN_PX)

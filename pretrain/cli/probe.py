@@ -6,7 +6,6 @@ posfield evaluate probes --weights runs/x/backbone.safetensors --position-root s
 The numbers are those of a training's probes: the evaluators' at reduced settings.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.evaluation.position import hide_with
 from pretrain.evaluation.probes import Probes, ProbeSettings
+from pretrain.files import write_json
 from pretrain.settings import Layer, build
 
 
@@ -41,18 +41,7 @@ def main(arguments: list[str]) -> None:
     (model,) = models_of(options)
     backbone = model.build(mask_tokens=bool(options.position_root))
     device = choose_device(options.device)
-    keys = (
-        "knn_root",
-        "knn_k",
-        "seg_root",
-        "seg_classes",
-        "void",
-        "map",
-        "mask_name",
-        "image_px",
-        "max_images",
-    )
-    values = {key: getattr(options, key) for key in keys}
+    values = {key: value for key, value in vars(options).items() if key in ProbeSettings.model_fields}
     values |= {"position": bool(options.position_root), "every": 1}
     settings = build(ProbeSettings, [Layer("command line", values)], "probes")
     probes = Probes(settings, DataSettings(root=options.position_root), backbone.patch_size)
@@ -67,6 +56,4 @@ def main(arguments: list[str]) -> None:
         print(f"{key:24} {value:.4f}")
     if options.json:
         used = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        content = {"backbone": model.backbone, "options": used, "metrics": metrics}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(options.json, {"backbone": model.backbone, "options": used, "metrics": metrics})

@@ -13,7 +13,7 @@ standardized; D / n is added to the diagonal of their D x D correlation matrix, 
 D rows of noise had been seen too, which matters for the few images of a small probe and vanishes with many.
 """
 
-import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,13 +59,12 @@ class LayerScore:
 
     def mean(self, field: str) -> float:
         """Mean over the draws of ``error``, ``chance`` or ``r2``."""
-        return math.fsum(getattr(score, field) for score in self.scores) / len(self.scores)
+        return statistics.fmean(getattr(score, field) for score in self.scores)
 
     def std(self, field: str) -> float:
         """Sample standard deviation over the draws; 0 for a single one."""
-        mean, n = self.mean(field), len(self.scores)
-        squares = math.fsum((getattr(score, field) - mean) ** 2 for score in self.scores)
-        return math.sqrt(squares / max(n - 1, 1))
+        values = [getattr(score, field) for score in self.scores]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def position_layers(
