@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pretrain.analysis.feature_figures import Boxed, boxes_figure
 from pretrain.analysis.figures import keep
 from pretrain.cli import at_least, evaluation_parser, models_of
@@ -53,12 +51,12 @@ def main(arguments: list[str]) -> None:
     at_least(options, size=0, max_images=0, show=0)
     images = read_boxes(options.data, options.split, options.no_hard, options.list)
     images = spread(images, options.max_images or len(images))
-    subjects, device = models_of(options), choose_device(options.device)
+    subjects, options.device = models_of(options), choose_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     table = []
     with StopSignals() as signals:
         for subject in subjects:
-            percents = measure(subject, images, options, device, signals)
+            percents = measure(subject, images, options, signals)
             table.append([subject.label, len(images), *(f"{value:.2f}" for value in percents.values())])
             said = ", ".join(f"{name} {value:.2f}" for name, value in percents.items())
             print(f"{subject.label}: {said} ({len(images)} images)", flush=True)
@@ -66,11 +64,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(
-    subject: EvalModel,
-    images: list[BoxedImage],
-    options: argparse.Namespace,
-    device: torch.device,
-    signals: StopSignals,
+    subject: EvalModel, images: list[BoxedImage], options: argparse.Namespace, signals: StopSignals
 ) -> dict[str, float]:
     """CorLoc in percent by each method. Writes the folder of the checkpoint; after an interruption it
     resumes."""
@@ -88,25 +82,26 @@ def measure(
     part = folder / f".boxes-{kind}-{file_hash(subject.path)}.part"
     rows, shown, chosen, done = [], [], set(spread(range(len(images)), options.show)), read_part(part)
     tell = Progress(subject.label, len(images), signals)
-    with frozen_features(subject.build(), device) as features, open(part, "a", encoding="utf-8") as file:
+    with (
+        frozen_features(subject.build(), options.device) as features,
+        open(part, "a", encoding="utf-8") as file,
+    ):
         for number, image in enumerate(images):
             row = done.get(str(image.path))
             if row is None or number in chosen:
                 pixels = read_picture(image.path)
                 found = discover(features, pixels, image.boxes, methods, options.features, options.size)
-                row = {"image": image.path.name} | {
-                    f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()
-                }
+                row = {"image": image.path.name}
+                row |= {f"{m}_{k}": v for m, judged in found.items() for k, v in judged.row().items()}
                 file.write(json.dumps([str(image.path), row]) + "\n")
                 file.flush()
                 if number in chosen:
-                    hits = {m: (f.box, f.hit) for m, f in found.items()}
-                    shown.append(Boxed(image.path.name, pixels, image.boxes, hits))
+                    boxes = {m: (judged.box, judged.hit) for m, judged in found.items()}
+                    shown.append(Boxed(image.path.name, pixels, image.boxes, boxes))
             rows.append(row)
             tell()
-    percents = {
-        f"corloc_{method}": 100 * sum(row[f"{method}_hit"] for row in rows) / len(rows) for method in methods
-    }
+    hits = {method: sum(row[f"{method}_hit"] for row in rows) for method in methods}
+    percents = {f"corloc_{method}": 100 * n / len(rows) for method, n in hits.items()}
     write_csv(folder / "boxes.csv", list(rows[0]), [list(row.values()) for row in rows])
     if shown:
         keep(boxes_figure(shown), folder / "figures", "boxes", "Objects found", CAPTION)

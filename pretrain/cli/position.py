@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.set_defaults(**PROTOCOL)
     options = parser.parse_args(arguments)
     at_least(options, draws=1, size=1, max_images=2)
-    device = choose_device(options.device)
+    options.device = choose_device(options.device)
     subjects = models_of(options)
     for subject in subjects:
         if options.mask == "token" and not subject.has_token:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)  # an error now where it cannot be made
     images: dict[int, torch.Tensor] = {}  # by their side: all patch sizes of one side share them
     with StopSignals() as signals:
-        rows = [row for subject in subjects for row in probe(subject, options, images, device, signals)]
+        rows = [row for subject in subjects for row in probe(subject, options, images, signals)]
     write_csv(options.output / TABLE, list(rows[0]), [list(row.values()) for row in rows])
     figure, title = layers_figure(rows), "Position probe, layer by layer"
     keep(figure, options.output / "figures", "position_layers", title, CAPTION)
@@ -65,11 +65,7 @@ def main(arguments: list[str]) -> None:
 
 
 def probe(
-    subject: EvalModel,
-    options: argparse.Namespace,
-    by_side: dict[int, torch.Tensor],
-    device: torch.device,
-    signals: StopSignals,
+    subject: EvalModel, options: argparse.Namespace, by_side: dict[int, torch.Tensor], signals: StopSignals
 ) -> list[dict[str, str]]:
     """The curve of one checkpoint as rows of the csv; leaves its folder, or takes it from there."""
     started, folder = time.perf_counter(), options.output / subject.folder
@@ -81,9 +77,8 @@ def probe(
         print("".join(f"left out: {line}\n" for line in read.broken), end="", flush=True)
         by_side[side] = torch.stack(read.pixels)
     images = by_side[side]
-    used = {**{name: getattr(options, name) for name in PROTOCOL}, "size": side}
-    seen = content_hash(images)
-    settings = {**{name: (value, used[name]) for name, value in PROTOCOL.items()}, "pixels": (seen, seen)}
+    settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
+    settings |= {"size": (PROTOCOL["size"], side), "pixels": (content_hash(images),) * 2}
     if (folder / TABLE).is_file() and subject.found(folder, "position-probe", settings):
         print(f"{subject.label}: measured before", flush=True)
         return read_csv(folder / TABLE)
@@ -95,14 +90,13 @@ def probe(
     elif hidden_by != options.mask:
         print(f"{subject.label}: hidden positions are replaced by the {hidden_by}")
     tell = Progress(subject.label, options.draws * len(images), signals, "images of all draws")
-    with frozen_features(backbone, device, options.bf16) as features:
+    with frozen_features(backbone, options.device, options.bf16) as features:
         scores = layers.position_layers(features, images, options.draws, options.shape, tell)
     rows = list(layers.csv_rows(subject.label, hidden_by, scores))
     found = {**layers.metrics(scores), "images": len(images)}
     (folder / FILE_NAME).unlink(missing_ok=True)  # it speaks for the table that is about to be replaced
     write_csv(folder / TABLE, list(rows[0]), [list(row.values()) for row in rows])
     subject.write(folder, "position-probe", settings, found, started)
-    r2, std = found["position_r2"], found["position_r2_std"]
-    error, chance = found["position_error"], found["position_chance"]
+    r2, std, error, chance = (found[f"position_{name}"] for name in ("r2", "r2_std", "error", "chance"))
     print(f"{subject.label}: R^2 {r2:.3f} +- {std:.3f}, error {error:.3f} (chance {chance:.3f})")
     return rows

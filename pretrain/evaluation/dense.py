@@ -120,7 +120,7 @@ def deviations_of_data(
     """(The protocol's, the run's) numbers of images.
 
     Args:
-        set_name: one of :data:`N_IMAGES`, or any other, of which there is no public number.
+        set_name: of :data:`N_IMAGES`; of any other set there is no public number.
         n_images: that the training and the validation part hold.
         max_images: that are used of each; 0: all.
     """
@@ -209,12 +209,14 @@ def job_of(
         if isinstance(part, LabelSet):
             if part.departure:
                 others[f"{part.part}_set"] = ("as published", part.departure)
-            names = _hash([Path(image).name for image, _ in part.files])
+            names = config_hash({"names": [Path(image).name for image, _ in part.files]})
             data[part.part] = {"source": part.source, "images": len(part), "names": names}
             data["classes"] = list(parts[0].classes)
         elif isinstance(whole, ClassFolder):
-            data[part.folder.name] = {"images": len(whole), "names": _hash([file for _, file in whole.files])}
-            data["classes"] = {"number": len(part.classes), "names": _hash(part.classes)}
+            names = config_hash({"names": [file for _, file in whole.files]})
+            data[part.folder.name] = {"images": len(whole), "names": names}
+            names = config_hash({"names": list(part.classes)})
+            data["classes"] = {"number": len(part.classes), "names": names}
     return Job(subject, name, used, data, settings, others, seed, n_shown)
 
 
@@ -286,10 +288,6 @@ def watched(part: Part, task: str, signals: StopSignals) -> Part:
         check_signals(signals, label)
 
     return replace(part, on_read=on_read)
-
-
-def _hash(names: Sequence[str]) -> str:
-    return config_hash({"names": list(names)})
 
 
 def _identity(job: Job, task: str, weights: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def in_context(
         return torch.cat(shares).unflatten(0, patches.shape[:2])
 
     confusion, maps = confusion_of(predict, features, val, side, side, settings.map_px, n_shown)
-    metrics: dict[str, float | dict[str, float]] = {
+    metrics = {
         "in_context_miou": mean_iou(confusion),
         "in_context_hungarian_miou": mean_iou(confusion, hungarian(confusion)),
         "in_context_class_iou": named_ious(class_ious(confusion), val.classes),
@@ -146,8 +146,7 @@ class Memory:
     def attend(
         self, queries: Tensor, k: int, temperature: float, tick: Callable[[], object] = lambda: None
     ) -> Tensor:
-        """Shares of the classes [Q, C] that queries [Q, D] take from their k nearest patches; ``tick``: of
-        :meth:`nearest`."""
+        """Shares of the classes [Q, C] that queries [Q, D] take from their :meth:`nearest`."""
         cosines, places = self.nearest(queries, k, tick)
         counts = self.counts[places.to(self.counts.device)].to(cosines)  # [Q, k, C]
         weights = (cosines / temperature).softmax(1)

@@ -100,10 +100,8 @@ def position_layers(
         by_draw.append({(kind, layer): _PlaceReader(features) for kind in kinds for layer in layers})
         masks = draw_masks(len(images), grid, shape, draw)
         _read_places(features, images, masks, centers(*grid), by_draw[-1], tell)
-    return [
-        LayerScore(*key, names[key[1]], tuple(readers[key].score() for readers in by_draw))
-        for key in by_draw[0]
-    ]
+    scores = {key: tuple(readers[key].score() for readers in by_draw) for key in by_draw[0]}
+    return [LayerScore(kind, layer, names[layer], own) for (kind, layer), own in scores.items()]
 
 
 def _read_places(
@@ -233,12 +231,13 @@ def csv_rows(label: str, hidden_by: str, scores: Sequence[LayerScore]) -> Iterat
     """One row a layer and kind of patches: mean and standard deviation of the error (image units) and of
     R^2, and chance."""
     for score in scores:
-        place = {"layer": str(score.layer), "after": score.name, "patches": score.patches}
-        error, r2 = ((score.mean(field), score.std(field)) for field in ("error", "r2"))
-        names = ("error", "error_std", "chance", "r2", "r2_std")
-        numbers = dict(zip(names, (*error, score.mean("chance"), *r2)))
-        texts = {"draws": str(len(score.scores)), **{name: f"{value:.6f}" for name, value in numbers.items()}}
-        yield {"checkpoint": label, **place, "hidden_by": hidden_by, **texts}
+        row = {"checkpoint": label, "layer": str(score.layer), "after": score.name, "patches": score.patches}
+        row |= {"hidden_by": hidden_by, "draws": str(len(score.scores))}
+        for field in Score._fields:
+            row[field] = f"{score.mean(field):.6f}"
+            if field != "chance":
+                row[f"{field}_std"] = f"{score.std(field):.6f}"
+        yield row
 
 
 def metrics(scores: Sequence[LayerScore]) -> dict[str, float]:
