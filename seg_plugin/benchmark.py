@@ -1,6 +1,7 @@
 """Our ViT in a segmentor against MMSegmentation's own: the same weights, time and memory of forward and
 backward passes."""
 
+import re
 from typing import Any
 
 import torch
@@ -13,19 +14,12 @@ from pretrain.device import choose_device
 from pretrain.registry import BACKBONES
 from seg_plugin.backbone import PosfieldViT
 
-CROP_PX, BATCH_SIZE = 512, 2
 CONTENDERS = ("mmseg", "ours", "ours, checkpointed")
 TOLERANCE = 1e-4  # of outputs and input gradients, which are of the order of 1
 
 
 def measure(
-    backbone: str,
-    rounds: int,
-    device: str = "auto",
-    *,
-    crop_px: int = CROP_PX,
-    batch_size: int = BATCH_SIZE,
-    depth: int = 0,
+    backbone: str, rounds: int, device: str = "auto", crop_px: int = 512, batch_size: int = 2, depth: int = 0
 ) -> dict[str, Any]:
     """Our backbone over MMSegmentation's, in float32. Ours has no drop path, LayerScale or registers here,
     like theirs.
@@ -110,31 +104,25 @@ def mmseg_vit(ours: ViT, image_px: int) -> VisionTransformer:
     final norm.
     """
     size = ours.model_kwargs
-    theirs = VisionTransformer(
-        img_size=(image_px, image_px),
-        patch_size=size["patch_size"],
-        embed_dims=size["embed_dim"],
-        num_layers=size["depth"],
-        num_heads=size["num_heads"],
-        mlp_ratio=int(size["mlp_ratio"]),
-        norm_cfg={"type": "LN", "eps": size["ln_eps"]},
-        patch_bias=True,
-        final_norm=True,
-    )
-    names = {
-        "patch_embed.proj": "patch_embed.projection",
-        "attn.qkv.": "attn.attn.in_proj_",
-        "attn.proj": "attn.attn.out_proj",
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "mlp.fc1": "ffn.layers.0.0",
-        "mlp.fc2": "ffn.layers.1",
-        "blocks": "layers",
+    same = {key: size[key] for key in ("patch_size", "num_heads")}
+    same |= {
+        "embed_dims": size["embed_dim"],
+        "num_layers": size["depth"],
+        "mlp_ratio": int(size["mlp_ratio"]),
     }
+    norm = {"type": "LN", "eps": size["ln_eps"]}
+    theirs = VisionTransformer(image_px, norm_cfg=norm, patch_bias=True, final_norm=True, **same)
+    names = {r"patch_embed\.proj": "patch_embed.projection", "mlp.fc1": "ffn.layers.0.0", "blocks": "layers"}
+    names |= {
+        r"attn\.qkv\.": "attn.attn.in_proj_",
+        r"attn\.proj": "attn.attn.out_proj",
+        "mlp.fc2": "ffn.layers.1",
+    }
+    names |= {"norm1": "ln1", "norm2": "ln2", r"^norm\.": "ln1."}
     state: dict[str, Tensor] = {}
     for key, value in ours.state_dict().items():
         for our_name, their_name in names.items():
-            key = key.replace(our_name, their_name)
-        state["ln1" + key.removeprefix("norm") if key.startswith("norm.") else key] = value
+            key = re.sub(our_name, their_name, key)
+        state[key] = value
     theirs.load_state_dict(state)
     return theirs

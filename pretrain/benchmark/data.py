@@ -142,13 +142,12 @@ def torchvision_views(config: Any) -> list[Callable[[Image.Image], Tensor]]:
 def take_turns(contenders: dict[str, Work], rounds: int, n: int) -> dict[str, list[float]]:
     """Processor seconds an image, for each contender and round; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, turn in contenders.items():
             started = time.process_time()
             turn()
-            if number:
-                seconds[name].append((time.process_time() - started) / n)
-    return seconds
+            seconds[name].append((time.process_time() - started) / n)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def render_rate(folder: str, device: torch.device, batch_size: int, rounds: int) -> float:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 Work = Callable[[], object]  # what is measured: one step
+Contender = tuple[Callable[..., Work], tuple[Any, ...]]  # a module's function and its arguments
 STATUS = Path("/proc/self/status")
 
 
@@ -47,17 +48,13 @@ def report(found: Mapping[str, Figures], ratios: Mapping[str, tuple[str, str]]) 
 
 
 def in_turns(
-    contenders: Mapping[str, tuple[Callable[..., Work], tuple[Any, ...]]],
-    device: str,
-    rounds: int,
-    warm_up: int = 1,
-    steps: int = 1,
+    contenders: Mapping[str, Contender], device: str, rounds: int, warm_up: int = 1, steps: int = 1
 ) -> dict[str, Figures]:
     """Measure all contenders.
 
     Args:
-        contenders: name -> a module's function and its arguments; it makes the work in the contender's
-            process. The module's imports do not count as memory.
+        contenders: by name; the function makes the work in the contender's process. Its module's imports do
+            not count as memory.
         device: of torch; on CUDA memory is what torch reports.
         rounds: turns of each that count, after ``warm_up`` that do not.
         steps: of the work in a turn; seconds are those of one.

@@ -72,7 +72,8 @@ def measure(
     methods = list(METHODS) if options.method == "both" else [options.method]
     settings = {name: (value, getattr(options, name)) for name, value in PROTOCOL.items()}
     which = {"data": options.data.resolve().name, "split": options.split}
-    which |= {"list": options.list and options.list.name, "methods": methods, "boxes": boxes_hash(images)}
+    which |= {"list": options.list and options.list.name, "methods": methods}
+    which["boxes"] = config_hash({str(i): [im.path.name, im.boxes.tolist()] for i, im in enumerate(images)})
     settings |= {name: (value, value) for name, value in which.items()}  # of the set; never a deviation
     before = subject.found(folder, "object-discovery", settings)
     if before:
@@ -108,11 +109,6 @@ def measure(
     subject.write(folder, "object-discovery", settings, {**percents, "images": len(images)}, started)
     part.unlink()
     return percents
-
-
-def boxes_hash(images: list[BoxedImage]) -> str:
-    """Of the images' names and boxes."""
-    return config_hash({str(i): [image.path.name, image.boxes.tolist()] for i, image in enumerate(images)})
 
 
 def read_part(file: Path) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from pretrain.log import Progress
 from pretrain.signals import StopSignals
 
 LONG_S = 600.0  # longer work is announced
+Tick = Callable[[], object]  # called now and then in long work; what it raises ends that
 
 
 @dataclass(frozen=True)

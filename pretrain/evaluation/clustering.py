@@ -15,7 +15,6 @@ the data is one chunk of distances.
 import math
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome, check_signals, steps, tell_if_long
+from pretrain.evaluation import Outcome, Tick, check_signals, steps, tell_if_long
 from pretrain.evaluation.features import FORWARD_BATCH, Features, Moments, ReadOut, finite
 from pretrain.evaluation.miou import count_pairs, greedy, hungarian, mean_iou
 from pretrain.settings import Settings, setting
@@ -224,9 +223,7 @@ def nearest_centers(x: Tensor, centers: Tensor) -> Tensor:
     return torch.cat([torch.addmm(norms, part, centers.T, alpha=-2).argmin(1) for part in parts])
 
 
-def lloyd(
-    x: Tensor, centers: Tensor, max_iterations: int = 100, tick: Callable[[], object] = lambda: None
-) -> Clusters:
+def lloyd(x: Tensor, centers: Tensor, max_iterations: int = 100, tick: Tick = lambda: None) -> Clusters:
     """Lloyd's iterations of ``x`` [n, D] from given centers [K, D], until no row changes its cluster. An empty
     cluster takes the row farthest from its center (as scikit-learn's). ``tick`` is called after each
     iteration; what it raises ends them."""
@@ -243,7 +240,7 @@ def lloyd(
 
 
 def spread_centers(
-    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Callable[[], object] = lambda: None
+    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Tick = lambda: None
 ) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
     those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
@@ -271,7 +268,7 @@ def kmeans(
     generator: torch.Generator,
     n_restarts: int = 1,
     max_iterations: int = 100,
-    tick: Callable[[], object] = lambda: None,
+    tick: Tick = lambda: None,
 ) -> Clusters:
     """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
     arguments are theirs. A ValueError for more clusters than rows."""

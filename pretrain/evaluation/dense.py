@@ -19,7 +19,7 @@ import numpy as np
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
-from pretrain.eval_model import EvalModel
+from pretrain.eval_model import EvalModel, UsedSettings
 from pretrain.evaluation import Outcome, check_signals
 from pretrain.evaluation.clustering import ClusteringSettings, clustering
 from pretrain.evaluation.features import Features
@@ -114,9 +114,7 @@ def settings_of(tasks: Sequence[str], words: Sequence[str] = (), seed: int = 0) 
     return {t: replaced(used, {SEED: seed}) if hasattr(used, SEED) else used for t, used in found.items()}
 
 
-def deviations_of_data(
-    set_name: str, n_images: tuple[int, int], max_images: int
-) -> dict[str, tuple[Any, Any]]:
+def deviations_of_data(set_name: str, n_images: tuple[int, int], max_images: int) -> UsedSettings:
     """(The protocol's, the run's) numbers of images.
 
     Args:
@@ -159,7 +157,7 @@ class Job:
     parts: Sequence[Part]
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
-    others: Mapping[str, tuple[Any, Any]]
+    others: UsedSettings
     seed: int = 0
     n_shown: int = 0
 
@@ -189,18 +187,13 @@ def job_of(
     subject: EvalModel,
     parts: Sequence[Part],
     settings: Mapping[str, Any],
-    others: Mapping[str, tuple[Any, Any]],
+    others: UsedSettings,
     seed: int,
     max_images: int,
     n_shown: int = 0,
 ) -> Job:
-    """The tasks on a set with a label a pixel, or k-NN on a folder of classes.
-
-    Args:
-        parts, settings, seed, n_shown: of :class:`Job`.
-        others: (the protocol's, this run's) values of what belongs neither to the data nor to a task.
-        max_images: of each part; 0: all.
-    """
+    """The tasks on a set with a label a pixel, or k-NN on a folder of classes; the arguments are those of
+    :class:`Job`, ``others`` without the data's, and at most ``max_images`` (0: all) of each part are used."""
     name = parts[0].name if isinstance(parts[0], LabelSet) else KNN
     others = {**others, **deviations_of_data(name, (len(parts[0]), len(parts[1])), max_images)}
     used = [part.first(max_images or len(part)) for part in parts]

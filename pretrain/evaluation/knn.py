@@ -7,7 +7,7 @@ file names. The search goes a chunk at a time: 0.5 GB at D = 384.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.data.class_folders import ClassFolder
 from pretrain.data.images import center_crop, in_batches
 from pretrain.errors import UserError
-from pretrain.evaluation import Outcome, check_signals, steps
+from pretrain.evaluation import Outcome, Tick, check_signals, steps
 from pretrain.evaluation.features import FORWARD_BATCH, Features, finite
 from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
@@ -102,7 +102,7 @@ def _features(
 
 
 def nearest(
-    queries: Tensor, parts: Iterable[Tensor], k: int, tick: Callable[[], object] = lambda: None
+    queries: Tensor, parts: Iterable[Tensor], k: int, tick: Tick = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """The k rows of a bank that are most similar to each query, exactly, the most similar first; all rows
     where k is more.

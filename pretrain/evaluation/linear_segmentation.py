@@ -39,6 +39,7 @@ from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.boxes import TRIES, draw_crops
 
+Pixels, Labels, Range = NDArray[np.uint8], NDArray[np.int32], tuple[float, float]
 # Features of the training part that stay in the host's memory where they are the same in each epoch
 HELD_BYTES = 2**31
 
@@ -152,12 +153,8 @@ def backward(head: nn.Linear, patches: Iterable[Tensor], labels: Tensor) -> None
 
 
 def cropped(
-    rng: np.random.Generator,
-    pixels: NDArray[np.uint8],
-    labels: NDArray[np.int32],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    rng: np.random.Generator, pixels: Pixels, labels: Labels, scale: Range, ratio: Range
+) -> tuple[Pixels, Labels]:
     """A part of an image [H, W, 3] and of its labels [H, W], drawn as torchvision's RandomResizedCrop."""
     size_px, u = np.array([labels.shape], np.float64), rng.random((1, 1, 2 * TRIES + 2))
     left, top, right, bottom = draw_crops(size_px, np.array([scale]), ratio, u)[0, 0].astype(int)
