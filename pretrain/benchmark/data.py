@@ -58,23 +58,13 @@ def measure(rounds: int = 5, batch: int = 8, device: str = "cpu", images_a_turn:
         write_photographs(Path(folder))
         seconds = take_turns(build_contenders(folder, images_a_turn), rounds, images_a_turn)
         rendered = render_rate(folder, where, batch, rounds)
-
-    def ratio(a: str, b: str) -> float:
-        return round(median(x / y for x, y in zip(seconds[a], seconds[b])), 3)
-
     rates = {name: 1 / median(times) for name, times in seconds.items()} | {"device_render": rendered}
-    ratios = {
-        "cpu_ratio": ratio("torchvision", "cpu"),
-        "device_worker_ratio": ratio("device_worker", "decode"),
-    }
-    images = f"{SIZE_PX[0]} x {SIZE_PX[1]} JPEG, quality {QUALITY}"
-    setup = {
-        "device_render_on": str(where),
-        "images": images,
-        "rounds": rounds,
-        "images_a_turn": images_a_turn,
-    }
-    return {f"{name}_img_per_s": round(rate, 1) for name, rate in rates.items()} | ratios | setup
+    found: dict[str, Any] = {f"{name}_img_per_s": round(rate, 1) for name, rate in rates.items()}
+    pairs = {"cpu_ratio": ("torchvision", "cpu"), "device_worker_ratio": ("device_worker", "decode")}
+    for name, (a, b) in pairs.items():
+        found[name] = round(median(x / y for x, y in zip(seconds[a], seconds[b])), 3)
+    found |= {"device_render_on": str(where), "rounds": rounds, "images_a_turn": images_a_turn}
+    return found | {"images": f"{SIZE_PX[0]} x {SIZE_PX[1]} JPEG, quality {QUALITY}"}
 
 
 def write_photographs(folder: Path) -> None:

@@ -21,18 +21,13 @@ RECIPES = {"dinov2": "dinov2-100ep", "paka": "paka-25ep", "gram": "gram-25ep"}
 
 def words_of(backbone: str, patch_size: int, batch_size: int) -> dict[str, list[str]]:
     """``key=value`` of each contender over its recipe; the weights of a post-training are left out."""
-    common = [
-        f"backbone.name={backbone}",
-        f"backbone.patch_size={patch_size}",
-        f"optim.batch_size={batch_size}",
-    ]
+    common = [f"backbone.name={backbone}", f"backbone.patch_size={patch_size}"]
+    common.append(f"optim.batch_size={batch_size}")
     found = {name: list(common) for name in RECIPES}
     # The baseline's local crops are those of the post-training for this patch size, in whole patches.
     paka = load_config(RECIPES["paka"], [*common, "backbone.weights=FILE"])
-    found["dinov2"] += [
-        f"crops.local_px={paka.crops.local_px}",
-        f"positions.grid={BASELINE_PX // patch_size}",
-    ]
+    own = {"crops.local_px": paka.crops.local_px, "positions.grid": BASELINE_PX // patch_size}
+    found["dinov2"] += [f"{key}={value}" for key, value in own.items()]
     return found
 
 
@@ -86,16 +81,10 @@ def measure(
 
 def shared(overrides: Sequence[str]) -> dict[str, list[str]]:
     """``key=value`` words by contender: whatever it has, and what none has, which is then refused."""
-    start = ["backbone.weights=FILE"]
-    keys = {
-        name: {key for key, _, _ in fields(type(load_config(recipe, start)))}
-        for name, recipe in RECIPES.items()
-    }
-    known = set[str]().union(*keys.values())
-    refused = {name: known - own for name, own in keys.items()}
-    return {
-        name: [w for w in overrides if w.split("=")[0] not in not_its] for name, not_its in refused.items()
-    }
+    configs = {name: load_config(recipe, ["backbone.weights=FILE"]) for name, recipe in RECIPES.items()}
+    keys = {name: {key for key, _, _ in fields(type(config))} for name, config in configs.items()}
+    others = {name: set[str]().union(*keys.values()) - own for name, own in keys.items()}
+    return {name: [w for w in overrides if w.split("=")[0] not in others[name]] for name in RECIPES}
 
 
 def full_run(seconds: dict[str, float], batch_size: int) -> dict[str, Any]:

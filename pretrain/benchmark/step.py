@@ -67,9 +67,8 @@ def measure(
     dtype, autocast = choose_precision(configs["dinov2"].run.precision, where)
     with autocast:
         precision = product_dtype(torch.zeros((), dtype=dtype, device=where))
-    figures = {
-        name: figures_of(config, median(found[name].seconds), where) for name, config in configs.items()
-    }
+    seconds = {name: median(figures.seconds) for name, figures in found.items()}
+    figures = {name: figures_of(config, seconds[name], where) for name, config in configs.items()}
     data = {} if with_data is None else {"with_data": measure_with_data(words, 4 * rounds, with_data)}
     asked = {"backbone": backbone, "batch_size": batch, "device": str(where)}
     asked["precision"] = str(precision).removeprefix("torch.")
@@ -105,7 +104,7 @@ def synthetic_batch(config: Any, it: int) -> Batch:
     sizes = (crops.global_px, crops.n_global), (crops.local_px, crops.n_local)
     shapes = [(n * n_images, 3, px, px) for px, n in sizes]
     pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
-    return Batch(*pixels, views, masks)
+    return Batch(pixels[0], pixels[1], views, masks)
 
 
 def figures_of(config: Any, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -168,11 +167,9 @@ def measure_with_data(words: Sequence[str], iterations: int, workers: int) -> di
         of_all = [f"data.root={folder}", f"data.workers={workers}", "optim.epoch_iters=1000", *words]
         for path in ("synthetic", "cpu", "device"):
             own = [] if path == "synthetic" else [f"data.path={path}"]
-            found[f"{path}_img_per_s"] = round(
-                loop_rate(load_config(None, of_all + own), iterations, not own), 2
-            )
-            ratio = found[f"{path}_img_per_s"] / found["synthetic_img_per_s"]
-            found[f"{path}_over_synthetic"] = round(ratio, 3)
+            rate = loop_rate(load_config(None, of_all + own), iterations, not own)
+            found[f"{path}_img_per_s"] = round(rate, 2)
+            found[f"{path}_over_synthetic"] = round(rate / found["synthetic_img_per_s"], 3)
     return found
 
 

@@ -45,10 +45,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--before", type=Path, metavar="FILE", help="weights that the figures show beside these")
     add("--data", type=Path, metavar="DIR", help="a set with a label a pixel")
-    kinds, number = (
-        ("auto", *KINDS),
-        "of a folder: how many count; 0: found out from names and masks (%(default)s)",
-    )
+    kinds = ("auto", *KINDS)
+    number = "of a folder: how many count; 0: found out from names and masks (%(default)s)"
     add("--set", default="auto", choices=kinds, help="which one; auto: what DIR looks like (%(default)s)")
     add("--classes", type=int, default=0, metavar="N", help=number)
     add_mask_options(parser)
@@ -100,10 +98,9 @@ def main(arguments: list[str]) -> None:
 def checkpoints(options: argparse.Namespace) -> tuple[list[EvalModel], dict[str, Any]]:
     """The weights, after those of --before; (the protocol's, this run's) values of how they are used."""
     (subject,) = open_models([options.weights], (), options.source, options.backbone)
-    others = {
-        "patch_size": (subject.patch_px, options.patch_size or subject.patch_px),
-        "precision": ("float32", "bf16" if options.bf16 else "float32"),
-    }
+    patch_px = options.patch_size or subject.patch_px
+    precision = "bf16" if options.bf16 else "float32"
+    others = {"patch_size": (subject.patch_px, patch_px), "precision": ("float32", precision)}
     before = open_models([options.before], (), None, options.backbone) if options.before else []
     built = [replace(s, patch_px=options.patch_size or s.patch_px) for s in (*before, subject)]
     return named_apart(built), others

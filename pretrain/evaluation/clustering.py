@@ -8,8 +8,7 @@ upper left corner); a class that does not occur is left out of the mean, and lab
 class, where theirs counts 151 with one IoU that is always 0.
 
 K-means gives the same each time on one machine: distances are of the data's dtype, of data moved to mean 0,
-sums are float64, and no step adds by scattering, the order of which a GPU leaves open. What is held beside
-the data is one chunk of distances.
+sums are float64, and no step adds by scattering, the order of which a GPU leaves open.
 """
 
 import math
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pretrain.data.datasets import LabelSet
 from pretrain.errors import UserError
@@ -90,7 +89,7 @@ def clustering(
     n_classes = len(val.classes)
     numbers = (n_classes, *settings.overclusters)
     _check(features, val, settings, numbers)
-    project, pool = _projected_pool(features, val, settings)
+    project, pool = _pool(features, val, settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     centers = _centers(pool, [(n, seed) for n in numbers for seed in seeds], settings, signals)
     counts = {key: torch.zeros(key[0], n_classes, dtype=torch.int64, device=pool.device) for key in centers}
@@ -131,9 +130,7 @@ def _check(features: Features, val: LabelSet, settings: ClusteringSettings, numb
         raise UserError(f"clustering: {what}")
 
 
-def _projected_pool(
-    features: Features, val: LabelSet, settings: ClusteringSettings
-) -> tuple[ReadOut, Tensor]:
+def _pool(features: Features, val: LabelSet, settings: ClusteringSettings) -> tuple[ReadOut, Tensor]:
     """The projection [D] -> [d], and the pool projected, [M, d] float32: patches drawn at random, all
     where there are no more."""
     backbone = features.backbone
@@ -196,9 +193,9 @@ def _seconds(pool: Tensor, n_clusters: int, settings: ClusteringSettings) -> flo
     return 2.75 * seconds * settings.max_iterations * settings.restarts
 
 
-def _generator(n_clusters: int, seed: int) -> torch.Generator:
+def _generator(n_clusters: int, seed: int) -> Generator:
     """The pool's is that of no cluster."""
-    return torch.Generator().manual_seed(n_clusters * 1_000_003 + seed)
+    return Generator().manual_seed(n_clusters * 1_000_003 + seed)
 
 
 def _at_pixels(patches: Tensor, side_px: int) -> Tensor:
@@ -239,9 +236,7 @@ def lloyd(x: Tensor, centers: Tensor, max_iterations: int = 100, tick: Tick = la
     return Clusters(centers + mean, labels, _distances(x, labels, centers).sum().item())
 
 
-def spread_centers(
-    x: Tensor, n_clusters: int, generator: torch.Generator, tick: Tick = lambda: None
-) -> Tensor:
+def spread_centers(x: Tensor, n_clusters: int, generator: Generator, tick: Tick = lambda: None) -> Tensor:
     """k-means++: rows of ``x`` [n, D] drawn one after the other, in proportion to the squared distance to
     those taken before; of 2 + ln K drawn at a time the one is taken that leaves the least inertia (as
     scikit-learn's). [K, D]; rows are taken twice only where there are fewer different ones. The generator is
@@ -265,9 +260,9 @@ def spread_centers(
 def kmeans(
     x: Tensor,
     n_clusters: int,
-    generator: torch.Generator,
+    generator: Generator,
     n_restarts: int = 1,
-    max_iterations: int = 100,
+    most: int = 100,
     tick: Tick = lambda: None,
 ) -> Clusters:
     """The best, by inertia, of ``n_restarts`` runs of :func:`lloyd` from :func:`spread_centers`; the
@@ -275,7 +270,7 @@ def kmeans(
     if not 1 <= n_clusters <= len(x):
         raise ValueError(f"{n_clusters} clusters of {len(x)} rows")
     firsts = (spread_centers(x, n_clusters, generator, tick) for _ in range(n_restarts))
-    runs = (lloyd(x, first, max_iterations, tick) for first in firsts)
+    runs = (lloyd(x, first, most, tick) for first in firsts)
     return min(runs, key=lambda run: run.inertia)
 
 

@@ -179,8 +179,8 @@ class Job:
         started = time.perf_counter()
         train, val = (watched(part, task, signals) for part in self.parts)
         found = EVALUATORS[task](features, train, val, self.settings[task], self.n_shown, signals)
-        cost = {"wall_time_s": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib()}
-        return replace(found, **cost)
+        wall_time_s = time.perf_counter() - started
+        return replace(found, wall_time_s=wall_time_s, peak_memory_mib=peak_memory_mib())
 
 
 def job_of(
@@ -253,17 +253,15 @@ def write(job: Job, finished: Mapping[str, Outcome], folder: Path) -> Path:
     """``folder/result.json`` of a job whose tasks are all finished; wall time and memory are those of the
     tasks."""
     part = job.parts[-1]
-    return job.subject.write_result(
-        folder,
-        KIND,
-        protocol_of(job.set_name, job.settings, job.others),
-        job.config(*job.settings),
-        {name: value for task in finished.values() for name, value in task.metrics.items()},
-        labels=part.description if isinstance(part, LabelSet) else "",
-        seed=job.seed,
-        wall_time_s=sum(task.wall_time_s for task in finished.values()),
-        peak_memory_mib=max(task.peak_memory_mib for task in finished.values()),
-    )
+    metrics = {name: value for task in finished.values() for name, value in task.metrics.items()}
+    others: dict[str, Any] = {
+        "labels": part.description if isinstance(part, LabelSet) else "",
+        "seed": job.seed,
+    }
+    others["wall_time_s"] = sum(task.wall_time_s for task in finished.values())
+    others["peak_memory_mib"] = max(task.peak_memory_mib for task in finished.values())
+    protocol = protocol_of(job.set_name, job.settings, job.others)
+    return job.subject.write_result(folder, KIND, protocol, job.config(*job.settings), metrics, **others)
 
 
 def watched(part: Part, task: str, signals: StopSignals) -> Part:

@@ -34,7 +34,8 @@ TIED = 1e-6
 HIT_IOU = 0.5  # CorLoc counts boxes with more than this, by the papers' rule; their code has "at least"
 
 Grid = tuple[int, int]
-Pixels, Boxes, Mask = NDArray[np.uint8], NDArray[np.float64], NDArray[np.bool_]
+Boxes = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 class Found(NamedTuple):
@@ -110,7 +111,7 @@ class Judged(NamedTuple):
 
 def discover(
     features: Features,
-    pixels: Pixels,
+    pixels: NDArray[np.uint8],
     truth: Boxes,
     methods: Sequence[str],
     of: str = "keys",

@@ -63,15 +63,9 @@ class Features:
             yield Tokens(*map(at_least_float32, tokens))
 
     def visit(self, images: Tensor, visitor: LayerVisitor, position_masks: Tensor | None = None) -> None:
-        """Show the patch features of every layer to ``visitor(part, layer, patches)``, one layer at a time.
-
-        The pass is the backbone's own, looked at through hooks.
-
-        Args:
-            images, position_masks: those of a call.
-            visitor: takes which of the images (a slice), the layer's number in :func:`layer_names`, and [n,
-                N, D].
-        """
+        """Show the patch features of every layer to ``visitor(part, layer, patches)``, one layer at a time:
+        which of the images (a slice), the layer's number in :func:`layer_names`, and [n, N, D]. The pass is
+        the backbone's own, looked at through hooks; images and masks are those of a call."""
         backbone, start = self.backbone, 0
 
         def show(layer: int, tokens: Tensor) -> None:
@@ -159,12 +153,8 @@ class Moments:
     def __init__(self, dim: int, n_outputs: int, device: torch.device) -> None:
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.n, zeros = 0, partial(torch.zeros, dtype=torch.float64, device=self.home)
-        self.x, self.xx, self.y, self.xy = (
-            zeros(dim),
-            zeros(dim, dim),
-            zeros(n_outputs),
-            zeros(dim, n_outputs),
-        )
+        self.x, self.xx = zeros(dim), zeros(dim, dim)
+        self.y, self.xy = zeros(n_outputs), zeros(dim, n_outputs)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Rows ``x`` [n, D] and their outputs ``y`` [n, K]."""

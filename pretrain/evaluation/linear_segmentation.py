@@ -39,7 +39,9 @@ from pretrain.settings import Settings, setting
 from pretrain.signals import StopSignals
 from pretrain.views.boxes import TRIES, draw_crops
 
-Pixels, Labels, Range = NDArray[np.uint8], NDArray[np.int32], tuple[float, float]
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+Labels = NDArray[np.int32]  # [H, W]
+Range = tuple[float, float]
 # Features of the training part that stay in the host's memory where they are the same in each epoch
 HELD_BYTES = 2**31
 

@@ -15,7 +15,6 @@ D rows of noise had been seen too, which matters for the few images of a small p
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +34,14 @@ PATCHES = ("hidden", "given")  # which patches are read: those whose position wa
 
 
 class Score(NamedTuple):
-    """How well places are read.
+    """How well places are read."""
 
-    Attributes:
-        error: mean distance between the read and the true center of a patch, in image units (the sides are 1).
-        chance: the same for the constant guess, the mean place of the patches that the fit saw.
-        r2: share of the variance of the coordinates that the read-out explains; 0 is the constant guess.
-    """
-
-    error: float
-    chance: float
-    r2: float
+    error: float  # mean distance between read and true centers of patches, in image units (the sides are 1)
+    chance: float  # the same for the constant guess, the mean place of the patches that the fit saw
+    r2: float  # share of the variance of the coordinates that is explained; 0 is the constant guess
 
 
-@dataclass(frozen=True)
-class LayerScore:
+class LayerScore(NamedTuple):
     """A layer's :class:`Score` in every draw of the masks; ``patches`` is one of :data:`PATCHES`."""
 
     patches: str

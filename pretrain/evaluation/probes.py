@@ -68,18 +68,12 @@ class ProbeSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluatorProbe:
-    """Evaluators on one small set, which is read from where it lies each time.
-
-    Attributes:
-        train, val: parts of the set.
-        settings: by task.
-        names: {an evaluator's metric: the log's}; other metrics are left out.
-    """
+    """Evaluators on one small set, which is read from where it lies each time."""
 
     train: Part
     val: Part
-    settings: Mapping[str, Any]
-    names: Mapping[str, str]
+    settings: Mapping[str, Any]  # by task
+    names: Mapping[str, str]  # {an evaluator's metric: the log's}; other metrics are left out
 
     def __call__(self, features: Features) -> dict[str, float]:
         found: dict[str, Any] = {}
