@@ -28,7 +28,7 @@ from pretrain.settings import Settings, replaced, setting
 Probe = Callable[[Features], dict[str, float]]
 # What makes an evaluation cheap enough for a curve, beside probes.image_px and probes.max_images (ours).
 SCALED_DOWN: Mapping[str, Mapping[str, Any]] = {
-    "linear": dict(augment=False, batch_size=32),  # each image goes through the backbone once
+    "linear": dict(augment=False, batch_size=32, epochs=5),  # each image goes through the backbone once
     "in_context": dict(augment=False, passes=1, memory_size=50_000),
     "clustering": dict(seeds=1, restarts=1, overclusters=()),
 }
