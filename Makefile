@@ -10,6 +10,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO ?= demo
 JOBS ?= 2
 BIN := $(VENV)/bin
+PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 DETECTRON2_WHEEL := $(lastword $(sort $(wildcard $(WHEELHOUSE)/detectron2-*.whl)))
 
 .PHONY: setup demo test lint test-slow soak clean
@@ -18,8 +19,8 @@ setup: $(VENV)/.installed detectron2
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "pip>=23" "setuptools<81" wheel
-	$(BIN)/pip install --quiet --no-build-isolation $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[det,seg,dev]"
+	$(BIN)/pip install --quiet $(PINNED) "pip>=23" "setuptools<81" wheel
+	$(BIN)/pip install --quiet --no-build-isolation $(PINNED) --editable ".[det,seg,dev]"
 	# yapf (of mmengine) caches its grammar without a lock: ranks that import it first at one time would read a half-written file.
 	$(BIN)/python -c "import yapf"
 	touch $@
@@ -55,5 +56,9 @@ test-slow: setup
 soak: setup
 	$(BIN)/python tests/soak.py
 
+# What make made, and nothing else that lies there
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	test ! -e "$(VENV)/.installed" || rm -rf "$(VENV)"
+	test ! -e "$(DEMO)/data/toy.json" || rm -rf $(foreach name,data logs $(foreach task,pretrain detect segment,$(task)_intertwined $(task)_dinov2) table.md report.html,"$(DEMO)/$(name)")
+	test ! -d "$(DEMO)" || rmdir --ignore-fail-on-non-empty "$(DEMO)"
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache posfield.egg-info

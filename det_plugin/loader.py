@@ -4,7 +4,6 @@ A batch is a pure function of (seed, position in the stream): workers, ranks and
 """
 
 import math
-import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import chain, tee
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.errors import UserError
-from pretrain.signals import SIGNALS
+from pretrain.signals import start_worker
 
 Sample = dict[str, Any]
 ORDER, AUGMENT, STEP = 0, 1, 2  # streams of random numbers of one seed
@@ -83,7 +82,6 @@ def batches(
 
 
 def _start_worker(worker: int) -> None:
-    """One thread. Signals are ignored: the training decides when to stop, and would end with a worker."""
-    for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """One thread."""
+    start_worker()
     torch.set_num_threads(1)

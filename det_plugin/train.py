@@ -13,6 +13,7 @@ from det_plugin.protocol import protocol, with_overrides
 from det_plugin.run import DetectionRun, engine_of
 from pretrain import distributed
 from pretrain.log import say
+from pretrain.run_lock import run_lock
 from pretrain.weights import backbone_name
 
 
@@ -62,7 +63,8 @@ def finetune(
         how |= dict(checkpointing=checkpointing, compile=compile, model_kwargs=model_kwargs or {})
         name = backbone_name(backbone, None if weights is None else Path(weights))
         run = settings_of(name, weights, Path(data), Path(output), protocol, fields, **how)
-        return module.train(run, resume=resume)  # type: ignore[no-any-return]
+        with run_lock(output):
+            return module.train(run, resume=resume)  # type: ignore[no-any-return]
     finally:
         distributed.stop()
 

@@ -1,6 +1,9 @@
-"""Signals to stop: SIGTERM (a scheduler takes the machine back) and SIGUSR1 (the time limit is near)."""
+"""Signals to stop: SIGTERM (a scheduler takes the machine back), SIGUSR1 (the time limit is near), and SIGINT
+(Ctrl-C)."""
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Inside the context, a signal is remembered and does not end the process."""
+    """Inside the context, a signal is remembered and does not end the process, but for a second Ctrl-C, which
+    does at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -21,10 +25,17 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            asked = (*SIGNALS, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._remember) for number in asked}
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == "SIGINT":
+                raise KeyboardInterrupt
+            print(
+                "stopping as soon as the state is saved; Ctrl-C again: at once", file=sys.stderr, flush=True
+            )
         self.received = signal.Signals(number).name
 
     def on_any_rank(self) -> bool:
@@ -37,6 +48,23 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def start_worker(ignored: bool = True) -> None:
+    """What a data-loading process does first. It dies with the training, however that ends: a worker that ignores
+    signals would wait for good (on Linux; elsewhere torch's own watch has to do).
+
+    Args:
+        ignored: signals are ignored. They are often sent to all processes of a group; the training decides when to
+            stop, and would end with a worker.
+    """
+    for number in (*SIGNALS, signal.SIGUSR2, signal.SIGINT) if ignored else ():
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pretrain.metrics_log import MetricsLog, Speed, describe, peak_memory_gb
 from pretrain.precision import at_least_float32
 from pretrain.results.provenance import config_hash, file_hash, provenance
 from pretrain.results.schema import Result, read_result, write_result
+from pretrain.run_lock import run_lock
 from pretrain.schedules import effective_epochs
 from pretrain.settings import as_dict, compared, flat, keys_where
 from pretrain.signals import StopSignals
@@ -50,7 +51,8 @@ def train(config: TrainSettings, resume: str = "", stop_after: int | None = None
         Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
     """
     rule, device = config.run.deterministic, choose_device(config.run.device)
-    with deterministic(rule == "always" or rule == "cpu" and device.type == "cpu"):
+    calm = deterministic(rule == "always" or rule == "cpu" and device.type == "cpu")
+    with run_lock(config.run.output), calm:
         distributed.start(device.type)
         dataset = build_dataset(config)
         trainer = Trainer(config, Length.of(config, len(dataset)))

@@ -13,7 +13,7 @@ from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import DATA_SAMPLERS, LOOPS
 from torch import nn
 
-from pretrain.signals import SIGNALS
+from pretrain.signals import start_worker
 
 
 class DrawnIndex(int):
@@ -94,9 +94,9 @@ def posfield_worker(number: int) -> None:
     (:class:`pretrain.signals.StopSignals`), the training decides when to stop, and a worker that dies would
     end it before it has saved.
     """
-    if callable(signal.getsignal(signal.SIGTERM)):  # the parent's handler; torch's own are not Python's
-        for name in (*SIGNALS, signal.SIGINT):
-            signal.signal(name, signal.SIG_IGN)
+    start_worker(
+        ignored=callable(signal.getsignal(signal.SIGTERM))
+    )  # the parent's handler; torch's are not Python's
 
 
 def end_workers(runner: Any) -> None:

@@ -18,6 +18,7 @@ from pretrain.log import say
 from pretrain.results.provenance import file_hash
 from pretrain.results.runs import holds_result
 from pretrain.results.schema import FILE_NAME
+from pretrain.run_lock import run_lock
 from pretrain.signals import StopSignals
 from pretrain.weights import backbone_name
 from seg_plugin.backbone import OF_THE_RUN
@@ -144,8 +145,13 @@ def train(run: SegmentationRun, resume: bool = False) -> Path:
         UserError: bad data, weights or settings; the folder holds a run with other settings, or, without
             ``resume``, the checkpoint of an unfinished one.
         FloatingPointError: a loss is not finite.
-        Interrupted: on SIGTERM or SIGUSR1, once the state is saved.
+        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the state is saved.
     """
+    with run_lock(run.output):
+        return _train(run, resume)
+
+
+def _train(run: SegmentationRun, resume: bool) -> Path:
     cfg, output = config(run), Path(run.output)
     if cfg.launcher == "none" and processes() > 1:
         told = f"WORLD_SIZE or SLURM_NTASKS says {processes()} processes"

@@ -4,6 +4,7 @@ it reads its words."""
 import argparse
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pretrain.data.datasets import MaskRule
     from pretrain.eval_model import EvalModel
 
+WITH_RESUME = ("posfield pretrain", "posfield detect", "posfield segment", "posfield evaluate dense")
 REQUEUE_CODE = 85  # a run was stopped from outside and can be gone on with: start it again
 
 
@@ -37,7 +39,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        print(f"stopped: {stop}\ngo on with: {resumed(arguments)}", file=sys.stderr)
         sys.exit(REQUEUE_CODE)
     except FloatingPointError as error:  # a loss is not finite; the run has said where
         if show_traceback:
@@ -47,6 +49,13 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def resumed(words: Sequence[str]) -> str:
+    """The command line that goes on where this one stopped."""
+    name = Path(sys.argv[0]).name
+    asked = ["--resume"] * (name in WITH_RESUME and "--resume" not in words)
+    return f"{name} {shlex.join([*words, *asked])}"
 
 
 def command(name: str, *words: object) -> list[str]:

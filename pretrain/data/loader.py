@@ -7,7 +7,6 @@ workers only decode and draw; the crops are made when the batch moves to the dev
 """
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from pretrain.data.sampler import COLORS, MASKS, SUBSTITUTES, VIEWS, Order, Samp
 from pretrain.data.sources import Source, open_source
 from pretrain.device import choose_device
 from pretrain.errors import UserError
+from pretrain.signals import start_worker
 from pretrain.views import (
     Colors,
     Masks,
@@ -272,10 +272,7 @@ def build_loader(
 
 def _worker(number: int) -> None:
     """There are many workers, so each has one thread."""
-    for signal_ in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        # Often sent to all processes of a group. The training decides when to stop; the death of a worker
-        # would end it.
-        signal.signal(signal_, signal.SIG_IGN)
+    start_worker()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     keep_memory()

@@ -1,0 +1,113 @@
+"""One process a run folder; Ctrl-C saves; workers die with the training. The three trainings share what does it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from photos import TINY, write_photos
+
+from pretrain.errors import UserError
+from pretrain.run_lock import run_lock
+from pretrain.signals import StopSignals
+
+HOLD = """
+import sys, time
+from pretrain.run_lock import run_lock
+with run_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(
+            UserError, match=f"process {first.pid} on .* is working there; wait for it, or choose"
+        ):
+            with run_lock(tmp_path):
+                pass
+    finally:
+        first.kill()
+        first.wait()
+    with run_lock(tmp_path), run_lock(tmp_path / "another"):
+        pass
+
+
+def test_the_lock_of_a_killed_process_does_not_live_on_in_its_children(tmp_path):
+    forked = HOLD.replace("    print(", "    import os; os.fork() or time.sleep(60)\n    print(")
+    first = subprocess.Popen(
+        [sys.executable, "-c", forked, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        first.stdout.readline()
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("pretrain.run_lock.fcntl.lockf", refuse)
+    with run_lock(tmp_path):
+        assert "has no locks; let one process at a time work there" in capsys.readouterr().err
+
+
+def test_the_first_interrupt_is_remembered_and_the_second_leaves(capsys):
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == "SIGINT"
+        assert "Ctrl-C again: at once" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # outside as ever
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A pre-training with two workers, some iterations after its start; its folder."""
+    words = [word for word in TINY if not word.startswith(("data.workers", "optim.epochs"))]
+    words += [f"data.root={write_photos(tmp_path / 'photos')}", "data.workers=2", "optim.epochs=2000"]
+    command = [sys.executable, "-m", "posfield", "pretrain", *words, f"run.output={tmp_path / 'run'}"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    until = time.time() + 60
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size) and time.time() < until:
+        time.sleep(0.1)
+    yield process, tmp_path
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(started):
+    process, folder = started
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's: to the whole group
+    assert process.wait(60) == 85
+    said = (folder / "log").read_text()
+    assert "stopped: SIGINT; saved at iteration" in said
+    assert f"go on with: posfield pretrain {'backbone.name'}" in said and said.rstrip().endswith("--resume")
+    assert list((folder / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_workers_die_with_a_training_that_is_killed(started):
+    process, _ = started
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    assert len(children) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.time() + 3
+    while time.time() < until and any(os.path.exists(f"/proc/{pid}") for pid in children):
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
