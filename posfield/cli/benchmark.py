@@ -16,18 +16,29 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
-import importlib
+import inspect
+import json
+from datetime import datetime, timezone
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from pretrain.cli import command_parser, fields_and_kwargs
 from pretrain.device import choose_device
-from pretrain.files import write_json
 from pretrain.results.provenance import git_commit, hardware, packages_in_use
-from pretrain.results.schema import now
 
-# What the project promises: at most, or for the data path at least.
+# Modules whose ``measure`` takes the options by their names
+MEASURES = {
+    "data": "pretrain.benchmark.data",
+    "step": "pretrain.benchmark.step",
+    "heads": "pretrain.benchmark.heads",
+    "paka": "pretrain.benchmark.paka",
+    "det": "det_plugin.benchmark.backbone",
+    "det-step": "det_plugin.benchmark.step",
+    "seg": "seg_plugin.benchmark",
+}
+# what the project promises: at most, or for the data path at least
 BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
     "data": {"cpu_ratio": ("at least", 3.5), "device_worker_ratio": ("at most", 1.3)},
     "step": {"method_over_baseline": ("at most", {"small": 1.10, "base": 1.05})},
@@ -38,11 +49,6 @@ BOUNDS: dict[str, dict[str, tuple[str, Any]]] = {
         "memory_ratio_checkpointed": ("at most", 0.12),
     },
 }
-MODULES = {name: f"pretrain.benchmark.{name}" for name in ("data", "step", "heads", "paka")} | {
-    "det": "det_plugin.benchmark.backbone",
-    "det-step": "det_plugin.benchmark.step",
-    "seg": "seg_plugin.benchmark",
-}
 
 
 def main(arguments: list[str]) -> None:
@@ -51,63 +57,46 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that it starts
-    found = measured(options)
-    found |= {"what": options.what, "created": now(), "git_commit": git_commit(Path(__file__).parent)}
+    is_small = options.what != "heads" and choose_device(options.device).type == "cpu"
+    options.batch = options.batch or (8 if is_small else 64)
+    given = vars(options)
+    if options.what == "det-step":
+        fields, given["model_kwargs"] = fields_and_kwargs(options.overrides)
+        given["overrides"] = {"image_size_px": str(options.image_px), **fields}
+    measure = import_module(MEASURES[options.what]).measure
+    found = measure(**{name: given[name] for name in inspect.signature(measure).parameters if name in given})
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found |= {"what": options.what, "created": created, "git_commit": git_commit(Path(__file__).parent)}
     found |= {"packages": packages_in_use(), "hardware": hardware()}
     show(found)
     if options.json:
-        write_json(options.json, found)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("what", choices=tuple(MODULES))
+    add("what", choices=tuple(MEASURES))
     add("--json", type=Path, metavar="FILE", help="write figures, versions and hardware")
     add("--backbone", default="vit_small_patch16", help="all but data (%(default)s)")
-    add("--batch", type=int, help="images (step, paka: 8 on a CPU, 64 on a GPU; heads: 64)")
-    at_518 = "paka: 14: its crops of 518 px (%(default)s)"
-    add("--patch-size", type=int, default=16, choices=(14, 16), help=at_518)
-    some = [1, 2, 4, 8]
-    add("--batches", type=int, nargs="+", default=some, metavar="N", help="det-step: images (%(default)s)")
+    add("--batch", type=int, help="images (data, step, paka: 8 on a CPU, 64 on a GPU; heads: 64)")
+    crops = "paka: 14: its crops of 518 px (%(default)s)"
+    add("--patch-size", type=int, default=16, choices=(14, 16), help=crops)
+    sizes = "det-step: images (%(default)s)"
+    add("--batches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help=sizes)
     add("--image-px", type=int, default=1024, help="det, det-step: side of the square image (%(default)s)")
-    add("--rounds", type=int, default=5, help="turns of each contender (%(default)s)")
+    add("--rounds", type=int, default=5, help="turns of each contender (%(default)s; heads: 1)")
     add("--threads", type=int, default=0, help="of torch (its own choice)")
     add("--device", default="auto", help="auto | cpu | cuda | mps")
-    add("--precision", default="float32", choices=("float32", "bf16"), help="heads: of the chunked form")
-    both = "step: also with real JPEG files through both data paths"
-    add("--with-data", type=int, metavar="WORKERS", help=both)
-    settings = "step, paka: settings for all, e.g. step.compile=true; det-step: of the protocol"
-    add("overrides", nargs="*", metavar="key=value", help=settings)
+    dtypes = ("float32", "bf16")
+    add("--precision", default="float32", choices=dtypes, help="heads: of the chunked form")
+    real = "step: also with real JPEG files through both data paths"
+    add("--with-data", type=int, metavar="WORKERS", help=real)
+    what = "step, paka: settings for all, e.g. step.compile=true; det-step: of the protocol"
+    add("overrides", nargs="*", metavar="key=value", help=what)
     return parser.parse_intermixed_args(arguments)
-
-
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of what is asked for; its module is loaded only now."""
-    what, backbone, rounds, device = options.what, options.backbone, options.rounds, options.device
-    chosen, module = choose_device(device), importlib.import_module(MODULES[what])
-    batch = options.batch or (8 if chosen.type == "cpu" else 64)
-    if what == "data":
-        return module.measure(rounds, device=chosen, render_batch=batch)
-    if what == "step":
-        settings = [f"run.device={chosen.type}", *options.overrides]
-        found = module.measure(backbone, batch, rounds, settings)
-        if options.with_data is not None:
-            asked = (4 * rounds, options.with_data, settings)
-            found["with_data"] = module.measure_with_data(backbone, batch, *asked)
-        return found
-    if what == "det-step":
-        fields, model_kwargs = fields_and_kwargs(options.overrides)
-        how = {"model_kwargs": model_kwargs, "overrides": {"image_size_px": str(options.image_px)} | fields}
-        return module.measure(backbone, options.batches, rounds, device, **how)
-    further = {
-        "heads": (options.batch or 64, device, options.precision),
-        "paka": (batch, rounds, device, options.patch_size, options.overrides),
-        "det": (rounds, device, options.image_px),
-        "seg": (rounds, device),
-    }
-    return module.measure(backbone, *further[what])
 
 
 def show(found: dict[str, Any]) -> None:
@@ -115,10 +104,10 @@ def show(found: dict[str, Any]) -> None:
     bounds = BOUNDS.get(found["what"], {})
     ratios = [name for name in found if name in bounds or name.endswith("_ratio")]
     for name in ratios:
-        sense, bound = bounds.get(name, ("", None))
-        if isinstance(bound, dict):
-            bound = next((limit for size, limit in bound.items() if size in found["backbone"]), None)
-        print(f"{name} {found[name]}" + ("" if bound is None else f"  ({sense} {bound})"))
+        sense, limit = bounds.get(name, ("", None))
+        if isinstance(limit, dict):  # by size of the backbone
+            limit = next((value for size, value in limit.items() if size in found["backbone"]), None)
+        print(f"{name} {found[name]}" + ("" if limit is None else f"  ({sense} {limit})"))
     for key in sorted(found.keys() - {*ratios, "packages", "hardware"}):
         print(f"  {key}: {found[key]}")
     machine = found["hardware"]

@@ -31,7 +31,7 @@ from pretrain.data.datasets.maps import nearest
 from pretrain.device import choose_device
 from pretrain.errors import UserError
 from pretrain.eval_model import EvalModel, named_apart, open_models
-from pretrain.evaluation import dense
+from pretrain.evaluation import Outcome, dense
 from pretrain.evaluation.dense import DENSE_TASKS, KNN, named_tasks, settings_of
 from pretrain.evaluation.features import Features, frozen_features
 from pretrain.signals import StopSignals
@@ -122,11 +122,9 @@ def jobs_of(
     return jobs
 
 
-def draw(
-    val: LabelSet, finished: Mapping[str, dense.Finished], features: dict[str, Features], folder: Path
-) -> None:
+def draw(val: LabelSet, finished: Mapping[str, Outcome], features: dict[str, Features], folder: Path) -> None:
     """What the tasks predict for the first images beside the truth, and the components of their patches."""
-    maps = {name: some for task in finished.values() for name, some in task.outcome.maps.items()}
+    maps = {name: some for task in finished.values() for name, some in task.maps.items()}
     images, labels = zip(*(val.read(i) for i in range(min(SHOWN, len(val)))))
     squares = [nearest(part, SHOWN_PX).numpy() for part in labels]
     dense_figures.write(folder, images, squares, maps, val.classes, list(features.items()), SHOWN_PX)
