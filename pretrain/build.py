@@ -91,7 +91,8 @@ def build_backbone(
 
 
 def build_for_fine_tuning(name: str, weights: str | Path | None = None, **model_kwargs: Any) -> ViT:
-    """:func:`build_backbone` for the two protocols: patches of 16 px, unless ``patch_size`` is given."""
+    """:func:`build_backbone` for the two protocols, whose patches have 16 px: other files are resampled, unless
+    ``patch_size`` is given."""
     return build_backbone(name, weights, **{"patch_size": PROTOCOL_PATCH_PX, **model_kwargs})
 
 

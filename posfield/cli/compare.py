@@ -1,8 +1,8 @@
 """Compare pre-trainings: detection and segmentation of every row of configs/compare/NAME.yaml, and the tables.
 
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --weights W --coco COCO --ade ADE --jobs 8
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --status
-posfield compare configs/compare/table1_vits16.yaml --output runs/compare --weights W --submit -- --hours 24 \\
+posfield compare table1_vits16 --output runs/compare --weights W --coco COCO --ade ADE --jobs 8
+posfield compare table1_vits16 --output runs/compare --status
+posfield compare table1_vits16 --output runs/compare --weights W --submit -- --hours 24 \\
     --partition gpu
 
 Finished runs are not repeated, stopped ones resume (exit code 85: start it again), a failed run stops no other. Rows
@@ -19,6 +19,7 @@ from pathlib import Path
 from det_plugin.protocol import PROTOCOLS, protocol, with_overrides
 from posfield.cli import submit
 from pretrain.cli import command_parser, fields_and_kwargs
+from pretrain.config import SHIPPED
 from pretrain.errors import UserError
 from pretrain.jobs import FAILED, GRACE_S, LEFT, Runner, compare, raise_for
 from pretrain.jobs.compare import FineTuning, Weights
@@ -31,7 +32,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of posfield submit behind ``--``."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a file of configs/compare/")
+    add("config", type=Path, metavar="CONFIG", help="a YAML file, or one of configs/compare by name: toy")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of all runs")
     folders = {"weights": "folder of the files that the rows name", "coco": "COCO", "ade": "ADE20K"}
     for name, what in folders.items():
@@ -63,6 +64,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def read(options: argparse.Namespace) -> tuple[Comparison, list[Entry]]:
     """The comparison, and the rows of it that are asked for."""
+    shipped = SHIPPED / "compare"
+    if not options.config.is_file() and (shipped / f"{options.config}.yaml").is_file():
+        options.config = shipped / f"{options.config}.yaml"
+    elif not options.config.is_file():
+        names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+        raise UserError(f"{options.config}: no such file, and no shipped comparison; there are {names}")
     folders = {key: getattr(options, key) for key in ("weights", "coco", "ade")}
     given = [f"{key}={value}" for key, value in folders.items() if value is not None]
     comparison = load_comparison(options.config, [*options.overrides, *given], PROTOCOLS)
