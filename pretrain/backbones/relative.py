@@ -1,4 +1,5 @@
-"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222), heads shared.
+"""Contextual relative positions on the keys: iRPE (Wu et al., 2021, arXiv:2107.14222): method
+"product", heads shared, ratio 1.9.
 
 Distances along rows and along columns are each one of 7: 0, 1 patch, 2 or 3, farther, with signs (paper eq.
 18). A pair of patches thus falls into one of 7 * 7 buckets; a pair with a special token falls into one more.
